@@ -1,0 +1,30 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks import bench_linear_log_likelihood
+
+BENCHMARKS = {"log_likelihood": bench_linear_log_likelihood}
+
+
+def main() -> None:
+    """Parses the options and runs what was asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(BENCHMARKS)}")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtypes", nargs="+", default=None, help="such as float32 bfloat16 (default: both on the CPU, bfloat16 on a card)")
+    parser.add_argument("--shapes", nargs="+", default=None, help="N,D,V, such as 1024,576,49152")
+    parser.add_argument("--rounds", type=int, default=None, help="timed rounds after warm-up; the median counts")
+    parser.add_argument("--workspace", type=int, default=None, help="MiB for pyunlearn (default: its own)")
+    parser.add_argument("--save", action="store_true", help="write the results under benchmarks/results")
+    options = parser.parse_args()
+    for name in options.names or BENCHMARKS:
+        if name not in BENCHMARKS:
+            parser.error(f"no benchmark {name!r}; choose from {', '.join(BENCHMARKS)}")
+        BENCHMARKS[name].run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Timing side by side: every contender runs once a round, in turn, so that a noisy machine is noisy for all alike."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Contender = Callable[[], Any]
+
+
+def medians(contenders: dict[str, Contender], rounds: int, device: str) -> dict[str, float]:
+    """Median milliseconds of each, round robin, after two rounds of warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for r in range(rounds + 2):
+        for name, run in contenders.items():
+            if device == "cuda":
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                run()
+                end.record()
+                torch.cuda.synchronize()
+                took = start.elapsed_time(end)
+            else:
+                began = time.perf_counter()
+                run()
+                took = (time.perf_counter() - began) * 1e3
+            if r >= 2:
+                times[name].append(took)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def extra_mib(run: Contender, device: str) -> float:
+    """Peak memory of one call above what stood before, MiB: allocator statistics on a card, resident set on the CPU."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    _give_back_freed_memory()
+    before = peak = _resident()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.0005):
+            peak = max(peak, _resident())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    run()
+    done.set()
+    thread.join()
+    return (max(peak, _resident()) - before) / 2**20
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096
+
+
+def _give_back_freed_memory() -> None:
+    import ctypes
+
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except OSError:
+        pass
+
+
+def card(device: str) -> dict[str, Any]:
+    """What was measured on: device, versions."""
+    import pyunlearn
+    from pyunlearn.ops import _backend
+
+    built = _backend.build_info()
+    what: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "backend": _backend.chosen().cuda if device == "cuda" else f"{_backend.chosen().cpu} ({built.get('cpu_variant')})",
+        "torch": torch.__version__,
+        "pyunlearn": pyunlearn.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    return what
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        flags = next(line for line in lines if line.startswith("flags"))
+        return f"{name} ({', '.join(f for f in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if f in flags)})"
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """Writes one result under benchmarks/results, named after device and date."""
+    where = Path(__file__).parent / "results"
+    where.mkdir(exist_ok=True)
+    device = "".join(c if c.isalnum() else "-" for c in result["card"]["device"].split("(")[0].strip().lower())
+    path = where / f"{name}_{device}_{result['card']['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path

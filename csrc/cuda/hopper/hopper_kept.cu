@@ -1,0 +1,55 @@
+// hopper_statistics_kept: the sweep of hopper_statistics that also writes every exponential, relative to a reference guessed beforehand, and a second
+// sweep over the row pairs in which the guess was too far off.
+#include "finish.cuh"
+#include "launch.cuh"
+
+namespace pyunlearn {
+namespace {
+
+// One block per row pair. A pair is swept again when one of its rows left the range of bfloat16: then its exponentials are relative to lse.
+__global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __grid_constant__ Plan plan, float* log_likelihood, float* lse,
+                                   float* factor) {
+  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row >= plan.n) {
+    __syncthreads_or(0);
+    return;
+  }
+  const Target target(at, plan, row);
+  Row sums = merge_splits<Task::kept_statistics>(at, plan, row);
+  if (target.valid) swap_target<Task::kept_statistics>(sums, target);
+  const double z = log_sum(sums);
+  lse[row] = (float)z;
+  log_likelihood[row] = log_likelihood_of(target, z);
+  if (target.valid) at.kept[row * at.ld_kept + at.target[row]] = __float2bfloat16_rn(0.f);
+
+  const float shift = (target.valid ? kept_reference(target.exact) : 0.f) - (float)(z / kLn2);
+  const bool redo = __syncthreads_or(!(shift > -100.f && shift < 60.f));
+  if (threadIdx.x == 0) {
+    at.repair[1 + blockIdx.x] = redo;
+    if (redo) *at.repair = 1;
+  }
+  factor[row] = redo ? 1.f : exp2f(shift);
+}
+
+}  // namespace
+
+const char* hopper_statistics_kept(const HopperInput& in, float* log_likelihood, float* lse, void* kept, int64_t kept_stride, float* factor,
+                                   void* workspace, void* stream_) {
+  if (const char* why = cannot(in)) return why;
+  if (in.dtype != Dtype::bfloat16) return "only bfloat16 has the range to keep exponentials: recompute float16 with hopper_gradient";
+  if (in.n == 0) return nullptr;
+  const cudaStream_t stream = (cudaStream_t)stream_;
+  CUtensorMap map_kept;
+  if (const char* why = tensor_map(&map_kept, kept, in.dtype, in.n, in.v, kept_stride, 64, 64)) return why;
+  const Plan plan = make_plan(in.n, in.v, 0);
+  Pointers at = make_pointers(in);
+  use_workspace(at, plan, workspace);
+  at.kept = (__nv_bfloat16*)kept, at.ld_kept = kept_stride;
+  target_kernel<__nv_bfloat16><<<plan.clusters * kCluster * 4, 256, 0, stream>>>(at, plan);
+  if (const char* why = launch<__nv_bfloat16, Task::kept_statistics>(in, &map_kept, at, plan, stream)) return why;
+  finish_kept_kernel<<<plan.pairs, kCluster * kRows, 0, stream>>>(at, plan, log_likelihood, lse, factor);
+  if (const char* why = launched()) return why;
+  return hopper_repair_kept(in, lse, at.repair, kept, kept_stride, stream_);
+}
+
+}  // namespace pyunlearn

@@ -1,0 +1,21 @@
+"""pyunlearn: remove chosen training examples from a language model, and measure that they are gone."""
+
+from pyunlearn.errors import ArgumentError, DataError, DependencyError, ModelError, OutputError, PyunlearnError, TrainingError
+from pyunlearn.result import ExampleResult, Result, Utility
+from pyunlearn.unlearn import unlearn
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "DataError",
+    "DependencyError",
+    "ExampleResult",
+    "ModelError",
+    "OutputError",
+    "PyunlearnError",
+    "Result",
+    "TrainingError",
+    "Utility",
+    "unlearn",
+]

@@ -1,0 +1,106 @@
+"""The trainable state of a run: the optimizer, the last good weights, and the checkpoint on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyunlearn.errors import DataError
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """AdamW that keeps a float32 copy of 16-bit parameters.
+
+    At unlearning's learning rates an update is smaller than half the distance of two bfloat16 numbers, so without the copy most would round to
+    nothing and the run would silently do nothing.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        self.narrow = [p for p in parameters if p.requires_grad]
+        self.wide = [p.detach().float().clone().requires_grad_() if p.dtype != torch.float64 else p for p in self.narrow]
+        self.inner = torch.optim.AdamW(self.wide, lr=lr, weight_decay=0.0)
+        super().__init__(self.narrow, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One AdamW step on the float32 copies, then the copies rounded into the parameters."""
+        for group in self.inner.param_groups:
+            group["lr"] = self.param_groups[0]["lr"]
+        for narrow, wide in zip(self.narrow, self.wide, strict=True):
+            wide.grad = None if narrow.grad is None else narrow.grad.to(wide.dtype)
+        self.inner.step()
+        for narrow, wide in zip(self.narrow, self.wide, strict=True):
+            narrow.copy_(wide)
+
+
+class State:
+    """The trainable parameters and their optimizer, with the last good weights to go back to."""
+
+    def __init__(self, model: nn.Module, learning_rate: float) -> None:
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters.values())
+        every = list(self.parameters.values())
+        self.optimizer: torch.optim.Optimizer = (
+            MasterWeights(every, learning_rate) if narrow else torch.optim.AdamW(every, lr=learning_rate, weight_decay=0.0)
+        )
+        self.good: list[Tensor] = []
+        self.keep()
+
+    @property
+    def _adam(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "inner", self.optimizer)
+
+    @property
+    def _weights(self) -> list[Tensor]:
+        return list(getattr(self.optimizer, "wide", self.parameters.values()))
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Takes the present weights as the last good ones."""
+        if not self.good:
+            self.good = [p.detach().clone() for p in self._weights]
+        for g, p in zip(self.good, self._weights, strict=True):
+            g.copy_(p)
+
+    @torch.no_grad()
+    def go_back(self) -> None:
+        """Puts the last good weights back, and drops the optimizer's memory of the way that led astray."""
+        for g, p, narrow in zip(self.good, self._weights, self.parameters.values(), strict=True):
+            p.copy_(g)
+            if narrow is not p:
+                narrow.copy_(g)
+        self._adam.state.clear()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Sets the learning rate of every group."""
+        for optimizer in (self.optimizer, self._adam):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+
+    def save(self, path: Path, progress: dict[str, Any]) -> None:
+        """Writes the weights, the optimizer and the loop's own progress; beside, then renamed."""
+        beside = path.with_name(path.name + ".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        weights = dict(zip(self.parameters, self._weights, strict=True))
+        torch.save({"weights": weights, "optimizer": self._adam.state_dict(), "progress": progress}, beside)
+        os.replace(beside, path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> dict[str, Any]:
+        """Takes up a saved state and returns the progress. Raises DataError when it belongs to another model."""
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["weights"].keys() != self.parameters.keys():
+            raise DataError(f"the checkpoint {path} belongs to another model: delete it, or give the model it was made with")
+        for (name, narrow), p in zip(self.parameters.items(), self._weights, strict=True):
+            p.copy_(saved["weights"][name])
+            if narrow is not p:
+                narrow.copy_(p)
+        self._adam.load_state_dict(saved["optimizer"])
+        self.keep()
+        progress: dict[str, Any] = saved["progress"]
+        return progress

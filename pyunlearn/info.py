@@ -1,0 +1,33 @@
+"""What `pyunlearn info` shows: versions, the backend that runs and why, what was compiled in, the devices."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+
+def collect() -> dict[str, Any]:
+    """Everything that a bug report should hold."""
+    import torch
+    import transformers
+
+    import pyunlearn
+    from pyunlearn.ops import _backend
+
+    chosen, built = _backend.chosen(), _backend.build_info()
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    driver = built.get("cuda_driver")
+    return {
+        "pyunlearn": pyunlearn.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "backend on the CPU": f"{chosen.cpu} ({built['cpu_variant']} kernels)" if chosen.cpu == "cpu" else chosen.cpu,
+        "backend on CUDA": chosen.cuda,
+        "why": chosen.why,
+        "CPU threads": torch.get_num_threads(),
+        "compiled CUDA architectures": built.get("cuda_architectures") or "none",
+        "CUDA driver": f"{driver // 1000}.{driver % 1000 // 10}" if driver else "none",
+        "CUDA devices": [f"{d.name}, compute capability {d.major}.{d.minor}, {d.total_memory >> 20} MiB" for d in devices] or "none",
+    }

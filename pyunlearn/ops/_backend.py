@@ -1,0 +1,138 @@
+"""Which implementation of the row kernels runs: cuda (C++/CUDA), cpu (C++) or reference (PyTorch). Chosen once.
+
+PYUNLEARN_BACKEND=cuda | cpu | reference overrides the choice: `reference` everywhere, `cpu` keeps CUDA tensors on the reference,
+`cuda` insists on the CUDA kernels and is an error where they cannot run.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyunlearn.ops import reference
+
+try:
+    from pyunlearn import _C
+except ImportError as error:  # a source tree that was not built, or a platform without a compiler
+    _C = None
+    _missing = str(error)
+    if os.environ.get("PYUNLEARN_BACKEND", "") != "reference":
+        warnings.warn(
+            f"pyunlearn's compiled kernels are not here ({_missing}); plain PyTorch runs instead, slower. `pip install .` builds them.",
+            stacklevel=2,
+        )
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+class Backend(NamedTuple):
+    """What runs for CPU tensors and for CUDA tensors ("cpu", "cuda" or "reference"), and why."""
+
+    cpu: str
+    cuda: str
+    why: str
+
+
+def build_info() -> dict[str, Any]:
+    """What the compiled extension was built with, and what it sees; empty if it is missing."""
+    return dict(_C.build_info()) if _C is not None else {}
+
+
+@cache
+def chosen() -> Backend:
+    """The backend of this process. Raises ValueError for an unknown or impossible PYUNLEARN_BACKEND."""
+    wanted = os.environ.get("PYUNLEARN_BACKEND", "").strip().lower()
+    if wanted not in ("", "cuda", "cpu", "reference"):
+        raise ValueError(f"PYUNLEARN_BACKEND must be cuda, cpu or reference, got {wanted!r}: correct it or unset it")
+    if wanted == "reference":
+        return Backend("reference", "reference", "PYUNLEARN_BACKEND=reference")
+    if _C is None:
+        if wanted:
+            raise ValueError(f"PYUNLEARN_BACKEND={wanted} needs the compiled extension, which is not here: run `pip install .`")
+        return Backend("reference", "reference", f"the compiled extension is missing: {_missing}")
+    if wanted == "cpu":
+        return Backend("cpu", "reference", "PYUNLEARN_BACKEND=cpu")
+    problem = _cuda_problem()
+    if wanted == "cuda" and problem:
+        raise ValueError(f"PYUNLEARN_BACKEND=cuda, but {problem}: mend that, or unset it")
+    if problem:
+        if torch.cuda.is_available():
+            warnings.warn(f"pyunlearn's CUDA kernels are not used: {problem}. Plain PyTorch runs on the card instead.", stacklevel=3)
+        return Backend("cpu", "reference", problem)
+    return Backend("cpu", "cuda", "compiled kernels found for both")
+
+
+def _cuda_problem() -> str | None:
+    info = build_info()
+    if not info.get("cuda_architectures"):
+        return "the extension was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if info["cuda_problem"]:
+        return str(info["cuda_problem"])
+    oldest = min(int(a) for a in info["cuda_architectures"].split())
+    major, minor = torch.cuda.get_device_capability()
+    if major * 10 + minor < oldest:
+        return f"the card has compute capability {major}.{minor}, and the kernels need {oldest / 10:.1f} or later"
+    return None
+
+
+def kernels_for(x: Tensor) -> str:
+    """The backend that serves tensors on this device and of this dtype."""
+    if x.device.type == "cpu":
+        return chosen().cpu
+    if x.device.type == "cuda" and x.dtype is not torch.float64:
+        return chosen().cuda
+    return "reference"
+
+
+def statistics(
+    x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor,
+    maximum: Tensor, total: Tensor, target_logit: Tensor, kept: Tensor | None = None, block_maximum: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Adds the logit block x (n, v) to the running statistics of its rows; formulas in csrc/log_likelihood.h."""
+    if kernels_for(x) == "reference":
+        args = (x, first, bias, logit_scale, softcap, targets, maximum, total, target_logit, kept, block_maximum)
+        return reference.statistics(*args)
+    out = (0, 0, 0) if kept is None else (kept.data_ptr(), DTYPES[kept.dtype], kept.stride(0))
+    cuda, where = _where(x)
+    bias = None if bias is None else bias.contiguous()  # the kernels know no stride for it
+    _C.statistics(
+        cuda, *_block(x, first, bias, logit_scale, softcap, targets),
+        maximum.data_ptr(), total.data_ptr(), target_logit.data_ptr(),
+        *out, 0 if block_maximum is None else block_maximum.data_ptr(), where,
+    )  # fmt: skip
+
+
+def gradient(
+    x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor, is_kept: bool,
+    lse: Tensor, log_likelihood: Tensor, coefficients: Tensor, block_maximum: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Writes into out (n, v) the gradient with respect to a block's raw products; formulas in csrc/log_likelihood.h."""
+    if kernels_for(x) == "reference":
+        args = (x, first, bias, logit_scale, softcap, targets, is_kept, lse, log_likelihood, coefficients, block_maximum, out)
+        return reference.gradient(*args)
+    cuda, where = _where(x)
+    bias = None if bias is None else bias.contiguous()  # the kernels know no stride for it
+    _C.gradient(
+        cuda, *_block(x, first, bias, logit_scale, softcap, targets), is_kept,
+        lse.data_ptr(), log_likelihood.data_ptr(), coefficients.data_ptr(),
+        0 if block_maximum is None else block_maximum.data_ptr(),
+        out.data_ptr(), DTYPES[out.dtype], out.stride(0), where,
+    )  # fmt: skip
+
+
+def _block(x: Tensor, first: int, bias: Tensor | None, scale: float, softcap: float, targets: Tensor) -> tuple[Any, ...]:
+    bias_at = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
+    return (x.data_ptr(), DTYPES[x.dtype], x.stride(0), *x.shape, first, *bias_at, scale, softcap, targets.data_ptr())
+
+
+def _where(x: Tensor) -> tuple[bool, int]:
+    if x.is_cuda:
+        return True, torch.cuda.current_stream(x.device).cuda_stream
+    return False, torch.get_num_threads()

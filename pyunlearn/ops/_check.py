@@ -1,0 +1,73 @@
+"""The one place where tensors are checked before an address leaves Python."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyunlearn.errors import ArgumentError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check(x: Tensor, targets: Tensor, *, name: str, bias: Tensor | None, softcap: float | None, workspace: int | None) -> None:
+    """Checks x (..., K) against targets (...); `name` is what the caller calls x. Raises ArgumentError."""
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.dim() == 0:
+        raise ArgumentError(f"{name} must be a float32, bfloat16, float16 or float64 tensor of one dimension or more, got {_say(x)}")
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+        raise ArgumentError(f"targets must be an int64 tensor of token ids, got {_say(targets)}: convert it with .long()")
+    if targets.shape != x.shape[:-1]:
+        raise ArgumentError(
+            f"targets must have one token id for each row of {name}, shape {tuple(x.shape[:-1])}, got {tuple(targets.shape)}"
+        )
+    if targets.device != x.device:
+        raise ArgumentError(f"targets are on {targets.device} and {name} on {x.device}: move them to one device")
+    if bias is not None and (not isinstance(bias, Tensor) or bias.dim() != 1 or bias.dtype not in FLOATS):
+        raise ArgumentError(f"bias must be a floating-point tensor of shape (V,), got {_say(bias)}")
+    if bias is not None and bias.device != x.device:
+        raise ArgumentError(f"bias is on {bias.device} and {name} on {x.device}: move them to one device")
+    if softcap is not None and not softcap > 0:
+        raise ArgumentError(f"softcap must be positive, got {softcap}: leave it None for no cap")
+    if workspace is not None and not (isinstance(workspace, int) and workspace >= 0):
+        raise ArgumentError(f"workspace must be a number of bytes, 0 or more, got {workspace}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Checks weight (V, D) and bias (V,) against hidden (..., D). Raises ArgumentError."""
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if type(tensor).__name__ == "DTensor":
+            raise ArgumentError(
+                f"{name} is a DTensor, of which this process holds one shard, and the log-likelihood needs it whole: "
+                f"pass {name}.full_tensor(), or use log_likelihood on the model's own logits"
+            )
+    if not isinstance(weight, Tensor) or weight.dtype not in FLOATS:
+        raise ArgumentError(f"weight must be a floating-point tensor of shape (V, D), got {_say(weight)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ArgumentError(
+            f"weight must have shape (V, {hidden.shape[-1]}) to match hidden (..., {hidden.shape[-1]}), got {tuple(weight.shape)}"
+        )
+    if weight.device != hidden.device:
+        raise ArgumentError(f"weight is on {weight.device} and hidden on {hidden.device}: move them to one device")
+    check_bias(bias, weight.shape[0])
+
+
+def check_bias(bias: Tensor | None, vocabulary: int) -> None:
+    """Raises ArgumentError unless bias has one number for each vocabulary entry."""
+    if bias is not None and bias.shape[0] != vocabulary:
+        raise ArgumentError(f"bias must have shape ({vocabulary},), one number for each vocabulary entry, got {tuple(bias.shape)}")
+
+
+def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """On the CPU, refuses targets outside the vocabulary. On a card they come back as NaN, for the check would stop the queue."""
+    if targets.device.type != "cpu" or targets.numel() == 0:
+        return
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
+    if bool(wrong.any()):
+        raise ArgumentError(
+            f"targets must lie in [0, {vocabulary}) or be {ignore_index} (ignored), got {int(targets[wrong][0])}: "
+            "does the tokenizer belong to this model?"
+        )
+
+
+def _say(x: object) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

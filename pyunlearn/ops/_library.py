@@ -1,0 +1,29 @@
+"""The torch.library that holds our ops, so that torch.compile, opcheck, CUDA graphs and FSDP see ordinary ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("pyunlearn", "DEF")
+
+
+def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op with its first tensor's card as the current one, as a kernel launch needs it; nothing on the CPU."""
+
+    @wraps(op)
+    def run(x: torch.Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return op(x, *args)
+
+    return run
+
+
+def NO_GRADIENT_OF_GRADIENT(ctx: Any, *gradients: Any) -> Any:
+    """What the backward ops answer when they are differentiated themselves."""
+    raise NotImplementedError(
+        "pyunlearn's log-likelihoods can be differentiated once, not twice: use pyunlearn.ops.reference for second derivatives"
+    )

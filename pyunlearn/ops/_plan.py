@@ -1,0 +1,77 @@
+"""How the vocabulary is cut into blocks, and how much of the logits is kept for the backward pass.
+
+The vocabulary is cut, not the rows: each slice of the weight's gradient is then written once, complete, instead of being read, added to and
+written for every chunk of rows, and only the small hidden gradient (N, D) is accumulated. A *block* is what one row kernel sees: narrow enough
+that its float32 logits (N, block) stay in cache between the product and the kernel. A *group* is a few blocks side by side, the
+unit of the products in backward and of what is kept: exp(logit - block maximum) in the input's dtype, so rounding costs the
+same relative error everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+MIB = 1 << 20
+_GRAIN = 64  # columns: keeps every block 16-byte aligned in every dtype
+
+
+class Plan(NamedTuple):
+    """Sizes of one call: columns per block and per group, and elements kept for the backward pass."""
+
+    vocabulary: int
+    block: int
+    group: int
+    kept_elements: int
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks cover the vocabulary."""
+        return -(-self.vocabulary // self.block)
+
+    def groups(self) -> list[tuple[int, int]]:
+        """(first, end) columns of each group."""
+        return [(g, min(g + self.group, self.vocabulary)) for g in range(0, self.vocabulary, self.group)]
+
+    def blocks_of(self, first: int, end: int) -> list[tuple[int, int, int]]:
+        """(index, first, end) of each block within a group."""
+        return [(b // self.block, b, min(b + self.block, end)) for b in range(first, end, self.block)]
+
+    def groups_kept(self, rows: int) -> int:
+        """How many groups, from the first on, are kept when `rows` rows are live."""
+        if rows == 0:
+            return 0
+        whole, rest = divmod(self.kept_elements, rows * self.group)
+        # the last group is narrower than the others
+        last = self.vocabulary - (len(self.groups()) - 1) * self.group
+        return whole + 1 if whole == len(self.groups()) - 1 and rest >= rows * last else min(whole, len(self.groups()))
+
+
+def plan(rows: int, vocabulary: int, dtype: torch.dtype, device: str, workspace: int | None, keep: bool) -> Plan:
+    """The plan for `rows` rows; `workspace` bytes bound scratch and kept together (None: `default_workspace`).
+
+    Blocks and groups are the same for every workspace that leaves room for full-sized ones (32 MiB on the CPU, 1 GiB on a card), so the answer
+    is too, bit for bit; below that they shrink, down to 64 columns, and the answer may move in its last digit.
+    """
+    size = dtype.itemsize
+    real = 8 if dtype is torch.float64 else 4
+    workspace = default_workspace(device) if workspace is None else workspace
+    block_bytes, group_blocks = (8 * MIB, 1) if device == "cpu" else (32 * MIB, 8)
+    per_column = max(1, rows) * real
+    block = _columns(min(block_bytes, workspace // 4) // per_column, 8192, vocabulary)
+    group = block * (group_blocks if workspace >= 4 * group_blocks * block_bytes else 1)
+    if not keep:
+        return Plan(vocabulary, block, group, 0)
+    scratch = max(1, rows) * (block * real + (group * size if size != real or group != block else 0))
+    return Plan(vocabulary, block, group, max(0, min((workspace - scratch) // size, rows * vocabulary)))
+
+
+def default_workspace(device: str) -> int:
+    """Bytes allowed when nobody says: enough to keep a batch of a few hundred tokens whole, little beside any language model."""
+    return 128 * MIB if device == "cpu" else 2048 * MIB
+
+
+def _columns(wanted: int, most: int, vocabulary: int) -> int:
+    whole = -(-vocabulary // _GRAIN) * _GRAIN
+    return max(_GRAIN, min(wanted // _GRAIN * _GRAIN, most, whole))

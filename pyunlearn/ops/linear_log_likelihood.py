@@ -1,0 +1,225 @@
+"""Per-token log-likelihoods straight from hidden states and the output head, without the (N, V) logits ever living in whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyunlearn.ops import _backend
+from pyunlearn.ops._check import check, check_head, check_targets
+from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, on_its_device
+from pyunlearn.ops._plan import Plan, plan
+from pyunlearn.ops._products import addmm_into, mm_into
+
+
+def linear_log_likelihood(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    workspace: int | None = None,
+) -> Tensor:
+    """The log-likelihood of each target token, in nats, from hidden states and the output head.
+
+    With u = logit_scale * (hidden @ weight.T + bias) and z = u, or softcap * tanh(u / softcap),
+
+        log_likelihood[n] = z[n, targets[n]] - log(sum over v of exp(z[n, v])).
+
+    Equivalent to ``-F.cross_entropy(z.float(), targets, reduction="none", ignore_index=ignore_index)``, and differentiable in hidden,
+    weight and bias. Rows whose target is ignore_index are dropped before the matrix product and come back as 0. The statistics are float32
+    sums over products that were never rounded to 16 bits.
+
+    Args:
+        hidden: (..., D), float32, bfloat16, float16 or float64.
+        weight: (V, D), of the same device; another dtype is brought to the common one.
+        targets: (...), int64 token ids in [0, V), or ignore_index.
+        bias: (V,) or None.
+        logit_scale: factor on the logits (Cohere's logit_scale, Granite's 1 / logits_scaling).
+        softcap: Gemma 2's final_logit_softcapping, or None.
+        workspace: bytes that scratch and kept logits may take together (default: 128 MiB on the CPU, 2 GiB on a card). What does not fit is
+            computed again in backward: a third more work at most, and the same answer.
+
+    Returns:
+        (...), float32 (float64 for float64 inputs). On a card a target outside [0, V) gives NaN.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).
+    """
+    check(hidden, targets, name="hidden", bias=bias, softcap=softcap, workspace=workspace)
+    check_head(hidden, weight, bias)
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype is not torch.float64 and torch.is_autocast_enabled(hidden.device.type):  # which leaves float64 alone everywhere
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    out = torch.ops.pyunlearn.linear_log_likelihood(
+        flat, weight, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index, workspace, keep
+    )
+    return out[0].reshape(targets.shape)
+
+
+LIBRARY.define(
+    "linear_log_likelihood(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float softcap, "
+    "int ignore_index, int? workspace, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "linear_log_likelihood_backward(Tensor d_log_likelihood, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
+    "Tensor log_likelihood, Tensor lse, Tensor block_maximum, Tensor kept, float logit_scale, float softcap, int ignore_index, "
+    "int? workspace, bool[] needs) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _real(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> Plan:
+    return plan(hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device.type, workspace, keep)
+
+
+def _live_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
+    """Indices of the rows that count, or None for all. One host sync on a card, none inside a CUDA graph, where all rows are computed."""
+    if targets.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    rows = (targets != ignore_index).nonzero().squeeze(1)
+    return None if rows.numel() == targets.numel() else rows
+
+
+def _take(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    return [(t if rows is None else t.index_select(0, rows)).contiguous() for t in tensors]
+
+
+def _kept_view(kept: Tensor, rows: int, first: int, end: int) -> Tensor:
+    """Where a group's kept logits lie: the groups follow one another, each (rows, end - first)."""
+    return kept[rows * first : rows * end].view(rows, end - first)
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
+    ignore_index: int, workspace: int | None, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    check_targets(targets, weight.shape[0], ignore_index)
+    real, p = _real(hidden), _plan(hidden, weight, workspace, keep)
+    rows = _live_rows(targets, ignore_index)
+    h, t = _take(rows, hidden, targets)
+    n = h.shape[0]
+    maximum, total = h.new_full((n,), -torch.inf, dtype=real), h.new_zeros((n,), dtype=real)
+    target_logit = h.new_full((n,), torch.nan, dtype=real)
+    block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
+    kept = hidden.new_empty((p.kept_elements,))
+    groups_kept = p.groups_kept(n)
+    narrow = h.dtype != real
+    scratch = h.new_empty((n * p.block,), dtype=real) if n and (narrow or groups_kept < len(p.groups())) else None
+    for g, (first, end) in enumerate(p.groups() if n else []):
+        group = _kept_view(kept, n, first, end) if g < groups_kept else None
+        for i, b, e in p.blocks_of(first, end):
+            store = None if group is None else group[:, b - first : e - first]
+            x = store if store is not None and not narrow else scratch[: n * (e - b)].view(n, e - b)  # type: ignore[index]
+            mm_into(x, h, weight[b:e].T)
+            _backend.statistics(
+                x, b, None if bias is None else bias[b:e], logit_scale, softcap, t, maximum, total, target_logit,
+                store, block_maximum[i, :n] if keep else None,
+            )  # fmt: skip
+    log_total = total.log()
+    log_likelihood, lse = (target_logit - maximum) - log_total, maximum + log_total
+    if rows is not None:
+        log_likelihood = hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, log_likelihood)
+        lse = hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, lse)
+    elif targets.is_cuda:
+        log_likelihood = torch.where(targets == ignore_index, 0.0, log_likelihood)
+    return log_likelihood, lse, block_maximum, kept
+
+
+def _fake_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
+    ignore_index: int, workspace: int | None, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    real, p = _real(hidden), _plan(hidden, weight, workspace, keep)
+    per_row = (hidden.new_empty(targets.shape, dtype=real) for _ in range(2))
+    return (*per_row, hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real), hidden.new_empty((p.kept_elements,)))
+
+
+def _backward(
+    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, lse: Tensor,
+    block_maximum: Tensor, kept: Tensor, logit_scale: float, softcap: float, ignore_index: int, workspace: int | None, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    real, p = _real(hidden), _plan(hidden, weight, workspace, True)
+    rows = _live_rows(targets, ignore_index)
+    if rows is None and targets.is_cuda:
+        d_log_likelihood = torch.where(targets == ignore_index, 0.0, d_log_likelihood)
+    h, t, ll, z, c = _take(rows, hidden, targets, log_likelihood, lse, d_log_likelihood.to(real))
+    n = h.shape[0]
+    groups_kept = p.groups_kept(n)
+    need_hidden, need_weight, need_bias = needs
+    d_h = h.new_zeros((n, h.shape[1]), dtype=real) if need_hidden else h.new_empty((0,))
+    d_weight = (weight.new_empty if n else weight.new_zeros)(weight.shape if need_weight else (0,))
+    d_bias = (weight.new_empty if n else weight.new_zeros)(bias.shape if need_bias and bias is not None else (0,), dtype=real)
+    scratch = h.new_empty((n * p.block,), dtype=real) if groups_kept < len(p.groups()) else None
+    in_place = scratch is not None and h.dtype == real and p.block == p.group
+    g_buffer = scratch if in_place else h.new_empty((n * p.group,))
+    assert g_buffer is not None
+    for g, (first, end) in enumerate(p.groups() if n else []):
+        d_logits = g_buffer[: n * (end - first)].view(n, end - first)
+        for i, b, e in p.blocks_of(first, end):
+            if g < groups_kept:
+                x = _kept_view(kept, n, first, end)[:, b - first : e - first]
+            else:
+                assert scratch is not None
+                x = scratch[: n * (e - b)].view(n, e - b)
+                mm_into(x, h, weight[b:e].T)
+            _backend.gradient(
+                x, b, None if bias is None else bias[b:e], logit_scale, softcap, t, g < groups_kept, z, ll, c,
+                block_maximum[i, :n], d_logits[:, b - first : e - first],
+            )  # fmt: skip
+        if need_weight:
+            torch.mm(d_logits.T, h, out=d_weight[first:end])
+        if need_bias:
+            torch.sum(d_logits, dim=0, dtype=real, out=d_bias[first:end])
+        if need_hidden:
+            addmm_into(d_h, d_logits, weight[first:end])
+    d_hidden = d_h.to(hidden.dtype)
+    if need_hidden and rows is not None:
+        d_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
+    return d_hidden, d_weight, d_bias if bias is None else d_bias.to(bias.dtype)
+
+
+def _fake_backward(
+    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, lse: Tensor,
+    block_maximum: Tensor, kept: Tensor, logit_scale: float, softcap: float, ignore_index: int, workspace: int | None, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        hidden.new_empty((0,), dtype=_real(hidden)) if bias is None else bias.new_empty(bias.shape if needs[2] else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, *rest = inputs
+    ctx.options = rest[:-1]
+    ctx.save_for_backward(hidden, weight, bias, targets, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, d_log_likelihood: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    if d_log_likelihood is None or not any(needs):
+        return (None,) * 9
+    found = torch.ops.pyunlearn.linear_log_likelihood_backward(d_log_likelihood, *ctx.saved_tensors, *ctx.options, needs)
+    return (*(d if need else None for d, need in zip(found, needs, strict=True)), *(None,) * 6)
+
+
+LIBRARY.impl("linear_log_likelihood", on_its_device(_forward), "CompositeExplicitAutograd")
+LIBRARY.impl("linear_log_likelihood_backward", on_its_device(_backward), "CompositeExplicitAutograd")
+torch.library.register_fake("pyunlearn::linear_log_likelihood", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("pyunlearn::linear_log_likelihood_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("pyunlearn::linear_log_likelihood", _autograd, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("pyunlearn::linear_log_likelihood_backward", NO_GRADIENT_OF_GRADIENT, lib=LIBRARY)

@@ -1,0 +1,127 @@
+"""Per-token log-likelihoods from ready logits, for models that give nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyunlearn.ops import _backend
+from pyunlearn.ops._check import check, check_bias, check_targets
+from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, on_its_device
+
+
+def log_likelihood(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The log-likelihood of each target token under given logits, in nats: log_softmax(z)[targets], z as in linear_log_likelihood.
+
+    Equivalent to ``-F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=ignore_index)``; one read of the logits, no
+    float32 copy of them, and one write in backward.
+
+    Args:
+        logits: (..., V), float32, bfloat16, float16 or float64.
+        targets: (...), int64 token ids in [0, V), or ignore_index.
+        bias, logit_scale, softcap: as in linear_log_likelihood, for logits to which the model has not applied them.
+
+    Returns:
+        (...), float32 (float64 for float64 logits), 0 where ignored. On a card a target outside [0, V) gives NaN.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).
+    """
+    check(logits, targets, name="logits", bias=bias, softcap=softcap, workspace=None)
+    check_bias(bias, logits.shape[-1])
+    flat = logits.reshape(-1, logits.shape[-1])
+    if bias is not None and bias.requires_grad:
+        flat, bias = flat + bias, None  # the rare case, left to autograd
+    out = torch.ops.pyunlearn.log_likelihood(flat, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index)
+    return out[0].reshape(targets.shape)
+
+
+LIBRARY.define(
+    "log_likelihood(Tensor logits, Tensor? bias, Tensor targets, float logit_scale, float softcap, int ignore_index) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "log_likelihood_backward(Tensor d_log_likelihood, Tensor logits, Tensor? bias, Tensor targets, Tensor log_likelihood, Tensor lse, "
+    "float logit_scale, float softcap, int ignore_index) -> Tensor"
+)
+
+
+def _real(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    apart = x.shape[0] == 1 or x.stride(0) >= x.shape[1]  # an expanded row is not
+    return x if apart and (x.stride(1) == 1 or x.shape[1] == 1) else x.contiguous()
+
+
+def _forward(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    check_targets(targets, logits.shape[1], ignore_index)
+    real, n = _real(logits), logits.shape[0]
+    maximum, total = logits.new_full((n,), -torch.inf, dtype=real), logits.new_zeros((n,), dtype=real)
+    target_logit = logits.new_full((n,), torch.nan, dtype=real)
+    if n:
+        x = _rows_contiguous(logits)
+        _backend.statistics(x, 0, bias, logit_scale, softcap, targets.contiguous(), maximum, total, target_logit)
+    log_total = total.log()
+    found = (target_logit - maximum) - log_total
+    return torch.where(targets == ignore_index, 0.0, found), maximum + log_total
+
+
+def _fake_forward(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(targets.shape, dtype=_real(logits)), logits.new_empty(targets.shape, dtype=_real(logits))
+
+
+def _backward(
+    d_log_likelihood: Tensor, logits: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, lse: Tensor,
+    logit_scale: float, softcap: float, ignore_index: int,
+) -> Tensor:  # fmt: skip
+    coefficients = torch.where(targets == ignore_index, 0.0, d_log_likelihood.to(lse.dtype))
+    d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if logits.shape[0]:
+        x = _rows_contiguous(logits)
+        _backend.gradient(
+            x, 0, bias, logit_scale, softcap, targets.contiguous(), False, lse, log_likelihood, coefficients, None, d_logits
+        )
+    return d_logits
+
+
+def _fake_backward(
+    d_log_likelihood: Tensor, logits: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, lse: Tensor,
+    logit_scale: float, softcap: float, ignore_index: int,
+) -> Tensor:  # fmt: skip
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, bias, targets, *ctx.options = inputs
+    ctx.save_for_backward(logits, bias, targets, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, d_log_likelihood: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_log_likelihood is None or not ctx.needs_input_grad[0]:
+        return (None,) * 6
+    return torch.ops.pyunlearn.log_likelihood_backward(d_log_likelihood, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+
+
+LIBRARY.impl("log_likelihood", on_its_device(_forward), "CompositeExplicitAutograd")
+LIBRARY.impl("log_likelihood_backward", on_its_device(_backward), "CompositeExplicitAutograd")
+torch.library.register_fake("pyunlearn::log_likelihood", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("pyunlearn::log_likelihood_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("pyunlearn::log_likelihood", _autograd, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("pyunlearn::log_likelihood_backward", NO_GRADIENT_OF_GRADIENT, lib=LIBRARY)

@@ -1,0 +1,85 @@
+"""Texts that were certainly never trained on, when the user has none: completions sampled from the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pyunlearn.data import Tokens
+from pyunlearn.models import decoder_start_id, is_encoder_decoder, unwrapped
+
+COUNT = 64
+"""How many are sampled: exposure is then measured up to log2(65) = 6.02 bits."""
+
+
+@torch.no_grad()
+def sampled(model: Any, tokenizer: Any, forget: Sequence[Tokens], *, count: int = COUNT, seed: int = 0) -> list[Tokens]:
+    """`count` completions sampled at temperature 1 from the model, as long as the forget texts (8 to 48 tokens).
+
+    A text without a prompt is answered by samples from the beginning-of-text token. A text with a prompt is answered by samples for
+    that prompt that differ from it in the first token, which is not scored: a model that has memorized the answer would otherwise recite it, and
+    be compared with itself. So a text counts as forgotten when it is no likelier than what the model would typically say instead.
+    """
+    inner, both = unwrapped(model), is_encoder_decoder(model)
+    lengths = sorted(len(t.scored) for t in forget)
+    length = max(8, min(48, lengths[len(lengths) // 2]))
+    start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0) if i is not None)
+    prompted = [t for t in forget if _prompt(t, start, both)[1]]
+    pool = prompted if len(prompted) * 2 > len(forget) else [t for t in forget if not _prompt(t, start, both)[1]]
+    per_prompt = -(-count // len(pool)) if prompted and pool[0] in prompted else count
+    found: list[Tokens] = []
+    devices = [inner.device] if inner.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for t in pool:
+            prompt, departs = _prompt(t, start, both)
+            found += _sample(inner, tokenizer, prompt, t.scored[0] if departs else None, length, min(per_prompt, count - len(found)))
+            if len(found) >= count:
+                break
+    return found
+
+
+def _prompt(t: Tokens, start: int, both: bool) -> tuple[tuple[int, ...], bool]:
+    """The token ids to sample from, and whether they are a prompt of the user's own."""
+    if both:
+        return t.ids, len(t.ids) > 1
+    prompt = t.ids[: t.first]
+    return (prompt, True) if len(prompt) > 1 else ((start,), False)
+
+
+def _sample(inner: Any, tokenizer: Any, prompt: tuple[int, ...], not_first: int | None, length: int, count: int) -> list[Tokens]:
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+    both = is_encoder_decoder(inner)
+    ids = torch.tensor([prompt] * count, device=inner.device)
+    before = 1 if both else len(prompt)
+
+    class Departure(LogitsProcessor):  # type: ignore[misc]
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if not_first is not None and input_ids.shape[1] == before:
+                scores[:, not_first] = -torch.inf
+            return scores
+
+    eos = tokenizer.eos_token_id
+    pad = next(i for i in (tokenizer.pad_token_id, eos, 0) if i is not None)
+    config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1, max_new_tokens=length,
+        min_new_tokens=length if not_first is None else 2, eos_token_id=eos, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=decoder_start_id(inner) if both else None,
+    )  # fmt: skip
+    rows = inner.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_config=config, logits_processor=LogitsProcessorList([Departure()])
+    ).tolist()
+    found = []
+    for row in rows:
+        said = row[before:]
+        if eos is not None and eos in said:
+            said = said[: said.index(eos) + 1]
+        skip = 0 if not_first is None or len(said) < 2 else 1
+        if both:
+            found.append(Tokens(tuple(prompt), skip, tuple(said)))
+        else:
+            found.append(Tokens((*prompt, *said), len(prompt) + skip))
+    return found

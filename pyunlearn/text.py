@@ -1,0 +1,289 @@
+"""Anything a user has -> a list of `Example(prompt, completion)`. No tokenizer and no tensor yet."""
+
+import csv
+import io
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from pyunlearn.errors import DataError, DependencyError
+
+__all__ = ["Example", "Message", "read_examples"]
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+WANTED = '"text", "prompt" and "completion", "question" and "answer", or "messages"'
+_PAIRS = (("prompt", "completion"), ("question", "answer"))
+_LONGEST_FIELD = 2**31 - 1  # csv stops at 131,072 characters by default: shorter than many a chapter
+
+Rows = Iterator[tuple[str, object]]  # where the row stands, as the errors name it; the row
+
+
+class Message(NamedTuple):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text, of which the completion is scored.
+
+    The text is `prompt + completion` with nothing put in between, so an Example made by hand can part even a word. A
+    plain text has the prompt ''. `messages`, where given, is the same exchange as chat turns: a tokenizer with a chat
+    template renders those, any other gets prompt and completion.
+    """
+
+    prompt: str
+    completion: str
+    messages: tuple[Message, ...] | None = None
+
+
+def read_examples(source: object, *, role: str) -> list[Example]:
+    """Reads whatever a user has as a list of examples.
+
+    Arguments
+        source  a string: a path if it names something that exists or ends, on one line, in one of `SUFFIXES`, and else
+                a text (in a list, it is always a text); a pathlib.Path: always a path; a list of strings, dicts and
+                Examples; one dict; one Example; a datasets.Dataset
+        role    "forget", "retain" or "holdout": the errors name it
+
+    A dict, a row or a JSON object has one of these, looked for in this order; other columns are ignored.
+        messages           the last turn, the assistant's, is scored; without a chat template: lines "{role}: {content}"
+        prompt/completion  a space joins the two where neither has one at the seam (none between two wide characters, as
+                           in Chinese); both may also be lists of messages
+        question/answer    a user's and an assistant's turn; without a chat template: "{question}\\n{answer}"
+        text               a plain text, all of it scored
+
+    Files, all UTF-8: .jsonl (an object or string a line), .json (a list of these, {"data": [...]}, or JSON lines), .csv
+    and .tsv (with a header), .parquet, and .txt: its paragraphs, if blank lines part it, and else its lines.
+    """
+    examples = [_example(row, where) for where, row in _rows(source, role)]
+    if not examples:
+        raise DataError(f"{role} holds no example: give at least one text.")
+    return examples
+
+
+def _rows(source: object, role: str) -> Rows:
+    columns = getattr(source, "column_names", None)
+    if isinstance(source, os.PathLike) or (isinstance(source, str) and _is_path(source)):
+        yield from _file_rows(Path(source).expanduser(), role)
+    elif isinstance(columns, Mapping):
+        splits = ", ".join(f'"{split}"' for split in columns)
+        raise DataError(f"{role} is a dataset of several splits, {splits}: pass one of them, as in dataset[split].")
+    elif isinstance(source, (str, Example, Mapping)):
+        yield f"the {role} text" if isinstance(source, str) else f"the {role} example", source
+    elif hasattr(source, "column_names") or (isinstance(source, Sequence) and not isinstance(source, bytes)):
+        rows: Iterable[object] = source  # type: ignore[assignment]  # a datasets.Dataset iterates over its rows
+        for number, row in enumerate(rows, 1):
+            yield f"{role} example {number}", row
+    else:
+        wanted = "a text, a path, a list of texts or dicts, or a datasets.Dataset"
+        raise DataError(f"{role} must be {wanted}, and is of type {type(source).__name__}.")
+
+
+def _is_path(text: str) -> bool:
+    if not text.strip() or "\n" in text:
+        return False
+    try:
+        return Path(text).suffix.lower() in SUFFIXES or Path(text).exists()
+    except (OSError, ValueError):  # too long for a file name, or a NUL in it
+        return False
+
+
+# ---------------------------------------------------------------- rows -> examples
+
+
+def _example(row: object, where: str) -> Example:
+    if isinstance(row, Example):
+        _string(row.completion, "completion", where)
+        return row
+    if isinstance(row, str):
+        return Example("", _string(row, "text", where))
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where} must be a string or an object with {WANTED}, and is of type {type(row).__name__}.")
+    given = {key for key, value in row.items() if value is not None}
+    if "messages" in given:
+        return _chat(row["messages"], where)
+    for first, second in _PAIRS:
+        if {first, second} <= given:
+            return _pair(first, row[first], second, row[second], where)
+    if "text" in given:
+        return Example("", _string(row["text"], "text", where))
+    for first, second in _PAIRS:
+        if first in given:
+            raise _unanswered(first, second, where)
+    found = ", ".join(f'"{key}"' if key in given else f'"{key}" (empty)' for key in row) or "none"
+    raise DataError(f"{where} has no usable column: wanted {WANTED}, found {found}.")
+
+
+def _string(value: object, name: str, where: str, *, blank: bool = False) -> str:
+    if not isinstance(value, str):
+        raise DataError(f'{where} must have a string as "{name}", and has a value of type {type(value).__name__}.')
+    if not (blank or value.strip()):
+        raise DataError(f'{where} has an empty "{name}": fill it in, or drop it.')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell and no tokenizer takes
+        at = f"character {error.start + 1} is half of a surrogate pair"
+        raise DataError(f'{where} has a "{name}" that is not valid Unicode: {at}; mend or remove it.') from error
+    return value
+
+
+def _unanswered(first: str, second: str, where: str) -> DataError:
+    return DataError(f'{where} has a "{first}" without "{second}": add the {second}, which is what is scored.')
+
+
+def _pair(first: str, prompt: object, second: str, completion: object, where: str) -> Example:
+    if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
+        return _chat([*prompt, *completion], where)
+    prompt = _string(prompt, first, where, blank=True)
+    if prompt.strip() and completion == "":
+        raise _unanswered(first, second, where)
+    completion = _string(completion, second, where)
+    if not prompt.strip():
+        return Example("", completion)
+    if first == "question":
+        return Example(f"{prompt}\n", completion, (Message("user", prompt), Message("assistant", completion)))
+    return Example(prompt + _seam(prompt, completion), completion)
+
+
+def _seam(prompt: str, completion: str) -> str:
+    """' ' where two words would otherwise run into each other."""
+    left, right = prompt[-1], completion[0]
+    wide = all(unicodedata.east_asian_width(character) in "WF" for character in (left, right))
+    return "" if wide or left.isspace() or right.isspace() else " "
+
+
+def _chat(messages: object, where: str) -> Example:
+    if not isinstance(messages, (list, tuple)):
+        got = type(messages).__name__
+        raise DataError(f'{where} must have a list of objects as "messages", and has a value of type {got}.')
+    turns = tuple(_message(message, f"message {number} of {where}") for number, message in enumerate(messages, 1))
+    if len(turns) < 2 or turns[-1].role != "assistant":
+        got = ", ".join(turn.role for turn in turns) or "none"
+        raise DataError(
+            f"{where} must have messages that end with one by the assistant after another's, and has: {got}."
+        )
+    lines = [f"{role}: {content}" for role, content in turns[:-1]]
+    return Example("\n".join([*lines, "assistant: "]), turns[-1].content, turns)
+
+
+def _message(message: object, where: str) -> Message:
+    if isinstance(message, Message):
+        message = message._asdict()
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+        got = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
+        raise DataError(f'{where} must be an object with "role" and "content", and is {got or "empty"}.')
+    content = message["content"]
+    if isinstance(content, (list, tuple)) and all(_is_text_part(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    role = _string(message["role"], "role", where)
+    return Message(role, _string(content, "content", where, blank=role == "system"))  # often empty, and harmless
+
+
+def _is_text_part(part: object) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+# ---------------------------------------------------------------- files -> rows
+
+
+def _file_rows(path: Path, role: str) -> Rows:
+    name, suffix = f"the {role} file {path}", path.suffix.lower()
+    if path.is_dir():
+        raise DataError(f"{name} is a folder: wanted a file that ends in one of {', '.join(SUFFIXES)}.")
+    if not path.exists():
+        raise DataError(f"{name} was not found: check the path, or put the string in a list if it is the text itself.")
+    if suffix not in SUFFIXES:
+        raise DataError(f"{name} should end in one of {', '.join(SUFFIXES)}: rename it to what it holds.")
+    rows = list(_parquet(path, name) if suffix == ".parquet" else _text_rows(_read(path, name), suffix, name))
+    if not rows:
+        raise DataError(f"{name} holds no example: give at least one text.")
+    yield from rows
+
+
+def _read(path: Path, name: str) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text, as byte {error.start + 1} shows: save it as UTF-8.") from error
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}.") from error
+    if not text.strip():
+        raise DataError(f"{name} is empty: give at least one text.")
+    return text
+
+
+def _text_rows(text: str, suffix: str, name: str) -> Rows:
+    if suffix in (".csv", ".tsv"):
+        return _table(text, "\t" if suffix == ".tsv" else ",", name)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return {".jsonl": _json_lines, ".json": _json, ".txt": _paragraphs}[suffix](text, name)
+
+
+def _paragraphs(text: str, name: str) -> Rows:
+    kind, blocks = "paragraph", re.split(r"\n\s*\n", text.strip())
+    if len(blocks) == 1:
+        kind, blocks = "line", blocks[0].split("\n")
+    return ((f"{name}, {kind} {number},", block.strip()) for number, block in enumerate(blocks, 1))
+
+
+def _json_lines(text: str, name: str) -> Rows:
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a JSON string
+        if line.strip():
+            try:
+                yield f"{name}, line {number},", json.loads(line)
+            except json.JSONDecodeError as error:
+                fault = f"{error.msg} at column {error.colno}"
+                raise DataError(f"{name}, line {number}, is not JSON: {fault}; wanted one object a line.") from error
+
+
+def _json(text: str, name: str) -> Rows:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one object a line, as datasets.Dataset.to_json writes it
+            yield from _json_lines(text, name)
+            return
+        raise DataError(f"{name} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from error
+    if isinstance(content, dict):
+        content = content["data"] if isinstance(content.get("data"), list) else [content]
+    if not isinstance(content, list):
+        wanted, got = 'a list of objects or strings, or {"data": [...]}', type(content).__name__
+        raise DataError(f"{name} must hold {wanted}, and holds a value of type {got}.")
+    yield from ((f"{name}, row {number},", row) for number, row in enumerate(content, 1))
+
+
+def _table(text: str, delimiter: str, name: str) -> Rows:
+    number, limit = 0, csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        header = next(reader, [])
+        for number, fields in enumerate((fields for fields in reader if fields), 1):
+            if len(fields) > len(header):  # a bare comma in a text: to go on would cut the text short
+                got, mend = f"{len(fields)} fields under {len(header)} columns", "quote texts that hold the separator"
+                raise DataError(f"{name}, row {number}, has {got}: {mend}.")
+            yield f"{name}, row {number},", dict(zip(header, fields, strict=False))
+    except csv.Error as error:
+        raise DataError(f'{name}, row {number + 1}, is malformed: {error}; write a quote in a text as "".') from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(path: Path, name: str) -> Rows:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DependencyError(f"{name} needs pyarrow to be read: pip install pyarrow, or save it as .jsonl.") from error
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name} cannot be read as parquet: {str(error).splitlines()[0].rstrip('.')}.") from error
+    yield from ((f"{name}, row {number},", row) for number, row in enumerate(rows, 1))
