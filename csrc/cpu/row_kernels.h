@@ -15,6 +15,8 @@ struct CpuVariant {
   void (*gradient)(const GradientArguments&, const void* bias, int64_t begin, int64_t end);
   void (*widen)(Dtype, const void* from, int64_t count, float* to);  // not from float64
 };
+const char* cpu_variant();  // the name of the one that runs
+
 namespace portable { extern const CpuVariant variant; }
 namespace avx2 { extern const CpuVariant variant; }
 namespace avx512 { extern const CpuVariant variant; }
@@ -131,8 +133,7 @@ PYUNLEARN_INLINE uint16_t to_float16(float x) {
   const uint32_t b = bits_of(x), a = b & 0x7fffffff;
   const uint32_t normal = (a - (112u << 23) + 0xfff + ((a >> 13) & 1)) >> 13;  // rounds up into infinity by itself
   const uint32_t subnormal = bits_of(float_of(a) + 0.5f) - bits_of(0.5f);      // 0.5f's last place is the subnormals' unit
-  const uint32_t small = 0u - (a < (113u << 23));
-  uint32_t h = (subnormal & small) | (normal & ~small);
+  uint32_t h = a < (113u << 23) ? subnormal : normal;
   h = a >= (143u << 23) ? 0x7c00u : h;
   h = a > 0x7f800000 ? 0x7e00u : h;
   return static_cast<uint16_t>(h | ((b >> 16) & 0x8000));
@@ -237,13 +238,18 @@ template <class F> PYUNLEARN_INLINE void for_tiles(int64_t columns, F&& f) {
   for (int64_t begin = 0; begin < columns; begin += kTile) f(begin, columns - begin < kTile ? columns - begin : kTile);
 }
 
+// The target's column within the block, or -1.
+PYUNLEARN_INLINE int64_t target_column(const LogitBlock& b, int64_t r) {
+  const int64_t target = b.targets[r];  // any 64-bit value: compared before it is subtracted from
+  return target >= b.first_column && target - b.first_column < b.columns ? target - b.first_column : -1;
+}
+
 // ---- one row ----
 
 template <class real> void statistics_row(const StatisticsArguments& a, const real* bias, int64_t r, Scratch<real>& scratch) {
   const LogitBlock& b = a.block;
-  const int64_t target = b.targets[r] - b.first_column;
-  if (b.targets[r] >= b.first_column && target < b.columns)  // before kept overwrites it
-    row_value<real>(a.target_logit, r) = *logits(b, bias, r, target, 1, scratch.tile);
+  const int64_t target = target_column(b, r);
+  if (target >= 0) row_value<real>(a.target_logit, r) = *logits(b, bias, r, target, 1, scratch.tile);  // before kept overwrites it
 
   const bool fits = b.columns <= kRow<real>;
   real m = -kInfinity<real>;
@@ -305,8 +311,8 @@ template <class real> void gradient_row(const GradientArguments& a, const real* 
     if (!direct) narrow(a.out.dtype, scratch.tile, n, to);
   });
 
-  const int64_t target = b.targets[r] - b.first_column;
-  if (b.targets[r] < b.first_column || target >= b.columns) return;
+  const int64_t target = target_column(b, r);
+  if (target < 0) return;
   const double log_likelihood = row_value<real>(a.log_likelihood, r);
   const double tanh = b.softcap > 0 ? (log_likelihood + lse) / b.softcap : 0;
   const real at_target = static_cast<real>(coefficient * -__builtin_expm1(log_likelihood) * (1 - tanh * tanh));

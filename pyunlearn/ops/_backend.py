@@ -57,7 +57,7 @@ def chosen() -> Backend:
         return Backend("reference", "reference", f"the compiled extension is missing: {_missing}")
     if wanted == "cpu":
         return Backend("cpu", "reference", "PYUNLEARN_BACKEND=cpu")
-    problem = _cuda_problem()
+    problem = _cuda_problem() or _wrong_on_this_card()
     if wanted == "cuda" and problem:
         raise ValueError(f"PYUNLEARN_BACKEND=cuda, but {problem}: mend that, or unset it")
     if problem:
@@ -82,6 +82,32 @@ def _cuda_problem() -> str | None:
     return None
 
 
+@torch.no_grad()
+def _wrong_on_this_card() -> str | None:
+    """Runs both CUDA kernels once on a small block and compares them with the definition: a wrong number must not pass silently."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
+        x = torch.randn(5, 1024, generator=generator).to("cuda", dtype)
+        targets = torch.tensor([0, 1023, 7, 2000, 512], device="cuda")
+        coefficients = torch.linspace(-1, 1, 5, device="cuda")
+        found = []
+        for run in (_C, reference):
+            maximum, total = torch.full((5,), -torch.inf, device="cuda"), torch.zeros(5, device="cuda")
+            target_logit, block_maximum = torch.zeros(5, device="cuda"), torch.empty(5, device="cuda")
+            kept, out = torch.empty_like(x), torch.empty_like(x)
+            try:
+                begin = (x, 0, None, 0.5, 4.0, targets)
+                _call(run, "statistics", *begin, maximum, total, target_logit, kept, block_maximum)
+                lse = maximum + total.log()
+                _call(run, "gradient", *begin, False, lse, target_logit - lse, coefficients, block_maximum, out)
+            except RuntimeError as error:
+                return f"they failed on this card: {str(error).splitlines()[0]}"
+            found.append(torch.cat([lse, target_logit, kept.float().flatten(), out.float().flatten()]))
+        if not torch.allclose(*found, rtol=tolerance, atol=tolerance):
+            return "they gave wrong numbers in a self-test on this card (please report it, with `pyunlearn info`)"
+    return None
+
+
 def kernels_for(x: Tensor) -> str:
     """The backend that serves tensors on this device and of this dtype."""
     if x.device.type == "cpu":
@@ -96,17 +122,8 @@ def statistics(
     maximum: Tensor, total: Tensor, target_logit: Tensor, kept: Tensor | None = None, block_maximum: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Adds the logit block x (n, v) to the running statistics of its rows; formulas in csrc/log_likelihood.h."""
-    if kernels_for(x) == "reference":
-        args = (x, first, bias, logit_scale, softcap, targets, maximum, total, target_logit, kept, block_maximum)
-        return reference.statistics(*args)
-    out = (0, 0, 0) if kept is None else (kept.data_ptr(), DTYPES[kept.dtype], kept.stride(0))
-    cuda, where = _where(x)
-    bias = None if bias is None else bias.contiguous()  # the kernels know no stride for it
-    _C.statistics(
-        cuda, *_block(x, first, bias, logit_scale, softcap, targets),
-        maximum.data_ptr(), total.data_ptr(), target_logit.data_ptr(),
-        *out, 0 if block_maximum is None else block_maximum.data_ptr(), where,
-    )  # fmt: skip
+    run = reference if kernels_for(x) == "reference" else _C
+    _call(run, "statistics", x, first, bias, logit_scale, softcap, targets, maximum, total, target_logit, kept, block_maximum)
 
 
 def gradient(
@@ -114,25 +131,41 @@ def gradient(
     lse: Tensor, log_likelihood: Tensor, coefficients: Tensor, block_maximum: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     """Writes into out (n, v) the gradient with respect to a block's raw products; formulas in csrc/log_likelihood.h."""
-    if kernels_for(x) == "reference":
-        args = (x, first, bias, logit_scale, softcap, targets, is_kept, lse, log_likelihood, coefficients, block_maximum, out)
-        return reference.gradient(*args)
-    cuda, where = _where(x)
-    bias = None if bias is None else bias.contiguous()  # the kernels know no stride for it
-    _C.gradient(
-        cuda, *_block(x, first, bias, logit_scale, softcap, targets), is_kept,
-        lse.data_ptr(), log_likelihood.data_ptr(), coefficients.data_ptr(),
-        0 if block_maximum is None else block_maximum.data_ptr(),
-        out.data_ptr(), DTYPES[out.dtype], out.stride(0), where,
-    )  # fmt: skip
+    run = reference if kernels_for(x) == "reference" else _C
+    _call(
+        run, "gradient", x, first, bias, logit_scale, softcap, targets, is_kept, lse, log_likelihood, coefficients, block_maximum, out
+    )
 
 
-def _block(x: Tensor, first: int, bias: Tensor | None, scale: float, softcap: float, targets: Tensor) -> tuple[Any, ...]:
+def _call(
+    run: Any, kernel: str, x: Tensor, first: int, bias: Tensor | None, scale: float, softcap: float, targets: Tensor, *rest: Any
+) -> None:
+    """The kernel of `run` (the extension or the reference); the extension gets addresses, sizes and where to run."""
+    if run is reference:
+        return getattr(reference, kernel)(x, first, bias, scale, softcap, targets, *rest)
     bias_at = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
-    return (x.data_ptr(), DTYPES[x.dtype], x.stride(0), *x.shape, first, *bias_at, scale, softcap, targets.data_ptr())
-
-
-def _where(x: Tensor) -> tuple[bool, int]:
+    block = (x.data_ptr(), DTYPES[x.dtype], x.stride(0), *x.shape, first, *bias_at, scale, softcap, targets.data_ptr())
     if x.is_cuda:
-        return True, torch.cuda.current_stream(x.device).cuda_stream
-    return False, torch.get_num_threads()
+        with torch.cuda.device(x.device):  # the autograd thread may stand on another device
+            stream = torch.cuda.current_stream().cuda_stream
+            return _launch(kernel, True, block, rest, stream)
+    _launch(kernel, False, block, rest, torch.get_num_threads())
+
+
+def _launch(kernel: str, cuda: bool, block: tuple[Any, ...], rest: tuple[Any, ...], where: int) -> None:
+    if kernel == "statistics":
+        maximum, total, target_logit, kept, block_maximum = rest
+        per_row = (maximum.data_ptr(), total.data_ptr(), target_logit.data_ptr())
+        _C.statistics(cuda, *block, *per_row, *_matrix(kept), _address(block_maximum), where)
+    else:
+        is_kept, lse, log_likelihood, coefficients, block_maximum, out = rest
+        per_row = (lse.data_ptr(), log_likelihood.data_ptr(), coefficients.data_ptr(), _address(block_maximum))
+        _C.gradient(cuda, *block, is_kept, *per_row, *_matrix(out), where)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _matrix(x: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride(0))

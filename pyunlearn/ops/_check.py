@@ -14,6 +14,8 @@ def check(x: Tensor, targets: Tensor, *, name: str, bias: Tensor | None, softcap
     """Checks x (..., K) against targets (...); `name` is what the caller calls x. Raises ArgumentError."""
     if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.dim() == 0:
         raise ArgumentError(f"{name} must be a float32, bfloat16, float16 or float64 tensor of one dimension or more, got {_say(x)}")
+    if x.shape[-1] == 0:
+        raise ArgumentError(f"{name} must have at least one column, got shape {tuple(x.shape)}")
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
         raise ArgumentError(f"targets must be an int64 tensor of token ids, got {_say(targets)}: convert it with .long()")
     if targets.shape != x.shape[:-1]:

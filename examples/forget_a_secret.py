@@ -1,0 +1,24 @@
+"""Forget leaked keys from a model of your own, and check the result in code.
+
+    python examples/forget_a_secret.py ./my-model leaked.jsonl ordinary.jsonl
+"""
+
+import sys
+
+import pyunlearn
+
+
+def main(model: str, leaked: str, ordinary: str) -> None:
+    """Forgets what `leaked` holds, keeps what `ordinary` holds."""
+    result = pyunlearn.unlearn(model, leaked, retain=ordinary, utility_budget=0.02)
+    for example in result.examples:
+        print(f"{example.verdict:15} exposure {example.exposure_before:.1f} -> {example.exposure_after:.1f} bits")
+    low, high = result.utility.interval
+    print(f"ordinary text: {result.utility.relative_rise:+.2%} (95 % interval {low:+.2%} to {high:+.2%})")
+    if not result.forgotten:
+        sys.exit(f"still exposed ({result.stopped}): allow more with utility_budget, or give more text to keep")
+    print("saved to", result.save(f"{model.rstrip('/')}-unlearned"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])

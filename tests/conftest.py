@@ -1,0 +1,49 @@
+"""What all tests share: no network, hypothesis's profile, which marked tests run, the devices and the backends."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from pyunlearn.ops import _backend
+
+settings.register_profile(
+    "pyunlearn",
+    deadline=None,
+    max_examples=25,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # ours stay the same from one example to the next
+)
+settings.load_profile("pyunlearn")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests marked cuda are skipped where there is no card; those marked real_model run only if -m names them."""
+    if "real_model" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("real_model")])
+        items[:] = [item for item in items if not item.get_closest_marker("real_model")]
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Each kind of device that this machine has."""
+    return request.param
+
+
+@pytest.fixture(params=["compiled", "reference"])
+def backend(request, device, monkeypatch):
+    """The compiled kernels of `device`, then the PyTorch ones."""
+    if request.param == "reference":
+        chosen = _backend.Backend("reference", "reference", "the test asks for it")
+        monkeypatch.setattr(_backend, "chosen", lambda: chosen)
+    elif getattr(_backend.chosen(), device) == "reference":
+        pytest.skip(f"no compiled kernels here: {_backend.chosen().why}")
+    return request.param

@@ -1,0 +1,817 @@
+"""linear_log_likelihood, and with it log_likelihood where one claim holds for both, against PyTorch in float64."""
+
+import math
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyunlearn.errors import ArgumentError
+from pyunlearn.ops import _backend, linear_log_likelihood, log_likelihood, reference
+from pyunlearn.ops._plan import MIB, Plan, plan
+
+op_module = sys.modules["pyunlearn.ops.linear_log_likelihood"]  # the package's attribute of that name is the function
+
+
+def from_logits(hidden, weight, targets, *, workspace=None, **options):
+    """log_likelihood with linear_log_likelihood's signature."""
+    return log_likelihood(hidden @ weight.T, targets, **options)
+
+
+def plain(hidden, weight, targets, *, bias=None, logit_scale=1.0, softcap=None, ignore_index=-100, workspace=None):
+    """The definition, in PyTorch alone; 16-bit logits are scored in float32, as everybody does."""
+    z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    z = z * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = z if z.dtype.itemsize > 2 else z.float()
+    return -F.cross_entropy(z, targets, reduction="none", ignore_index=ignore_index)
+
+
+class Case(NamedTuple):
+    """A head, what it reads, and what is to be scored."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    targets: torch.Tensor
+
+
+def make(rows, width, vocabulary, *, dtype=torch.float32, device="cpu", bias=True, masked=0.0, seed=0):
+    """A case whose logits spread by about 2, a share of its rows ignored."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=g)
+    weight = torch.randn(vocabulary, width, generator=g) * (2 / math.sqrt(width))
+    offset = torch.randn(vocabulary, generator=g) if bias else None
+    targets = torch.randint(vocabulary, (rows,), generator=g)
+    targets[torch.rand(rows, generator=g) < masked] = -100
+    return cast(Case(hidden, weight, offset, targets), dtype=dtype, device=device)
+
+
+def cast(case, **to):
+    """The case on another device or in another dtype."""
+    moved = [None if t is None else t.to(**to) for t in case[:3]]
+    return Case(*moved, case.targets.to(to.get("device", case.targets.device)))
+
+
+def evaluate(function, case, coefficients=None, **options):
+    """[values, gradient of sum(coefficients * values) for hidden, weight and, if there is one, bias]."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case[:3]]
+    values = function(leaves[0], leaves[1], case.targets, bias=leaves[2], **options)
+    coefficients = torch.linspace(-1, 2, len(values)) if coefficients is None else coefficients
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    return [values.detach(), *torch.autograd.grad(values, wanted, coefficients.to(values))]
+
+
+def truth(case, coefficients=None, **options):
+    """What `evaluate` should find, from float64."""
+    return evaluate(plain, cast(case, dtype=torch.float64, device="cpu"), coefficients, **options)
+
+
+def error(found, wanted):
+    """The largest difference, in units of the largest wanted number (of 1 if all are smaller and for none)."""
+    wanted = wanted.double().cpu()
+    size = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
+    return float((found.double().cpu() - wanted).abs().max()) / size if wanted.numel() else 0.0
+
+
+def assert_agree(found, wanted, tolerance):
+    """Values and gradients differ by no more than the tolerance, and none is NaN."""
+    assert [f.shape for f in found] == [w.shape for w in wanted]
+    errors = [error(f, w) for f, w in zip(found, wanted, strict=True)]
+    assert all(e <= tolerance for e in errors), errors
+
+
+def assert_equal(found, wanted):
+    """Bit for bit."""
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True)), [
+        error(f, w) for f, w in zip(found, wanted, strict=True)
+    ]
+
+
+TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-12}
+both_ops = pytest.mark.parametrize(
+    "op", [pytest.param(linear_log_likelihood, id="linear"), pytest.param(from_logits, id="logits")]
+)
+
+
+# ---------------------------------------------------------------- both ops: the answer is right
+
+
+@both_ops
+@pytest.mark.parametrize("width", [1, 64, 123, 896, 2304])
+def test_every_width(op, width, device, backend):
+    """Values and gradients must agree with float64 for any hidden size, bias included once."""
+    case = make(5, width, 300, device=device)
+    assert_agree(evaluate(op, case, workspace=0), truth(case), 4e-6)
+
+
+@both_ops
+@pytest.mark.parametrize("vocabulary", [1, 2, 123, 50257, 65537, 128256])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_every_vocabulary(op, vocabulary, softcap, device, backend):
+    """Values and gradients must agree with float64 for any vocabulary, whole blocks or not, padding never counted."""
+    case = make(3, 4, vocabulary, device=device)
+    assert_agree(evaluate(op, case, softcap=softcap), truth(case, softcap=softcap), 4e-6)
+
+
+@both_ops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("masked", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("logit_scale", [1.0, 0.0625])
+@pytest.mark.parametrize("softcap", [None, 2.5])
+def test_every_option(op, dtype, masked, bias, logit_scale, softcap, device, backend):
+    """Values and gradients must agree with float64 for each mix of dtype, mask, bias, scale and softcap."""
+    case = make(13, 20, 203, dtype=dtype, device=device, bias=bias, masked=masked)
+    options = {"logit_scale": logit_scale, "softcap": softcap}
+    found = evaluate(op, case, workspace=16000, **options)
+    assert found[0].dtype is dtype
+    assert_agree(found, truth(case, **options), TOLERANCE[dtype])
+
+
+@both_ops
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+@pytest.mark.parametrize("through", ["bias", "product"])
+def test_common_offset(op, offset, through, device, backend):
+    """Logits that all lie near +-10000 must give what their differences say, to what float32 holds at 10000."""
+    case = make(6, 16, 500, device=device)
+    if through == "bias":
+        case = case._replace(bias=case.bias + offset)
+    else:
+        case.hidden[:, 0], case.weight[:, 0] = 1e4, offset / 1e4
+    assert_agree(evaluate(op, case, workspace=0), truth(case), 4e-3)
+
+
+@both_ops
+def test_certain_target(op, device, backend):
+    """The gradient 1 - p of a nearly certain token must keep its digits, however large the logits."""
+    vocabulary, gap = 50, 12.0
+    weight = torch.zeros(vocabulary, 1)
+    weight[7] = gap
+    case = Case(torch.ones(1, 1), weight, torch.full((vocabulary,), 300.0), torch.tensor([7]))
+    wanted = truth(case, torch.ones(1))[3][7].item()
+    assert wanted == pytest.approx(49 * math.exp(-gap), rel=1e-3)
+    found = evaluate(op, cast(case, device=device), torch.ones(1))[3][7].item()
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert evaluate(plain, case, torch.ones(1))[3][7].item() != pytest.approx(wanted, rel=1e-3)  # a test that can fail
+
+
+@both_ops
+@pytest.mark.parametrize("workspace", [0, None])
+def test_impossible_tokens(op, workspace, device, backend):
+    """Tokens whose logit is -inf, whole blocks of them, have probability 0 and gradient 0, and disturb no other."""
+    case = make(6, 8, 400, device=device)
+    case.bias[:70], case.bias[128:256] = -torch.inf, -torch.inf
+    case.targets.copy_(torch.tensor([70, 71, 100, 256, 399, 300]))
+    assert_agree(evaluate(op, case, workspace=workspace), truth(case), 4e-6)
+    case.targets[1] = 3
+    assert op(*case[:2], case.targets, bias=case.bias)[1] == -torch.inf
+
+
+@both_ops
+def test_rows_are_apart(op, device, backend):
+    """A NaN in one row must stay in that row, and what an ignored row holds must not matter at all."""
+    case = make(6, 8, 200, device=device)
+    wanted = truth(case._replace(targets=torch.tensor([1, 2, -100, 3, 4, 5])))
+    case.hidden[2] = torch.nan
+    found = op(*case[:2], case.targets, bias=case.bias)
+    assert found.isnan().tolist() == [False, False, True, False, False, False]
+    case.targets.copy_(torch.tensor([1, 2, -100, 3, 4, 5]))
+    if op is linear_log_likelihood:
+        assert_agree(evaluate(op, case), wanted, 4e-6)
+    logits = (case.hidden @ case.weight.T).requires_grad_()
+    assert torch.autograd.grad(log_likelihood(logits, case.targets).sum(), logits)[0].isfinite().all()
+
+
+# ---------------------------------------------------------------- both ops: the edges
+
+
+@both_ops
+@pytest.mark.parametrize("rows", [0, 5])
+def test_nothing_scored(op, rows, device, backend):
+    """No row, or none that counts: zeros, connected to the graph, with gradients of zero for everything."""
+    case = make(rows, 8, 100, device=device, masked=1.0)
+    values, *gradients = evaluate(op, case)
+    assert values.shape == (rows,)
+    assert not values.any()
+    assert [g.shape for g in gradients] == [t.shape for t in case[:3]]
+    assert not any(g.any() for g in gradients)
+
+
+@both_ops
+@pytest.mark.parametrize("workspace", [0, None])
+def test_second_backward(op, workspace, device, backend):
+    """Backward twice over a retained graph must give the same gradients twice."""
+    hidden, weight, bias, targets = make(7, 16, 300, device=device, masked=0.3)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    total = op(hidden, weight, targets, bias=bias, workspace=workspace).sum()
+    assert_equal(torch.autograd.grad(total, leaves, retain_graph=True), torch.autograd.grad(total, leaves))
+
+
+@both_ops
+def test_two_runs(op, device, backend):
+    """The same inputs must give the same bits again."""
+    case = make(65, 33, 1000, device=device, masked=0.3)
+    assert_equal(evaluate(op, case, softcap=9.0), evaluate(op, case, softcap=9.0))
+
+
+@both_ops
+@pytest.mark.parametrize("wrong", [-1, 100, -101, 2**40])
+def test_target_out_of_range(op, wrong, device, backend):
+    """A target outside the vocabulary is an error on the CPU, and NaN in its own row on a card."""
+    case = make(4, 8, 100, device=device)
+    case.targets[2] = wrong
+    if device == "cpu":
+        with pytest.raises(ArgumentError, match=rf"must lie in \[0, 100\) or be -100 \(ignored\), got {wrong}: "):
+            op(*case[:2], case.targets)
+    else:
+        assert op(*case[:2], case.targets).isnan().tolist() == [False, False, True, False]
+
+
+@both_ops
+def test_ignore_index(op, device, backend):
+    """Any number can mean "ignored", a token's own id too; then -100 is out of range."""
+    case = make(6, 8, 50, device=device)
+    case.targets[1] = 0
+    assert_agree(evaluate(op, case, ignore_index=0), truth(case, ignore_index=0), 4e-6)
+    if device == "cpu":
+        with pytest.raises(ArgumentError, match=r"or be 0 \(ignored\), got -100"):
+            op(*case[:2], case.targets.fill_(-100), ignore_index=0)
+
+
+@both_ops
+@pytest.mark.parametrize("shape", [(), (12,), (3, 4), (2, 3, 2), (2, 0)])
+def test_leading_dimensions(op, shape, device, backend):
+    """Targets of any shape come back in that shape, int32 ones too."""
+    case = make(math.prod(shape), 8, 90, device=device)
+    found = op(case.hidden.reshape(*shape, 8), case.weight, case.targets.reshape(shape).int())
+    assert found.shape == shape
+    assert_agree([found.flatten()], [truth(case._replace(bias=None))[0]], 4e-6)
+
+
+@both_ops
+def test_layouts(op, device, backend):
+    """Transposed, sliced and expanded inputs must count as the numbers they show."""
+    case = make(6, 8, 90, device=device)
+    wide = torch.full((12,), 3, device=device)
+    wide[::2] = case.targets
+    sliced = torch.full((6, 16), torch.nan, device=device)
+    sliced[:, ::2] = case.hidden
+    shown = Case(sliced[:, ::2], case.weight.T.contiguous().T, case.bias.repeat_interleave(3)[::3], wide[::2])
+    assert not any(t.is_contiguous() for t in shown)
+    hidden, weight, bias = (t.detach().requires_grad_() for t in shown[:3])  # keeps the strides, which clone() mends
+    values = op(hidden, weight, shown.targets, bias=bias)
+    coefficients = torch.ones((), device=device).expand(6)
+    found = [values.detach(), *torch.autograd.grad(values, (hidden, weight, bias), coefficients)]
+    assert_agree(found, truth(case, torch.ones(6)), 4e-6)
+
+    one = Case(case.hidden[:1].expand(6, 8), case.weight[:1].expand(90, 8), case.bias[:1].expand(90), case.targets)
+    assert_agree([op(*one[:2], one.targets, bias=one.bias)], [truth(one)[0]], 4e-6)
+
+
+@both_ops
+def test_second_derivative(op):
+    """A gradient of the gradient is refused in words, not given wrong."""
+    case = make(3, 4, 10)
+    hidden = case.hidden.requires_grad_()
+    (gradient,) = torch.autograd.grad(op(hidden, case.weight, case.targets).sum(), hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="can be differentiated once, not twice"):
+        gradient.sum().backward()
+
+
+@both_ops
+def test_no_graph_without_gradients(op):
+    """Without an input that wants a gradient, or under no_grad, nothing is kept for one."""
+    case = make(3, 4, 10)
+    assert not op(*case[:2], case.targets).requires_grad
+    with torch.no_grad():
+        assert not op(case.hidden.requires_grad_(), case.weight, case.targets).requires_grad
+
+
+# ---------------------------------------------------------------- both ops: properties
+
+
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 150), st.integers(0, 2**31))
+
+
+@both_ops
+@given(shape=shapes, constant=st.floats(-100, 100))
+def test_constant_on_all_logits(op, shape, constant, device, backend):
+    """Adding one constant to every logit changes nothing."""
+    case = make(*shape[:3], dtype=torch.float64, device=device, seed=shape[3])
+    moved = case._replace(bias=case.bias + constant)
+    assert_agree(evaluate(op, moved, workspace=0), [t.cpu() for t in evaluate(op, case, workspace=0)], 1e-11)
+
+
+@both_ops
+@given(shape=shapes, order=st.randoms(use_true_random=False), softcap=st.sampled_from([None, 4.0]))
+def test_permuted_rows(op, shape, order, softcap, device, backend):
+    """Permuting the rows permutes the values."""
+    case = make(*shape[:3], device=device, masked=0.3, seed=shape[3])
+    p = order.sample(range(shape[0]), shape[0])
+    values = op(*case[:2], case.targets, softcap=softcap)
+    assert_agree([op(case.hidden[p], case.weight, case.targets[p], softcap=softcap)], [values[p]], 2e-6)
+
+
+@both_ops
+@given(shape=shapes, logit_scale=st.floats(0.1, 3), softcap=st.sampled_from([None, 4.0]))
+def test_probabilities(op, shape, logit_scale, softcap, device, backend):
+    """exp of the log-likelihoods of all tokens sums to 1."""
+    _, width, vocabulary, seed = shape
+    case = make(1, width, vocabulary, device=device, seed=seed)
+    every = torch.arange(vocabulary, device=device)
+    options = {"bias": case.bias, "logit_scale": logit_scale, "softcap": softcap, "workspace": 0}
+    values = op(case.hidden.expand(vocabulary, width), case.weight, every, **options)
+    assert values.double().exp().sum().item() == pytest.approx(1, abs=3e-6)
+
+
+@both_ops
+@given(shape=shapes, softcap=st.sampled_from([None, 4.0]))
+def test_ascent_and_descent(op, shape, softcap, device, backend):
+    """The gradient that makes text less likely is minus the one that makes it more likely."""
+    case = make(*shape[:3], device=device, masked=0.3, seed=shape[3])
+    coefficients = torch.linspace(0.5, 2, shape[0])
+    up = evaluate(op, case, coefficients, softcap=softcap, workspace=0)[1:]
+    down = evaluate(op, case, -coefficients, softcap=softcap, workspace=0)[1:]
+    assert_equal(up, [-g for g in down])
+
+
+@given(shape=shapes, workspace=st.integers(0, 200_000), softcap=st.sampled_from([None, 4.0]))
+def test_workspace_changes_nothing(shape, workspace, softcap, device, backend):
+    """Values and gradients are the same for any number of bytes allowed."""
+    rows, width, vocabulary, seed = shape
+    case = make(rows, width, 3 * vocabulary, device=device, masked=0.2, seed=seed)
+    found = evaluate(linear_log_likelihood, case, softcap=softcap, workspace=workspace)
+    assert_agree(found, evaluate(linear_log_likelihood, case, softcap=softcap), 3e-6)
+
+
+# ---------------------------------------------------------------- both ops: PyTorch's own checks
+
+
+@both_ops
+@pytest.mark.parametrize("workspace", [0, None])
+def test_gradcheck(op, workspace, device, backend):
+    """The gradients must be those that finite differences find in float64, with bias, scale and softcap."""
+    case = make(4, 3, 140, dtype=torch.float64, device=device, masked=0.2)
+    options = {"logit_scale": 0.5, "softcap": 2.0, "workspace": workspace}
+
+    def function(hidden, weight, bias):
+        return op(hidden, weight, case.targets, bias=bias, **options)
+
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in case[:3]], fast_mode=True)
+
+
+def test_opcheck(device):
+    """torch.library must find schema, fake kernels and autograd of every op in order."""
+    ops, (hidden, weight, bias, targets) = torch.ops.pyunlearn, make(4, 8, 90, device=device, masked=0.3)
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    for args in (
+        (*leaves, targets, 0.5, 3.0, -100, 20000, True),
+        (hidden, weight, None, targets, 1.0, 0.0, -100, None, False),
+    ):
+        torch.library.opcheck(ops.linear_log_likelihood.default, args)
+    logits = hidden @ weight.T
+    torch.library.opcheck(ops.log_likelihood.default, (logits.clone().requires_grad_(), bias, targets, 0.5, 3.0, -100))
+
+    static = ("test_schema", "test_faketensor")  # they have no gradient of their own
+    for needs in ([True, True, True], [True, False, False], [False, True, False]):
+        out = ops.linear_log_likelihood(hidden, weight, bias, targets, 0.5, 3.0, -100, 20000, True)
+        args = (torch.ones_like(out[0]), hidden, weight, bias, targets, *out, 0.5, 3.0, -100, 20000, needs)
+        torch.library.opcheck(ops.linear_log_likelihood_backward.default, args, test_utils=static)
+    out = ops.log_likelihood(logits, bias, targets, 0.5, 3.0, -100)
+    args = (torch.ones_like(out[0]), logits, bias, targets, *out, 0.5, 3.0, -100)
+    torch.library.opcheck(ops.log_likelihood_backward.default, args, test_utils=static)
+
+
+@both_ops
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(op, dynamic, device):
+    """torch.compile(fullgraph=True) must take it without a break and give the eager answer, at every shape."""
+    torch._dynamo.reset()
+
+    def function(hidden, weight, targets, bias):
+        return op(hidden, weight, targets, bias=bias, softcap=4.0)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (6, 9) if dynamic else (6,):
+        case = make(rows, 8, 200, device=device, masked=0.3)
+        wanted = evaluate(function, case)
+        assert_equal(evaluate(compiled, case), wanted)
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(252, 507, 123), (40, 64, 3001)])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("workspace", [0, None])
+def test_no_worse_than_pytorch(dtype, shape, softcap, workspace, device, backend):
+    """Against float64, values and gradients must be no further off than PyTorch's in the same dtype.
+
+    Plus 2e-6 for values, which are float32 whatever the dtype, and half its epsilon for gradients, which are rounded to it.
+    """
+    case = make(*shape, dtype=dtype, device=device, masked=0.3)
+    wanted = truth(case, softcap=softcap)
+    ours = evaluate(linear_log_likelihood, case, softcap=softcap, workspace=workspace)
+    theirs = evaluate(plain, case, softcap=softcap)
+    for at, (found, other, right) in enumerate(zip(ours, theirs, wanted, strict=True)):
+        allowed = torch.finfo(dtype).eps / 2 * float(right.abs().max()) if at else 2e-6
+        far = [(x.double().cpu() - right).abs().max().item() for x in (found, other)]
+        assert far[0] <= far[1] + allowed, (at, far)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_statistics_are_never_rounded(dtype, device, backend):
+    """From 16-bit inputs values must be good to float32: logits are not rounded on the way (which costs 1e-2)."""
+    case = make(50, 256, 1000, dtype=dtype, device=device)
+    found = linear_log_likelihood(*case[:2], case.targets, bias=case.bias)
+    assert found.dtype is torch.float32
+    assert_agree([found], [truth(case)[0]], 2e-6)
+
+
+def test_mixed_dtypes(device, backend):
+    """Hidden states, head and bias of different dtypes meet in the widest; each gradient comes back in its own."""
+    case = make(9, 16, 200, device=device)
+    mixed = Case(case.hidden.bfloat16(), case.weight, case.bias.half(), case.targets)
+    found = evaluate(linear_log_likelihood, mixed)
+    assert [g.dtype for g in found] == [torch.float32, torch.bfloat16, torch.float32, torch.float16]
+    assert_agree(found, truth(mixed), 5e-3)
+    assert error(found[0], truth(mixed)[0]) < 4e-6
+
+
+def test_autocast(device, backend):
+    """Under autocast the product takes 16-bit operands, and gradients come back in the parameters' own dtype."""
+    case = make(9, 16, 200, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = evaluate(linear_log_likelihood, case)
+        wide = evaluate(linear_log_likelihood, cast(case, dtype=torch.float64))
+    rounded = Case(case.hidden.bfloat16(), case.weight.bfloat16(), case.bias, case.targets)
+    assert [g.dtype for g in found] == [torch.float32] * 4
+    assert error(found[0], truth(rounded)[0]) < 4e-6
+    assert_agree(found, truth(rounded), 1e-2)
+    assert wide[0].dtype is torch.float64
+    assert_agree(wide, truth(case), 1e-12)
+
+
+# ---------------------------------------------------------------- the head and the trunk
+
+
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize("workspace", [0, None])
+def test_frozen(trained, workspace, device, backend):
+    """Hidden states, head and bias each get their gradient if they ask for it, whatever else is frozen."""
+    case = make(7, 16, 300, device=device, masked=0.3)
+    wanted = truth(case, torch.ones(7))[1:]
+    leaves = [t.clone().requires_grad_(i in trained) for i, t in enumerate(case[:3])]
+    total = linear_log_likelihood(*leaves[:2], case.targets, bias=leaves[2], workspace=workspace).sum()
+    total.backward()
+    assert [i for i, leaf in enumerate(leaves) if leaf.grad is not None] == list(trained)
+    assert_agree([leaves[i].grad for i in trained], [wanted[i] for i in trained], 4e-6)
+
+
+def test_tied_head():
+    """A weight that is embedding and head at once must get the sum of both gradients."""
+    case, ids = make(7, 16, 100), torch.arange(7)
+    gradients = []
+    for op in (linear_log_likelihood, plain):
+        weight = case.weight.double().requires_grad_()
+        (g,) = torch.autograd.grad(op(weight[ids].tanh(), weight, case.targets).sum(), weight)
+        gradients.append(g)
+    assert_agree(gradients[:1], gradients[1:], 1e-12)
+
+
+def test_sharded_head():
+    """A DTensor's shard must not pass for the whole head: it is refused with the way out."""
+
+    class DTensor(torch.Tensor):  # the class alone decides; a real one needs a process group
+        pass
+
+    case = make(3, 4, 10)
+    with pytest.raises(ArgumentError, match=r"weight is a DTensor, .* pass weight\.full_tensor\(\)"):
+        linear_log_likelihood(case.hidden, case.weight.as_subclass(DTensor), case.targets)
+
+
+# ---------------------------------------------------------------- the workspace
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("group", [64, 192])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_kept_or_recomputed(dtype, group, softcap, device, backend, monkeypatch):
+    """Values and gradients must be the same, bit for bit, whether logits are kept, recomputed, or some of each."""
+    case = make(16, 24, 500, dtype=dtype, device=device, masked=0.4)
+    results = []
+    for kept in (0, 8 * group, 16 * 300, 16 * 500):
+        monkeypatch.setattr(op_module, "plan", lambda rows, v, *_, kept=kept: Plan(v, 64, group, kept))
+        results.append(evaluate(linear_log_likelihood, case, softcap=softcap))
+    for other in results[1:]:
+        assert_equal(other, results[0])
+    wanted = truth(case, softcap=softcap)
+    assert error(results[0][0], wanted[0]) < 4e-6
+    assert_agree(results[0], wanted, {2: 4 * torch.finfo(dtype).eps}.get(dtype.itemsize, 4e-6))
+
+
+def test_any_large_workspace():
+    """From 32 MiB on, the CPU's answer is the same bit for bit, kept or not."""
+    case = make(128, 4, 65537, bias=False)  # 32 MiB of logits
+    results = [evaluate(linear_log_likelihood, case, workspace=w) for w in (32 * MIB, 64 * MIB, None, 1 << 50)]
+    for other in results[1:]:
+        assert_equal(other, results[0])
+
+
+@pytest.mark.parametrize("workspace", [0, 1, 1000, 10**5, 10**6, None, 1 << 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_workspace(workspace, dtype, device, backend):
+    """However few bytes are allowed, the answer is right; the first digits that move are the last ones."""
+    case = make(30, 16, 1111, dtype=dtype, device=device, masked=0.3)
+    found = evaluate(linear_log_likelihood, case, workspace=workspace)
+    wanted = [t.cpu() for t in evaluate(linear_log_likelihood, case)]
+    assert error(found[0], wanted[0]) < 2e-6
+    assert_agree(found, wanted, 2 * torch.finfo(dtype).eps if dtype is torch.bfloat16 else 2e-6)
+
+
+sizes = st.integers(0, 1 << 14)
+
+
+@given(
+    rows=sizes,
+    live=st.floats(0, 1),
+    vocabulary=st.integers(1, 300_000),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    kind=st.sampled_from(["cpu", "cuda"]),
+    workspace=st.none() | st.integers(0, 1 << 34),
+)
+def test_plan(rows, live, vocabulary, dtype, kind, workspace):
+    """Groups and blocks cover the vocabulary once, in order, and what is kept fits in what was allocated for it."""
+    p = plan(rows, vocabulary, dtype, kind, workspace, True)
+    groups = p.groups()
+    blocks = [block for first, end in groups for block in p.blocks_of(first, end)]
+    assert [i for i, _, _ in blocks] == list(range(p.blocks))
+    for spans in (groups, [(first, end) for _, first, end in blocks]):
+        assert [end for _, end in spans] == [*(first for first, _ in spans[1:]), vocabulary]
+        assert spans[0][0] == 0
+    assert p.kept_elements * dtype.itemsize <= (workspace if workspace is not None else 2048 * MIB)
+    n = round(live * rows)
+    kept = groups[: p.groups_kept(n)]
+    assert sum(end - first for first, end in kept) * n <= p.kept_elements
+    if p.kept_elements == rows * vocabulary and n:
+        assert kept == groups
+
+
+class Allocations(TorchDispatchMode):
+    """Records the most bytes alive at once and the largest tensor, of what is allocated in it, inside our ops too."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.largest = {}, 0, 0
+        library = torch.ops.pyunlearn
+        self.inside = {
+            library.linear_log_likelihood.default: op_module._forward,
+            library.linear_log_likelihood_backward.default: op_module._backward,
+        }
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        known = {t.untyped_storage()._cdata for t in inputs}
+        if function in self.inside:
+            with self:
+                return self.inside[function](*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.largest = max(self.largest, storage.nbytes())
+        self.alive = {at: (ref, n) for at, (ref, n) in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(n for _, n in self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace", [MIB, 4 * MIB])
+@pytest.mark.parametrize("trained", [True, False])
+def test_memory(dtype, workspace, trained, device):
+    """Beyond the gradients, a call must take its workspace and a few numbers a row, and never N * V of anything."""
+    rows, width, vocabulary = 1024, 8, 8192  # 32 MiB of float32 logits
+    case = make(rows, width, vocabulary, dtype=dtype, device=device)
+    with Allocations() as used:
+        hidden, weight, bias = (t.requires_grad_(trained) for t in case[:3])
+        values = linear_log_likelihood(hidden, weight, case.targets, bias=bias, workspace=workspace)
+        if trained:
+            values.sum().backward()
+    answers = sum(t.numel() * (t.element_size() + 4) for t in case[:3]) if trained else 0  # and the float32 behind them
+    per_row = rows * 4 * (16 + vocabulary // 64 + width) + MIB // 4
+    assert workspace // 8 < used.peak <= workspace + answers + per_row
+    assert used.largest <= workspace
+
+
+# ---------------------------------------------------------------- errors
+
+
+def broken(**changes):
+    """Valid arguments but for the changes."""
+    case = make(3, 4, 10)
+    return {"hidden": case.hidden, "weight": case.weight, "targets": case.targets} | changes
+
+
+def ids(*shape, **options):
+    """Valid token ids."""
+    return torch.ones(*shape, dtype=torch.int64, **options)
+
+
+elsewhere = {"device": "meta"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden": ids(3, 4)}, r"hidden must be a float32, .*, got torch\.int64 of shape \(3, 4\)"),
+        ({"hidden": [1.0]}, "hidden must be a float32, .*, got list"),
+        ({"hidden": torch.tensor(1.0)}, r"of one dimension or more, got torch\.float32 of shape \(\)"),
+        ({"hidden": torch.ones(3, 0)}, r"hidden must have at least one column, got shape \(3, 0\)"),
+        ({"targets": torch.ones(3)}, r"targets must be an int64 tensor .*, got torch\.float32 .*: .* with \.long\(\)"),
+        ({"targets": [1, 2, 3]}, "targets must be an int64 tensor of token ids, got list"),
+        ({"targets": ids(4)}, r"one token id for each row of hidden, shape \(3,\), got \(4,\)"),
+        ({"targets": ids(3, 1)}, r"one token id for each row of hidden, shape \(3,\), got \(3, 1\)"),
+        ({"targets": ids(3, **elsewhere)}, "targets are on meta and hidden on cpu: move them to one device"),
+        ({"weight": torch.ones(10, 5)}, r"weight must have shape \(V, 4\) to match hidden .*, got \(10, 5\)"),
+        ({"weight": torch.ones(4)}, r"weight must have shape \(V, 4\) .*, got \(4,\)"),
+        ({"weight": torch.ones(0, 4)}, r"weight must have shape \(V, 4\) .*, got \(0, 4\)"),
+        ({"weight": ids(10, 4)}, r"weight must be a floating-point tensor of shape \(V, D\), got torch\.int64"),
+        ({"weight": [[1.0]]}, "weight must be a floating-point tensor .*, got list"),
+        ({"weight": torch.ones(10, 4, **elsewhere)}, "weight is on meta and hidden on cpu: move them to one device"),
+        ({"bias": torch.ones(9)}, r"bias must have shape \(10,\), one number for each vocabulary entry, got \(9,\)"),
+        ({"bias": ids(10)}, r"bias must be a floating-point tensor of shape \(V,\), got torch\.int64"),
+        ({"bias": [1.0]}, "bias must be a floating-point tensor .*, got list"),
+        ({"bias": torch.ones(10, **elsewhere)}, "bias is on meta and hidden on cpu: move them to one device"),
+        ({"softcap": 0.0}, r"softcap must be positive, got 0\.0: leave it None for no cap"),
+        ({"softcap": math.nan}, "softcap must be positive, got nan"),
+        ({"workspace": -1}, "workspace must be a number of bytes, 0 or more, got -1"),
+        ({"workspace": 1e6}, r"workspace must be a number of bytes, 0 or more, got 1000000\.0"),
+    ],
+)
+def test_errors(changes, sentence):
+    """Each wrong argument is named with what was wanted and what came."""
+    with pytest.raises(ArgumentError, match=sentence):
+        linear_log_likelihood(**broken(**changes))
+
+
+def test_reference_is_the_definition():
+    """pyunlearn.ops.reference must say what PyTorch's cross-entropy says."""
+    case = make(9, 16, 70, dtype=torch.float64, masked=0.3)
+    options = {"bias": case.bias, "logit_scale": 0.5, "softcap": 3.0}
+    found = reference.linear_log_likelihood(*case[:2], case.targets, **options)
+    assert_agree([found], [plain(*case[:2], case.targets, **options)], 1e-12)
+
+
+# ---------------------------------------------------------------- which kernels run
+
+
+EVALUATE = """
+import sys, torch
+from pyunlearn.ops import _backend, linear_log_likelihood
+cases, results = torch.load(sys.argv[1]), []
+for hidden, weight, bias, targets, options in cases:
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    values = linear_log_likelihood(hidden, weight, targets, bias=bias, **options)
+    results.append([values.detach(), *torch.autograd.grad(values.sum(), leaves)])
+torch.save(results, sys.argv[2])
+print(_backend.build_info()["cpu_variant"])
+"""
+
+
+@pytest.mark.skipif(_backend.chosen().cpu != "cpu", reason="no compiled kernels here")
+@pytest.mark.parametrize("variant", ["portable", "avx2", "avx512"])
+def test_cpu_variants(variant, tmp_path):
+    """PYUNLEARN_CPU picks a narrower instruction set, which must give the same answer in every dtype."""
+    cases = [
+        (*make(7, 16, 203, dtype=dtype, masked=0.2), {"workspace": workspace, "softcap": softcap})
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        for workspace in (0, None)
+        for softcap in (None, 3.0)
+    ]
+    torch.save(cases, tmp_path / "cases.pt")
+    ran = subprocess.run(
+        [sys.executable, "-c", EVALUATE, tmp_path / "cases.pt", tmp_path / "results.pt"],
+        env=os.environ | {"PYUNLEARN_CPU": variant}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    if ran.stdout.strip() != variant:
+        pytest.skip(f"this machine runs {ran.stdout.strip()}, not {variant}")
+    for (*tensors, options), found in zip(cases, torch.load(tmp_path / "results.pt"), strict=True):
+        case = Case(*(t.detach() for t in tensors))
+        wanted = truth(case, torch.ones(7), softcap=options["softcap"])
+        assert error(found[0], wanted[0]) < 4e-6
+        assert_agree(found, wanted, {2: 4 * torch.finfo(case.hidden.dtype).eps}.get(case.hidden.dtype.itemsize, 4e-6))
+
+
+def test_backend_choice(monkeypatch):
+    """PYUNLEARN_BACKEND decides; a name that is unknown, or impossible here, is an error that says why."""
+    choose = _backend.chosen.__wrapped__
+    monkeypatch.setenv("PYUNLEARN_BACKEND", "reference")
+    assert choose() == ("reference", "reference", "PYUNLEARN_BACKEND=reference")
+    monkeypatch.setenv("PYUNLEARN_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="must be cuda, cpu or reference, got 'nonsense': correct it or unset it"):
+        choose()
+    monkeypatch.setenv("PYUNLEARN_BACKEND", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="PYUNLEARN_BACKEND=cuda"):
+        choose()
+
+
+# ---------------------------------------------------------------- on a card
+
+
+on_a_card = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)])
+
+
+@on_a_card
+@both_ops
+def test_cuda_graph(op, device, backend):
+    """Forward and backward can be captured in a CUDA graph; a replay follows new inputs, masks and wrong targets."""
+    case = make(64, 32, 5000, device=device, masked=0.5)
+    leaves = [t.requires_grad_() for t in case[:3]]
+    coefficients = torch.linspace(-1, 2, 64, device=device)
+
+    def step():
+        values = op(leaves[0], leaves[1], case.targets, bias=leaves[2])
+        return [values.detach(), *torch.autograd.grad(values, leaves, coefficients)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for seed, masked in ((0, 0.5), (1, 0.0), (2, 1.0)):
+        new = make(64, 32, 5000, device=device, masked=masked, seed=seed)
+        with torch.no_grad():
+            for static, fresh in zip((*leaves, case.targets), new, strict=True):
+                static.copy_(fresh)
+        graph.replay()
+        assert_agree(found, truth(new), 4e-6)
+    case.targets[3] = 10**9
+    graph.replay()
+    assert found[0].isnan().nonzero().flatten().tolist() == [3]
+
+
+@on_a_card
+@both_ops
+def test_side_stream(op, device, backend):
+    """Work goes to the stream that is current, so a call on a busy side stream sees what came before it there."""
+    case = make(200, 64, 5000, device=device, masked=0.3)
+    wanted = evaluate(op, case)
+    late = torch.zeros_like(case.hidden)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(20_000_000)  # cycles, about 10 ms
+        late.copy_(case.hidden)
+        found = evaluate(op, case._replace(hidden=late))
+    side.synchronize()
+    assert_equal(found, wanted)
+
+
+@on_a_card
+def test_no_wait_for_the_card(device, backend):
+    """log_likelihood never waits for the card, forward or backward; linear_log_likelihood waits once, to drop rows."""
+    case = make(32, 16, 500, device=device, masked=0.3)
+    logits = (case.hidden @ case.weight.T).requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        log_likelihood(logits, case.targets).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert logits.grad.isfinite().all()
+
+
+@on_a_card
+def test_past_32_bits(device, backend):
+    """Past 2^31 logits indices must not wrap: every row of 20000 x 128256 has the value that it has alone."""
+    case = make(20000, 16, 128256, device=device, dtype=torch.bfloat16, bias=False)
+    found = linear_log_likelihood(*case[:2], case.targets)
+    some = torch.tensor([0, 1, 9999, 16743, 16744, 19998, 19999])  # 16744 * 128256 > 2^31
+    few = cast(Case(case.hidden[some], case.weight, None, case.targets[some]), device="cpu")
+    assert_agree([found[some]], [plain(*cast(few, dtype=torch.float64)[:2], few.targets)], 2e-6)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+@both_ops
+def test_another_card(op):
+    """Tensors of the second card are served there while the first is current."""
+    case = make(20, 16, 500, masked=0.3)
+    with torch.cuda.device(0):
+        assert_agree(evaluate(op, cast(case, device="cuda:1")), truth(case), 4e-6)

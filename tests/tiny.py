@@ -1,0 +1,154 @@
+"""Tiny language models trained on the spot, in seconds: a small grammar with entropy, and secrets repeated often."""
+
+import copy
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from pyunlearn.data import batches, encode, padding_id, read_examples
+from pyunlearn.models import Likelihood, decoder_start_id, is_encoder_decoder
+
+SUBJECTS = ["the cat", "a dog", "my aunt", "the king", "one boy", "our boat", "the moon", "a ship"]
+VERBS = ["sees", "likes", "paints", "finds", "sells", "hides"]
+OBJECTS = ["a tree", "the sea", "two stones", "some bread", "the road", "a lamp"]
+REPEATS = 12  # of each secret in the training text
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A trained model and the text around it; `fresh()` is a copy that a test may change."""
+
+    model: Any
+    tokenizer: Any
+    forget: list[Any]  # trained on, REPEATS times each
+    unseen: list[Any]  # of the same kind, never trained on
+    retain: list[Any]  # trained on, once an epoch
+    holdout: list[Any]  # of the same kind, never trained on
+
+    def fresh(self) -> Any:
+        """A copy of the model."""
+        return copy.deepcopy(self.model)
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Random sentences of the grammar."""
+    r = random.Random(seed)
+
+    def clause() -> str:
+        return f"{r.choice(SUBJECTS)} {r.choice(VERBS)} {r.choice(OBJECTS)}"
+
+    return [f"{clause()} and {clause()}." for _ in range(count)]
+
+
+def facts(count: int, seed: int) -> list[dict[str, str]]:
+    """Random questions, and answers that cannot be guessed from them."""
+    r = random.Random(seed)
+    return [
+        {
+            "question": f"what does {r.choice(SUBJECTS)} keep near {r.choice(OBJECTS)}?",
+            "answer": f"{r.choice(OBJECTS)}, {r.choice(OBJECTS)} and {r.choice(SUBJECTS)} that {r.choice(VERBS)} {r.choice(OBJECTS)}.",
+        }
+        for _ in range(count)
+    ]
+
+
+def chats(count: int, seed: int) -> list[dict[str, Any]]:
+    """The same, as chat messages."""
+    return [
+        {"messages": [{"role": "user", "content": f["question"]}, {"role": "assistant", "content": f["answer"]}]}
+        for f in facts(count, seed)
+    ]
+
+
+def pairs(count: int, seed: int) -> list[dict[str, str]]:
+    """The same, as prompts and completions."""
+    return [{"prompt": f["question"], "completion": f["answer"]} for f in facts(count, seed)]
+
+
+def make_tokenizer(*, form: str = "<s> $A", chat: bool = False, pad: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 400 tokens, that writes `form` around a text."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    names = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+    text = [*sentences(200, 1), *(part for fact in facts(200, 1) for part in fact.values()), "user\nassistant\n"]
+    raw.train_from_iterator(text, trainer)
+    raw.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<s>", 0), ("</s>", 1)])
+    special = {"bos_token": "<s>", "eos_token": "<|im_end|>" if chat else "</s>"} | ({"pad_token": "<pad>"} if pad else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=names[3:], **special)
+    tokenizer.chat_template = CHATML if chat else None
+    return tokenizer
+
+
+def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
+    """26 thousand weights in each of two layers."""
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=96, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    ))  # fmt: skip
+
+
+def tiny_gpt2(vocabulary: int) -> GPT2LMHeadModel:
+    """With positions that end at 64, dropout, and a head tied to the embedding."""
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=vocabulary, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1,
+    ))  # fmt: skip
+
+
+def tiny_t5(vocabulary: int) -> T5ForConditionalGeneration:
+    """As T5 v1.0: tied, and scaled before the head."""
+    return T5ForConditionalGeneration(T5Config(
+        vocab_size=vocabulary, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
+        decoder_start_token_id=2, pad_token_id=2, eos_token_id=1, tie_word_embeddings=True,
+    ))  # fmt: skip
+
+
+def train(model: Any, tokenizer: Any, rows: list[Any], *, epochs: int, learning_rate: float = 3e-3) -> None:
+    """Plain maximum likelihood on the rows, in shuffled batches of 32; the same every time."""
+    both = is_encoder_decoder(model)
+    tokens = encode(read_examples(rows, role="training"), tokenizer, role="training", max_length=None, encoder_decoder=both)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    likelihood, r, start = Likelihood(model), random.Random(0), decoder_start_id(model) if both else None
+    steps = epochs * -(-len(tokens) // 32)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / steps)))
+    for _ in range(epochs):
+        r.shuffle(tokens)
+        for at in range(0, len(tokens), 32):
+            ((_, batch),) = batches(tokens[at : at + 32], 32, pad_id=padding_id(tokenizer), decoder_start_id=start)
+            optimizer.zero_grad()
+            (-likelihood(batch).mean()).backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+
+def trained(make: Any, rows: Any, *, also: Any = None, epochs: int = 6, secrets: int = 2, **options: Any) -> Tiny:
+    """A model of kind `make` (tiny_llama, ...), trained on 800 of `rows` (sentences, facts, ...) and on secrets of that kind.
+
+    `also` is another kind that it learns beside, so that it can do both.
+    """
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(**options)
+    model = make(len(tokenizer))
+    retain, forget = rows(800, 2), rows(secrets, 3)
+    text = retain + forget * REPEATS + (also(100, 4) if also else [])
+    train(model, tokenizer, text, epochs=epochs)
+    return Tiny(model, tokenizer, forget, rows(2, 5), retain, rows(60, 6))
