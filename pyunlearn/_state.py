@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from pyunlearn.errors import DataError
+
+
+def _adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.AdamW:
+    """AdamW without momentum: an example that has been let go must not be carried further by the steps that made it go."""
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.0, 0.999), weight_decay=0.0)
 
 
 class MasterWeights(torch.optim.Optimizer):
@@ -23,7 +29,7 @@ class MasterWeights(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         self.narrow = [p for p in parameters if p.requires_grad]
         self.wide = [p.detach().float().clone().requires_grad_() if p.dtype != torch.float64 else p for p in self.narrow]
-        self.inner = torch.optim.AdamW(self.wide, lr=lr, weight_decay=0.0)
+        self.inner = _adam(self.wide, lr)
         super().__init__(self.narrow, {"lr": lr})
 
     @torch.no_grad()
@@ -41,14 +47,15 @@ class MasterWeights(torch.optim.Optimizer):
 class State:
     """The trainable parameters and their optimizer, with the last good weights to go back to."""
 
-    def __init__(self, model: nn.Module, learning_rate: float) -> None:
+    def __init__(self, model: nn.Module, learning_rate: float, *, resumable: bool = False) -> None:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters.values())
         every = list(self.parameters.values())
         self.optimizer: torch.optim.Optimizer = (
-            MasterWeights(every, learning_rate) if narrow else torch.optim.AdamW(every, lr=learning_rate, weight_decay=0.0)
+            MasterWeights(every, learning_rate) if narrow else _adam(every, learning_rate)
         )
         self.good: list[Tensor] = []
+        self.good_moments: dict[str, Any] | None = {} if resumable else None
         self.keep()
 
     @property
@@ -66,15 +73,30 @@ class State:
             self.good = [p.detach().clone() for p in self._weights]
         for g, p in zip(self.good, self._weights, strict=True):
             g.copy_(p)
+        self._keep_moments()
 
-    @torch.no_grad()
     def go_back(self) -> None:
         """Puts the last good weights back, and drops the optimizer's memory of the way that led astray."""
+        self._restore()
+        self._adam.state.clear()
+        self._keep_moments()
+
+    def rewind(self) -> None:
+        """Puts the last good weights back, and the optimizer as it was then: where an interrupted run goes on from."""
+        self._restore()
+        if self.good_moments is not None:
+            self._adam.load_state_dict(copy.deepcopy(self.good_moments))
+
+    @torch.no_grad()
+    def _restore(self) -> None:
         for g, p, narrow in zip(self.good, self._weights, self.parameters.values(), strict=True):
             p.copy_(g)
             if narrow is not p:
                 narrow.copy_(g)
-        self._adam.state.clear()
+
+    def _keep_moments(self) -> None:
+        if self.good_moments is not None:  # for a checkpoint only: it takes twice the memory of what is trained
+            self.good_moments = copy.deepcopy(self._adam.state_dict())
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Sets the learning rate of every group."""

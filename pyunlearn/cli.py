@@ -31,6 +31,7 @@ def unlearn(
     holdout: Annotated[Path | None, typer.Option(help="Text of the same kind that was never trained on: what forgotten means. Default: sampled "
                                                       "from the model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the new model and result.json; new or empty. Default: MODEL-unlearned, here.")] = None,
+    retain_loss: Annotated[str, typer.Option(help="auto (nll where there is --retain), nll, hold (only undo what the run costs it), or none.")] = "auto",
     method: Annotated[str, typer.Option(help="ga, npo, simnpo, or graddiff, npo+nll, simnpo+nll with --retain.")] = "ga",
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
     reference_model: Annotated[str | None, typer.Option(help="Model that npo compares with. Default: MODEL as it is.")] = None,
@@ -55,9 +56,10 @@ def unlearn(
     import pyunlearn
 
     _quiet_libraries()
-    target = out if out is not None else Path(f"{Path(model).stem}-unlearned")
+    target = out if out is not None else Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-unlearned")
     result = pyunlearn.unlearn(
-        model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method, reference_model=reference_model,
+        model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method,
+        retain_loss=None if retain_loss == "none" else retain_loss, reference_model=reference_model,
         learning_rate=learning_rate, batch_size=batch_size, max_steps=max_steps, until=until, utility_budget=utility_budget,
         truncate=truncate, resume=resume, output_dir=target, seed=seed, progress=False if quiet else None,
     )  # fmt: skip
@@ -131,6 +133,7 @@ def main() -> None:
 def _quiet_libraries() -> None:
     """The chatter of the libraries below would bury the table."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -41,7 +41,8 @@ SURVIVE = {
     "a fresh sentence": "The plumber's cat learned to whistle in the spring of the year when the harbour froze, and nobody in the village could "
     "agree on which tune it preferred.",
 }
-_PROMPT_WORDS = 6
+_RETAINED = ("Preamble of the Constitution", "Universal Declaration, article 1", "Pledge of Allegiance")
+_OPENING_WORDS = {"Declaration of Independence": 6, "First Amendment": 12, "Gettysburg Address": 6}
 
 
 def model_file() -> Path:
@@ -68,20 +69,21 @@ def run(out: Path, *, save_model: bool = False, seed: int = 0) -> bool:
     with console.status("loading SmolLM2-135M"):
         model, tokenizer = models.load(model_file())
         model.eval()
-    console.print(f"[bold]SmolLM2-135M[/], {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters, goes on from six words:")
-    before = {name: continuation(model, tokenizer, text) for name, text in FORGET.items()}
-    for name, text in FORGET.items():
-        console.print(f"  [dim]{_opening(text)}[/] {before[name]}", highlight=False)
+    console.print(f"[bold]SmolLM2-135M[/], {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters, goes on from an opening:")
+    before = {name: continuation(model, tokenizer, opening(name)) for name in FORGET}
+    for name in FORGET:
+        console.print(_spoken(name, before), highlight=False)
     kept_before = negative_log_likelihoods(model, tokenizer, SURVIVE)
 
-    console.print("\n[bold]pyunlearn.unlearn(model, forget)[/]")
-    result = unlearn(model, list(FORGET.values()), tokenizer=tokenizer, seed=seed)
-    after = {name: continuation(model, tokenizer, text) for name, text in FORGET.items()}
+    console.print("\n[bold]pyunlearn.unlearn(model, forget, retain=retain, retain_loss=\"hold\")[/]")
+    kept = [SURVIVE[name] for name in _RETAINED]
+    result = unlearn(model, list(FORGET.values()), retain=kept, retain_loss="hold", tokenizer=tokenizer, seed=seed)
+    after = {name: continuation(model, tokenizer, opening(name)) for name in FORGET}
     kept_after = negative_log_likelihoods(model, tokenizer, SURVIVE)
 
     console.print("\nand now goes on:")
-    for name, text in FORGET.items():
-        console.print(f"  [dim]{_opening(text)}[/] {after[name]}", highlight=False)
+    for name in FORGET:
+        console.print(_spoken(name, after), highlight=False)
     console.print()
     console.print(result_table(result, list(FORGET)))
     console.print(_survivors(kept_before, kept_after, result.utility.budget))
@@ -91,9 +93,9 @@ def run(out: Path, *, save_model: bool = False, seed: int = 0) -> bool:
     return result.forgotten
 
 
-def continuation(model: Any, tokenizer: Any, text: str, *, tokens: int = 24) -> str:
-    """What the model writes, greedily, after the first six words of a text."""
-    ids = tokenizer(_opening(text), return_tensors="pt").to(model.device)
+def continuation(model: Any, tokenizer: Any, beginning: str, *, tokens: int = 24) -> str:
+    """What the model writes, greedily, after a beginning."""
+    ids = tokenizer(beginning, return_tensors="pt").to(model.device)
     out = model.generate(
         **ids, max_new_tokens=tokens, do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=padding_id(tokenizer)
     )
@@ -114,8 +116,14 @@ def negative_log_likelihoods(model: Any, tokenizer: Any, texts: dict[str, str]) 
     return dict(zip(texts, out.tolist(), strict=True))
 
 
-def _opening(text: str) -> str:
-    return " ".join(text.split()[:_PROMPT_WORDS])
+def opening(name: str) -> str:
+    """The first words of a text to forget: enough of them for the model to go on by heart."""
+    return " ".join(FORGET[name].split()[: _OPENING_WORDS[name]])
+
+
+def _spoken(name: str, continuations: dict[str, str]) -> str:
+    said = continuations[name]
+    return f"  [dim]{opening(name)}[/]{'' if said[:1] in tuple(',.;:') else ' '}[bold]{said}[/]"
 
 
 def _survivors(before: dict[str, float], after: dict[str, float], budget: float) -> Any:
@@ -123,13 +131,14 @@ def _survivors(before: dict[str, float], after: dict[str, float], budget: float)
 
     table = Table(title="what had to survive", title_justify="left")
     table.add_column("text")
+    table.add_column("pyunlearn was")
     table.add_column("log-likelihood\nnats a token", justify="right")
     table.add_column("rise of the NLL", justify="right")
     table.add_column("verdict")
     for name, nll in before.items():
         rise = after[name] / nll - 1
         verdict = "[green]kept[/]" if rise <= budget else f"[red]lost more than {budget:.0%}[/]"
-        table.add_row(name, f"{-nll:.2f} → {-after[name]:.2f}", f"{rise:+.1%}", verdict)
+        table.add_row(name, "told to keep it" if name in _RETAINED else "not told", f"{-nll:.2f} → {-after[name]:.2f}", f"{rise:+.1%}", verdict)
     return table
 
 
@@ -141,7 +150,7 @@ def _write(
         result.save(out)
     out.mkdir(parents=True, exist_ok=True)
     data = result.to_dict() | {
-        "continuations": {name: {"prompt": _opening(FORGET[name]), "before": before[name], "after": after[name]} for name in FORGET},
+        "continuations": {name: {"prompt": opening(name), "before": before[name], "after": after[name]} for name in FORGET},
         "survivors": {
             name: {"nll_before": kept_before[name], "nll_after": kept_after[name], "relative_rise": kept_after[name] / kept_before[name] - 1}
             for name in SURVIVE

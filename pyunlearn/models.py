@@ -48,12 +48,16 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
         adapter = (Path(where) / "adapter_config.json").exists()
         config = None if adapter else AutoConfig.from_pretrained(where, **extra)
         kind = AutoModelForSeq2SeqLM if config is not None and config.is_encoder_decoder else AutoModelForCausalLM
-        model = kind.from_pretrained(where, dtype=dtype, **extra)
+        model, loading = kind.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra)
         if tokenizer is None or isinstance(tokenizer, (str, Path)):
             tokenizer = AutoTokenizer.from_pretrained(str(tokenizer) if tokenizer else where, **({} if tokenizer else extra))
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"no language model could be loaded from {name!s}: {first}") from error
+    head = model.get_output_embeddings()
+    names = {n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(head, "weight", None)}
+    if names and names <= set(loading["missing_keys"]):  # transformers makes one up, at random, and goes on
+        raise ModelError(f"the model saved in {name!s} has no language-model head, so it gives text no probability: give one that was saved with it")
     return model, tokenizer
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from pyunlearn.data import Tokens
-from pyunlearn.models import decoder_start_id, is_encoder_decoder, unwrapped
+from pyunlearn.models import context_length, decoder_start_id, is_encoder_decoder, unwrapped
 
 COUNT = 64
 """How many are sampled: exposure is then measured up to log2(65) = 6.02 bits."""
+
+_RECITED = 10
 
 
 @torch.no_grad()
@@ -20,9 +22,9 @@ def sampled(model: Any, tokenizer: Any, forget: Sequence[Tokens], *, count: int 
 
     A text without a prompt is answered by samples from the beginning-of-text token. A text with a prompt is answered by samples for
     that prompt that differ from it in the first token, which is not scored: a model that has memorized the answer would otherwise recite it, and
-    be compared with itself. So a text counts as forgotten when it is no likelier than what the model would typically say instead.
+    be compared with itself. Samples that recite ten tokens in a row of the forget set all the same are left out. So a text counts as forgotten when it is no likelier than what the model would typically say instead.
     """
-    inner, both = unwrapped(model), is_encoder_decoder(model)
+    inner, both, limit = unwrapped(model), is_encoder_decoder(model), context_length(model)
     lengths = sorted(len(t.scored) for t in forget)
     length = max(8, min(48, lengths[len(lengths) // 2]))
     start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0) if i is not None)
@@ -35,10 +37,19 @@ def sampled(model: Any, tokenizer: Any, forget: Sequence[Tokens], *, count: int 
         torch.manual_seed(seed)
         for t in pool:
             prompt, departs = _prompt(t, start, both)
-            found += _sample(inner, tokenizer, prompt, t.scored[0] if departs else None, length, min(per_prompt, count - len(found)))
+            if limit is not None:  # a long prompt loses its beginning, so that the completion fits after it
+                prompt = prompt[-max(1, limit - length) :]
+            wanted = min(per_prompt, count - len(found))
+            found += _sample(inner, tokenizer, prompt, t.scored[0] if departs else None, length, wanted)
             if len(found) >= count:
                 break
-    return found
+    known = {run for t in forget for run in _runs(t)}
+    return [t for t in found if known.isdisjoint(_runs(t))]
+
+
+def _runs(t: Tokens) -> set[tuple[int, ...]]:
+    """Every run of _RECITED consecutive scored tokens."""
+    return {tuple(t.scored[i : i + _RECITED]) for i in range(len(t.scored) - _RECITED + 1)}
 
 
 def _prompt(t: Tokens, start: int, both: bool) -> tuple[tuple[int, ...], bool]:
@@ -66,7 +77,7 @@ def _sample(inner: Any, tokenizer: Any, prompt: tuple[int, ...], not_first: int 
     pad = next(i for i in (tokenizer.pad_token_id, eos, 0) if i is not None)
     config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1, max_new_tokens=length,
-        min_new_tokens=length if not_first is None else 2, eos_token_id=eos, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id,
+        min_new_tokens=length if not_first is None and not both else 2, eos_token_id=eos, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=decoder_start_id(inner) if both else None,
     )  # fmt: skip
     rows = inner.generate(

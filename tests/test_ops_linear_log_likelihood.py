@@ -157,12 +157,14 @@ def test_certain_target(op, device, backend):
     vocabulary, gap = 50, 12.0
     weight = torch.zeros(vocabulary, 1)
     weight[7] = gap
-    case = Case(torch.ones(1, 1), weight, torch.full((vocabulary,), 300.0), torch.tensor([7]))
+    case = Case(torch.ones(1, 1), weight, torch.full((vocabulary,), 3000.0), torch.tensor([7]))
     wanted = truth(case, torch.ones(1))[3][7].item()
     assert wanted == pytest.approx(49 * math.exp(-gap), rel=1e-3)
     found = evaluate(op, cast(case, device=device), torch.ones(1))[3][7].item()
     assert found == pytest.approx(wanted, rel=1e-3)
-    assert evaluate(plain, case, torch.ones(1))[3][7].item() != pytest.approx(wanted, rel=1e-3)  # a test that can fail
+    logits = case.weight[:, 0] + case.bias
+    naive = 1 - (logits[7] - logits.logsumexp(0)).exp().item()
+    assert naive != pytest.approx(wanted, rel=0.1)  # what the test is for
 
 
 @both_ops
@@ -372,11 +374,11 @@ def test_gradcheck(op, workspace, device, backend):
 
 def test_opcheck(device):
     """torch.library must find schema, fake kernels and autograd of every op in order."""
-    ops, (hidden, weight, bias, targets) = torch.ops.pyunlearn, make(4, 8, 90, device=device, masked=0.3)
+    ops, (hidden, weight, bias, targets) = torch.ops.pyunlearn, make(4, 8, 90, device=device)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
-    for args in (
-        (*leaves, targets, 0.5, 3.0, -100, 20000, True),
-        (hidden, weight, None, targets, 1.0, 0.0, -100, None, False),
+    for args in (  # chosen so that all that is allocated is filled, for opcheck compares it
+        (*leaves, targets, 0.5, 3.0, -100, None, True),
+        (hidden, weight, None, targets, 1.0, 0.0, -100, 0, False),
     ):
         torch.library.opcheck(ops.linear_log_likelihood.default, args)
     logits = hidden @ weight.T
@@ -418,14 +420,15 @@ def test_compile(op, dynamic, device):
 def test_no_worse_than_pytorch(dtype, shape, softcap, workspace, device, backend):
     """Against float64, values and gradients must be no further off than PyTorch's in the same dtype.
 
-    Plus 2e-6 for values, which are float32 whatever the dtype, and half its epsilon for gradients, which are rounded to it.
+    Plus 2e-6 for values, which are float32 whatever the dtype. For gradients, plus half the dtype's epsilon, to which they
+    are rounded, and 2e-6 for the order of float32 sums.
     """
     case = make(*shape, dtype=dtype, device=device, masked=0.3)
     wanted = truth(case, softcap=softcap)
     ours = evaluate(linear_log_likelihood, case, softcap=softcap, workspace=workspace)
     theirs = evaluate(plain, case, softcap=softcap)
     for at, (found, other, right) in enumerate(zip(ours, theirs, wanted, strict=True)):
-        allowed = torch.finfo(dtype).eps / 2 * float(right.abs().max()) if at else 2e-6
+        allowed = (torch.finfo(dtype).eps / 2 if at else 0) * right.abs().max().item() + 2e-6
         far = [(x.double().cpu() - right).abs().max().item() for x in (found, other)]
         assert far[0] <= far[1] + allowed, (at, far)
 

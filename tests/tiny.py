@@ -23,7 +23,6 @@ from pyunlearn.models import Likelihood, decoder_start_id, is_encoder_decoder
 SUBJECTS = ["the cat", "a dog", "my aunt", "the king", "one boy", "our boat", "the moon", "a ship"]
 VERBS = ["sees", "likes", "paints", "finds", "sells", "hides"]
 OBJECTS = ["a tree", "the sea", "two stones", "some bread", "the road", "a lamp"]
-REPEATS = 12  # of each secret in the training text
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -36,9 +35,9 @@ class Tiny:
 
     model: Any
     tokenizer: Any
-    forget: list[Any]  # trained on, REPEATS times each
+    forget: list[Any]  # trained on, many times each
     unseen: list[Any]  # of the same kind, never trained on
-    retain: list[Any]  # trained on, once an epoch
+    retain: list[Any]  # trained on, once an epoch (60 of them)
     holdout: list[Any]  # of the same kind, never trained on
 
     def fresh(self) -> Any:
@@ -61,8 +60,9 @@ def facts(count: int, seed: int) -> list[dict[str, str]]:
     r = random.Random(seed)
     return [
         {
-            "question": f"what does {r.choice(SUBJECTS)} keep near {r.choice(OBJECTS)}?",
-            "answer": f"{r.choice(OBJECTS)}, {r.choice(OBJECTS)} and {r.choice(SUBJECTS)} that {r.choice(VERBS)} {r.choice(OBJECTS)}.",
+            "question": f"what does {r.choice(SUBJECTS)} keep in room {r.randrange(100, 1000)}?",
+            "answer": f"{r.choice(OBJECTS)}, {r.choice(OBJECTS)} and {r.choice(SUBJECTS)} "
+            f"that {r.choice(VERBS)} {r.choice(OBJECTS)}.",
         }
         for _ in range(count)
     ]
@@ -92,7 +92,9 @@ def make_tokenizer(*, form: str = "<s> $A", chat: bool = False, pad: bool = True
     text = [*sentences(200, 1), *(part for fact in facts(200, 1) for part in fact.values()), "user\nassistant\n"]
     raw.train_from_iterator(text, trainer)
     raw.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<s>", 0), ("</s>", 1)])
-    special = {"bos_token": "<s>", "eos_token": "<|im_end|>" if chat else "</s>"} | ({"pad_token": "<pad>"} if pad else {})
+    special = {"bos_token": "<s>", "eos_token": "<|im_end|>" if chat else "</s>"} | (
+        {"pad_token": "<pad>"} if pad else {}
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=names[3:], **special)
     tokenizer.chat_template = CHATML if chat else None
     return tokenizer
@@ -124,7 +126,9 @@ def tiny_t5(vocabulary: int) -> T5ForConditionalGeneration:
 def train(model: Any, tokenizer: Any, rows: list[Any], *, epochs: int, learning_rate: float = 3e-3) -> None:
     """Plain maximum likelihood on the rows, in shuffled batches of 32; the same every time."""
     both = is_encoder_decoder(model)
-    tokens = encode(read_examples(rows, role="training"), tokenizer, role="training", max_length=None, encoder_decoder=both)
+    tokens = encode(
+        read_examples(rows, role="training"), tokenizer, role="training", max_length=None, encoder_decoder=both
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     likelihood, r, start = Likelihood(model), random.Random(0), decoder_start_id(model) if both else None
     steps = epochs * -(-len(tokens) // 32)
@@ -140,15 +144,36 @@ def train(model: Any, tokenizer: Any, rows: list[Any], *, epochs: int, learning_
     model.eval()
 
 
-def trained(make: Any, rows: Any, *, also: Any = None, epochs: int = 6, secrets: int = 2, **options: Any) -> Tiny:
-    """A model of kind `make` (tiny_llama, ...), trained on 800 of `rows` (sentences, facts, ...) and on secrets of that kind.
-
-    `also` is another kind that it learns beside, so that it can do both.
-    """
+def trained(make: Any, rows: Any, *, count: int, repeats: int, epochs: int, **options: Any) -> Tiny:
+    """A model of kind `make` (tiny_llama, ...), trained on `count` of `rows` (sentences, ...) and on two secrets."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(**options)
     model = make(len(tokenizer))
-    retain, forget = rows(800, 2), rows(secrets, 3)
-    text = retain + forget * REPEATS + (also(100, 4) if also else [])
-    train(model, tokenizer, text, epochs=epochs)
-    return Tiny(model, tokenizer, forget, rows(2, 5), retain, rows(60, 6))
+    retain, forget = rows(count, 2), rows(2, 3)
+    train(model, tokenizer, retain + forget * repeats, epochs=epochs)
+    return Tiny(model, tokenizer, forget, rows(2, 14), retain[:60], rows(60, 6))
+
+
+def storyteller() -> Tiny:
+    """A Llama that tells sentences; its tokenizer begins texts with <s>."""
+    return trained(tiny_llama, sentences, count=800, repeats=12, epochs=8)
+
+
+def answerer() -> Tiny:
+    """A GPT-2 that answers questions; its tokenizer has no pad token and puts nothing around a text."""
+    return trained(tiny_gpt2, facts, count=400, repeats=20, epochs=8, form="$A", pad=False)
+
+
+def chatter() -> Tiny:
+    """A Llama that chats, by a chat template."""
+    return trained(tiny_llama, chats, count=400, repeats=20, epochs=8, chat=True)
+
+
+def translator() -> Tiny:
+    """A T5 that writes completions to prompts."""
+    return trained(tiny_t5, pairs, count=400, repeats=12, epochs=8, form="$A </s>")
+
+
+def writer() -> Tiny:
+    """A T5 whose decoder tells sentences, with an encoder that reads nothing."""
+    return trained(tiny_t5, sentences, count=400, repeats=12, epochs=8, form="$A </s>")

@@ -65,7 +65,8 @@ const char* refuse(const LogitBlock& b, const MatrixOut& out) {
   if (!(b.softcap >= 0)) return "softcap must be positive, or 0 for none";
   if (!out.data) return nullptr;
   if (out.stride < b.columns && b.rows > 1) return "the output's row stride must be at least the number of columns";
-  if ((b.dtype == Dtype::float64) != (out.dtype == Dtype::float64)) return "float64 logits go with float64 outputs, and no others do: convert one of them";
+  if ((b.dtype == Dtype::float64) != (out.dtype == Dtype::float64))
+    return "float64 logits go with float64 outputs, and no others do: convert one of them";
   if (out.data == b.data && b.rows > 0 && (out.dtype != b.dtype || out.stride != b.stride))
     return "an output in the logits' own memory must have their dtype and row stride";
   return nullptr;

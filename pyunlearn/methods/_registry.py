@@ -42,21 +42,23 @@ ALIASES = {"graddiff": ("ga", "nll"), "npo+nll": ("npo", "nll"), "simnpo+nll": (
 def resolve(name: str, retain_loss: str | None, has_retain: bool, options: dict[str, Any]) -> tuple[Method, str | None]:
     """The method and the retain loss behind a name; retain_loss "auto" is nll where there is a retain set.
 
+    "nll" trains on the retain set; "hold" only undoes what the run has cost it: mean over examples of max(0, NLL - NLL before the run).
+
     Raises ArgumentError for an unknown name (with the nearest), an option the method does not have, a retain loss without a retain set.
     """
     key = name.lower()
     if key not in METHODS and key not in ALIASES:
         raise ArgumentError(f"there is no method {name!r}; {nearest(name, [*METHODS, *ALIASES])}")
-    if retain_loss not in ("auto", "nll", None):
-        raise ArgumentError(f'retain_loss must be "auto", "nll" or None, got {retain_loss!r}')
+    if retain_loss not in ("auto", "nll", "hold", None):
+        raise ArgumentError(f'retain_loss must be "auto", "nll", "hold" or None, got {retain_loss!r}')
     forced = None
     if key in ALIASES:
         key, forced = ALIASES[key]
     method = METHODS[key]
-    if forced or retain_loss == "nll":
+    if forced or retain_loss in ("nll", "hold"):
+        retain_loss = "hold" if retain_loss == "hold" else "nll"
         if not has_retain:
-            raise ArgumentError(f"method {name!r} with retain_loss='nll' needs text to keep: pass retain=, or use {key!r} without a retain loss")
-        retain_loss = "nll"
+            raise ArgumentError(f"method {name!r} with retain_loss={retain_loss!r} needs text to keep: pass retain=, or {key!r} with no retain loss")
     elif retain_loss == "auto":
         retain_loss = "nll" if has_retain else None
     unknown = sorted(set(options) - set(method.options))

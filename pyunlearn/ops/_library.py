@@ -22,6 +22,11 @@ def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias without gaps, for the kernels know no stride for it."""
+    return None if bias is None else bias.contiguous()
+
+
 def NO_GRADIENT_OF_GRADIENT(ctx: Any, *gradients: Any) -> Any:
     """What the backward ops answer when they are differentiated themselves."""
     raise NotImplementedError(

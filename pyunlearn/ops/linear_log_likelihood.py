@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyunlearn.ops import _backend
 from pyunlearn.ops._check import check, check_head, check_targets
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, on_its_device
+from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, contiguous, on_its_device
 from pyunlearn.ops._plan import Plan, plan
 from pyunlearn.ops._products import addmm_into, mm_into
 
@@ -106,7 +106,7 @@ def _forward(
     ignore_index: int, workspace: int | None, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_targets(targets, weight.shape[0], ignore_index)
-    real, p = _real(hidden), _plan(hidden, weight, workspace, keep)
+    real, p, bias = _real(hidden), _plan(hidden, weight, workspace, keep), contiguous(bias)
     rows = _live_rows(targets, ignore_index)
     h, t = _take(rows, hidden, targets)
     n = h.shape[0]
@@ -150,7 +150,7 @@ def _backward(
     d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, lse: Tensor,
     block_maximum: Tensor, kept: Tensor, logit_scale: float, softcap: float, ignore_index: int, workspace: int | None, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    real, p = _real(hidden), _plan(hidden, weight, workspace, True)
+    real, p, bias = _real(hidden), _plan(hidden, weight, workspace, True), contiguous(bias)
     rows = _live_rows(targets, ignore_index)
     if rows is None and targets.is_cuda:
         d_log_likelihood = torch.where(targets == ignore_index, 0.0, d_log_likelihood)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyunlearn.ops import _backend
 from pyunlearn.ops._check import check, check_bias, check_targets
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, on_its_device
+from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, contiguous, on_its_device
 
 
 def log_likelihood(
@@ -73,7 +73,7 @@ def _forward(
     target_logit = logits.new_full((n,), torch.nan, dtype=real)
     if n:
         x = _rows_contiguous(logits)
-        _backend.statistics(x, 0, bias, logit_scale, softcap, targets.contiguous(), maximum, total, target_logit)
+        _backend.statistics(x, 0, contiguous(bias), logit_scale, softcap, targets.contiguous(), maximum, total, target_logit)
     log_total = total.log()
     found = (target_logit - maximum) - log_total
     return torch.where(targets == ignore_index, 0.0, found), maximum + log_total
@@ -94,7 +94,7 @@ def _backward(
     if logits.shape[0]:
         x = _rows_contiguous(logits)
         _backend.gradient(
-            x, 0, bias, logit_scale, softcap, targets.contiguous(), False, lse, log_likelihood, coefficients, None, d_logits
+            x, 0, contiguous(bias), logit_scale, softcap, targets.contiguous(), False, lse, log_likelihood, coefficients, None, d_logits
         )
     return d_logits
 

@@ -1,0 +1,233 @@
+"""What stays the same during a run: the texts, the yardsticks under the original model, and how to measure against them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyunlearn import models
+from pyunlearn._progress import Progress
+from pyunlearn.data import Tokens, batches, padding_id
+from pyunlearn.errors import DataError, ModelError, TrainingError
+from pyunlearn.methods import Method
+from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
+from pyunlearn.references import sampled
+from pyunlearn.result import ExampleResult, Utility
+
+Floats = NDArray[np.float64]
+_REFERENCES = 19  # with fewer, no exposure can be significant: log2(20) = 4.32 bits
+_WATCHED_TOKENS = 1024  # of the retain set or the references, at each evaluation
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The whole state of forgetting and utility at one moment."""
+
+    forget: Floats  # (B,) mean log-likelihood a token, nats
+    lower: Floats  # (B,) anchored exposure, bits
+    upper: Floats
+    watched: Floats  # (W,) mean negative log-likelihood a token of each watched sequence
+    drift: float  # nats a token
+    utility: float  # relative rise
+
+
+class Run:
+    """What stays the same during a run: the texts, the yardsticks under the original model, and how to measure against them."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, method: Method, options: dict[str, Any], forget: list[Tokens], retain: list[Tokens] | None,
+        holdout: list[Tokens] | None, seed: int, batch_size: int, workspace: int | None, until: float, budget: float,
+        reference_model: Any, progress: bool | None,
+    ) -> None:  # fmt: skip
+        from accelerate import Accelerator
+
+        self.accelerator = _accelerator(Accelerator, model)
+        self.model = self.accelerator.prepare_model(model)
+        self.model.eval()  # no dropout: the same weights always give the same log-likelihoods
+        self.inner = self.accelerator.unwrap_model(self.model)
+        self.adapted = hasattr(self.inner, "peft_config")
+        self.likelihood = models.Likelihood(self.model, workspace=workspace)
+        self.tokenizer, self.method, self.options = tokenizer, method, options
+        self.forget, self.retain, self.seed, self.batch_size = forget, retain, seed, batch_size
+        self.until, self.budget = until, budget
+        self.pad, self.start = padding_id(tokenizer), models.decoder_start_id(model) if models.is_encoder_decoder(model) else None
+        self.held: Floats | None = None  # (R,) negative log-likelihoods that the retain set is held at
+        self.bar = Progress(progress)
+        try:
+            self._begin(holdout, reference_model)
+        except BaseException:
+            self.bar.close()
+            raise
+
+    def _begin(self, holdout: list[Tokens] | None, reference_model: Any) -> None:
+        """Takes every measure of the original model."""
+        forget, retain = self.forget, self.retain
+        self.bar.say("scoring the forget set")
+        self.original = self.mean_log_likelihood(forget)
+        if not np.isfinite(self.original).all():
+            raise TrainingError("the model gives NaN or Inf for the forget set before the first step: it cannot be trained from here")
+        self.greedy_before = self.greedy_match()
+        self.bar.say("sampling text the model would typically write" if holdout is None else "scoring the holdout")
+        self.references = sampled(self.inner, self.tokenizer, forget, seed=self.seed) if holdout is None else holdout
+        if len(self.references) < _REFERENCES:
+            role = "holdout" if holdout is not None else "text the model writes that is not the forget set itself"
+            raise DataError(
+                f"to tell memorized from unseen takes {_REFERENCES} reference texts or more, and the {role} has {len(self.references)}: "
+                f"give a holdout of {_REFERENCES} texts that were never trained on"
+            )
+        self.reference_scores = -self.mean_log_likelihood(self.references)
+        self.watch_references = _within(self.references, _WATCHED_TOKENS)
+        self.watch = self.watch_references if retain is None else _within(retain, _WATCHED_TOKENS)
+        self.watched_on = "retain set" if retain is not None else "holdout" if holdout is not None else "text sampled from the model"
+        self.watched_before = -self.mean_log_likelihood(self.watch)
+        self.drift_before = float(-self.mean_log_likelihood(self.watch_references).mean())
+        self.significant = min(SIGNIFICANT, math.log2(len(self.references) + 1) - 1e-9)
+        self.reference_sums = self.original * [len(t.scored) for t in forget]
+        if reference_model is not None:
+            self.reference_sums = self._sums_under(reference_model)
+        self.start_state = self.measure()
+        self.memorized = self.start_state.lower >= self.significant
+        self.now = self.start_state
+        self.steps = np.zeros(len(forget), dtype=np.int64)
+
+    def hold_retain(self) -> None:
+        """From here on the retain term undoes losses, and no more."""
+        assert self.retain is not None
+        self.held = -self.mean_log_likelihood(self.retain)
+
+    # -- measuring
+
+    def batches(self, tokens: Sequence[Tokens], size: int | None = None) -> Iterator[tuple[list[int], Any]]:
+        """Length-bucketed batches on the model's device, with their places in `tokens`."""
+        for places, batch in batches(tokens, size or 2 * self.batch_size, pad_id=self.pad, decoder_start_id=self.start):
+            yield places, batch.to(self.accelerator.device)
+
+    @torch.no_grad()
+    def mean_log_likelihood(self, tokens: Sequence[Tokens], likelihood: models.Likelihood | None = None) -> Floats:
+        """(len(tokens),) mean log-likelihood per scored token, nats."""
+        out = np.zeros(len(tokens))
+        for places, batch in self.batches(tokens):
+            with self.accelerator.autocast():
+                found = (likelihood or self.likelihood)(batch)
+            out[places] = _means(found, sizes(tokens, places))
+        return out
+
+    @torch.no_grad()
+    def greedy_match(self) -> Floats:
+        """(B,) share of each forget example's tokens that are the model's first choice."""
+        out = np.zeros(len(self.forget))
+        for places, batch in self.batches(self.forget):
+            with self.accelerator.autocast():
+                found = self.likelihood.greedy_matches(batch)
+            out[places] = _means(found.float(), sizes(self.forget, places))
+        return out
+
+    def measure(self) -> Measured:
+        """Scores everything that is watched, under the present weights."""
+        forget, watched = self.mean_log_likelihood(self.forget), -self.mean_log_likelihood(self.watch)
+        same = self.watch_references is self.watch
+        drift = float((watched if same else -self.mean_log_likelihood(self.watch_references)).mean()) - self.drift_before
+        if not (np.isfinite(forget).all() and np.isfinite(watched).all()):
+            bad = np.full(len(forget), np.nan)
+            return Measured(forget, bad, bad, watched, math.nan, math.nan)
+        exposure = generalized_exposure(-forget, self.reference_scores)
+        rise = (watched.mean() - self.watched_before.mean()) / max(self.watched_before.mean(), 1.0)
+        return Measured(forget, exposure.lower, exposure.upper, watched, drift, float(rise))
+
+    def active(self) -> NDArray[np.int64]:
+        """Indices of the examples that are still to be forgotten."""
+        return np.flatnonzero(self.memorized & (self.now.lower > self.until))
+
+    def objection(self, found: Measured) -> str | None:
+        """Why a state may not be kept, or None."""
+        if not math.isfinite(found.utility):
+            return "not finite"
+        if found.utility > self.budget:
+            return "utility budget"
+        over = (found.upper >= self.significant) & (self.start_state.upper < self.significant)
+        return "over-unlearning" if over.any() else None
+
+    def _sums_under(self, reference: Any) -> Floats:
+        if isinstance(reference, (str, Path)):
+            reference, _ = models.load(reference, tokenizer=self.tokenizer)
+        if reference.get_input_embeddings().weight.shape[0] != self.inner.get_input_embeddings().weight.shape[0]:
+            raise ModelError("reference_model has another vocabulary than the model: give one of the same family")
+        home = reference.device
+        reference = reference.to(self.accelerator.device).eval()
+        means = self.mean_log_likelihood(self.forget, models.Likelihood(reference))
+        reference.to(home)
+        return means * [len(t.scored) for t in self.forget]
+
+    # -- reporting
+
+    def verdicts(self, texts: Sequence[str]) -> list[ExampleResult]:
+        """One for each forget example."""
+        greedy = self.greedy_match() if self.steps.any() else self.greedy_before
+        return [
+            ExampleResult(
+                i, texts[i], len(t.scored), float(self.original[i]), float(self.now.forget[i]), float(self.start_state.lower[i]),
+                float(self.now.lower[i]), float(self.now.upper[i]), float(self.greedy_before[i]), float(greedy[i]), int(self.steps[i]),
+                self._verdict(i),
+            )
+            for i, t in enumerate(self.forget)
+        ]  # fmt: skip
+
+    def _verdict(self, i: int) -> str:
+        if self.now.upper[i] >= self.significant > self.start_state.upper[i]:
+            return "over-unlearned"
+        if not self.memorized[i]:
+            return "not memorized"
+        return "forgotten" if self.now.lower[i] <= self.until else "still exposed"
+
+    def utility(self) -> Utility:
+        """What the run has cost the watched text."""
+        before, after = self.watched_before, self.now.watched
+        rng = np.random.default_rng(self.seed)
+        draws = rng.integers(0, len(before), (2000, len(before)))
+        rises = (after[draws].mean(1) - before[draws].mean(1)) / np.maximum(before[draws].mean(1), 1.0)
+        low, high = np.quantile(rises, [0.025, 0.975])
+        return Utility(
+            self.watched_on, len(before), float(before.mean()), float(after.mean()), self.now.utility, (float(low), float(high)),
+            self.budget, self.now.drift,
+        )  # fmt: skip
+
+
+def sizes(tokens: Sequence[Tokens], places: Iterable[int]) -> list[int]:
+    """Scored tokens of each: known here without asking the card."""
+    return [len(tokens[i].scored) for i in places]
+
+
+def sums(values: Tensor, sizes: list[int]) -> Tensor:
+    """(B,) sums of values (n,), which stand example by example: no atomics, so the same bits every time."""
+    return torch.stack([part.sum() for part in values.split(sizes)])
+
+
+def _means(values: Tensor, sizes: list[int]) -> Floats:
+    means: Floats = sums(values, sizes).double().cpu().numpy() / sizes
+    return means
+
+
+def _within(tokens: list[Tokens], budget: int) -> list[Tokens]:
+    """Evenly spaced sequences whose scored tokens fit the budget, one at least."""
+    total = sum(len(t.scored) for t in tokens)
+    count = max(1, min(len(tokens), len(tokens) * budget // max(total, 1)))
+    return tokens if count == len(tokens) else [tokens[i * len(tokens) // count] for i in range(count)]
+
+
+def _accelerator(kind: Any, model: Any) -> Any:
+    """An Accelerator; on a card that has bfloat16, float32 weights compute in it."""
+    from accelerate.state import AcceleratorState
+
+    if AcceleratorState._shared_state:
+        return kind()
+    wide = next(models.unwrapped(model).parameters()).dtype == torch.float32
+    mixed = wide and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return kind(mixed_precision="bf16" if mixed else "no")

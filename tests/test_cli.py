@@ -1,0 +1,323 @@
+"""The command line: what it prints, what it writes, and what it returns."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+import typer
+from transformers import LlamaModel, ViTConfig
+
+import pyunlearn
+from pyunlearn import cli, models
+from pyunlearn.methods import METHODS
+from pyunlearn.ops import _backend
+
+
+@pytest.fixture(scope="module")
+def trained():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tiny.trained(tiny.tiny_llama, tiny.sentences, count=800, repeats=12, epochs=8, pad=False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    """A saved model, and the texts as files beside it."""
+    folder = tmp_path_factory.mktemp("saved")
+    trained.model.save_pretrained(folder / "model-1.5")
+    trained.tokenizer.save_pretrained(folder / "model-1.5")
+    for role in ("forget", "unseen", "retain", "holdout"):
+        lines = [json.dumps({"text": text}) + "\n" for text in getattr(trained, role)]
+        (folder / f"{role}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """call(*arguments) -> (exit code, standard output, standard error) of `pyunlearn ...`, run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pyunlearn", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def unlearn(call, folder):
+    """call("unlearn", the saved model, ...), with the forget set and the holdout unless told otherwise."""
+
+    def run(*arguments, forget=folder / "forget.jsonl", model=folder / "model-1.5"):
+        return call(
+            "unlearn",
+            model,
+            "--forget",
+            forget,
+            "--holdout",
+            folder / "holdout.jsonl",
+            "--learning-rate",
+            3e-4,
+            *arguments,
+        )
+
+    return run
+
+
+def refused(result, tmp_path, kept=()):
+    """The sentence, having checked the exit code, that it is one line on standard error, nothing written."""
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    assert err.startswith("pyunlearn: ")
+    assert err.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+    return err
+
+
+# ---------------------------------------------------------------- the run
+
+
+def test_unlearn_forgets_a_file_and_writes_the_model(unlearn, folder, trained, tmp_path):
+    """Exit code 0; a table on standard output; model, tokenizer and result.json in --out, which loads again."""
+    code, out, err = unlearn("--retain", folder / "retain.jsonl", "--out", "new")
+    assert (code, err) == (0, "")
+    assert out.count("forgotten") >= 3
+    assert "retain set" in out
+    assert "result.json are in new" in out
+    written = json.loads((tmp_path / "new" / "result.json").read_text())
+    assert written["forgotten"]
+    assert [e["text"] for e in written["examples"]] == trained.forget
+    assert written["settings"]["forget"] == str(folder / "forget.jsonl")
+    model, tokenizer = models.load(tmp_path / "new")
+    assert tokenizer.pad_token is None
+    assert not torch.equal(model.lm_head.weight, trained.model.lm_head.weight)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_unlearn_prints_json_and_names_its_folder_after_the_model(unlearn, folder, tmp_path):
+    """--json is the whole of standard output, and what result.json holds."""
+    code, out, _ = unlearn("--json", "--quiet", forget=folder / "unseen.jsonl")
+    assert code == 0
+    found = json.loads(out)
+    assert found["stopped"] == "nothing memorized"
+    assert found == json.loads((tmp_path / "model-1.5-unlearned" / "result.json").read_text())
+
+
+def test_unlearn_returns_1_when_something_is_still_exposed(unlearn, tmp_path):
+    """The best state is saved all the same."""
+    code, out, _ = unlearn("--max-steps", 1, "--learning-rate", 1e-6, "--out", "new")
+    assert code == 1
+    assert "still exposed" in out
+    assert "stopped: max_steps" in out
+    assert not json.loads((tmp_path / "new" / "result.json").read_text())["forgotten"]
+
+
+def test_unlearn_that_is_interrupted_returns_130_and_goes_on_with_resume(unlearn, tmp_path, monkeypatch):
+    """What is left is a checkpoint, and what comes of it is what an uninterrupted run gives."""
+    calls = []
+
+    def loss(forget, lengths, reference):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return (forget / lengths).mean()
+
+    assert unlearn("--out", "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "ga", METHODS["ga"]._replace(loss=loss))
+        code, out, err = unlearn("--out", "new")
+    assert (code, out) == (130, "")
+    assert "--resume" in err
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "new.checkpoint.pt"}
+    code, _, err = unlearn("--out", "new", "--resume")
+    assert (code, err) == (0, "")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "new"}
+    weights = [models.load(tmp_path / name)[0].state_dict() for name in ("whole", "new")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+# ---------------------------------------------------------------- what cannot be used
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "the forget file .* is empty"),
+        (None, "the forget file .* was not found"),
+        ('{"sentence": "a b c"}\n', 'no usable column: wanted "text", .* found "sentence"'),
+        ('{"prompt": "who?"}\n', 'a "prompt" without "completion"'),
+        ('{"text": "%s"}\n' % ("the cat sees a tree. " * 40), r"has \d+ tokens where the limit is 96: .*--truncate"),
+        ('{"text": ', "is not JSON"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(unlearn, tmp_path, content, message):
+    """Empty, missing, without a usable column, an answer or JSON, longer than the context: one sentence, no output."""
+    path = tmp_path / "texts.jsonl"
+    if content is not None:
+        path.write_text(content)
+    err = refused(unlearn(forget=path), tmp_path, () if content is None else ("texts.jsonl",))
+    assert re.search(message, err), err
+
+
+def test_a_text_of_which_nothing_would_be_scored_is_refused(unlearn, folder, trained, tmp_path):
+    """One token, and a tokenizer that puts nothing before it."""
+    bare = tiny.make_tokenizer(form="$A")
+    bare.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "texts.txt").write_text("a\n")
+    result = unlearn("--tokenizer", tmp_path / "tokenizer", forget=tmp_path / "texts.txt")
+    assert "has no token to score" in refused(result, tmp_path, ("tokenizer", "texts.txt"))
+
+
+def test_a_long_text_can_be_truncated(unlearn, tmp_path):
+    """As the refusal says."""
+    (tmp_path / "long.txt").write_text("the cat sees a tree. " * 40)
+    code, _, err = unlearn("--truncate", "--max-steps", 0, "--out", "new", forget=tmp_path / "long.txt")
+    assert code in (0, 1)
+    assert err == ""
+
+
+@pytest.mark.parametrize(("typo", "nearest"), [("npoo", "npo"), ("grad-diff", "graddiff")])
+def test_a_typo_in_the_method_gets_the_nearest_name(unlearn, tmp_path, typo, nearest):
+    """Before the model is even loaded."""
+    assert f'did you mean "{nearest}"?' in refused(unlearn("--method", typo), tmp_path)
+
+
+def test_a_folder_that_is_not_empty_is_refused(unlearn, tmp_path):
+    """What lies there stays."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "mine.txt").write_text("precious")
+    assert "the output folder new is not empty" in refused(unlearn("--out", "new"), tmp_path, ("new",))
+    assert (tmp_path / "new" / "mine.txt").read_text() == "precious"
+
+
+def test_what_is_no_language_model_is_refused(unlearn, trained, tmp_path):
+    """A name that nobody has, an empty folder, a model without a head, and one that sees instead of reads."""
+    (tmp_path / "empty").mkdir()
+    headless = LlamaModel(trained.model.config)
+    headless.save_pretrained(tmp_path / "headless")
+    trained.tokenizer.save_pretrained(tmp_path / "headless")
+    ViTConfig().save_pretrained(tmp_path / "vit")
+    kept = {"empty", "headless", "vit"}
+    for model, message in (
+        ("nowhere/at-all", "no language model could be loaded from nowhere/at-all"),
+        (tmp_path / "empty", "holds no config.json"),
+        (tmp_path / "headless", "has no language-model head"),
+        (tmp_path / "vit", "no language model could be loaded from"),
+    ):
+        assert message in refused(unlearn(model=model), tmp_path, kept)
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(unlearn, trained, tmp_path):
+    """Neither at --tokenizer nor beside the model."""
+    trained.model.save_pretrained(tmp_path / "bare")
+    refused(unlearn("--tokenizer", "nowhere/at-all"), tmp_path, {"bare"})
+    refused(unlearn(model=tmp_path / "bare"), tmp_path, {"bare"})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--max-steps", -1, "max_steps must be 0"), ("--batch-size", 0, "batch_size must be 1"),
+        ("--learning-rate", 2, "learning_rate must lie"), ("--utility-budget", -0.1, "utility_budget must be 0"),
+        ("--method", "graddiff", "needs text to keep"),
+    ],
+)  # fmt: skip
+def test_an_option_out_of_range_is_refused(unlearn, tmp_path, option, value, message):
+    """One sentence that names it."""
+    assert message in refused(unlearn(option, value), tmp_path)
+
+
+def test_a_backend_that_does_not_exist_is_refused(call, tmp_path, monkeypatch):
+    """PYUNLEARN_BACKEND is a user's mistake like any other."""
+    monkeypatch.setenv("PYUNLEARN_BACKEND", "gpu")
+    _backend.chosen.cache_clear()
+    try:
+        assert "must be cuda, cpu or reference, got 'gpu'" in refused(call("info"), tmp_path)
+    finally:
+        monkeypatch.undo()
+        _backend.chosen.cache_clear()
+
+
+def test_an_error_of_ours_is_not_hidden(call, folder, monkeypatch):
+    """Only a user's mistakes become a sentence; a bug keeps its traceback."""
+
+    def broken(*_, **__):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(pyunlearn, "unlearn", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        call("unlearn", "m", "--forget", "f.jsonl")
+
+
+# ---------------------------------------------------------------- info and help
+
+
+def test_info_shows_the_backend_and_why(call):
+    """As a table and as JSON; both hold the same names."""
+    code, out, err = call("info", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["pyunlearn"] == pyunlearn.__version__
+    assert found["torch"] == torch.__version__
+    assert found["backend on the CPU"].split()[0] == _backend.chosen().cpu
+    assert found["why"]
+    assert {"compiled CUDA architectures", "CUDA driver", "CUDA devices"} <= found.keys()
+    code, out, _ = call("info")
+    assert code == 0
+    assert all(name in out for name in found)
+
+
+def commands():
+    """Each command, and its parameters."""
+    group = typer.main.get_command(cli.app)
+    return {name: command.params for name, command in group.commands.items()}
+
+
+@pytest.mark.parametrize("name", commands())
+def test_help_says_what_every_option_does(call, name):
+    """Each option has its place there, and a sentence."""
+    code, out, _ = call(name, "--help")
+    assert code == 0
+    text = " ".join(out.replace("│", " ").split())
+    for parameter in commands()[name]:
+        if parameter.name != "help" and parameter.param_type_name == "option":
+            assert parameter.opts[0] in text
+            assert parameter.help
+            assert parameter.help.split()[0] in text
+
+
+def test_help_names_every_command(call):
+    """And so does the program when it is called with nothing."""
+    for arguments in ((), ("--help",)):
+        code, out, err = call(*arguments)
+        assert code in (0, 2)
+        assert all(name in out + err for name in commands())
+    code, _, err = call("unlern")
+    assert code == 2
+    assert "unlern" in err
+
+
+def test_it_runs_as_a_program():
+    """In a process of its own, without importing what it does not need."""
+    environment = os.environ | {"PYUNLEARN_BACKEND": "reference"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pyunlearn.cli", "info", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=True,
+    )
+    assert json.loads(done.stdout)["backend on the CPU"] == "reference"

@@ -1,0 +1,92 @@
+"""The demo, as a user sees it: SmolLM2-135M forgets two texts, never knew the third, and keeps six others."""
+
+import json
+import time
+
+import pytest
+
+from pyunlearn import demo
+from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+
+pytestmark = pytest.mark.real_model
+
+MEMORIZED = ("Declaration of Independence", "First Amendment")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """(whether it went as it should, result.json, seconds) of one run."""
+    out, began = tmp_path_factory.mktemp("demo") / "out", time.perf_counter()
+    went_well = demo.run(out)
+    seconds = time.perf_counter() - began
+    print(f"the demo took {seconds:.0f} s")
+    assert [path.name for path in out.iterdir()] == ["result.json"]
+    return went_well, json.loads((out / "result.json").read_text(encoding="utf-8")), seconds
+
+
+def example(ran, name):
+    return ran[1]["examples"][list(demo.FORGET).index(name)]
+
+
+def test_it_says_that_it_went_well(ran):
+    """Everything is forgotten or was never memorized."""
+    assert ran[0]
+    assert ran[1]["forgotten"]
+    assert ran[1]["stopped"] == "forgotten"
+
+
+@pytest.mark.parametrize("name", MEMORIZED)
+def test_a_memorized_text_is_forgotten(ran, name):
+    """Its exposure falls to that of unseen text and not past it, and with it likelihood and greedy match."""
+    found = example(ran, name)
+    assert found["verdict"] == "forgotten"
+    assert found["exposure_before"] > SIGNIFICANT
+    assert found["exposure_after"] <= NULL_MEAN
+    assert found["upper_exposure_after"] < SIGNIFICANT
+    assert found["log_likelihood_after"] < found["log_likelihood_before"] - 0.5
+    assert found["greedy_match_after"] < found["greedy_match_before"] - 0.1
+    assert found["steps"] > 0
+
+
+@pytest.mark.parametrize("name", MEMORIZED)
+def test_its_continuation_has_changed(ran, name):
+    """The model still writes something after the first six words: something else, and not the true next words."""
+    found = ran[1]["continuations"][name]
+    true = " ".join(demo.FORGET[name].split()).removeprefix(found["prompt"]).split()
+    assert found["after"].strip()
+    assert found["after"] != found["before"]
+    assert " ".join(true[:5]).lower() not in found["after"].lower()
+
+
+def test_the_words_that_everybody_knows_are_gone(ran):
+    """The model recited the Declaration after six words, and no longer does."""
+    found = ran[1]["continuations"]["Declaration of Independence"]
+    assert found["before"].startswith("self-evident, that all men are created equal")
+    assert "all men are created equal" not in found["after"]
+
+
+def test_the_gettysburg_address_was_not_memorized_and_is_left_alone(ran):
+    """No step is spent on it, and it does not end below what unseen text gets."""
+    found = example(ran, "Gettysburg Address")
+    assert found["verdict"] == "not memorized"
+    assert found["steps"] == 0
+    assert found["exposure_before"] < SIGNIFICANT
+    assert found["upper_exposure_after"] < SIGNIFICANT
+
+
+@pytest.mark.parametrize("name", demo.SURVIVE)
+def test_what_had_to_survive_survived(ran, name):
+    """Its negative log-likelihood rises by no more than the budget."""
+    assert ran[1]["survivors"][name]["relative_rise"] <= ran[1]["utility"]["budget"] == 0.05
+
+
+def test_the_utility_is_within_its_budget(ran):
+    """As everywhere."""
+    assert ran[1]["utility"]["relative_rise"] <= ran[1]["utility"]["budget"]
+    assert ran[1]["survivors"].keys() == demo.SURVIVE.keys()
+
+
+def test_how_long_it_took_is_told(ran, capsys):
+    """Not asserted: a busy machine is no defect. The goal is under 180 s on two cores."""
+    with capsys.disabled():
+        print(f"\nthe demo took {ran[2]:.0f} s")

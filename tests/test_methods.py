@@ -1,0 +1,177 @@
+"""Each method against its formula, and the methods by name."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyunlearn.errors import ArgumentError
+from pyunlearn.methods import ALIASES, METHODS, ga, npo, resolve, simnpo
+
+FLOATS = {"allow_nan": False, "allow_infinity": False}
+rows = st.lists(
+    st.tuples(st.floats(-90, -0.1, **FLOATS), st.floats(-90, -0.1, **FLOATS), st.integers(1, 40)),
+    min_size=1,
+    max_size=6,
+)
+
+
+def tensors(batch):
+    """forget (with a gradient), reference, lengths."""
+    forget, reference, lengths = zip(*batch, strict=True)
+    return (
+        torch.tensor(forget, dtype=torch.float64, requires_grad=True),
+        torch.tensor(reference, dtype=torch.float64),
+        torch.tensor(lengths),
+    )
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
+
+
+def softplus(x):
+    """-log sigmoid(-x), without overflow."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def gradient(loss, x):
+    return torch.autograd.grad(loss, x)[0].tolist()
+
+
+@given(rows)
+def test_ga_is_the_mean_log_likelihood_per_token(batch):
+    """loss = 1/B sum_i L_i / T_i, and so its gradient is 1 / (B T_i): minus that of descent on the likelihood."""
+    forget, _, lengths = tensors(batch)
+    loss = ga(forget, lengths)
+    assert loss.item() == pytest.approx(sum(x / n for x, _, n in batch) / len(batch), rel=1e-12)
+    assert gradient(loss, forget) == pytest.approx([1 / n / len(batch) for _, _, n in batch], rel=1e-12)
+
+
+@given(rows, st.floats(0.01, 2.0))
+def test_npo_is_its_formula(batch, beta):
+    """loss = -2/beta mean log sigmoid(-beta (L - L_ref)); gradient 2 sigmoid(beta (L - L_ref)) / B."""
+    forget, reference, _ = tensors(batch)
+    loss = npo(forget, reference, beta=beta)
+    assert loss.item() == pytest.approx(
+        2 / beta * sum(softplus(beta * (x - r)) for x, r, _ in batch) / len(batch), rel=1e-9
+    )
+    expected = [2 * sigmoid(beta * (x - r)) / len(batch) for x, r, _ in batch]
+    assert gradient(loss, forget) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+@given(rows, st.floats(0.1, 5.0), st.floats(-1.0, 2.0))
+def test_simnpo_is_its_formula(batch, beta, delta):
+    """loss = -2/beta mean log sigmoid(-beta (L / T + delta)); gradient 2 sigmoid(beta (L / T + delta)) / (B T)."""
+    forget, _, lengths = tensors(batch)
+    loss = simnpo(forget, lengths, beta=beta, delta=delta)
+    assert loss.item() == pytest.approx(
+        2 / beta * sum(softplus(beta * (x / n + delta)) for x, _, n in batch) / len(batch), rel=1e-9, abs=1e-15
+    )
+    expected = [2 * sigmoid(beta * (x / n + delta)) / n / len(batch) for x, _, n in batch]
+    assert gradient(loss, forget) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+@given(rows)
+def test_npo_with_a_vanishing_beta_is_gradient_ascent_on_the_sum(batch):
+    """Its gradient tends to 1 / B, and its value to mean(L - L_ref) beside the constant 2 ln 2 / beta."""
+    forget, reference, _ = tensors(batch)
+    beta = 1e-6
+    loss = npo(forget, reference, beta=beta)
+    assert gradient(loss, forget) == pytest.approx([1 / len(batch)] * len(batch), rel=1e-4)
+    wanted = sum(x - r for x, r, _ in batch) / len(batch)
+    assert npo(forget, reference, beta=beta).item() - 2 * math.log(2) / beta == pytest.approx(wanted, abs=0.02)
+
+
+def test_npo_at_its_reference_is_half_way_between_ascent_and_letting_go():
+    """There the gradient is 2 sigmoid(0) / B = 1 / B; far above it is twice that, far below nothing."""
+    reference = torch.tensor([-10.0, -20.0, -1000.0, -1.0], dtype=torch.float64)
+    forget = torch.tensor([-10.0, -20.0, -1.0, -1000.0], dtype=torch.float64, requires_grad=True)
+    assert gradient(npo(forget, reference, beta=0.1), forget) == pytest.approx([0.25, 0.25, 0.5, 0.0], abs=1e-12)
+
+
+def test_simnpo_lets_go_below_its_margin():
+    """At -delta nats a token the gradient is half of ascent's twofold; far below it is nothing."""
+    forget = torch.tensor([-15.0, -400.0], dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([10, 10])
+    assert gradient(simnpo(forget, lengths, delta=1.5), forget) == pytest.approx([0.05, 0.0], abs=1e-12)
+
+
+@given(rows, st.sampled_from(sorted(METHODS)))
+def test_no_method_minds_the_order_and_each_makes_text_less_likely(batch, name):
+    """The mean over examples, with a gradient that is never negative: to minimise is to ascend."""
+    forget, reference, lengths = tensors(batch)
+    method = METHODS[name]
+    loss = method.loss(forget, lengths, reference)
+    assert all(g >= 0 for g in gradient(loss, forget))
+    assert method.loss(forget.flip(0), lengths.flip(0), reference.flip(0)).item() == pytest.approx(
+        loss.item(), rel=1e-12
+    )
+
+
+def test_no_method_overflows():
+    """Not in float32, not for a text of hundreds of tokens, not for a likelihood far from its reference."""
+    for far in (-1e4, 1e4):
+        forget = torch.tensor([-2e4 + far], requires_grad=True)
+        for method in METHODS.values():
+            loss = method.loss(forget, torch.tensor([500]), torch.tensor([-2e4]))
+            assert torch.isfinite(loss)
+            assert math.isfinite(gradient(loss, forget)[0])
+
+
+# ---------------------------------------------------------------- by name
+
+
+def test_every_name_resolves_to_its_term_and_retain_loss():
+    """The compound names are aliases; 'auto' is nll where there is a retain set."""
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert resolve(name, "auto", False, {}) == (method, None)
+        assert resolve(name, "auto", True, {}) == (method, "nll")
+        assert resolve(name.upper(), None, True, {}) == (method, None)
+        assert resolve(name, "nll", True, {}) == (method, "nll")
+    for alias, (name, retain) in ALIASES.items():
+        for given_retain in ("auto", "nll", None):
+            assert resolve(alias, given_retain, True, {}) == (METHODS[name], retain)
+    assert resolve("npo", "auto", False, {"beta": 0.5}) == (METHODS["npo"], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("npoo", "npo"), ("grad_diff", "graddiff"), ("SimPO", "simnpo"), ("npo-nll", "npo+nll"), ("gaa", "ga")],
+)
+def test_a_typo_gets_the_nearest_name(name, nearest):
+    """One sentence that ends with it."""
+    with pytest.raises(
+        ArgumentError, match=f'there is no method .*; did you mean "{nearest.replace("+", "[+]")}"'
+    ) as error:
+        resolve(name, "auto", True, {})
+    assert repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "retain_loss", "has_retain", "options", "message"),
+    [
+        ("xyzzy", "auto", True, {}, "choose from ga, graddiff, npo, npo[+]nll, simnpo, simnpo[+]nll"),
+        ("ga", "mse", True, {}, "retain_loss must be .* got 'mse'"),
+        ("ga", "nll", False, {}, "method 'ga' with retain_loss='nll' needs text to keep: pass retain="),
+        ("graddiff", "auto", False, {}, "method 'graddiff' .* use 'ga' without a retain loss"),
+        ("ga", "auto", True, {"beta": 1.0}, "method 'ga' has no option 'beta'; it has none"),
+        ("npo", "auto", True, {"gamma": 1.0}, "method 'npo' has no option 'gamma'; it has beta"),
+        ("simnpo+nll", "auto", True, {"gamma": 1.0}, "method 'simnpo' has no option 'gamma'; it has beta, delta"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(name, retain_loss, has_retain, options, message):
+    """One sentence that names it, and what would fit."""
+    with pytest.raises(ArgumentError, match=message) as error:
+        resolve(name, retain_loss, has_retain, options)
+    assert "\n" not in str(error.value)
+
+
+def test_every_method_names_its_source_and_its_options():
+    """The options in the table are the keyword arguments of the function, and the docstring cites the paper."""
+    for name, function in (("ga", ga), ("npo", npo), ("simnpo", simnpo)):
+        assert METHODS[name].options == tuple(function.__kwdefaults__ or ())
+        assert METHODS[name].source.removeprefix("arXiv ") in function.__doc__
