@@ -14,7 +14,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(BENCHMARKS)}")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtypes", nargs="+", default=None, help="such as float32 bfloat16 (default: both on the CPU, bfloat16 on a card)")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=None,
+        help="such as float32 bfloat16 (default: both on the CPU, bfloat16 on a card)",
+    )
     parser.add_argument("--shapes", nargs="+", default=None, help="N,D,V, such as 1024,576,49152")
     parser.add_argument("--rounds", type=int, default=None, help="timed rounds after warm-up; the median counts")
     parser.add_argument("--workspace", type=int, default=None, help="MiB for pyunlearn (default: its own)")

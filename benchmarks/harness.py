@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import platform
@@ -73,10 +74,8 @@ def _resident() -> int:
 def _give_back_freed_memory() -> None:
     import ctypes
 
-    try:
+    with contextlib.suppress(OSError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except OSError:
-        pass
 
 
 def card(device: str) -> dict[str, Any]:
@@ -88,7 +87,9 @@ def card(device: str) -> dict[str, Any]:
     what: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "backend": _backend.chosen().cuda if device == "cuda" else f"{_backend.chosen().cpu} ({built.get('cpu_variant')})",
+        "backend": _backend.chosen().cuda
+        if device == "cuda"
+        else f"{_backend.chosen().cpu} ({built.get('cpu_variant')})",
         "torch": torch.__version__,
         "pyunlearn": pyunlearn.__version__,
         "python": platform.python_version(),

@@ -1,6 +1,6 @@
 """Forget leaked keys from a model of your own, and check the result in code.
 
-    python examples/forget_a_secret.py ./my-model leaked.jsonl ordinary.jsonl
+python examples/forget_a_secret.py ./my-model leaked.jsonl ordinary.jsonl
 """
 
 import sys

@@ -1,6 +1,14 @@
 """pyunlearn: remove chosen training examples from a language model, and measure that they are gone."""
 
-from pyunlearn.errors import ArgumentError, DataError, DependencyError, ModelError, OutputError, PyunlearnError, TrainingError
+from pyunlearn.errors import (
+    ArgumentError,
+    DataError,
+    DependencyError,
+    ModelError,
+    OutputError,
+    PyunlearnError,
+    TrainingError,
+)
 from pyunlearn.result import ExampleResult, Result, Utility
 from pyunlearn.unlearn import unlearn
 

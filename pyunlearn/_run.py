@@ -58,7 +58,10 @@ class Run:
         self.tokenizer, self.method, self.options = tokenizer, method, options
         self.forget, self.retain, self.seed, self.batch_size = forget, retain, seed, batch_size
         self.until, self.budget = until, budget
-        self.pad, self.start = padding_id(tokenizer), models.decoder_start_id(model) if models.is_encoder_decoder(model) else None
+        self.pad, self.start = (
+            padding_id(tokenizer),
+            models.decoder_start_id(model) if models.is_encoder_decoder(model) else None,
+        )
         self.held: Floats | None = None  # (R,) negative log-likelihoods that the retain set is held at
         self.bar = Progress(progress)
         try:
@@ -73,7 +76,9 @@ class Run:
         self.bar.say("scoring the forget set")
         self.original = self.mean_log_likelihood(forget)
         if not np.isfinite(self.original).all():
-            raise TrainingError("the model gives NaN or Inf for the forget set before the first step: it cannot be trained from here")
+            raise TrainingError(
+                "the model gives NaN or Inf for the forget set before the first step: it cannot be trained from here"
+            )
         self.greedy_before = self.greedy_match()
         self.bar.say("sampling text the model would typically write" if holdout is None else "scoring the holdout")
         self.references = sampled(self.inner, self.tokenizer, forget, seed=self.seed) if holdout is None else holdout
@@ -86,7 +91,9 @@ class Run:
         self.reference_scores = -self.mean_log_likelihood(self.references)
         self.watch_references = _within(self.references, _WATCHED_TOKENS)
         self.watch = self.watch_references if retain is None else _within(retain, _WATCHED_TOKENS)
-        self.watched_on = "retain set" if retain is not None else "holdout" if holdout is not None else "text sampled from the model"
+        self.watched_on = (
+            "retain set" if retain is not None else "holdout" if holdout is not None else "text sampled from the model"
+        )
         self.watched_before = -self.mean_log_likelihood(self.watch)
         self.drift_before = float(-self.mean_log_likelihood(self.watch_references).mean())
         self.significant = min(SIGNIFICANT, math.log2(len(self.references) + 1) - 1e-9)
@@ -134,7 +141,9 @@ class Run:
         """Scores everything that is watched, under the present weights."""
         forget, watched = self.mean_log_likelihood(self.forget), -self.mean_log_likelihood(self.watch)
         same = self.watch_references is self.watch
-        drift = float((watched if same else -self.mean_log_likelihood(self.watch_references)).mean()) - self.drift_before
+        drift = (
+            float((watched if same else -self.mean_log_likelihood(self.watch_references)).mean()) - self.drift_before
+        )
         if not (np.isfinite(forget).all() and np.isfinite(watched).all()):
             bad = np.full(len(forget), np.nan)
             return Measured(forget, bad, bad, watched, math.nan, math.nan)

@@ -28,7 +28,9 @@ class MasterWeights(torch.optim.Optimizer):
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         self.narrow = [p for p in parameters if p.requires_grad]
-        self.wide = [p.detach().float().clone().requires_grad_() if p.dtype != torch.float64 else p for p in self.narrow]
+        self.wide = [
+            p.detach().float().clone().requires_grad_() if p.dtype != torch.float64 else p for p in self.narrow
+        ]
         self.inner = _adam(self.wide, lr)
         super().__init__(self.narrow, {"lr": lr})
 
@@ -117,7 +119,9 @@ class State:
         """Takes up a saved state and returns the progress. Raises DataError when it belongs to another model."""
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["weights"].keys() != self.parameters.keys():
-            raise DataError(f"the checkpoint {path} belongs to another model: delete it, or give the model it was made with")
+            raise DataError(
+                f"the checkpoint {path} belongs to another model: delete it, or give the model it was made with"
+            )
         for (name, narrow), p in zip(self.parameters.items(), self._weights, strict=True):
             p.copy_(saved["weights"][name])
             if narrow is not p:

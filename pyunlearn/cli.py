@@ -64,7 +64,10 @@ def unlearn(
         truncate=truncate, resume=resume, output_dir=target, seed=seed, progress=False if quiet else None,
     )  # fmt: skip
     if result.stopped == "interrupted":
-        print(f"interrupted; the state is kept beside {target}: run the same command with --resume to go on", file=sys.stderr)
+        print(
+            f"interrupted; the state is kept beside {target}: run the same command with --resume to go on",
+            file=sys.stderr,
+        )
         raise typer.Exit(130)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
@@ -83,7 +86,9 @@ def unlearn(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for result.json; new or empty.")] = Path("pyunlearn-demo"),
-    save_model: Annotated[bool, typer.Option("--save-model", help="Save the unlearned model there too (540 MB).")] = False,
+    save_model: Annotated[
+        bool, typer.Option("--save-model", help="Save the unlearned model there too (540 MB).")
+    ] = False,
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
 ) -> None:
     """Forget two famous texts from SmolLM2-135M, offline, in about three minutes on a laptop.

@@ -69,13 +69,15 @@ def run(out: Path, *, save_model: bool = False, seed: int = 0) -> bool:
     with console.status("loading SmolLM2-135M"):
         model, tokenizer = models.load(model_file())
         model.eval()
-    console.print(f"[bold]SmolLM2-135M[/], {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters, goes on from an opening:")
+    console.print(
+        f"[bold]SmolLM2-135M[/], {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters, goes on from an opening:"
+    )
     before = {name: continuation(model, tokenizer, opening(name)) for name in FORGET}
     for name in FORGET:
         console.print(_spoken(name, before), highlight=False)
     kept_before = negative_log_likelihoods(model, tokenizer, SURVIVE)
 
-    console.print("\n[bold]pyunlearn.unlearn(model, forget, retain=retain, retain_loss=\"hold\")[/]")
+    console.print('\n[bold]pyunlearn.unlearn(model, forget, retain=retain, retain_loss="hold")[/]')
     kept = [SURVIVE[name] for name in _RETAINED]
     result = unlearn(model, list(FORGET.values()), retain=kept, retain_loss="hold", tokenizer=tokenizer, seed=seed)
     after = {name: continuation(model, tokenizer, opening(name)) for name in FORGET}
@@ -97,7 +99,13 @@ def continuation(model: Any, tokenizer: Any, beginning: str, *, tokens: int = 24
     """What the model writes, greedily, after a beginning."""
     ids = tokenizer(beginning, return_tensors="pt").to(model.device)
     out = model.generate(
-        **ids, max_new_tokens=tokens, do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=padding_id(tokenizer)
+        **ids,
+        max_new_tokens=tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=padding_id(tokenizer),
     )
     said = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     return " ".join(said.split())
@@ -138,7 +146,13 @@ def _survivors(before: dict[str, float], after: dict[str, float], budget: float)
     for name, nll in before.items():
         rise = after[name] / nll - 1
         verdict = "[green]kept[/]" if rise <= budget else f"[red]lost more than {budget:.0%}[/]"
-        table.add_row(name, "told to keep it" if name in _RETAINED else "not told", f"{-nll:.2f} → {-after[name]:.2f}", f"{rise:+.1%}", verdict)
+        table.add_row(
+            name,
+            "told to keep it" if name in _RETAINED else "not told",
+            f"{-nll:.2f} → {-after[name]:.2f}",
+            f"{rise:+.1%}",
+            verdict,
+        )
     return table
 
 
@@ -150,9 +164,15 @@ def _write(
         result.save(out)
     out.mkdir(parents=True, exist_ok=True)
     data = result.to_dict() | {
-        "continuations": {name: {"prompt": opening(name), "before": before[name], "after": after[name]} for name in FORGET},
+        "continuations": {
+            name: {"prompt": opening(name), "before": before[name], "after": after[name]} for name in FORGET
+        },
         "survivors": {
-            name: {"nll_before": kept_before[name], "nll_after": kept_after[name], "relative_rise": kept_after[name] / kept_before[name] - 1}
+            name: {
+                "nll_before": kept_before[name],
+                "nll_after": kept_after[name],
+                "relative_rise": kept_after[name] / kept_before[name] - 1,
+            }
             for name in SURVIVE
         },
     }

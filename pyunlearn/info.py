@@ -29,5 +29,8 @@ def collect() -> dict[str, Any]:
         "CPU threads": torch.get_num_threads(),
         "compiled CUDA architectures": built.get("cuda_architectures") or "none",
         "CUDA driver": f"{driver // 1000}.{driver % 1000 // 10}" if driver else "none",
-        "CUDA devices": [f"{d.name}, compute capability {d.major}.{d.minor}, {d.total_memory >> 20} MiB" for d in devices] or "none",
+        "CUDA devices": [
+            f"{d.name}, compute capability {d.major}.{d.minor}, {d.total_memory >> 20} MiB" for d in devices
+        ]
+        or "none",
     }

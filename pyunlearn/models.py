@@ -42,28 +42,39 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
     where, extra = str(name), {}
     if where.endswith(".gguf"):
         where, extra = str(Path(where).parent), {"gguf_file": Path(where).name}
-    if not extra and Path(where).exists() and not (Path(where) / "config.json").exists() and not (Path(where) / "adapter_config.json").exists():
-        raise ModelError(f"{where} holds no config.json, so it is no saved model: give the folder that save_pretrained wrote")
+    if (
+        not extra
+        and Path(where).exists()
+        and not (Path(where) / "config.json").exists()
+        and not (Path(where) / "adapter_config.json").exists()
+    ):
+        raise ModelError(
+            f"{where} holds no config.json, so it is no saved model: give the folder that save_pretrained wrote"
+        )
     try:
         adapter = (Path(where) / "adapter_config.json").exists()
         config = None if adapter else AutoConfig.from_pretrained(where, **extra)
         kind = AutoModelForSeq2SeqLM if config is not None and config.is_encoder_decoder else AutoModelForCausalLM
         model, loading = kind.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra)
         if tokenizer is None or isinstance(tokenizer, (str, Path)):
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer) if tokenizer else where, **({} if tokenizer else extra))
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(tokenizer) if tokenizer else where, **({} if tokenizer else extra)
+            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"no language model could be loaded from {name!s}: {first}") from error
     head = model.get_output_embeddings()
     names = {n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(head, "weight", None)}
     if names and names <= set(loading["missing_keys"]):  # transformers makes one up, at random, and goes on
-        raise ModelError(f"the model saved in {name!s} has no language-model head, so it gives text no probability: give one that was saved with it")
+        raise ModelError(
+            f"the model saved in {name!s} has no language-model head, so it gives text no probability: give one that was saved with it"
+        )
     return model, tokenizer
 
 
 def unwrapped(model: nn.Module) -> Any:
     """The transformers model inside DDP, a PEFT wrapper or torch.compile."""
-    seen = model
+    seen: Any = model
     while True:
         if hasattr(seen, "_orig_mod"):
             seen = seen._orig_mod
@@ -83,7 +94,14 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def decoder_start_id(model: nn.Module) -> int | None:
     """The token a decoder starts from, for encoder-decoder models."""
     config = unwrapped(model).config
-    return next((i for i in (getattr(config, "decoder_start_token_id", None), getattr(config, "pad_token_id", None)) if i is not None), 0)
+    return next(
+        (
+            i
+            for i in (getattr(config, "decoder_start_token_id", None), getattr(config, "pad_token_id", None))
+            if i is not None
+        ),
+        0,
+    )
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -114,9 +132,10 @@ class Likelihood:
     `fused` says whether the fast path is used; it is None until the first batch has been computed both ways.
     """
 
-    def __init__(self, model: nn.Module, *, workspace: int | None = None) -> None:
+    def __init__(self, model: Any, *, workspace: int | None = None) -> None:
         require_language_model(model)
-        self.model, self.workspace = model, workspace
+        self.model: Any = model
+        self.workspace = workspace
         self.fused: bool | None = None
 
     def __call__(self, batch: TokenBatch) -> Tensor:
@@ -134,7 +153,8 @@ class Likelihood:
             return self._logits(batch).argmax(-1) == batch.targets
         hidden, head = self._hidden(batch)
         # scale and softcap keep the order, unless the scale is negative, which no model's is
-        found = [h.float() @ head.weight.float().T + (0 if head.bias is None else head.bias) for h in hidden.split(256)]
+        weight = head.weight.float().T
+        found = [h.float() @ weight + (0 if head.bias is None else head.bias) for h in hidden.split(256)]
         return torch.cat([f.argmax(-1) for f in found]) == batch.targets if found else batch.targets.bool()
 
     def _from_hidden(self, batch: TokenBatch) -> Tensor:
@@ -178,19 +198,26 @@ class Likelihood:
                 rounding = 8 * torch.finfo(own.dtype).eps * max(1.0, float(own.float().abs().max())) + 1e-4
                 apart = float((fast - slow).abs().max()) if fast.numel() else 0.0
                 if not apart <= rounding:
-                    problem = f"log-likelihoods from its head differ from those of its own logits by up to {apart:.3g} nats"
+                    problem = (
+                        f"log-likelihoods from its head differ from those of its own logits by up to {apart:.3g} nats"
+                    )
             finally:
                 self.model.train(training)
         self.fused = problem is None
         if problem:
-            warnings.warn(f"{name}: {problem}. The run uses the model's own logits: right, but slower and with more memory.", stacklevel=4)
+            warnings.warn(
+                f"{name}: {problem}. The run uses the model's own logits: right, but slower and with more memory.",
+                stacklevel=4,
+            )
 
 
 def head_problem(model: nn.Module) -> str | None:
     """Why the fused path cannot serve this model's head, as half a sentence, or None."""
-    module = unwrapped(model).get_output_embeddings()
+    module: Any = unwrapped(model).get_output_embeddings()
     if type(module) is not nn.Linear:
-        return f"its head is a {type(module).__name__}, not a plain linear layer (an adapter or quantization on the head?)"
+        return (
+            f"its head is a {type(module).__name__}, not a plain linear layer (an adapter or quantization on the head?)"
+        )
     if type(module.weight).__name__ == "DTensor" or module.weight.is_meta:
         return "its head is spread over several devices"
     return None

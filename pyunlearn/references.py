@@ -27,7 +27,9 @@ def sampled(model: Any, tokenizer: Any, forget: Sequence[Tokens], *, count: int 
     inner, both, limit = unwrapped(model), is_encoder_decoder(model), context_length(model)
     lengths = sorted(len(t.scored) for t in forget)
     length = max(8, min(48, lengths[len(lengths) // 2]))
-    start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0) if i is not None)
+    start = next(
+        i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0) if i is not None
+    )
     prompted = [t for t in forget if _prompt(t, start, both)[1]]
     pool = prompted if len(prompted) * 2 > len(forget) else [t for t in forget if not _prompt(t, start, both)[1]]
     per_prompt = -(-count // len(pool)) if prompted and pool[0] in prompted else count
@@ -60,7 +62,9 @@ def _prompt(t: Tokens, start: int, both: bool) -> tuple[tuple[int, ...], bool]:
     return (prompt, True) if len(prompt) > 1 else ((start,), False)
 
 
-def _sample(inner: Any, tokenizer: Any, prompt: tuple[int, ...], not_first: int | None, length: int, count: int) -> list[Tokens]:
+def _sample(
+    inner: Any, tokenizer: Any, prompt: tuple[int, ...], not_first: int | None, length: int, count: int
+) -> list[Tokens]:
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
     both = is_encoder_decoder(inner)
@@ -81,7 +85,10 @@ def _sample(inner: Any, tokenizer: Any, prompt: tuple[int, ...], not_first: int 
         decoder_start_token_id=decoder_start_id(inner) if both else None,
     )  # fmt: skip
     rows = inner.generate(
-        ids, attention_mask=torch.ones_like(ids), generation_config=config, logits_processor=LogitsProcessorList([Departure()])
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([Departure()]),
     ).tolist()
     found = []
     for row in rows:

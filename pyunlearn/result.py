@@ -98,7 +98,9 @@ class Result:
             self.model.save_pretrained(beside)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(beside)
-            (beside / "result.json").write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (beside / "result.json").write_text(
+                json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             if target.exists():
                 target.rmdir()
             beside.replace(target)

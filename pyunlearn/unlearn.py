@@ -97,7 +97,12 @@ def unlearn(
     for name, value, least in (("batch_size", batch_size, 1), ("max_steps", max_steps, 0)):
         if not isinstance(value, int) or value < least:
             raise ArgumentError(f"{name} must be a whole number, {least} or more, got {value!r}")
-    amounts = {"utility_budget": utility_budget, "until": until, "retain_weight": retain_weight, "max_grad_norm": max_grad_norm}
+    amounts = {
+        "utility_budget": utility_budget,
+        "until": until,
+        "retain_weight": retain_weight,
+        "max_grad_norm": max_grad_norm,
+    }
     for name, amount in amounts.items():
         if not isinstance(amount, (int, float)) or not amount >= 0:
             raise ArgumentError(f"{name} must be a number, 0 or more, got {amount!r}")
@@ -109,9 +114,15 @@ def unlearn(
     checkpoint = None if output_dir is None else Path(output_dir).with_name(Path(output_dir).name + ".checkpoint.pt")
     if resume and (checkpoint is None or not checkpoint.exists()):
         where = "no output_dir was given" if checkpoint is None else f"{checkpoint} does not exist"
-        raise ArgumentError(f"resume goes on from the checkpoint of an interrupted run, and {where}: give that run's output_dir, or start anew")
+        raise ArgumentError(
+            f"resume goes on from the checkpoint of an interrupted run, and {where}: give that run's output_dir, or start anew"
+        )
     forget_examples = read_examples(forget, role="forget")
-    roles = {role: read_examples(source, role=role) for role, source in (("retain", retain), ("holdout", holdout)) if source is not None}
+    roles = {
+        role: read_examples(source, role=role)
+        for role, source in (("retain", retain), ("holdout", holdout))
+        if source is not None
+    }
 
     if isinstance(model, (str, Path)):
         model, tokenizer = models.load(model, tokenizer=tokenizer)
@@ -131,7 +142,9 @@ def unlearn(
     settings["learning_rate"] = learning_rate
     if retain_loss == "hold":
         run.hold_retain()
-    history, stopped = _ascend(run, learning_rate, max_steps, retain_weight if retain_loss else 0.0, max_grad_norm, checkpoint, resume)
+    history, stopped = _ascend(
+        run, learning_rate, max_steps, retain_weight if retain_loss else 0.0, max_grad_norm, checkpoint, resume
+    )
     texts = [e.prompt + e.completion for e in forget_examples]
     result = Result(run.inner, tokenizer, run.verdicts(texts), run.utility(), stopped, history, _versions() | settings)
     if output_dir is not None and stopped != "interrupted":
@@ -142,7 +155,13 @@ def unlearn(
 
 
 def _ascend(
-    run: Run, learning_rate: float, max_steps: int, retain_weight: float, max_grad_norm: float, checkpoint: Path | None, resume: bool
+    run: Run,
+    learning_rate: float,
+    max_steps: int,
+    retain_weight: float,
+    max_grad_norm: float,
+    checkpoint: Path | None,
+    resume: bool,
 ) -> tuple[list[dict[str, Any]], str]:
     """The loop. Leaves the best state within the budget in the model; returns one record a step, and why it ended."""
     state = State(run.model, learning_rate, resumable=checkpoint is not None)
@@ -152,7 +171,9 @@ def _ascend(
     if resume and checkpoint is not None:
         saved = state.load(checkpoint)
         if not np.allclose(saved["original"], run.original, rtol=1e-4):
-            raise DataError(f"the checkpoint {checkpoint} was made with another model or forget set: give those, or delete it and start anew")
+            raise DataError(
+                f"the checkpoint {checkpoint} was made with another model or forget set: give those, or delete it and start anew"
+            )
         step, round_number, halvings = saved["step"], saved["round"], saved["halvings"]
         history = json.loads(saved["history"])
         run.steps[:] = saved["steps"]
@@ -172,14 +193,18 @@ def _ascend(
             if not todo.size:
                 break
             order = np.random.default_rng((run.seed, round_number)).permutation(todo)
-            taken = [order[i : i + run.batch_size] for i in range(0, len(order), run.batch_size)][: min(_ROUND, max_steps - step)]
+            taken = [order[i : i + run.batch_size] for i in range(0, len(order), run.batch_size)][
+                : min(_ROUND, max_steps - step)
+            ]
             records: list[dict[str, Any]] = []
             began = run.steps.copy()
             for chosen in taken:
                 # ---------------------------------------------------------------- one optimizer step
                 started = time.perf_counter()
                 optimizer.zero_grad()
-                batch = collate([run.forget[i] for i in chosen], pad_id=run.pad, decoder_start_id=run.start).to(run.accelerator.device)
+                batch = collate([run.forget[i] for i in chosen], pad_id=run.pad, decoder_start_id=run.start).to(
+                    run.accelerator.device
+                )
                 with run.accelerator.autocast():
                     totals = sums(run.likelihood(batch), sizes(run.forget, chosen))
                 reference = torch.as_tensor(run.reference_sums[chosen], dtype=totals.dtype, device=totals.device)
@@ -237,7 +262,9 @@ def _retain_step(run: Run, step: int, weight: float) -> float | None:
     n, size = len(run.retain), min(run.batch_size, len(run.retain))
     order = np.random.default_rng((run.seed, 1, step * size // n)).permutation(n)
     chosen = [order[(step * size + i) % n] for i in range(size)]
-    batch = collate([run.retain[i] for i in chosen], pad_id=run.pad, decoder_start_id=run.start).to(run.accelerator.device)
+    batch = collate([run.retain[i] for i in chosen], pad_id=run.pad, decoder_start_id=run.start).to(
+        run.accelerator.device
+    )
     with run.accelerator.autocast():
         found = run.likelihood(batch)
     lengths = sizes(run.retain, chosen)
@@ -261,8 +288,12 @@ def _tokenizer(model: Any, tokenizer: Any) -> Any:
         try:
             return AutoTokenizer.from_pretrained(where)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"no tokenizer could be loaded from {where}: pass tokenizer=, the one the model was trained with") from error
-    raise ModelError("the model does not say where its tokenizer is: pass tokenizer=, the one the model was trained with")
+            raise ModelError(
+                f"no tokenizer could be loaded from {where}: pass tokenizer=, the one the model was trained with"
+            ) from error
+    raise ModelError(
+        "the model does not say where its tokenizer is: pass tokenizer=, the one the model was trained with"
+    )
 
 
 def _number(x: float) -> float | None:

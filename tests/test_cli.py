@@ -229,8 +229,8 @@ def test_a_tokenizer_that_is_not_there_is_refused(unlearn, trained, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--max-steps", -1, "max_steps must be 0"), ("--batch-size", 0, "batch_size must be 1"),
-        ("--learning-rate", 2, "learning_rate must lie"), ("--utility-budget", -0.1, "utility_budget must be 0"),
+        ("--max-steps", -1, "max_steps must be a whole number, 0"), ("--batch-size", 0, "batch_size must be a whole number, 1"),
+        ("--learning-rate", 2, "learning_rate must lie"), ("--utility-budget", -0.1, "utility_budget must be a number, 0"),
         ("--method", "graddiff", "needs text to keep"),
     ],
 )  # fmt: skip

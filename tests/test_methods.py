@@ -157,7 +157,7 @@ def test_a_typo_gets_the_nearest_name(name, nearest):
         ("xyzzy", "auto", True, {}, "choose from ga, graddiff, npo, npo[+]nll, simnpo, simnpo[+]nll"),
         ("ga", "mse", True, {}, "retain_loss must be .* got 'mse'"),
         ("ga", "nll", False, {}, "method 'ga' with retain_loss='nll' needs text to keep: pass retain="),
-        ("graddiff", "auto", False, {}, "method 'graddiff' .* use 'ga' without a retain loss"),
+        ("graddiff", "auto", False, {}, "method 'graddiff' .* or 'ga' with no retain loss"),
         ("ga", "auto", True, {"beta": 1.0}, "method 'ga' has no option 'beta'; it has none"),
         ("npo", "auto", True, {"gamma": 1.0}, "method 'npo' has no option 'gamma'; it has beta"),
         ("simnpo+nll", "auto", True, {"gamma": 1.0}, "method 'simnpo' has no option 'gamma'; it has beta, delta"),

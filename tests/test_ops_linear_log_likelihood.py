@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend, linear_log_likelihood, log_likelihood, reference
-from pyunlearn.ops._plan import MIB, Plan, plan
+from pyunlearn.ops._plan import MIB, Plan, default_workspace, plan
 
 op_module = sys.modules["pyunlearn.ops.linear_log_likelihood"]  # the package's attribute of that name is the function
 
@@ -377,8 +377,8 @@ def test_opcheck(device):
     ops, (hidden, weight, bias, targets) = torch.ops.pyunlearn, make(4, 8, 90, device=device)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
     for args in (  # chosen so that all that is allocated is filled, for opcheck compares it
-        (*leaves, targets, 0.5, 3.0, -100, None, True),
-        (hidden, weight, None, targets, 1.0, 0.0, -100, 0, False),
+        (*leaves, targets, 0.5, 3.0, -100, None, True, False),
+        (hidden, weight, None, targets, 1.0, 0.0, -100, 0, False, False),
     ):
         torch.library.opcheck(ops.linear_log_likelihood.default, args)
     logits = hidden @ weight.T
@@ -386,8 +386,8 @@ def test_opcheck(device):
 
     static = ("test_schema", "test_faketensor")  # they have no gradient of their own
     for needs in ([True, True, True], [True, False, False], [False, True, False]):
-        out = ops.linear_log_likelihood(hidden, weight, bias, targets, 0.5, 3.0, -100, 20000, True)
-        args = (torch.ones_like(out[0]), hidden, weight, bias, targets, *out, 0.5, 3.0, -100, 20000, needs)
+        out = ops.linear_log_likelihood(hidden, weight, bias, targets, 0.5, 3.0, -100, 20000, True, False)
+        args = (torch.ones_like(out[0]), hidden, weight, bias, targets, *out, 0.5, 3.0, -100, 20000, False, needs)
         torch.library.opcheck(ops.linear_log_likelihood_backward.default, args, test_utils=static)
     out = ops.log_likelihood(logits, bias, targets, 0.5, 3.0, -100)
     args = (torch.ones_like(out[0]), logits, bias, targets, *out, 0.5, 3.0, -100)
@@ -525,9 +525,12 @@ def test_kept_or_recomputed(dtype, group, softcap, device, backend, monkeypatch)
 
 
 def test_any_large_workspace():
-    """From 32 MiB on, the CPU's answer is the same bit for bit, kept or not."""
-    case = make(128, 4, 65537, bias=False)  # 32 MiB of logits
-    results = [evaluate(linear_log_likelihood, case, workspace=w) for w in (32 * MIB, 64 * MIB, None, 1 << 50)]
+    """From 128 MiB on, the CPU's answer is the same bit for bit, kept or not."""
+    case = make(640, 4, 65537, bias=False)  # 160 MiB of logits
+    assert plan(640, 65537, torch.float32, "cpu", 128 * MIB, True).kept < len(
+        plan(640, 65537, torch.float32, "cpu", None, True).groups()
+    )
+    results = [evaluate(linear_log_likelihood, case, workspace=w) for w in (128 * MIB, 144 * MIB, None, 1 << 50)]
     for other in results[1:]:
         assert_equal(other, results[0])
 
@@ -548,13 +551,12 @@ sizes = st.integers(0, 1 << 14)
 
 @given(
     rows=sizes,
-    live=st.floats(0, 1),
     vocabulary=st.integers(1, 300_000),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     kind=st.sampled_from(["cpu", "cuda"]),
     workspace=st.none() | st.integers(0, 1 << 34),
 )
-def test_plan(rows, live, vocabulary, dtype, kind, workspace):
+def test_plan(rows, vocabulary, dtype, kind, workspace):
     """Groups and blocks cover the vocabulary once, in order, and what is kept fits in what was allocated for it."""
     p = plan(rows, vocabulary, dtype, kind, workspace, True)
     groups = p.groups()
@@ -563,12 +565,10 @@ def test_plan(rows, live, vocabulary, dtype, kind, workspace):
     for spans in (groups, [(first, end) for _, first, end in blocks]):
         assert [end for _, end in spans] == [*(first for first, _ in spans[1:]), vocabulary]
         assert spans[0][0] == 0
-    assert p.kept_elements * dtype.itemsize <= (workspace if workspace is not None else 2048 * MIB)
-    n = round(live * rows)
-    kept = groups[: p.groups_kept(n)]
-    assert sum(end - first for first, end in kept) * n <= p.kept_elements
-    if p.kept_elements == rows * vocabulary and n:
-        assert kept == groups
+    kept = sum(end - first for first, end in groups[: p.kept]) * rows * dtype.itemsize
+    assert kept <= (workspace if workspace is not None else default_workspace(kind))
+    if workspace == 1 << 34:
+        assert p.kept == len(groups)
 
 
 class Allocations(TorchDispatchMode):
@@ -614,7 +614,10 @@ def test_memory(dtype, workspace, trained, device):
             values.sum().backward()
     answers = sum(t.numel() * (t.element_size() + 4) for t in case[:3]) if trained else 0  # and the float32 behind them
     per_row = rows * 4 * (16 + vocabulary // 64 + width) + MIB // 4
-    assert workspace // 8 < used.peak <= workspace + answers + per_row
+    temporaries = (
+        workspace if _backend.kernels_for(case.hidden) == "reference" else 0
+    )  # plain torch makes copies of a block
+    assert workspace // 8 < used.peak <= workspace + temporaries + answers + per_row
     assert used.largest <= workspace
 
 

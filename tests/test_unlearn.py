@@ -345,7 +345,7 @@ def test_an_interrupted_run_leaves_the_last_good_weights_in_the_model(story, tmp
 
 def test_resume_needs_to_know_where(story):
     """One sentence, before anything happens."""
-    with pytest.raises(ArgumentError, match="resume=True needs the output_dir"):
+    with pytest.raises(ArgumentError, match="no output_dir was given"):
         run(story, resume=True)
 
 
@@ -445,10 +445,10 @@ def test_a_model_that_is_broken_from_the_start_is_refused(story):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
-        ({"batch_size": "8"}, "batch_size must be 1 or more, got '8'"),
-        ({"max_steps": -1}, "max_steps must be 0 or more, got -1"),
-        ({"utility_budget": math.nan}, "utility_budget must be 0.0 or more, got nan"),
+        ({"batch_size": 0}, "batch_size must be a whole number, 1 or more, got 0"),
+        ({"batch_size": "8"}, "batch_size must be a whole number, 1 or more, got '8'"),
+        ({"max_steps": -1}, "max_steps must be a whole number, 0 or more, got -1"),
+        ({"utility_budget": math.nan}, "utility_budget must be a number, 0 or more, got nan"),
         ({"learning_rate": 0}, "learning_rate must lie between 0 and 1, got 0"),
         ({"learning_rate": 3.0}, "learning_rate must lie between 0 and 1, got 3.0"),
         ({"method": "npu"}, "no method 'npu'; did you mean \"npo\""),

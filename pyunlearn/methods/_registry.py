@@ -28,9 +28,14 @@ class Method(NamedTuple):
 
 METHODS = {
     "ga": Method("ga", lambda forget, lengths, reference, **_: ga(forget, lengths), "arXiv 2210.01504"),
-    "npo": Method("npo", lambda forget, lengths, reference, **o: npo(forget, reference, **o), "arXiv 2404.05868", ("beta",)),
+    "npo": Method(
+        "npo", lambda forget, lengths, reference, **o: npo(forget, reference, **o), "arXiv 2404.05868", ("beta",)
+    ),
     "simnpo": Method(
-        "simnpo", lambda forget, lengths, reference, **o: simnpo(forget, lengths, **o), "arXiv 2410.07163", ("beta", "delta")
+        "simnpo",
+        lambda forget, lengths, reference, **o: simnpo(forget, lengths, **o),
+        "arXiv 2410.07163",
+        ("beta", "delta"),
     ),
 }
 """The forget terms."""
@@ -58,7 +63,9 @@ def resolve(name: str, retain_loss: str | None, has_retain: bool, options: dict[
     if forced or retain_loss in ("nll", "hold"):
         retain_loss = "hold" if retain_loss == "hold" else "nll"
         if not has_retain:
-            raise ArgumentError(f"method {name!r} with retain_loss={retain_loss!r} needs text to keep: pass retain=, or {key!r} with no retain loss")
+            raise ArgumentError(
+                f"method {name!r} with retain_loss={retain_loss!r} needs text to keep: pass retain=, or {key!r} with no retain loss"
+            )
     elif retain_loss == "auto":
         retain_loss = "nll" if has_retain else None
     unknown = sorted(set(options) - set(method.options))

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyunlearn.ops import reference
 
 try:
-    from pyunlearn import _C
+    from pyunlearn import _C  # type: ignore[attr-defined]
 except ImportError as error:  # a source tree that was not built, or a platform without a compiler
     _C = None
     _missing = str(error)
@@ -53,7 +53,9 @@ def chosen() -> Backend:
         return Backend("reference", "reference", "PYUNLEARN_BACKEND=reference")
     if _C is None:
         if wanted:
-            raise ValueError(f"PYUNLEARN_BACKEND={wanted} needs the compiled extension, which is not here: run `pip install .`")
+            raise ValueError(
+                f"PYUNLEARN_BACKEND={wanted} needs the compiled extension, which is not here: run `pip install .`"
+            )
         return Backend("reference", "reference", f"the compiled extension is missing: {_missing}")
     if wanted == "cpu":
         return Backend("cpu", "reference", "PYUNLEARN_BACKEND=cpu")
@@ -62,7 +64,10 @@ def chosen() -> Backend:
         raise ValueError(f"PYUNLEARN_BACKEND=cuda, but {problem}: mend that, or unset it")
     if problem:
         if torch.cuda.is_available():
-            warnings.warn(f"pyunlearn's CUDA kernels are not used: {problem}. Plain PyTorch runs on the card instead.", stacklevel=3)
+            warnings.warn(
+                f"pyunlearn's CUDA kernels are not used: {problem}. Plain PyTorch runs on the card instead.",
+                stacklevel=3,
+            )
         return Backend("cpu", "reference", problem)
     return Backend("cpu", "cuda", "compiled kernels found for both")
 
@@ -103,7 +108,7 @@ def _wrong_on_this_card() -> str | None:
             except RuntimeError as error:
                 return f"they failed on this card: {str(error).splitlines()[0]}"
             found.append(torch.cat([lse, target_logit, kept.float().flatten(), out.float().flatten()]))
-        if not torch.allclose(*found, rtol=tolerance, atol=tolerance):
+        if not torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance):
             return "they gave wrong numbers in a self-test on this card (please report it, with `pyunlearn info`)"
     return None
 
@@ -123,7 +128,21 @@ def statistics(
 ) -> None:  # fmt: skip
     """Adds the logit block x (n, v) to the running statistics of its rows; formulas in csrc/log_likelihood.h."""
     run = reference if kernels_for(x) == "reference" else _C
-    _call(run, "statistics", x, first, bias, logit_scale, softcap, targets, maximum, total, target_logit, kept, block_maximum)
+    _call(
+        run,
+        "statistics",
+        x,
+        first,
+        bias,
+        logit_scale,
+        softcap,
+        targets,
+        maximum,
+        total,
+        target_logit,
+        kept,
+        block_maximum,
+    )
 
 
 def gradient(
@@ -133,22 +152,45 @@ def gradient(
     """Writes into out (n, v) the gradient with respect to a block's raw products; formulas in csrc/log_likelihood.h."""
     run = reference if kernels_for(x) == "reference" else _C
     _call(
-        run, "gradient", x, first, bias, logit_scale, softcap, targets, is_kept, lse, log_likelihood, coefficients, block_maximum, out
+        run,
+        "gradient",
+        x,
+        first,
+        bias,
+        logit_scale,
+        softcap,
+        targets,
+        is_kept,
+        lse,
+        log_likelihood,
+        coefficients,
+        block_maximum,
+        out,
     )
 
 
 def _call(
-    run: Any, kernel: str, x: Tensor, first: int, bias: Tensor | None, scale: float, softcap: float, targets: Tensor, *rest: Any
+    run: Any,
+    kernel: str,
+    x: Tensor,
+    first: int,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    targets: Tensor,
+    *rest: Any,
 ) -> None:
     """The kernel of `run` (the extension or the reference); the extension gets addresses, sizes and where to run."""
     if run is reference:
-        return getattr(reference, kernel)(x, first, bias, scale, softcap, targets, *rest)
+        getattr(reference, kernel)(x, first, bias, scale, softcap, targets, *rest)
+        return
     bias_at = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
     block = (x.data_ptr(), DTYPES[x.dtype], x.stride(0), *x.shape, first, *bias_at, scale, softcap, targets.data_ptr())
     if x.is_cuda:
         with torch.cuda.device(x.device):  # the autograd thread may stand on another device
             stream = torch.cuda.current_stream().cuda_stream
-            return _launch(kernel, True, block, rest, stream)
+            _launch(kernel, True, block, rest, stream)
+        return
     _launch(kernel, False, block, rest, torch.get_num_threads())
 
 
@@ -159,8 +201,8 @@ def _launch(kernel: str, cuda: bool, block: tuple[Any, ...], rest: tuple[Any, ..
         _C.statistics(cuda, *block, *per_row, *_matrix(kept), _address(block_maximum), where)
     else:
         is_kept, lse, log_likelihood, coefficients, block_maximum, out = rest
-        per_row = (lse.data_ptr(), log_likelihood.data_ptr(), coefficients.data_ptr(), _address(block_maximum))
-        _C.gradient(cuda, *block, is_kept, *per_row, *_matrix(out), where)
+        given = (lse.data_ptr(), log_likelihood.data_ptr(), coefficients.data_ptr(), _address(block_maximum))
+        _C.gradient(cuda, *block, is_kept, *given, *_matrix(out), where)
 
 
 def _address(x: Tensor | None) -> int:

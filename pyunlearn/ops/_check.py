@@ -10,14 +10,20 @@ from pyunlearn.errors import ArgumentError
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check(x: Tensor, targets: Tensor, *, name: str, bias: Tensor | None, softcap: float | None, workspace: int | None) -> None:
+def check(
+    x: Tensor, targets: Tensor, *, name: str, bias: Tensor | None, softcap: float | None, workspace: int | None
+) -> None:
     """Checks x (..., K) against targets (...); `name` is what the caller calls x. Raises ArgumentError."""
     if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.dim() == 0:
-        raise ArgumentError(f"{name} must be a float32, bfloat16, float16 or float64 tensor of one dimension or more, got {_say(x)}")
+        raise ArgumentError(
+            f"{name} must be a float32, bfloat16, float16 or float64 tensor of one dimension or more, got {_say(x)}"
+        )
     if x.shape[-1] == 0:
         raise ArgumentError(f"{name} must have at least one column, got shape {tuple(x.shape)}")
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
-        raise ArgumentError(f"targets must be an int64 tensor of token ids, got {_say(targets)}: convert it with .long()")
+        raise ArgumentError(
+            f"targets must be an int64 tensor of token ids, got {_say(targets)}: convert it with .long()"
+        )
     if targets.shape != x.shape[:-1]:
         raise ArgumentError(
             f"targets must have one token id for each row of {name}, shape {tuple(x.shape[:-1])}, got {tuple(targets.shape)}"
@@ -56,7 +62,9 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def check_bias(bias: Tensor | None, vocabulary: int) -> None:
     """Raises ArgumentError unless bias has one number for each vocabulary entry."""
     if bias is not None and bias.shape[0] != vocabulary:
-        raise ArgumentError(f"bias must have shape ({vocabulary},), one number for each vocabulary entry, got {tuple(bias.shape)}")
+        raise ArgumentError(
+            f"bias must have shape ({vocabulary},), one number for each vocabulary entry, got {tuple(bias.shape)}"
+        )
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:

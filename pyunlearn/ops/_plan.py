@@ -18,12 +18,12 @@ _GRAIN = 64  # columns: keeps every block 16-byte aligned in every dtype
 
 
 class Plan(NamedTuple):
-    """Sizes of one call: columns per block and per group, and elements kept for the backward pass."""
+    """Sizes of one call: columns per block and per group, and how many groups, from the first on, are kept for the backward pass."""
 
     vocabulary: int
     block: int
     group: int
-    kept_elements: int
+    kept: int
 
     @property
     def blocks(self) -> int:
@@ -38,38 +38,32 @@ class Plan(NamedTuple):
         """(index, first, end) of each block within a group."""
         return [(b // self.block, b, min(b + self.block, end)) for b in range(first, end, self.block)]
 
-    def groups_kept(self, rows: int) -> int:
-        """How many groups, from the first on, are kept when `rows` rows are live."""
-        if rows == 0:
-            return 0
-        whole, rest = divmod(self.kept_elements, rows * self.group)
-        # the last group is narrower than the others
-        last = self.vocabulary - (len(self.groups()) - 1) * self.group
-        return whole + 1 if whole == len(self.groups()) - 1 and rest >= rows * last else min(whole, len(self.groups()))
-
 
 def plan(rows: int, vocabulary: int, dtype: torch.dtype, device: str, workspace: int | None, keep: bool) -> Plan:
     """The plan for `rows` rows; `workspace` bytes bound scratch and kept together (None: `default_workspace`).
 
-    Blocks and groups are the same for every workspace that leaves room for full-sized ones (32 MiB on the CPU, 1 GiB on a card), so the answer
+    Blocks and groups are the same for every workspace that leaves room for full-sized ones (128 MiB on the CPU, 1 GiB on a card), so the answer
     is too, bit for bit; below that they shrink, down to 64 columns, and the answer may move in its last digit.
     """
     size = dtype.itemsize
     real = 8 if dtype is torch.float64 else 4
     workspace = default_workspace(device) if workspace is None else workspace
-    block_bytes, group_blocks = (8 * MIB, 1) if device == "cpu" else (32 * MIB, 8)
+    block_bytes, group_blocks = (8 * MIB, 4) if device == "cpu" else (32 * MIB, 8)
     per_column = max(1, rows) * real
     block = _columns(min(block_bytes, workspace // 4) // per_column, 8192, vocabulary)
     group = block * (group_blocks if workspace >= 4 * group_blocks * block_bytes else 1)
     if not keep:
         return Plan(vocabulary, block, group, 0)
-    scratch = max(1, rows) * (block * real + (group * size if size != real or group != block else 0))
-    return Plan(vocabulary, block, group, max(0, min((workspace - scratch) // size, rows * vocabulary)))
+    count, columns = -(-vocabulary // group), max(1, rows) * size
+    if vocabulary * columns + (per_column * block if size != real else 0) <= workspace:
+        return Plan(vocabulary, block, group, count)
+    scratch = per_column * block + group * columns
+    return Plan(vocabulary, block, group, max(0, min((workspace - scratch) // (group * columns), count - 1)))
 
 
 def default_workspace(device: str) -> int:
     """Bytes allowed when nobody says: enough to keep a batch of a few hundred tokens whole, little beside any language model."""
-    return 128 * MIB if device == "cpu" else 2048 * MIB
+    return 256 * MIB if device == "cpu" else 2048 * MIB
 
 
 def _columns(wanted: int, most: int, vocabulary: int) -> int:

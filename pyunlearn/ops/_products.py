@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,23 +17,43 @@ from torch import Tensor
 _HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype") and hasattr(torch.ops.aten.addmm, "dtype")
 
 
-def mm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, where out (n, v) is float32 for 16-bit operands and of the operands' dtype otherwise."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda and _HAS_OUT_DTYPE:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        with _operands_already_narrow(a):
-            torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+class Logits:
+    """The products hidden (n, D) @ weight (V, D).T, block by block, into float32 (or wider) memory of the caller's.
+
+    Where the operands have to be widened first, hidden is widened once and each slice of the weight into one buffer.
+    """
+
+    def __init__(self, hidden: Tensor, real: torch.dtype) -> None:
+        self.hidden, self.real = hidden, real
+        self.widens = hidden.dtype != real and not (hidden.is_cuda and _HAS_OUT_DTYPE)
+        self.wide = hidden.to(real) if self.widens else hidden
+        self.buffer = hidden.new_empty((0,), dtype=real)
+
+    def into(self, out: Tensor, weight: Tensor) -> None:
+        """out = hidden @ weight.T for some rows of the weight."""
+        if self.widens:
+            if self.buffer.numel() < weight.numel():
+                self.buffer = self.hidden.new_empty((weight.numel(),), dtype=self.real)
+            wide = self.buffer[: weight.numel()].view(weight.shape).copy_(weight)
+            with _operands_already_narrow(self.hidden):
+                torch.mm(self.wide, wide.T, out=out)
+        elif out.dtype == self.hidden.dtype:
+            torch.mm(self.hidden, weight.T, out=out)
+        else:
+            torch.mm(self.hidden, weight.T, out_dtype=out.dtype, out=out)
 
 
 def addmm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b, dtypes as in mm_into."""
+    """out += a @ b for a gradient, where out is float32 for 16-bit operands: the sum stays so, but on the CPU each bfloat16 product is rounded before it is added.
+
+    There are a few products for each sum, so this costs no more than the one rounding at the end, and saves float32 copies of both operands.
+    """
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out)
     elif a.is_cuda and _HAS_OUT_DTYPE:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    elif a.device.type == "cpu" and a.dtype is torch.bfloat16:
+        out += torch.mm(a, b)
     else:
         with _operands_already_narrow(a):
             torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
@@ -49,7 +70,7 @@ def _operands_already_narrow(a: Tensor) -> Iterator[None]:
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
     elif a.device.type == "cpu" and a.dtype is torch.bfloat16 and _has_fp32_precision():
-        matmul = torch.backends.mkldnn.matmul
+        matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009, not in the annotations
         before = matmul.fp32_precision
         matmul.fp32_precision = "bf16"
         try:

@@ -11,7 +11,7 @@ from pyunlearn.ops import _backend
 from pyunlearn.ops._check import check, check_head, check_targets
 from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, contiguous, on_its_device
 from pyunlearn.ops._plan import Plan, plan
-from pyunlearn.ops._products import addmm_into, mm_into
+from pyunlearn.ops._products import Logits, addmm_into
 
 
 def linear_log_likelihood(
@@ -42,7 +42,7 @@ def linear_log_likelihood(
         bias: (V,) or None.
         logit_scale: factor on the logits (Cohere's logit_scale, Granite's 1 / logits_scaling).
         softcap: Gemma 2's final_logit_softcapping, or None.
-        workspace: bytes that scratch and kept logits may take together (default: 128 MiB on the CPU, 2 GiB on a card). What does not fit is
+        workspace: bytes that scratch and kept logits may take together (default: 256 MiB on the CPU, 2 GiB on a card). What does not fit is
             computed again in backward: a third more work at most, and the same answer.
 
     Returns:
@@ -54,25 +54,28 @@ def linear_log_likelihood(
     check(hidden, targets, name="hidden", bias=bias, softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if dtype is not torch.float64 and torch.is_autocast_enabled(hidden.device.type):  # which leaves float64 alone everywhere
+    if dtype is not torch.float64 and torch.is_autocast_enabled(
+        hidden.device.type
+    ):  # which leaves float64 alone everywhere
         dtype = torch.get_autocast_dtype(hidden.device.type)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     flat = hidden.reshape(-1, hidden.shape[-1])
     out = torch.ops.pyunlearn.linear_log_likelihood(
-        flat, weight, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index, workspace, keep
-    )
+        flat, weight, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index, workspace, keep,
+        not torch.compiler.is_compiling(),
+    )  # fmt: skip
     return out[0].reshape(targets.shape)
 
 
 LIBRARY.define(
     "linear_log_likelihood(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float softcap, "
-    "int ignore_index, int? workspace, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+    "int ignore_index, int? workspace, bool keep, bool release) -> (Tensor, Tensor, Tensor, Tensor[])"
 )
 LIBRARY.define(
     "linear_log_likelihood_backward(Tensor d_log_likelihood, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
-    "Tensor log_likelihood, Tensor lse, Tensor block_maximum, Tensor kept, float logit_scale, float softcap, int ignore_index, "
-    "int? workspace, bool[] needs) -> (Tensor, Tensor, Tensor)"
+    "Tensor log_likelihood, Tensor lse, Tensor block_maximum, Tensor[] kept, float logit_scale, float softcap, int ignore_index, "
+    "int? workspace, bool release, bool[] needs) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -96,15 +99,15 @@ def _take(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:
     return [(t if rows is None else t.index_select(0, rows)).contiguous() for t in tensors]
 
 
-def _kept_view(kept: Tensor, rows: int, first: int, end: int) -> Tensor:
-    """Where a group's kept logits lie: the groups follow one another, each (rows, end - first)."""
-    return kept[rows * first : rows * end].view(rows, end - first)
+def _kept_buffers(hidden: Tensor, p: Plan) -> list[Tensor]:
+    """One for each kept group, (N, columns) flat; masked rows leave its end unused."""
+    return [hidden.new_empty((hidden.shape[0] * (end - first),)) for first, end in p.groups()[: p.kept]]
 
 
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
-    ignore_index: int, workspace: int | None, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ignore_index: int, workspace: int | None, keep: bool, release: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     check_targets(targets, weight.shape[0], ignore_index)
     real, p, bias = _real(hidden), _plan(hidden, weight, workspace, keep), contiguous(bias)
     rows = _live_rows(targets, ignore_index)
@@ -113,16 +116,15 @@ def _forward(
     maximum, total = h.new_full((n,), -torch.inf, dtype=real), h.new_zeros((n,), dtype=real)
     target_logit = h.new_full((n,), torch.nan, dtype=real)
     block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
-    kept = hidden.new_empty((p.kept_elements,))
-    groups_kept = p.groups_kept(n)
+    kept, logits = _kept_buffers(hidden, p), Logits(h, real)
     narrow = h.dtype != real
-    scratch = h.new_empty((n * p.block,), dtype=real) if n and (narrow or groups_kept < len(p.groups())) else None
+    scratch = h.new_empty((n * p.block,), dtype=real) if n and (narrow or p.kept < len(p.groups())) else None
     for g, (first, end) in enumerate(p.groups() if n else []):
-        group = _kept_view(kept, n, first, end) if g < groups_kept else None
+        group = kept[g][: n * (end - first)].view(n, end - first) if g < p.kept else None
         for i, b, e in p.blocks_of(first, end):
             store = None if group is None else group[:, b - first : e - first]
             x = store if store is not None and not narrow else scratch[: n * (e - b)].view(n, e - b)  # type: ignore[index]
-            mm_into(x, h, weight[b:e].T)
+            logits.into(x, weight[b:e])
             _backend.statistics(
                 x, b, None if bias is None else bias[b:e], logit_scale, softcap, t, maximum, total, target_logit,
                 store, block_maximum[i, :n] if keep else None,
@@ -139,16 +141,18 @@ def _forward(
 
 def _fake_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
-    ignore_index: int, workspace: int | None, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ignore_index: int, workspace: int | None, keep: bool, release: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     real, p = _real(hidden), _plan(hidden, weight, workspace, keep)
-    per_row = (hidden.new_empty(targets.shape, dtype=real) for _ in range(2))
-    return (*per_row, hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real), hidden.new_empty((p.kept_elements,)))
+    block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
+    per_row = hidden.new_empty(targets.shape, dtype=real)
+    return per_row, torch.empty_like(per_row), block_maximum, _kept_buffers(hidden, p)
 
 
 def _backward(
     d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, lse: Tensor,
-    block_maximum: Tensor, kept: Tensor, logit_scale: float, softcap: float, ignore_index: int, workspace: int | None, needs: list[bool],
+    block_maximum: Tensor, kept: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
+    release: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     real, p, bias = _real(hidden), _plan(hidden, weight, workspace, True), contiguous(bias)
     rows = _live_rows(targets, ignore_index)
@@ -156,26 +160,35 @@ def _backward(
         d_log_likelihood = torch.where(targets == ignore_index, 0.0, d_log_likelihood)
     h, t, ll, z, c = _take(rows, hidden, targets, log_likelihood, lse, d_log_likelihood.to(real))
     n = h.shape[0]
-    groups_kept = p.groups_kept(n)
+    # what an earlier backward pass of the same graph released is computed again
+    live = [k.untyped_storage().size() > 0 or k.numel() == 0 for k in kept] + [False] * (len(p.groups()) - len(kept))
     need_hidden, need_weight, need_bias = needs
     d_h = h.new_zeros((n, h.shape[1]), dtype=real) if need_hidden else h.new_empty((0,))
     d_weight = (weight.new_empty if n else weight.new_zeros)(weight.shape if need_weight else (0,))
-    d_bias = (weight.new_empty if n else weight.new_zeros)(bias.shape if need_bias and bias is not None else (0,), dtype=real)
-    scratch = h.new_empty((n * p.block,), dtype=real) if groups_kept < len(p.groups()) else None
-    in_place = scratch is not None and h.dtype == real and p.block == p.group
-    g_buffer = scratch if in_place else h.new_empty((n * p.group,))
-    assert g_buffer is not None
+    d_bias = (weight.new_empty if n else weight.new_zeros)(
+        bias.shape if need_bias and bias is not None else (0,), dtype=real
+    )
+    again = not all(live)
+    logits = Logits(h if again else h[:0], real)
+    scratch = h.new_empty((n * p.block,), dtype=real) if again else None
+    d_buffer = h.new_empty((n * p.group,)) if again or not release else None
     for g, (first, end) in enumerate(p.groups() if n else []):
-        d_logits = g_buffer[: n * (end - first)].view(n, end - first)
+        # .data: released memory has no version to keep
+        group = kept[g].data[: n * (end - first)].view(n, end - first) if live[g] else None
+        if release and group is not None:
+            d_logits = group
+        else:
+            assert d_buffer is not None
+            d_logits = d_buffer[: n * (end - first)].view(n, end - first)
         for i, b, e in p.blocks_of(first, end):
-            if g < groups_kept:
-                x = _kept_view(kept, n, first, end)[:, b - first : e - first]
+            if group is not None:
+                x = group[:, b - first : e - first]
             else:
                 assert scratch is not None
                 x = scratch[: n * (e - b)].view(n, e - b)
-                mm_into(x, h, weight[b:e].T)
+                logits.into(x, weight[b:e])
             _backend.gradient(
-                x, b, None if bias is None else bias[b:e], logit_scale, softcap, t, g < groups_kept, z, ll, c,
+                x, b, None if bias is None else bias[b:e], logit_scale, softcap, t, group is not None, z, ll, c,
                 block_maximum[i, :n], d_logits[:, b - first : e - first],
             )  # fmt: skip
         if need_weight:
@@ -184,6 +197,9 @@ def _backward(
             torch.sum(d_logits, dim=0, dtype=real, out=d_bias[first:end])
         if need_hidden:
             addmm_into(d_h, d_logits, weight[first:end])
+        if release and group is not None:
+            del group, d_logits
+            kept[g].untyped_storage().resize_(0)
     d_hidden = d_h.to(hidden.dtype)
     if need_hidden and rows is not None:
         d_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
@@ -192,34 +208,44 @@ def _backward(
 
 def _fake_backward(
     d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, lse: Tensor,
-    block_maximum: Tensor, kept: Tensor, logit_scale: float, softcap: float, ignore_index: int, workspace: int | None, needs: list[bool],
+    block_maximum: Tensor, kept: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
+    release: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
-        hidden.new_empty((0,), dtype=_real(hidden)) if bias is None else bias.new_empty(bias.shape if needs[2] else (0,)),
+        hidden.new_empty((0,), dtype=_real(hidden))
+        if bias is None
+        else bias.new_empty(bias.shape if needs[2] else (0,)),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, targets, *rest = inputs
-    ctx.options = rest[:-1]
-    ctx.save_for_backward(hidden, weight, bias, targets, *output)
-    ctx.mark_non_differentiable(*output[1:])
+    *options, _keep, release = rest
+    ctx.options = (*options, release)
+    *per_row, kept = output
+    ctx.save_for_backward(hidden, weight, bias, targets, *per_row, *kept)
+    ctx.mark_non_differentiable(*per_row[1:], *kept)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, d_log_likelihood: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     if d_log_likelihood is None or not any(needs):
-        return (None,) * 9
-    found = torch.ops.pyunlearn.linear_log_likelihood_backward(d_log_likelihood, *ctx.saved_tensors, *ctx.options, needs)
-    return (*(d if need else None for d, need in zip(found, needs, strict=True)), *(None,) * 6)
+        return (None,) * 10
+    saved = ctx.saved_tensors
+    found = torch.ops.pyunlearn.linear_log_likelihood_backward(
+        d_log_likelihood, *saved[:7], list(saved[7:]), *ctx.options, needs
+    )
+    return (*(d if need else None for d, need in zip(found, needs, strict=True)), *(None,) * 7)
 
 
 LIBRARY.impl("linear_log_likelihood", on_its_device(_forward), "CompositeExplicitAutograd")
 LIBRARY.impl("linear_log_likelihood_backward", on_its_device(_backward), "CompositeExplicitAutograd")
 torch.library.register_fake("pyunlearn::linear_log_likelihood", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("pyunlearn::linear_log_likelihood_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("pyunlearn::linear_log_likelihood", _autograd, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "pyunlearn::linear_log_likelihood", _autograd, setup_context=_setup_context, lib=LIBRARY
+)
 torch.library.register_autograd("pyunlearn::linear_log_likelihood_backward", NO_GRADIENT_OF_GRADIENT, lib=LIBRARY)

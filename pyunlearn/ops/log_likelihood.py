@@ -42,7 +42,9 @@ def log_likelihood(
     flat = logits.reshape(-1, logits.shape[-1])
     if bias is not None and bias.requires_grad:
         flat, bias = flat + bias, None  # the rare case, left to autograd
-    out = torch.ops.pyunlearn.log_likelihood(flat, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index)
+    out = torch.ops.pyunlearn.log_likelihood(
+        flat, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index
+    )
     return out[0].reshape(targets.shape)
 
 
@@ -73,7 +75,9 @@ def _forward(
     target_logit = logits.new_full((n,), torch.nan, dtype=real)
     if n:
         x = _rows_contiguous(logits)
-        _backend.statistics(x, 0, contiguous(bias), logit_scale, softcap, targets.contiguous(), maximum, total, target_logit)
+        _backend.statistics(
+            x, 0, contiguous(bias), logit_scale, softcap, targets.contiguous(), maximum, total, target_logit
+        )
     log_total = total.log()
     found = (target_logit - maximum) - log_total
     return torch.where(targets == ignore_index, 0.0, found), maximum + log_total
@@ -94,7 +98,18 @@ def _backward(
     if logits.shape[0]:
         x = _rows_contiguous(logits)
         _backend.gradient(
-            x, 0, contiguous(bias), logit_scale, softcap, targets.contiguous(), False, lse, log_likelihood, coefficients, None, d_logits
+            x,
+            0,
+            contiguous(bias),
+            logit_scale,
+            softcap,
+            targets.contiguous(),
+            False,
+            lse,
+            log_likelihood,
+            coefficients,
+            None,
+            d_logits,
         )
     return d_logits
 

@@ -1,0 +1,215 @@
+"""The fast path through any transformers model gives the model's own log-likelihoods; where it cannot, the slow path runs and says so."""
+
+import warnings
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+
+from pyunlearn.data import Tokens, collate
+from pyunlearn.errors import ModelError
+from pyunlearn.models import Likelihood, context_length, load, unwrapped
+
+V = 96
+SMALL = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
+KV = SMALL | {"num_key_value_heads": 2}
+CAUSAL = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**KV)),
+    "llama, tied": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**KV, tie_word_embeddings=True)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**KV)),
+    "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**KV, head_dim=8)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**KV)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**KV)),
+    "phi, head with bias": lambda: tf.PhiForCausalLM(tf.PhiConfig(**SMALL)),
+    "gemma2, softcap": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**KV, head_dim=8, final_logit_softcapping=2.0)),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64)),
+    "gpt-neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SMALL)),
+    "opt, projected": lambda: tf.OPTForCausalLM(
+        tf.OPTConfig(
+            vocab_size=V, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=24
+        )
+    ),
+    "granite, scale": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**KV, logits_scaling=4.0)),
+    "cohere, scale": lambda: tf.CohereForCausalLM(tf.CohereConfig(**KV, logit_scale=0.25)),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**KV, num_local_experts=4)),
+    "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4)),
+}
+T5 = {
+    "vocab_size": V,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+BOTH = {
+    "t5, tied": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)),
+    "t5, its own head": lambda: tf.T5ForConditionalGeneration(
+        tf.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    ),
+}
+
+
+def made(make):
+    """A small random model, with a head that is not nearly zero."""
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.2 if p.dim() > 1 else p + 0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def batch_for(name):
+    """Three texts of different lengths, the first two with a prompt."""
+    g = torch.Generator().manual_seed(1)
+    ids = [tuple(torch.randint(1, V, (n,), generator=g).tolist()) for n in (5, 9, 7)]
+    if name in BOTH:
+        return collate([Tokens(i, 0, i[::-1]) for i in ids], pad_id=0, decoder_start_id=0)
+    return collate([Tokens(i, first) for i, first in zip(ids, (2, 4, 1), strict=True)], pad_id=0)
+
+
+def own(model, batch):
+    """log_softmax of the model's own logits at the scored rows."""
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.attention_mask}
+    if batch.decoder_ids is not None:
+        inputs["decoder_input_ids"] = batch.decoder_ids
+    logits = model(**inputs).logits.flatten(0, 1)[batch.rows]
+    return torch.log_softmax(logits.float(), -1).gather(1, batch.targets[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *BOTH])
+def test_the_fast_path_gives_the_models_own_numbers(name):
+    """Values and the gradients of every parameter, for every architecture, without a warning."""
+    model, batch = made((CAUSAL | BOTH)[name]), batch_for(name)
+    likelihood = Likelihood(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fast = likelihood(batch)
+    assert likelihood.fused is True
+    slow = own(model, batch)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    weights = torch.linspace(-1, 1, len(fast))
+    gradients = []
+    for values in (fast, slow):
+        model.zero_grad()
+        (values * weights).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for n, g in gradients[1].items():
+        torch.testing.assert_close(gradients[0][n], g, rtol=2e-4, atol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5, tied"])
+def test_padding_changes_nothing(name):
+    """An example alone and in a batch with longer ones has the same log-likelihoods."""
+    model, batch = made((CAUSAL | BOTH)[name]), batch_for(name)
+    together = Likelihood(model)(batch)[batch.example == 0]
+    one = batch.ids[:1, : int(batch.attention_mask[0].sum())]
+    tokens = (
+        Tokens(tuple(one[0].tolist()), 0, tuple(batch.targets[batch.example == 0].tolist()))
+        if name in BOTH
+        else Tokens(tuple(one[0].tolist()), 2)
+    )
+    alone = Likelihood(model)(collate([tokens], pad_id=0, decoder_start_id=0 if name in BOTH else None))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_are_seen():
+    """A LoRA-wrapped trunk runs on the fast path with its adapters."""
+    model = get_peft_model(
+        made(CAUSAL["llama"]), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    batch, likelihood = batch_for("llama"), Likelihood(model.eval())
+    torch.testing.assert_close(likelihood(batch), own(model, batch), rtol=1e-5, atol=1e-5)
+    assert likelihood.fused is True
+    assert unwrapped(model).__class__ is tf.LlamaForCausalLM
+
+
+def test_an_adapter_on_the_head_takes_the_slow_path():
+    """The plain weight would leave it out: one warning, and the model's own numbers."""
+    model = get_peft_model(
+        made(CAUSAL["llama"]), LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    ).eval()
+    batch, likelihood = batch_for("llama"), Likelihood(model)
+    with pytest.warns(UserWarning, match="not a plain linear layer"):
+        found = likelihood(batch)
+    assert likelihood.fused is False
+    torch.testing.assert_close(found, own(model, batch), rtol=1e-5, atol=1e-5)
+
+
+class Doubled(tf.LlamaForCausalLM):
+    """Does to its logits what no config says."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+
+def test_an_unknown_change_of_the_logits_is_noticed():
+    """The first batch is computed both ways; where they differ, the model's own logits are used and one warning says why."""
+    model, batch = made(lambda: Doubled(tf.LlamaConfig(**KV))), batch_for("llama")
+    likelihood = Likelihood(model)
+    with pytest.warns(UserWarning, match="differ from those of its own logits"):
+        found = likelihood(batch)
+    torch.testing.assert_close(found, own(model, batch), rtol=1e-5, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        likelihood(batch)
+
+
+def test_dropout_does_not_fool_the_comparison():
+    """A model in training mode is compared without dropout, and stays in training mode."""
+    model = tf.GPT2LMHeadModel(
+        tf.GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5)
+    ).train()
+    likelihood = Likelihood(model)
+    likelihood(batch_for("gpt2"))
+    assert likelihood.fused is True
+    assert model.training
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, softcap", "phi, head with bias", "t5, tied"])
+def test_greedy_matches(name):
+    """Exactly the rows whose target is the argmax of the model's own logits."""
+    model, batch = made((CAUSAL | BOTH)[name]), batch_for(name)
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.attention_mask}
+    if batch.decoder_ids is not None:
+        inputs["decoder_input_ids"] = batch.decoder_ids
+    with torch.no_grad():
+        best = model(**inputs).logits.flatten(0, 1)[batch.rows].argmax(-1)
+    half = torch.arange(len(best)) % 2 == 0
+    batch = type(batch)(**{**vars(batch), "targets": torch.where(half, best, (best + 1) % V)})
+    assert torch.equal(Likelihood(model).greedy_matches(batch), half)
+
+
+def test_a_model_without_a_head_is_refused():
+    """One sentence, with the mend."""
+    with pytest.raises(ModelError, match=r"has no language-model head.*AutoModelForCausalLM"):
+        Likelihood(tf.LlamaModel(tf.LlamaConfig(**KV)))
+    with pytest.raises(ModelError, match="must be a transformers language model"):
+        Likelihood(torch.nn.Linear(2, 2))
+
+
+def test_context_length():
+    """Positions where there are any, no limit for T5's relative ones."""
+    assert context_length(made(CAUSAL["gpt2"])) == 64
+    assert context_length(made(BOTH["t5, tied"])) is None
+
+
+def test_nothing_to_load(tmp_path):
+    """An empty folder and a name that leads nowhere are one sentence each."""
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        load(tmp_path)
+    with pytest.raises(ModelError, match="no language model could be loaded from no/such-model"):
+        load("no/such-model")
