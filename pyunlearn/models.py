@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from pyunlearn.data import TokenBatch
 from pyunlearn.errors import ModelError
-from pyunlearn.ops import linear_log_likelihood, log_likelihood
+from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
+from pyunlearn.ops.log_likelihood import log_likelihood
 
 
 class Head(NamedTuple):
