@@ -709,7 +709,7 @@ def test_cpu_variants(variant, tmp_path):
     torch.save(cases, tmp_path / "cases.pt")
     ran = subprocess.run(
         [sys.executable, "-c", EVALUATE, tmp_path / "cases.pt", tmp_path / "results.pt"],
-        env=os.environ | {"PYUNLEARN_CPU": variant}, capture_output=True, text=True, check=True,
+        env=os.environ | {"PYUNLEARN_CPU": variant}, cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     if ran.stdout.strip() != variant:
         pytest.skip(f"this machine runs {ran.stdout.strip()}, not {variant}")
