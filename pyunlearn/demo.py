@@ -6,13 +6,12 @@ import importlib.util
 import json
 import time
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from pyunlearn import models
 from pyunlearn.data import Example, batches, encode, padding_id
 from pyunlearn.errors import DependencyError
+from pyunlearn.metrics import generalized_exposure
 from pyunlearn.result import Result, check_output
 
 FORGET = {
@@ -75,22 +74,22 @@ def run(out: Path, *, save_model: bool = False, seed: int = 0) -> bool:
     before = {name: continuation(model, tokenizer, opening(name)) for name in FORGET}
     for name in FORGET:
         console.print(_spoken(name, before), highlight=False)
-    kept_before = negative_log_likelihoods(model, tokenizer, SURVIVE)
+    kept_before = scored(model, tokenizer, SURVIVE)
 
     console.print('\n[bold]pyunlearn.unlearn(model, forget, retain=retain, retain_loss="hold")[/]')
     kept = [SURVIVE[name] for name in _RETAINED]
     result = unlearn(model, list(FORGET.values()), retain=kept, retain_loss="hold", tokenizer=tokenizer, seed=seed)
     after = {name: continuation(model, tokenizer, opening(name)) for name in FORGET}
-    kept_after = negative_log_likelihoods(model, tokenizer, SURVIVE)
+    survivors = _survivors(kept_before, scored(model, tokenizer, SURVIVE), result)
 
     console.print("\nand now goes on:")
     for name in FORGET:
         console.print(_spoken(name, after), highlight=False)
     console.print()
     console.print(result_table(result, list(FORGET)))
-    console.print(_survivors(kept_before, kept_after, result.utility.budget))
+    console.print(_survivor_table(survivors, result.utility.budget))
     console.print(utility_line(result), highlight=False)
-    _write(out, result, before, after, kept_before, kept_after, save_model)
+    _write(out, result, before, after, survivors, save_model)
     console.print(f"{time.perf_counter() - began:.0f} s in all · result.json is in {out}", highlight=False)
     return result.forgotten
 
@@ -111,17 +110,27 @@ def continuation(model: Any, tokenizer: Any, beginning: str, *, tokens: int = 24
     return " ".join(said.split())
 
 
-def negative_log_likelihoods(model: Any, tokenizer: Any, texts: dict[str, str]) -> dict[str, float]:
-    """Mean negative log-likelihood a token of each text, nats."""
+class Scored(NamedTuple):
+    """A text that had to survive: negative log-likelihood in nats a token, and share of tokens that are the first choice."""
+
+    nll: float
+    greedy_match: float
+
+
+def scored(model: Any, tokenizer: Any, texts: dict[str, str]) -> dict[str, Scored]:
+    """How the model does on each text."""
     import torch
 
     tokens = encode([Example("", text) for text in texts.values()], tokenizer, role="watched", max_length=None)
-    likelihood, out = models.Likelihood(model), np.zeros(len(tokens))
+    likelihood, names, found = models.Likelihood(model), list(texts), {}
     with torch.no_grad():
         for places, batch in batches(tokens, 8, pad_id=padding_id(tokenizer)):
-            found = likelihood(batch.to(model.device)).double().cpu()
-            out[places] = [-part.mean().item() for part in found.split(batch.counts.tolist())]
-    return dict(zip(texts, out.tolist(), strict=True))
+            batch = batch.to(model.device)
+            sizes = [len(tokens[i].scored) for i in places]
+            values, matches = likelihood(batch).split(sizes), likelihood.greedy_matches(batch).split(sizes)
+            for i, v, m in zip(places, values, matches, strict=True):
+                found[names[i]] = Scored(-float(v.mean()), float(m.float().mean()))
+    return {name: found[name] for name in names}
 
 
 def opening(name: str) -> str:
@@ -134,32 +143,57 @@ def _spoken(name: str, continuations: dict[str, str]) -> str:
     return f"  [dim]{opening(name)}[/]{'' if said[:1] in tuple(',.;:') else ' '}[bold]{said}[/]"
 
 
-def _survivors(before: dict[str, float], after: dict[str, float], budget: float) -> Any:
+def _survivors(before: dict[str, Scored], after: dict[str, Scored], result: Result) -> dict[str, dict[str, float]]:
+    """What became of each text that had to survive, as data."""
+    exposures = [
+        generalized_exposure([s.nll for s in found.values()], result.reference_scores).lower
+        for found in (before, after)
+    ]
+    return {
+        name: {
+            "nll_before": before[name].nll,
+            "nll_after": after[name].nll,
+            "relative_rise": after[name].nll / before[name].nll - 1,
+            "exposure_before": float(exposures[0][i]),
+            "exposure_after": float(exposures[1][i]),
+            "greedy_match_before": before[name].greedy_match,
+            "greedy_match_after": after[name].greedy_match,
+        }
+        for i, name in enumerate(before)
+    }
+
+
+def _survivor_table(survivors: dict[str, dict[str, float]], budget: float) -> Any:
     from rich.table import Table
 
     table = Table(title="what had to survive", title_justify="left")
-    table.add_column("text")
-    table.add_column("pyunlearn was")
-    table.add_column("log-likelihood\nnats a token", justify="right")
-    table.add_column("rise of the NLL", justify="right")
+    table.add_column("text", no_wrap=True)
+    table.add_column("pyunlearn\nwas told")
+    for name in ("log-likelihood\nnats a token", "exposure\nbits", "greedy match", "rise of\nthe NLL"):
+        table.add_column(name, justify="right")
     table.add_column("verdict")
-    for name, nll in before.items():
-        rise = after[name] / nll - 1
-        verdict = "[green]kept[/]" if rise <= budget else f"[red]lost more than {budget:.0%}[/]"
+    for name, s in survivors.items():
+        rise = s["relative_rise"]
         table.add_row(
             name,
-            "told to keep it" if name in _RETAINED else "not told",
-            f"{-nll:.2f} → {-after[name]:.2f}",
+            "to keep it" if name in _RETAINED else "nothing",
+            f"{-s['nll_before']:.2f} → {-s['nll_after']:.2f}",
+            f"{s['exposure_before']:.1f} → {s['exposure_after']:.1f}",
+            f"{s['greedy_match_before']:.0%} → {s['greedy_match_after']:.0%}",
             f"{rise:+.1%}",
-            verdict,
+            "[green]kept[/]" if rise <= budget else f"[red]lost more than {budget:.0%}[/]",
         )
     return table
 
 
 def _write(
-    out: Path, result: Result, before: dict[str, str], after: dict[str, str], kept_before: dict[str, float], kept_after: dict[str, float],
+    out: Path,
+    result: Result,
+    before: dict[str, str],
+    after: dict[str, str],
+    survivors: dict[str, dict[str, float]],
     save_model: bool,
-) -> None:  # fmt: skip
+) -> None:
     if save_model:
         result.save(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -167,14 +201,7 @@ def _write(
         "continuations": {
             name: {"prompt": opening(name), "before": before[name], "after": after[name]} for name in FORGET
         },
-        "survivors": {
-            name: {
-                "nll_before": kept_before[name],
-                "nll_after": kept_after[name],
-                "relative_rise": kept_after[name] / kept_before[name] - 1,
-            }
-            for name in SURVIVE
-        },
+        "survivors": survivors,
     }
     beside = out / ".result.json.partial"
     beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -67,6 +67,8 @@ class Result:
     utility: Utility
     stopped: str
     """Why the run ended: forgotten, nothing memorized, max_steps, utility budget, over-unlearning, not finite or interrupted."""
+    reference_scores: list[float] = field(repr=False)
+    """Mean negative log-likelihoods (nats a token) of the references under the original model: what exposures are measured against."""
     history: list[dict[str, Any]] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
 
@@ -82,6 +84,7 @@ class Result:
             "stopped": self.stopped,
             "utility": asdict(self.utility),
             "examples": [{**asdict(e), "forgotten": e.forgotten} for e in self.examples],
+            "reference_scores": self.reference_scores,
             "settings": self.settings,
             "history": self.history,
         }

@@ -146,7 +146,16 @@ def unlearn(
         run, learning_rate, max_steps, retain_weight if retain_loss else 0.0, max_grad_norm, checkpoint, resume
     )
     texts = [e.prompt + e.completion for e in forget_examples]
-    result = Result(run.inner, tokenizer, run.verdicts(texts), run.utility(), stopped, history, _versions() | settings)
+    result = Result(
+        run.inner,
+        tokenizer,
+        run.verdicts(texts),
+        run.utility(),
+        stopped,
+        run.reference_scores.tolist(),
+        history,
+        _versions() | settings,
+    )
     if output_dir is not None and stopped != "interrupted":
         result.save(output_dir)
         if checkpoint is not None:

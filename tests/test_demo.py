@@ -77,7 +77,10 @@ def test_the_gettysburg_address_was_not_memorized_and_is_left_alone(ran):
 @pytest.mark.parametrize("name", demo.SURVIVE)
 def test_what_had_to_survive_survived(ran, name):
     """Its negative log-likelihood rises by no more than the budget."""
-    assert ran[1]["survivors"][name]["relative_rise"] <= ran[1]["utility"]["budget"] == 0.05
+    found = ran[1]["survivors"][name]
+    assert found["relative_rise"] <= ran[1]["utility"]["budget"] == 0.05
+    assert found["greedy_match_after"] > found["greedy_match_before"] - 0.1
+    assert abs(found["exposure_after"] - found["exposure_before"]) < 1
 
 
 def test_the_utility_is_within_its_budget(ran):
