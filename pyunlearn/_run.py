@@ -50,7 +50,10 @@ class Run:
         from accelerate import Accelerator
 
         self.accelerator = _accelerator(Accelerator, model)
-        self.model = self.accelerator.prepare_model(model)
+        many = (
+            self.accelerator.num_processes > 1
+        )  # alone, the model needs no wrapper, and the user gets it back as it came
+        self.model = self.accelerator.prepare_model(model) if many else model.to(self.accelerator.device)
         self.model.eval()  # no dropout: the same weights always give the same log-likelihoods
         self.inner = self.accelerator.unwrap_model(self.model)
         self.adapted = hasattr(self.inner, "peft_config")
@@ -96,7 +99,7 @@ class Run:
         )
         self.watched_before = -self.mean_log_likelihood(self.watch)
         self.drift_before = float(-self.mean_log_likelihood(self.watch_references).mean())
-        self.significant = min(SIGNIFICANT, math.log2(len(self.references) + 1) - 1e-9)
+        self.significant = SIGNIFICANT - 1e-9  # 19 references reach it exactly
         self.reference_sums = self.original * [len(t.scored) for t in forget]
         if reference_model is not None:
             self.reference_sums = self._sums_under(reference_model)

@@ -114,19 +114,22 @@ class State:
         torch.save({"weights": weights, "optimizer": self._adam.state_dict(), "progress": progress}, beside)
         os.replace(beside, path)
 
-    @torch.no_grad()
-    def load(self, path: Path) -> dict[str, Any]:
-        """Takes up a saved state and returns the progress. Raises DataError when it belongs to another model."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["weights"].keys() != self.parameters.keys():
+    def read(self, path: Path) -> dict[str, Any]:
+        """A saved state, checked against this model and not taken up yet. Raises DataError when it belongs to another."""
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = {name: tuple(w.shape) for name, w in saved["weights"].items()}
+        if shapes != {name: tuple(p.shape) for name, p in self.parameters.items()}:
             raise DataError(
                 f"the checkpoint {path} belongs to another model: delete it, or give the model it was made with"
             )
+        return saved
+
+    @torch.no_grad()
+    def take(self, saved: dict[str, Any]) -> None:
+        """Takes up what `read` returned."""
         for (name, narrow), p in zip(self.parameters.items(), self._weights, strict=True):
             p.copy_(saved["weights"][name])
             if narrow is not p:
                 narrow.copy_(p)
         self._adam.load_state_dict(saved["optimizer"])
         self.keep()
-        progress: dict[str, Any] = saved["progress"]
-        return progress

@@ -79,7 +79,11 @@ def unlearn(
         console = Console()
         console.print(result_table(result))
         console.print(utility_line(result), highlight=False)
-        console.print(f"stopped: {result.stopped} · model, tokenizer and result.json are in {target}", highlight=False)
+        console.print(
+            f"stopped: {result.stopped} · model, tokenizer and result.json are in {target}",
+            highlight=False,
+            markup=False,
+        )
     raise typer.Exit(0 if result.forgotten else 1)
 
 

@@ -139,8 +139,10 @@ def opening(name: str) -> str:
 
 
 def _spoken(name: str, continuations: dict[str, str]) -> str:
+    from rich.markup import escape
+
     said = continuations[name]
-    return f"  [dim]{opening(name)}[/]{'' if said[:1] in tuple(',.;:') else ' '}[bold]{said}[/]"
+    return f"  [dim]{opening(name)}[/]{'' if said[:1] in tuple(',.;:') else ' '}[bold]{escape(said)}[/]"
 
 
 def _survivors(before: dict[str, Scored], after: dict[str, Scored], result: Result) -> dict[str, dict[str, float]]:

@@ -108,9 +108,14 @@ def decoder_start_id(model: nn.Module) -> int | None:
 def context_length(model: nn.Module) -> int | None:
     """The longest sequence the model has positions for, or None where it has no limit of its own (T5)."""
     config = _text_config(unwrapped(model).config)
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+    both = is_encoder_decoder(model)  # T5's n_positions limits nothing
+    for name in (
+        ("max_position_embeddings",)
+        if both
+        else ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    ):
         length = getattr(config, name, None)
-        if isinstance(length, int) and length > 0 and not is_encoder_decoder(model):
+        if isinstance(length, int) and length > 0:
             return length
     return None
 
@@ -196,7 +201,9 @@ class Likelihood:
                 problem = f"its forward does not run without its head ({(str(error).splitlines() or [''])[0]})"
             else:
                 # a logit is good to about its dtype's epsilon times the largest of its row
-                rounding = 8 * torch.finfo(own.dtype).eps * max(1.0, float(own.float().abs().max())) + 1e-4
+                device = own.device.type
+                dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else own.dtype
+                rounding = 8 * torch.finfo(dtype).eps * max(1.0, float(own.float().abs().max())) + 1e-4
                 apart = float((fast - slow).abs().max()) if fast.numel() else 0.0
                 if not apart <= rounding:
                     problem = (

@@ -84,12 +84,19 @@ def _sample(
         min_new_tokens=length if not_first is None and not both else 2, eos_token_id=eos, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=decoder_start_id(inner) if both else None,
     )  # fmt: skip
-    rows = inner.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        logits_processor=LogitsProcessorList([Departure()]),
-    ).tolist()
+    before_config, inner.generation_config = (
+        inner.generation_config,
+        config,
+    )  # generate fills what is unset from the model's own
+    try:
+        rows = inner.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([Departure()]),
+        ).tolist()
+    finally:
+        inner.generation_config = before_config
     found = []
     for row in rows:
         said = row[before:]

@@ -116,9 +116,9 @@ class Result:
 
 def check_output(directory: str | Path) -> Path:
     """The directory as a path, if it is new or empty. Raises OutputError otherwise."""
-    target = Path(directory)
+    given, target = Path(directory), Path(directory).resolve()
     if target.exists() and not target.is_dir():
-        raise OutputError(f"the output folder {target} is a file: choose another name")
+        raise OutputError(f"the output folder {given} is a file: choose another name")
     if target.is_dir() and any(target.iterdir()):
-        raise OutputError(f"the output folder {target} is not empty: choose another, or empty it first")
+        raise OutputError(f"the output folder {given} is not empty: choose another, or empty it first")
     return target

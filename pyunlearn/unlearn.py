@@ -17,7 +17,7 @@ from pyunlearn._state import State
 from pyunlearn.data import collate, encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError, ModelError
 from pyunlearn.methods import resolve
-from pyunlearn.metrics import NULL_MEAN
+from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.result import Result, check_output
 
 _ROUND = 16  # optimizer steps between two evaluations, at most
@@ -108,10 +108,14 @@ def unlearn(
             raise ArgumentError(f"{name} must be a number, 0 or more, got {amount!r}")
     if learning_rate is not None and not 0 < learning_rate < 1:
         raise ArgumentError(f"learning_rate must lie between 0 and 1, got {learning_rate!r}")
+    if until >= SIGNIFICANT:
+        raise ArgumentError(
+            f"until must be below {SIGNIFICANT:.2f} bits, where an example counts as memorized, got {until!r}"
+        )
     chosen, retain_loss = resolve(method, retain_loss, retain is not None, method_options or {})
     if output_dir is not None:
         check_output(output_dir)
-    checkpoint = None if output_dir is None else Path(output_dir).with_name(Path(output_dir).name + ".checkpoint.pt")
+    checkpoint = None if output_dir is None else _beside(Path(output_dir).resolve())
     if resume and (checkpoint is None or not checkpoint.exists()):
         where = "no output_dir was given" if checkpoint is None else f"{checkpoint} does not exist"
         raise ArgumentError(
@@ -178,11 +182,13 @@ def _ascend(
     history: list[dict[str, Any]] = []
     step = round_number = halvings = 0
     if resume and checkpoint is not None:
-        saved = state.load(checkpoint)
-        if not np.allclose(saved["original"], run.original, rtol=1e-4):
+        stored = state.read(checkpoint)
+        saved = stored["progress"]
+        if len(saved["original"]) != len(run.original) or not np.allclose(saved["original"], run.original, rtol=1e-4):
             raise DataError(
                 f"the checkpoint {checkpoint} was made with another model or forget set: give those, or delete it and start anew"
             )
+        state.take(stored)
         step, round_number, halvings = saved["step"], saved["round"], saved["halvings"]
         history = json.loads(saved["history"])
         run.steps[:] = saved["steps"]
@@ -284,6 +290,11 @@ def _retain_step(run: Run, step: int, weight: float) -> float | None:
         loss = torch.relu(means - torch.as_tensor(run.held[chosen], dtype=means.dtype, device=means.device)).mean()
     run.accelerator.backward(weight * loss)
     return _number(-found.mean().item())
+
+
+def _beside(folder: Path) -> Path:
+    """Where a run's checkpoint stands."""
+    return folder.with_name(folder.name + ".checkpoint.pt")
 
 
 def _tokenizer(model: Any, tokenizer: Any) -> Any:

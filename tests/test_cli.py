@@ -321,3 +321,17 @@ def test_it_runs_as_a_program():
         check=True,
     )
     assert json.loads(done.stdout)["backend on the CPU"] == "reference"
+
+
+def test_a_text_with_brackets_is_shown_as_it_is():
+    """A table prints texts, it does not read them as markup."""
+    from rich.console import Console
+
+    from pyunlearn import ExampleResult, Result, Utility
+    from pyunlearn.report import result_table
+
+    example = ExampleResult(0, "[INST] who? [/INST] [red]", 3, -1.0, -2.0, 5.0, 1.0, 0.5, 1.0, 0.5, 2, "forgotten")
+    utility = Utility("retain set", 1, 1.0, 1.0, 0.0, (0.0, 0.0), 0.05, 0.0)
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(result_table(Result(None, None, [example], utility, "forgotten", [1.0], [], {})))
+    assert "[INST] who? [/INST] [red]" in console.export_text()

@@ -179,6 +179,15 @@ def test_dropout_does_not_fool_the_comparison():
     assert model.training
 
 
+def test_autocast_is_no_reason_to_leave_the_fast_path():
+    """Under bfloat16 autocast the model's own logits are rounded to it, and the comparison allows for that."""
+    model, batch = made(CAUSAL["llama"]), batch_for("llama")
+    likelihood = Likelihood(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        likelihood(batch)
+    assert likelihood.fused is True
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2, softcap", "phi, head with bias", "t5, tied"])
 def test_greedy_matches(name):
     """Exactly the rows whose target is the argmax of the model's own logits."""

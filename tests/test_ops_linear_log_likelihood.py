@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -19,7 +20,9 @@ from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend, linear_log_likelihood, log_likelihood, reference
 from pyunlearn.ops._plan import MIB, Plan, default_workspace, plan
 
-op_module = sys.modules["pyunlearn.ops.linear_log_likelihood"]  # the package's attribute of that name is the function
+# the package's attributes of these names are the functions
+op_module = sys.modules["pyunlearn.ops.linear_log_likelihood"]
+logits_module = sys.modules["pyunlearn.ops.log_likelihood"]
 
 
 def from_logits(hidden, weight, targets, *, workspace=None, **options):
@@ -27,10 +30,14 @@ def from_logits(hidden, weight, targets, *, workspace=None, **options):
     return log_likelihood(hidden @ weight.T, targets, **options)
 
 
-def plain(hidden, weight, targets, *, bias=None, logit_scale=1.0, softcap=None, ignore_index=-100, workspace=None):
-    """The definition, in PyTorch alone; 16-bit logits are scored in float32, as everybody does."""
-    z = hidden @ weight.T if bias is None else hidden @ weight.T + bias
-    z = z * logit_scale
+def plain(hidden, weight, targets, *, workspace=None, **options):
+    """The definition, in PyTorch alone."""
+    return plain_from_logits(hidden @ weight.T, targets, **options)
+
+
+def plain_from_logits(z, targets, *, bias=None, logit_scale=1.0, softcap=None, ignore_index=-100):
+    """The definition from logits; 16-bit ones are scored in float32, as everybody does."""
+    z = (z if bias is None else z + bias) * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     z = z if z.dtype.itemsize > 2 else z.float()
     return -F.cross_entropy(z, targets, reduction="none", ignore_index=ignore_index)
@@ -212,11 +219,28 @@ def test_nothing_scored(op, rows, device, backend):
 @both_ops
 @pytest.mark.parametrize("workspace", [0, None])
 def test_second_backward(op, workspace, device, backend):
-    """Backward twice over a retained graph must give the same gradients twice."""
+    """Backward again and again over a retained graph must give the same gradients, asked for together or apart."""
     hidden, weight, bias, targets = make(7, 16, 300, device=device, masked=0.3)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     total = op(hidden, weight, targets, bias=bias, workspace=workspace).sum()
-    assert_equal(torch.autograd.grad(total, leaves, retain_graph=True), torch.autograd.grad(total, leaves))
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    apart = [torch.autograd.grad(total, leaf, retain_graph=True)[0] for leaf in leaves]
+    assert_equal(apart, first)
+    assert_equal(torch.autograd.grad(3 * total, leaves, retain_graph=True), torch.autograd.grad(3 * total, leaves))
+
+
+@both_ops
+def test_saved_elsewhere(op, device, backend):
+    """Checkpointing, and saved tensors kept on the CPU, must change no gradient."""
+    case = make(7, 16, 300, device=device, masked=0.3)
+
+    def checkpointed(*args, **options):
+        return torch.utils.checkpoint.checkpoint(op, *args, use_reentrant=False, **options)
+
+    wanted = evaluate(op, case)
+    assert_equal(evaluate(checkpointed, case), wanted)
+    with torch.autograd.graph.save_on_cpu():
+        assert_equal(evaluate(op, case), wanted)
 
 
 @both_ops
@@ -581,6 +605,8 @@ class Allocations(TorchDispatchMode):
         self.inside = {
             library.linear_log_likelihood.default: op_module._forward,
             library.linear_log_likelihood_backward.default: op_module._backward,
+            library.log_likelihood.default: logits_module._forward,
+            library.log_likelihood_backward.default: logits_module._backward,
         }
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from pyunlearn.result import Result
@@ -25,7 +26,7 @@ def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
     table.add_column("steps", justify="right")
     for e in result.examples[:_SHOWN]:
         table.add_row(
-            names[e.index] if names else " ".join(e.text.split()),
+            escape(names[e.index] if names else " ".join(e.text.split())),
             f"{e.log_likelihood_before:.2f} → {e.log_likelihood_after:.2f}",
             f"{e.exposure_before:.1f} → {e.exposure_after:.1f}",
             f"{e.greedy_match_before:.0%} → {e.greedy_match_after:.0%}",
