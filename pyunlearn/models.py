@@ -8,6 +8,7 @@ rounding, the model's own logits are used from then on, and one warning says why
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,9 +54,10 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
             f"{where} holds no config.json, so it is no saved model: give the folder that save_pretrained wrote"
         )
     try:
-        adapter = (Path(where) / "adapter_config.json").exists()
-        config = None if adapter else AutoConfig.from_pretrained(where, **extra)
-        kind = AutoModelForSeq2SeqLM if config is not None and config.is_encoder_decoder else AutoModelForCausalLM
+        adapter = Path(where) / "adapter_config.json"
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.exists() else None
+        config = AutoConfig.from_pretrained(base or where, **extra)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, loading = kind.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra)
         if tokenizer is None or isinstance(tokenizer, (str, Path)):
             tokenizer = AutoTokenizer.from_pretrained(

@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from pyunlearn.data import Tokens, collate
 from pyunlearn.errors import ModelError
@@ -40,6 +42,11 @@ CAUSAL = {
     "granite, scale": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**KV, logits_scaling=4.0)),
     "cohere, scale": lambda: tf.CohereForCausalLM(tf.CohereConfig(**KV, logit_scale=0.25)),
     "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**KV, num_local_experts=4)),
+    "olmoe": lambda: tf.OlmoeForCausalLM(tf.OlmoeConfig(**KV, num_experts=4, num_experts_per_tok=2)),
+    "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**KV, head_dim=8, final_logit_softcapping=3.0)),
+    "falcon": lambda: tf.FalconForCausalLM(
+        tf.FalconConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    ),
     "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4)),
 }
 T5 = {
@@ -109,7 +116,7 @@ def test_the_fast_path_gives_the_models_own_numbers(name):
         torch.testing.assert_close(gradients[0][n], g, rtol=2e-4, atol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5, tied"])
+@pytest.mark.parametrize("name", [*CAUSAL, *BOTH])
 def test_padding_changes_nothing(name):
     """An example alone and in a batch with longer ones has the same log-likelihoods."""
     model, batch = made((CAUSAL | BOTH)[name]), batch_for(name)
@@ -168,6 +175,41 @@ def test_an_unknown_change_of_the_logits_is_noticed():
         likelihood(batch)
 
 
+def test_a_forward_that_needs_its_head_takes_the_slow_path():
+    """BART adds a bias of its own to the logits, which hidden states have no room for; its head is left as it was."""
+    config = tf.BartConfig(
+        vocab_size=V, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32,
+    )  # fmt: skip
+    model, batch = made(lambda: tf.BartForConditionalGeneration(config)), batch_for("t5, tied")
+    torch.nn.init.normal_(model.final_logits_bias)
+    likelihood = Likelihood(model)
+    with pytest.warns(UserWarning, match="does not run without its head") as warned:
+        found = likelihood(batch)
+    assert len(warned) == 1
+    assert "forward" not in vars(model.lm_head)
+    torch.testing.assert_close(found, own(model, batch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_no_disagreement(dtype):
+    """A 16-bit model stays on the fast path, which is nearer to the truth than its own rounded logits are."""
+    exact, batch = made(CAUSAL["llama"]), batch_for("llama")
+    with torch.no_grad():
+        for p in exact.parameters():
+            p.copy_(p.to(dtype))
+    rounded = made(CAUSAL["llama"]).to(dtype)
+    likelihood = Likelihood(rounded)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", UserWarning)
+        found = likelihood(batch)
+        right = own(exact, batch)
+        theirs = own(rounded, batch)
+    assert likelihood.fused is True
+    assert found.dtype is torch.float32
+    assert (found - right).square().mean() <= (theirs - right).square().mean() * 1.1
+
+
 def test_dropout_does_not_fool_the_comparison():
     """A model in training mode is compared without dropout, and stays in training mode."""
     model = tf.GPT2LMHeadModel(
@@ -188,10 +230,11 @@ def test_autocast_is_no_reason_to_leave_the_fast_path():
     assert likelihood.fused is True
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2, softcap", "phi, head with bias", "t5, tied"])
+@pytest.mark.parametrize("name", ["llama", "gemma2, softcap", "phi, head with bias", "t5, tied", "doubled"])
 def test_greedy_matches(name):
     """Exactly the rows whose target is the argmax of the model's own logits."""
-    model, batch = made((CAUSAL | BOTH)[name]), batch_for(name)
+    doubled = {"doubled": lambda: Doubled(tf.LlamaConfig(**KV))}  # which takes the slow path
+    model, batch = made((CAUSAL | BOTH | doubled)[name]), batch_for(name)
     inputs = {"input_ids": batch.ids, "attention_mask": batch.attention_mask}
     if batch.decoder_ids is not None:
         inputs["decoder_input_ids"] = batch.decoder_ids
@@ -199,7 +242,11 @@ def test_greedy_matches(name):
         best = model(**inputs).logits.flatten(0, 1)[batch.rows].argmax(-1)
     half = torch.arange(len(best)) % 2 == 0
     batch = type(batch)(**{**vars(batch), "targets": torch.where(half, best, (best + 1) % V)})
-    assert torch.equal(Likelihood(model).greedy_matches(batch), half)
+    likelihood = Likelihood(model)
+    if name == "doubled":
+        with pytest.warns(UserWarning, match="differ from"):
+            likelihood(batch)
+    assert torch.equal(likelihood.greedy_matches(batch), half)
 
 
 def test_a_model_without_a_head_is_refused():
@@ -214,6 +261,52 @@ def test_context_length():
     """Positions where there are any, no limit for T5's relative ones."""
     assert context_length(made(CAUSAL["gpt2"])) == 64
     assert context_length(made(BOTH["t5, tied"])) is None
+    assert context_length(made(CAUSAL["bloom"])) is None
+    assert context_length(tf.LlamaForCausalLM(tf.LlamaConfig(**KV, max_position_embeddings=77))) == 77
+
+
+def test_wrappers_come_off():
+    """torch.compile, DDP and PEFT, in any order, are looked through."""
+    model = made(CAUSAL["llama"])
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    parallel = type("DistributedDataParallel", (torch.nn.Module,), {})()  # a real one needs a process group
+    parallel.module = adapted
+    assert unwrapped(model) is unwrapped(torch.compile(parallel)) is model
+
+
+def save_tokenizer(folder):
+    """A tokenizer that knows one word, beside a model."""
+    raw = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    tf.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5, its own head"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_was_saved_is_loaded(name, adapted, tmp_path):
+    """A saved model, or an adapter beside its base, comes back with the same log-likelihoods, in the dtype asked for."""
+    model, batch = made((CAUSAL | BOTH)[name]), batch_for(name)
+    model.save_pretrained(tmp_path / "base")
+    where = tmp_path / "base"
+    if adapted:
+        target = ["q_proj"] if name == "llama" else ["q"]
+        model = get_peft_model(
+            type(model).from_pretrained(where), LoraConfig(target_modules=target, init_lora_weights=False)
+        ).eval()
+        where = tmp_path / "adapter"
+        model.save_pretrained(where)
+    save_tokenizer(where)
+    loaded, tokenizer = load(where)
+    assert tokenizer("a")["input_ids"] == [1]
+    torch.testing.assert_close(Likelihood(loaded.eval())(batch), own(model, batch), rtol=1e-5, atol=1e-5)
+    assert next(load(where, dtype=torch.bfloat16)[0].parameters()).dtype is torch.bfloat16
+
+
+def test_a_saved_trunk_is_refused(tmp_path):
+    """transformers would make up the missing head at random; we say that it is missing."""
+    tf.LlamaModel(tf.LlamaConfig(**KV)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(ModelError, match="has no language-model head"):
+        load(tmp_path)
 
 
 def test_nothing_to_load(tmp_path):
