@@ -80,24 +80,16 @@ def _sample(
     eos = tokenizer.eos_token_id
     pad = next(i for i in (tokenizer.pad_token_id, eos, 0) if i is not None)
     config = GenerationConfig(
-        do_sample=True,
-        use_cache=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1, max_new_tokens=length,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1, max_new_tokens=length,
         min_new_tokens=length if not_first is None and not both else 2, eos_token_id=eos, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=decoder_start_id(inner) if both else None,
     )  # fmt: skip
-    before_config, inner.generation_config = (
-        inner.generation_config,
-        config,
-    )  # generate fills what is unset from the model's own
-    try:
-        rows = inner.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([Departure()]),
-        ).tolist()
-    finally:
-        inner.generation_config = before_config
+    rows = inner.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([Departure()]),
+    ).tolist()
     found = []
     for row in rows:
         said = row[before:]
