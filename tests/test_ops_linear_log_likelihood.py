@@ -252,15 +252,18 @@ def test_two_runs(op, device, backend):
 
 @both_ops
 @pytest.mark.parametrize("wrong", [-1, 100, -101, 2**40])
-def test_target_out_of_range(op, wrong, device, backend):
-    """A target outside the vocabulary is an error on the CPU, and NaN in its own row on a card."""
+def test_target_out_of_range(op, wrong, device, backend, monkeypatch):
+    """A target outside the vocabulary is an error on the CPU; the kernels alone, as on a card, say NaN in its row."""
     case = make(4, 8, 100, device=device)
     case.targets[2] = wrong
     if device == "cpu":
         with pytest.raises(ArgumentError, match=rf"must lie in \[0, 100\) or be -100 \(ignored\), got {wrong}: "):
             op(*case[:2], case.targets)
-    else:
-        assert op(*case[:2], case.targets).isnan().tolist() == [False, False, True, False]
+        for module in (op_module, logits_module):
+            monkeypatch.setattr(module, "check_targets", lambda *_: None)
+    values, *gradients = evaluate(op, case, torch.tensor([1.0, 2.0, 0.0, 3.0]))
+    assert values.isnan().tolist() == [False, False, True, False]
+    assert all(g.isfinite().all() for g in gradients)
 
 
 @both_ops
@@ -630,7 +633,10 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("workspace", [MIB, 4 * MIB])
 @pytest.mark.parametrize("trained", [True, False])
 def test_memory(dtype, workspace, trained, device):
-    """Beyond the gradients, a call must take its workspace and a few numbers a row, and never N * V of anything."""
+    """Beyond the gradients, a call must take its workspace and a few numbers a row, and never N * V of anything.
+
+    Without gradients it takes one block of logits, a quarter of the workspace.
+    """
     rows, width, vocabulary = 1024, 8, 8192  # 32 MiB of float32 logits
     case = make(rows, width, vocabulary, dtype=dtype, device=device)
     with Allocations() as used:
@@ -639,11 +645,12 @@ def test_memory(dtype, workspace, trained, device):
         if trained:
             values.sum().backward()
     answers = sum(t.numel() * (t.element_size() + 4) for t in case[:3]) if trained else 0  # and the float32 behind them
-    per_row = rows * 4 * (16 + vocabulary // 64 + width) + MIB // 4
+    per_row = rows * 4 * (16 + (vocabulary // 64 if trained else 0) + width) + MIB // 4
     temporaries = (
         workspace if _backend.kernels_for(case.hidden) == "reference" else 0
     )  # plain torch makes copies of a block
-    assert workspace // 8 < used.peak <= workspace + temporaries + answers + per_row
+    allowed = workspace if trained else workspace // 4
+    assert workspace // 8 < used.peak <= allowed + temporaries + answers + per_row
     assert used.largest <= workspace
 
 
