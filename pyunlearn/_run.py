@@ -108,6 +108,11 @@ class Run:
         self.now = self.start_state
         self.steps = np.zeros(len(forget), dtype=np.int64)
 
+    def take_fingerprint(self, settings: dict[str, Any]) -> None:
+        """What a run resumed from this one's checkpoint must agree in: settings, and the scores of every text under the original model."""
+        scores = {"forget set": self.original, "holdout": self.reference_scores, "retain set": self.watched_before}
+        self.fingerprint = settings | {name: values.tolist() for name, values in scores.items()}
+
     def hold_retain(self) -> None:
         """From here on the retain term undoes losses, and no more."""
         assert self.retain is not None
@@ -115,9 +120,9 @@ class Run:
 
     # -- measuring
 
-    def batches(self, tokens: Sequence[Tokens], size: int | None = None) -> Iterator[tuple[list[int], Any]]:
+    def batches(self, tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], Any]]:
         """Length-bucketed batches on the model's device, with their places in `tokens`."""
-        for places, batch in batches(tokens, size or 2 * self.batch_size, pad_id=self.pad, decoder_start_id=self.start):
+        for places, batch in batches(tokens, 2 * self.batch_size, pad_id=self.pad, decoder_start_id=self.start):
             yield places, batch.to(self.accelerator.device)
 
     @torch.no_grad()

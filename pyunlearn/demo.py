@@ -166,24 +166,21 @@ def _survivors(before: dict[str, Scored], after: dict[str, Scored], result: Resu
 
 
 def _survivor_table(survivors: dict[str, dict[str, float]], budget: float) -> Any:
-    from rich.table import Table
+    from pyunlearn.report import narrow_table
 
-    table = Table(title="what had to survive", title_justify="left")
-    table.add_column("text", no_wrap=True)
-    table.add_column("pyunlearn\nwas told")
-    for name in ("log-likelihood\nnats a token", "exposure\nbits", "greedy match", "rise of\nthe NLL"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+    numbers = ["log-likelihood\nnats a token", "exposure\nbits", "greedy match", "rise of\nthe NLL"]
+    table = narrow_table("what had to survive", "text", numbers)
+    table.add_column("verdict", no_wrap=True, min_width=7)
+    table.caption = "* pyunlearn was told to keep it (retain); of the others it knew nothing"
     for name, s in survivors.items():
         rise = s["relative_rise"]
         table.add_row(
-            name,
-            "to keep it" if name in _RETAINED else "nothing",
+            f"{'*' if name in _RETAINED else ' '} {name}",
             f"{-s['nll_before']:.2f} → {-s['nll_after']:.2f}",
             f"{s['exposure_before']:.1f} → {s['exposure_after']:.1f}",
             f"{s['greedy_match_before']:.0%} → {s['greedy_match_after']:.0%}",
             f"{rise:+.1%}",
-            "[green]kept[/]" if rise <= budget else f"[red]lost more than {budget:.0%}[/]",
+            "[green]kept[/]" if rise <= budget else "[red]lost[/]",
         )
     return table
 

@@ -39,7 +39,7 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
 
     Raises ModelError when nothing can be loaded from there, or what is there writes no text.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     where, extra = str(name), {}
     if where.endswith(".gguf"):
@@ -59,10 +59,6 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
         config = AutoConfig.from_pretrained(base or where, **extra)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, loading = kind.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra)
-        if tokenizer is None or isinstance(tokenizer, (str, Path)):
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(tokenizer) if tokenizer else where, **({} if tokenizer else extra)
-            )
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"no language model could be loaded from {name!s}: {first}") from error
@@ -72,7 +68,21 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
         raise ModelError(
             f"the model saved in {name!s} has no language-model head, so it gives text no probability: give one that was saved with it"
         )
+    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(tokenizer or where, **({} if tokenizer else extra))
     return model, tokenizer
+
+
+def load_tokenizer(name: str | Path, **extra: Any) -> Any:
+    """The tokenizer behind a name or path. Raises ModelError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(name), **extra)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"no tokenizer could be loaded from {name!s}: give the one the model was trained with (tokenizer=, --tokenizer)"
+        ) from error
 
 
 def unwrapped(model: nn.Module) -> Any:

@@ -22,7 +22,8 @@ def sampled(model: Any, tokenizer: Any, forget: Sequence[Tokens], *, count: int 
 
     A text without a prompt is answered by samples from the beginning-of-text token. A text with a prompt is answered by samples for
     that prompt that differ from it in the first token, which is not scored: a model that has memorized the answer would otherwise recite it, and
-    be compared with itself. Samples that recite ten tokens in a row of the forget set all the same are left out. So a text counts as forgotten when it is no likelier than what the model would typically say instead.
+    be compared with itself. Samples that recite ten tokens in a row of the forget set all the same are left out. So a
+    text counts as forgotten when it is no likelier than what the model would typically say instead.
     """
     inner, both, limit = unwrapped(model), is_encoder_decoder(model), context_length(model)
     lengths = sorted(len(t.scored) for t in forget)
@@ -80,16 +81,21 @@ def _sample(
     eos = tokenizer.eos_token_id
     pad = next(i for i in (tokenizer.pad_token_id, eos, 0) if i is not None)
     config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1, max_new_tokens=length,
+        do_sample=True, use_cache=True, temperature=1.0, top_k=0, top_p=1.0, num_beams=1, max_new_tokens=length,
         min_new_tokens=length if not_first is None and not both else 2, eos_token_id=eos, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id,
         decoder_start_token_id=decoder_start_id(inner) if both else None,
     )  # fmt: skip
-    rows = inner.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        logits_processor=LogitsProcessorList([Departure()]),
-    ).tolist()
+    # generate fills what a config leaves unset from the model's own, a repetition penalty for one: ours stands in its place
+    own, inner.generation_config = inner.generation_config, config
+    try:
+        rows = inner.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([Departure()]),
+        ).tolist()
+    finally:
+        inner.generation_config = own
     found = []
     for row in rows:
         said = row[before:]

@@ -21,6 +21,18 @@ from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.result import Result, check_output
 
 _ROUND = 16  # optimizer steps between two evaluations, at most
+_FIXED = (
+    "method",
+    "method_options",
+    "retain_loss",
+    "retain_weight",
+    "learning_rate",
+    "batch_size",
+    "until",
+    "utility_budget",
+    "max_grad_norm",
+    "seed",
+)
 _HALVINGS = 6  # of the learning rate, before a run gives up
 
 
@@ -121,6 +133,10 @@ def unlearn(
         raise ArgumentError(
             f"resume goes on from the checkpoint of an interrupted run, and {where}: give that run's output_dir, or start anew"
         )
+    if checkpoint is not None and checkpoint.exists() and not resume:
+        raise ArgumentError(
+            f"{checkpoint} holds an interrupted run: go on from it with resume=True (--resume), or delete it to start anew"
+        )
     forget_examples = read_examples(forget, role="forget")
     roles = {
         role: read_examples(source, role=role)
@@ -146,6 +162,7 @@ def unlearn(
     settings["learning_rate"] = learning_rate
     if retain_loss == "hold":
         run.hold_retain()
+    run.take_fingerprint({name: settings[name] for name in _FIXED})
     history, stopped = _ascend(
         run, learning_rate, max_steps, retain_weight if retain_loss else 0.0, max_grad_norm, checkpoint, resume
     )
@@ -184,10 +201,7 @@ def _ascend(
     if resume and checkpoint is not None:
         stored = state.read(checkpoint)
         saved = stored["progress"]
-        if len(saved["original"]) != len(run.original) or not np.allclose(saved["original"], run.original, rtol=1e-4):
-            raise DataError(
-                f"the checkpoint {checkpoint} was made with another model or forget set: give those, or delete it and start anew"
-            )
+        _require_same(checkpoint, saved["fingerprint"], run.fingerprint)
         state.take(stored)
         step, round_number, halvings = saved["step"], saved["round"], saved["halvings"]
         history = json.loads(saved["history"])
@@ -199,7 +213,7 @@ def _ascend(
 
     def save() -> None:
         if checkpoint is not None:
-            numbers = {"step": step, "round": round_number, "halvings": halvings, "original": run.original.tolist()}
+            numbers = {"step": step, "round": round_number, "halvings": halvings, "fingerprint": run.fingerprint}
             state.save(checkpoint, {**numbers, "history": json.dumps(history), "steps": run.steps.tolist()})
 
     try:
@@ -270,6 +284,20 @@ def _ascend(
     return history, objection if halvings > _HALVINGS else "max_steps"
 
 
+def _require_same(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises DataError unless a checkpoint was made with these texts, this model and these settings."""
+    for name, value in now.items():
+        if isinstance(value, list):
+            same = len(saved[name]) == len(value) and np.allclose(saved[name], value, rtol=1e-4)
+            what = f"another model or {name}"
+        else:
+            same, what = saved[name] == value, f"{name}={saved[name]!r}, not {value!r}"
+        if not same:
+            raise DataError(
+                f"the checkpoint {checkpoint} was made with {what}: give the same, or delete it and start anew"
+            )
+
+
 def _retain_step(run: Run, step: int, weight: float) -> float | None:
     """Adds the retain term's gradient to what the forget term left; returns the mean negative log-likelihood a token."""
     if not weight or not run.retain:
@@ -303,14 +331,7 @@ def _tokenizer(model: Any, tokenizer: Any) -> Any:
         return tokenizer
     where = str(tokenizer or getattr(models.unwrapped(model), "name_or_path", "") or "")
     if where:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"no tokenizer could be loaded from {where}: pass tokenizer=, the one the model was trained with"
-            ) from error
+        return models.load_tokenizer(where)
     raise ModelError(
         "the model does not say where its tokenizer is: pass tokenizer=, the one the model was trained with"
     )

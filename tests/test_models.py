@@ -315,3 +315,13 @@ def test_nothing_to_load(tmp_path):
         load(tmp_path)
     with pytest.raises(ModelError, match="no language model could be loaded from no/such-model"):
         load("no/such-model")
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    """The model loads, so the sentence is about the tokenizer, and a missing head is found before a missing tokenizer."""
+    made(CAUSAL["llama"]).save_pretrained(tmp_path / "whole")
+    with pytest.raises(ModelError, match=r"no tokenizer could be loaded from .*--tokenizer"):
+        load(tmp_path / "whole")
+    tf.LlamaModel(tf.LlamaConfig(**KV)).save_pretrained(tmp_path / "trunk")
+    with pytest.raises(ModelError, match="no language-model head"):
+        load(tmp_path / "trunk")

@@ -16,7 +16,7 @@ import pyunlearn
 from pyunlearn import models
 from pyunlearn._state import MasterWeights, State
 from pyunlearn.data import Tokens, encode, read_examples
-from pyunlearn.errors import ArgumentError, ModelError, OutputError, TrainingError
+from pyunlearn.errors import ArgumentError, DataError, ModelError, OutputError, TrainingError
 from pyunlearn.methods import METHODS, npo
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.references import COUNT, sampled
@@ -347,6 +347,44 @@ def test_resume_needs_to_know_where(story):
     """One sentence, before anything happens."""
     with pytest.raises(ArgumentError, match="no output_dir was given"):
         run(story, resume=True)
+
+
+def test_a_checkpoint_of_something_else_is_refused(story, tmp_path, monkeypatch):
+    """Other texts, another model, other settings, or no word of resuming: one sentence each, and model and checkpoint stay as they are."""
+    out, checkpoint = tmp_path / "out", tmp_path / "out.checkpoint.pt"
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "ga", METHODS["ga"]._replace(loss=Interrupted("ga", 1)))
+        assert run(story, output_dir=out).stopped == "interrupted"
+    before, other = checkpoint.read_bytes(), story.fresh()
+    with torch.no_grad():
+        other.lm_head.weight.mul_(0.9)
+    for changes, message in (
+        ({"seed": 1}, "seed=0, not 1"),
+        ({"learning_rate": 1e-4}, "learning_rate=0.0003, not 0.0001"),
+        ({"method": "npo"}, "method='ga', not 'npo'"),
+        ({"forget": story.forget[:1]}, "another model or forget set"),
+        ({"holdout": story.holdout[::-1]}, "another model or holdout"),
+        ({"model": other}, "another model or forget set"),
+    ):
+        model = changes.pop("model", None) or story.fresh()
+        start = weights(model)
+        with pytest.raises(DataError, match=message):
+            run(story, **changes, model=model, output_dir=out, resume=True)
+        assert all(torch.equal(w, start[name]) for name, w in model.state_dict().items())
+    with pytest.raises(ArgumentError, match="holds an interrupted run: go on from it with resume=True"):
+        run(story, output_dir=out)
+    assert checkpoint.read_bytes() == before
+
+
+def test_samples_are_the_models_own_whatever_its_generation_config_says(story):
+    """A penalty, a temperature, a top-p that a model was saved with would make references that it does not typically write."""
+    tokens = encode(read_examples(story.forget, role="forget"), story.tokenizer, role="forget", max_length=None)
+    model = story.fresh()
+    plain = sampled(model, story.tokenizer, tokens, count=20)
+    config = model.generation_config
+    config.update(repetition_penalty=1.5, no_repeat_ngram_size=1, temperature=0.3, top_p=0.5, do_sample=True)
+    assert sampled(model, story.tokenizer, tokens, count=20) == plain
+    assert model.generation_config is config
 
 
 # ---------------------------------------------------------------- what a run never does

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,15 +19,14 @@ def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
 
     `names` replaces the beginning of each text.
     """
-    table = Table(title="what was to be forgotten", title_justify="left", caption_justify="left")
-    table.add_column("text", max_width=36, no_wrap=True, overflow="ellipsis")
-    for name in ("log-likelihood\nnats a token", "exposure\nbits", "greedy match"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
-    table.add_column("steps", justify="right")
+    table = narrow_table(
+        "what was to be forgotten", "text", ["log-likelihood\nnats a token", "exposure\nbits", "greedy match"]
+    )
+    table.add_column("verdict", no_wrap=True, min_width=14)
+    table.add_column("steps", justify="right", no_wrap=True, min_width=5)
     for e in result.examples[:_SHOWN]:
         table.add_row(
-            escape(names[e.index] if names else " ".join(e.text.split())),
+            escape(names[e.index] if names else _beginning(e.text)),
             f"{e.log_likelihood_before:.2f} → {e.log_likelihood_after:.2f}",
             f"{e.exposure_before:.1f} → {e.exposure_after:.1f}",
             f"{e.greedy_match_before:.0%} → {e.greedy_match_after:.0%}",
@@ -36,6 +36,22 @@ def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
     if len(result.examples) > _SHOWN:
         table.caption = f"and {len(result.examples) - _SHOWN} more: see result.json"
     return table
+
+
+def narrow_table(title: str, first: str, numbers: Sequence[str]) -> Table:
+    """A table that fits 80 columns: the first column gives way, what is measured stays whole."""
+    table = Table(
+        title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    table.add_column(first, min_width=12, max_width=36)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(9, *map(len, name.split("\n"))))
+    return table
+
+
+def _beginning(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 60 else line[:59] + "…"
 
 
 def utility_line(result: Result) -> str:
