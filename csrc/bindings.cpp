@@ -42,12 +42,12 @@ void statistics(bool cuda, std::uintptr_t data, int dtype, int64_t stride, int64
 }
 
 void gradient(bool cuda, std::uintptr_t data, int dtype, int64_t stride, int64_t rows, int64_t columns, int64_t first_column,
-              std::uintptr_t bias, int bias_dtype, double scale, double softcap, std::uintptr_t targets, bool is_kept, std::uintptr_t lse,
-              std::uintptr_t log_likelihood, std::uintptr_t coefficients, std::uintptr_t block_maximum, std::uintptr_t result,
-              int result_dtype, int64_t result_stride, std::uintptr_t where) {
+              std::uintptr_t bias, int bias_dtype, double scale, double softcap, std::uintptr_t targets, bool is_kept, std::uintptr_t maximum,
+              std::uintptr_t sum, std::uintptr_t log_likelihood, std::uintptr_t coefficients, std::uintptr_t block_maximum,
+              std::uintptr_t result, int result_dtype, int64_t result_stride, std::uintptr_t where) {
   const GradientArguments a{
       logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets), is_kept,
-      in(lse), in(log_likelihood), in(coefficients), in(block_maximum), {out(result), Dtype(result_dtype), result_stride}};
+      in(maximum), in(sum), in(log_likelihood), in(coefficients), in(block_maximum), {out(result), Dtype(result_dtype), result_stride}};
   const py::gil_scoped_release release;
 #ifdef PYUNLEARN_CUDA
   if (cuda) return raise_if(log_likelihood_gradient_cuda(a, out(where)));

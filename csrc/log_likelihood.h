@@ -31,7 +31,7 @@ struct MatrixOut {
 
 // Adds one block to the running statistics of each row: with M, S the row's (maximum, sum) so far and m = max_j z_j of this block,
 //     M' = max(M, m),   S' = S exp(M - M') + sum_j exp(z_j - M'),   target_logit = z_target if the target is in the block.
-// The caller starts with M = -inf, S = 0; afterwards lse = M + log S and log-likelihood = (target_logit - M) - log S.
+// The caller starts with M = -inf, S = 0; afterwards log-likelihood = (target_logit - M) - log S.
 //
 // kept.data, unless null: receives exp(z_j - m) * (dz/du)_j rounded to kept.dtype, in [0, 1]: what the gradient needs of this block.
 // block_maximum, unless null (never null with kept): (rows,) real, receives m, with or without kept.
@@ -43,18 +43,19 @@ struct StatisticsArguments {
 };
 
 // The gradient of sum_r coefficient_r * log_likelihood_r with respect to x, for one block:
-//     g_rj = coefficient_r * scale * ([j is the target of r] - exp(z_rj - lse_r)) * (dz/du)_rj
-// computed at the target as coefficient * scale * -expm1(log_likelihood) * dz/du with z = log_likelihood + lse, which keeps its digits when the
-// target is nearly certain. Rows with coefficient 0 give zeros whatever else they hold.
+//     g_rj = coefficient_r * scale * ([j is the target of r] - exp(z_rj - M_r) / S_r) * (dz/du)_rj
+// with the row's final M and S, not log(sum of exp(z)) = M + log S, in which a large M would drown the digits of S. At the target it is
+// coefficient * scale * -expm1(log_likelihood) * dz/du with z = log_likelihood + log S + M, which keeps its digits when the target is nearly
+// certain. Rows with coefficient 0 give zeros whatever else they hold.
 //
-// is_kept = false: block holds logits. With block_maximum: exp(z - lse) dz/du is taken as round(exp(z - m) dz/du) * exp(m - lse) with
+// is_kept = false: block holds logits. With block_maximum: exp(z - M) dz/du is taken as round(exp(z - m) dz/du) * exp(m - M) with
 // round to out.dtype, so that a recomputed block gives bit for bit what a kept one gives. Without: directly.
 // is_kept = true: block holds what the statistics kept (bias, softcap already inside; dz/du at the target still from z as above).
 struct GradientArguments {
   LogitBlock block;
   bool is_kept;
-  const void *lse, *log_likelihood, *coefficients;  // (rows,) real
-  const void* block_maximum;                        // (rows,) real, or null
+  const void *maximum, *sum, *log_likelihood, *coefficients;  // (rows,) real
+  const void* block_maximum;                                  // (rows,) real, or null
   MatrixOut out;
 };
 

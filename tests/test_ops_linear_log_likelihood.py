@@ -159,6 +159,23 @@ def test_common_offset(op, offset, through, device, backend):
 
 
 @both_ops
+@pytest.mark.parametrize("workspace", [0, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exact_common_offset_changes_nothing(op, dtype, workspace, device, backend):
+    """A constant on all logits of a row drops out of the softmax: where adding it is exact, values and gradients keep every bit.
+
+    Statistics that go through the rounded log of the sum lose as many bits as the offset has: at 65536, all but 7.
+    """
+    case = make(6, 16, 500, device=device)
+    case = Case(*((t.clamp(-2, 2) * 8).round() / 8 for t in case[:3]), case.targets)  # so that products are exact too
+    case = cast(case, dtype=dtype)
+    case = case._replace(bias=case.bias.float())
+    shifted = case._replace(bias=case.bias + 65536)
+    found = evaluate(op, shifted, workspace=workspace)
+    assert_equal(found, evaluate(op, case, workspace=workspace))
+
+
+@both_ops
 def test_certain_target(op, device, backend):
     """The gradient 1 - p of a nearly certain token must keep its digits, however large the logits."""
     vocabulary, gap = 50, 12.0

@@ -75,14 +75,9 @@ extreme = st.floats(-(2.0**99), 2.0**99, width=32) | st.floats(-90, 90, width=32
 
 @given(row=st.lists(extreme, min_size=1, max_size=40), at=st.integers(0, 39))
 def test_any_logits(row, at, device, backend):
-    """Whatever finite logits come, tiny beside huge, the value is float64's to float32.
-
-    The gradient goes through the log of the sum, so it is good to float32's step at the largest logit.
-    """
+    """Whatever finite logits come, tiny beside huge, value and gradient are float64's to float32."""
     logits, targets = torch.tensor([row], device=device), torch.tensor([at % len(row)], device=device)
-    (value, gradient), (right, right_gradient) = scored(logits, targets), truth(logits, targets)
-    assert_agree([value], [right], 2e-6)
-    assert_agree([gradient], [right_gradient], 2e-6 + 2e-7 * logits.abs().max().item())
+    assert_agree(scored(logits, targets), truth(logits, targets), 2e-6)
 
 
 def test_no_distribution(device, backend):

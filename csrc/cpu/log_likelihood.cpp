@@ -87,7 +87,8 @@ const char* log_likelihood_statistics_cpu(const StatisticsArguments& a, int thre
 const char* log_likelihood_gradient_cpu(const GradientArguments& a, int threads) {
   if (const char* why = refuse(a.block, a.out)) return why;
   if (!a.block.rows) return nullptr;
-  if (!a.lse || !a.log_likelihood || !a.coefficients || !a.out.data) return "lse, log_likelihood, coefficients and out must not be null";
+  if (!a.maximum || !a.sum || !a.log_likelihood || !a.coefficients || !a.out.data)
+    return "maximum, sum, log_likelihood, coefficients and out must not be null";
   if (a.is_kept && !a.block_maximum) return "a kept block needs the block_maximum that came with it";
   run(variant().gradient, a, threads);
   return nullptr;

@@ -288,9 +288,10 @@ template <class real> void gradient_row(const GradientArguments& a, const real* 
     __builtin_memset(out, 0, b.columns * size_of(a.out.dtype));
     return;
   }
-  const real lse = row_value<real>(a.lse, r), m = a.block_maximum ? row_value<real>(a.block_maximum, r) : lse;
-  const real reference = a.block_maximum ? reference_of(m) : lse;
-  const real factor = static_cast<real>(a.block_maximum ? -coefficient * __builtin_exp(static_cast<double>(m) - lse) : -coefficient);
+  const double maximum = row_value<real>(a.maximum, r), sum = row_value<real>(a.sum, r);
+  const real m = a.block_maximum ? row_value<real>(a.block_maximum, r) : row_value<real>(a.maximum, r);
+  const real reference = reference_of(m);
+  const real factor = static_cast<real>(-coefficient * (a.block_maximum ? __builtin_exp(m - maximum) : 1) / sum);
   const bool rounds = a.block_maximum && a.out.dtype != Lanes<real>::dtype;
 
   for_tiles(b.columns, [&](int64_t begin, int64_t n) {
@@ -314,7 +315,7 @@ template <class real> void gradient_row(const GradientArguments& a, const real* 
   const int64_t target = target_column(b, r);
   if (target < 0) return;
   const double log_likelihood = row_value<real>(a.log_likelihood, r);
-  const double tanh = b.softcap > 0 ? (log_likelihood + lse) / b.softcap : 0;
+  const double tanh = b.softcap > 0 ? (log_likelihood + __builtin_log(sum) + maximum) / b.softcap : 0;
   const real at_target = static_cast<real>(coefficient * -__builtin_expm1(log_likelihood) * (1 - tanh * tanh));
   narrow(a.out.dtype, &at_target, 1, at(out, a.out.dtype, target));
 }

@@ -77,7 +77,7 @@ struct Statistics {
 };
 
 struct Gradient {
-  const float *lse, *log_likelihood, *coefficients, *block_maximum;
+  const float *maximum, *sum, *log_likelihood, *coefficients, *block_maximum;
   MatrixOut out;
 };
 
@@ -202,10 +202,10 @@ template <class In, bool IsKept> __global__ void __launch_bounds__(kBlock) logit
   const AnyRow<N> out(from.out, r, block.columns, row.start);
   const Head& head = block.head;
   const int target = block.target_column(r);
-  const float lse = from.lse[r], coefficient = from.coefficients[r] * head.scale, value = from.log_likelihood[r];
-  const float shift = softmax_shift(from.block_maximum ? from.block_maximum[r] : lse);
-  const float factor = -coefficient * (from.block_maximum ? expf(from.block_maximum[r] - lse) : 1.f);
-  const float at_target = coefficient * -expm1f(value) * head.slope(value + lse);
+  const float maximum = from.maximum[r], sum = from.sum[r], coefficient = from.coefficients[r] * head.scale, value = from.log_likelihood[r];
+  const float shift = softmax_shift(from.block_maximum ? from.block_maximum[r] : maximum);
+  const float factor = -coefficient * (from.block_maximum ? expf(from.block_maximum[r] - maximum) : 1.f) / sum;
+  const float at_target = coefficient * -expm1f(value) * (head.softcap != 0.f ? head.slope(value + logf(sum) + maximum) : 1.f);
   const bool nothing = from.coefficients[r] == 0.f;
 
   for (int64_t p = (int64_t)blockIdx.y * blockDim.x + threadIdx.x; p < row.packs; p += (int64_t)gridDim.y * blockDim.x) {
@@ -297,7 +297,8 @@ const char* log_likelihood_gradient_cuda(const GradientArguments& a, void* strea
   if (a.is_kept && !a.block_maximum) return "kept exponentials need the block_maximum that came with them";
   if (a.block.rows == 0 || a.block.columns == 0) return nullptr;
   const Block block = device_block(a.block);
-  const Gradient from{(const float*)a.lse, (const float*)a.log_likelihood, (const float*)a.coefficients, (const float*)a.block_maximum, a.out};
+  const Gradient from{(const float*)a.maximum, (const float*)a.sum, (const float*)a.log_likelihood, (const float*)a.coefficients,
+                      (const float*)a.block_maximum, a.out};
   const cudaStream_t stream = (cudaStream_t)stream_;
   const dim3 threads = block.columns <= kNarrow ? dim3(32, kBlock / 32) : dim3(kBlock);
   with_type(a.block.dtype, [&](auto type) {

@@ -103,11 +103,11 @@ def _wrong_on_this_card() -> str | None:
             try:
                 begin = (x, 0, None, 0.5, 4.0, targets)
                 _call(run, "statistics", *begin, maximum, total, target_logit, kept, block_maximum)
-                lse = maximum + total.log()
-                _call(run, "gradient", *begin, False, lse, target_logit - lse, coefficients, block_maximum, out)
+                found_ll = (target_logit - maximum) - total.log()
+                _call(run, "gradient", *begin, False, maximum, total, found_ll, coefficients, block_maximum, out)
             except RuntimeError as error:
                 return f"they failed on this card: {str(error).splitlines()[0]}"
-            found.append(torch.cat([lse, target_logit, kept.float().flatten(), out.float().flatten()]))
+            found.append(torch.cat([maximum, total, target_logit, kept.float().flatten(), out.float().flatten()]))
         if not torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance):
             return "they gave wrong numbers in a self-test on this card (please report it, with `pyunlearn info`)"
     return None
@@ -147,7 +147,7 @@ def statistics(
 
 def gradient(
     x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor, is_kept: bool,
-    lse: Tensor, log_likelihood: Tensor, coefficients: Tensor, block_maximum: Tensor | None, out: Tensor,
+    maximum: Tensor, total: Tensor, log_likelihood: Tensor, coefficients: Tensor, block_maximum: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     """Writes into out (n, v) the gradient with respect to a block's raw products; formulas in csrc/log_likelihood.h."""
     run = reference if kernels_for(x) == "reference" else _C
@@ -161,7 +161,8 @@ def gradient(
         softcap,
         targets,
         is_kept,
-        lse,
+        maximum,
+        total,
         log_likelihood,
         coefficients,
         block_maximum,
@@ -200,9 +201,9 @@ def _launch(kernel: str, cuda: bool, block: tuple[Any, ...], rest: tuple[Any, ..
         per_row = (maximum.data_ptr(), total.data_ptr(), target_logit.data_ptr())
         _C.statistics(cuda, *block, *per_row, *_matrix(kept), _address(block_maximum), where)
     else:
-        is_kept, lse, log_likelihood, coefficients, block_maximum, out = rest
-        given = (lse.data_ptr(), log_likelihood.data_ptr(), coefficients.data_ptr(), _address(block_maximum))
-        _C.gradient(cuda, *block, is_kept, *given, *_matrix(out), where)
+        is_kept, maximum, total, log_likelihood, coefficients, block_maximum, out = rest
+        per_row = (maximum.data_ptr(), total.data_ptr(), log_likelihood.data_ptr(), coefficients.data_ptr())
+        _C.gradient(cuda, *block, is_kept, *per_row, _address(block_maximum), *_matrix(out), where)
 
 
 def _address(x: Tensor | None) -> int:

@@ -70,12 +70,12 @@ def linear_log_likelihood(
 
 LIBRARY.define(
     "linear_log_likelihood(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float softcap, "
-    "int ignore_index, int? workspace, bool keep, bool release) -> (Tensor, Tensor, Tensor, Tensor[])"
+    "int ignore_index, int? workspace, bool keep, bool release) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
 LIBRARY.define(
     "linear_log_likelihood_backward(Tensor d_log_likelihood, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
-    "Tensor log_likelihood, Tensor lse, Tensor block_maximum, Tensor[] kept, float logit_scale, float softcap, int ignore_index, "
-    "int? workspace, bool release, bool[] needs) -> (Tensor, Tensor, Tensor)"
+    "Tensor log_likelihood, Tensor maximum, Tensor total, Tensor block_maximum, Tensor[] kept, float logit_scale, float softcap, "
+    "int ignore_index, int? workspace, bool release, bool[] needs) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -107,7 +107,7 @@ def _kept_buffers(hidden: Tensor, p: Plan) -> list[Tensor]:
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
     ignore_index: int, workspace: int | None, keep: bool, release: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     check_targets(targets, weight.shape[0], ignore_index)
     real, p, bias = _real(hidden), _plan(hidden, weight, workspace, keep), contiguous(bias)
     rows = _live_rows(targets, ignore_index)
@@ -129,36 +129,37 @@ def _forward(
                 x, b, None if bias is None else bias[b:e], logit_scale, softcap, t, maximum, total, target_logit,
                 store, block_maximum[i, :n] if keep else None,
             )  # fmt: skip
-    log_total = total.log()
-    log_likelihood, lse = (target_logit - maximum) - log_total, maximum + log_total
+    log_likelihood = (target_logit - maximum) - total.log()
     if rows is not None:
-        log_likelihood = hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, log_likelihood)
-        lse = hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, lse)
+        log_likelihood, maximum, total = (
+            hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, x)
+            for x in (log_likelihood, maximum, total)
+        )
     elif targets.is_cuda:
         log_likelihood = torch.where(targets == ignore_index, 0.0, log_likelihood)
-    return log_likelihood, lse, block_maximum, kept
+    return log_likelihood, maximum, total, block_maximum, kept
 
 
 def _fake_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
     ignore_index: int, workspace: int | None, keep: bool, release: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     real, p = _real(hidden), _plan(hidden, weight, workspace, keep)
     block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
     per_row = hidden.new_empty(targets.shape, dtype=real)
-    return per_row, torch.empty_like(per_row), block_maximum, _kept_buffers(hidden, p)
+    return per_row, torch.empty_like(per_row), torch.empty_like(per_row), block_maximum, _kept_buffers(hidden, p)
 
 
 def _backward(
-    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, lse: Tensor,
-    block_maximum: Tensor, kept: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
+    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor,
+    maximum: Tensor, total: Tensor, block_maximum: Tensor, kept: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
     release: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     real, p, bias = _real(hidden), _plan(hidden, weight, workspace, True), contiguous(bias)
     rows = _live_rows(targets, ignore_index)
     if rows is None and targets.is_cuda:
         d_log_likelihood = torch.where(targets == ignore_index, 0.0, d_log_likelihood)
-    h, t, ll, z, c = _take(rows, hidden, targets, log_likelihood, lse, d_log_likelihood.to(real))
+    h, t, ll, m, s, c = _take(rows, hidden, targets, log_likelihood, maximum, total, d_log_likelihood.to(real))
     n = h.shape[0]
     # what an earlier backward pass of the same graph released is computed again
     live = [k.untyped_storage().size() > 0 or k.numel() == 0 for k in kept] + [False] * (len(p.groups()) - len(kept))
@@ -188,7 +189,7 @@ def _backward(
                 x = scratch[: n * (e - b)].view(n, e - b)
                 logits.into(x, weight[b:e])
             _backend.gradient(
-                x, b, None if bias is None else bias[b:e], logit_scale, softcap, t, group is not None, z, ll, c,
+                x, b, None if bias is None else bias[b:e], logit_scale, softcap, t, group is not None, m, s, ll, c,
                 block_maximum[i, :n], d_logits[:, b - first : e - first],
             )  # fmt: skip
         if need_weight:
@@ -207,8 +208,8 @@ def _backward(
 
 
 def _fake_backward(
-    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, lse: Tensor,
-    block_maximum: Tensor, kept: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
+    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor,
+    maximum: Tensor, total: Tensor, block_maximum: Tensor, kept: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
     release: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
@@ -236,7 +237,7 @@ def _autograd(ctx: Any, d_log_likelihood: Tensor | None, *_: Any) -> tuple[Tenso
         return (None,) * 10
     saved = ctx.saved_tensors
     found = torch.ops.pyunlearn.linear_log_likelihood_backward(
-        d_log_likelihood, *saved[:7], list(saved[7:]), *ctx.options, needs
+        d_log_likelihood, *saved[:8], list(saved[8:]), *ctx.options, needs
     )
     return (*(d if need else None for d, need in zip(found, needs, strict=True)), *(None,) * 7)
 

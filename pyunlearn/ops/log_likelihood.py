@@ -49,11 +49,11 @@ def log_likelihood(
 
 
 LIBRARY.define(
-    "log_likelihood(Tensor logits, Tensor? bias, Tensor targets, float logit_scale, float softcap, int ignore_index) -> (Tensor, Tensor)"
+    "log_likelihood(Tensor logits, Tensor? bias, Tensor targets, float logit_scale, float softcap, int ignore_index) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "log_likelihood_backward(Tensor d_log_likelihood, Tensor logits, Tensor? bias, Tensor targets, Tensor log_likelihood, Tensor lse, "
-    "float logit_scale, float softcap, int ignore_index) -> Tensor"
+    "log_likelihood_backward(Tensor d_log_likelihood, Tensor logits, Tensor? bias, Tensor targets, Tensor log_likelihood, Tensor maximum, "
+    "Tensor total, float logit_scale, float softcap, int ignore_index) -> Tensor"
 )
 
 
@@ -68,7 +68,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 def _forward(
     logits: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     check_targets(targets, logits.shape[1], ignore_index)
     real, n = _real(logits), logits.shape[0]
     maximum, total = logits.new_full((n,), -torch.inf, dtype=real), logits.new_zeros((n,), dtype=real)
@@ -78,22 +78,22 @@ def _forward(
         _backend.statistics(
             x, 0, contiguous(bias), logit_scale, softcap, targets.contiguous(), maximum, total, target_logit
         )
-    log_total = total.log()
-    found = (target_logit - maximum) - log_total
-    return torch.where(targets == ignore_index, 0.0, found), maximum + log_total
+    found = (target_logit - maximum) - total.log()
+    return torch.where(targets == ignore_index, 0.0, found), maximum, total
 
 
 def _fake_forward(
     logits: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(targets.shape, dtype=_real(logits)), logits.new_empty(targets.shape, dtype=_real(logits))
+) -> tuple[Tensor, Tensor, Tensor]:
+    per_row = logits.new_empty(targets.shape, dtype=_real(logits))
+    return per_row, torch.empty_like(per_row), torch.empty_like(per_row)
 
 
 def _backward(
-    d_log_likelihood: Tensor, logits: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, lse: Tensor,
-    logit_scale: float, softcap: float, ignore_index: int,
+    d_log_likelihood: Tensor, logits: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, maximum: Tensor,
+    total: Tensor, logit_scale: float, softcap: float, ignore_index: int,
 ) -> Tensor:  # fmt: skip
-    coefficients = torch.where(targets == ignore_index, 0.0, d_log_likelihood.to(lse.dtype))
+    coefficients = torch.where(targets == ignore_index, 0.0, d_log_likelihood.to(maximum.dtype))
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.shape[0]:
         x = _rows_contiguous(logits)
@@ -105,7 +105,8 @@ def _backward(
             softcap,
             targets.contiguous(),
             False,
-            lse,
+            maximum,
+            total,
             log_likelihood,
             coefficients,
             None,
@@ -115,8 +116,8 @@ def _backward(
 
 
 def _fake_backward(
-    d_log_likelihood: Tensor, logits: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, lse: Tensor,
-    logit_scale: float, softcap: float, ignore_index: int,
+    d_log_likelihood: Tensor, logits: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, maximum: Tensor,
+    total: Tensor, logit_scale: float, softcap: float, ignore_index: int,
 ) -> Tensor:  # fmt: skip
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
@@ -124,7 +125,7 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, bias, targets, *ctx.options = inputs
     ctx.save_for_backward(logits, bias, targets, *output)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 

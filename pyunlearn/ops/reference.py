@@ -72,25 +72,28 @@ def statistics(
 
 def gradient(
     x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor, is_kept: bool,
-    lse: Tensor, log_likelihood: Tensor, coefficients: Tensor, block_maximum: Tensor | None, out: Tensor,
+    maximum: Tensor, total: Tensor, log_likelihood: Tensor, coefficients: Tensor, block_maximum: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     """Writes into out (n, v) the gradient of sum(coefficients * log_likelihood) with respect to the raw products of a block."""
-    real = lse.dtype
+    real = maximum.dtype
     if is_kept:
         assert block_maximum is not None
-        p = x.to(real) * torch.exp(block_maximum - lse)[:, None]
+        p = x.to(real) * torch.exp(block_maximum - maximum)[:, None]
     else:
         z = logits_of(x.to(real), None if bias is None else bias.to(real), logit_scale, softcap)
         if block_maximum is not None:
-            p = _kept_form(z, block_maximum, softcap).to(out.dtype).to(real) * torch.exp(block_maximum - lse)[:, None]
+            p = (
+                _kept_form(z, block_maximum, softcap).to(out.dtype).to(real)
+                * torch.exp(block_maximum - maximum)[:, None]
+            )
         else:
-            p = _kept_form(z, lse, softcap)
-    g = p * (-logit_scale * coefficients)[:, None]
+            p = _kept_form(z, maximum, softcap)
+    g = p * (-logit_scale * coefficients / total)[:, None]
     at = targets - first
     rows = torch.arange(x.shape[0], device=x.device)
     inside = (at >= 0) & (at < x.shape[1])
     at = at.clamp(0, x.shape[1] - 1)
-    slope = 1 - ((log_likelihood + lse) / softcap) ** 2 if softcap else 1.0
+    slope = 1 - ((log_likelihood + total.log() + maximum) / softcap) ** 2 if softcap else 1.0
     g[rows, at] = torch.where(inside, -torch.expm1(log_likelihood) * slope * coefficients * logit_scale, g[rows, at])
     out.copy_(torch.where(coefficients[:, None] == 0, 0.0, g))
 
