@@ -202,8 +202,8 @@ def _launch(kernel: str, cuda: bool, block: tuple[Any, ...], rest: tuple[Any, ..
         _C.statistics(cuda, *block, *per_row, *_matrix(kept), _address(block_maximum), where)
     else:
         is_kept, maximum, total, log_likelihood, coefficients, block_maximum, out = rest
-        per_row = (maximum.data_ptr(), total.data_ptr(), log_likelihood.data_ptr(), coefficients.data_ptr())
-        _C.gradient(cuda, *block, is_kept, *per_row, _address(block_maximum), *_matrix(out), where)
+        given = (maximum.data_ptr(), total.data_ptr(), log_likelihood.data_ptr(), coefficients.data_ptr())
+        _C.gradient(cuda, *block, is_kept, *given, _address(block_maximum), *_matrix(out), where)
 
 
 def _address(x: Tensor | None) -> int:
