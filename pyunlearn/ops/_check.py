@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
+from pyunlearn.ops._library import host_may_wait
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,12 +60,70 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_bias(bias, weight.shape[0])
 
 
+def in_one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their dtypes, or in autocast's, which leaves float64 alone."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    device = hidden.device.type
+    if dtype is not torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
+
+
 def check_bias(bias: Tensor | None, vocabulary: int) -> None:
     """Raises ArgumentError unless bias has one number for each vocabulary entry."""
     if bias is not None and bias.shape[0] != vocabulary:
         raise ArgumentError(
             f"bias must have shape ({vocabulary},), one number for each vocabulary entry, got {tuple(bias.shape)}"
         )
+
+
+def check_per_row(values: Tensor, targets: Tensor, *, name: str) -> None:
+    """Raises ArgumentError unless values are floating-point numbers, one for each target."""
+    if not isinstance(values, Tensor) or values.dtype not in FLOATS or values.shape != targets.shape:
+        raise ArgumentError(
+            f"{name} must be a floating-point tensor with one number for each target, shape {tuple(targets.shape)}, got {_say(values)}"
+        )
+    if values.device != targets.device:
+        raise ArgumentError(f"{name} are on {values.device} and targets on {targets.device}: move them to one device")
+
+
+def check_examples(targets: Tensor, example_index: Tensor, per_example: tuple[Tensor, ...], group_size: int) -> int:
+    """Checks what says which row belongs to which example; returns how many examples there are. Raises ArgumentError."""
+    if targets.dim() != 1:
+        raise ArgumentError(
+            f"hidden must have shape (N, D) and targets (N,), got targets of shape {tuple(targets.shape)}: flatten both"
+        )
+    if not isinstance(example_index, Tensor) or example_index.dtype not in (torch.int64, torch.int32):
+        raise ArgumentError(f"example_index must be an int64 tensor, got {_say(example_index)}")
+    if example_index.shape != targets.shape or example_index.device != targets.device:
+        raise ArgumentError(
+            f"example_index must have one number for each target, shape {tuple(targets.shape)} on {targets.device}, "
+            f"got {tuple(example_index.shape)} on {example_index.device}"
+        )
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ArgumentError(f"group_size must be a whole number, 1 or more, got {group_size!r}")
+    largest, least = -1, 0
+    if host_may_wait(targets) and example_index.numel():
+        largest, least = int(example_index.max()), int(example_index.min())
+    elif not per_example and not host_may_wait(targets):
+        raise ArgumentError(
+            "a compiled or captured example_objective cannot count the examples: give something per example, zeros if need be"
+        )
+    examples = len(per_example[0]) if per_example else -(-(largest + 1) // group_size) * group_size
+    for x in per_example:
+        if not isinstance(x, Tensor) or x.dim() == 0 or len(x) != examples or x.device != targets.device:
+            raise ArgumentError(
+                f"what is given per example must be tensors of {examples} entries on {targets.device}, got {_say(x)}"
+            )
+        if x.requires_grad:
+            raise ArgumentError("what is given per example gets no gradient here, and asks for one: detach it")
+    if examples % group_size:
+        raise ArgumentError(f"{examples} examples do not make whole groups of {group_size}: add or drop some")
+    if least < 0 or largest >= examples:
+        raise ArgumentError(
+            f"example_index must lie in [0, {examples}), got {least if least < 0 else largest}: is something missing per example?"
+        )
+    return examples
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:

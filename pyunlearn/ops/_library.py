@@ -22,6 +22,11 @@ def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def host_may_wait(x: torch.Tensor) -> bool:
+    """Whether Python may look at numbers: not while torch.compile traces, nor while a CUDA graph is captured."""
+    return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
     """The bias without gaps, for the kernels know no stride for it."""
     return None if bias is None else bias.contiguous()

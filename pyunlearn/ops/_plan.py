@@ -61,6 +61,34 @@ def plan(rows: int, vocabulary: int, dtype: torch.dtype, device: str, workspace:
     return Plan(vocabulary, block, group, max(0, min((workspace - scratch) // (group * columns), count - 1)))
 
 
+_BALANCE = {"cpu": 32, "cuda": 200}  # arithmetic operations in the time that one byte of memory takes
+
+
+def rows_at_a_time(
+    rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: str, workspace: int, train_weight: bool
+) -> int:
+    """How many rows to finish, forward and backward, before the next ones begin, where no row has to wait for its coefficient.
+
+    Either all at once, and what does not fit is computed again; or as many as fit whole. The second saves the fourth product, and pays by
+    reading the weight and adding to its gradient once for each chunk of rows, and by `bytes_of_sum`.
+    """
+    size, real = dtype.itemsize, 8 if dtype is torch.float64 else 4
+    whole = plan(rows, vocabulary, dtype, device, workspace, True)
+    again = 1 - whole.kept / len(whole.groups())
+    per_row = vocabulary * size + (0 if size == real else real * 8192)
+    fit = (workspace - (bytes_of_sum(vocabulary, width, dtype) if train_weight else 0)) // per_row
+    if not again or fit < 1:
+        return rows
+    chunks = -(-rows // fit)
+    traffic = (chunks - 1) * (2 * size + (2 * real if train_weight else 0)) * _BALANCE[device]
+    return rows if traffic >= 2 * rows * again else -(-rows // chunks)
+
+
+def bytes_of_sum(vocabulary: int, width: int, dtype: torch.dtype) -> int:
+    """What the weight's gradient takes beside itself while it is summed over chunks of rows: 16-bit numbers are summed in float32."""
+    return vocabulary * width * 4 if dtype.itemsize == 2 else 0
+
+
 def default_workspace(device: str) -> int:
     """Bytes allowed when nobody says: enough to keep a batch of a few hundred tokens whole, little beside any language model."""
     return 256 * MIB if device == "cpu" else 2048 * MIB

@@ -43,7 +43,7 @@ class Logits:
             torch.mm(self.hidden, weight.T, out_dtype=out.dtype, out=out)
 
 
-def addmm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out += a @ b for a gradient, where out is float32 for 16-bit operands: the sum stays so, but on the CPU each bfloat16 product is rounded before it is added.
 
     There are a few products for each sum, so this costs no more than the one rounding at the end, and saves float32 copies of both operands.
@@ -57,6 +57,14 @@ def addmm_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     else:
         with _operands_already_narrow(a):
             torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b for a gradient, in the operands' dtype or wider."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        add_product(out.zero_(), a, b)
 
 
 @contextmanager

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _backend
-from pyunlearn.ops._check import check, check_head, check_targets
+from pyunlearn.ops._check import check, check_head, check_targets, in_one_dtype
 from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, contiguous, on_its_device
+from pyunlearn.ops._passes import Gradients, Head, Statistics, differentiate, live_rows, real_of, score, take
 from pyunlearn.ops._plan import Plan, plan
-from pyunlearn.ops._products import Logits, addmm_into
 
 
 def linear_log_likelihood(
@@ -53,12 +52,7 @@ def linear_log_likelihood(
     """
     check(hidden, targets, name="hidden", bias=bias, softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if dtype is not torch.float64 and torch.is_autocast_enabled(
-        hidden.device.type
-    ):  # which leaves float64 alone everywhere
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = in_one_dtype(hidden, weight)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     flat = hidden.reshape(-1, hidden.shape[-1])
     out = torch.ops.pyunlearn.linear_log_likelihood(
@@ -79,24 +73,8 @@ LIBRARY.define(
 )
 
 
-def _real(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
 def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> Plan:
     return plan(hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device.type, workspace, keep)
-
-
-def _live_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
-    """Indices of the rows that count, or None for all. One host sync on a card, none inside a CUDA graph, where all rows are computed."""
-    if targets.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    rows = (targets != ignore_index).nonzero().squeeze(1)
-    return None if rows.numel() == targets.numel() else rows
-
-
-def _take(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:
-    return [(t if rows is None else t.index_select(0, rows)).contiguous() for t in tensors]
 
 
 def _kept_buffers(hidden: Tensor, p: Plan) -> list[Tensor]:
@@ -109,42 +87,25 @@ def _forward(
     ignore_index: int, workspace: int | None, keep: bool, release: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     check_targets(targets, weight.shape[0], ignore_index)
-    real, p, bias = _real(hidden), _plan(hidden, weight, workspace, keep), contiguous(bias)
-    rows = _live_rows(targets, ignore_index)
-    h, t = _take(rows, hidden, targets)
-    n = h.shape[0]
-    maximum, total = h.new_full((n,), -torch.inf, dtype=real), h.new_zeros((n,), dtype=real)
-    target_logit = h.new_full((n,), torch.nan, dtype=real)
+    real, p = real_of(hidden), _plan(hidden, weight, workspace, keep)
+    rows = live_rows(targets, ignore_index)
+    h, t = take(rows, hidden, targets)
+    kept = _kept_buffers(hidden, p)
     block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
-    kept, logits = _kept_buffers(hidden, p), Logits(h, real)
-    narrow = h.dtype != real
-    scratch = h.new_empty((n * p.block,), dtype=real) if n and (narrow or p.kept < len(p.groups())) else None
-    for g, (first, end) in enumerate(p.groups() if n else []):
-        group = kept[g][: n * (end - first)].view(n, end - first) if g < p.kept else None
-        for i, b, e in p.blocks_of(first, end):
-            store = None if group is None else group[:, b - first : e - first]
-            x = store if store is not None and not narrow else scratch[: n * (e - b)].view(n, e - b)  # type: ignore[index]
-            logits.into(x, weight[b:e])
-            _backend.statistics(
-                x, b, None if bias is None else bias[b:e], logit_scale, softcap, t, maximum, total, target_logit,
-                store, block_maximum[i, :n] if keep else None,
-            )  # fmt: skip
-    log_likelihood = (target_logit - maximum) - total.log()
+    head = Head(weight, contiguous(bias), logit_scale, softcap)
+    found = score(h, head, t, p, kept, block_maximum if keep else None)
     if rows is not None:
-        log_likelihood, maximum, total = (
-            hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, x)
-            for x in (log_likelihood, maximum, total)
-        )
+        found = Statistics(*(hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, x) for x in found))
     elif targets.is_cuda:
-        log_likelihood = torch.where(targets == ignore_index, 0.0, log_likelihood)
-    return log_likelihood, maximum, total, block_maximum, kept
+        found = found._replace(log_likelihood=torch.where(targets == ignore_index, 0.0, found.log_likelihood))
+    return *found, block_maximum, kept
 
 
 def _fake_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
     ignore_index: int, workspace: int | None, keep: bool, release: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    real, p = _real(hidden), _plan(hidden, weight, workspace, keep)
+    real, p = real_of(hidden), _plan(hidden, weight, workspace, keep)
     block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
     per_row = hidden.new_empty(targets.shape, dtype=real)
     return per_row, torch.empty_like(per_row), torch.empty_like(per_row), block_maximum, _kept_buffers(hidden, p)
@@ -155,56 +116,33 @@ def _backward(
     maximum: Tensor, total: Tensor, block_maximum: Tensor, kept: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
     release: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    real, p, bias = _real(hidden), _plan(hidden, weight, workspace, True), contiguous(bias)
-    rows = _live_rows(targets, ignore_index)
+    real, p = real_of(hidden), _plan(hidden, weight, workspace, True)
+    rows = live_rows(targets, ignore_index)
     if rows is None and targets.is_cuda:
         d_log_likelihood = torch.where(targets == ignore_index, 0.0, d_log_likelihood)
-    h, t, ll, m, s, c = _take(rows, hidden, targets, log_likelihood, maximum, total, d_log_likelihood.to(real))
+    h, t, *per_row, c = take(rows, hidden, targets, log_likelihood, maximum, total, d_log_likelihood.to(real))
     n = h.shape[0]
-    # what an earlier backward pass of the same graph released is computed again
-    live = [k.untyped_storage().size() > 0 or k.numel() == 0 for k in kept] + [False] * (len(p.groups()) - len(kept))
+    # what an earlier backward pass of the same graph released is computed again; .data: released memory has no version to keep
+    live = [k.data if k.untyped_storage().size() > 0 or k.numel() == 0 else None for k in kept]
     need_hidden, need_weight, need_bias = needs
-    d_h = h.new_zeros((n, h.shape[1]), dtype=real) if need_hidden else h.new_empty((0,))
-    d_weight = (weight.new_empty if n else weight.new_zeros)(weight.shape if need_weight else (0,))
-    d_bias = (weight.new_empty if n else weight.new_zeros)(
-        bias.shape if need_bias and bias is not None else (0,), dtype=real
+    new = torch.empty if n else torch.zeros
+    into = Gradients(
+        h.new_zeros(h.shape, dtype=real) if need_hidden else None,
+        new(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None,
+        new(bias.shape, dtype=real, device=bias.device) if need_bias and bias is not None else None,
     )
-    again = not all(live)
-    logits = Logits(h if again else h[:0], real)
-    scratch = h.new_empty((n * p.block,), dtype=real) if again else None
-    d_buffer = h.new_empty((n * p.group,)) if again or not release else None
-    for g, (first, end) in enumerate(p.groups() if n else []):
-        # .data: released memory has no version to keep
-        group = kept[g].data[: n * (end - first)].view(n, end - first) if live[g] else None
-        if release and group is not None:
-            d_logits = group
-        else:
-            assert d_buffer is not None
-            d_logits = d_buffer[: n * (end - first)].view(n, end - first)
-        for i, b, e in p.blocks_of(first, end):
-            if group is not None:
-                x = group[:, b - first : e - first]
-            else:
-                assert scratch is not None
-                x = scratch[: n * (e - b)].view(n, e - b)
-                logits.into(x, weight[b:e])
-            _backend.gradient(
-                x, b, None if bias is None else bias[b:e], logit_scale, softcap, t, group is not None, m, s, ll, c,
-                block_maximum[i, :n], d_logits[:, b - first : e - first],
-            )  # fmt: skip
-        if need_weight:
-            torch.mm(d_logits.T, h, out=d_weight[first:end])
-        if need_bias:
-            torch.sum(d_logits, dim=0, dtype=real, out=d_bias[first:end])
-        if need_hidden:
-            addmm_into(d_h, d_logits, weight[first:end])
-        if release and group is not None:
-            del group, d_logits
-            kept[g].untyped_storage().resize_(0)
-    d_hidden = d_h.to(hidden.dtype)
+    head = Head(weight, contiguous(bias), logit_scale, softcap)
+    differentiate(
+        h, head, t, p, Statistics(*per_row), c, live, block_maximum, into, in_place=release, release=release
+    )  # fmt: skip
+    nothing = hidden.new_empty((0,))
+    d_hidden = nothing if into.hidden is None else into.hidden.to(hidden.dtype)
     if need_hidden and rows is not None:
         d_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
-    return d_hidden, d_weight, d_bias if bias is None else d_bias.to(bias.dtype)
+    d_weight = weight.new_empty((0,)) if into.weight is None else into.weight
+    if bias is None:
+        return d_hidden, d_weight, nothing.to(real)
+    return d_hidden, d_weight, bias.new_empty((0,)) if into.bias is None else into.bias.to(bias.dtype)
 
 
 def _fake_backward(
@@ -215,7 +153,7 @@ def _fake_backward(
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
-        hidden.new_empty((0,), dtype=_real(hidden))
+        hidden.new_empty((0,), dtype=real_of(hidden))
         if bias is None
         else bias.new_empty(bias.shape if needs[2] else (0,)),
     )

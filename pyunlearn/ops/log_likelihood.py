@@ -10,6 +10,7 @@ from torch import Tensor
 from pyunlearn.ops import _backend
 from pyunlearn.ops._check import check, check_bias, check_targets
 from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, contiguous, on_its_device
+from pyunlearn.ops._passes import real_of
 
 
 def log_likelihood(
@@ -57,10 +58,6 @@ LIBRARY.define(
 )
 
 
-def _real(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
-
-
 def _rows_contiguous(x: Tensor) -> Tensor:
     apart = x.shape[0] == 1 or x.stride(0) >= x.shape[1]  # an expanded row is not
     return x if apart and (x.stride(1) == 1 or x.shape[1] == 1) else x.contiguous()
@@ -70,7 +67,7 @@ def _forward(
     logits: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_targets(targets, logits.shape[1], ignore_index)
-    real, n = _real(logits), logits.shape[0]
+    real, n = real_of(logits), logits.shape[0]
     maximum, total = logits.new_full((n,), -torch.inf, dtype=real), logits.new_zeros((n,), dtype=real)
     target_logit = logits.new_full((n,), torch.nan, dtype=real)
     if n:
@@ -85,7 +82,7 @@ def _forward(
 def _fake_forward(
     logits: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    per_row = logits.new_empty(targets.shape, dtype=_real(logits))
+    per_row = logits.new_empty(targets.shape, dtype=real_of(logits))
     return per_row, torch.empty_like(per_row), torch.empty_like(per_row)
 
 

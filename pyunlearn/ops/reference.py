@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,6 +46,25 @@ def linear_log_likelihood(
     return log_likelihood(
         hidden @ weight.T, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index
     )
+
+
+def weighted_log_likelihood(
+    hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor, *, ignore_index: int = -100, **options: Any
+) -> Tensor:
+    """Sum over the rows that count of coefficients (N,) times linear_log_likelihood."""
+    found = linear_log_likelihood(hidden, weight, targets, ignore_index=ignore_index, **options)
+    return (torch.where(targets == ignore_index, 0, coefficients) * found).sum()
+
+
+def example_objective(
+    hidden: Tensor, weight: Tensor, targets: Tensor, example_index: Tensor, function: Callable[..., Tensor], *per_example: Tensor,
+    examples: int, ignore_index: int = -100, **options: Any,
+) -> Tensor:  # fmt: skip
+    """Sum over examples of function(sum of log-likelihoods, count, *per_example), each given as (examples,)."""
+    found = linear_log_likelihood(hidden, weight, targets, ignore_index=ignore_index, **options)
+    sums = found.new_zeros(examples).index_add(0, example_index, found)
+    counts = torch.bincount(example_index[targets != ignore_index], minlength=examples)
+    return function(sums, counts, *per_example).sum()
 
 
 # The two row kernels of csrc/log_likelihood.h on one block of columns, for devices that have no kernel of ours.

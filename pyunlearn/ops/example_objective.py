@@ -1,0 +1,166 @@
+"""Objectives of each example's own log-likelihood (NPO, SimNPO, DPO, ...): value and gradient out of one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyunlearn.errors import ArgumentError
+from pyunlearn.ops._check import check, check_examples, check_head, check_targets, in_one_dtype
+from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves, rows_a_chunk
+from pyunlearn.ops._passes import live_rows, take
+from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
+
+Function = Callable[..., Tensor]
+
+
+class ExampleObjective(NamedTuple):
+    """`loss` () is differentiable; losses (B,) or (B / group_size,), log_likelihood (B,) in nats, and counts (B,) of scored tokens are not."""
+
+    loss: Tensor
+    losses: Tensor
+    log_likelihood: Tensor
+    counts: Tensor
+
+
+def example_objective(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    example_index: Tensor,
+    function: Function,
+    *per_example: Tensor,
+    group_size: int = 1,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    workspace: int | None = None,
+) -> ExampleObjective:
+    """The sum over examples of a function of each one's log-likelihood, with its gradient made in the same pass.
+
+        sums[b] = sum of linear_log_likelihood over the rows n with example_index[n] = b
+        loss    = sum over b of function(sums[b], counts[b], *(x[b] for x in per_example))
+
+    The rows are taken in chunks that end where examples end. As soon as a chunk's sums are there, `function` is differentiated on them, which
+    gives the coefficient of each row, and the gradient is made while the chunk's logits still lie there: three matrix products, two with a frozen
+    head, within the workspace. An example longer than a chunk costs a fourth product for what does not fit.
+
+    float16 runs as linear_log_likelihood, for its gradients would underflow before the loss scale reaches them; so does torch.compile and a
+    CUDA graph.
+
+    Args:
+        hidden: (N, D), float32, bfloat16, float16 or float64.
+        weight: (V, D), of the same device; another dtype is brought to the common one.
+        targets: (N,), int64 token ids in [0, V), or ignore_index, whose rows count for nothing.
+        example_index: (N,), int64, the example of each row, in [0, B); in any order, fastest in ascending order.
+        function: called as function(sums (b,), counts (b,), *(x[...] for x in per_example)) on some of the examples at a time; returns the loss of
+            each, (b,). It must treat every example by itself, and give the same answer when called again. With group_size k > 1 everything it gets has
+            shape (b, k, ...), and it returns (b,): example pairs for DPO.
+        per_example: (B, ...) tensors without gradient of their own: the reference model's log-likelihoods, say. B is the length of the first, or
+            the largest example_index + 1, rounded up to whole groups.
+        group_size: so many neighbouring examples stay together.
+        bias, logit_scale, softcap, ignore_index: as in linear_log_likelihood.
+        workspace: bytes for scratch and logits (default: 256 MiB on the CPU, 2 GiB on a card).
+
+    Returns:
+        ExampleObjective(loss, losses, log_likelihood, counts).
+
+    Raises:
+        ArgumentError: as linear_log_likelihood; example indices or per-example tensors that do not fit; a function that does not return one
+            loss for each example, or no differentiable one.
+    """
+    check(hidden, targets, name="hidden", bias=bias, softcap=softcap, workspace=workspace)
+    check_head(hidden, weight, bias)
+    examples = check_examples(targets, example_index, per_example, group_size)
+    hidden, weight = in_one_dtype(hidden, weight)
+    if not one_pass_serves(hidden):
+        found = linear_log_likelihood(
+            hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
+            workspace=workspace,
+        )  # fmt: skip
+        return _from_log_likelihoods(
+            found, targets != ignore_index, example_index, examples, function, per_example, group_size
+        )
+    check_targets(targets, weight.shape[0], ignore_index)
+    targets, rows = targets.long(), live_rows(targets, ignore_index)
+    t, index = take(rows, targets, example_index)
+    if bool((index[1:] < index[:-1]).any()):
+        order = index.argsort(stable=True)
+        rows, t, index = order if rows is None else rows[order], t[order], index[order]
+    counts = torch.bincount(index, minlength=examples)
+    most, workspace = rows_a_chunk(len(t), hidden, weight, workspace)
+    groups, chunks = _cut(counts.view(-1, group_size).sum(1).tolist(), most)
+
+    def step(k: int, log_likelihood: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        mine = slice(groups[k][0] * group_size, groups[k][1] * group_size)
+        sums = torch.segment_reduce(log_likelihood, "sum", lengths=counts[mine], unsafe=True)  # no atomics
+        losses, d_sums = _differentiated(function, sums, counts[mine], [x[mine] for x in per_example], group_size)
+        return (losses, sums), d_sums.repeat_interleave(counts[mine], output_size=len(log_likelihood))
+
+    work = Work(t, rows, chunks, most, step, logit_scale, softcap or 0.0, workspace)
+    loss, losses, sums = one_pass(work, hidden, weight, bias)
+    return ExampleObjective(loss, losses, sums, counts)
+
+
+def _cut(rows: list[int], most: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Groups of so many rows each, packed into chunks of at most `most` rows, one group at least: (first, end) groups, (first, end) rows."""
+    groups, chunks, first, begin, end = [], [], 0, 0, 0
+    for g, size in enumerate(rows):
+        if g > first and end + size - begin > most:
+            groups.append((first, g))
+            chunks.append((begin, end))
+            first, begin = g, end
+        end += size
+    return [*groups, (first, len(rows))], [*chunks, (begin, end)]
+
+
+def _losses(function: Function, sums: Tensor, counts: Tensor, per_example: list[Tensor], group_size: int) -> Tensor:
+    """The function's losses of some examples, checked."""
+    given = [sums, counts, *per_example]
+    if group_size > 1:
+        given = [x.unflatten(0, (-1, group_size)) for x in given]
+    losses = function(*given)
+    wanted = (len(sums) // group_size,)
+    if not isinstance(losses, Tensor) or losses.shape != wanted:
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        each = "example" if group_size == 1 else f"group of {group_size} examples"
+        raise ArgumentError(
+            f"function must return one loss for each {each}, a tensor of shape {wanted}, got {got}: leave the mean out"
+        )
+    return losses
+
+
+def _differentiated(
+    function: Function, sums: Tensor, counts: Tensor, per_example: list[Tensor], group_size: int
+) -> tuple[Tensor, Tensor]:
+    """The losses of some examples, and the derivative of their sum with respect to `sums`."""
+    with torch.enable_grad():
+        leaf = sums.detach().requires_grad_()
+        losses = _losses(function, leaf, counts, per_example, group_size)
+        if len(sums) and not losses.requires_grad:
+            raise ArgumentError(
+                "function must be differentiable in its first argument, and its losses want no gradient: use torch operations"
+            )
+        (d_sums,) = torch.autograd.grad(losses.sum(), leaf) if len(sums) else (leaf.detach(),)
+    return losses.detach(), d_sums
+
+
+def _from_log_likelihoods(
+    found: Tensor,
+    live: Tensor,
+    example_index: Tensor,
+    examples: int,
+    function: Function,
+    per_example: tuple[Tensor, ...],
+    group_size: int,
+) -> ExampleObjective:
+    """The definition, from every row's log-likelihood; differentiated by autograd."""
+    index = example_index.long()
+    sums = found.new_zeros((examples,)).index_add(0, index, found)
+    counts = torch.zeros((examples,), dtype=torch.int64, device=found.device).index_add(0, index, live.long())
+    losses = _losses(function, sums, counts, list(per_example), group_size)
+    return ExampleObjective(losses.sum(), losses.detach(), sums.detach(), counts)
