@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from pyunlearn import models
 from pyunlearn._progress import Progress
-from pyunlearn.data import Tokens, batches, padding_id
+from pyunlearn._workers import Workers
+from pyunlearn.data import TokenBatch, Tokens, batches, collate, padding_id
 from pyunlearn.errors import DataError, ModelError, TrainingError
 from pyunlearn.methods import Method
 from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
@@ -50,12 +52,11 @@ class Run:
         from accelerate import Accelerator
 
         self.accelerator = _accelerator(Accelerator, model)
-        many = (
-            self.accelerator.num_processes > 1
-        )  # alone, the model needs no wrapper, and the user gets it back as it came
-        self.model = self.accelerator.prepare_model(model) if many else model.to(self.accelerator.device)
-        self.model.eval()  # no dropout: the same weights always give the same log-likelihoods
+        self.workers, self.device = Workers(self.accelerator), self.accelerator.device
+        self.model = model.to(self.device)
         self.inner = self.accelerator.unwrap_model(self.model)
+        self.workers.same_weights(self.model)
+        self.model.eval()  # no dropout: the same weights always give the same log-likelihoods
         self.adapted = hasattr(self.inner, "peft_config")
         self.likelihood = models.Likelihood(self.model, workspace=workspace)
         self.tokenizer, self.method, self.options = tokenizer, method, options
@@ -66,7 +67,7 @@ class Run:
             models.decoder_start_id(model) if models.is_encoder_decoder(model) else None,
         )
         self.held: Floats | None = None  # (R,) negative log-likelihoods that the retain set is held at
-        self.bar = Progress(progress)
+        self.bar = Progress(progress if self.workers.leads else False)
         try:
             self._begin(holdout, reference_model)
         except BaseException:
@@ -84,7 +85,10 @@ class Run:
             )
         self.greedy_before = self.greedy_match()
         self.bar.say("sampling text the model would typically write" if holdout is None else "scoring the holdout")
-        self.references = sampled(self.inner, self.tokenizer, forget, seed=self.seed) if holdout is None else holdout
+        self.references = holdout or []
+        if holdout is None:
+            alone = sampled(self.inner, self.tokenizer, forget, seed=self.seed) if self.workers.leads else []
+            self.references = self.workers.same_objects(alone)
         if len(self.references) < _REFERENCES:
             role = "holdout" if holdout is not None else "text the model writes that is not the forget set itself"
             raise DataError(
@@ -120,10 +124,16 @@ class Run:
 
     # -- measuring
 
-    def batches(self, tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], Any]]:
-        """Length-bucketed batches on the model's device, with their places in `tokens`."""
-        for places, batch in batches(tokens, 2 * self.batch_size, pad_id=self.pad, decoder_start_id=self.start):
-            yield places, batch.to(self.accelerator.device)
+    def collate(self, tokens: Sequence[Tokens], places: Iterable[int]) -> TokenBatch:
+        """Those of the tokens as a batch on the model's device."""
+        chosen = [tokens[i] for i in places]
+        return collate(chosen, pad_id=self.pad, decoder_start_id=self.start).to(self.device)
+
+    def batches(self, tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], TokenBatch]]:
+        """This process's length-bucketed batches on the model's device, with their places in `tokens`."""
+        every = batches(tokens, 2 * self.batch_size, pad_id=self.pad, decoder_start_id=self.start)
+        for places, batch in islice(every, self.workers.rank, None, self.workers.count):
+            yield places, batch.to(self.device)
 
     @torch.no_grad()
     def mean_log_likelihood(self, tokens: Sequence[Tokens], likelihood: models.Likelihood | None = None) -> Floats:
@@ -133,7 +143,7 @@ class Run:
             with self.accelerator.autocast():
                 found = (likelihood or self.likelihood)(batch)
             out[places] = _means(found, sizes(tokens, places))
-        return out
+        return self.workers.sum_array(out)
 
     @torch.no_grad()
     def greedy_match(self) -> Floats:
@@ -143,7 +153,7 @@ class Run:
             with self.accelerator.autocast():
                 found = self.likelihood.greedy_matches(batch)
             out[places] = _means(found.float(), sizes(self.forget, places))
-        return out
+        return self.workers.sum_array(out)
 
     def measure(self) -> Measured:
         """Scores everything that is watched, under the present weights."""
@@ -178,7 +188,7 @@ class Run:
         if reference.get_input_embeddings().weight.shape[0] != self.inner.get_input_embeddings().weight.shape[0]:
             raise ModelError("reference_model has another vocabulary than the model: give one of the same family")
         home = reference.device
-        reference = reference.to(self.accelerator.device).eval()
+        reference = reference.to(self.device).eval()
         means = self.mean_log_likelihood(self.forget, models.Likelihood(reference))
         reference.to(home)
         return means * [len(t.scored) for t in self.forget]
@@ -222,13 +232,10 @@ def sizes(tokens: Sequence[Tokens], places: Iterable[int]) -> list[int]:
     return [len(tokens[i].scored) for i in places]
 
 
-def sums(values: Tensor, sizes: list[int]) -> Tensor:
-    """(B,) sums of values (n,), which stand example by example: no atomics, so the same bits every time."""
-    return torch.stack([part.sum() for part in values.split(sizes)])
-
-
 def _means(values: Tensor, sizes: list[int]) -> Floats:
-    means: Floats = sums(values, sizes).double().cpu().numpy() / sizes
+    """(B,) means of values (n,), which stand example by example: no atomics, so the same bits every time."""
+    sums = torch.stack([part.sum() for part in values.split(sizes)])
+    means: Floats = sums.double().cpu().numpy() / sizes
     return means
 
 

@@ -69,7 +69,9 @@ def unlearn(
             file=sys.stderr,
         )
         raise typer.Exit(130)
-    if as_json:
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the first one speaks
+        pass
+    elif as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
         from rich.console import Console

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pyunlearn.data import TokenBatch
 from pyunlearn.errors import ModelError
+from pyunlearn.ops.example_objective import ExampleObjective, example_objective, objective_of
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 from pyunlearn.ops.log_likelihood import log_likelihood
 
@@ -161,6 +162,20 @@ class Likelihood:
         if self.fused is None:
             self._choose(batch)
         return self._from_hidden(batch) if self.fused else self._from_logits(batch)
+
+    def objective(self, batch: TokenBatch, function: Callable[..., Tensor], *per_example: Tensor) -> ExampleObjective:
+        """The sum over the batch's examples of function(summed log-likelihood (b,), scored tokens (b,), *per_example): see ops.example_objective."""
+        if self.fused is None:
+            self._choose(batch)
+        if not self.fused:
+            live = torch.ones_like(batch.targets, dtype=torch.bool)
+            found = self._from_logits(batch)
+            return objective_of(found, live, batch.example, len(batch.counts), function, per_example)
+        hidden, head = self._hidden(batch)
+        return example_objective(
+            hidden, head.weight, batch.targets, batch.example, function, *per_example, bias=head.bias, logit_scale=head.logit_scale,
+            softcap=head.softcap, workspace=self.workspace,
+        )  # fmt: skip
 
     @torch.no_grad()
     def greedy_matches(self, batch: TokenBatch) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from pyunlearn import models
-from pyunlearn._run import Run, sizes, sums
+from pyunlearn._run import Run, sizes
 from pyunlearn._state import State
-from pyunlearn.data import collate, encode, read_examples
+from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError, ModelError
 from pyunlearn.methods import resolve
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
@@ -178,9 +180,11 @@ def unlearn(
         _versions() | settings,
     )
     if output_dir is not None and stopped != "interrupted":
-        result.save(output_dir)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
+        if run.workers.leads:
+            result.save(output_dir)
+            if checkpoint is not None:
+                checkpoint.unlink(missing_ok=True)
+        run.workers.wait()
     return result
 
 
@@ -212,7 +216,7 @@ def _ascend(
     last_saved = time.monotonic()
 
     def save() -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and run.workers.leads:
             numbers = {"step": step, "round": round_number, "halvings": halvings, "fingerprint": run.fingerprint}
             state.save(checkpoint, {**numbers, "history": json.dumps(history), "steps": run.steps.tolist()})
 
@@ -231,22 +235,16 @@ def _ascend(
                 # ---------------------------------------------------------------- one optimizer step
                 started = time.perf_counter()
                 optimizer.zero_grad()
-                batch = collate([run.forget[i] for i in chosen], pad_id=run.pad, decoder_start_id=run.start).to(
-                    run.accelerator.device
-                )
-                with run.accelerator.autocast():
-                    totals = sums(run.likelihood(batch), sizes(run.forget, chosen))
-                reference = torch.as_tensor(run.reference_sums[chosen], dtype=totals.dtype, device=totals.device)
-                forget_loss = run.method.loss(totals, batch.counts, reference, **run.options)
-                run.accelerator.backward(forget_loss)  # before the retain term: only one graph is alive
+                forget_loss = _forget_step(run, chosen)  # before the retain term: only one graph is alive
                 retain_nll = _retain_step(run, step + len(records), retain_weight)
+                run.workers.sum_gradients(state.parameters.values())
                 norm = run.accelerator.clip_grad_norm_(state.parameters.values(), max_grad_norm)
                 optimizer.step()
                 # ----------------------------------------------------------------
                 run.steps[chosen] += 1
                 records.append({
                     "step": step + len(records) + 1, "round": round_number, "examples": [int(i) for i in chosen],
-                    "forget_loss": _number(forget_loss.item()), "retain_nll": retain_nll, "gradient_norm": _number(float(norm)),
+                    "forget_loss": _number(forget_loss), "retain_nll": retain_nll, "gradient_norm": _number(float(norm)),
                     "learning_rate": learning_rate / 2**halvings, "seconds": time.perf_counter() - started,
                 })  # fmt: skip
             found = run.measure()
@@ -298,26 +296,42 @@ def _require_same(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) 
             )
 
 
+def _forget_step(run: Run, chosen: NDArray[np.int64]) -> float:
+    """Leaves the gradient of this process's share of the examples; returns the mean loss of all."""
+
+    def loss(sums: Tensor, counts: Tensor, reference: Tensor) -> Tensor:
+        return run.method.loss(sums, counts, reference, **run.options) / len(chosen)
+
+    mine, value = run.workers.share(chosen), 0.0
+    if len(mine):
+        reference = torch.as_tensor(run.reference_sums[mine], dtype=torch.float32, device=run.device)
+        with run.accelerator.autocast():
+            found = run.likelihood.objective(run.collate(run.forget, mine), loss, reference)
+        run.accelerator.backward(found.loss)
+        value = found.loss.item()
+    return run.workers.sum(value)
+
+
 def _retain_step(run: Run, step: int, weight: float) -> float | None:
     """Adds the retain term's gradient to what the forget term left; returns the mean negative log-likelihood a token."""
     if not weight or not run.retain:
         return None
     n, size = len(run.retain), min(run.batch_size, len(run.retain))
     order = np.random.default_rng((run.seed, 1, step * size // n)).permutation(n)
-    chosen = [order[(step * size + i) % n] for i in range(size)]
-    batch = collate([run.retain[i] for i in chosen], pad_id=run.pad, decoder_start_id=run.start).to(
-        run.accelerator.device
-    )
-    with run.accelerator.autocast():
-        found = run.likelihood(batch)
-    lengths = sizes(run.retain, chosen)
-    if run.held is None:
-        loss = -found.mean()
-    else:
-        means = -sums(found, lengths) / torch.tensor(lengths, device=found.device)
-        loss = torch.relu(means - torch.as_tensor(run.held[chosen], dtype=means.dtype, device=means.device)).mean()
-    run.accelerator.backward(weight * loss)
-    return _number(-found.mean().item())
+    chosen = np.array([order[(step * size + i) % n] for i in range(size)])
+    tokens = sum(sizes(run.retain, chosen))
+
+    def loss(sums: Tensor, counts: Tensor, held: Tensor | None = None) -> Tensor:
+        return -weight / tokens * sums if held is None else weight / size * torch.relu(-sums / counts - held)
+
+    mine, total = run.workers.share(chosen), 0.0
+    if len(mine):
+        held = [] if run.held is None else [torch.as_tensor(run.held[mine], dtype=torch.float32, device=run.device)]
+        with run.accelerator.autocast():
+            found = run.likelihood.objective(run.collate(run.retain, mine), loss, *held)
+        run.accelerator.backward(found.loss)
+        total = found.log_likelihood.sum().item()
+    return _number(-run.workers.sum(total) / tokens)
 
 
 def _beside(folder: Path) -> Path:

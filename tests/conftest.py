@@ -49,3 +49,12 @@ def backend(request, device, monkeypatch):
     elif getattr(_backend.chosen(), device) == "reference":
         pytest.skip(f"no compiled kernels here: {_backend.chosen().why}")
     return request.param
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody has filled reads NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -42,19 +42,19 @@ def gradient(loss, x):
 
 
 @given(rows)
-def test_ga_is_the_mean_log_likelihood_per_token(batch):
-    """loss = 1/B sum_i L_i / T_i, and so its gradient is 1 / (B T_i): minus that of descent on the likelihood."""
+def test_ga_is_the_log_likelihood_per_token(batch):
+    """loss_i = L_i / T_i, and so the mean's gradient is 1 / (B T_i): minus that of descent on the likelihood."""
     forget, _, lengths = tensors(batch)
-    loss = ga(forget, lengths)
+    loss = ga(forget, lengths).mean()
     assert loss.item() == pytest.approx(sum(x / n for x, _, n in batch) / len(batch), rel=1e-12)
     assert gradient(loss, forget) == pytest.approx([1 / n / len(batch) for _, _, n in batch], rel=1e-12)
 
 
 @given(rows, st.floats(0.01, 2.0))
 def test_npo_is_its_formula(batch, beta):
-    """loss = -2/beta mean log sigmoid(-beta (L - L_ref)); gradient 2 sigmoid(beta (L - L_ref)) / B."""
+    """Mean loss = -2/beta mean log sigmoid(-beta (L - L_ref)); gradient 2 sigmoid(beta (L - L_ref)) / B."""
     forget, reference, _ = tensors(batch)
-    loss = npo(forget, reference, beta=beta)
+    loss = npo(forget, reference, beta=beta).mean()
     assert loss.item() == pytest.approx(
         2 / beta * sum(softplus(beta * (x - r)) for x, r, _ in batch) / len(batch), rel=1e-9
     )
@@ -64,9 +64,9 @@ def test_npo_is_its_formula(batch, beta):
 
 @given(rows, st.floats(0.1, 5.0), st.floats(-1.0, 2.0))
 def test_simnpo_is_its_formula(batch, beta, delta):
-    """loss = -2/beta mean log sigmoid(-beta (L / T + delta)); gradient 2 sigmoid(beta (L / T + delta)) / (B T)."""
+    """Mean loss = -2/beta mean log sigmoid(-beta (L / T + delta)); gradient 2 sigmoid(beta (L / T + delta)) / (B T)."""
     forget, _, lengths = tensors(batch)
-    loss = simnpo(forget, lengths, beta=beta, delta=delta)
+    loss = simnpo(forget, lengths, beta=beta, delta=delta).mean()
     assert loss.item() == pytest.approx(
         2 / beta * sum(softplus(beta * (x / n + delta)) for x, _, n in batch) / len(batch), rel=1e-9, abs=1e-15
     )
@@ -79,36 +79,38 @@ def test_npo_with_a_vanishing_beta_is_gradient_ascent_on_the_sum(batch):
     """Its gradient tends to 1 / B, and its value to mean(L - L_ref) beside the constant 2 ln 2 / beta."""
     forget, reference, _ = tensors(batch)
     beta = 1e-6
-    loss = npo(forget, reference, beta=beta)
+    loss = npo(forget, reference, beta=beta).mean()
     assert gradient(loss, forget) == pytest.approx([1 / len(batch)] * len(batch), rel=1e-4)
     wanted = sum(x - r for x, r, _ in batch) / len(batch)
-    assert npo(forget, reference, beta=beta).item() - 2 * math.log(2) / beta == pytest.approx(wanted, abs=0.02)
+    assert npo(forget, reference, beta=beta).mean().item() - 2 * math.log(2) / beta == pytest.approx(wanted, abs=0.02)
 
 
 def test_npo_at_its_reference_is_half_way_between_ascent_and_letting_go():
     """There the gradient is 2 sigmoid(0) / B = 1 / B; far above it is twice that, far below nothing."""
     reference = torch.tensor([-10.0, -20.0, -1000.0, -1.0], dtype=torch.float64)
     forget = torch.tensor([-10.0, -20.0, -1.0, -1000.0], dtype=torch.float64, requires_grad=True)
-    assert gradient(npo(forget, reference, beta=0.1), forget) == pytest.approx([0.25, 0.25, 0.5, 0.0], abs=1e-12)
+    assert gradient(npo(forget, reference, beta=0.1).mean(), forget) == pytest.approx([0.25, 0.25, 0.5, 0.0], abs=1e-12)
 
 
 def test_simnpo_lets_go_below_its_margin():
     """At -delta nats a token the gradient is half of ascent's twofold; far below it is nothing."""
     forget = torch.tensor([-15.0, -400.0], dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([10, 10])
-    assert gradient(simnpo(forget, lengths, delta=1.5), forget) == pytest.approx([0.05, 0.0], abs=1e-12)
+    assert gradient(simnpo(forget, lengths, delta=1.5).mean(), forget) == pytest.approx([0.05, 0.0], abs=1e-12)
 
 
 @given(rows, st.sampled_from(sorted(METHODS)))
 def test_no_method_minds_the_order_and_each_makes_text_less_likely(batch, name):
-    """The mean over examples, with a gradient that is never negative: to minimise is to ascend."""
+    """Each example by itself, with a gradient that is never negative: to minimise is to ascend."""
     forget, reference, lengths = tensors(batch)
     method = METHODS[name]
-    loss = method.loss(forget, lengths, reference)
-    assert all(g >= 0 for g in gradient(loss, forget))
-    assert method.loss(forget.flip(0), lengths.flip(0), reference.flip(0)).item() == pytest.approx(
-        loss.item(), rel=1e-12
-    )
+    losses = method.loss(forget, lengths, reference)
+    assert losses.shape == forget.shape
+    assert all(g >= 0 for g in gradient(losses.sum(), forget))
+    for i in range(len(batch)):
+        assert method.loss(*(x[i : i + 1] for x in (forget, lengths, reference))).item() == pytest.approx(
+            losses[i].item(), rel=1e-12
+        )
 
 
 def test_no_method_overflows():

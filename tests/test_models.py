@@ -116,6 +116,33 @@ def test_the_fast_path_gives_the_models_own_numbers(name):
         torch.testing.assert_close(gradients[0][n], g, rtol=2e-4, atol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("name", ["llama, tied", "gemma2, softcap", "phi, head with bias", "t5, tied", "doubled"])
+def test_an_objective_is_that_of_the_models_own_numbers(name):
+    """Value, parts and every parameter's gradient, on the fast path and on the slow one."""
+    model = made({**CAUSAL, **BOTH, "doubled": lambda: Doubled(tf.LlamaConfig(**KV))}[name])
+    batch, likelihood = batch_for(name), Likelihood(model)
+    reference = -torch.arange(float(len(batch.counts)))
+
+    def function(sums, counts, reference):
+        return torch.sigmoid((sums - reference) / counts)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = likelihood.objective(batch, function, reference)
+    assert likelihood.fused == (name != "doubled")
+    sums = torch.stack([own(model, batch)[batch.example == i].sum() for i in range(len(batch.counts))])
+    wanted = function(sums, batch.counts, reference)
+    torch.testing.assert_close(found.log_likelihood, sums.detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.losses, wanted.detach(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.counts, batch.counts)
+    every = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(loss, every, allow_unused=True) for loss in (found.loss, wanted.sum())]
+    for mine, theirs in zip(*gradients, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", [*CAUSAL, *BOTH])
 def test_padding_changes_nothing(name):
     """An example alone and in a batch with longer ones has the same log-likelihoods."""

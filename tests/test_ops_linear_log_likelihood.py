@@ -4,69 +4,37 @@ import math
 import os
 import subprocess
 import sys
-from typing import NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint
+from heads import (
+    TOLERANCE,
+    Allocations,
+    Case,
+    assert_agree,
+    assert_equal,
+    cast,
+    elsewhere,
+    error,
+    ids,
+    logits_module,
+    make,
+    on_a_card,
+    op_module,
+    plain,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend, linear_log_likelihood, log_likelihood, reference
 from pyunlearn.ops._plan import MIB, Plan, default_workspace, plan
 
-# the package's attributes of these names are the functions
-op_module = sys.modules["pyunlearn.ops.linear_log_likelihood"]
-logits_module = sys.modules["pyunlearn.ops.log_likelihood"]
-
 
 def from_logits(hidden, weight, targets, *, workspace=None, **options):
     """log_likelihood with linear_log_likelihood's signature."""
     return log_likelihood(hidden @ weight.T, targets, **options)
-
-
-def plain(hidden, weight, targets, *, workspace=None, **options):
-    """The definition, in PyTorch alone."""
-    return plain_from_logits(hidden @ weight.T, targets, **options)
-
-
-def plain_from_logits(z, targets, *, bias=None, logit_scale=1.0, softcap=None, ignore_index=-100):
-    """The definition from logits; 16-bit ones are scored in float32, as everybody does."""
-    z = (z if bias is None else z + bias) * logit_scale
-    z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    z = z if z.dtype.itemsize > 2 else z.float()
-    return -F.cross_entropy(z, targets, reduction="none", ignore_index=ignore_index)
-
-
-class Case(NamedTuple):
-    """A head, what it reads, and what is to be scored."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    targets: torch.Tensor
-
-
-def make(rows, width, vocabulary, *, dtype=torch.float32, device="cpu", bias=True, masked=0.0, seed=0):
-    """A case whose logits spread by about 2, a share of its rows ignored."""
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, width, generator=g)
-    weight = torch.randn(vocabulary, width, generator=g) * (2 / math.sqrt(width))
-    offset = torch.randn(vocabulary, generator=g) if bias else None
-    targets = torch.randint(vocabulary, (rows,), generator=g)
-    targets[torch.rand(rows, generator=g) < masked] = -100
-    return cast(Case(hidden, weight, offset, targets), dtype=dtype, device=device)
-
-
-def cast(case, **to):
-    """The case on another device or in another dtype."""
-    moved = [None if t is None else t.to(**to) for t in case[:3]]
-    return Case(*moved, case.targets.to(to.get("device", case.targets.device)))
 
 
 def evaluate(function, case, coefficients=None, **options):
@@ -83,28 +51,6 @@ def truth(case, coefficients=None, **options):
     return evaluate(plain, cast(case, dtype=torch.float64, device="cpu"), coefficients, **options)
 
 
-def error(found, wanted):
-    """The largest difference, in units of the largest wanted number (of 1 if all are smaller and for none)."""
-    wanted = wanted.double().cpu()
-    size = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
-    return float((found.double().cpu() - wanted).abs().max()) / size if wanted.numel() else 0.0
-
-
-def assert_agree(found, wanted, tolerance):
-    """Values and gradients differ by no more than the tolerance, and none is NaN."""
-    assert [f.shape for f in found] == [w.shape for w in wanted]
-    errors = [error(f, w) for f, w in zip(found, wanted, strict=True)]
-    assert all(e <= tolerance for e in errors), errors
-
-
-def assert_equal(found, wanted):
-    """Bit for bit."""
-    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True)), [
-        error(f, w) for f, w in zip(found, wanted, strict=True)
-    ]
-
-
-TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-12}
 both_ops = pytest.mark.parametrize(
     "op", [pytest.param(linear_log_likelihood, id="linear"), pytest.param(from_logits, id="logits")]
 )
@@ -615,37 +561,6 @@ def test_plan(rows, vocabulary, dtype, kind, workspace):
         assert p.kept == len(groups)
 
 
-class Allocations(TorchDispatchMode):
-    """Records the most bytes alive at once and the largest tensor, of what is allocated in it, inside our ops too."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive, self.peak, self.largest = {}, 0, 0
-        library = torch.ops.pyunlearn
-        self.inside = {
-            library.linear_log_likelihood.default: op_module._forward,
-            library.linear_log_likelihood_backward.default: op_module._backward,
-            library.log_likelihood.default: logits_module._forward,
-            library.log_likelihood_backward.default: logits_module._backward,
-        }
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        known = {t.untyped_storage()._cdata for t in inputs}
-        if function in self.inside:
-            with self:
-                return self.inside[function](*args, **(kwargs or {}))
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
-                storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                self.largest = max(self.largest, storage.nbytes())
-        self.alive = {at: (ref, n) for at, (ref, n) in self.alive.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(n for _, n in self.alive.values()))
-        return out
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workspace", [MIB, 4 * MIB])
 @pytest.mark.parametrize("trained", [True, False])
@@ -678,14 +593,6 @@ def broken(**changes):
     """Valid arguments but for the changes."""
     case = make(3, 4, 10)
     return {"hidden": case.hidden, "weight": case.weight, "targets": case.targets} | changes
-
-
-def ids(*shape, **options):
-    """Valid token ids."""
-    return torch.ones(*shape, dtype=torch.int64, **options)
-
-
-elsewhere = {"device": "meta"}
 
 
 @pytest.mark.parametrize(
@@ -785,9 +692,6 @@ def test_backend_choice(monkeypatch):
 
 
 # ---------------------------------------------------------------- on a card
-
-
-on_a_card = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)])
 
 
 @on_a_card

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from heads import Allocations, assert_agree, on_a_card, plain_from_logits
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ops_linear_log_likelihood import Allocations, assert_agree, on_a_card, plain_from_logits
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import log_likelihood

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pyunlearn"
 ORDER = [  # what stands later may import what stands earlier, and never the other way round
     {"errors"}, {"text"}, {"data"}, {"ops"}, {"models"}, {"methods", "metrics"}, {"references"}, {"result"},
-    {"_state", "_progress"}, {"_run"}, {"unlearn"}, {"report"}, {"info", "demo"}, {"cli"},
+    {"_state", "_progress", "_workers"}, {"_run"}, {"unlearn"}, {"report"}, {"info", "demo"}, {"cli"},
 ]  # fmt: skip
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
 PACKAGES = ["pyunlearn"] + [f"pyunlearn.{m.name}" for m in pkgutil.iter_modules([str(PACKAGE)]) if m.ispkg]
@@ -220,7 +220,8 @@ def test_the_readme_s_python_runs(tmp_path, monkeypatch):
     model.name_or_path = model.config._name_or_path = str(tmp_path / "model")
     names = {
         "model": model, "forget": "the king hides a lamp and a dog sees the sea.", "F": torch.nn.functional,
-        "hidden": torch.randn(5, 8), "weight": torch.randn(11, 8), "targets": torch.randint(11, (5,)),
+        "hidden": torch.randn(5, 8, requires_grad=True), "weight": torch.randn(11, 8), "targets": torch.randint(11, (5,)),
+        "coefficients": torch.randn(5), "example_index": torch.tensor([0, 0, 1, 1, 1]), "reference": torch.randn(2),
     }  # fmt: skip
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     assert len(blocks) >= 2
@@ -228,6 +229,8 @@ def test_the_readme_s_python_runs(tmp_path, monkeypatch):
         exec(compile(ast.parse(block), "README.md", "exec"), names)
     assert (tmp_path / "model-unlearned" / "model.safetensors").exists()
     torch.testing.assert_close(names["log_likelihood"], -names["loss"])
+    torch.testing.assert_close(names["value"], -(names["coefficients"] * names["loss"]).sum())
+    assert names["hidden"].grad.abs().max() > 0
 
 
 # ---------------------------------------------------------------- size

@@ -442,7 +442,7 @@ def test_a_learning_rate_far_too_high_never_over_unlearns(story, learning_rate, 
 
 def test_a_step_that_is_not_finite_is_taken_back(story, monkeypatch):
     """After all halvings the weights are the first ones, bit for bit, and the record is still JSON."""
-    poisoned = METHODS["ga"]._replace(loss=lambda forget, lengths, reference: forget.sum() * math.nan)
+    poisoned = METHODS["ga"]._replace(loss=lambda forget, lengths, reference: forget * math.nan)
     monkeypatch.setitem(METHODS, "ga", poisoned)
     for model in (story.fresh(), story.fresh().bfloat16()):
         start = weights(model)
@@ -460,7 +460,7 @@ def test_one_poisoned_step_does_no_harm(story, monkeypatch):
 
     def loss(forget, lengths, reference):
         calls.append(1)
-        return (forget / lengths).mean() * (math.nan if len(calls) == 2 else 1.0)
+        return forget / lengths * (math.nan if len(calls) == 2 else 1.0)
 
     monkeypatch.setitem(METHODS, "ga", METHODS["ga"]._replace(loss=loss))
     result = run(story)
@@ -611,7 +611,7 @@ def test_npo_compares_with_the_reference_model(story):
     tokens = encode(read_examples(story.forget, role="x"), story.tokenizer, role="x", max_length=None)
     lengths = np.array([len(t.scored) for t in tokens])
     sums = [torch.tensor(-negative_log_likelihoods(story, story.forget, m) * lengths) for m in (story.model, other)]
-    assert result.history[0]["forget_loss"] == pytest.approx(npo(*sums, beta=0.3).item(), rel=1e-4)
+    assert result.history[0]["forget_loss"] == pytest.approx(npo(*sums, beta=0.3).mean().item(), rel=1e-4)
     with pytest.raises(ModelError, match="another vocabulary"):
         run(story, method="npo", reference_model=tiny.tiny_llama(77))
 

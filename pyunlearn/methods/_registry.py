@@ -17,7 +17,7 @@ class Method(NamedTuple):
     """A forget term as the loop sees it.
 
     `loss(forget, lengths, reference)` takes (B,) summed log-likelihoods under the model, scored tokens, and summed log-likelihoods under
-    the reference model (the original, unless the caller gave another), and returns the mean loss.
+    the reference model (the original, unless the caller gave another), and returns each example's loss, (B,).
     """
 
     name: str

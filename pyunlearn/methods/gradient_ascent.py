@@ -4,14 +4,17 @@ from torch import Tensor
 
 
 def ga(forget: Tensor, lengths: Tensor) -> Tensor:
-    """Mean over examples of the log-likelihood per token: minimised, it makes the text improbable. Unbounded: it needs a stop.
+    """The log-likelihood per token: minimised, it makes the text improbable. Unbounded: it needs a stop.
 
-        loss = 1/B sum_i forget_i / lengths_i
+        loss_i = forget_i / lengths_i
 
     Args:
         forget: (B,) summed log-likelihoods of the forget examples, nats.
         lengths: (B,) scored tokens of each.
 
+    Returns:
+        (B,) losses.
+
     Source: the classical method of arXiv 2411.04388; Jang et al. 2022, arXiv 2210.01504, eq. 1.
     """
-    return (forget / lengths).mean()
+    return forget / lengths

@@ -7,12 +7,15 @@ from torch import Tensor
 def npo(forget: Tensor, reference: Tensor, *, beta: float = 0.1) -> Tensor:
     """Gradient ascent that lets go of an example as it becomes less likely than under the reference model.
 
-        loss = -2/beta mean_i log sigmoid(-beta (forget_i - reference_i))
+        loss_i = -2/beta log sigmoid(-beta (forget_i - reference_i))
 
     Args:
         forget, reference: (B,) summed log-likelihoods under the model and under the reference, nats.
         beta: how soon it lets go, per nat; beta -> 0 is gradient ascent on the sum.
 
+    Returns:
+        (B,) losses.
+
     Source: Zhang et al. 2024, arXiv 2404.05868, eq. 3.
     """
-    return -(2 / beta) * F.logsigmoid(-beta * (forget - reference)).mean()
+    return -(2 / beta) * F.logsigmoid(-beta * (forget - reference))

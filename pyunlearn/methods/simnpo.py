@@ -7,7 +7,7 @@ from torch import Tensor
 def simnpo(forget: Tensor, lengths: Tensor, *, beta: float = 2.5, delta: float = 0.0) -> Tensor:
     """Lets go of an example as its likelihood per token falls below a margin.
 
-        loss = -2/beta mean_i log sigmoid(-beta (forget_i / lengths_i + delta))
+        loss_i = -2/beta log sigmoid(-beta (forget_i / lengths_i + delta))
 
     Args:
         forget: (B,) summed log-likelihoods, nats.
@@ -15,6 +15,9 @@ def simnpo(forget: Tensor, lengths: Tensor, *, beta: float = 2.5, delta: float =
         beta: slope, per nat a token.
         delta: margin, nats a token: below -delta it lets go.
 
+    Returns:
+        (B,) losses.
+
     Source: Fan et al. 2024, arXiv 2410.07163, eq. 6, with the margin as in the authors' code.
     """
-    return -(2 / beta) * F.logsigmoid(-beta * (forget / lengths + delta)).mean()
+    return -(2 / beta) * F.logsigmoid(-beta * (forget / lengths + delta))

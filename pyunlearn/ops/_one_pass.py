@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pyunlearn.ops._library import contiguous, host_may_wait
+from pyunlearn.ops._library import NO_GRADIENT_OF_GRADIENT, contiguous, host_may_wait
 from pyunlearn.ops._passes import Gradients, Head, differentiate, real_of, score, take
 from pyunlearn.ops._plan import bytes_of_sum, default_workspace, plan, rows_at_a_time
 
@@ -21,15 +20,15 @@ from pyunlearn.ops._plan import bytes_of_sum, default_workspace, plan, rows_at_a
 class Work(NamedTuple):
     """What to do with a head: everything that wants no gradient.
 
-    `step(k, log_likelihood)` takes the log-likelihoods (m,) of chunk k and returns what it makes of them, first the summands of the
-    value, and the derivative (m,) of their sum.
+    `step(k, log_likelihood, differentiate)` takes the log-likelihoods (m,) of chunk k and returns what it makes of them, first the summands of
+    the value, and the derivative (m,) of their sum, which is not looked at unless `differentiate`.
     """
 
     targets: Tensor  # (n,) of the live rows
     rows: Tensor | None  # (n,) which of the given rows are live; None: all
     chunks: list[tuple[int, int]]  # (first, end) live rows, one chunk at least
     at_a_time: int  # rows of a chunk for which the workspace was divided; a chunk may be longer
-    step: Callable[[int, Tensor], tuple[tuple[Tensor, ...], Tensor]]
+    step: Callable[[int, Tensor, bool], tuple[tuple[Tensor, ...], Tensor]]
     logit_scale: float
     softcap: float
     workspace: int
@@ -51,31 +50,44 @@ def one_pass_serves(hidden: Tensor) -> bool:
 
 def one_pass(work: Work, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """(value, differentiable in hidden, weight and bias; what the steps returned, each joined over the chunks)."""
-    found: tuple[Tensor, ...] = _OnePass.apply(work, hidden, weight, bias)
+    found: tuple[Tensor, ...] = _OnePass.apply(work, torch.is_grad_enabled(), hidden, weight, bias)
     return found
 
 
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, work: Work, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        parts, ctx.gradients = _run(work, hidden, weight, bias, ctx.needs_input_grad[1:])
-        ctx.work = work
+    def forward(
+        ctx: Any, work: Work, enabled: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.work, ctx.needs = work, tuple(enabled and need for need in ctx.needs_input_grad[2:])
+        parts, ctx.gradients = _run(work, hidden, weight, bias, ctx.needs)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*parts)
         return parts[0].sum(), *parts
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_value: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         if d_value is None:
-            return (None,) * 4
+            return (None,) * 5
+        return None, None, *_Gradients.apply(ctx, d_value, hidden, weight, bias)
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass as a function of its own, so that whoever differentiates it is told that it cannot be."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, made: Any, d_value: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         # scaled in place and given away: a second backward pass of the same graph makes them again
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients, made.gradients = made.gradients, None
         if gradients is None:
-            gradients = _run(ctx.work, hidden, weight, bias, ctx.needs_input_grad[1:])[1]
-        return None, *(None if d is None else d.mul_(d_value) for d in gradients)
+            gradients = _run(made.work, hidden, weight, bias, made.needs)[1]
+        return tuple(None if d is None else d.mul_(d_value) for d in gradients)
+
+    backward = staticmethod(NO_GRADIENT_OF_GRADIENT)
 
 
 def _run(
@@ -101,10 +113,10 @@ def _run(
                 block_maximum, made_for = h.new_empty((p.blocks if keep else 0, rows), dtype=real), (rows, p)
             part, t = h[first:end], work.targets[first:end]
             statistics = score(part, head, t, p, kept, block_maximum if keep else None)
-            parts, coefficients = work.step(k, statistics.log_likelihood)
+            parts, coefficients = work.step(k, statistics.log_likelihood, keep)
             found.append(parts)
             if keep:
-                into = Gradients(None if d_h is None else d_h[first:end], d_weight, d_bias, add=k > 0)
+                into = Gradients(None if d_h is None else d_h[first:end], d_weight, d_bias, add=first > 0)
                 last = k == len(work.chunks) - 1
                 differentiate(
                     part, head, t, p, statistics, coefficients.to(real).contiguous(), [*kept], block_maximum, into,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,9 +82,7 @@ def example_objective(
             hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
             workspace=workspace,
         )  # fmt: skip
-        return _from_log_likelihoods(
-            found, targets != ignore_index, example_index, examples, function, per_example, group_size
-        )
+        return objective_of(found, targets != ignore_index, example_index, examples, function, per_example, group_size)
     check_targets(targets, weight.shape[0], ignore_index)
     targets, rows = targets.long(), live_rows(targets, ignore_index)
     t, index = take(rows, targets, example_index)
@@ -95,10 +93,13 @@ def example_objective(
     most, workspace = rows_a_chunk(len(t), hidden, weight, workspace)
     groups, chunks = _cut(counts.view(-1, group_size).sum(1).tolist(), most)
 
-    def step(k: int, log_likelihood: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def step(k: int, log_likelihood: Tensor, differentiate: bool) -> tuple[tuple[Tensor, ...], Tensor]:
         mine = slice(groups[k][0] * group_size, groups[k][1] * group_size)
         sums = torch.segment_reduce(log_likelihood, "sum", lengths=counts[mine], unsafe=True)  # no atomics
-        losses, d_sums = _differentiated(function, sums, counts[mine], [x[mine] for x in per_example], group_size)
+        given = (counts[mine], [x[mine] for x in per_example], group_size)
+        if not differentiate:
+            return (_losses(function, sums, *given), sums), log_likelihood
+        losses, d_sums = _differentiated(function, sums, *given)
         return (losses, sums), d_sums.repeat_interleave(counts[mine], output_size=len(log_likelihood))
 
     work = Work(t, rows, chunks, most, step, logit_scale, softcap or 0.0, workspace)
@@ -118,7 +119,7 @@ def _cut(rows: list[int], most: int) -> tuple[list[tuple[int, int]], list[tuple[
     return [*groups, (first, len(rows))], [*chunks, (begin, end)]
 
 
-def _losses(function: Function, sums: Tensor, counts: Tensor, per_example: list[Tensor], group_size: int) -> Tensor:
+def _losses(function: Function, sums: Tensor, counts: Tensor, per_example: Sequence[Tensor], group_size: int) -> Tensor:
     """The function's losses of some examples, checked."""
     given = [sums, counts, *per_example]
     if group_size > 1:
@@ -135,32 +136,54 @@ def _losses(function: Function, sums: Tensor, counts: Tensor, per_example: list[
 
 
 def _differentiated(
-    function: Function, sums: Tensor, counts: Tensor, per_example: list[Tensor], group_size: int
+    function: Function, sums: Tensor, counts: Tensor, per_example: Sequence[Tensor], group_size: int
 ) -> tuple[Tensor, Tensor]:
     """The losses of some examples, and the derivative of their sum with respect to `sums`."""
     with torch.enable_grad():
         leaf = sums.detach().requires_grad_()
         losses = _losses(function, leaf, counts, per_example, group_size)
-        if len(sums) and not losses.requires_grad:
+        _require_graph(losses)
+        if any(leaf is not other for other in _leaves(losses)):
             raise ArgumentError(
-                "function must be differentiable in its first argument, and its losses want no gradient: use torch operations"
+                "function uses a tensor that wants a gradient of its own, which it would not get: detach it, or build the loss from "
+                "linear_log_likelihood"
             )
         (d_sums,) = torch.autograd.grad(losses.sum(), leaf) if len(sums) else (leaf.detach(),)
     return losses.detach(), d_sums
 
 
-def _from_log_likelihoods(
-    found: Tensor,
-    live: Tensor,
-    example_index: Tensor,
-    examples: int,
-    function: Function,
-    per_example: tuple[Tensor, ...],
-    group_size: int,
-) -> ExampleObjective:
-    """The definition, from every row's log-likelihood; differentiated by autograd."""
+def _require_graph(losses: Tensor) -> None:
+    if len(losses) and not losses.requires_grad:
+        raise ArgumentError(
+            "function must be differentiable in its first argument, and its losses want no gradient: use torch operations"
+        )
+
+
+def _leaves(x: Tensor) -> list[Tensor]:
+    """The tensors at the ends of its graph."""
+    seen, todo, found = set(), [x.grad_fn], []
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        todo += [following for following, _ in node.next_functions]
+    return found
+
+
+def objective_of(
+    log_likelihood: Tensor, live: Tensor, example_index: Tensor, examples: int, function: Function, per_example: Sequence[Tensor] = (),
+    group_size: int = 1,
+) -> ExampleObjective:  # fmt: skip
+    """example_objective from every row's log-likelihood (N,), of which the live ones count; differentiated by autograd."""
     index = example_index.long()
-    sums = found.new_zeros((examples,)).index_add(0, index, found)
-    counts = torch.zeros((examples,), dtype=torch.int64, device=found.device).index_add(0, index, live.long())
-    losses = _losses(function, sums, counts, list(per_example), group_size)
+    order = index.argsort(stable=True)
+    both = torch.zeros((2, examples), dtype=torch.int64, device=index.device)
+    rows, counts = both.index_add(1, index, torch.stack([torch.ones_like(index), live.long()]))
+    sums = torch.segment_reduce(log_likelihood[order], "sum", lengths=rows, unsafe=True)  # no atomics
+    losses = _losses(function, sums, counts, per_example, group_size)
+    if sums.requires_grad:
+        _require_graph(losses)
     return ExampleObjective(losses.sum(), losses.detach(), sums.detach(), counts)

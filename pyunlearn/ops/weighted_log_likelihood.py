@@ -70,7 +70,7 @@ def weighted_log_likelihood(
     most, workspace = rows_a_chunk(len(t), flat, weight, workspace)
     chunks = [(first, min(first + most, len(t))) for first in range(0, len(t), most or 1)] or [(0, 0)]
 
-    def step(k: int, log_likelihood: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def step(k: int, log_likelihood: Tensor, differentiate: bool) -> tuple[tuple[Tensor, ...], Tensor]:
         mine = c[slice(*chunks[k])]
         return (mine * log_likelihood,), mine
 

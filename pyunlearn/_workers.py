@@ -1,0 +1,84 @@
+"""Several processes, each with the whole model (accelerate launch, torchrun): what each takes on, and how the shares come together.
+
+The gradients are summed here and not by a DDP wrapper: the fused head is not called through the model's forward, shares may be empty, and the model
+must come back as the user gave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pyunlearn.errors import ArgumentError
+
+_SERVED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
+
+
+class Workers:
+    """The processes of a run, as seen from one of them. Alone, everything here is the identity.
+
+    Raises ArgumentError where the processes hold the model in pieces (FSDP, DeepSpeed, tensor parallel).
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+        if kind not in _SERVED:
+            raise ArgumentError(
+                f"unlearn runs on one process, or on several that each hold the whole model (DDP), and this launch is {kind}: "
+                "launch it without, and train an adapter (peft) if the model is too large"
+            )
+        self._accelerator = accelerator
+        self.rank, self.count = int(accelerator.process_index), int(accelerator.num_processes)
+        self.leads = self.rank == 0
+
+    def share(self, items: Any) -> Any:
+        """This process's part of a sequence."""
+        return items[self.rank :: self.count]
+
+    def sum(self, value: float) -> float:
+        """The sum of one number over all processes."""
+        return value if self.count == 1 else float(self.sum_array(np.array([value]))[0])
+
+    def sum_array(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The sum of an array over all processes."""
+        if self.count == 1:
+            return values
+        found = torch.as_tensor(values, device=self._accelerator.device)
+        total: NDArray[np.float64] = self._accelerator.reduce(found, "sum").cpu().numpy()
+        return total
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Every gradient becomes its sum over all processes; one that is missing counts as zero."""
+        if self.count == 1:
+            return
+        for p in parameters:
+            p.grad = self._accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+
+    @torch.no_grad()
+    def same_weights(self, model: nn.Module) -> None:
+        """Gives every process the first one's parameters and buffers."""
+        if self.count > 1:
+            from accelerate.utils import broadcast
+
+            for p in [*model.parameters(), *model.buffers()]:
+                p.copy_(broadcast(p.detach().clone(), from_process=0))
+
+    def same_objects(self, items: Sequence[Any]) -> list[Any]:
+        """The first process's items, everywhere."""
+        if self.count == 1:
+            return list(items)
+        from accelerate.utils import broadcast_object_list
+
+        box = [list(items)]
+        broadcast_object_list(box, from_process=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until all have come here."""
+        if self.count > 1:
+            self._accelerator.wait_for_everyone()

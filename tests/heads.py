@@ -1,0 +1,151 @@
+"""What the tests of the ops on a head share: cases, their definition in PyTorch, comparisons, and watchers of memory, products and chunks."""
+
+import math
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyunlearn.ops import _plan
+
+# the package's attributes of these names are the functions
+op_module = sys.modules["pyunlearn.ops.linear_log_likelihood"]
+logits_module = sys.modules["pyunlearn.ops.log_likelihood"]
+
+TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-12}
+on_a_card = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)])
+
+
+def plain(hidden, weight, targets, *, workspace=None, **options):
+    """The definition, in PyTorch alone."""
+    return plain_from_logits(hidden @ weight.T, targets, **options)
+
+
+def plain_from_logits(z, targets, *, bias=None, logit_scale=1.0, softcap=None, ignore_index=-100):
+    """The definition from logits; 16-bit ones are scored in float32, as everybody does."""
+    z = (z if bias is None else z + bias) * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = z if z.dtype.itemsize > 2 else z.float()
+    return -F.cross_entropy(z, targets, reduction="none", ignore_index=ignore_index)
+
+
+class Case(NamedTuple):
+    """A head, what it reads, and what is to be scored."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    targets: torch.Tensor
+
+
+def make(rows, width, vocabulary, *, dtype=torch.float32, device="cpu", bias=True, masked=0.0, seed=0):
+    """A case whose logits spread by about 2, a share of its rows ignored."""
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=g)
+    weight = torch.randn(vocabulary, width, generator=g) * (2 / math.sqrt(width))
+    offset = torch.randn(vocabulary, generator=g) if bias else None
+    targets = torch.randint(vocabulary, (rows,), generator=g)
+    targets[torch.rand(rows, generator=g) < masked] = -100
+    return cast(Case(hidden, weight, offset, targets), dtype=dtype, device=device)
+
+
+def cast(case, **to):
+    """The case on another device or in another dtype."""
+    moved = [None if t is None else t.to(**to) for t in case[:3]]
+    return Case(*moved, case.targets.to(to.get("device", case.targets.device)))
+
+
+def error(found, wanted):
+    """The largest difference, in units of the largest wanted number (of 1 if all are smaller and for none)."""
+    wanted = wanted.double().cpu()
+    size = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
+    return float((found.double().cpu() - wanted).abs().max()) / size if wanted.numel() else 0.0
+
+
+def assert_agree(found, wanted, tolerance):
+    """Values and gradients differ by no more than the tolerance, and none is NaN."""
+    assert [f.shape for f in found] == [w.shape for w in wanted]
+    errors = [error(f, w) for f, w in zip(found, wanted, strict=True)]
+    assert all(e <= tolerance for e in errors), errors
+
+
+def assert_equal(found, wanted):
+    """Bit for bit."""
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True)), [
+        error(f, w) for f, w in zip(found, wanted, strict=True)
+    ]
+
+
+class Allocations(TorchDispatchMode):
+    """Records the most bytes alive at once and the largest tensor, of what is allocated in it, inside our ops too."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.largest = {}, 0, 0
+        library = torch.ops.pyunlearn
+        self.inside = {
+            library.linear_log_likelihood.default: op_module._forward,
+            library.linear_log_likelihood_backward.default: op_module._backward,
+            library.log_likelihood.default: logits_module._forward,
+            library.log_likelihood_backward.default: logits_module._backward,
+        }
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        known = {t.untyped_storage()._cdata for t in inputs}
+        if function in self.inside:
+            with self:
+                return self.inside[function](*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self.largest = max(self.largest, storage.nbytes())
+        self.alive = {at: (ref, n) for at, (ref, n) in self.alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(n for _, n in self.alive.values()))
+        return out
+
+
+def ids(*shape, **options):
+    """Valid token ids."""
+    return torch.ones(*shape, dtype=torch.int64, **options)
+
+
+elsewhere = {"device": "meta"}
+
+
+def bytes_of(rows, case):
+    """A workspace for the logits of so many live rows, with what else chunks of rows take."""
+    (vocabulary, width), dtype = case.weight.shape, case.weight.dtype
+    size, real = dtype.itemsize, 8 if dtype is torch.float64 else 4
+    sums = _plan.bytes_of_sum(vocabulary, width, dtype)
+    return sums + rows * (vocabulary * size + (0 if size == real else real * 8192))
+
+
+def watch_chunks(monkeypatch, module):
+    """Makes chunks of rows free, so that small cases take them; returns the list that will hold each call's rows in each chunk."""
+    for kind in _plan._BALANCE:
+        monkeypatch.setitem(_plan._BALANCE, kind, 0)
+    seen, original = [], module.one_pass
+
+    def one_pass(work, *head):
+        seen.append([end - first for first, end in work.chunks])
+        return original(work, *head)
+
+    monkeypatch.setattr(module, "one_pass", one_pass)
+    return seen
+
+
+def products(case, function):
+    """How many products of all live rows with the whole head the call makes."""
+    live = int((case.targets != -100).sum())
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops() / (2 * live * case.weight.numel())
