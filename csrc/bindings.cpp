@@ -6,7 +6,9 @@
 #include <string>
 
 #include "device.h"
+#include "kl_divergence.h"
 #include "log_likelihood.h"
+#include "token_statistics.h"
 
 namespace py = pybind11;
 using namespace pyunlearn;
@@ -20,39 +22,79 @@ void raise_if(const char* complaint) {
   if (complaint) throw std::runtime_error(complaint);
 }
 
-LogitBlock logit_block(std::uintptr_t data, int dtype, int64_t stride, int64_t rows, int64_t columns, int64_t first_column,
-                       std::uintptr_t bias, int bias_dtype, double scale, double softcap, std::uintptr_t targets) {
+using Address = std::uintptr_t;
+
+LogitBlock logit_block(Address data, int dtype, int64_t stride, int64_t rows, int64_t columns, int64_t first_column, Address bias, int bias_dtype,
+                       double scale, double softcap, Address targets) {
   return {in(data), Dtype(dtype), stride, rows, columns, first_column, in(bias), Dtype(bias_dtype), scale, softcap,
           static_cast<const int64_t*>(in(targets))};
 }
+MatrixOut matrix(Address data, int dtype, int64_t stride) { return {out(data), Dtype(dtype), stride}; }
+
+template <class Arguments> struct Launchers {
+  const char* (*cpu)(const Arguments&, int threads);
+  const char* (*cuda)(const Arguments&, void* stream);
+};
 
 // `where` is a thread count for the CPU and a stream for CUDA
-void statistics(bool cuda, std::uintptr_t data, int dtype, int64_t stride, int64_t rows, int64_t columns, int64_t first_column,
-                std::uintptr_t bias, int bias_dtype, double scale, double softcap, std::uintptr_t targets, std::uintptr_t maximum,
-                std::uintptr_t sum, std::uintptr_t target_logit, std::uintptr_t kept, int kept_dtype, int64_t kept_stride,
-                std::uintptr_t block_maximum, std::uintptr_t where) {
-  const StatisticsArguments a{
-      logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets),
-      out(maximum), out(sum), out(target_logit), {out(kept), Dtype(kept_dtype), kept_stride}, out(block_maximum)};
+template <class Arguments> void run(bool cuda, const Arguments& a, Address where, const Launchers<Arguments>& launchers) {
   const py::gil_scoped_release release;
+  if (!cuda) raise_if(launchers.cpu(a, static_cast<int>(where)));
+  else raise_if(launchers.cuda ? launchers.cuda(a, out(where)) : "this build has no CUDA kernels");
+}
 #ifdef PYUNLEARN_CUDA
-  if (cuda) return raise_if(log_likelihood_statistics_cuda(a, out(where)));
+#define PYUNLEARN_BOTH(kernel) {kernel##_cpu, kernel##_cuda}
+#else
+#define PYUNLEARN_BOTH(kernel) {kernel##_cpu, nullptr}
 #endif
-  raise_if(cuda ? "this build has no CUDA kernels" : log_likelihood_statistics_cpu(a, static_cast<int>(where)));
+#define PYUNLEARN_BLOCK                                                                                                                   \
+  Address data, int dtype, int64_t stride, int64_t rows, int64_t columns, int64_t first_column, Address bias, int bias_dtype, double scale, \
+      double softcap, Address targets
+#define PYUNLEARN_PAIR PYUNLEARN_BLOCK, Address other, int64_t other_stride, Address other_bias, int other_bias_dtype, double target_shift
+
+void statistics(bool cuda, PYUNLEARN_BLOCK, Address maximum, Address sum, Address target_logit, Address kept, int kept_dtype, int64_t kept_stride,
+                Address block_maximum, Address where) {
+  const LogitBlock block = logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets);
+  const StatisticsArguments a{block, out(maximum), out(sum), out(target_logit), matrix(kept, kept_dtype, kept_stride), out(block_maximum)};
+  run<StatisticsArguments>(cuda, a, where, PYUNLEARN_BOTH(log_likelihood_statistics));
 }
 
-void gradient(bool cuda, std::uintptr_t data, int dtype, int64_t stride, int64_t rows, int64_t columns, int64_t first_column,
-              std::uintptr_t bias, int bias_dtype, double scale, double softcap, std::uintptr_t targets, bool is_kept, std::uintptr_t maximum,
-              std::uintptr_t sum, std::uintptr_t log_likelihood, std::uintptr_t coefficients, std::uintptr_t block_maximum,
-              std::uintptr_t result, int result_dtype, int64_t result_stride, std::uintptr_t where) {
-  const GradientArguments a{
-      logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets), is_kept,
-      in(maximum), in(sum), in(log_likelihood), in(coefficients), in(block_maximum), {out(result), Dtype(result_dtype), result_stride}};
-  const py::gil_scoped_release release;
-#ifdef PYUNLEARN_CUDA
-  if (cuda) return raise_if(log_likelihood_gradient_cuda(a, out(where)));
-#endif
-  raise_if(cuda ? "this build has no CUDA kernels" : log_likelihood_gradient_cpu(a, static_cast<int>(where)));
+void gradient(bool cuda, PYUNLEARN_BLOCK, bool is_kept, Address maximum, Address sum, Address log_likelihood, Address coefficients,
+              Address block_maximum, Address result, int result_dtype, int64_t result_stride, Address where) {
+  const LogitBlock block = logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets);
+  const GradientArguments a{block,         is_kept,           in(maximum), in(sum), in(log_likelihood), in(coefficients),
+                            in(block_maximum), matrix(result, result_dtype, result_stride)};
+  run<GradientArguments>(cuda, a, where, PYUNLEARN_BOTH(log_likelihood_gradient));
+}
+
+void token_statistics(bool cuda, PYUNLEARN_BLOCK, Address threshold, Address maximum, Address sum, Address first, Address second,
+                      Address target_logit, Address rank, Address where) {
+  const LogitBlock block = logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets);
+  const TokenStatisticsArguments a{block,      in(threshold), out(maximum),      out(sum),
+                                   out(first), out(second),   out(target_logit), static_cast<int64_t*>(out(rank))};
+  run<TokenStatisticsArguments>(cuda, a, where, PYUNLEARN_BOTH(token_statistics));
+}
+
+LogitPair logit_pair(PYUNLEARN_PAIR) {
+  return {logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets),
+          logit_block(other, dtype, other_stride, rows, columns, first_column, other_bias, other_bias_dtype, scale, softcap, targets), target_shift};
+}
+
+void kl_statistics(bool cuda, PYUNLEARN_PAIR, Address maximum, Address sum, Address reference_maximum, Address reference_sum, Address cross,
+                   Address where) {
+  const LogitPair pair = logit_pair(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets, other, other_stride,
+                                    other_bias, other_bias_dtype, target_shift);
+  const KlStatisticsArguments a{pair, out(maximum), out(sum), out(reference_maximum), out(reference_sum), out(cross)};
+  run<KlStatisticsArguments>(cuda, a, where, PYUNLEARN_BOTH(kl_statistics));
+}
+
+void kl_gradient(bool cuda, PYUNLEARN_PAIR, Address maximum, Address sum, Address reference_maximum, Address reference_sum, Address coefficients,
+                 Address result, int result_dtype, int64_t result_stride, Address where) {
+  const LogitPair pair = logit_pair(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets, other, other_stride,
+                                    other_bias, other_bias_dtype, target_shift);
+  const KlGradientArguments a{pair, in(maximum), in(sum), in(reference_maximum), in(reference_sum), in(coefficients),
+                              matrix(result, result_dtype, result_stride)};
+  run<KlGradientArguments>(cuda, a, where, PYUNLEARN_BOTH(kl_gradient));
 }
 
 py::dict build_info() {
@@ -78,5 +120,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Row kernels of pyunlearn. Called by pyunlearn.ops, which checks the tensors; contracts in csrc/*.h.";
   m.def("statistics", &statistics);
   m.def("gradient", &gradient);
+  m.def("token_statistics", &token_statistics);
+  m.def("kl_statistics", &kl_statistics);
+  m.def("kl_gradient", &kl_gradient);
   m.def("build_info", &build_info);
 }

@@ -24,6 +24,7 @@ from pyunlearn.errors import ModelError
 from pyunlearn.ops.example_objective import ExampleObjective, example_objective, objective_of
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 from pyunlearn.ops.log_likelihood import log_likelihood
+from pyunlearn.ops.token_statistics import TokenStatistics, token_statistics, token_statistics_from_logits
 
 
 class Head(NamedTuple):
@@ -178,17 +179,21 @@ class Likelihood:
         )  # fmt: skip
 
     @torch.no_grad()
-    def greedy_matches(self, batch: TokenBatch) -> Tensor:
-        """(n,) bool: whether each target is the model's first choice there."""
+    def statistics(self, batch: TokenBatch) -> TokenStatistics:
+        """Log-likelihood, rank, entropy and variance of each of batch.targets, (n,): see ops.token_statistics."""
         if self.fused is None:
             self._choose(batch)
         if not self.fused:
-            return self._logits(batch).argmax(-1) == batch.targets
+            return token_statistics_from_logits(self._logits(batch), batch.targets)
         hidden, head = self._hidden(batch)
-        # scale and softcap keep the order, unless the scale is negative, which no model's is
-        weight = head.weight.float().T
-        found = [h.float() @ weight + (0 if head.bias is None else head.bias) for h in hidden.split(256)]
-        return torch.cat([f.argmax(-1) for f in found]) == batch.targets if found else batch.targets.bool()
+        return token_statistics(
+            hidden, head.weight, batch.targets, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
+            workspace=self.workspace,
+        )  # fmt: skip
+
+    def greedy_matches(self, batch: TokenBatch) -> Tensor:
+        """(n,) bool: whether each target is the model's first choice there."""
+        return self.statistics(batch).rank == 0
 
     def _from_hidden(self, batch: TokenBatch) -> Tensor:
         hidden, head = self._hidden(batch)

@@ -12,14 +12,13 @@ CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 @pytest.mark.parametrize("architecture", ["80", "90"])
-def test_no_kernel_spills(architecture, tmp_path):
+@pytest.mark.parametrize("source", sorted(path.name for path in CUDA.glob("*.cu") if "<<<" in path.read_text()))
+def test_no_kernel_spills(source, architecture, tmp_path):
     """ptxas reports no stack frame and no spilled byte for any kernel."""
     code = f"arch=compute_{architecture},code=sm_{architecture}"
     command = ["nvcc", "-std=c++17", "-O3", "-I", str(CUDA.parent), "-Xptxas", "-v", "-gencode", code, "-c"]
-    done = subprocess.run(
-        [*command, str(CUDA / "log_likelihood.cu"), "-o", str(tmp_path / "x.o")], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, str(CUDA / source), "-o", str(tmp_path / "x.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(frames) > 10
+    assert len(frames) >= 2
     assert set(frames) == {("0", "0", "0")}

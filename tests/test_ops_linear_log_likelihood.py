@@ -616,7 +616,7 @@ def broken(**changes):
         ({"bias": torch.ones(9)}, r"bias must have shape \(10,\), one number for each vocabulary entry, got \(9,\)"),
         ({"bias": ids(10)}, r"bias must be a floating-point tensor of shape \(V,\), got torch\.int64"),
         ({"bias": [1.0]}, "bias must be a floating-point tensor .*, got list"),
-        ({"bias": torch.ones(10, **elsewhere)}, "bias is on meta and hidden on cpu: move them to one device"),
+        ({"bias": torch.ones(10, **elsewhere)}, "bias is on meta and the rest on cpu: move them to one device"),
         ({"softcap": 0.0}, r"softcap must be positive, got 0\.0: leave it None for no cap"),
         ({"softcap": math.nan}, "softcap must be positive, got nan"),
         ({"workspace": -1}, "workspace must be a number of bytes, 0 or more, got -1"),

@@ -172,7 +172,7 @@ def test_past_32_bits(device, backend):
         (torch.ones(2, 0), {}, r"logits must have at least one column, got shape \(2, 0\)"),
         (torch.ones(3, 3), {}, r"one token id for each row of logits, shape \(3,\), got \(2,\)"),
         (torch.ones(2, 3), {"bias": torch.ones(2)}, r"bias must have shape \(3,\), .*, got \(2,\)"),
-        (torch.ones(2, 3), {"bias": torch.ones(3, device="meta")}, "bias is on meta and logits on cpu"),
+        (torch.ones(2, 3), {"bias": torch.ones(3, device="meta")}, "bias is on meta and the rest on cpu"),
         (torch.ones(2, 3), {"softcap": -1.0}, r"softcap must be positive, got -1\.0"),
     ],
 )

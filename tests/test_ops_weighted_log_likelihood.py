@@ -542,7 +542,7 @@ def broken(**changes):
         ({"weight": torch.ones(10, 5)}, r"weight must have shape \(V, 4\) to match hidden .*, got \(10, 5\)"),
         ({"weight": torch.ones(10, 4, **elsewhere)}, "weight is on meta and hidden on cpu: move them to one device"),
         ({"bias": torch.ones(9)}, r"bias must have shape \(10,\), one number for each vocabulary entry, got \(9,\)"),
-        ({"bias": torch.ones(10, **elsewhere)}, "bias is on meta and hidden on cpu: move them to one device"),
+        ({"bias": torch.ones(10, **elsewhere)}, "bias is on meta and the rest on cpu: move them to one device"),
         ({"softcap": 0.0}, r"softcap must be positive, got 0\.0: leave it None for no cap"),
         ({"workspace": -1}, "workspace must be a number of bytes, 0 or more, got -1"),
     ],

@@ -1,10 +1,13 @@
 """The ops: fused log-likelihoods and what is made of them, with their definitions in pyunlearn.ops.reference."""
 
 from pyunlearn.ops.example_objective import ExampleObjective, example_objective
+from pyunlearn.ops.kl_divergence import kl_divergence
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 from pyunlearn.ops.log_likelihood import log_likelihood
+from pyunlearn.ops.token_statistics import TokenStatistics, token_statistics, token_statistics_from_logits
 from pyunlearn.ops.weighted_log_likelihood import weighted_log_likelihood
 
 __all__ = [
-    "ExampleObjective", "example_objective", "linear_log_likelihood", "log_likelihood", "weighted_log_likelihood",
+    "ExampleObjective", "TokenStatistics", "example_objective", "kl_divergence", "linear_log_likelihood", "log_likelihood",
+    "token_statistics", "token_statistics_from_logits", "weighted_log_likelihood",
 ]  # fmt: skip

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import reference
+from pyunlearn.ops import _kernels, reference
 
 try:
     from pyunlearn import _C  # type: ignore[attr-defined]
@@ -26,8 +27,6 @@ except ImportError as error:  # a source tree that was not built, or a platform 
             f"pyunlearn's compiled kernels are not here ({_missing}); plain PyTorch runs instead, slower. `pip install .` builds them.",
             stacklevel=2,
         )
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 class Backend(NamedTuple):
@@ -89,28 +88,47 @@ def _cuda_problem() -> str | None:
 
 @torch.no_grad()
 def _wrong_on_this_card() -> str | None:
-    """Runs both CUDA kernels once on a small block and compares them with the definition: a wrong number must not pass silently."""
+    """Runs every CUDA kernel once on a small block and compares it with the definition: a wrong number must not pass silently."""
     generator = torch.Generator().manual_seed(0)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
         x = torch.randn(5, 1024, generator=generator).to("cuda", dtype)
-        targets = torch.tensor([0, 1023, 7, 2000, 512], device="cuda")
-        coefficients = torch.linspace(-1, 1, 5, device="cuda")
-        found = []
-        for run in (_C, reference):
-            maximum, total = torch.full((5,), -torch.inf, device="cuda"), torch.zeros(5, device="cuda")
-            target_logit, block_maximum = torch.zeros(5, device="cuda"), torch.empty(5, device="cuda")
-            kept, out = torch.empty_like(x), torch.empty_like(x)
-            try:
-                begin = (x, 0, None, 0.5, 4.0, targets)
-                _call(run, "statistics", *begin, maximum, total, target_logit, kept, block_maximum)
-                found_ll = (target_logit - maximum) - total.log()
-                _call(run, "gradient", *begin, False, maximum, total, found_ll, coefficients, block_maximum, out)
-            except RuntimeError as error:
-                return f"they failed on this card: {str(error).splitlines()[0]}"
-            found.append(torch.cat([maximum, total, target_logit, kept.float().flatten(), out.float().flatten()]))
+        y = torch.randn(5, 1024, generator=generator).to("cuda")
+        try:
+            found = [_self_test(run, x, y) for run in (_C, reference)]
+        except RuntimeError as error:
+            return f"they failed on this card: {str(error).splitlines()[0]}"
         if not torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance):
             return "they gave wrong numbers in a self-test on this card (please report it, with `pyunlearn info`)"
     return None
+
+
+def _self_test(run: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Everything that the kernels of `run` make of x and y, in one vector."""
+    targets = torch.tensor([0, 1023, 7, 2000, 512], device=x.device)
+    coefficients = torch.linspace(-1, 1, 5, device=x.device)
+
+    def on_x(kernel: Callable[..., None]) -> Callable[..., None]:
+        return partial(kernel, run, x, 0, None, 0.5, 4.0, targets)
+
+    def on_both(kernel: Callable[..., None]) -> Callable[..., None]:
+        return partial(kernel, run, x.float(), y, 0, (None, None), 0.5, 4.0, targets, 1.0)
+
+    maximum, total = torch.full((2, 5), -torch.inf, device=x.device), torch.zeros(2, 5, device=x.device)
+    target_logit, block_maximum = torch.zeros(5, device=x.device), torch.empty(5, device=x.device)
+    kept, out = torch.empty_like(x), torch.empty_like(x)
+    on_x(_kernels.statistics)(maximum[0], total[0], target_logit, kept, block_maximum)
+    log_likelihood = (target_logit - maximum[0]) - total[0].log()
+    on_x(_kernels.gradient)(False, maximum[0], total[0], log_likelihood, coefficients, block_maximum, out
+    )  # fmt: skip
+    found = [maximum[0], total[0], target_logit, kept.flatten(), out.flatten()]
+    moments, rank = torch.zeros(2, 5, device=x.device), torch.zeros(5, dtype=torch.int64, device=x.device)
+    on_x(_kernels.token_statistics)(target_logit, maximum[1], total[1], moments, target_logit, rank)
+    found += [total[1], moments.flatten(), rank]
+    cross = torch.zeros(5, device=x.device)
+    tops, totals = torch.full_like(maximum, -torch.inf), torch.zeros_like(total)
+    on_both(_kernels.kl_statistics)(tops, totals, cross)
+    on_both(_kernels.kl_gradient)(tops, totals, coefficients, out)
+    return torch.cat([f.float() for f in (*found, totals.flatten(), cross, out.flatten())])
 
 
 def kernels_for(x: Tensor) -> str:
@@ -122,93 +140,18 @@ def kernels_for(x: Tensor) -> str:
     return "reference"
 
 
-def statistics(
-    x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor,
-    maximum: Tensor, total: Tensor, target_logit: Tensor, kept: Tensor | None = None, block_maximum: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Adds the logit block x (n, v) to the running statistics of its rows; formulas in csrc/log_likelihood.h."""
-    run = reference if kernels_for(x) == "reference" else _C
-    _call(
-        run,
-        "statistics",
-        x,
-        first,
-        bias,
-        logit_scale,
-        softcap,
-        targets,
-        maximum,
-        total,
-        target_logit,
-        kept,
-        block_maximum,
-    )
+def _chosen(kernel: Callable[..., None]) -> Callable[..., None]:
+    """The kernel on the backend that serves its first tensor."""
+
+    @wraps(kernel)
+    def call(x: Tensor, *arguments: Any) -> None:
+        kernel(reference if kernels_for(x) == "reference" else _C, x, *arguments)
+
+    return call
 
 
-def gradient(
-    x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor, is_kept: bool,
-    maximum: Tensor, total: Tensor, log_likelihood: Tensor, coefficients: Tensor, block_maximum: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
-    """Writes into out (n, v) the gradient with respect to a block's raw products; formulas in csrc/log_likelihood.h."""
-    run = reference if kernels_for(x) == "reference" else _C
-    _call(
-        run,
-        "gradient",
-        x,
-        first,
-        bias,
-        logit_scale,
-        softcap,
-        targets,
-        is_kept,
-        maximum,
-        total,
-        log_likelihood,
-        coefficients,
-        block_maximum,
-        out,
-    )
-
-
-def _call(
-    run: Any,
-    kernel: str,
-    x: Tensor,
-    first: int,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float,
-    targets: Tensor,
-    *rest: Any,
-) -> None:
-    """The kernel of `run` (the extension or the reference); the extension gets addresses, sizes and where to run."""
-    if run is reference:
-        getattr(reference, kernel)(x, first, bias, scale, softcap, targets, *rest)
-        return
-    bias_at = (0, 0) if bias is None else (bias.data_ptr(), DTYPES[bias.dtype])
-    block = (x.data_ptr(), DTYPES[x.dtype], x.stride(0), *x.shape, first, *bias_at, scale, softcap, targets.data_ptr())
-    if x.is_cuda:
-        with torch.cuda.device(x.device):  # the autograd thread may stand on another device
-            stream = torch.cuda.current_stream().cuda_stream
-            _launch(kernel, True, block, rest, stream)
-        return
-    _launch(kernel, False, block, rest, torch.get_num_threads())
-
-
-def _launch(kernel: str, cuda: bool, block: tuple[Any, ...], rest: tuple[Any, ...], where: int) -> None:
-    if kernel == "statistics":
-        maximum, total, target_logit, kept, block_maximum = rest
-        per_row = (maximum.data_ptr(), total.data_ptr(), target_logit.data_ptr())
-        _C.statistics(cuda, *block, *per_row, *_matrix(kept), _address(block_maximum), where)
-    else:
-        is_kept, maximum, total, log_likelihood, coefficients, block_maximum, out = rest
-        given = (maximum.data_ptr(), total.data_ptr(), log_likelihood.data_ptr(), coefficients.data_ptr())
-        _C.gradient(cuda, *block, is_kept, *given, _address(block_maximum), *_matrix(out), where)
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _matrix(x: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if x is None else (x.data_ptr(), DTYPES[x.dtype], x.stride(0))
+statistics = _chosen(_kernels.statistics)
+gradient = _chosen(_kernels.gradient)
+token_statistics = _chosen(_kernels.token_statistics)
+kl_statistics = _chosen(_kernels.kl_statistics)
+kl_gradient = _chosen(_kernels.kl_gradient)

@@ -11,9 +11,7 @@ from pyunlearn.ops._library import host_may_wait
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check(
-    x: Tensor, targets: Tensor, *, name: str, bias: Tensor | None, softcap: float | None, workspace: int | None
-) -> None:
+def check(x: Tensor, targets: Tensor, *, name: str, softcap: float | None, workspace: int | None) -> None:
     """Checks x (..., K) against targets (...); `name` is what the caller calls x. Raises ArgumentError."""
     if not isinstance(x, Tensor) or x.dtype not in FLOATS or x.dim() == 0:
         raise ArgumentError(
@@ -31,10 +29,6 @@ def check(
         )
     if targets.device != x.device:
         raise ArgumentError(f"targets are on {targets.device} and {name} on {x.device}: move them to one device")
-    if bias is not None and (not isinstance(bias, Tensor) or bias.dim() != 1 or bias.dtype not in FLOATS):
-        raise ArgumentError(f"bias must be a floating-point tensor of shape (V,), got {_say(bias)}")
-    if bias is not None and bias.device != x.device:
-        raise ArgumentError(f"bias is on {bias.device} and {name} on {x.device}: move them to one device")
     if softcap is not None and not softcap > 0:
         raise ArgumentError(f"softcap must be positive, got {softcap}: leave it None for no cap")
     if workspace is not None and not (isinstance(workspace, int) and workspace >= 0):
@@ -57,7 +51,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         )
     if weight.device != hidden.device:
         raise ArgumentError(f"weight is on {weight.device} and hidden on {hidden.device}: move them to one device")
-    check_bias(bias, weight.shape[0])
+    check_bias(bias, hidden, weight.shape[0], name="bias")
 
 
 def in_one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,11 +63,39 @@ def in_one_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def check_bias(bias: Tensor | None, vocabulary: int) -> None:
-    """Raises ArgumentError unless bias has one number for each vocabulary entry."""
-    if bias is not None and bias.shape[0] != vocabulary:
+def check_bias(bias: Tensor | None, beside: Tensor, vocabulary: int, *, name: str) -> None:
+    """Raises ArgumentError unless bias is one floating-point number for each vocabulary entry, where `beside` lies."""
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor) or bias.dim() != 1 or bias.dtype not in FLOATS:
+        raise ArgumentError(f"{name} must be a floating-point tensor of shape (V,), got {_say(bias)}")
+    if bias.device != beside.device:
+        raise ArgumentError(f"{name} is on {bias.device} and the rest on {beside.device}: move them to one device")
+    if bias.shape[0] != vocabulary:
         raise ArgumentError(
-            f"bias must have shape ({vocabulary},), one number for each vocabulary entry, got {tuple(bias.shape)}"
+            f"{name} must have shape ({vocabulary},), one number for each vocabulary entry, got {tuple(bias.shape)}"
+        )
+
+
+def check_reference(
+    hidden: Tensor, weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor, reference_bias: Tensor | None
+) -> None:
+    """Checks a reference (..., D'), (V, D'), (V,) against a model (..., D), (V, D). Raises ArgumentError."""
+    if not isinstance(reference_hidden, Tensor) or reference_hidden.dtype not in FLOATS or not reference_hidden.dim():
+        raise ArgumentError(f"reference_hidden must be a floating-point tensor, got {_say(reference_hidden)}")
+    if reference_hidden.shape[:-1] != hidden.shape[:-1] or reference_hidden.device != hidden.device:
+        raise ArgumentError(
+            f"reference_hidden must have the rows of hidden, shape {(*hidden.shape[:-1], 'D')} on {hidden.device}, "
+            f"got {tuple(reference_hidden.shape)} on {reference_hidden.device}"
+        )
+    try:
+        check_head(reference_hidden, reference_weight, reference_bias)
+    except ArgumentError as error:
+        raise ArgumentError(f"the reference's {error}") from None
+    if len(reference_weight) != len(weight):
+        raise ArgumentError(
+            f"model and reference must have one vocabulary, got {len(weight)} and {len(reference_weight)} entries: give a reference of "
+            "the same family"
         )
 
 

@@ -73,7 +73,7 @@ def example_objective(
         ArgumentError: as linear_log_likelihood; example indices or per-example tensors that do not fit; a function that does not return one
             loss for each example, or no differentiable one.
     """
-    check(hidden, targets, name="hidden", bias=bias, softcap=softcap, workspace=workspace)
+    check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
     examples = check_examples(targets, example_index, per_example, group_size)
     hidden, weight = in_one_dtype(hidden, weight)

@@ -50,7 +50,7 @@ def linear_log_likelihood(
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).
     """
-    check(hidden, targets, name="hidden", bias=bias, softcap=softcap, workspace=workspace)
+    check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
     hidden, weight = in_one_dtype(hidden, weight)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))

@@ -38,8 +38,8 @@ def log_likelihood(
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).
     """
-    check(logits, targets, name="logits", bias=bias, softcap=softcap, workspace=None)
-    check_bias(bias, logits.shape[-1])
+    check(logits, targets, name="logits", softcap=softcap, workspace=None)
+    check_bias(bias, logits, logits.shape[-1], name="bias")
     flat = logits.reshape(-1, logits.shape[-1])
     if bias is not None and bias.requires_grad:
         flat, bias = flat + bias, None  # the rare case, left to autograd
@@ -58,7 +58,8 @@ LIBRARY.define(
 )
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
+def rows_contiguous(x: Tensor) -> Tensor:
+    """x (n, V) with columns side by side, as the kernels read them."""
     apart = x.shape[0] == 1 or x.stride(0) >= x.shape[1]  # an expanded row is not
     return x if apart and (x.stride(1) == 1 or x.shape[1] == 1) else x.contiguous()
 
@@ -71,7 +72,7 @@ def _forward(
     maximum, total = logits.new_full((n,), -torch.inf, dtype=real), logits.new_zeros((n,), dtype=real)
     target_logit = logits.new_full((n,), torch.nan, dtype=real)
     if n:
-        x = _rows_contiguous(logits)
+        x = rows_contiguous(logits)
         _backend.statistics(
             x, 0, contiguous(bias), logit_scale, softcap, targets.contiguous(), maximum, total, target_logit
         )
@@ -93,7 +94,7 @@ def _backward(
     coefficients = torch.where(targets == ignore_index, 0.0, d_log_likelihood.to(maximum.dtype))
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.shape[0]:
-        x = _rows_contiguous(logits)
+        x = rows_contiguous(logits)
         _backend.gradient(
             x,
             0,

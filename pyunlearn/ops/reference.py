@@ -56,6 +56,22 @@ def weighted_log_likelihood(
     return (torch.where(targets == ignore_index, 0, coefficients) * found).sum()
 
 
+def token_statistics_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log_likelihood, rank, entropy, variance) of targets (...) under logits (..., V), in the logits' own dtype; targets have to be valid."""
+    log_p, at = torch.log_softmax(logits, dim=-1), targets.unsqueeze(-1)
+    rank = (logits > logits.gather(-1, at)).sum(dim=-1)
+    p, held = log_p.exp(), torch.where(log_p == -torch.inf, 0.0, log_p)  # 0 times -inf would be NaN
+    entropy = -(p * held).sum(dim=-1)
+    variance = (p * (held + entropy.unsqueeze(-1)) ** 2).sum(dim=-1)
+    return log_p.gather(-1, at).squeeze(-1), rank, entropy, variance
+
+
+def kl_divergence_of(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """KL(softmax(reference_logits) || softmax(logits)) of each row of (..., V); where the reference has no mass, nothing is added."""
+    log_p, log_q = torch.log_softmax(logits, dim=-1), torch.log_softmax(reference_logits, dim=-1)
+    return torch.where(log_q == -torch.inf, 0.0, log_q.exp() * (log_q - log_p)).sum(dim=-1)
+
+
 def example_objective(
     hidden: Tensor, weight: Tensor, targets: Tensor, example_index: Tensor, function: Callable[..., Tensor], *per_example: Tensor,
     examples: int, ignore_index: int = -100, **options: Any,
@@ -118,6 +134,83 @@ def gradient(
     slope = 1 - ((log_likelihood + total.log() + maximum) / softcap) ** 2 if softcap else 1.0
     g[rows, at] = torch.where(inside, -torch.expm1(log_likelihood) * slope * coefficients * logit_scale, g[rows, at])
     out.copy_(torch.where(coefficients[:, None] == 0, 0.0, g))
+
+
+def token_statistics(
+    x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor, threshold: Tensor,
+    maximum: Tensor, total: Tensor, moments: Tensor, target_logit: Tensor, rank: Tensor,
+) -> None:  # fmt: skip
+    """Adds the block x (n, v) to the running maximum, total, moments (2, n), target_logit and rank of its rows."""
+    z = logits_of(x.to(maximum.dtype), None if bias is None else bias.to(maximum.dtype), logit_scale, softcap)
+    inside, at = _targets_in(z, targets, first)
+    above = (z > threshold[:, None]).sum(dim=1) - (inside & (_taken(z, at) > threshold)).long()
+    rank.add_(above)
+    target_logit.copy_(torch.where(inside, _taken(z, at), target_logit))
+    new = torch.maximum(maximum, z.amax(dim=1))
+    finite = torch.where(new == -torch.inf, 0.0, new)
+    t = z - finite[:, None]
+    e, t = torch.exp(t), torch.where(t == -torch.inf, 0.0, t)  # 0 times -inf would be NaN
+    d = torch.where(maximum == -torch.inf, 0.0, maximum - finite)
+    scale = torch.exp(maximum - finite)
+    moments[1] = scale * (moments[1] + d * (2 * moments[0] + d * total)) + (e * t * t).sum(dim=1)
+    moments[0] = scale * (moments[0] + d * total) + (e * t).sum(dim=1)
+    total.mul_(scale).add_(e.sum(dim=1))
+    maximum.copy_(new)
+
+
+def kl_statistics(
+    x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float, softcap: float,
+    targets: Tensor, target_shift: float, maximum: Tensor, total: Tensor, cross: Tensor,
+) -> None:  # fmt: skip
+    """Adds the blocks x of the model and y of the reference (n, v) to maximum (2, n), total (2, n) and cross (n,)."""
+    z = torch.stack(_logit_pair(x, y, first, biases, logit_scale, softcap, targets, target_shift))
+    new = torch.maximum(maximum, z.amax(dim=2))
+    finite = torch.where(new == -torch.inf, 0.0, new)
+    t = z - finite[:, :, None]
+    e = torch.exp(t)
+    d, scale = maximum - finite, torch.exp(maximum - finite)
+    before = torch.where((total[1] == 0) | (scale[1] == 0), 0.0, scale[1] * (cross + (d[1] - d[0]) * total[1]))
+    cross.copy_(before + torch.where(e[1] == 0, 0.0, e[1] * (t[1] - t[0])).sum(dim=1))
+    total.mul_(scale).add_(e.sum(dim=2))
+    maximum.copy_(new)
+
+
+def kl_gradient(
+    x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float, softcap: float,
+    targets: Tensor, target_shift: float, maximum: Tensor, total: Tensor, coefficients: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    """Writes into out (n, v) the gradient of sum(coefficients * KL) with respect to the model's raw products of a block."""
+    z, reference = _logit_pair(x, y, first, biases, logit_scale, softcap, targets, target_shift)
+    finite = torch.where(maximum == -torch.inf, 0.0, maximum)
+    p, q = (torch.exp(u - m[:, None]) / s[:, None] for u, m, s in zip((z, reference), finite, total, strict=True))
+    g = (p - q) * (coefficients * logit_scale)[:, None]
+    g = g * (1 - (z / softcap) ** 2) if softcap else g
+    out.copy_(torch.where(coefficients[:, None] == 0, 0.0, g))
+
+
+def _logit_pair(
+    x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float, softcap: float,
+    targets: Tensor, target_shift: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    z, reference = (
+        logits_of(u, None if b is None else b.to(x.dtype), logit_scale, softcap)
+        for u, b in zip((x, y), biases, strict=True)
+    )
+    if target_shift:
+        inside, at = _targets_in(x, targets, first)
+        shift = torch.where(inside, target_shift, 0.0).to(x.dtype)
+        reference = reference.clone().scatter_add_(1, at[:, None], -shift[:, None])
+    return z, reference
+
+
+def _targets_in(x: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Which rows have their target in the block, and at which column (some column where they have not)."""
+    at = targets - first
+    return (at >= 0) & (at < x.shape[1]), at.clamp(0, x.shape[1] - 1)
+
+
+def _taken(z: Tensor, at: Tensor) -> Tensor:
+    return z.gather(1, at[:, None]).squeeze(1)
 
 
 def _kept_form(z: Tensor, reference: Tensor, softcap: float) -> Tensor:

@@ -49,7 +49,7 @@ def weighted_log_likelihood(
     Raises:
         ArgumentError: as linear_log_likelihood; coefficients that want a gradient.
     """
-    check(hidden, targets, name="hidden", bias=bias, softcap=softcap, workspace=workspace)
+    check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
     check_per_row(coefficients, targets, name="coefficients")
     if coefficients.requires_grad:

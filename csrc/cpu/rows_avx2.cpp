@@ -2,5 +2,5 @@
 #define PYUNLEARN_VARIANT avx2
 #define PYUNLEARN_VARIANT_NAME "avx2"
 #define PYUNLEARN_VECTOR_BYTES 32
-#include "row_kernels.h"
+#include "variant.h"
 #endif

@@ -1,29 +1,11 @@
-// The CPU row kernels, compiled once per instruction set: a variant's translation unit defines PYUNLEARN_VARIANT (its namespace) and
-// PYUNLEARN_VECTOR_BYTES, then includes this file. Without PYUNLEARN_VARIANT only the interface below is declared.
+// Vectors of floats or doubles, exp and tanh on them, the narrow types, and how a row of logits is read in tiles: what the row kernels are made of.
+// Included once per instruction set by variant.h, inside no namespace.
 //
 // Nothing inline from outside the variant's namespace (std:: templates and <cmath> included) may be used here: the linker keeps one copy
 // of such a function, and the portable variant could be given the AVX-512 one.
 #pragma once
 #include "../log_likelihood.h"
 
-namespace pyunlearn {
-
-struct CpuVariant {
-  const char* name;
-  // Rows [begin, end). bias: in real, zeros if there is none, padded to whole vectors; null if z = x.
-  void (*statistics)(const StatisticsArguments&, const void* bias, int64_t begin, int64_t end);
-  void (*gradient)(const GradientArguments&, const void* bias, int64_t begin, int64_t end);
-  void (*widen)(Dtype, const void* from, int64_t count, float* to);  // not from float64
-};
-const char* cpu_variant();  // the name of the one that runs
-
-namespace portable { extern const CpuVariant variant; }
-namespace avx2 { extern const CpuVariant variant; }
-namespace avx512 { extern const CpuVariant variant; }
-
-}  // namespace pyunlearn
-
-#ifdef PYUNLEARN_VARIANT
 #define PYUNLEARN_INLINE inline __attribute__((always_inline))
 #define PYUNLEARN_NOINLINE __attribute__((noinline))
 
@@ -182,21 +164,27 @@ template <class real> PYUNLEARN_NOINLINE real maximum(const real* z, int64_t n, 
   return m;
 }
 
+// Four sums side by side: a row's largest term is 1, and the fewer small ones are added to it one by one, the less is rounded off them.
 template <bool writes, bool capped, class real>
 PYUNLEARN_INLINE double exp_loop(const real* z, int64_t n, real reference, real cap, real* out) {
-  V<real> sum{};
+  V<real> sum[4] = {};
   const real inverse = capped ? 1 / cap : 0;
-  for (int64_t i = 0; i < n; i += kLanes<real>) {
+  const auto one = [&](int64_t i, V<real>& to) __attribute__((always_inline)) {
     const V<real> x = load(z + i);
     V<real> s, q;
     split_exp<real>(x - reference, s, q);
     V<real> e = s * q + s;
-    sum += e;
+    to += e;
     if (capped) e *= 1 - (x * inverse) * (x * inverse);
     if (writes) store(out + i, e);
-  }
+  };
+  int64_t i = 0;
+  for (; i + 4 * kLanes<real> <= n; i += 4 * kLanes<real>)
+    for (int k = 0; k < 4; ++k) one(i + k * kLanes<real>, sum[k]);
+  for (; i < n; i += kLanes<real>) one(i, sum[i / kLanes<real> % 4]);
   double total = 0;
-  for (int64_t i = 0; i < kLanes<real>; ++i) total += sum[i];
+  for (int k = 0; k < 4; ++k)
+    for (int64_t j = 0; j < kLanes<real>; ++j) total += sum[k][j];
   return total;
 }
 // out, unless null, becomes exp(z - reference) dz/du; returns the sum of exp(z - reference). out may be z.
@@ -244,101 +232,5 @@ PYUNLEARN_INLINE int64_t target_column(const LogitBlock& b, int64_t r) {
   return target >= b.first_column && target - b.first_column < b.columns ? target - b.first_column : -1;
 }
 
-// ---- one row ----
-
-template <class real> void statistics_row(const StatisticsArguments& a, const real* bias, int64_t r, Scratch<real>& scratch) {
-  const LogitBlock& b = a.block;
-  const int64_t target = target_column(b, r);
-  if (target >= 0) row_value<real>(a.target_logit, r) = *logits(b, bias, r, target, 1, scratch.tile);  // before kept overwrites it
-
-  const bool fits = b.columns <= kRow<real>;
-  real m = -kInfinity<real>;
-  for_tiles(b.columns, [&](int64_t begin, int64_t n) { m = maximum(logits(b, bias, r, begin, n, scratch.row + (fits ? begin : 0)), n, m); });
-
-  double sum = 0;
-  for_tiles(b.columns, [&](int64_t begin, int64_t n) {
-    const bool in_place = !bias && is_whole<real>(b.dtype, n);
-    const real* z = fits && !in_place ? scratch.row + begin : logits(b, bias, r, begin, n, scratch.row);
-    if (!a.kept.data) {
-      sum += exponentials<real>(z, n, reference_of(m), 0, nullptr);
-      return;
-    }
-    char* kept = at(a.kept.data, a.kept.dtype, r * a.kept.stride + begin);
-    const bool direct = is_whole<real>(a.kept.dtype, n);
-    sum += exponentials(z, n, reference_of(m), static_cast<real>(b.softcap), direct ? reinterpret_cast<real*>(kept) : scratch.tile);
-    if (!direct) narrow(a.kept.dtype, scratch.tile, n, kept);
-  });
-
-  if (a.block_maximum) row_value<real>(a.block_maximum, r) = m;
-  real &maximum_so_far = row_value<real>(a.maximum, r), &sum_so_far = row_value<real>(a.sum, r);
-  if (m == -kInfinity<real>) {
-    sum_so_far += static_cast<real>(sum);  // 0, or NaN
-    return;
-  }
-  const double before = maximum_so_far, now = m > before ? m : before;
-  sum_so_far = static_cast<real>(sum_so_far * __builtin_exp(before - now) + sum * __builtin_exp(m - now));
-  maximum_so_far = static_cast<real>(now);
-}
-
-template <class real> void gradient_row(const GradientArguments& a, const real* bias, int64_t r, Scratch<real>& scratch) {
-  const LogitBlock& b = a.block;
-  char* const out = at(a.out.data, a.out.dtype, r * a.out.stride);
-  const double coefficient = row_value<real>(a.coefficients, r) * b.scale;
-  if (row_value<real>(a.coefficients, r) == 0) {
-    __builtin_memset(out, 0, b.columns * size_of(a.out.dtype));
-    return;
-  }
-  const double maximum = row_value<real>(a.maximum, r), sum = row_value<real>(a.sum, r);
-  const real m = a.block_maximum ? row_value<real>(a.block_maximum, r) : row_value<real>(a.maximum, r);
-  const real reference = reference_of(m);
-  const real factor = static_cast<real>(-coefficient * (a.block_maximum ? __builtin_exp(m - maximum) : 1) / sum);
-  const bool rounds = a.block_maximum && a.out.dtype != Lanes<real>::dtype;
-
-  for_tiles(b.columns, [&](int64_t begin, int64_t n) {
-    char* const to = at(out, a.out.dtype, begin);
-    const bool direct = is_whole<real>(a.out.dtype, n);
-    real* const result = direct ? reinterpret_cast<real*>(to) : scratch.tile;
-    const real* e = result;
-    if (a.is_kept) {
-      e = read(b.dtype, at(b.data, b.dtype, r * b.stride + begin), n, scratch.row);
-    } else {
-      exponentials(logits(b, bias, r, begin, n, scratch.row), n, reference, static_cast<real>(b.softcap), result);
-      if (rounds) {  // never direct; to serves as the narrow copy
-        narrow(a.out.dtype, scratch.tile, n, to);
-        widen(a.out.dtype, to, n, scratch.tile);
-      }
-    }
-    multiply(e, n, factor, result);
-    if (!direct) narrow(a.out.dtype, scratch.tile, n, to);
-  });
-
-  const int64_t target = target_column(b, r);
-  if (target < 0) return;
-  const double log_likelihood = row_value<real>(a.log_likelihood, r);
-  const double tanh = b.softcap > 0 ? (log_likelihood + __builtin_log(sum) + maximum) / b.softcap : 0;
-  const real at_target = static_cast<real>(coefficient * -__builtin_expm1(log_likelihood) * (1 - tanh * tanh));
-  narrow(a.out.dtype, &at_target, 1, at(out, a.out.dtype, target));
-}
-
-// ---- rows, in the type that the logits' dtype asks for ----
-
-template <class real> void statistics_rows(const StatisticsArguments& a, const void* bias, int64_t begin, int64_t end) {
-  Scratch<real> scratch;
-  for (int64_t r = begin; r < end; ++r) statistics_row(a, static_cast<const real*>(bias), r, scratch);
-}
-template <class real> void gradient_rows(const GradientArguments& a, const void* bias, int64_t begin, int64_t end) {
-  Scratch<real> scratch;
-  for (int64_t r = begin; r < end; ++r) gradient_row(a, static_cast<const real*>(bias), r, scratch);
-}
-void statistics(const StatisticsArguments& a, const void* bias, int64_t begin, int64_t end) {
-  (a.block.dtype == Dtype::float64 ? statistics_rows<double> : statistics_rows<float>)(a, bias, begin, end);
-}
-void gradient(const GradientArguments& a, const void* bias, int64_t begin, int64_t end) {
-  (a.block.dtype == Dtype::float64 ? gradient_rows<double> : gradient_rows<float>)(a, bias, begin, end);
-}
-
-const CpuVariant variant = {PYUNLEARN_VARIANT_NAME, statistics, gradient, widen};
-
 }  // namespace PYUNLEARN_VARIANT
 }  // namespace pyunlearn
-#endif

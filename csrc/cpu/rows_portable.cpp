@@ -2,4 +2,4 @@
 #define PYUNLEARN_VARIANT portable
 #define PYUNLEARN_VARIANT_NAME "portable"
 #define PYUNLEARN_VECTOR_BYTES 16
-#include "row_kernels.h"
+#include "variant.h"

@@ -2,5 +2,5 @@
 #define PYUNLEARN_VARIANT avx512
 #define PYUNLEARN_VARIANT_NAME "avx512"
 #define PYUNLEARN_VECTOR_BYTES 64
-#include "row_kernels.h"
+#include "variant.h"
 #endif

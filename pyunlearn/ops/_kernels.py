@@ -1,0 +1,115 @@
+"""The row kernels as Python calls them: the contracts of csrc/*.h with tensors for addresses, on the extension or on the reference.
+
+`run` is the one of the two that does it. Tensors are taken as they are: who calls has checked and allocated them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyunlearn.ops import reference
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def statistics(
+    run: Any, x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor,
+    maximum: Tensor, total: Tensor, target_logit: Tensor, kept: Tensor | None = None, block_maximum: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Adds the logit block x (n, v) to the running statistics of its rows; formulas in csrc/log_likelihood.h."""
+    head = (first, bias, logit_scale, softcap, targets)
+    if run is reference:
+        reference.statistics(x, *head, maximum, total, target_logit, kept, block_maximum)
+    else:
+        _call(run.statistics, x, *_block(x, *head), maximum, total, target_logit, *_matrix(kept), block_maximum)
+
+
+def gradient(
+    run: Any, x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor, is_kept: bool,
+    maximum: Tensor, total: Tensor, log_likelihood: Tensor, coefficients: Tensor, block_maximum: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Writes into out (n, v) the gradient with respect to a block's raw products; formulas in csrc/log_likelihood.h."""
+    head, per_row = (first, bias, logit_scale, softcap, targets), (maximum, total, log_likelihood, coefficients)
+    if run is reference:
+        reference.gradient(x, *head, is_kept, *per_row, block_maximum, out)
+    else:
+        _call(run.gradient, x, *_block(x, *head), is_kept, *per_row, block_maximum, *_matrix(out))
+
+
+def token_statistics(
+    run: Any, x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor, threshold: Tensor,
+    maximum: Tensor, total: Tensor, moments: Tensor, target_logit: Tensor, rank: Tensor,
+) -> None:  # fmt: skip
+    """Adds the logit block x (n, v) to maximum, total, moments (2, n), target_logit and rank; formulas in csrc/token_statistics.h."""
+    head = (first, bias, logit_scale, softcap, targets)
+    if run is reference:
+        reference.token_statistics(x, *head, threshold, maximum, total, moments, target_logit, rank)
+    else:
+        per_row = (threshold, maximum, total, moments[0], moments[1], target_logit, rank)
+        _call(run.token_statistics, x, *_block(x, *head), *per_row)
+
+
+def kl_statistics(
+    run: Any, x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float, softcap: float,
+    targets: Tensor, target_shift: float, maximum: Tensor, total: Tensor, cross: Tensor,
+) -> None:  # fmt: skip
+    """Adds the blocks x of the model and y of the reference, (n, v), to maximum (2, n), total (2, n) and cross (n,); csrc/kl_divergence.h."""
+    head = (first, biases, logit_scale, softcap, targets, target_shift)
+    if run is reference:
+        reference.kl_statistics(x, y, *head, maximum, total, cross)
+    else:
+        _call(run.kl_statistics, x, *_pair(x, y, *head), maximum[0], total[0], maximum[1], total[1], cross)
+
+
+def kl_gradient(
+    run: Any, x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float, softcap: float,
+    targets: Tensor, target_shift: float, maximum: Tensor, total: Tensor, coefficients: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    """Writes into out (n, v) the gradient of sum(coefficients * KL) with respect to the model's raw products; csrc/kl_divergence.h."""
+    head = (first, biases, logit_scale, softcap, targets, target_shift)
+    if run is reference:
+        reference.kl_gradient(x, y, *head, maximum, total, coefficients, out)
+    else:
+        per_row = (maximum[0], total[0], maximum[1], total[1], coefficients)
+        _call(run.kl_gradient, x, *_pair(x, y, *head), *per_row, *_matrix(out))
+
+
+def _call(kernel: Any, x: Tensor, *arguments: Any) -> None:
+    """Calls into the extension where x lies: tensors as addresses, then a stream or a number of threads."""
+    plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+    if x.is_cuda:
+        with torch.cuda.device(x.device):  # the autograd thread may stand on another device
+            kernel(True, *plain, torch.cuda.current_stream().cuda_stream)
+    else:
+        kernel(False, *plain, torch.get_num_threads())
+
+
+def _block(
+    x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor
+) -> tuple[Any, ...]:
+    return (
+        *_matrix(x),
+        *x.shape,
+        first,
+        bias,
+        0 if bias is None else DTYPES[bias.dtype],
+        logit_scale,
+        softcap,
+        targets,
+    )
+
+
+def _pair(
+    x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float, softcap: float, targets: Tensor,
+    target_shift: float,
+) -> tuple[Any, ...]:  # fmt: skip
+    theirs = biases[1]
+    other = (y, y.stride(0), theirs, 0 if theirs is None else DTYPES[theirs.dtype])
+    return (*_block(x, first, biases[0], logit_scale, softcap, targets), *other, target_shift)
+
+
+def _matrix(x: Tensor | None) -> tuple[Any, ...]:
+    return (0, 0, 0) if x is None else (x, DTYPES[x.dtype], x.stride(0))

@@ -1,0 +1,262 @@
+"""KL divergence of a model from a reference, token by token, straight from two pairs of hidden states and output heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyunlearn.errors import ArgumentError
+from pyunlearn.ops import _backend
+from pyunlearn.ops._check import check, check_head, check_reference, check_targets, in_one_dtype
+from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, contiguous, on_its_device
+from pyunlearn.ops._passes import live_rows, real_of, take
+from pyunlearn.ops._plan import Plan, default_workspace, plan
+from pyunlearn.ops._products import Logits, add_product
+
+
+def kl_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    reference_hidden: Tensor,
+    reference_weight: Tensor | None = None,
+    targets: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    target_shift: float = 0.0,
+    ignore_index: int = -100,
+    workspace: int | None = None,
+) -> Tensor:
+    """KL(reference || model) of each token's distribution, in nats, from hidden states and output heads.
+
+    With p = softmax(z) of the model, z as in linear_log_likelihood, and q = softmax(y) of the reference likewise:
+
+        kl[n] = sum over v of q[n, v] (log q[n, v] - log p[n, v])
+
+    Differentiable in hidden, weight and bias; the reference is a constant. Both products are taken block by block, each pair of logits is read
+    once, and no (N, V) tensor lives unless it fits the workspace. `target_shift` s subtracts s from y[n, targets[n]] first, so that the
+    reference is one that has partly forgotten the target: UNDIAL's (arXiv 2402.10052) up to the entropy of q, which is constant. With s = inf and
+    the model itself as reference the gradient is that of CE-U (arXiv 2503.01224).
+
+    Args:
+        hidden: (..., D), float32, bfloat16, float16 or float64.
+        weight: (V, D).
+        reference_hidden: (..., D'), the same leading shape.
+        reference_weight: (V, D'); default: `weight`, as with an adapter on the trunk alone.
+        targets: (...), int64 token ids, or ignore_index where a row does not count; default: all count. Needed with target_shift.
+        bias, reference_bias: (V,) or None; without reference_weight the reference has the model's bias.
+        logit_scale, softcap: of both, as in linear_log_likelihood.
+        target_shift: logits taken off the target in the reference, 0 or more.
+        ignore_index: rows with this target come back as 0.
+        workspace: bytes for scratch and kept logits (default: 256 MiB on the CPU, 2 GiB on a card). What does not fit is computed again in
+            backward.
+
+    Returns:
+        (...), float32 (float64 for float64 inputs), 0 or more up to rounding.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices that do not fit; target_shift without targets.
+    """
+    marks = hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64) if targets is None else targets
+    check(hidden, marks, name="hidden", softcap=softcap, workspace=workspace)
+    check_head(hidden, weight, bias)
+    if reference_weight is None:
+        reference_weight, reference_bias = weight, bias if reference_bias is None else reference_bias
+    check_reference(hidden, weight, reference_hidden, reference_weight, reference_bias)
+    if not target_shift >= 0 or (target_shift and targets is None):
+        raise ArgumentError(
+            f"target_shift must be 0 or more and goes with targets, got {target_shift} and targets={targets}"
+        )
+    hidden, weight = in_one_dtype(hidden, weight)
+    theirs = in_one_dtype(reference_hidden.detach(), reference_weight.detach())
+    if (theirs[0].dtype is torch.float64) != (hidden.dtype is torch.float64):
+        theirs = (theirs[0].to(real_of(hidden)), theirs[1].to(real_of(hidden)))
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    found = torch.ops.pyunlearn.kl_divergence(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, theirs[0].reshape(-1, theirs[0].shape[-1]), theirs[1],
+        None if reference_bias is None else reference_bias.detach(), marks.reshape(-1).long(), logit_scale, softcap or 0.0, target_shift,
+        ignore_index, workspace, keep,
+    )  # fmt: skip
+    return found[0].reshape(marks.shape)
+
+
+_GIVEN = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor reference_hidden, Tensor reference_weight, Tensor? reference_bias, Tensor targets, "
+    "float logit_scale, float softcap, float target_shift, int ignore_index, int? workspace"
+)
+LIBRARY.define(f"kl_divergence({_GIVEN}, bool keep) -> (Tensor, Tensor, Tensor, Tensor[])")
+LIBRARY.define(
+    f"kl_divergence_backward(Tensor d_kl, Tensor maximum, Tensor total, Tensor[] kept, {_GIVEN}, bool[] needs) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> Plan:
+    """For twice the rows, and leaving room for one block's gradient."""
+    allowed = default_workspace(hidden.device.type) if workspace is None else workspace
+    return plan(2 * hidden.shape[0], weight.shape[0], real_of(hidden), hidden.device.type, allowed * 4 // 5, keep)
+
+
+class _Pair:
+    """The live rows of both, and their products block by block."""
+
+    def __init__(
+        self, rows: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hidden: Tensor,
+        reference_weight: Tensor, reference_bias: Tensor | None, targets: Tensor, p: Plan,
+    ) -> None:  # fmt: skip
+        self.h, other, self.targets = take(rows, hidden, reference_hidden, targets)
+        self.n, self.real, self.p = self.h.shape[0], real_of(hidden), p
+        self.weights, self.biases = (weight, reference_weight), (contiguous(bias), contiguous(reference_bias))
+        self.logits = (Logits(self.h, self.real), Logits(other, self.real))
+        self.scratch: Tensor | None = None
+
+    def products(self, b: int, e: int, into: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x and y of columns [b, e), written into memory (2, n * columns) or more, or into scratch."""
+        if into is None:
+            if self.scratch is None:
+                self.scratch = self.h.new_empty((2, self.n * self.p.block), dtype=self.real)
+            into = self.scratch
+        x, y = (m[: self.n * (e - b)].view(self.n, e - b) for m in into)
+        for logits, out, weight in zip(self.logits, (x, y), self.weights, strict=True):
+            logits.into(out, weight[b:e])
+        return x, y
+
+    def biases_of(self, b: int, e: int) -> tuple[Tensor | None, Tensor | None]:
+        mine, theirs = (None if bias is None else bias[b:e] for bias in self.biases)
+        return mine, theirs
+
+
+def _kept_blocks(hidden: Tensor, p: Plan) -> list[Tensor]:
+    """The products of both, (2, N * columns), for each block of the kept groups."""
+    spans = [s for g in p.groups()[: p.kept] for s in p.blocks_of(*g)]
+    return [hidden.new_empty((2, hidden.shape[0] * (e - b)), dtype=real_of(hidden)) for _, b, e in spans]
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hidden: Tensor, reference_weight: Tensor, reference_bias: Tensor | None,
+    targets: Tensor, logit_scale: float, softcap: float, target_shift: float, ignore_index: int, workspace: int | None, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    check_targets(targets, weight.shape[0], ignore_index)
+    p, rows = _plan(hidden, weight, workspace, keep), live_rows(targets, ignore_index)
+    pair = _Pair(rows, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, targets, p)
+    kept = _kept_blocks(hidden, p)
+    maximum = hidden.new_full((2, pair.n), -torch.inf, dtype=pair.real)
+    total, cross = torch.zeros_like(maximum), hidden.new_zeros((pair.n,), dtype=pair.real)
+    for first, end in p.groups() if pair.n else []:
+        for i, b, e in p.blocks_of(first, end):
+            x, y = pair.products(b, e, kept[i] if i < len(kept) else None)
+            _backend.kl_statistics(
+                x, y, b, pair.biases_of(b, e), logit_scale, softcap, pair.targets, target_shift, maximum, total, cross
+            )  # fmt: skip
+    kl = cross / total[1] - total[1].log() + total[0].log()
+    if rows is not None:
+        kl = hidden.new_zeros(targets.shape, dtype=pair.real).index_copy_(0, rows, kl)
+        maximum, total = (
+            hidden.new_zeros((2, len(targets)), dtype=pair.real).index_copy_(1, rows, s) for s in (maximum, total)
+        )
+    elif targets.is_cuda:
+        kl = torch.where(targets == ignore_index, 0.0, kl)
+    return kl, maximum, total, kept
+
+
+def _backward(
+    d_kl: Tensor, maximum: Tensor, total: Tensor, kept: list[Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    reference_hidden: Tensor, reference_weight: Tensor, reference_bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
+    target_shift: float, ignore_index: int, workspace: int | None, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    p, rows = _plan(hidden, weight, workspace, True), live_rows(targets, ignore_index)
+    pair = _Pair(rows, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, targets, p)
+    if rows is None and targets.is_cuda:
+        d_kl = torch.where(targets == ignore_index, 0.0, d_kl)
+    c, tops, totals = take(rows, d_kl.to(pair.real), maximum.T, total.T)
+    tops, totals, n = tops.T.contiguous(), totals.T.contiguous(), pair.n
+    new, nothing = torch.empty if n else torch.zeros, hidden.new_empty((0,))
+    d_h = hidden.new_zeros((n, hidden.shape[1]), dtype=pair.real)
+    d_weight = new(weight.shape, dtype=weight.dtype, device=weight.device) if needs[1] else weight.new_empty((0,))
+    d_bias = (
+        nothing.to(pair.real)
+        if bias is None
+        else new(bias.shape if needs[2] else (0,), dtype=pair.real, device=bias.device)
+    )
+    buffer = pair.h.new_empty((n * p.block,))
+    for first, end in p.groups() if n else []:
+        for i, b, e in p.blocks_of(first, end):
+            if i < len(kept):
+                x, y = (m[: n * (e - b)].view(n, e - b) for m in kept[i])
+            else:
+                x, y = pair.products(b, e, None)
+            d_logits = buffer[: n * (e - b)].view(n, e - b)
+            _backend.kl_gradient(
+                x, y, b, pair.biases_of(b, e), logit_scale, softcap, pair.targets, target_shift, tops, totals, c, d_logits
+            )  # fmt: skip
+            if needs[1]:
+                torch.mm(d_logits.T, pair.h, out=d_weight[b:e])
+            if needs[2]:
+                torch.sum(d_logits, dim=0, dtype=pair.real, out=d_bias[b:e])
+            if needs[0]:
+                add_product(d_h, d_logits, weight[b:e])
+    d_hidden = nothing
+    if needs[0]:
+        d_hidden = d_h.to(hidden.dtype)
+        d_hidden = d_hidden if rows is None else hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
+    return d_hidden, d_weight, d_bias if bias is None else d_bias.to(bias.dtype)
+
+
+def _fake_forward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    *_, targets, _scale, _softcap, _shift, _ignore, workspace, keep = rest
+    kl = hidden.new_empty(targets.shape, dtype=real_of(hidden))
+    both = hidden.new_empty((2, *targets.shape), dtype=real_of(hidden))
+    return kl, both, torch.empty_like(both), _kept_blocks(hidden, _plan(hidden, weight, workspace, keep))
+
+
+def _fake_backward(
+    d_kl: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    kept: list[Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = rest[-1]
+    d_bias = (
+        hidden.new_empty((0,), dtype=real_of(hidden))
+        if bias is None
+        else bias.new_empty(bias.shape if needs[2] else (0,))
+    )
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        d_bias,
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    *tensors, scale, softcap, shift, ignore, workspace, _keep = inputs
+    ctx.options = (scale, softcap, shift, ignore, workspace)
+    _kl, maximum, total, kept = output
+    ctx.save_for_backward(*tensors, maximum, total, *kept)
+    ctx.mark_non_differentiable(maximum, total, *kept)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, d_kl: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    if d_kl is None or not any(needs):
+        return (None,) * 13
+    *tensors, maximum, total = ctx.saved_tensors[:9]
+    kept = list(ctx.saved_tensors[9:])
+    found = torch.ops.pyunlearn.kl_divergence_backward(d_kl, maximum, total, kept, *tensors, *ctx.options, needs)
+    return (*(d if need else None for d, need in zip(found, needs, strict=True)), *(None,) * 10)
+
+
+LIBRARY.impl("kl_divergence", on_its_device(_forward), "CompositeExplicitAutograd")
+LIBRARY.impl("kl_divergence_backward", on_its_device(_backward), "CompositeExplicitAutograd")
+torch.library.register_fake("pyunlearn::kl_divergence", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("pyunlearn::kl_divergence_backward", _fake_backward, lib=LIBRARY)
+torch.library.register_autograd("pyunlearn::kl_divergence", _autograd, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("pyunlearn::kl_divergence_backward", NO_GRADIENT_OF_GRADIENT, lib=LIBRARY)

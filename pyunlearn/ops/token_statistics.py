@@ -1,0 +1,227 @@
+"""Log-likelihood, rank, entropy and variance of each token, in the one product that the log-likelihood takes anyway."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyunlearn.ops import _backend, reference
+from pyunlearn.ops._check import check, check_bias, check_head, check_targets, in_one_dtype
+from pyunlearn.ops._library import LIBRARY, contiguous, on_its_device
+from pyunlearn.ops._passes import Head, live_rows, real_of, take
+from pyunlearn.ops._plan import plan
+from pyunlearn.ops._products import Logits
+from pyunlearn.ops.log_likelihood import rows_contiguous
+
+
+class TokenStatistics(NamedTuple):
+    """(...) each, float32 (float64 for float64 inputs), rank int64: see token_statistics."""
+
+    log_likelihood: Tensor
+    rank: Tensor
+    entropy: Tensor
+    variance: Tensor
+
+
+def token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    workspace: int | None = None,
+) -> TokenStatistics:
+    """What the model thinks of each target token and of its alternatives, from hidden states and the output head. No gradient.
+
+    With p = softmax(z), z as in linear_log_likelihood, and t the target:
+
+        log_likelihood  log p[t]                                                        nats
+        rank            #{v : z[v] > z[t]}                                              0: the model's first choice
+        entropy         -sum over v of p[v] log p[v]                                    nats
+        variance        sum over v of p[v] (log p[v])^2 - entropy^2                     nats^2
+
+    Perplexity, memorization accuracy, extraction strength, exposure, min-k % and min-k %++ follow from these. One matrix product; no (N, V)
+    tensor. In `rank`, logits that float32 cannot tell from the target's count as equal to it: the same token counted twice would otherwise be
+    larger or not by chance.
+
+    Args:
+        hidden: (..., D), float32, bfloat16, float16 or float64.
+        weight: (V, D), of the same device; another dtype is brought to the common one.
+        targets: (...), int64 token ids in [0, V), or ignore_index.
+        bias, logit_scale, softcap: as in linear_log_likelihood.
+        ignore_index: rows with this target are not computed, and are 0 in every field.
+        workspace: bytes for scratch (default: 256 MiB on the CPU, 2 GiB on a card, of which little is used).
+
+    Returns:
+        TokenStatistics(log_likelihood, rank, entropy, variance), (...) each. Where the logits hold NaN, and on a card for a target outside [0, V),
+        the log-likelihood is NaN and the rank -1.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).
+    """
+    check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
+    check_head(hidden, weight, bias)
+    hidden, weight = in_one_dtype(hidden.detach(), weight.detach())
+    found = torch.ops.pyunlearn.token_statistics(
+        hidden.reshape(-1, hidden.shape[-1]), weight, None if bias is None else bias.detach(), targets.reshape(-1).long(), logit_scale,
+        softcap or 0.0, ignore_index, workspace,
+    )  # fmt: skip
+    return TokenStatistics(*(x.reshape(targets.shape) for x in found))
+
+
+def token_statistics_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> TokenStatistics:
+    """token_statistics of ready logits, for models that give nothing else; one read of them, no float32 copy.
+
+    Args:
+        logits: (..., V), float32, bfloat16, float16 or float64.
+        targets: (...), int64 token ids in [0, V), or ignore_index.
+        bias, logit_scale, softcap, ignore_index: as in log_likelihood.
+
+    Returns:
+        TokenStatistics, (...) each, as token_statistics.
+
+    Raises:
+        ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).
+    """
+    check(logits, targets, name="logits", softcap=softcap, workspace=None)
+    check_bias(bias, logits, logits.shape[-1], name="bias")
+    flat = logits.detach().reshape(-1, logits.shape[-1])
+    found = torch.ops.pyunlearn.token_statistics_from_logits(
+        flat, None if bias is None else bias.detach(), targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index
+    )  # fmt: skip
+    return TokenStatistics(*(x.reshape(targets.shape) for x in found))
+
+
+_OUT = " -> (Tensor, Tensor, Tensor, Tensor)"
+LIBRARY.define(
+    "token_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float softcap, int ignore_index, "
+    "int? workspace)" + _OUT
+)
+LIBRARY.define(
+    "token_statistics_from_logits(Tensor logits, Tensor? bias, Tensor targets, float logit_scale, float softcap, int ignore_index)"
+    + _OUT
+)
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class _Sums:
+    """The running statistics of rows like those of `x` (n, ...)."""
+
+    def __init__(self, x: Tensor, targets: Tensor, threshold: Tensor) -> None:
+        real, n = real_of(x), x.shape[0]
+        self.targets, self.threshold = targets, threshold
+        self.maximum, self.total = x.new_full((n,), -torch.inf, dtype=real), x.new_zeros((n,), dtype=real)
+        self.moments, self.target_logit = x.new_zeros((2, n), dtype=real), x.new_full((n,), torch.nan, dtype=real)
+        self.rank = x.new_zeros((n,), dtype=torch.int64)
+
+    def add(self, x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float) -> None:
+        _backend.token_statistics(
+            x, first, bias, logit_scale, softcap, self.targets, self.threshold, self.maximum, self.total, self.moments,
+            self.target_logit, self.rank,
+        )  # fmt: skip
+
+    def result(self, rows: Tensor | None, targets: Tensor, ignore_index: int) -> Four:
+        """The four fields, for all of `targets` (N,)."""
+        real = self.total.dtype
+        log_total, mean = self.total.log(), (self.moments[0].double() / self.total)
+        log_likelihood = (self.target_logit - self.maximum) - log_total
+        variance = (self.moments[1].double() / self.total - mean**2).clamp(min=0)
+        rank = self.rank.masked_fill(log_likelihood.isnan(), -1)
+        found = [log_likelihood, rank, (log_total - mean).to(real), variance.to(real)]
+        if rows is not None:
+            found = [x.new_zeros(targets.shape).index_copy_(0, rows, x) for x in found]
+        masked = targets == ignore_index
+        a, b, c, d = (x.masked_fill(masked, 0) for x in found)
+        return a, b, c, d
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int,
+    workspace: int | None,
+) -> Four:  # fmt: skip
+    check_targets(targets, weight.shape[0], ignore_index)
+    rows = live_rows(targets, ignore_index)
+    h, t = take(rows, hidden, targets)
+    head, real, n = Head(weight, contiguous(bias), logit_scale, softcap), real_of(h), h.shape[0]
+    sums = _Sums(h, t, _threshold(h, head, t))
+    p = plan(n, weight.shape[0], h.dtype, h.device.type, workspace, False)
+    logits, scratch = Logits(h, real), h.new_empty((n * p.block,), dtype=real)
+    for first, end in p.groups() if n else []:
+        for _, b, e in p.blocks_of(first, end):
+            x = scratch[: n * (e - b)].view(n, e - b)
+            logits.into(x, weight[b:e])
+            sums.add(x, b, None if head.bias is None else head.bias[b:e], logit_scale, softcap)
+    return sums.result(rows, targets, ignore_index)
+
+
+def _threshold(h: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """(n,) the logit that a token has to exceed to stand before the target: the target's, exactly, plus what a float32 product may be off by.
+
+    It has to be there before the vocabulary is gone through, for the block that holds the target may come last.
+    """
+    real, found = real_of(h), []
+    at = targets.clamp(0, head.weight.shape[0] - 1)
+    for rows in torch.arange(h.shape[0], device=h.device).split(1024):
+        products = h[rows].double() * head.weight[at[rows]].double()
+        bias = None if head.bias is None else head.bias[at[rows]].double()
+        z = reference.logits_of(products.sum(dim=1), bias, head.logit_scale, head.softcap)
+        size = products.abs().sum(dim=1) + (0 if bias is None else bias.abs())
+        found.append(_above(z, torch.finfo(real).eps * (abs(head.logit_scale) * size + 2 * z.abs())))
+    return torch.cat(found).to(real) if found else h.new_empty((0,), dtype=real)
+
+
+def _above(z: Tensor, by: Tensor) -> Tensor:
+    return torch.where(z == -torch.inf, z, z + by)  # an impossible target stands behind every possible token
+
+
+def _forward_from_logits(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int
+) -> Four:
+    check_targets(targets, logits.shape[1], ignore_index)
+    real, bias, targets = real_of(logits), contiguous(bias), targets.contiguous()
+    at = targets.clamp(0, logits.shape[1] - 1)
+    taken = logits.gather(1, at[:, None]).squeeze(1).to(real)
+    z = reference.logits_of(taken, None if bias is None else bias[at].to(real), logit_scale, softcap)
+    plain = bias is None and logit_scale == 1.0 and not softcap
+    # what is done to the logits here is rounded in its own way; unchanged ones compare exactly
+    sums = _Sums(logits, targets, z if plain else _above(z, 4 * torch.finfo(real).eps * z.abs()))
+    if logits.shape[0]:
+        sums.add(rows_contiguous(logits), 0, bias, logit_scale, softcap)
+    return sums.result(None, targets, ignore_index)
+
+
+def _fake(x: Tensor, targets: Tensor) -> Four:
+    a, c, d = (x.new_empty(targets.shape, dtype=real_of(x)) for _ in range(3))
+    return a, x.new_empty(targets.shape, dtype=torch.int64), c, d
+
+
+def _fake_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int,
+    workspace: int | None,
+) -> Four:  # fmt: skip
+    return _fake(hidden, targets)
+
+
+def _fake_from_logits(
+    logits: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int
+) -> Four:
+    return _fake(logits, targets)
+
+
+LIBRARY.impl("token_statistics", on_its_device(_forward), "CompositeExplicitAutograd")
+LIBRARY.impl("token_statistics_from_logits", on_its_device(_forward_from_logits), "CompositeExplicitAutograd")
+torch.library.register_fake("pyunlearn::token_statistics", _fake_forward, lib=LIBRARY)
+torch.library.register_fake("pyunlearn::token_statistics_from_logits", _fake_from_logits, lib=LIBRARY)
