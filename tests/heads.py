@@ -17,6 +17,7 @@ from pyunlearn.ops import _plan
 # the package's attributes of these names are the functions
 op_module = sys.modules["pyunlearn.ops.linear_log_likelihood"]
 logits_module = sys.modules["pyunlearn.ops.log_likelihood"]
+statistics_module = sys.modules["pyunlearn.ops.token_statistics"]
 
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-12}
 on_a_card = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -83,17 +84,18 @@ def assert_equal(found, wanted):
 
 
 class Allocations(TorchDispatchMode):
-    """Records the most bytes alive at once and the largest tensor, of what is allocated in it, inside our ops too."""
+    """Records the most bytes alive at once, the largest tensor and every shape, of what is allocated in it, inside our ops too."""
 
     def __init__(self):
         super().__init__()
-        self.alive, self.peak, self.largest = {}, 0, 0
+        self.alive, self.peak, self.largest, self.shapes = {}, 0, 0, {}
         library = torch.ops.pyunlearn
         self.inside = {
             library.linear_log_likelihood.default: op_module._forward,
             library.linear_log_likelihood_backward.default: op_module._backward,
             library.log_likelihood.default: logits_module._forward,
             library.log_likelihood_backward.default: logits_module._backward,
+            library.token_statistics.default: statistics_module._forward,
         }
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -108,6 +110,7 @@ class Allocations(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                 self.largest = max(self.largest, storage.nbytes())
+                self.shapes[tuple(tensor.shape)] = storage.nbytes()
         self.alive = {at: (ref, n) for at, (ref, n) in self.alive.items() if not ref.expired()}
         self.peak = max(self.peak, sum(n for _, n in self.alive.values()))
         return out

@@ -9,6 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
+from heads import Allocations
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -715,3 +716,20 @@ def test_a_result_is_saved_in_whole_or_not_at_all(story, tmp_path, monkeypatch, 
             result.save(target)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_no_logits_in_whole(story, method):
+    """With little workspace, nothing as wide as the vocabulary is ever larger than it, but the head and what is shaped like it."""
+    width, vocabulary = story.model.get_input_embeddings().weight.shape[::-1]
+    workspace = 64 << 10
+    with Allocations() as used:
+        result = run(story, method=method, retain_loss="nll", workspace=workspace, max_steps=3)
+    assert len(result.history) == 3
+    wide = {shape: size for shape, size in used.shapes.items() if vocabulary in shape and shape[-1] != width}
+    assert 8 * 12 * vocabulary * 4 > 2 * workspace  # so that the logits of a batch of 8 texts would be seen
+    assert not {shape: size for shape, size in wide.items() if size > workspace}
+    assert used.largest <= 4 * max(p.nbytes for p in story.model.parameters())
