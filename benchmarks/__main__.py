@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import bench_linear_log_likelihood
+from benchmarks import bench_kl_divergence, bench_linear_log_likelihood, bench_token_statistics
 
-BENCHMARKS = {"log_likelihood": bench_linear_log_likelihood}
+BENCHMARKS = {
+    "log_likelihood": bench_linear_log_likelihood,
+    "token_statistics": bench_token_statistics,
+    "kl_divergence": bench_kl_divergence,
+}
 
 
 def main() -> None:
@@ -23,6 +27,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=None, help="N,D,V, such as 1024,576,49152")
     parser.add_argument("--rounds", type=int, default=None, help="timed rounds after warm-up; the median counts")
     parser.add_argument("--workspace", type=int, default=None, help="MiB for pyunlearn (default: its own)")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=["full"],
+        choices=["full", "frozen", "forward"],
+        help="of log_likelihood (default: full)",
+    )
     parser.add_argument("--save", action="store_true", help="write the results under benchmarks/results")
     options = parser.parse_args()
     for name in options.names or BENCHMARKS:

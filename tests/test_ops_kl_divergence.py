@@ -153,9 +153,9 @@ def test_workspace_changes_nothing(shape, workspace, target_shift, device, backe
 @pytest.mark.parametrize("shape", [(252, 123), (40, 3001)])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_no_worse_than_pytorch(dtype, shape, softcap, device, backend):
-    """Against float64, values must be no further off than PyTorch's in the same dtype plus 2e-6, and gradients in relation to the largest.
+    """Against float64, values must be no further off than PyTorch's in the same dtype plus 2e-6 and two float32 roundings of the largest.
 
-    There plus half the dtype's epsilon, to which they are rounded.
+    Gradients plus 2e-6 and half the dtype's epsilon of the largest, to which they are rounded.
     """
     both = pair(shape[0], (507, 64), shape[1], dtype=dtype, device=device, masked=0.3)
     wanted, theirs = truth(*both, softcap=softcap), evaluate(definition, *both, softcap=softcap)

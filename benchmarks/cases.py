@@ -1,0 +1,106 @@
+"""What the benchmarks of the ops on a head share: shapes, data, the floor, and one table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.harness import card, extra_mib, medians, save
+
+CPU_SHAPES = [(1024, 576, 49152)]
+CUDA_SHAPES = [
+    (8192, 2304, 256000),
+    (8192, 4096, 128256),
+    (8192, 2048, 128256),
+    (8192, 576, 49152),
+    (1024, 2048, 128256),
+]
+
+
+def chosen(options: argparse.Namespace) -> Iterator[tuple[int, int, int, torch.dtype]]:
+    """(N, D, V, dtype) of every case that was asked for."""
+    cuda = options.device == "cuda"
+    shapes = (
+        [tuple(map(int, s.split(","))) for s in options.shapes]
+        if options.shapes
+        else CUDA_SHAPES
+        if cuda
+        else CPU_SHAPES
+    )
+    for n, d, v in shapes:
+        for name in options.dtypes or (["bfloat16"] if cuda else ["float32", "bfloat16"]):
+            yield n, d, v, getattr(torch, name)
+
+
+def data(n: int, d: int, v: int, masked: float, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Random hidden states, head and targets, a share of them masked."""
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(n, d, generator=g).to(device, dtype)
+    w = (torch.randn(v, d, generator=g) * d**-0.5).to(device, dtype)
+    t = torch.randint(0, v, (n,), generator=g)
+    t[torch.rand(n, generator=g) < masked] = -100
+    return h.requires_grad_(), w.requires_grad_(), t.to(device)
+
+
+def one_product(h: Tensor, w: Tensor, t: Tensor) -> Callable[[], Tensor]:
+    """The product of the live rows, into memory that stands already: what the floor is counted in."""
+    live, transposed = h.detach()[t != -100], w.detach().T
+    out = torch.empty(len(live), len(w), dtype=h.dtype, device=h.device)
+    return lambda: torch.mm(live, transposed, out=out)
+
+
+def timed(
+    calls: dict[str, Callable[[], Any]],
+    product: Callable[[], Any],
+    products: int,
+    given: float,
+    options: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """One row for each call: milliseconds, as a multiple of so many products and of the first call, and extra MiB beside `given`."""
+    rounds = options.rounds or (15 if options.device == "cuda" else 7)
+    found = medians({"one product": product} | calls, rounds, options.device)
+    floor = products * found.pop("one product")
+    rows: list[dict[str, Any]] = [
+        {"name": name, "ms": ms, "of_floor": ms / floor, "extra_mib": extra_mib(calls[name], options.device) - given}
+        for name, ms in found.items()
+    ]
+    for row in rows:
+        row["times_pyunlearn"] = row["ms"] / rows[0]["ms"]
+        row["memory_times_pyunlearn"] = row["extra_mib"] / max(rows[0]["extra_mib"], 1.0)
+    return rows
+
+
+def show(benchmark: str, title: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Prints what was measured on, a table, and one JSON line; saves it if asked to. A row's "errors" are columns of their own."""
+    about = card(options.device)
+    console = Console(width=140)
+    console.print(about, highlight=False)
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["errors"]))
+    table = Table(title=title, title_justify="left")
+    for name in ("case", ""):
+        table.add_column(name, no_wrap=True)
+    for name in ("ms", "x floor", "x pyunlearn", "extra MiB", *(f"error {kind}" for kind in kinds)):
+        table.add_column(name, justify="right", no_wrap=name == "ms")
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        wrong = (f"{row['errors'][kind]:.0e}" if kind in row["errors"] else "" for kind in kinds)
+        table.add_row(
+            row["case"], row["name"], f"{row['ms']:.1f}", f"{row['of_floor']:.2f}", f"{row['times_pyunlearn']:.2f}", f"{row['extra_mib']:.0f}",
+            *wrong, end_section=following is None or following["case"] != row["case"],
+        )  # fmt: skip
+    console.print(table)
+    result = {"benchmark": benchmark, "card": about, "rows": rows}
+    print(json.dumps(result))
+    if options.save:
+        print(f"saved to {save(benchmark, result)}")
+
+
+def named(n: int, d: int, v: int, dtype: torch.dtype, *more: str) -> str:
+    """How a case is called in the table."""
+    return ", ".join([f"{n} x {d} x {v}", str(dtype).removeprefix("torch."), *more])
