@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> None:
         }
         wrong = {name: _errors(call(), exact) for name, call in every.items()}
         for kind, mine in wrong["pyunlearn, all four"].items():
-            assert mine <= 2 * wrong["torch eager, all four"][kind] + 1e-5, f"{kind} is off by {mine}"
+            near_ties = 0.05 if kind == "rank" else 0.0  # a share of rows; which side of a tie is rounding's choice
+            assert mine <= 2 * wrong["torch eager, all four"][kind] + 1e-5 + near_ties, f"{kind} is off by {mine}"
         found = timed(every, one_product(h, w, t), 1, 0.0, options)
         rows += [{"case": named(n, d, v, dtype), **row, "errors": wrong[row["name"]]} for row in found]
     show("token_statistics", "forward; floor: one matrix product", rows, options)

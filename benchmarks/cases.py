@@ -80,7 +80,7 @@ def timed(
 def show(benchmark: str, title: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Prints what was measured on, a table, and one JSON line; saves it if asked to. A row's "errors" are columns of their own."""
     about = card(options.device)
-    console = Console(width=140)
+    console = Console(width=170)
     console.print(about, highlight=False)
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["errors"]))
     table = Table(title=title, title_justify="left")
