@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bf16_products.h"
 #include "device.h"
 #include "kl_divergence.h"
 #include "log_likelihood.h"
@@ -97,8 +98,17 @@ void kl_gradient(bool cuda, PYUNLEARN_PAIR, Address maximum, Address sum, Addres
   run<KlGradientArguments>(cuda, a, where, PYUNLEARN_BOTH(kl_gradient));
 }
 
+void bf16_product(Address a, int64_t a_stride, Address b, int64_t b_stride, Address result, int64_t result_stride, int64_t rows, int64_t columns,
+                  int64_t width, int threads) {
+  const py::gil_scoped_release release;
+  raise_if(bf16_product_cpu({static_cast<const uint16_t*>(in(a)), static_cast<const uint16_t*>(in(b)), a_stride, b_stride,
+                             static_cast<float*>(out(result)), result_stride, rows, columns, width},
+                            threads));
+}
+
 py::dict build_info() {
   py::dict info;
+  info["bf16_products"] = bf16_products_serve();
   info["cpu_variant"] = cpu_variant();
 #ifdef PYUNLEARN_CUDA
   info["cuda_architectures"] = PYUNLEARN_CUDA_ARCHITECTURES;
@@ -123,5 +133,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("token_statistics", &token_statistics);
   m.def("kl_statistics", &kl_statistics);
   m.def("kl_gradient", &kl_gradient);
+  m.def("bf16_product", &bf16_product);
   m.def("build_info", &build_info);
 }

@@ -128,7 +128,7 @@ def test_no_worse_than_pytorch(dtype, shape, softcap, held, device, backend, chu
     """Against float64, value and gradients must be no further off than PyTorch's in the same dtype.
 
     Plus 2e-6 of the summands for the value, which is float32 whatever the dtype. For gradients, plus half the dtype's epsilon, to
-    which they are rounded, and 2e-6 for the order of float32 sums.
+    which they are rounded, and 4e-6 for the order of float32 sums, which a product of few rows takes in its own.
     """
     case = make(*shape, dtype=dtype, device=device, masked=0.3)
     coefficients = coefficients_of(case)
@@ -137,7 +137,7 @@ def test_no_worse_than_pytorch(dtype, shape, softcap, held, device, backend, chu
     theirs = evaluate(definition, case, softcap=softcap)
     summands = (coefficients * plain(case.hidden, case.weight, case.targets, bias=case.bias)).abs().sum().item()
     for at, (found, other, right) in enumerate(zip(ours, theirs, wanted, strict=True)):
-        allowed = 2e-6 + torch.finfo(dtype).eps / 2 * right.abs().max().item() if at else 2e-6 * summands
+        allowed = 4e-6 + torch.finfo(dtype).eps / 2 * right.abs().max().item() if at else 2e-6 * summands
         far = [(x.double().cpu() - right).abs().max().item() for x in (found, other)]
         assert far[0] <= far[1] + allowed, (at, far)
 

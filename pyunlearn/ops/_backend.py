@@ -140,6 +140,11 @@ def kernels_for(x: Tensor) -> str:
     return "reference"
 
 
+def multiplies_bf16(x: Tensor) -> bool:
+    """Whether our own product of bfloat16 operands with a float32 result serves x: csrc/bf16_products.h."""
+    return x.dtype is torch.bfloat16 and kernels_for(x) == "cpu" and bool(build_info()["bf16_products"])
+
+
 def _chosen(kernel: Callable[..., None]) -> Callable[..., None]:
     """The kernel on the backend that serves its first tensor."""
 
@@ -155,3 +160,4 @@ gradient = _chosen(_kernels.gradient)
 token_statistics = _chosen(_kernels.token_statistics)
 kl_statistics = _chosen(_kernels.kl_statistics)
 kl_gradient = _chosen(_kernels.kl_gradient)
+bf16_product = partial(_kernels.bf16_product, _C)

@@ -109,6 +109,12 @@ def check_per_row(values: Tensor, targets: Tensor, *, name: str) -> None:
         raise ArgumentError(f"{name} are on {values.device} and targets on {targets.device}: move them to one device")
 
 
+def check_negligible(negligible: float) -> None:
+    """Raises ArgumentError unless it is a probability that may be left out."""
+    if not isinstance(negligible, (int, float)) or not 0 <= negligible < 1:
+        raise ArgumentError(f"negligible must be a probability, 0 or more and below 1, got {negligible!r}")
+
+
 def check_examples(targets: Tensor, example_index: Tensor, per_example: tuple[Tensor, ...], group_size: int) -> int:
     """Checks what says which row belongs to which example; returns how many examples there are. Raises ArgumentError."""
     if targets.dim() != 1:

@@ -77,6 +77,13 @@ def kl_gradient(
         _call(run.kl_gradient, x, *_pair(x, y, *head), *per_row, *_matrix(out))
 
 
+def bf16_product(run: Any, out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out (n, v) float32 = a (n, d) @ b (v, d).T of bfloat16 numbers on the CPU; csrc/bf16_products.h."""
+    b = b if b.stride(1) == 1 else b.contiguous()
+    addresses = (a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0))
+    run.bf16_product(*addresses, *out.shape, a.shape[1], torch.get_num_threads())
+
+
 def _call(kernel: Any, x: Tensor, *arguments: Any) -> None:
     """Calls into the extension where x lies: tensors as addresses, then a stream or a number of threads."""
     plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]

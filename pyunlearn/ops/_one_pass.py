@@ -32,6 +32,7 @@ class Work(NamedTuple):
     logit_scale: float
     softcap: float
     workspace: int
+    negligible: float = 0.0  # see _passes.rows_that_pull
 
 
 def rows_a_chunk(rows: int, hidden: Tensor, weight: Tensor, workspace: int | None) -> tuple[int, int]:
@@ -120,7 +121,7 @@ def _run(
                 last = k == len(work.chunks) - 1
                 differentiate(
                     part, head, t, p, statistics, coefficients.to(real).contiguous(), [*kept], block_maximum, into,
-                    in_place=True, release=last,
+                    in_place=True, release=last, negligible=work.negligible,
                 )  # fmt: skip
         d_hidden = None if d_h is None else d_h.to(hidden.dtype)
         if d_hidden is not None and work.rows is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.ops import _backend
-from pyunlearn.ops._plan import Plan
+from pyunlearn.ops._plan import Plan, balance
 from pyunlearn.ops._products import Logits, add_product, product
 
 
@@ -87,27 +87,36 @@ class Gradients(NamedTuple):
 
 def differentiate(
     h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor, kept: list[Tensor | None],
-    block_maximum: Tensor, into: Gradients, *, in_place: bool, release: bool,
+    block_maximum: Tensor, into: Gradients, *, in_place: bool, release: bool, negligible: float = 0.0,
 ) -> None:  # fmt: skip
     """Adds or writes the gradient of sum(coefficients * log-likelihood) of rows h (n, D).
 
     kept: what `score` kept of each group, None or missing for what has to be computed again. in_place: it becomes the gradient with respect to
-    the logits where it lies; release: and its memory is given back, group by group.
+    the logits where it lies; release: and its memory is given back, group by group. negligible: see `rows_that_pull`.
     """
-    n, real = h.shape[0], real_of(h)
+    count, real = h.shape[0], real_of(h)
     kept = kept + [None] * (len(p.groups()) - len(kept))
     again = any(k is None for k in kept)
+    block_maximum = block_maximum[:, :count]
+    pulling = rows_that_pull(statistics.log_likelihood, coefficients, negligible, h, kept=not again)
+    into_hidden = into.hidden
+    if pulling is not None:
+        h, targets, coefficients, *few = take(pulling, h, targets, coefficients, *statistics)
+        statistics, block_maximum = Statistics(*few), block_maximum.index_select(1, pulling)
+        into_hidden = None if into.hidden is None else h.new_zeros(h.shape, dtype=real)
+    n = h.shape[0]
     logits = Logits(h if again else h[:0], real)
     scratch = h.new_empty((n * p.block,), dtype=real) if again else None
     d_buffer = h.new_empty((n * p.group,)) if again or not in_place else None
-    for g, (first, end) in enumerate(p.groups() if n else []):
-        buffer = kept[g]
-        group = None if buffer is None else buffer[: n * (end - first)].view(n, end - first)
-        if in_place and group is not None:
+    for g, (first, end) in enumerate(p.groups() if count else []):
+        buffer, width = kept[g], end - first
+        group = None if buffer is None else buffer[: count * width].view(count, width)
+        d_logits = None if d_buffer is None else d_buffer[: n * width].view(n, width)
+        if group is not None and pulling is not None:
+            group = squeeze(group, pulling) if in_place else torch.index_select(group, 0, pulling, out=d_logits)
+        if d_logits is None or (in_place and group is not None):
+            assert group is not None
             d_logits = group
-        else:
-            assert d_buffer is not None
-            d_logits = d_buffer[: n * (end - first)].view(n, end - first)
         for i, b, e in p.blocks_of(first, end):
             if group is not None:
                 x = group[:, b - first : e - first]
@@ -117,7 +126,7 @@ def differentiate(
                 logits.into(x, head.weight[b:e])
             _backend.gradient(
                 x, b, None if head.bias is None else head.bias[b:e], head.logit_scale, head.softcap, targets, group is not None,
-                statistics.maximum, statistics.total, statistics.log_likelihood, coefficients, block_maximum[i, :n],
+                statistics.maximum, statistics.total, statistics.log_likelihood, coefficients, block_maximum[i],
                 d_logits[:, b - first : e - first],
             )  # fmt: skip
         if into.weight is not None:
@@ -125,8 +134,41 @@ def differentiate(
         if into.bias is not None:
             found = torch.sum(d_logits, dim=0, dtype=real)
             into.bias[first:end] = into.bias[first:end] + found if into.add else found
-        if into.hidden is not None:
-            add_product(into.hidden, d_logits, head.weight[first:end])
+        if into_hidden is not None:
+            add_product(into_hidden, d_logits, head.weight[first:end])
         if release and buffer is not None:
             del group, d_logits
             buffer.untyped_storage().resize_(0)
+    if pulling is not None and into.hidden is not None and into_hidden is not None:
+        into.hidden.index_copy_(0, pulling, into_hidden)
+
+
+def rows_that_pull(
+    log_likelihood: Tensor, coefficients: Tensor, negligible: float, h: Tensor, *, kept: bool
+) -> Tensor | None:
+    """Indices of the rows (n,) that need the products of the backward pass, or None for all.
+
+    A row's gradient with respect to its logits sums to at most 2 |coefficient * logit_scale| (1 - p) in magnitude. So a coefficient of 0 means none at
+    all, and a target with 1 - p < negligible next to none. Leaving rows out of what is kept costs moving the others together; it is done where that is less
+    than the products saved. On a card the count would stop the queue, so there it is asked only for a `negligible` of the caller's.
+    """
+    if h.is_cuda and (not negligible or torch.cuda.is_current_stream_capturing()):
+        return None
+    idle = coefficients == 0
+    if negligible:
+        idle |= -torch.expm1(log_likelihood) < negligible  # NaN is not below anything
+    rows = idle.logical_not().nonzero().squeeze(1)
+    dropped = len(h) - len(rows)
+    moved = 4 * h.element_size() * balance(h.device.type) * len(rows) if kept else 0
+    return rows if dropped and dropped * 2 * h.shape[1] >= moved else None
+
+
+def squeeze(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Those rows of a contiguous matrix (n, v), in ascending order, moved together where it lies: its first len(rows) rows."""
+    packed = matrix.view(-1)[: len(rows) * matrix.shape[1]].view(len(rows), matrix.shape[1])
+    for first in range(
+        0, len(rows), 64
+    ):  # every row moves up or stays, so nothing is overwritten that is still to be read
+        some = rows[first : first + 64]
+        packed[first : first + len(some)] = matrix.index_select(0, some)
+    return packed

@@ -61,7 +61,9 @@ def plan(rows: int, vocabulary: int, dtype: torch.dtype, device: str, workspace:
     return Plan(vocabulary, block, group, max(0, min((workspace - scratch) // (group * columns), count - 1)))
 
 
-_BALANCE = {"cpu": 32, "cuda": 200}  # arithmetic operations in the time that one byte of memory takes
+def balance(device: str) -> int:
+    """Arithmetic operations in the time that one byte of memory takes."""
+    return 32 if device == "cpu" else 200
 
 
 def rows_at_a_time(
@@ -80,7 +82,7 @@ def rows_at_a_time(
     if not again or fit < 1:
         return rows
     chunks = -(-rows // fit)
-    traffic = (chunks - 1) * (2 * size + (2 * real if train_weight else 0)) * _BALANCE[device]
+    traffic = (chunks - 1) * (2 * size + (2 * real if train_weight else 0)) * balance(device)
     return rows if traffic >= 2 * rows * again else -(-rows // chunks)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyunlearn.ops import _backend
+
 _HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype") and hasattr(torch.ops.aten.addmm, "dtype")
 
 
@@ -25,13 +27,16 @@ class Logits:
 
     def __init__(self, hidden: Tensor, real: torch.dtype) -> None:
         self.hidden, self.real = hidden, real
-        self.widens = hidden.dtype != real and not (hidden.is_cuda and _HAS_OUT_DTYPE)
+        self.ours = _backend.multiplies_bf16(hidden)
+        self.widens = hidden.dtype != real and not self.ours and not (hidden.is_cuda and _HAS_OUT_DTYPE)
         self.wide = hidden.to(real) if self.widens else hidden
         self.buffer = hidden.new_empty((0,), dtype=real)
 
     def into(self, out: Tensor, weight: Tensor) -> None:
         """out = hidden @ weight.T for some rows of the weight."""
-        if self.widens:
+        if self.ours:
+            _backend.bf16_product(out, self.hidden, weight)
+        elif self.widens:
             if self.buffer.numel() < weight.numel():
                 self.buffer = self.hidden.new_empty((weight.numel(),), dtype=self.real)
             wide = self.buffer[: weight.numel()].view(weight.shape).copy_(weight)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops._check import check, check_examples, check_head, check_targets, in_one_dtype
+from pyunlearn.ops._check import check, check_examples, check_head, check_negligible, check_targets, in_one_dtype
 from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves, rows_a_chunk
 from pyunlearn.ops._passes import live_rows, take
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
@@ -34,15 +34,17 @@ def example_objective(
     function: Function,
     *per_example: Tensor,
     group_size: int = 1,
+    likeliest: float = 1.0,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
     workspace: int | None = None,
+    negligible: float = 0.0,
 ) -> ExampleObjective:
     """The sum over examples of a function of each one's log-likelihood, with its gradient made in the same pass.
 
-        sums[b] = sum of linear_log_likelihood over the rows n with example_index[n] = b
+        sums[b] = sum of linear_log_likelihood over the rows n with example_index[n] = b (over the likeliest of them, if asked)
         loss    = sum over b of function(sums[b], counts[b], *(x[b] for x in per_example))
 
     The rows are taken in chunks that end where examples end. As soon as a chunk's sums are there, `function` is differentiated on them, which
@@ -63,18 +65,26 @@ def example_objective(
         per_example: (B, ...) tensors without gradient of their own: the reference model's log-likelihoods, say. B is the length of the first, or
             the largest example_index + 1, rounded up to whole groups.
         group_size: so many neighbouring examples stay together.
-        bias, logit_scale, softcap, ignore_index: as in linear_log_likelihood.
+        likeliest: the share of each example's tokens that count, those of the smallest loss, one at least: the loss selection of arXiv 2406.09179.
+            The others have no part in sums, counts and gradient, and cost the gradient's products nothing.
+        bias, logit_scale, softcap, ignore_index: as in linear_log_likelihood. A temperature T is logit_scale / T and softcap / T.
         workspace: bytes for scratch and logits (default: 256 MiB on the CPU, 2 GiB on a card).
+        negligible: rows whose target has 1 - p below this may leave the gradient's products: a text that is known by heart consists of such. What each
+            row's gradient for its logits loses sums to 2 |coefficient * logit_scale| negligible in magnitude at most. 0: only rows with coefficient 0,
+            which is exact.
 
     Returns:
         ExampleObjective(loss, losses, log_likelihood, counts).
 
     Raises:
-        ArgumentError: as linear_log_likelihood; example indices or per-example tensors that do not fit; a function that does not return one
+        ArgumentError: as linear_log_likelihood; likeliest outside (0, 1], negligible outside [0, 1); example indices or per-example tensors that do not fit; a function that does not return one
             loss for each example, or no differentiable one.
     """
     check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
+    check_negligible(negligible)
+    if not isinstance(likeliest, (int, float)) or not 0 < likeliest <= 1:
+        raise ArgumentError(f"likeliest must be a share of the tokens, above 0 and at most 1, got {likeliest!r}")
     examples = check_examples(targets, example_index, per_example, group_size)
     hidden, weight = in_one_dtype(hidden, weight)
     if not one_pass_serves(hidden):
@@ -82,7 +92,9 @@ def example_objective(
             hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
             workspace=workspace,
         )  # fmt: skip
-        return objective_of(found, targets != ignore_index, example_index, examples, function, per_example, group_size)
+        return objective_of(
+            found, targets != ignore_index, example_index, examples, function, per_example, group_size, likeliest
+        )
     check_targets(targets, weight.shape[0], ignore_index)
     targets, rows = targets.long(), live_rows(targets, ignore_index)
     t, index = take(rows, targets, example_index)
@@ -90,21 +102,44 @@ def example_objective(
         order = index.argsort(stable=True)
         rows, t, index = order if rows is None else rows[order], t[order], index[order]
     counts = torch.bincount(index, minlength=examples)
+    counted = how_many(counts, likeliest)
     most, workspace = rows_a_chunk(len(t), hidden, weight, workspace)
     groups, chunks = _cut(counts.view(-1, group_size).sum(1).tolist(), most)
 
     def step(k: int, log_likelihood: Tensor, differentiate: bool) -> tuple[tuple[Tensor, ...], Tensor]:
         mine = slice(groups[k][0] * group_size, groups[k][1] * group_size)
-        sums = torch.segment_reduce(log_likelihood, "sum", lengths=counts[mine], unsafe=True)  # no atomics
-        given = (counts[mine], [x[mine] for x in per_example], group_size)
+        taken = None if likeliest == 1 else likeliest_of(log_likelihood, counts[mine], counted[mine])
+        summands = log_likelihood if taken is None else torch.where(taken, log_likelihood, 0)
+        sums = torch.segment_reduce(summands, "sum", lengths=counts[mine], unsafe=True)  # no atomics
+        given = (counted[mine], [x[mine] for x in per_example], group_size)
         if not differentiate:
             return (_losses(function, sums, *given), sums), log_likelihood
         losses, d_sums = _differentiated(function, sums, *given)
-        return (losses, sums), d_sums.repeat_interleave(counts[mine], output_size=len(log_likelihood))
+        each = d_sums.repeat_interleave(counts[mine], output_size=len(log_likelihood))
+        return (losses, sums), each if taken is None else torch.where(taken, each, 0)
 
-    work = Work(t, rows, chunks, most, step, logit_scale, softcap or 0.0, workspace)
+    work = Work(t, rows, chunks, most, step, logit_scale, softcap or 0.0, workspace, negligible)
     loss, losses, sums = one_pass(work, hidden, weight, bias)
-    return ExampleObjective(loss, losses, sums, counts)
+    return ExampleObjective(loss, losses, sums, counted)
+
+
+def how_many(counts: Tensor, likeliest: float) -> Tensor:
+    """(B,) how many of each example's tokens count: that share of them, rounded down, but one at least where there is any."""
+    if likeliest == 1:
+        return counts
+    share = (counts.double() * likeliest + 1e-9).long()  # a hair above, so that 0.29 of 100 is 29
+    return torch.minimum(share.clamp(min=1), counts)
+
+
+def likeliest_of(log_likelihood: Tensor, lengths: Tensor, counted: Tensor) -> Tensor:
+    """(n,) bool: the counted[b] largest of each example's log-likelihoods, which stand example by example; of equal ones the first."""
+    example = torch.arange(len(lengths), device=lengths.device).repeat_interleave(
+        lengths, output_size=len(log_likelihood)
+    )
+    order = log_likelihood.argsort(descending=True, stable=True)
+    order = order[example[order].argsort(stable=True)]
+    place = torch.arange(len(order), device=order.device) - (lengths.cumsum(0) - lengths)[example]
+    return torch.empty_like(example, dtype=torch.bool).index_copy_(0, order, place < counted[example])
 
 
 def _cut(rows: list[int], most: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -175,14 +210,19 @@ def _leaves(x: Tensor) -> list[Tensor]:
 
 def objective_of(
     log_likelihood: Tensor, live: Tensor, example_index: Tensor, examples: int, function: Function, per_example: Sequence[Tensor] = (),
-    group_size: int = 1,
+    group_size: int = 1, likeliest: float = 1.0,
 ) -> ExampleObjective:  # fmt: skip
     """example_objective from every row's log-likelihood (N,), of which the live ones count; differentiated by autograd."""
     index = example_index.long()
     order = index.argsort(stable=True)
     both = torch.zeros((2, examples), dtype=torch.int64, device=index.device)
     rows, counts = both.index_add(1, index, torch.stack([torch.ones_like(index), live.long()]))
-    sums = torch.segment_reduce(log_likelihood[order], "sum", lengths=rows, unsafe=True)  # no atomics
+    counts = how_many(counts, likeliest)
+    found = log_likelihood[order]
+    if likeliest < 1:
+        ranked = torch.where(live[order], found.detach(), -torch.inf)
+        found = torch.where(likeliest_of(ranked, rows, counts), found, 0)
+    sums = torch.segment_reduce(found, "sum", lengths=rows, unsafe=True)  # no atomics
     losses = _losses(function, sums, counts, per_example, group_size)
     if sums.requires_grad:
         _require_graph(losses)

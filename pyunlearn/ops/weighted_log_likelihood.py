@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops._check import check, check_head, check_per_row, check_targets, in_one_dtype
+from pyunlearn.ops._check import check, check_head, check_negligible, check_per_row, check_targets, in_one_dtype
 from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves, rows_a_chunk
 from pyunlearn.ops._passes import live_rows, real_of, take
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
@@ -23,6 +23,7 @@ def weighted_log_likelihood(
     softcap: float | None = None,
     ignore_index: int = -100,
     workspace: int | None = None,
+    negligible: float = 0.0,
 ) -> Tensor:
     """The sum over rows of coefficient * log-likelihood, in nats, with its gradient made in the same pass.
 
@@ -42,16 +43,19 @@ def weighted_log_likelihood(
         coefficients: (...), floating point, without gradient of their own.
         bias, logit_scale, softcap, ignore_index: as in linear_log_likelihood.
         workspace: bytes for scratch and logits (default: 256 MiB on the CPU, 2 GiB on a card).
+        negligible: rows whose target has 1 - p below this may leave the gradient's products, as those with coefficient 0 do in any case; see
+            example_objective.
 
     Returns:
         (), float32 (float64 for float64 inputs); differentiable in hidden, weight and bias, as often as the graph is kept.
 
     Raises:
-        ArgumentError: as linear_log_likelihood; coefficients that want a gradient.
+        ArgumentError: as linear_log_likelihood; coefficients that want a gradient; negligible outside [0, 1).
     """
     check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
     check_per_row(coefficients, targets, name="coefficients")
+    check_negligible(negligible)
     if coefficients.requires_grad:
         raise ArgumentError(
             "coefficients must be constants here, and they want a gradient: pass coefficients.detach(), or multiply linear_log_likelihood with them"
@@ -74,4 +78,5 @@ def weighted_log_likelihood(
         mine = c[slice(*chunks[k])]
         return (mine * log_likelihood,), mine
 
-    return one_pass(Work(t, rows, chunks, most, step, logit_scale, softcap or 0.0, workspace), flat, weight, bias)[0]
+    work = Work(t, rows, chunks, most, step, logit_scale, softcap or 0.0, workspace, negligible)
+    return one_pass(work, flat, weight, bias)[0]

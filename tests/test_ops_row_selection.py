@@ -1,0 +1,243 @@
+"""Rows that have no part in a gradient leave its products: coefficient 0, tokens that were not selected, targets that are certain."""
+
+import sys
+
+import pytest
+import torch
+from heads import TOLERANCE, Allocations, assert_agree, bytes_of, cast, make, plain, products, watch_chunks
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyunlearn.errors import ArgumentError
+from pyunlearn.ops import _passes, example_objective, linear_log_likelihood, weighted_log_likelihood
+from pyunlearn.ops.example_objective import how_many, likeliest_of
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+LENGTHS = (2, 0, 9, 4, 1, 7, 5, 0)
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """Small cases take chunks of rows, and moving kept rows together is free."""
+    monkeypatch.setattr(_passes, "balance", lambda device: 0)
+    return watch_chunks(monkeypatch, sys.modules["pyunlearn.ops.example_objective"])
+
+
+def index_of(lengths=LENGTHS, *, shuffled=True):
+    """The example of each row."""
+    index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(3))] if shuffled else index
+
+
+def curved(sums, counts):
+    """A function of both that is linear in neither."""
+    return (sums / counts.clamp(min=1) + 1.5).square() + 0.1 * counts
+
+
+def selected(found, live, index, examples, share):
+    """Which rows are among each example's likeliest, one by one."""
+    taken = torch.zeros_like(live)
+    for b in range(examples):
+        rows = [n for n in range(len(found)) if live[n] and index[n] == b]
+        rows.sort(key=lambda n: -float(found[n]))
+        taken[rows[: max(1, int(share * len(rows) + 1e-9))]] = True
+    return taken & live
+
+
+def by_hand(case, index, share):
+    """[loss, losses, sums, counts, gradients] in float64, with autograd and a loop over examples."""
+    case = cast(case, dtype=torch.float64, device="cpu")
+    leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
+    found, live = plain(*leaves[:2], case.targets, bias=leaves[2]), case.targets != -100
+    taken = selected(found.detach(), live, index, len(LENGTHS), share)
+    sums = torch.stack([found[taken & (index == b)].sum() for b in range(len(LENGTHS))])
+    counts = torch.bincount(index[taken], minlength=len(LENGTHS))
+    losses = curved(sums, counts)
+    gradients = torch.autograd.grad(losses.sum(), leaves)
+    return [*(x.detach() for x in (losses.sum(), losses, sums, counts)), *gradients]
+
+
+def evaluate(case, index, **options):
+    """The same from the op."""
+    leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
+    zeros = torch.zeros(len(LENGTHS), device=index.device)
+    found = example_objective(
+        *leaves[:2], case.targets, index, lambda sums, counts, _: curved(sums, counts), zeros, bias=leaves[2], **options
+    )
+    return [*(x.detach() for x in found), *torch.autograd.grad(found.loss, leaves)]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("masked", [0.0, 0.4])
+@pytest.mark.parametrize("held", [None, 10, 4, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_likeliest(share, masked, held, dtype, device, backend, chunks):
+    """Sums, counts, losses and gradients must be those of each example's likeliest tokens alone, chosen one by one in float64."""
+    case, index = make(sum(LENGTHS), 20, 203, dtype=dtype, device=device, masked=masked), index_of()
+    workspace = None if held is None else bytes_of(held, case) if held else 0
+    found, wanted = (
+        evaluate(case, index.to(device), likeliest=share, workspace=workspace),
+        by_hand(case, index, share),
+    )
+    tolerance = TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps)
+    assert_agree(found[:4], wanted[:4], min(tolerance, 8e-6))
+    assert_agree(found[4:], wanted[4:], 2 * tolerance)
+
+
+@given(
+    groups=st.lists(st.lists(st.sampled_from([-3.0, -2.0, -1.0, -0.5]), max_size=7), max_size=6),
+    share=st.floats(0.01, 1.0),
+)
+def test_likeliest_rows(groups, share):
+    """Whatever ties there are, each example gives its share, rounded down, but one at least, and none that is left out is likelier."""
+    values, lengths = (
+        torch.tensor([x for g in groups for x in g]),
+        torch.tensor([len(g) for g in groups], dtype=torch.int64),
+    )
+    counted = how_many(lengths, share)
+    taken = likeliest_of(values, lengths, counted)
+    assert counted.tolist() == [0 if not g else max(1, int(share * len(g) + 1e-9)) for g in groups]
+    for part, mine, count in zip(values.split(lengths.tolist()), taken.split(lengths.tolist()), counted, strict=True):
+        assert int(mine.sum()) == count
+        assert not len(part[~mine]) or float(part[~mine].max()) <= float(part[mine].min())
+
+
+@given(rows=st.lists(st.booleans(), min_size=1, max_size=300), width=st.integers(1, 9))
+def test_squeeze(rows, width):
+    """Moving rows together in place must leave exactly those rows, in order."""
+    matrix = torch.arange(len(rows) * width, dtype=torch.float32).view(len(rows), width)
+    places = torch.tensor(rows).nonzero().squeeze(1)
+    wanted = matrix[places]
+    assert torch.equal(_passes.squeeze(matrix, places), wanted)
+
+
+def pulled(case, coefficients, op, **options):
+    """[value, gradients] of the weighted sum."""
+    leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
+    value = op(*leaves[:2], case.targets, coefficients, bias=leaves[2], **options)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def in_two_passes(hidden, weight, targets, coefficients, **options):
+    """The same through linear_log_likelihood, whose coefficients come with the backward pass."""
+    return (coefficients * linear_log_likelihood(hidden, weight, targets, **options)).sum()
+
+
+@pytest.mark.parametrize("op", [weighted_log_likelihood, in_two_passes])
+@pytest.mark.parametrize("workspace", [None, 40_000, 0])
+@pytest.mark.parametrize("idle", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_coefficient_zero(op, workspace, idle, dtype, device, backend, chunks):
+    """Rows with coefficient 0 change no gradient by leaving the products, whether logits are kept, computed again or both."""
+    case = make(61, 20, 703, dtype=dtype, device=device, masked=0.2)
+    coefficients = torch.linspace(-1, 2, 61, device=device)
+    coefficients[torch.rand(61, generator=torch.Generator().manual_seed(1)).to(device) < idle] = 0
+    real = cast(case, dtype=torch.float64, device="cpu")
+    leaves = [t.detach().clone().requires_grad_() for t in real[:3]]
+    value = (coefficients.cpu().double() * plain(*leaves[:2], real.targets, bias=leaves[2])).sum()
+    wanted = [value.detach(), *torch.autograd.grad(value, leaves)]
+    found = pulled(case, coefficients, op, workspace=workspace)
+    assert_agree(found, wanted, TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("workspace", [None, 0])
+def test_products_saved(workspace, backend, chunks):
+    """With half of the rows idle, the products of the backward pass must be half: 1 + 2 / 2 kept, 1 + 3 / 2 computed again."""
+    if backend == "reference":
+        pytest.skip("counts products, which are the same")
+    case = make(64, 20, 703)
+    coefficients = torch.ones(64)
+    coefficients[::2] = 0
+    leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
+
+    def run():
+        weighted_log_likelihood(*leaves, case.targets, coefficients, workspace=workspace).backward()
+
+    assert products(case, run) == pytest.approx(2.0 if workspace is None else 2.5, abs=0.01)
+
+
+def test_left_where_moving_costs_more(backend):
+    """One idle row among many is not worth moving what is kept of the others."""
+    case = make(64, 20, 703)
+    coefficients = torch.ones(64)
+    coefficients[3] = 0
+    leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
+    run = lambda: weighted_log_likelihood(*leaves, case.targets, coefficients).backward()  # noqa: E731
+    assert products(case, run) == pytest.approx(3.0)
+
+
+def certain(device="cpu", dtype=torch.float32):
+    """A case in which half of the targets have nearly all of the mass."""
+    case = make(40, 20, 703, dtype=dtype, device=device, bias=True)
+    at = torch.arange(0, 40, 2, device=device)
+    own = case.weight[case.targets[at]].float()
+    case.hidden[at] = (own * (90 / own.square().sum(1, keepdim=True))).to(dtype)
+    return case
+
+
+@pytest.mark.parametrize("op", [weighted_log_likelihood, "objective"])
+@pytest.mark.parametrize("negligible", [0.0, 1e-4, 1e-2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_negligible(op, negligible, dtype, device, backend, chunks):
+    """What a row's gradient for its logits loses sums to at most 2 |coefficient * scale| negligible: so do both gradients, through head and hidden."""
+    case, scale = certain(device, dtype), 0.9
+    coefficients = torch.linspace(-1, 2, 40, device=device)
+    options = {"logit_scale": scale, "negligible": negligible}
+    leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
+    if op == "objective":
+        value = example_objective(
+            *leaves[:2],
+            case.targets,
+            torch.arange(40, device=device),
+            lambda s, n, c: c * s,
+            coefficients,
+            bias=leaves[2],
+            **options,
+        ).loss
+    else:
+        value = op(*leaves[:2], case.targets, coefficients, bias=leaves[2], **options)
+    d_hidden, d_weight, d_bias = torch.autograd.grad(value, leaves)
+    real = cast(case, dtype=torch.float64, device="cpu")
+    full = [t.detach().clone().requires_grad_() for t in real[:3]]
+    found = plain(*full[:2], real.targets, bias=full[2], logit_scale=scale)
+    wanted = torch.autograd.grad((coefficients.cpu().double() * found).sum(), full)
+    left_out = (1 - found.exp()).detach() < negligible
+    assert bool(left_out.sum() >= 15) == bool(negligible)  # the case is what it should be
+    bound = 2 * scale * negligible * coefficients.cpu().abs().double()
+    rounding = 8 * torch.finfo(dtype).eps if dtype is not torch.float32 else 2e-5
+    hidden_off = (d_hidden.cpu().double() - wanted[0]).norm(dim=1)
+    assert (hidden_off <= bound * real.weight.norm(dim=1).max() + rounding * wanted[0].norm(dim=1).max()).all()
+    assert (d_hidden[left_out.to(device)] == 0).all()
+    weight_off = (d_weight.cpu().double() - wanted[1]).norm()
+    assert weight_off <= (bound * left_out * real.hidden.norm(dim=1)).sum() + rounding * wanted[1].norm()
+    assert (d_bias.cpu().double() - wanted[2]).norm() <= (bound * left_out).sum() + rounding * wanted[2].norm()
+
+
+def test_memory(chunks):
+    """Leaving rows out must not take more than the workspace."""
+    case = make(512, 64, 4096, bias=False)
+    coefficients = torch.ones(512)
+    coefficients[::2] = 0
+    leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
+    logits = 512 * 4096 * 4
+    with Allocations() as allocated:
+        weighted_log_likelihood(*leaves, case.targets, coefficients, workspace=logits).backward()
+    outside = 2 * (case.hidden.nbytes + case.weight.nbytes) + (1 << 20)
+    assert allocated.peak <= logits + outside, allocated.peak
+
+
+def test_temperature():
+    """Log-likelihoods at temperature T are those of logit_scale / T and softcap / T."""
+    case = make(9, 20, 203)
+    z = 3.0 * torch.tanh(0.5 * (case.hidden @ case.weight.T + case.bias) / 3.0)
+    wanted = torch.log_softmax(z / 2.0, -1).gather(1, case.targets[:, None]).squeeze(1)
+    found = linear_log_likelihood(*case[:2], case.targets, bias=case.bias, logit_scale=0.25, softcap=1.5)
+    assert_agree([found], [wanted], 4e-6)
+
+
+@pytest.mark.parametrize("options", [{"likeliest": 0.0}, {"likeliest": 1.5}, {"negligible": -0.1}, {"negligible": 1.0}])
+def test_refused(options):
+    """A share or a probability that is none gets a sentence that names it."""
+    case = make(sum(LENGTHS), 20, 203)
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        evaluate(case, index_of(), **options)
