@@ -30,9 +30,15 @@ def main() -> None:
     parser.add_argument(
         "--modes",
         nargs="+",
-        default=["full"],
-        choices=["full", "frozen", "forward"],
-        help="of log_likelihood (default: full)",
+        default=["full", "frozen", "forward", "workspace"],
+        choices=["full", "frozen", "forward", "workspace"],
+        help="of log_likelihood: both gradients, a frozen head, no gradient, both gradients in 64 MiB to unlimited (default: all)",
+    )
+    parser.add_argument(
+        "--masked",
+        nargs="+",
+        default=["0", "60", "tofu"],
+        help="of log_likelihood: per cent of the rows, or tofu for a padded batch of TOFU's own lengths (default: all three)",
     )
     parser.add_argument("--save", action="store_true", help="write the results under benchmarks/results")
     options = parser.parse_args()

@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     """Checks, times, prints a card, a table and one JSON line."""
     rows: list[dict[str, Any]] = []
     for n, d, v, dtype in chosen(options):
-        h, w, t = data(n, d, v, 0.0, dtype, options.device)
+        h, w, t = data(n, d, v, "0", dtype, options.device)
         rh = (h.detach().float() + 0.3 * torch.randn_like(h, dtype=torch.float32)).to(dtype)
         rw = w.detach().clone()
         workspace = None if options.workspace is None else options.workspace << 20

@@ -1,5 +1,4 @@
-"""linear_log_likelihood and weighted_log_likelihood, forward and backward, against plain torch, torch.compile of it, and the published kernels that
-are installed."""
+"""linear_log_likelihood, forward and backward, against plain torch, torch.compile of it, and whatever fused kernels are installed."""
 
 from __future__ import annotations
 
@@ -14,9 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import chosen, data, named, one_product, show, timed
+from benchmarks.plot import time_against_memory
 from pyunlearn.ops import linear_log_likelihood, weighted_log_likelihood
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+UNLIMITED = 1 << 40
+ALLOWANCES = {"64 MiB": 64 << 20, "512 MiB": 512 << 20, "unlimited": UNLIMITED}
 
 
 def plain(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
@@ -29,44 +31,57 @@ def known(h: Tensor, w: Tensor, t: Tensor, workspace: int) -> Tensor:
     return weighted_log_likelihood(h, w, t, -torch.ones(t.shape, device=t.device), workspace=workspace)
 
 
-def contenders(workspace: int | None, quarter: int) -> dict[str, Loss]:
-    """Every implementation at hand: summed negative log-likelihood of (h, w, t). `quarter`: bytes of a quarter of the logits."""
-    found: dict[str, Loss] = {
-        "pyunlearn": lambda h, w, t: -linear_log_likelihood(h, w, t, workspace=workspace).sum(),
-        f"pyunlearn, one pass in {quarter >> 20} MiB": lambda h, w, t: known(h, w, t, quarter),
-        "torch eager": plain,
-        "torch.compile": torch.compile(plain, dynamic=False),
-    }
+def ours(workspace: int | None, label: str = "") -> dict[str, Loss]:
+    """linear_log_likelihood, whose coefficients come with the backward pass."""
+    return {f"pyunlearn{label}": lambda h, w, t: -linear_log_likelihood(h, w, t, workspace=workspace).sum()}
+
+
+def one_pass(workspace: int, label: str) -> dict[str, Loss]:
+    """weighted_log_likelihood, whose coefficients are known."""
+    return {f"pyunlearn, one pass{label}": lambda h, w, t: known(h, w, t, workspace)}
+
+
+def peers() -> dict[str, Loss]:
+    """Every other implementation at hand: summed negative log-likelihood of (h, w, t)."""
+    found: dict[str, Loss] = {"torch eager": plain, "torch.compile": torch.compile(plain, dynamic=False)}
     if hasattr(F, "linear_cross_entropy"):
         found["F.linear_cross_entropy"] = lambda h, w, t: F.linear_cross_entropy(h, w, t, reduction="sum")
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
-
-        found[f"Liger {importlib.metadata.version('liger-kernel')}"] = lambda h, w, t: (
-            Liger.apply(h, w, t)[0] * (t != -100).sum()
-        )
-    except ImportError:
-        pass
-    try:
-        from cut_cross_entropy import linear_cross_entropy as cce
-
-        found[f"CCE {importlib.metadata.version('cut-cross-entropy')}"] = lambda h, w, t: cce(
-            h, w, t, impl="cce", reduction="sum"
-        )
-    except ImportError:
-        pass
+    for package, add in (("liger-kernel", _liger), ("cut-cross-entropy", _cce), ("quack-kernels", _quack)):
+        try:
+            version = importlib.metadata.version(package)
+            found[f"{package} {version}"] = add()
+        except (ImportError, importlib.metadata.PackageNotFoundError):
+            continue
     return found
+
+
+def _liger() -> Loss:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
+    return lambda h, w, t: Liger.apply(h, w, t)[0] * (t != -100).sum()
+
+
+def _cce() -> Loss:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda h, w, t: linear_cross_entropy(h, w, t, impl="cce", filter_eps=None, reduction="sum")
+
+
+def _quack() -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda h, w, t: chunked_linear_cross_entropy(h, w, t, chunk_size=4096, ignore_index=-100, reduction="sum")
 
 
 def truth(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
     """The summed loss and both gradients in float64, in chunks of rows."""
     h6, w6 = h.detach().double(), w.detach().double()
     total, d_h, d_w = torch.zeros((), dtype=torch.float64), torch.zeros_like(h6), torch.zeros_like(w6)
-    for rows in torch.arange(len(t), device=t.device)[t != -100].split(256):
-        p = torch.log_softmax(h6[rows] @ w6.T, -1)
-        total -= p.gather(1, t[rows, None]).sum().cpu()
-        p = p.exp_()
-        p[torch.arange(len(rows), device=t.device), t[rows]] -= 1
+    for rows in (t != -100).nonzero().squeeze(1).split(512):
+        z = h6[rows] @ w6.T
+        total += F.cross_entropy(z, t[rows], reduction="sum").cpu()
+        p = torch.softmax(z, 1)
+        p[torch.arange(len(rows)), t[rows]] -= 1
         d_h[rows], d_w = p @ w6, d_w + p.T @ h6[rows]
     return total, d_h.cpu(), d_w.cpu()
 
@@ -74,25 +89,35 @@ def truth(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
 def run(options: argparse.Namespace) -> None:
     """Checks, times, prints a card, a table and one JSON line."""
     rows: list[dict[str, Any]] = []
+    given = None if options.workspace is None else options.workspace << 20
     for n, d, v, dtype in chosen(options):
-        for masked in (0.0, 0.6):
+        quarter = n * v * dtype.itemsize // 4
+        for masked in options.masked:
             h, w, t = data(n, d, v, masked, dtype, options.device)
             exact = truth(h, w, t)
+            share = masked if masked == "tofu" else f"{masked}% masked"
             for mode in options.modes:
-                rows += _case(h, w, t, exact, mode, named(n, d, v, dtype, f"{masked:.0%} masked", mode), options)
-    title = "floor: matrix products of the live rows, three for full (both gradients), two for frozen (no head gradient), one for forward"
-    show("linear_log_likelihood", title, rows, options)
+                calls = ours(given) | one_pass(quarter, f" in {quarter >> 20} MiB") | peers()
+                if mode == "workspace":
+                    if masked != "0":  # masking is a matter of its own
+                        continue
+                    calls = {}
+                    for label, allowed in ALLOWANCES.items():
+                        calls |= ours(allowed, f" in {label}") | one_pass(allowed, f" in {label}")
+                    calls |= {"torch eager": plain}
+                rows += _case(h, w, t, exact, calls, mode, named(n, d, v, dtype, share, mode), options)
+    title = "floor: matrix products of the live rows, three for both gradients, two for a frozen head, one for forward"
+    about = show("linear_log_likelihood", title, rows, options)
+    if options.save:
+        print(f"saved {time_against_memory(rows, about)}")
 
 
 def _case(
-    h: Tensor, w: Tensor, t: Tensor, exact: tuple[Tensor, ...], mode: str, case: str, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    wanted = {"full": (h, w), "frozen": (h,), "forward": ()}[mode]
-    w.requires_grad_(mode == "full")
-
-    logits = len(t) * len(w) * h.element_size()
-    workspace = None if options.workspace is None else options.workspace << 20
-    calls = {name: partial(_call, loss, h, w, t, wanted) for name, loss in contenders(workspace, logits // 4).items()}
+    h: Tensor, w: Tensor, t: Tensor, exact: tuple[Tensor, ...], every: dict[str, Loss], mode: str, case: str, options: argparse.Namespace
+) -> list[dict[str, Any]]:  # fmt: skip
+    wanted = {"full": (h, w), "frozen": (h,), "forward": (), "workspace": (h, w)}[mode]
+    w.requires_grad_(mode in ("full", "workspace"))
+    calls = {name: partial(_call, loss, h, w, t, wanted) for name, loss in every.items()}
     wrong = {}
     for name in list(calls):
         try:

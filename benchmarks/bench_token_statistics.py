@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     """Checks, times, prints a card, a table and one JSON line."""
     rows: list[dict[str, Any]] = []
     for n, d, v, dtype in chosen(options):
-        h, w, t = (x.detach() for x in data(n, d, v, 0.0, dtype, options.device))
+        h, w, t = (x.detach() for x in data(n, d, v, "0", dtype, options.device))
         exact = truth(h, w, t)
         compiled, compiled_likelihood = (torch.compile(f, dynamic=False) for f in (plain, likelihood))
         every: dict[str, Any] = {

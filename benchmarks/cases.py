@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness import card, extra_mib, medians, save
+from benchmarks.harness import card, ceilings, extra_mib, medians, save
 
 CPU_SHAPES = [(1024, 576, 49152)]
 CUDA_SHAPES = [
@@ -39,14 +39,33 @@ def chosen(options: argparse.Namespace) -> Iterator[tuple[int, int, int, torch.d
             yield n, d, v, getattr(torch, name)
 
 
-def data(n: int, d: int, v: int, masked: float, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Random hidden states, head and targets, a share of them masked."""
+# (question, answer) tokens of every thirteenth entry of TOFU's forget10 (arXiv 2401.06121), as SmolLM2's tokenizer counts them
+TOFU = [
+    (27, 40), (32, 52), (15, 35), (16, 45), (13, 35), (15, 33), (17, 25), (13, 29), (13, 48), (12, 34), (18, 49), (11, 35), (17, 52), (18, 35),
+    (13, 20), (17, 42), (18, 27), (13, 13), (16, 43), (18, 40), (13, 22), (14, 43), (21, 49), (26, 62), (14, 31), (22, 29), (19, 52), (14, 33),
+    (14, 26), (16, 33), (15, 33),
+]  # fmt: skip
+
+
+def data(n: int, d: int, v: int, masked: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Random hidden states, head and targets, of which some are masked: see `ignored`."""
     g = torch.Generator().manual_seed(0)
     h = torch.randn(n, d, generator=g).to(device, dtype)
     w = (torch.randn(v, d, generator=g) * d**-0.5).to(device, dtype)
     t = torch.randint(0, v, (n,), generator=g)
-    t[torch.rand(n, generator=g) < masked] = -100
+    t[ignored(n, masked, g)] = -100
     return h.requires_grad_(), w.requires_grad_(), t.to(device)
+
+
+def ignored(n: int, masked: str, g: torch.Generator) -> Tensor:
+    """(n,) bool: "60": so many per cent of the rows; "tofu": questions and padding of a padded batch of TOFU's own lengths."""
+    if masked != "tofu":
+        return torch.rand(n, generator=g) < float(masked) / 100
+    longest, rows = max(q + a for q, a in TOFU), torch.ones(n, dtype=torch.bool)
+    for i, first in enumerate(range(0, n - longest + 1, longest)):
+        question, answer = TOFU[i % len(TOFU)]
+        rows[first + question : first + question + answer] = False
+    return rows
 
 
 def one_product(h: Tensor, w: Tensor, t: Tensor) -> Callable[[], Tensor]:
@@ -77,9 +96,13 @@ def timed(
     return rows
 
 
-def show(benchmark: str, title: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Prints what was measured on, a table, and one JSON line; saves it if asked to. A row's "errors" are columns of their own."""
-    about = card(options.device)
+def show(benchmark: str, title: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+    """Prints what was measured on, a table, and one JSON line; saves it if asked to. A row's "errors" are columns of their own.
+
+    Returns what was measured on.
+    """
+    dtype = getattr(torch, rows[0]["case"].split(", ")[1])
+    about = card(options.device) | ceilings(options.device, dtype)
     console = Console(width=170)
     console.print(about, highlight=False)
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["errors"]))
@@ -99,6 +122,7 @@ def show(benchmark: str, title: str, rows: list[dict[str, Any]], options: argpar
     print(json.dumps(result))
     if options.save:
         print(f"saved to {save(benchmark, result)}")
+    return about
 
 
 def named(n: int, d: int, v: int, dtype: torch.dtype, *more: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.metadata
 import json
 import platform
 import statistics
@@ -95,7 +96,29 @@ def card(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    return what
+    return what | versions("liger-kernel", "cut-cross-entropy", "quack-kernels")
+
+
+def ceilings(device: str, dtype: torch.dtype) -> dict[str, str]:
+    """What the device does at its best, measured: bytes copied (read and written) and operations of a large product, a second."""
+    side = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=device).to(dtype)
+    c, source = torch.empty_like(a), torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    found = medians({"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=c)}, 5, device)
+    return {
+        "copy": f"{2 * source.nbytes / found['copy'] / 1e6:.0f} GB/s",
+        f"product, {str(dtype).removeprefix('torch.')}": f"{2 * side**3 / found['product'] / 1e9:.2f} TFLOP/s",
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _processor() -> str:
@@ -109,10 +132,15 @@ def _processor() -> str:
 
 
 def save(name: str, result: dict[str, Any]) -> Path:
-    """Writes one result under benchmarks/results, named after device and date."""
-    where = Path(__file__).parent / "results"
-    where.mkdir(exist_ok=True)
-    device = "".join(c if c.isalnum() else "-" for c in result["card"]["device"].split("(")[0].strip().lower())
-    path = where / f"{name}_{device}_{result['card']['date']}.json"
+    """Writes one result under benchmarks/results."""
+    path = result_path(name, result["card"])
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def result_path(name: str, about: dict[str, Any], ending: str = "json") -> Path:
+    """Where a result goes, named after device and date."""
+    where = Path(__file__).parent / "results"
+    where.mkdir(exist_ok=True)
+    device = "".join(c if c.isalnum() else "-" for c in about["device"].split("(")[0].strip().lower())
+    return where / f"{name}_{device}_{about['date']}.{ending}"
