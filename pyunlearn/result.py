@@ -95,7 +95,8 @@ class Result:
         Raises OutputError when the directory holds something already or cannot be written.
         """
         target = check_output(directory)
-        beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        mount = target.is_mount()  # cannot be replaced, only filled
+        beside = (target / ".partial") if mount else target.with_name(f".{target.name}.partial-{os.getpid()}")
         try:
             beside.mkdir(parents=True)
             self.model.save_pretrained(beside)
@@ -104,9 +105,13 @@ class Result:
             (beside / "result.json").write_text(
                 json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             )
-            if target.exists():
-                target.rmdir()
-            beside.replace(target)
+            if mount:
+                for part in sorted(beside.iterdir()):
+                    part.replace(target / part.name)
+            else:
+                if target.exists():
+                    target.rmdir()
+                beside.replace(target)
         except OSError as error:
             raise OutputError(f"the result could not be written to {target}: {error}") from error
         finally:

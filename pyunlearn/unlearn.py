@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyunlearn import models
+from pyunlearn._interrupt import Interruptible
 from pyunlearn._run import Run, sizes
 from pyunlearn._state import State
 from pyunlearn.data import encode, read_examples
@@ -165,9 +166,17 @@ def unlearn(
     if retain_loss == "hold":
         run.hold_retain()
     run.take_fingerprint({name: settings[name] for name in _FIXED})
-    history, stopped = _ascend(
-        run, learning_rate, max_steps, retain_weight if retain_loss else 0.0, max_grad_norm, checkpoint, resume
-    )
+    with Interruptible() as interrupt:
+        history, stopped = _ascend(
+            run,
+            learning_rate,
+            max_steps,
+            retain_weight if retain_loss else 0.0,
+            max_grad_norm,
+            checkpoint,
+            resume,
+            interrupt,
+        )
     texts = [e.prompt + e.completion for e in forget_examples]
     result = Result(
         run.inner,
@@ -196,6 +205,7 @@ def _ascend(
     max_grad_norm: float,
     checkpoint: Path | None,
     resume: bool,
+    interrupt: Interruptible,
 ) -> tuple[list[dict[str, Any]], str]:
     """The loop. Leaves the best state within the budget in the model; returns one record a step, and why it ended."""
     state = State(run.model, learning_rate, resumable=checkpoint is not None)
@@ -242,6 +252,7 @@ def _ascend(
                 optimizer.step()
                 # ----------------------------------------------------------------
                 run.steps[chosen] += 1
+                interrupt.check()
                 records.append({
                     "step": step + len(records) + 1, "round": round_number, "examples": [int(i) for i in chosen],
                     "forget_loss": _number(forget_loss), "retain_nll": retain_nll, "gradient_norm": _number(float(norm)),
@@ -268,6 +279,8 @@ def _ascend(
             if time.monotonic() - last_saved > 300:
                 save()
                 last_saved = time.monotonic()
+            began = run.steps.copy()
+            interrupt.check()
     except KeyboardInterrupt:
         state.rewind()
         run.steps[:] = began

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -15,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyunlearn
 from pyunlearn import models
+from pyunlearn._interrupt import Interruptible
+from pyunlearn._run import Run
 from pyunlearn._state import MasterWeights, State
 from pyunlearn.data import Tokens, encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError, ModelError, OutputError, TrainingError
@@ -331,6 +337,50 @@ def test_an_interrupted_run_goes_on_with_the_numbers_of_an_uninterrupted_one(sto
     assert same(resumed.model, whole.model)
     assert (out / "result.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("within", ["keep", "measure", "step"])
+def test_a_signal_never_falls_into_the_middle_of_a_step(story, tmp_path, monkeypatch, within):
+    """A real Ctrl-C while weights are being copied, scored or updated waits until they are whole: resumed, the numbers are an uninterrupted run's."""
+    model = story.fresh()
+    start, options = weights(model), {"max_steps": 8, "batch_size": 1, "learning_rate": 2e-4}
+    whole = run(story, **options, model=model)
+    model.load_state_dict(start)
+    owner, name = {
+        "keep": (State, "_keep_moments"),
+        "measure": (Run, "objection"),
+        "step": (torch.optim.AdamW, "step"),
+    }[within]
+    original, calls = getattr(owner, name), []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(name)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # the handler runs here
+        return original(self, *args, **kwargs)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        broken = run(story, **options, model=model, output_dir=tmp_path / "out")
+    assert broken.stopped == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is handler
+    model.load_state_dict(start)
+    resumed = run(story, **options, model=model, output_dir=tmp_path / "out", resume=True)
+    assert timeless(resumed.history) == timeless(whole.history)
+    assert same(resumed.model, whole.model)
+
+
+def test_a_second_signal_interrupts_at_once():
+    """Whoever presses Ctrl-C twice does not want to wait."""
+    with pytest.raises(KeyboardInterrupt), Interruptible() as interrupt:  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert interrupt.asked
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        pytest.fail("the second signal was not heard")
 
 
 def test_an_interrupted_run_leaves_the_last_good_weights_in_the_model(story, tmp_path, monkeypatch):
@@ -696,6 +746,21 @@ def test_an_output_folder_that_is_not_empty_is_refused_before_anything_is_change
     assert same(model, story.model)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+
+
+def test_a_mount_point_is_filled(story, tmp_path, monkeypatch):
+    """An output folder that cannot be replaced, such as a volume of a container, gets the files themselves, and nothing else."""
+    out = tmp_path / "out"
+    out.mkdir()
+    before = out.stat().st_ino
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == out)
+    monkeypatch.setattr(Path, "rmdir", lambda self: pytest.fail("a mount point cannot be removed"))
+    run(story, story.unseen).save(out)
+    assert out.stat().st_ino == before
+    names = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "result.json", "config.json"} <= names
+    assert not any(name.startswith(".") for name in names)
+    AutoModelForCausalLM.from_pretrained(out)
 
 
 @pytest.mark.parametrize(
