@@ -71,9 +71,14 @@ def test_every_width(op, width, device, backend):
 @pytest.mark.parametrize("vocabulary", [1, 2, 123, 50257, 65537, 128256])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_every_vocabulary(op, vocabulary, softcap, device, backend):
-    """Values and gradients must agree with float64 for any vocabulary, whole blocks or not, padding never counted."""
+    """Values and gradients must agree with float64 for any vocabulary, whole blocks or not, padding never counted.
+
+    Plus PyTorch's own error: a float32 sum over so many columns is only as good as the machine's product makes it.
+    """
     case = make(3, 4, vocabulary, device=device)
-    assert_agree(evaluate(op, case, softcap=softcap), truth(case, softcap=softcap), 4e-6)
+    wanted = truth(case, softcap=softcap)
+    theirs = max(error(f, w) for f, w in zip(evaluate(plain, case, softcap=softcap), wanted, strict=True))
+    assert_agree(evaluate(op, case, softcap=softcap), wanted, 4e-6 + theirs)
 
 
 @both_ops
