@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import platform
 import statistics
 import threading
@@ -109,10 +110,11 @@ def _processor() -> str:
 
 
 def save(name: str, result: dict[str, Any]) -> Path:
-    """Writes one result under benchmarks/results, named after device and date."""
+    """Writes one result under benchmarks/results, named after device, PYUNLEARN_HOPPER and date."""
     where = Path(__file__).parent / "results"
     where.mkdir(exist_ok=True)
     device = "".join(c if c.isalnum() else "-" for c in result["card"]["device"].split("(")[0].strip().lower())
-    path = where / f"{name}_{device}_{result['card']['date']}.json"
+    kernels = "_hopper" if os.environ.get("PYUNLEARN_HOPPER") == "1" else ""
+    path = where / f"{name}_{device}{kernels}_{result['card']['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
