@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import threading
@@ -139,8 +140,9 @@ def save(name: str, result: dict[str, Any]) -> Path:
 
 
 def result_path(name: str, about: dict[str, Any], ending: str = "json") -> Path:
-    """Where a result goes, named after device and date."""
+    """Where a result goes, named after device, PYUNLEARN_HOPPER and date."""
     where = Path(__file__).parent / "results"
     where.mkdir(exist_ok=True)
     device = "".join(c if c.isalnum() else "-" for c in about["device"].split("(")[0].strip().lower())
-    return where / f"{name}_{device}_{about['date']}.{ending}"
+    kernels = "_hopper" if os.environ.get("PYUNLEARN_HOPPER") == "1" else ""
+    return where / f"{name}_{device}{kernels}_{about['date']}.{ending}"

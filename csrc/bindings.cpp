@@ -7,6 +7,8 @@
 
 #include "bf16_products.h"
 #include "device.h"
+#include "hopper.h"
+#include "kept_backward.h"
 #include "kl_divergence.h"
 #include "log_likelihood.h"
 #include "token_statistics.h"
@@ -106,10 +108,107 @@ void bf16_product(Address a, int64_t a_stride, Address b, int64_t b_stride, Addr
                             threads));
 }
 
+// The kernels of compute capability 9.0, on a stream. Where they were not built, the call says so.
+#ifdef PYUNLEARN_HOPPER
+#define PYUNLEARN_HOPPER_RUN(call)           \
+  const py::gil_scoped_release release;      \
+  raise_if(call)
+#else
+#define PYUNLEARN_HOPPER_RUN(call) static_cast<void>(sizeof(call)), raise_if(kNoHopper)  // sizeof: named, and not linked
+#endif
+constexpr const char* kNoHopper = "this build has no Hopper kernels";
+
+#define PYUNLEARN_INPUT                                                                                                                      \
+  Address hidden, Address weight, int dtype, int64_t n, int64_t d, int64_t v, int64_t hidden_stride, int64_t weight_stride, Address bias,    \
+      int bias_dtype, double scale, double softcap, Address targets
+#define PYUNLEARN_ROWS                                                                                                                     \
+  int64_t n, int64_t d, int64_t v, double scale, double softcap, Address targets, Address coefficients, Address factor, Address log_likelihood, \
+      Address maximum, Address total
+
+const float* floats(Address address) { return static_cast<const float*>(in(address)); }
+float* floats_out(Address address) { return static_cast<float*>(out(address)); }
+const int64_t* integers(Address address) { return static_cast<const int64_t*>(in(address)); }
+MatrixIn matrix_in(Address data, int dtype, int64_t stride) { return {in(data), Dtype(dtype), stride}; }
+
+HopperInput hopper_input(PYUNLEARN_INPUT) {
+  return {in(hidden), in(weight), Dtype(dtype), n, d, v, hidden_stride, weight_stride, in(bias), Dtype(bias_dtype), scale, softcap, integers(targets)};
+}
+KeptRows kept_rows(PYUNLEARN_ROWS) {
+  return {n, d, v, scale, softcap, integers(targets), floats(coefficients), floats(factor), floats(log_likelihood), floats(maximum), floats(total)};
+}
+
+py::object hopper_unavailable_here() {
+#ifdef PYUNLEARN_HOPPER
+  const char* why = hopper_unavailable();
+#else
+  const char* why = kNoHopper;
+#endif
+  return why ? py::object(py::str(why)) : py::none();
+}
+
+int64_t hopper_workspace(int64_t n) {
+#ifdef PYUNLEARN_HOPPER
+  return hopper_workspace_bytes(n);
+#else
+  throw std::runtime_error(kNoHopper);
+#endif
+}
+
+void hopper_statistics_at(PYUNLEARN_INPUT, Address log_likelihood, Address maximum, Address total, Address entropy, Address variance, Address rank,
+                          Address threshold, Address workspace, Address stream) {
+  const HopperInput input =
+      hopper_input(hidden, weight, dtype, n, d, v, hidden_stride, weight_stride, bias, bias_dtype, scale, softcap, targets);
+  const HopperStatistics to{floats_out(log_likelihood), floats_out(maximum), floats_out(total), floats_out(entropy), floats_out(variance),
+                            static_cast<int64_t*>(out(rank)), floats(threshold)};
+  PYUNLEARN_HOPPER_RUN(hopper_statistics(input, to, out(workspace), out(stream)));
+}
+
+void hopper_statistics_kept_at(PYUNLEARN_INPUT, Address log_likelihood, Address maximum, Address total, Address kept, int64_t kept_stride,
+                               Address factor, Address workspace, Address stream) {
+  const HopperInput input =
+      hopper_input(hidden, weight, dtype, n, d, v, hidden_stride, weight_stride, bias, bias_dtype, scale, softcap, targets);
+  PYUNLEARN_HOPPER_RUN(hopper_statistics_kept(input, floats_out(log_likelihood), floats_out(maximum), floats_out(total), out(kept), kept_stride,
+                                              floats_out(factor), out(workspace), out(stream)));
+}
+
+void hopper_gradient_at(PYUNLEARN_INPUT, int64_t first_column, Address coefficients, Address log_likelihood, Address maximum, Address total,
+                        Address result, int64_t result_stride, Address stream) {
+  const HopperInput input =
+      hopper_input(hidden, weight, dtype, n, d, v, hidden_stride, weight_stride, bias, bias_dtype, scale, softcap, targets);
+  PYUNLEARN_HOPPER_RUN(hopper_gradient(input, first_column, floats(coefficients), floats(log_likelihood), floats(maximum), floats(total), out(result),
+                                       result_stride, out(stream)));
+}
+
+void kept_scale_hidden_at(PYUNLEARN_ROWS, Address hidden, int hidden_dtype, int64_t hidden_stride, Address result, int result_dtype,
+                          int64_t result_stride, Address stream) {
+  const KeptRows rows = kept_rows(n, d, v, scale, softcap, targets, coefficients, factor, log_likelihood, maximum, total);
+  PYUNLEARN_HOPPER_RUN(
+      kept_scale_hidden(rows, matrix_in(hidden, hidden_dtype, hidden_stride), matrix(result, result_dtype, result_stride), out(stream)));
+}
+
+void kept_hidden_gradient_at(PYUNLEARN_ROWS, Address product, int product_dtype, int64_t product_stride, Address weight, int weight_dtype,
+                             int64_t weight_stride, Address result, int result_dtype, int64_t result_stride, Address stream) {
+  const KeptRows rows = kept_rows(n, d, v, scale, softcap, targets, coefficients, factor, log_likelihood, maximum, total);
+  PYUNLEARN_HOPPER_RUN(kept_hidden_gradient(rows, matrix_in(product, product_dtype, product_stride), matrix_in(weight, weight_dtype, weight_stride),
+                                            matrix(result, result_dtype, result_stride), out(stream)));
+}
+
+void kept_add_targets_at(PYUNLEARN_ROWS, Address hidden, int hidden_dtype, int64_t hidden_stride, Address sorted_targets, Address order,
+                         Address d_weight, int d_weight_dtype, int64_t d_weight_stride, Address stream) {
+  const KeptRows rows = kept_rows(n, d, v, scale, softcap, targets, coefficients, factor, log_likelihood, maximum, total);
+  PYUNLEARN_HOPPER_RUN(kept_add_targets(rows, matrix_in(hidden, hidden_dtype, hidden_stride), integers(sorted_targets), integers(order),
+                                        matrix(d_weight, d_weight_dtype, d_weight_stride), out(stream)));
+}
+
 py::dict build_info() {
   py::dict info;
   info["bf16_products"] = bf16_products_serve();
   info["cpu_variant"] = cpu_variant();
+#ifdef PYUNLEARN_HOPPER
+  info["hopper"] = true;
+#else
+  info["hopper"] = false;
+#endif
 #ifdef PYUNLEARN_CUDA
   info["cuda_architectures"] = PYUNLEARN_CUDA_ARCHITECTURES;
   int devices = 0, driver = 0, runtime = 0;
@@ -134,5 +233,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("kl_statistics", &kl_statistics);
   m.def("kl_gradient", &kl_gradient);
   m.def("bf16_product", &bf16_product);
+  m.def("hopper_unavailable", &hopper_unavailable_here);
+  m.def("hopper_workspace_bytes", &hopper_workspace);
+  m.def("hopper_statistics", &hopper_statistics_at);
+  m.def("hopper_statistics_kept", &hopper_statistics_kept_at);
+  m.def("hopper_gradient", &hopper_gradient_at);
+  m.def("kept_scale_hidden", &kept_scale_hidden_at);
+  m.def("kept_hidden_gradient", &kept_hidden_gradient_at);
+  m.def("kept_add_targets", &kept_add_targets_at);
   m.def("build_info", &build_info);
 }

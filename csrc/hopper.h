@@ -9,7 +9,8 @@
 namespace pyunlearn {
 
 // hidden and weight: bfloat16 or float16, both alike; 16-byte aligned, strides (elements between rows) multiples of 8 and at least d.
-// d: a multiple of 8. n, v: anything up to 2^30. bias: float32 or the dtype of weight. A target may be any number.
+// d: a multiple of 8. n, v: anything up to 2^30. bias: float32 or the dtype of weight. A target may be any number. A row whose largest logit is beyond
+// 7e8 in size, or whose logits are all -inf, gets NaN.
 struct HopperInput {
   const void *hidden, *weight;  // (n, d), (v, d)
   Dtype dtype;
@@ -22,10 +23,12 @@ struct HopperInput {
 
 // All (n,). log-likelihood, entropy in nats, variance in nats^2. A target outside [0, v): log-likelihood NaN, rank -1, the others as usual.
 struct HopperStatistics {
-  float *log_likelihood, *lse;
+  float *log_likelihood;
+  float *maximum, *total;  // M and S of log_likelihood.h, with M near the log of the sum
   float* entropy;   // -sum_j p_j log p_j; or null
   float* variance;  // of log p under p; or null
-  int64_t* rank;    // how many logits are above the target's (exact for v up to 2^24, up to near ties); or null
+  int64_t* rank;    // how many logits are above the threshold, the target's own not counted (exact for v up to 2^24); or null
+  const float* threshold;  // or null: the target's logit
 };
 
 // Null if the current device can run these kernels.
@@ -41,17 +44,17 @@ const char* hopper_statistics(const HopperInput&, const HopperStatistics&, void*
 //                                            (kept_backward.h).
 // kept (n, v) bfloat16, 16-byte aligned, its stride a multiple of 8 that is at least v; columns v .. next multiple of 8 are zeroed.
 // bfloat16 inputs only. The exponentials are kept relative to a reference that has to be known before the sweep: max(target logit, 0).
-// bfloat16 has the range for that (the few rows that leave it, lse more than 69 nats above or 41 below, are written again by a second sweep that
+// bfloat16 has the range for that (the few rows that leave it, log S + M more than 69 nats above or 41 below, are written again by a second sweep that
 // otherwise ends at once). float16 spans 2^-24 .. 2^16: any row with a surprising target would overflow it, and factor_r * hidden would underflow
 // it, so nearly every block of 256 rows would be swept twice, which is what recomputing with hopper_gradient costs.
-const char* hopper_statistics_kept(const HopperInput&, float* log_likelihood, float* lse, void* kept, int64_t kept_stride, float* factor,
-                                   void* workspace, void* stream);
+const char* hopper_statistics_kept(const HopperInput&, float* log_likelihood, float* maximum, float* total, void* kept, int64_t kept_stride,
+                                   float* factor, void* workspace, void* stream);
 
 // For a chunk of the vocabulary, entries first_column .. first_column + v - 1, whose rows of weight and bias are given:
 //     g_rj = coefficient_r * scale * ([first_column + j is the target of r] - p_rj) * (dz/du)_rj      (log_likelihood.h)
 // g (n, v) in the input's dtype, 16-byte aligned, its stride a multiple of 8 that is at least v; columns v .. next multiple of 8 are zeroed.
 // Rows with coefficient 0 give zeros whatever else they hold.
-const char* hopper_gradient(const HopperInput&, int64_t first_column, const float* coefficients, const float* log_likelihood, const float* lse,
-                            void* g, int64_t g_stride, void* stream);
+const char* hopper_gradient(const HopperInput&, int64_t first_column, const float* coefficients, const float* log_likelihood,
+                            const float* maximum, const float* total, void* g, int64_t g_stride, void* stream);
 
 }  // namespace pyunlearn

@@ -15,7 +15,7 @@ struct KeptRows {
   int64_t n, d, v;
   double scale, softcap;
   const int64_t* targets;
-  const float *coefficients, *factor, *log_likelihood, *lse;  // (n,)
+  const float *coefficients, *factor, *log_likelihood, *maximum, *total;  // (n,)
 };
 
 // Matrices here have contiguous columns and strides in elements; float32, bfloat16 or float16, each its own. Any alignment works, 16 bytes is fast.

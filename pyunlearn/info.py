@@ -12,7 +12,7 @@ def collect() -> dict[str, Any]:
     import transformers
 
     import pyunlearn
-    from pyunlearn.ops import _backend
+    from pyunlearn.ops import _backend, _hopper
 
     chosen, built = _backend.chosen(), _backend.build_info()
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -26,6 +26,7 @@ def collect() -> dict[str, Any]:
         "backend on the CPU": f"{chosen.cpu} ({built['cpu_variant']} kernels)" if chosen.cpu == "cpu" else chosen.cpu,
         "backend on CUDA": chosen.cuda,
         "why": chosen.why,
+        "Hopper kernels": _hopper.status(),
         "CPU threads": torch.get_num_threads(),
         "compiled CUDA architectures": built.get("cuda_architectures") or "none",
         "CUDA driver": f"{driver // 1000}.{driver % 1000 // 10}" if driver else "none",

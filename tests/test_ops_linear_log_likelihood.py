@@ -28,7 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops import _backend, linear_log_likelihood, log_likelihood, reference
+from pyunlearn.ops import _backend, _hopper, linear_log_likelihood, log_likelihood, reference
 from pyunlearn.ops._plan import MIB, Plan, default_workspace, plan
 
 
@@ -122,8 +122,11 @@ def test_an_exact_common_offset_changes_nothing(op, dtype, workspace, device, ba
     case = cast(case, dtype=dtype)
     case = case._replace(bias=case.bias.float())
     shifted = case._replace(bias=case.bias + 65536)
-    found = evaluate(op, shifted, workspace=workspace)
-    assert_equal(found, evaluate(op, case, workspace=workspace))
+    found, wanted = evaluate(op, shifted, workspace=workspace), evaluate(op, case, workspace=workspace)
+    if op is linear_log_likelihood and _hopper.serves(case.hidden, case.weight):
+        assert_agree(found, wanted, 4e-3)  # what is kept there is relative to 0, so it is rounded elsewhere
+    else:
+        assert_equal(found, wanted)
 
 
 @both_ops

@@ -42,6 +42,11 @@ def build_info() -> dict[str, Any]:
     return dict(_C.build_info()) if _C is not None else {}
 
 
+def extension() -> Any:
+    """The compiled extension, for kernels that have no counterpart on the other backends."""
+    return _C
+
+
 @cache
 def chosen() -> Backend:
     """The backend of this process. Raises ValueError for an unknown or impossible PYUNLEARN_BACKEND."""

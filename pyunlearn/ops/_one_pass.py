@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyunlearn.ops import _hopper
 from pyunlearn.ops._library import NO_GRADIENT_OF_GRADIENT, contiguous, host_may_wait
 from pyunlearn.ops._passes import Gradients, Head, differentiate, real_of, score, take
 from pyunlearn.ops._plan import bytes_of_sum, default_workspace, plan, rows_at_a_time
@@ -40,7 +41,9 @@ def rows_a_chunk(rows: int, hidden: Tensor, weight: Tensor, workspace: int | Non
     workspace = default_workspace(hidden.device.type) if workspace is None else workspace
     train = torch.is_grad_enabled() and weight.requires_grad
     vocabulary, width = weight.shape
-    most = rows_at_a_time(rows, vocabulary, width, hidden.dtype, hidden.device.type, workspace, train)
+    most = rows_at_a_time(
+        rows, vocabulary, width, hidden.dtype, hidden.device.type, workspace, train, _hopper.serves(hidden, weight)
+    )
     return most, workspace - (bytes_of_sum(vocabulary, width, hidden.dtype) if train and most < rows else 0)
 
 
@@ -107,10 +110,10 @@ def _run(
         made_for, found = None, []
         for k, (first, end) in enumerate(work.chunks):
             rows = max(work.at_a_time, end - first)
-            p = plan(rows, weight.shape[0], h.dtype, h.device.type, work.workspace, keep)
+            p = plan(rows, weight.shape[0], h.dtype, h.device.type, work.workspace, keep, _hopper.serves(h, weight))
             if made_for != (rows, p):
                 kept.clear()
-                kept += [h.new_empty((rows * (e - b),)) for b, e in p.groups()[: p.kept]]
+                kept += [h.new_empty((rows * p.room(b, e),)) for b, e in p.groups()[: p.kept]]
                 block_maximum, made_for = h.new_empty((p.blocks if keep else 0, rows), dtype=real), (rows, p)
             part, t = h[first:end], work.targets[first:end]
             statistics = score(part, head, t, p, kept, block_maximum if keep else None)

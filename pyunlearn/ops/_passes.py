@@ -5,31 +5,15 @@ Rows here are live ones: masked rows have been dropped. Buffers come from the ca
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _backend
+from pyunlearn.ops import _backend, _hopper
 from pyunlearn.ops._plan import Plan, balance
 from pyunlearn.ops._products import Logits, add_product, product
-
-
-class Head(NamedTuple):
-    """logits = cap(logit_scale * (hidden @ weight.T + bias)): weight (V, D), bias (V,) contiguous or None, softcap 0 for none."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float
-
-
-class Statistics(NamedTuple):
-    """(n,) each: log-likelihood of the target, largest logit M, and the sum over the vocabulary of exp(logit - M)."""
-
-    log_likelihood: Tensor
-    maximum: Tensor
-    total: Tensor
+from pyunlearn.ops._types import Gradients as Gradients
+from pyunlearn.ops._types import Head as Head
+from pyunlearn.ops._types import Statistics as Statistics
 
 
 def real_of(x: Tensor) -> torch.dtype:
@@ -58,6 +42,8 @@ def score(
     kept: flat buffers of n * columns elements or more for the first len(kept) groups, which receive exp(logit - block maximum).
     block_maximum: (blocks, n) or more columns, filled; None if there will be no gradient.
     """
+    if p.fused:
+        return Statistics(*_hopper.score(h, head, targets, kept, block_maximum))
     n, real = h.shape[0], real_of(h)
     maximum, total = h.new_full((n,), -torch.inf, dtype=real), h.new_zeros((n,), dtype=real)
     target_logit = h.new_full((n,), torch.nan, dtype=real)
@@ -76,15 +62,6 @@ def score(
     return Statistics((target_logit - maximum) - total.log(), maximum, total)
 
 
-class Gradients(NamedTuple):
-    """Where the gradients go; None for those that nobody asked for. `add` says that weight and bias hold earlier rows' gradient already."""
-
-    hidden: Tensor | None  # (n, D) real, zeros
-    weight: Tensor | None  # (V, D), of the head's dtype, or real to add to
-    bias: Tensor | None  # (V,) real
-    add: bool = False
-
-
 def differentiate(
     h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor, kept: list[Tensor | None],
     block_maximum: Tensor, into: Gradients, *, in_place: bool, release: bool, negligible: float = 0.0,
@@ -94,6 +71,9 @@ def differentiate(
     kept: what `score` kept of each group, None or missing for what has to be computed again. in_place: it becomes the gradient with respect to
     the logits where it lies; release: and its memory is given back, group by group. negligible: see `rows_that_pull`.
     """
+    if p.fused:
+        _hopper.differentiate(h, head, targets, p, statistics, coefficients, kept, block_maximum, into, release=release)
+        return
     count, real = h.shape[0], real_of(h)
     kept = kept + [None] * (len(p.groups()) - len(kept))
     again = any(k is None for k in kept)

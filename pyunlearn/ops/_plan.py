@@ -24,6 +24,11 @@ class Plan(NamedTuple):
     block: int
     group: int
     kept: int
+    fused: bool = False  # for the kernels of _hopper.py: no blocks of logits
+
+    def room(self, first: int, end: int) -> int:
+        """Columns that a row of a buffer for this group has; the fused kernels write whole pieces of 16 bytes."""
+        return _padded(end - first) if self.fused else end - first
 
     @property
     def blocks(self) -> int:
@@ -39,8 +44,10 @@ class Plan(NamedTuple):
         return [(b // self.block, b, min(b + self.block, end)) for b in range(first, end, self.block)]
 
 
-def plan(rows: int, vocabulary: int, dtype: torch.dtype, device: str, workspace: int | None, keep: bool) -> Plan:
-    """The plan for `rows` rows; `workspace` bytes bound scratch and kept together (None: `default_workspace`).
+def plan(
+    rows: int, vocabulary: int, dtype: torch.dtype, device: str, workspace: int | None, keep: bool, fused: bool = False
+) -> Plan:
+    """The plan for `rows` rows; `workspace` bytes bound scratch and kept together (None: `default_workspace`). fused: see `_fused_plan`.
 
     Blocks and groups are the same for every workspace that leaves room for full-sized ones (128 MiB on the CPU, 1 GiB on a card), so the answer
     is too, bit for bit; below that they shrink, down to 64 columns, and the answer may move in its last digit.
@@ -48,6 +55,8 @@ def plan(rows: int, vocabulary: int, dtype: torch.dtype, device: str, workspace:
     size = dtype.itemsize
     real = 8 if dtype is torch.float64 else 4
     workspace = default_workspace(device) if workspace is None else workspace
+    if fused:
+        return _fused_plan(max(1, rows), vocabulary, dtype, workspace, keep)
     block_bytes, group_blocks = (8 * MIB, 4) if device == "cpu" else (32 * MIB, 8)
     per_column = max(1, rows) * real
     block = _columns(min(block_bytes, workspace // 4) // per_column, 8192, vocabulary)
@@ -61,23 +70,41 @@ def plan(rows: int, vocabulary: int, dtype: torch.dtype, device: str, workspace:
     return Plan(vocabulary, block, group, max(0, min((workspace - scratch) // (group * columns), count - 1)))
 
 
+_FUSED_SCRATCH = 1600  # bytes a row: what the clusters of an H100 leave for each other (csrc/hopper.h)
+_FUSED_COLUMNS = 16384  # of the gradient at a time
+
+
+def _fused_plan(rows: int, vocabulary: int, dtype: torch.dtype, workspace: int, keep: bool) -> Plan:
+    """Either all exponentials are kept, in one group, or none: then the gradient is made in slices of the vocabulary that fit the workspace.
+
+    float16 has not the range to keep them.
+    """
+    room = workspace - rows * _FUSED_SCRATCH
+    if not keep or (dtype is torch.bfloat16 and rows * _padded(vocabulary) * dtype.itemsize <= room):
+        return Plan(vocabulary, vocabulary, vocabulary, int(keep), fused=True)
+    columns = max(256, min(workspace // (rows * dtype.itemsize) // 256 * 256, _FUSED_COLUMNS))
+    return Plan(vocabulary, min(columns, vocabulary), min(columns, vocabulary), 0, fused=True)
+
+
 def balance(device: str) -> int:
     """Arithmetic operations in the time that one byte of memory takes."""
     return 32 if device == "cpu" else 200
 
 
 def rows_at_a_time(
-    rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: str, workspace: int, train_weight: bool
-) -> int:
+    rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: str, workspace: int, train_weight: bool, fused: bool = False
+) -> int:  # fmt: skip
     """How many rows to finish, forward and backward, before the next ones begin, where no row has to wait for its coefficient.
 
     Either all at once, and what does not fit is computed again; or as many as fit whole. The second saves the fourth product, and pays by
     reading the weight and adding to its gradient once for each chunk of rows, and by `bytes_of_sum`.
     """
     size, real = dtype.itemsize, 8 if dtype is torch.float64 else 4
-    whole = plan(rows, vocabulary, dtype, device, workspace, True)
+    whole = plan(rows, vocabulary, dtype, device, workspace, True, fused)
     again = 1 - whole.kept / len(whole.groups())
     per_row = vocabulary * size + (0 if size == real else real * 8192)
+    if fused:
+        per_row = _padded(vocabulary) * size + _FUSED_SCRATCH
     fit = (workspace - (bytes_of_sum(vocabulary, width, dtype) if train_weight else 0)) // per_row
     if not again or fit < 1:
         return rows
@@ -94,6 +121,10 @@ def bytes_of_sum(vocabulary: int, width: int, dtype: torch.dtype) -> int:
 def default_workspace(device: str) -> int:
     """Bytes allowed when nobody says: enough to keep a batch of a few hundred tokens whole, little beside any language model."""
     return 256 * MIB if device == "cpu" else 2048 * MIB
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // 8) * 8
 
 
 def _columns(wanted: int, most: int, vocabulary: int) -> int:

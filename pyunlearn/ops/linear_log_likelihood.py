@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyunlearn.ops import _hopper
 from pyunlearn.ops._check import check, check_head, check_targets, in_one_dtype
 from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, contiguous, on_its_device
 from pyunlearn.ops._passes import Gradients, Head, Statistics, differentiate, live_rows, real_of, score, take
@@ -74,12 +75,13 @@ LIBRARY.define(
 
 
 def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> Plan:
-    return plan(hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device.type, workspace, keep)
+    fused = _hopper.serves(hidden, weight)
+    return plan(hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device.type, workspace, keep, fused)
 
 
 def _kept_buffers(hidden: Tensor, p: Plan) -> list[Tensor]:
     """One for each kept group, (N, columns) flat; masked rows leave its end unused."""
-    return [hidden.new_empty((hidden.shape[0] * (end - first),)) for first, end in p.groups()[: p.kept]]
+    return [hidden.new_empty((hidden.shape[0] * p.room(first, end),)) for first, end in p.groups()[: p.kept]]
 
 
 def _forward(

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _backend, reference
+from pyunlearn.ops import _backend, _hopper, reference
 from pyunlearn.ops._check import check, check_bias, check_head, check_targets, in_one_dtype
 from pyunlearn.ops._library import LIBRARY, contiguous, on_its_device
 from pyunlearn.ops._passes import Head, live_rows, real_of, take
@@ -139,13 +139,19 @@ class _Sums:
         log_total, mean = self.total.log(), (self.moments[0].double() / self.total)
         log_likelihood = (self.target_logit - self.maximum) - log_total
         variance = (self.moments[1].double() / self.total - mean**2).clamp(min=0)
-        rank = self.rank.masked_fill(log_likelihood.isnan(), -1)
-        found = [log_likelihood, rank, (log_total - mean).to(real), variance.to(real)]
-        if rows is not None:
-            found = [x.new_zeros(targets.shape).index_copy_(0, rows, x) for x in found]
-        masked = targets == ignore_index
-        a, b, c, d = (x.masked_fill(masked, 0) for x in found)
-        return a, b, c, d
+        found = (log_likelihood, self.rank, (log_total - mean).to(real), variance.to(real))
+        return _for_all(found, rows, targets, ignore_index)
+
+
+def _for_all(found: Four, rows: Tensor | None, targets: Tensor, ignore_index: int) -> Four:
+    """The four fields of some rows, for all of `targets` (N,)."""
+    log_likelihood, rank, *rest = found
+    fields = [log_likelihood, rank.masked_fill(log_likelihood.isnan(), -1), *rest]
+    if rows is not None:
+        fields = [x.new_zeros(targets.shape).index_copy_(0, rows, x) for x in fields]
+    masked = targets == ignore_index
+    a, b, c, d = (x.masked_fill(masked, 0) for x in fields)
+    return a, b, c, d
 
 
 def _forward(
@@ -156,6 +162,9 @@ def _forward(
     rows = live_rows(targets, ignore_index)
     h, t = take(rows, hidden, targets)
     head, real, n = Head(weight, contiguous(bias), logit_scale, softcap), real_of(h), h.shape[0]
+    if _hopper.serves(hidden, weight):
+        found = _hopper.token_statistics(h, head, t, _threshold(h, head, t, 8))  # the tensor cores truncate their sums
+        return _for_all(found, rows, targets, ignore_index)
     sums = _Sums(h, t, _threshold(h, head, t))
     p = plan(n, weight.shape[0], h.dtype, h.device.type, workspace, False)
     logits, scratch = Logits(h, real), h.new_empty((n * p.block,), dtype=real)
@@ -167,8 +176,8 @@ def _forward(
     return sums.result(rows, targets, ignore_index)
 
 
-def _threshold(h: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """(n,) the logit that a token has to exceed to stand before the target: the target's, exactly, plus what a float32 product may be off by.
+def _threshold(h: Tensor, head: Head, targets: Tensor, times: float = 1) -> Tensor:
+    """(n,) the logit that a token has to exceed to stand before the target: the target's, exactly, plus what a float32 product may be off by (so many times).
 
     It has to be there before the vocabulary is gone through, for the block that holds the target may come last.
     """
@@ -179,7 +188,7 @@ def _threshold(h: Tensor, head: Head, targets: Tensor) -> Tensor:
         bias = None if head.bias is None else head.bias[at[rows]].double()
         z = reference.logits_of(products.sum(dim=1), bias, head.logit_scale, head.softcap)
         size = products.abs().sum(dim=1) + (0 if bias is None else bias.abs())
-        found.append(_above(z, torch.finfo(real).eps * (abs(head.logit_scale) * size + 2 * z.abs())))
+        found.append(_above(z, times * torch.finfo(real).eps * (abs(head.logit_scale) * size + 2 * z.abs())))
     return torch.cat(found).to(real) if found else h.new_empty((0,), dtype=real)
 
 

@@ -12,8 +12,8 @@ struct Row {  // running sums over this thread's columns of one row. y = logit *
   float sum = 0.f;     // of 2^y
   float first = 0.f;   // of 2^y y
   float second = 0.f;  // of 2^y y^2
-  float above = 0.f;   // columns whose logit is above the target's (exact in fp32 up to 2^24)
-  float target = 0.f;  // the target's logit
+  float above = 0.f;   // columns whose logit is above the threshold (exact in fp32 up to 2^24)
+  float threshold = 0.f;
 };
 
 // Moves the sums to another reference. The bound stands for "nothing is left" and keeps the products finite.
@@ -63,7 +63,7 @@ template <Task task, int Half> __device__ __forceinline__ void add_row(const flo
     for (int i = 0; i < 64; ++i) {
       const float x = d[4 * (i / 2) + 2 * Half + i % 2], y = fmaf(x, kLog2e, -row.reference), e = exp2_mufu(y);
       part[i % 4] += e;
-      if (all) one[i % 2] = fmaf(e, y, one[i % 2]), two[i % 2] = fmaf(e * y, y, two[i % 2]), above += x > row.target;
+      if (all) one[i % 2] = fmaf(e, y, one[i % 2]), two[i % 2] = fmaf(e * y, y, two[i % 2]), above += x > row.threshold;
     }
     sum = row.sum + ((part[0] + part[1]) + (part[2] + part[3]));
     if (all) first = row.first + (one[0] + one[1]), second = row.second + (two[0] + two[1]);
@@ -80,7 +80,7 @@ template <Task task, int Half> __device__ __forceinline__ void add_row(const flo
     for (int i = 0; i < 64; ++i) {
       const float x = d[4 * (i / 2) + 2 * Half + i % 2], y = fmaf(x, kLog2e, -row.reference), e = exp2_mufu(y);
       part[i % 2] += e;
-      if (all) one = fmaf(e, y, one), two = fmaf(e * y, y, two), above += x > row.target;
+      if (all) one = fmaf(e, y, one), two = fmaf(e * y, y, two), above += x > row.threshold;
     }
     sum = row.sum + (part[0] + part[1]);
     if (all) first = row.first + one, second = row.second + two;
@@ -117,8 +117,8 @@ template <int Half> __device__ __forceinline__ void pick_target(const float (&d)
 __device__ __forceinline__ float kept_reference(float target_logit) { return fmaxf(target_logit * kLog2e, 0.f); }
 
 struct GradientRow {
-  float factor = 0.f;     // -coefficient * scale
-  float lse2 = 0.f;       // base 2
+  float factor = 0.f;     // -coefficient * scale / total
+  float reference = 0.f;  // base 2
   float at_target = 0.f;  // what stands at the target
   unsigned at = kColumns;  // target column relative to this thread's, in the tile
 };
@@ -141,7 +141,7 @@ template <bool Headed, bool HasTarget> struct GradientValue {
   const Head& head;
   __device__ __forceinline__ float operator()(int half, float logit, int column) {
     const GradientRow& row = half ? row1 : row0;
-    const float g = row.factor * exp2_mufu(fmaf(logit, kLog2e, -row.lse2));
+    const float g = row.factor * exp2_mufu(fmaf(logit, kLog2e, -row.reference));
     const float value = Headed ? g * head.slope(logit) : g;
     return HasTarget && row.at == (unsigned)column ? row.at_target : value;
   }
@@ -167,24 +167,24 @@ template <class T, int Q, class Value> __device__ __forceinline__ void stage(con
 }
 
 // The same, and off to memory, two buffers of the warpgroup in turn.
-template <class T, int Wg, int Q, class Value>
-__device__ __forceinline__ void write_quarter(const float (&d)[128], uint32_t buffers, const CUtensorMap* map, int column, int row, Value value) {
+template <class T, int Q, class Value>
+__device__ __forceinline__ void write_quarter(const float (&d)[128], int wg, uint32_t buffers, const CUtensorMap* map, int column, int row, Value value) {
   const bool leader = (threadIdx.x & 127) == 0;
   const uint32_t buffer = buffers + (Q & 1) * kBytesOut;
   if (leader) store_wait<1>();
-  named_sync<1 + Wg, 128>();
+  named_sync<128>(1 + wg);
   stage<T, Q>(d, buffer, value);
   fence_for_copies();
-  named_sync<1 + Wg, 128>();
+  named_sync<128>(1 + wg);
   if (leader) store_tile(map, column + 64 * Q, row, buffer);
 }
 
-template <class T, int Wg, class Value>
-__device__ __forceinline__ void write_tile(const float (&d)[128], uint32_t buffers, const CUtensorMap* map, int column, int row, Value value) {
-  write_quarter<T, Wg, 0>(d, buffers, map, column, row, value);
-  write_quarter<T, Wg, 1>(d, buffers, map, column, row, value);
-  write_quarter<T, Wg, 2>(d, buffers, map, column, row, value);
-  write_quarter<T, Wg, 3>(d, buffers, map, column, row, value);
+template <class T, class Value>
+__device__ __forceinline__ void write_tile(const float (&d)[128], int wg, uint32_t buffers, const CUtensorMap* map, int column, int row, Value value) {
+  write_quarter<T, 0>(d, wg, buffers, map, column, row, value);
+  write_quarter<T, 1>(d, wg, buffers, map, column, row, value);
+  write_quarter<T, 2>(d, wg, buffers, map, column, row, value);
+  write_quarter<T, 3>(d, wg, buffers, map, column, row, value);
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ template <Task task> __device__ __forceinline__ Row merge_splits(const Pointers&
     }
     merge_rows<task>(sums, other);
   }
+  if (!(fabsf(sums.reference) < 0x1p30f)) sums.sum = __int_as_float(0x7fffffff);  // float32 has no digits left there
   return sums;
 }
 
@@ -44,17 +45,26 @@ template <Task task> __device__ __forceinline__ void swap_target(Row& sums, cons
   const float in = exp2f(y_in), out = exp2f(y_out);
   sums.sum += in - out;
   if constexpr (task == Task::all_statistics) {
-    sums.first += in * y_in - out * y_out;
-    sums.second += in * y_in * y_in - out * y_out * y_out;
+    const float up = in == 0.f ? 0.f : y_in, down = out == 0.f ? 0.f : y_out;  // an impossible target: 0 times infinity would be NaN
+    sums.first += in * up - out * down;
+    sums.second += in * up * up - out * down * down;
   }
 }
 
-__device__ __forceinline__ double log_sum(const Row& sums) { return ((double)sums.reference + (double)log2f(sums.sum)) * kLn2; }
+// The log of the sum in base 2, as it stands to a logit times kLog2e: the rounding of kLog2e then stretches differences of logits, not logits.
+__device__ __forceinline__ double log_sum(const Row& sums) { return (double)sums.reference + (double)log2f(sums.sum); }
 
-__device__ __forceinline__ float log_likelihood_of(const Target& target, double lse) {
+__device__ __forceinline__ float log_likelihood_of(const Target& target, const Row& sums) {
   if (!target.valid) return __int_as_float(0x7fffffff);
-  const float value = (float)((double)target.exact - lse);
+  const float value = (float)(((double)target.exact * (double)kLog2e - log_sum(sums)) * kLn2);
   return value > 0.f ? 0.f : value;  // above 0 by rounding only; NaN stays
+}
+
+// M and S of log_likelihood.h, M near log S: then S is near 1, and what M is rounded by goes into S.
+__device__ __forceinline__ void write_softmax(const Row& sums, float* maximum, float* total) {
+  const float m = (float)(log_sum(sums) / (double)kLog2e);
+  *maximum = m;
+  *total = (float)exp2(log_sum(sums) - (double)m * (double)kLog2e);
 }
 
 }  // namespace

@@ -6,9 +6,9 @@
 namespace pyunlearn {
 namespace {
 
-// One block per row pair. A pair is swept again when one of its rows left the range of bfloat16: then its exponentials are relative to lse.
-__global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __grid_constant__ Plan plan, float* log_likelihood, float* lse,
-                                   float* factor) {
+// One block per row pair. A pair is swept again when one of its rows left the range of bfloat16: then its exponentials are relative to the sum.
+__global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __grid_constant__ Plan plan, float* log_likelihood,
+                                   float* maximum, float* total, float* factor) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= plan.n) {
     __syncthreads_or(0);
@@ -17,12 +17,11 @@ __global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __
   const Target target(at, plan, row);
   Row sums = merge_splits<Task::kept_statistics>(at, plan, row);
   if (target.valid) swap_target<Task::kept_statistics>(sums, target);
-  const double z = log_sum(sums);
-  lse[row] = (float)z;
-  log_likelihood[row] = log_likelihood_of(target, z);
+  write_softmax(sums, maximum + row, total + row);
+  log_likelihood[row] = log_likelihood_of(target, sums);
   if (target.valid) at.kept[row * at.ld_kept + at.target[row]] = __float2bfloat16_rn(0.f);
 
-  const float shift = (target.valid ? kept_reference(target.exact) : 0.f) - (float)(z / kLn2);
+  const float shift = (float)((target.valid ? (double)kept_reference(target.exact) : 0.0) - log_sum(sums));
   const bool redo = __syncthreads_or(!(shift > -100.f && shift < 60.f));
   if (threadIdx.x == 0) {
     at.repair[1 + blockIdx.x] = redo;
@@ -33,8 +32,8 @@ __global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __
 
 }  // namespace
 
-const char* hopper_statistics_kept(const HopperInput& in, float* log_likelihood, float* lse, void* kept, int64_t kept_stride, float* factor,
-                                   void* workspace, void* stream_) {
+const char* hopper_statistics_kept(const HopperInput& in, float* log_likelihood, float* maximum, float* total, void* kept,
+                                   int64_t kept_stride, float* factor, void* workspace, void* stream_) {
   if (const char* why = cannot(in)) return why;
   if (in.dtype != Dtype::bfloat16) return "only bfloat16 has the range to keep exponentials: recompute float16 with hopper_gradient";
   if (in.n == 0) return nullptr;
@@ -47,9 +46,9 @@ const char* hopper_statistics_kept(const HopperInput& in, float* log_likelihood,
   at.kept = (__nv_bfloat16*)kept, at.ld_kept = kept_stride;
   target_kernel<__nv_bfloat16><<<plan.clusters * kCluster * 4, 256, 0, stream>>>(at, plan);
   if (const char* why = launch<__nv_bfloat16, Task::kept_statistics>(in, &map_kept, at, plan, stream)) return why;
-  finish_kept_kernel<<<plan.pairs, kCluster * kRows, 0, stream>>>(at, plan, log_likelihood, lse, factor);
+  finish_kept_kernel<<<plan.pairs, kCluster * kRows, 0, stream>>>(at, plan, log_likelihood, maximum, total, factor);
   if (const char* why = launched()) return why;
-  return hopper_repair_kept(in, lse, at.repair, kept, kept_stride, stream_);
+  return hopper_repair_kept(in, maximum, total, at.repair, kept, kept_stride, stream_);
 }
 
 }  // namespace pyunlearn

@@ -12,15 +12,15 @@ __global__ void finish_kernel(const __grid_constant__ Pointers at, const __grid_
   const Target target(at, plan, row);
   Row sums = merge_splits<task>(at, plan, row);
   if (target.valid) swap_target<task>(sums, target);
-  const double lse = log_sum(sums);
-  to.lse[row] = (float)lse;
-  to.log_likelihood[row] = log_likelihood_of(target, lse);
+  write_softmax(sums, to.maximum + row, to.total + row);
+  to.log_likelihood[row] = log_likelihood_of(target, sums);
   if constexpr (task == Task::all_statistics) {
     const float mean = sums.first / sums.sum, variance = sums.second / sums.sum - mean * mean;
     const float entropy = (float)kLn2 * (log2f(sums.sum) - mean);
     if (to.entropy) to.entropy[row] = entropy < 0.f ? 0.f : entropy;  // below 0 by rounding only; NaN stays
     if (to.variance) to.variance[row] = variance < 0.f ? 0.f : (float)(kLn2 * kLn2) * variance;
-    if (to.rank) to.rank[row] = target.valid ? (int64_t)sums.above - (target.rounded > target.exact) : -1;  // not the target's own column
+    const bool itself = target.rounded > at.threshold_of(row);  // counted, and does not count
+    if (to.rank) to.rank[row] = target.valid ? (int64_t)sums.above - itself : -1;
   }
 }
 
@@ -46,6 +46,7 @@ const char* hopper_statistics(const HopperInput& in, const HopperStatistics& to,
   const Plan plan = make_plan(in.n, in.v, 0);
   Pointers at = make_pointers(in);
   use_workspace(at, plan, workspace);
+  at.threshold = to.threshold;
   const unsigned blocks = (unsigned)((in.n + 63) / 64);
   const bool more = to.entropy || to.variance || to.rank;
   if (more || headed(in)) {  // the rank needs the target's logit before the sweep; a plain head's targets are taken during the sweep

@@ -1,9 +1,9 @@
 // The contract of kept_backward.h: everything that the kept form's backward does beside its two matrix products.
-#include "../kept_backward.h"
+#include "../../kept_backward.h"
 
 #include <cuda_runtime.h>
 
-#include "packs.cuh"
+#include "../packs.cuh"
 
 namespace pyunlearn {
 namespace {
@@ -18,12 +18,14 @@ struct Rows {  // KeptRows with its numbers in the kernels' types
   int d;
   float scale, inverse_cap;
   const int64_t* targets;
-  const float *coefficients, *factor, *log_likelihood, *lse;
+  const float *coefficients, *factor, *log_likelihood, *maximum, *total;
 
   __device__ float for_product(int64_t row) const { return -coefficients[row] * scale * factor[row]; }
   __device__ float for_target(int64_t row) const {
-    const float value = log_likelihood[row], t = (value + lse[row]) * inverse_cap;
-    return coefficients[row] * scale * -expm1f(value) * fmaxf(fmaf(-t, t, 1.f), 0.f);
+    const float value = log_likelihood[row], at_target = coefficients[row] * scale * -expm1f(value);
+    if (inverse_cap == 0.f) return at_target;
+    const float t = (value + logf(total[row]) + maximum[row]) * inverse_cap;
+    return at_target * fmaxf(fmaf(-t, t, 1.f), 0.f);
   }
 };
 
@@ -125,7 +127,7 @@ template <class... Matrix> const char* cannot(const KeptRows& rows, const Matrix
 
 Rows device_rows(const KeptRows& r) {
   const float inverse_cap = r.softcap != 0.0 ? (float)(1.0 / r.softcap) : 0.f;
-  return {r.n, r.v, (int)r.d, (float)r.scale, inverse_cap, r.targets, r.coefficients, r.factor, r.log_likelihood, r.lse};
+  return {r.n, r.v, (int)r.d, (float)r.scale, inverse_cap, r.targets, r.coefficients, r.factor, r.log_likelihood, r.maximum, r.total};
 }
 
 const char* launched() {

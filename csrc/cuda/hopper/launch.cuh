@@ -8,8 +8,9 @@
 
 namespace pyunlearn {
 
-// hopper_gradient.cu: writes exp(z - lse) dz/du, and 0 at the target, for the row pairs that repair names. For hopper_kept.cu.
-const char* hopper_repair_kept(const HopperInput& in, const float* lse, const int* repair, void* kept, int64_t kept_stride, void* stream);
+// hopper_gradient.cu: writes exp(z - maximum) / total dz/du, and 0 at the target, for the row pairs that repair names. For hopper_kept.cu.
+const char* hopper_repair_kept(const HopperInput& in, const float* maximum, const float* total, const int* repair, void* kept,
+                               int64_t kept_stride, void* stream);
 
 namespace {
 

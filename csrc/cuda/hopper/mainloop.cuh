@@ -12,16 +12,20 @@ struct Pointers {
   int64_t ld_h, ld_w;
   int d;
   const int64_t* target;
+  const float* threshold;  // all statistics: the logit to exceed to be counted; null: the target's
   Head head;
   float2* partial;       // statistics: [first tile][row] reference exponent (base 2) and sum
   float4* partial_more;  // all statistics: first and second moment, and count of columns above the target
   float* target_tile;    // statistics: target logit as the WGMMA summed it
   float* target_exact;   // statistics: target logit as an fp32 dot product
-  const float *coefficients, *log_likelihood, *lse;  // gradient; without coefficients: the softmax itself, 0 at the target
+  const float *coefficients, *log_likelihood, *maximum, *total;  // gradient; without coefficients: the softmax itself, 0 at the target
   const int* only;  // gradient: null, or which row pairs to do (Walk)
   int* repair;      // kept statistics: the row pairs whose exponentials left the range, written in the form of only
   __nv_bfloat16* kept;
   int64_t ld_kept;
+
+  // Not below what stands for -inf, so that columns beyond v and impossible tokens never count.
+  __device__ __forceinline__ float threshold_of(int row) const { return fmaxf(threshold ? threshold[row] : target_exact[row], kUnset); }
 };
 
 template <Task task, int Depth>
@@ -71,16 +75,16 @@ template <class T> __device__ __forceinline__ void exact_targets(const Pointers&
 }
 
 // The k-steps of one tile, into d. stage and phase: where this warpgroup is in the ring.
-template <class T, Task task, int Depth, int Wg>
-__device__ __forceinline__ void multiply(float (&d)[128], const Plan& plan, uint32_t base, bool lead, int& stage, uint32_t& phase) {
+template <class T, Task task, int Depth>
+__device__ __forceinline__ void multiply(float (&d)[128], int wg, const Plan& plan, uint32_t base, bool lead, int& stage, uint32_t& phase) {
   using Ring = Pipeline<task, Depth>;
   const int thread = threadIdx.x & 127;
-  if (Wg == 1 && lead) named_sync<3, 256>();
+  if (wg == 1 && lead) named_sync<256>(3);
   int last = 0;
   for (int k = 0; k < plan.k_steps; ++k) {
     barrier_wait(base + Ring::full + 8 * stage, phase);
     const uint32_t h = base + stage * Ring::stage_bytes;
-    const uint64_t a = operand<Depth>(h + Wg * (Ring::h_bytes / 2)), b = operand<Depth>(h + Ring::h_bytes);
+    const uint64_t a = operand<Depth>(h + wg * (Ring::h_bytes / 2)), b = operand<Depth>(h + Ring::h_bytes);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < Depth / 16; ++i) wgmma<T>(d, a + 2 * i, b + 2 * i, k | i);
@@ -89,12 +93,11 @@ __device__ __forceinline__ void multiply(float (&d)[128], const Plan& plan, uint
     if (k && thread < kCluster) barrier_arrive(base + Ring::empty + 8 * last, thread);
     last = stage;
     if (++stage == Ring::stages) stage = 0, phase ^= 1;
-    if (Wg == 0 && lead && k + 1 == Ring::lead) named_arrive<3, 256>();
+    if (wg == 0 && lead && k + 1 == Ring::lead) named_arrive<256>(3);
   }
   wgmma_wait<0>();
   if (thread < kCluster) barrier_arrive(base + Ring::empty + 8 * last, thread);
-#pragma unroll
-  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");  // the accumulators are final only from here on
+  settle(d);
 }
 
 // What a thread knows of the two rows it holds.
@@ -119,13 +122,13 @@ __device__ __forceinline__ void finish_logits(float (&d)[128], const Head& head,
   }
 }
 
-template <class T, Task task, int Depth, int Wg, bool Headed>
-__device__ __forceinline__ void sum_rows(const CUtensorMap& map_out, const Pointers& at, const Plan& plan, uint32_t base, uint32_t rank,
+template <class T, Task task, int Depth, bool Headed>
+__device__ __forceinline__ void sum_rows(int wg, const CUtensorMap& map_out, const Pointers& at, const Plan& plan, uint32_t base, uint32_t rank,
                                          int cluster) {
   using Ring = Pipeline<task, Depth>;
   const bool lead = Ring::lead && plan.k_steps >= Ring::stages;  // with fewer steps warpgroup 0 could reach the barrier twice
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
-  const int my_row = Wg * 64 + (thread >> 5) * 16 + (lane >> 2), my_column = (lane & 3) * 2;
+  const int my_row = wg * 64 + (thread >> 5) * 16 + (lane >> 2), my_column = (lane & 3) * 2;
   float d[128];
   int stage = 0;
   uint32_t phase = 0;
@@ -134,8 +137,8 @@ __device__ __forceinline__ void sum_rows(const CUtensorMap& map_out, const Point
     const TwoRows rows(at, plan, block + my_row);
     Row sums0, sums1;
     if constexpr (task == Task::all_statistics) {
-      if (rows.live0) sums0.target = at.target_exact[rows.row0];
-      if (rows.live1) sums1.target = at.target_exact[rows.row1];
+      if (rows.live0) sums0.threshold = at.threshold_of(rows.row0);
+      if (rows.live1) sums1.threshold = at.threshold_of(rows.row1);
     }
     float kept0 = 0.f, kept1 = 0.f;
     if constexpr (task == Task::kept_statistics) {
@@ -143,26 +146,25 @@ __device__ __forceinline__ void sum_rows(const CUtensorMap& map_out, const Point
       if (rows.target1 >= 0) kept1 = kept_reference(at.target_exact[rows.row1]);
       sums0.reference = kept0, sums1.reference = kept1;
     }
-    bool first = true;
     for (int tile = walk.tile; tile < plan.v_tiles; tile += walk.step) {
-      multiply<T, task, Depth, Wg>(d, plan, base, lead, stage, phase);
+      const bool first = tile == walk.tile;
+      multiply<T, task, Depth>(d, wg, plan, base, lead, stage, phase);
       const int column = tile * kColumns;
       finish_logits<T, task, Headed>(d, at.head, column, my_column, plan.v);
       if (rows.target0 >= 0) pick_target<0>(d, rows.target0 - column - my_column, at.target_tile + rows.row0);
       if (rows.target1 >= 0) pick_target<1>(d, rows.target1 - column - my_column, at.target_tile + rows.row1);
       if constexpr (task == Task::kept_statistics) {
         float sum[4] = {0.f, 0.f, 0.f, 0.f};
-        const uint32_t buffers = base + Ring::staging + Wg * 2 * kBytesOut;
-        write_tile<T, Wg>(d, buffers, &map_out, column, block + Wg * 64, KeptValue<Headed>{kept0, kept1, at.head, sum});
+        const uint32_t buffers = base + Ring::staging + wg * 2 * kBytesOut;
+        write_tile<T>(d, wg, buffers, &map_out, column, block + wg * 64, KeptValue<Headed>{kept0, kept1, at.head, sum});
         add_kept<0>(d, first, kept0, sum[0] + sum[1], sums0);
         add_kept<1>(d, first, kept1, sum[2] + sum[3], sums1);
       } else {
         add_row<task, 0>(d, first, sums0);
         add_row<task, 1>(d, first, sums1);
       }
-      first = false;
     }
-    if (first) sums0.reference = sums1.reference = kUnset;  // no tile fell to this cluster
+    if (walk.tile >= plan.v_tiles) sums0.reference = sums1.reference = kUnset;  // no tile fell to this cluster
     merge_quad<task>(sums0);
     merge_quad<task>(sums1);
     if ((lane & 3) == 0) {
@@ -178,12 +180,16 @@ __device__ __forceinline__ void sum_rows(const CUtensorMap& map_out, const Point
   if (writes_tiles(task) && thread == 0) store_wait<0>();
 }
 
-// With coefficient 0 everything stays 0, and the caller clears the accumulators, which may hold NaN.
+// With coefficient 0 everything stays 0, and the caller clears the accumulators, which may hold NaN. What the rounded product of the reference loses,
+// however large the maximum is, goes into the factor.
 __device__ __forceinline__ GradientRow gradient_row(const Pointers& at, bool live, int row) {
   GradientRow r;
   if (!live) return r;
   const float coefficient = at.coefficients ? at.coefficients[row] : 1.f;
-  if (coefficient != 0.f) r.lse2 = at.lse[row] * kLog2e, r.factor = at.coefficients ? -coefficient * at.head.scale : 1.f;
+  if (coefficient == 0.f) return r;
+  const float maximum = at.maximum[row];
+  r.reference = __fmul_rn(maximum, kLog2e);
+  r.factor = (at.coefficients ? -coefficient * at.head.scale : 1.f) * exp2_mufu(-fmaf(maximum, kLog2e, -r.reference)) / at.total[row];
   return r;
 }
 
@@ -192,17 +198,18 @@ __device__ __forceinline__ void place_target(GradientRow& r, const Pointers& at,
   r.at = target >= 0 && r.factor != 0.f ? column : kColumns;
   if (r.at >= kColumns || !at.coefficients) return;
   const float value = at.log_likelihood[row];
-  r.at_target = r.factor * expm1f(value) * at.head.slope(value + at.lse[row]);
+  const float slope = at.head.softcap != 0.f ? at.head.slope(value + logf(at.total[row]) + at.maximum[row]) : 1.f;
+  r.at_target = at.coefficients[row] * at.head.scale * -expm1f(value) * slope;
 }
 
-template <class T, int Depth, int Wg, bool Headed>
-__device__ __forceinline__ void write_gradient(const CUtensorMap& map_out, const Pointers& at, const Plan& plan, uint32_t base, uint32_t rank,
+template <class T, int Depth, bool Headed>
+__device__ __forceinline__ void write_gradient(int wg, const CUtensorMap& map_out, const Pointers& at, const Plan& plan, uint32_t base, uint32_t rank,
                                                int cluster) {
   constexpr Task task = Task::gradient;
   using Ring = Pipeline<task, Depth>;
   const bool lead = Ring::lead && plan.k_steps >= Ring::stages;
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
-  const int my_row = Wg * 64 + (thread >> 5) * 16 + (lane >> 2), my_column = (lane & 3) * 2;
+  const int my_row = wg * 64 + (thread >> 5) * 16 + (lane >> 2), my_column = (lane & 3) * 2;
   float d[128];
   int stage = 0;
   uint32_t phase = 0;
@@ -210,7 +217,7 @@ __device__ __forceinline__ void write_gradient(const CUtensorMap& map_out, const
     const int block = (walk.pair * kCluster + rank) * kRows, column = walk.tile * kColumns;
     const TwoRows rows(at, plan, block + my_row);
     GradientRow r0 = gradient_row(at, rows.live0, rows.row0), r1 = gradient_row(at, rows.live1, rows.row1);
-    multiply<T, task, Depth, Wg>(d, plan, base, lead, stage, phase);
+    multiply<T, task, Depth>(d, wg, plan, base, lead, stage, phase);
     finish_logits<T, task, Headed>(d, at.head, column, my_column, plan.v);
     if (r0.factor == 0.f) {
 #pragma unroll
@@ -222,19 +229,19 @@ __device__ __forceinline__ void write_gradient(const CUtensorMap& map_out, const
     }
     place_target(r0, at, rows.row0, rows.target0, rows.target0 - column - my_column);
     place_target(r1, at, rows.row1, rows.target1, rows.target1 - column - my_column);
-    const uint32_t buffers = base + Ring::staging + Wg * 2 * kBytesOut;
+    const uint32_t buffers = base + Ring::staging + wg * 2 * kBytesOut;
     if (__any_sync(~0u, r0.at < kColumns || r1.at < kColumns))
-      write_tile<T, Wg>(d, buffers, &map_out, column, block + Wg * 64, GradientValue<Headed, true>{r0, r1, at.head});
+      write_tile<T>(d, wg, buffers, &map_out, column, block + wg * 64, GradientValue<Headed, true>{r0, r1, at.head});
     else
-      write_tile<T, Wg>(d, buffers, &map_out, column, block + Wg * 64, GradientValue<Headed, false>{r0, r1, at.head});
+      write_tile<T>(d, wg, buffers, &map_out, column, block + wg * 64, GradientValue<Headed, false>{r0, r1, at.head});
   }
   if (thread == 0) store_wait<0>();
 }
 
-template <class T, Task task, int Depth, int Wg, bool Headed>
-__device__ __forceinline__ void consume(const CUtensorMap& map_out, const Pointers& at, const Plan& plan, uint32_t base, uint32_t rank, int cluster) {
-  if constexpr (task == Task::gradient) write_gradient<T, Depth, Wg, Headed>(map_out, at, plan, base, rank, cluster);
-  else sum_rows<T, task, Depth, Wg, Headed>(map_out, at, plan, base, rank, cluster);
+template <class T, Task task, int Depth, bool Headed>
+__device__ __forceinline__ void consume(int wg, const CUtensorMap& map_out, const Pointers& at, const Plan& plan, uint32_t base, uint32_t rank, int cluster) {
+  if constexpr (task == Task::gradient) write_gradient<T, Depth, Headed>(wg, map_out, at, plan, base, rank, cluster);
+  else sum_rows<T, task, Depth, Headed>(wg, map_out, at, plan, base, rank, cluster);
 }
 
 template <class T, Task task, int Depth, bool Headed>
@@ -250,12 +257,12 @@ logit_kernel(const __grid_constant__ CUtensorMap map_h, const __grid_constant__ 
       barrier_init(base + Ring::full + 8 * i, 1);
       barrier_init(base + Ring::empty + 8 * i, 2 * kCluster);  // two consumer warpgroups in each CTA that this CTA's loads write to
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barrier_init_done();
   }
   cluster_sync();
 
   if (warpgroup == 2) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    give_registers<40>();
     const int warp = (threadIdx.x >> 5) - 8;
     if (warp == 0) {
       if ((threadIdx.x & 31) == 0) produce<task, Depth>(map_h, map_w, plan, base, rank, cluster, at.only);
@@ -264,9 +271,8 @@ logit_kernel(const __grid_constant__ CUtensorMap map_h, const __grid_constant__ 
     }
     __syncwarp();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    if (warpgroup == 0) consume<T, task, Depth, 0, Headed>(map_out, at, plan, base, rank, cluster);
-    else consume<T, task, Depth, 1, Headed>(map_out, at, plan, base, rank, cluster);
+    take_registers<232>();
+    consume<T, task, Depth, Headed>(warpgroup, map_out, at, plan, base, rank, cluster);
   }
   cluster_sync();  // a CTA that left could still be signalled by its neighbour
 }

@@ -25,6 +25,8 @@ __device__ __forceinline__ void barrier_init(uint32_t bar, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
 }
 
+__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
 __device__ __forceinline__ void barrier_expect(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
@@ -45,11 +47,11 @@ __device__ __forceinline__ void barrier_arrive(uint32_t bar, uint32_t cta) {
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(bar), "r"(cta) : "memory");
 }
 
-template <int Id, int Threads> __device__ __forceinline__ void named_sync() {
-  asm volatile("bar.sync %0, %1;" ::"n"(Id), "n"(Threads) : "memory");
+template <int Threads> __device__ __forceinline__ void named_sync(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(Threads) : "memory");
 }
-template <int Id, int Threads> __device__ __forceinline__ void named_arrive() {
-  asm volatile("bar.arrive %0, %1;" ::"n"(Id), "n"(Threads) : "memory");
+template <int Threads> __device__ __forceinline__ void named_arrive(int id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(Threads) : "memory");
 }
 
 __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, int k, int row, uint32_t bar) {
@@ -108,6 +110,15 @@ template <> __device__ __forceinline__ void wgmma<__half>(float (&d)[128], uint6
 #undef WGMMA
 #undef ACC32
 #undef ACC8
+
+// The accumulators are final only from here on: keeps the compiler from reading them earlier.
+__device__ __forceinline__ void settle(float (&d)[128]) {
+#pragma unroll
+  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+template <int Count> __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count)); }
+template <int Count> __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count)); }
 
 __device__ __forceinline__ float exp2_mufu(float x) {
   float y;

@@ -1,0 +1,251 @@
+"""The kernels for compute capability 9.0 (H100, H200): the product fused with its row statistics, so that logits live in registers only.
+
+They have not run on a card yet, and a fault in them could hang instead of failing. So they run only where PYUNLEARN_HOPPER=1 asks for them, and
+after they have agreed with the definition once; contracts in csrc/hopper.h and csrc/kept_backward.h.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from pyunlearn.ops import _backend, reference
+from pyunlearn.ops._kernels import DTYPES
+from pyunlearn.ops._plan import Plan, plan
+from pyunlearn.ops._products import add_product, product
+from pyunlearn.ops._types import Gradients, Head, Statistics
+
+
+def serves(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether these kernels take hidden (N, D) and weight (V, D): bfloat16 or float16, D a multiple of 8, rows that begin at 16 bytes."""
+    return (
+        hidden.dtype in (torch.bfloat16, torch.float16)
+        and weight.dtype is hidden.dtype
+        and hidden.shape[1] % 8 == 0
+        and max(*hidden.shape, *weight.shape) <= 1 << 30
+        and weight.stride(1) == 1
+        and weight.stride(0) >= weight.shape[1]
+        and weight.stride(0) % 8 == 0
+        and weight.storage_offset() % 8 == 0
+        and run_on(hidden.device)
+    )
+
+
+def run_on(device: torch.device) -> bool:
+    """Whether these kernels run on that device. They are tried out when it is asked for the first time."""
+    if device.type != "cuda" or not asked_for() or _backend.chosen().cuda != "cuda":
+        return False
+    return _usable(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def asked_for() -> bool:
+    """Whether PYUNLEARN_HOPPER=1. Raises ValueError for anything but 1, 0 and nothing."""
+    wanted = os.environ.get("PYUNLEARN_HOPPER", "").strip()
+    if wanted not in ("", "0", "1"):
+        raise ValueError(f"PYUNLEARN_HOPPER must be 1 or 0, got {wanted!r}: correct it or unset it")
+    return wanted == "1"
+
+
+def status() -> str:
+    """What `pyunlearn info` says of these kernels."""
+    if not _backend.build_info().get("hopper"):
+        return "not built"
+    if not asked_for():
+        return "built, not asked for (PYUNLEARN_HOPPER=1)"
+    return "used" if torch.cuda.is_available() and run_on(torch.device("cuda")) else "built, cannot run here"
+
+
+@cache
+def _usable(index: int) -> bool:
+    with _disable_current_modes(), torch.cuda.device(index):
+        problem = _backend.extension().hopper_unavailable() or wrong(torch.device("cuda", index))
+    if problem:
+        warnings.warn(
+            f"pyunlearn's Hopper kernels are not used on cuda:{index}: {problem}. The portable CUDA kernels run instead.",
+            stacklevel=2,
+        )
+    return not problem
+
+
+@torch.no_grad()
+def wrong(device: torch.device) -> str | None:
+    """Compares every kernel with the definition on a small case; a sentence if one fails or gives a wrong number."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float16, 4e-3)):
+        h, weight, bias = (
+            torch.randn(*s, generator=generator).to(device, dtype) for s in ((300, 72), (1003, 72), (1003,))
+        )
+        targets = torch.randint(300, (300,), generator=generator).to(device)  # others get their gradient by p alone
+        coefficients = torch.linspace(-1, 1, 300, device=device)
+        head = Head(weight / 8, bias.float(), 0.5, 4.0)
+        z = reference.logits_of(h.double() @ head.weight.double().T, bias.double(), 0.5, 4.0)
+        wanted = reference.token_statistics_of(z, targets)
+        p = z.softmax(1)
+        one = torch.zeros_like(z).scatter_(1, targets[:, None], 1.0)
+        g = coefficients[:, None] * 0.5 * (one - p) * (1 - (z / 4) ** 2)
+        d_wanted = [g @ head.weight.double(), g.T @ h.double(), g.sum(0)]
+        try:
+            found = token_statistics(h, head, targets, None)
+            if any(not torch.allclose(found[i].double(), wanted[i], rtol=1e-4, atol=1e-4) for i in (0, 2, 3)):
+                return "they gave wrong numbers in a self-test on this card (please report it, with `pyunlearn info`)"
+            for workspace in (1 << 30, 0):
+                how = plan(300, 1003, dtype, device.type, workspace, True, fused=True)
+                kept = [h.new_empty((300 * how.room(0, 1003),))] * how.kept
+                factor = h.new_empty((how.blocks, 300), dtype=torch.float32)
+                made = [torch.zeros(d.shape, device=device) for d in d_wanted]
+                into = Gradients(made[0], made[1], made[2])
+                statistics = Statistics(*score(h, head, targets, kept, factor))
+                differentiate(h, head, targets, how, statistics, coefficients, [*kept], factor, into, release=False)
+                pairs = [(made[0], d_wanted[0])]
+                for part in (slice(300), slice(300, None)):
+                    pairs += [(d[part], right[part]) for d, right in zip(made[1:], d_wanted[1:], strict=True)]
+                for d, right in pairs:
+                    if not (d - right).abs().max() <= tolerance * right.abs().max():
+                        return "they gave wrong gradients in a self-test on this card (please report it, with `pyunlearn info`)"
+        except RuntimeError as error:
+            return f"they failed on this card: {str(error).splitlines()[0]}"
+    return None
+
+
+# ---------------------------------------------------------------- the passes of _passes.py and token_statistics.py
+
+
+def score(h: Tensor, head: Head, targets: Tensor, kept: list[Tensor], factor: Tensor | None) -> tuple[Tensor, ...]:
+    """Log-likelihood, maximum and total (n,) of rows h (n, D).
+
+    kept: nothing, or one flat buffer that receives the exponentials, whose factors go into the first row of `factor`.
+    """
+    log_likelihood, maximum, total = h.new_empty((3, h.shape[0]), dtype=torch.float32)
+    given, found = _input(h, head, targets), (log_likelihood, maximum, total)
+    if kept:
+        assert factor is not None
+        exponentials = _rows_of(kept[0], h, head)
+        _run("hopper_statistics_kept", *given, *found, exponentials, exponentials.stride(0), factor[0], _workspace(h))
+    else:
+        _run("hopper_statistics", *given, *found, None, None, None, None, _workspace(h))
+    return found
+
+
+def token_statistics(
+    h: Tensor, head: Head, targets: Tensor, threshold: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-likelihood, rank (how many logits exceed the threshold, or the target's), entropy and variance (n,) of rows h (n, D)."""
+    log_likelihood, maximum, total, entropy, variance = h.new_empty((5, h.shape[0]), dtype=torch.float32)
+    rank = torch.empty_like(targets)
+    found = (log_likelihood, maximum, total, entropy, variance, rank)
+    _run("hopper_statistics", *_input(h, head, targets), *found, threshold, _workspace(h))
+    return log_likelihood, rank, entropy, variance
+
+
+def differentiate(
+    h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor, kept: list[Tensor | None],
+    factor: Tensor, into: Gradients, *, release: bool,
+) -> None:  # fmt: skip
+    """As _passes.differentiate, from what was kept, or from the logits once more, slice by slice of the vocabulary."""
+    if h.shape[0] == 0:
+        return
+    exponentials = kept[0] if kept else None
+    if exponentials is None:
+        _from_logits(h, head, targets, p, statistics, coefficients, into)
+        return
+    _from_kept(h, head, targets, _rows_of(exponentials, h, head), statistics, coefficients, factor[0], into)
+    if release:
+        exponentials.untyped_storage().resize_(0)
+
+
+def _from_kept(
+    h: Tensor, head: Head, targets: Tensor, exponentials: Tensor, statistics: Statistics, coefficients: Tensor, factor: Tensor,
+    into: Gradients,
+) -> None:  # fmt: skip
+    (n, width), vocabulary = h.shape, head.weight.shape[0]
+
+    def rows(columns: int) -> tuple[Any, ...]:
+        options = (n, columns, vocabulary, head.logit_scale, head.softcap)
+        return (*options, targets, coefficients, factor, *statistics)
+
+    def add_weight(out: Tensor, x: Tensor) -> None:
+        """The gradient of a matrix (V, ...) that is multiplied with x (n, ...)."""
+        scaled = torch.empty_like(x)
+        _run("kept_scale_hidden", *rows(x.shape[1]), *_matrix(x), *_matrix(scaled))
+        (add_product if into.add else product)(out, exponentials.T, scaled)
+        _run("kept_add_targets", *rows(x.shape[1]), *_matrix(x), *in_order, *_matrix(out))
+
+    in_order = torch.sort(targets, stable=True)
+    if into.weight is not None:
+        add_weight(into.weight, h)
+    if into.bias is not None:
+        add_weight(into.bias[:, None], h.new_ones((n, 1)))
+    if into.hidden is not None:
+        add_product(into.hidden, exponentials, head.weight)
+        _run("kept_hidden_gradient", *rows(width), *_matrix(into.hidden), *_matrix(head.weight), *_matrix(into.hidden))
+
+
+def _from_logits(
+    h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor, into: Gradients
+) -> None:
+    n = h.shape[0]
+    buffer = h.new_empty((n * p.room(0, p.group),))
+    per_row = (coefficients, *statistics)
+    for first, end in p.groups():
+        room = p.room(first, end)
+        d_logits = buffer[: n * room].view(n, room)[:, : end - first]
+        bias = None if head.bias is None else head.bias[first:end]
+        part = head._replace(weight=head.weight[first:end], bias=bias)
+        _run("hopper_gradient", *_input(h, part, targets), first, *per_row, d_logits, room)
+        if into.weight is not None:
+            (add_product if into.add else product)(into.weight[first:end], d_logits.T, h)
+        if into.bias is not None:
+            found = torch.sum(d_logits, dim=0, dtype=into.bias.dtype)
+            into.bias[first:end] = into.bias[first:end] + found if into.add else found
+        if into.hidden is not None:
+            add_product(into.hidden, d_logits, part.weight)
+
+
+# ---------------------------------------------------------------- calls
+
+
+def _run(kernel: str, *arguments: Any) -> None:
+    """Calls a kernel on the current stream of the card on which the first tensor lies: tensors become addresses."""
+    x = next(a for a in arguments if isinstance(a, Tensor))
+    plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+    if x.is_cuda:
+        with torch.cuda.device(x.device):  # the autograd thread may stand on another device
+            getattr(_backend.extension(), kernel)(*plain, torch.cuda.current_stream().cuda_stream)
+    else:
+        getattr(_backend.extension(), kernel)(*plain, 0)
+
+
+def _input(h: Tensor, head: Head, targets: Tensor) -> tuple[Any, ...]:
+    """The arguments that csrc/hopper.h calls HopperInput."""
+    h, weight, bias = _aligned(h), _aligned(head.weight), head.bias
+    if bias is not None and bias.dtype not in (torch.float32, weight.dtype):
+        bias = bias.float()
+    sizes = (*h.shape, weight.shape[0], h.stride(0), weight.stride(0))
+    bias_type = 0 if bias is None else DTYPES[bias.dtype]
+    return (h, weight, DTYPES[h.dtype], *sizes, bias, bias_type, head.logit_scale, head.softcap, targets)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy where its memory, which came from elsewhere, does not begin at 16 bytes."""
+    return x if x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _rows_of(kept: Tensor, h: Tensor, head: Head) -> Tensor:
+    """A flat buffer as (n, V), rows 16-byte aligned."""
+    n, vocabulary = h.shape[0], head.weight.shape[0]
+    room = -(-vocabulary // 8) * 8
+    return kept[: n * room].view(n, room)[:, :vocabulary]
+
+
+def _matrix(x: Tensor) -> tuple[Any, ...]:
+    return x, DTYPES[x.dtype], x.stride(0)
+
+
+def _workspace(h: Tensor) -> Tensor:
+    return h.new_empty((_backend.extension().hopper_workspace_bytes(h.shape[0]),), dtype=torch.uint8)

@@ -1,0 +1,458 @@
+#include "emulator.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace emulator {
+namespace {
+
+constexpr size_t kStack = 128 << 10;
+constexpr uint32_t kWindow = 48;  // where shared memory begins: 16-byte aligned and no better
+
+[[noreturn]] void misuse(const std::string& what) { throw std::runtime_error("emulator: " + what); }
+void require(bool fine, const char* what) {
+  if (!fine) misuse(what);
+}
+
+struct Fiber;
+
+struct Waiting {
+  std::vector<Fiber*> fibers;
+};
+
+// A collective of `size` threads. Values go through two slots in turn, so a fast thread cannot overwrite what a slow one has yet to read.
+struct Collective {
+  int size = 0, arrived = 0, generation = 0;
+  std::vector<uint64_t> slots[2];
+  Waiting waiting;
+  bool any[2] = {false, false};
+};
+
+struct Mbarrier {
+  bool there = false;
+  int count = 0, pending = 0;
+  int64_t bytes = 0;
+  unsigned phase = 0;
+  Waiting waiting;
+};
+
+struct Product {
+  uint64_t a, b;
+  bool accumulate;
+  float (*to_float)(uint16_t);
+  float* d[128];
+};
+
+struct Warpgroup {
+  struct Group {
+    std::vector<Product> products;
+    int commits = 0;
+    bool eager = false, done = false;
+  };
+  std::deque<Group> groups;
+  Waiting waiting;
+};
+
+struct Block {
+  std::vector<uint8_t> shared;
+  std::unordered_map<uint32_t, Mbarrier> barriers;
+  std::vector<Collective> warps;
+  std::vector<Warpgroup> warpgroups;
+  Collective all, named[16];
+};
+
+struct Store {
+  TensorMap map;
+  int column, row;
+  uint32_t from;
+  Block* block;
+  bool done = false;
+};
+
+struct Fiber {
+  ucontext_t context;
+  Here here;
+  Block* block = nullptr;
+  bool finished = false;
+  const char* waits_for = "";
+  size_t products_issued = 0, groups_committed = 0;
+  std::vector<std::shared_ptr<Store>> stores;
+};
+
+struct Cluster {
+  std::vector<Block> blocks;
+  std::vector<Fiber> fibers;
+  Collective all;
+};
+
+Machine the_machine;
+Cluster* cluster = nullptr;
+Fiber* current = nullptr;
+ucontext_t scheduler;
+std::vector<Fiber*> ready;
+std::vector<std::function<void()>> copies;  // under way
+const std::function<void()>* kernel = nullptr;
+std::string failure;
+uint64_t random_state = 1;
+
+uint64_t draw() {  // xorshift
+  random_state ^= random_state << 13, random_state ^= random_state >> 7, random_state ^= random_state << 17;
+  return random_state;
+}
+
+void sleep_in(Waiting& w, const char* what) {
+  current->waits_for = what;
+  w.fibers.push_back(current);
+  Fiber* me = current;
+  swapcontext(&me->context, &scheduler);
+}
+void wake(Waiting& w) {
+  ready.insert(ready.end(), w.fibers.begin(), w.fibers.end());
+  w.fibers.clear();
+}
+
+void complete(Collective& c) {
+  c.arrived = 0;
+  ++c.generation;
+  c.any[c.generation & 1] = false;
+  wake(c.waiting);
+}
+void arrive_and_wait(Collective& c, const char* what) {
+  const int generation = c.generation;
+  if (++c.arrived == c.size) complete(c);
+  else
+    while (c.generation == generation) sleep_in(c.waiting, what);
+}
+void leave(Collective& c) {  // a thread that has ended counts as arrived
+  if (--c.size > 0 && c.arrived == c.size) complete(c);
+}
+
+void enter() {
+  try {
+    (*kernel)();
+  } catch (const std::exception& e) {
+    if (failure.empty()) failure = e.what();
+  }
+  current->finished = true;
+  Block& block = *current->block;
+  leave(block.warps[current->here.in_block / 32]);
+  leave(block.all);
+  leave(cluster->all);
+  swapcontext(&current->context, &scheduler);
+}
+
+uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
+  if (row_bytes == 128) return address ^ ((address >> 7 & 7) << 4);
+  if (row_bytes == 64) return address ^ ((address >> 7 & 3) << 4);
+  misuse("only swizzles of 64 and 128 bytes are known");
+}
+
+uint8_t* shared_of(Block& block, uint32_t address, size_t bytes) {
+  require(address >= kWindow && address - kWindow + bytes <= block.shared.size(), "shared memory out of bounds");
+  return block.shared.data() + (address - kWindow);
+}
+
+Mbarrier& barrier_of(Block& block, uint32_t at) {
+  Mbarrier& b = block.barriers[at];
+  require(b.there, "a barrier that was never initialised");
+  return b;
+}
+void settle(Mbarrier& b) {
+  if (b.pending > 0 || b.bytes != 0) return;
+  b.pending = b.count;
+  b.phase ^= 1;
+  wake(b.waiting);
+}
+
+void do_store(Store& s) {
+  if (s.done) return;
+  s.done = true;
+  const TensorMap& m = s.map;
+  const uint64_t columns = (m.columns + 7) / 8 * 8;  // whole pieces of 16 bytes are written, beyond the last column too
+  for (uint32_t r = 0; r < m.box_rows; ++r)
+    for (uint32_t c = 0; c < m.box_columns; ++c) {
+      const uint64_t row = s.row + r, column = s.column + c;
+      if (row >= m.rows || column >= columns) continue;
+      const uint32_t at = swizzled(s.from + r * m.box_columns * 2 + c * 2, m.swizzle);
+      std::memcpy(m.data + row * m.pitch + column * 2, shared_of(*s.block, at, 2), 2);
+    }
+}
+
+// One operand, rows x 16, as floats [16][rows]
+void read_operand(Block& block, uint64_t descriptor, int rows, float (*to_float)(uint16_t), float* out) {
+  const uint32_t start = (descriptor & 0x3FFF) << 4, group = (descriptor >> 32 & 0x3FFF) << 4, mode = descriptor >> 62;
+  require((descriptor >> 49 & 7) == 0, "a descriptor with a base offset");
+  require(mode == 1 || mode == 2, "an operand without 128- or 64-byte swizzle");
+  const uint32_t row_bytes = mode == 1 ? 128 : 64;
+  for (int r = 0; r < rows; ++r)
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t at = swizzled(start + r / 8 * group + r % 8 * row_bytes + k * 2, row_bytes);
+      uint16_t x;
+      std::memcpy(&x, shared_of(block, at, 2), 2);
+      out[k * rows + r] = to_float(x);
+    }
+}
+
+void do_product(Block& block, const Product& p) {
+  static float a[16 * 64], b[16 * 256], d[64][256];
+  read_operand(block, p.a, 64, p.to_float, a);
+  read_operand(block, p.b, 256, p.to_float, b);
+  for (int t = 0; t < 128; ++t)
+    for (int i = 0; i < 128; ++i)
+      d[16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (t % 4) + i % 2] = p.accumulate ? p.d[t][i] : 0.f;
+  for (int r = 0; r < 64; ++r)
+    for (int k = 0; k < 16; ++k)
+      for (int c = 0; c < 256; ++c) d[r][c] += a[k * 64 + r] * b[k * 256 + c];
+  for (int t = 0; t < 128; ++t)
+    for (int i = 0; i < 128; ++i) p.d[t][i] = d[16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (t % 4) + i % 2];
+}
+void do_group(Block& block, Warpgroup::Group& group) {
+  if (group.done) return;
+  group.done = true;
+  for (const Product& p : group.products) do_product(block, p);
+  std::vector<Product>().swap(group.products);
+}
+
+Collective& my_warp() { return current->block->warps[current->here.in_block / 32]; }
+Warpgroup& my_warpgroup() { return current->block->warpgroups[current->here.in_block / 128]; }
+
+void step() {  // one thing that can happen next
+  const uint64_t pick = draw() % (ready.size() + copies.size());
+  if (pick < ready.size()) {
+    Fiber* next = ready[pick];
+    ready[pick] = ready.back();
+    ready.pop_back();
+    current = next;
+    swapcontext(&scheduler, &next->context);
+  } else {
+    const size_t at = pick - ready.size();
+    const std::function<void()> copy = std::move(copies[at]);
+    copies[at] = std::move(copies.back());
+    copies.pop_back();
+    copy();
+  }
+}
+
+char* stacks(size_t count) {  // kept from launch to launch
+  static char* memory = nullptr;
+  static size_t size = 0;
+  if (count * kStack > size) {
+    if (memory) munmap(memory, size);
+    size = count * kStack;
+    memory = (char*)mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) misuse("no memory for stacks");
+  }
+  return memory;
+}
+
+void run_cluster(Dim grid, Dim block, size_t shared, unsigned first, int size) {
+  const int threads = block.x * block.y * block.z;
+  Cluster c;
+  c.blocks.resize(size);
+  c.fibers.resize((size_t)size * threads);
+  c.all.size = size * threads;
+  char* memory = stacks(c.fibers.size());
+  for (int b = 0; b < size; ++b) {
+    Block& each = c.blocks[b];
+    each.shared.assign(shared, 0xFF);
+    each.warps.resize((threads + 31) / 32);
+    each.warpgroups.resize((threads + 127) / 128);
+    each.all.size = threads;
+    for (int t = 0; t < threads; ++t) {
+      ++each.warps[t / 32].size;
+      Fiber& f = c.fibers[(size_t)b * threads + t];
+      f.block = &each;
+      f.here = {Dim(t % block.x, t / block.x % block.y, t / (block.x * block.y)), Dim(first + b, 0, 0), block, grid, t, b};
+    }
+  }
+  cluster = &c;
+  ready.clear();
+  copies.clear();
+  for (size_t i = 0; i < c.fibers.size(); ++i) {
+    Fiber& f = c.fibers[i];
+    getcontext(&f.context);
+    f.context.uc_stack = {memory + i * kStack, 0, kStack};
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, enter, 0);
+    ready.push_back(&f);
+  }
+  while (!ready.empty() || !copies.empty()) {
+    step();
+    if (!failure.empty()) break;
+  }
+  std::string stuck;
+  for (const Fiber& f : c.fibers)
+    if (!f.finished && failure.empty()) {
+      if (stuck.size() < 1000) stuck += " block " + std::to_string(f.here.block.x) + " thread " + std::to_string(f.here.in_block) + ": " + f.waits_for + ";";
+    } else {
+      for (const auto& s : f.stores) do_store(*s);
+    }
+  cluster = nullptr;
+  current = nullptr;
+  if (!failure.empty()) misuse(std::exchange(failure, std::string()));
+  if (!stuck.empty()) misuse("threads wait for ever:" + stuck);
+}
+
+}  // namespace
+
+Machine& machine() { return the_machine; }
+const Here& here() { return current->here; }
+
+void run(Dim grid, Dim block, size_t shared, int size, const std::function<void()>& body) {
+  kernel = &body;
+  random_state = the_machine.seed * 0x9E3779B97F4A7C15ull + 1;
+  require(shared <= 227 << 10, "more shared memory than a block may have");
+  require(grid.x % size == 0, "a grid that is no multiple of its clusters");
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; x += size) {
+      if (grid.y > 1) require(size == 1, "a cluster in a grid of two dimensions");
+      const std::function<void()> at_y = [&] {
+        current->here.block.y = y;
+        body();
+      };
+      kernel = &at_y;
+      run_cluster(grid, block, shared, x, size);
+    }
+}
+
+void sync_warp() { arrive_and_wait(my_warp(), "its warp"); }
+
+uint64_t from_lane(uint64_t value, int lane) {
+  Collective& w = my_warp();
+  auto& slots = w.slots[w.generation & 1];
+  slots.resize(32);
+  slots[current->here.in_block % 32] = value;
+  arrive_and_wait(w, "a shuffle of its warp");
+  return slots[lane];
+}
+
+static bool any_in(Collective& c, bool value, const char* what) {
+  bool& any = c.any[c.generation & 1];
+  any |= value;
+  arrive_and_wait(c, what);
+  return any;
+}
+bool any_in_warp(bool value) { return any_in(my_warp(), value, "a vote of its warp"); }
+void sync_block() { arrive_and_wait(current->block->all, "its block"); }
+bool any_in_block(bool value) { return any_in(current->block->all, value, "a vote of its block"); }
+void sync_cluster() { arrive_and_wait(cluster->all, "its cluster"); }
+
+void named_barrier(int id, int threads, bool wait) {
+  Collective& c = current->block->named[id];
+  require(c.arrived == 0 || c.size == threads, "a named barrier with two different counts");
+  c.size = threads;
+  if (wait) arrive_and_wait(c, "a named barrier");
+  else if (++c.arrived == c.size) complete(c);
+}
+
+uint32_t dynamic_shared() { return kWindow; }
+uint8_t* shared_at(uint32_t address, size_t bytes, int rank) {
+  return shared_of(rank < 0 ? *current->block : cluster->blocks.at(rank), address, bytes);
+}
+
+void store_matrices(uint32_t to, const uint32_t (&q)[4]) {
+  const int lane = current->here.in_block % 32;
+  require(to % 16 == 0, "a matrix row that is not 16-byte aligned");
+  for (int m = 0; m < 4; ++m) {
+    const uint32_t row = (uint32_t)from_lane(to, 8 * m + lane / 4);
+    std::memcpy(shared_at(row + lane % 4 * 4, 4), &q[m], 4);
+  }
+  sync_warp();
+}
+
+void barrier_init(uint32_t at, uint32_t count) {
+  require(at % 8 == 0, "a barrier that is not 8-byte aligned");
+  shared_at(at, 8);
+  Mbarrier& b = current->block->barriers[at];
+  b.there = true, b.count = b.pending = (int)count;
+}
+void barrier_arrive(uint32_t at, int rank, uint32_t expected_bytes) {
+  Mbarrier& b = barrier_of(rank < 0 ? *current->block : cluster->blocks.at(rank), at);
+  require(b.pending > 0, "more arrivals than the barrier expects");
+  b.bytes += expected_bytes;
+  --b.pending;
+  settle(b);
+}
+void barrier_wait(uint32_t at, uint32_t parity) {
+  Mbarrier& b = barrier_of(*current->block, at);
+  while (b.phase == parity) sleep_in(b.waiting, parity ? "a barrier in shared memory, odd phase" : "a barrier in shared memory, even phase");
+}
+
+void load_tile(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier, unsigned blocks) {
+  require(to % 128 == 0, "a bulk copy to memory that is not 128-byte aligned");
+  const int rank = current->here.cluster_rank;
+  for (int b = 0; b < 2; ++b) {
+    if (!(blocks >> b & 1) && !(blocks == 0 && b == rank)) continue;
+    Block* block = &cluster->blocks.at(b);
+    copies.push_back([=] {
+      for (uint32_t r = 0; r < map.box_rows; ++r)
+        for (uint32_t c = 0; c < map.box_columns; ++c) {
+          const int64_t from_row = (int64_t)row + r, from_column = (int64_t)column + c;
+          uint16_t x = 0;
+          if (from_row >= 0 && from_row < (int64_t)map.rows && from_column >= 0 && from_column < (int64_t)map.columns)
+            std::memcpy(&x, map.data + from_row * map.pitch + from_column * 2, 2);
+          std::memcpy(shared_of(*block, swizzled(to + r * map.box_columns * 2 + c * 2, map.swizzle), 2), &x, 2);
+        }
+      Mbarrier& there = barrier_of(*block, barrier);
+      there.bytes -= map.box_rows * map.box_columns * 2;
+      settle(there);
+    });
+  }
+}
+
+void store_tile(const TensorMap& map, int column, int row, uint32_t from) {
+  require(from % 128 == 0, "a bulk copy from memory that is not 128-byte aligned");
+  auto store = std::make_shared<Store>(Store{map, column, row, from, current->block});
+  current->stores.push_back(store);
+  if (draw() & 1) copies.push_back([store] { do_store(*store); });
+}
+void store_wait(int left) {
+  auto& stores = current->stores;
+  while ((int)stores.size() > left) {
+    do_store(*stores.front());
+    stores.erase(stores.begin());
+  }
+}
+
+void multiply(float (&d)[128], uint64_t a, uint64_t b, bool accumulate, float (*to_float)(uint16_t)) {
+  Warpgroup& w = my_warpgroup();
+  const size_t group = current->groups_committed, index = current->products_issued++;
+  if (w.groups.size() <= group) w.groups.resize(group + 1), w.groups[group].eager = draw() & 1;
+  auto& products = w.groups[group].products;
+  if (products.size() <= index) products.push_back({a, b, accumulate, to_float, {}});
+  Product& p = products[index];
+  require(p.a == a && p.b == b && p.accumulate == accumulate, "a product on which its warps disagree");
+  p.d[current->here.in_block % 128] = d;
+}
+void multiply_commit() {
+  Warpgroup& w = my_warpgroup();
+  auto& group = w.groups.at(current->groups_committed++);
+  current->products_issued = 0;
+  if (++group.commits < 128) return;
+  if (group.eager) {
+    for (auto& each : w.groups)  // in order
+      if (&each == &group) break;
+      else do_group(*current->block, each);
+    do_group(*current->block, group);
+  }
+  wake(w.waiting);
+}
+void multiply_wait(int left) {
+  Warpgroup& w = my_warpgroup();
+  const size_t until = current->groups_committed;
+  for (size_t g = 0; g + left < until; ++g) {
+    while (w.groups[g].commits < 128) sleep_in(w.waiting, "the rest of its warpgroup, to multiply");
+    do_group(*current->block, w.groups[g]);
+  }
+}
+
+}  // namespace emulator

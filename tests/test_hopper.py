@@ -1,0 +1,391 @@
+"""The kernels for compute capability 9.0: the CUDA sources themselves on an emulator, through the ops, against float64."""
+
+import ctypes
+import importlib.util
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from heads import Case, assert_agree, assert_equal, cast, make, op_module, plain, statistics_module
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyunlearn.ops import (
+    _backend,
+    _hopper,
+    _plan,
+    example_objective,
+    linear_log_likelihood,
+    reference,
+    token_statistics,
+    weighted_log_likelihood,
+)
+
+EMULATOR = Path(__file__).parent / "emulator"
+
+
+class Watched:
+    """An extension that counts the calls of each function, and keeps the arguments of the last."""
+
+    def __init__(self, module):
+        self.module, self.calls, self.last = module, Counter(), {}
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls[name] += 1
+            self.last[name] = arguments
+            return getattr(self.module, name)(*arguments)
+
+        return call
+
+
+@pytest.fixture(scope="session")
+def extension(tmp_path_factory):
+    """csrc/bindings.cpp with the CUDA kernels, built for the emulator."""
+    sys.path.insert(0, str(EMULATOR))
+    try:
+        from build import build
+
+        path = build(tmp_path_factory.mktemp("emulator"))
+    except FileNotFoundError:
+        pytest.skip("no g++ here")
+    except subprocess.CalledProcessError as error:
+        pytest.fail(error.stderr.decode()[-3000:])
+    finally:
+        sys.path.remove(str(EMULATOR))
+    spec = importlib.util.spec_from_file_location("_C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, ctypes.CDLL(str(path))
+
+
+@pytest.fixture
+def emulated(extension, monkeypatch, poisoned):
+    """A machine of 4 multiprocessors, which runs CPU tensors; memory that no kernel has filled reads NaN."""
+    module, library = extension
+    library.set_machine(4, 0)
+    watched = Watched(module)
+    monkeypatch.setattr(_backend, "_C", watched)
+    monkeypatch.setattr(_hopper, "run_on", lambda device: True)
+    monkeypatch.setitem(PLACE, "device", "cpu")
+    return watched
+
+
+@pytest.fixture(params=["emulator", pytest.param("card", marks=pytest.mark.cuda)])
+def watched(request, monkeypatch, poisoned):
+    """The extension on the emulator, then on a card of compute capability 9.0 where PYUNLEARN_HOPPER=1."""
+    if request.param == "emulator":
+        return request.getfixturevalue("emulated")
+    if not _hopper.run_on(torch.device("cuda")):
+        pytest.skip(f"the Hopper kernels do not run here: {_hopper.status()}")
+    watched = Watched(_backend.extension())
+    monkeypatch.setattr(_backend, "_C", watched)
+    monkeypatch.setitem(PLACE, "device", "cuda")
+    return watched
+
+
+PLACE = {"device": "cpu"}  # where the cases of a test lie
+
+
+def head(rows, width, vocabulary, *, dtype=torch.bfloat16, **options):
+    """A case that these kernels serve."""
+    return make(rows, width, vocabulary, dtype=dtype, device=PLACE["device"], **options)
+
+
+def truth(case, coefficients, **options):
+    """Log-likelihoods and gradients, by the definition in float64."""
+    hidden, weight, bias = (None if t is None else t.double().requires_grad_() for t in case[:3])
+    value = plain(hidden, weight, case.targets, bias=bias, **options)
+    value.backward(torch.where(case.targets == -100, 0, coefficients.double()))
+    return [value.detach(), *(t.grad for t in (hidden, weight, bias) if t is not None)]
+
+
+def evaluate(op, case, coefficients, *, times=1, **options):
+    """The same by the op."""
+    hidden, weight, bias = (None if t is None else t.clone().requires_grad_() for t in case[:3])
+    value = op(hidden, weight, case.targets, bias=bias, **options)
+    for _ in range(times):
+        for t in (hidden, weight, bias):
+            if t is not None:
+                t.grad = None
+        value.backward(coefficients if value.dim() else None, retain_graph=True)
+    return [value.detach(), *(t.grad for t in (hidden, weight, bias) if t is not None)]
+
+
+def right(found, wanted, dtype):
+    """Values to what float32 sums hold, gradients to what 16 bits hold."""
+    assert_agree(found[:1], wanted[:1], 1e-5)
+    assert_agree(found[1:], wanted[1:], 1.5e-2 if dtype is torch.bfloat16 else 2e-3)
+
+
+def unit(rows):
+    """Coefficients."""
+    return torch.linspace(-1, 1, rows, device=PLACE["device"])
+
+
+# ---------------------------------------------------------------- the kernels, through the ops
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5, "softcap": 3.0}])
+@pytest.mark.parametrize("workspace", [0, None])
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), [(1, 8, 1), (5, 72, 1003), (300, 40, 515), (130, 1544, 259)])
+def test_values_and_gradients(rows, width, vocabulary, workspace, options, dtype, watched):
+    """Of every width and vocabulary, kept and recomputed, agree with float64; the portable kernels have no part in it."""
+    case = head(rows, width, vocabulary, dtype=dtype, bias=bool(options), masked=0.3 * (rows > 1))
+    found = evaluate(linear_log_likelihood, case, unit(rows), workspace=workspace, **options)
+    right(found, truth(case, unit(rows), **options), dtype)
+    kept = workspace is None and dtype is torch.bfloat16
+    assert watched.calls["hopper_statistics_kept"] == kept
+    assert watched.calls["hopper_statistics"] == (not kept)
+    assert (watched.calls["hopper_gradient"] > 0) == (not kept)
+    assert (watched.calls["kept_hidden_gradient"] > 0) == kept
+    assert not watched.calls["statistics"] + watched.calls["gradient"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("processors", [2, 6, 14])
+def test_any_order_gives_the_same_bits(processors, seed, emulated, extension):
+    """Whatever runs first, and however many clusters share the work, each count of them repeats bit for bit."""
+    case = head(270, 48, 520)
+    extension[1].set_machine(processors, 100)
+    wanted = evaluate(linear_log_likelihood, case, unit(270))
+    extension[1].set_machine(processors, seed)
+    assert_equal(evaluate(linear_log_likelihood, case, unit(270)), wanted)
+
+
+@pytest.mark.parametrize("offset", [-160.0, 160.0, 1e4])
+@pytest.mark.parametrize("workspace", [0, None])
+def test_common_offset(offset, workspace, watched):
+    """A constant on all logits costs neither values nor gradients a digit that float32 products have."""
+    case = head(6, 16, 500, dtype=torch.float32)
+    case = cast(Case(*((t.clamp(-2, 2) * 8).round() / 8 for t in case[:3]), case.targets), dtype=torch.bfloat16)
+    case = case._replace(bias=case.bias.float())
+    shifted = case._replace(bias=case.bias + offset)
+    found = evaluate(linear_log_likelihood, shifted, unit(6), workspace=workspace)
+    right(found, truth(case, unit(6)), torch.bfloat16)
+
+
+@pytest.mark.parametrize("workspace", [0, None])
+def test_rows_out_of_range(workspace, watched):
+    """Rows so surprising that their exponentials leave the range, a NaN and an impossible target spoil no other row."""
+    case = head(300, 16, 520)
+    case.hidden[7] *= 200
+    case.hidden[260] *= -100
+    right(evaluate(linear_log_likelihood, case, unit(300), workspace=workspace), truth(case, unit(300)), torch.bfloat16)
+    case.hidden[9, 3] = torch.nan
+    case.bias[5], case.targets[11] = -torch.inf, 5
+    others = torch.tensor([i for i in range(300) if i not in (9, 11)], device=PLACE["device"])
+    found = linear_log_likelihood(*case[:2], case.targets, bias=case.bias, workspace=workspace)
+    assert found[9].isnan()
+    assert found[11] == -torch.inf
+    clean = Case(case.hidden[others], case.weight, case.bias, case.targets[others])
+    assert_agree([found[others]], truth(clean, unit(298))[:1], 1e-5)
+    weights = unit(300)
+    weights[[9, 11]] = 0
+    found = evaluate(linear_log_likelihood, case, weights, workspace=workspace)
+    wanted = truth(clean, weights[others])
+    right([found[0][others], found[1][others]], wanted[:2], torch.bfloat16)
+    assert not found[1][9].any()
+
+
+def test_targets_outside_the_vocabulary(watched, monkeypatch):
+    """Get NaN and rank -1, as on any card, and disturb no other row."""
+    case = head(40, 24, 300)
+    wanted = truth(case, unit(40))[0]
+    for module in (op_module, statistics_module):
+        monkeypatch.setattr(module, "check_targets", lambda *_: None)
+    case.targets[3], case.targets[4], case.targets[5] = 300, -1, 1 << 40
+    found = token_statistics(*case[:2], case.targets, bias=case.bias)
+    assert found.log_likelihood[3:6].isnan().all()
+    assert (found.rank[3:6] == -1).all()
+    assert_agree([found.log_likelihood[6:]], [wanted[6:]], 1e-5)
+    assert linear_log_likelihood(*case[:2], case.targets, bias=case.bias)[3:6].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"softcap": 4.0}])
+@pytest.mark.parametrize(("rows", "width", "vocabulary"), [(1, 8, 2), (70, 72, 1003), (300, 1544, 300)])
+def test_token_statistics(rows, width, vocabulary, options, dtype, watched):
+    """All four fields agree with float64; equal tokens do not stand before the target, impossible ones before nothing."""
+    case = head(rows, width, vocabulary, dtype=dtype, masked=0.2 * (rows > 1))
+    case.weight[1], case.bias[1] = case.weight[0], case.bias[0]
+    case.targets[0] = 0
+    found = token_statistics(*case[:2], case.targets, bias=case.bias, **options)
+    z = case.hidden.double() @ case.weight.double().T + case.bias.double()
+    z = 4 * torch.tanh(z / 4) if options else z
+    live = case.targets != -100
+    wanted = reference.token_statistics_of(z[live], case.targets[live])
+    assert_agree([x[live] for i, x in enumerate(found) if i != 1], [wanted[0], *wanted[2:]], 2e-5)
+    z, at = z[live], case.targets[live][:, None]
+    surely = (z > z.gather(1, at) + 1e-3).sum(1)
+    assert ((found.rank[live] <= wanted[1]) & (found.rank[live] >= surely)).all()
+    assert found.rank[0] <= wanted[1][0]
+    assert not any(x[~live].any() for x in found)
+    assert watched.calls["hopper_statistics"] == 1
+    assert not watched.calls["token_statistics"]
+
+
+def test_rank_of_an_impossible_target(watched):
+    """Every possible token stands before it, and nothing else does."""
+    case = head(4, 8, 300)
+    case.bias[100:200], case.targets[2] = -torch.inf, 150
+    found = token_statistics(*case[:2], case.targets.clamp(max=99), bias=case.bias)
+    assert found.rank.max() < 200
+    case.targets[:] = 150
+    found = token_statistics(*case[:2], case.targets, bias=case.bias)
+    assert found.rank.tolist() == [200] * 4
+    assert found.entropy.isfinite().all()
+    assert found.variance.isfinite().all()
+
+
+# ---------------------------------------------------------------- how the ops use them
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight", "both"])
+@pytest.mark.parametrize("workspace", [0, None])
+def test_frozen_parts(trained, workspace, watched):
+    """What wants no gradient costs no product, and torch makes none but those of the gradients."""
+    case = head(64, 32, 600, bias=False)
+    hidden, weight = case.hidden.clone(), case.weight.clone()
+    hidden.requires_grad_(trained != "weight"), weight.requires_grad_(trained != "hidden")
+    with FlopCounterMode(display=False) as counter:
+        weighted_log_likelihood(hidden, weight, case.targets, unit(64), workspace=workspace).backward()
+    wanted = truth(case, unit(64))
+    found = [t.grad for t in (hidden, weight) if t.requires_grad]
+    assert_agree(found, [w for w, t in zip(wanted[1:], (hidden, weight), strict=True) if t.requires_grad], 1.5e-2)
+    assert counter.get_total_flops() == 2 * 64 * 32 * 600 * len(found)
+    assert watched.calls["kept_add_targets"] == (workspace is None and trained != "hidden")
+
+
+def test_backward_twice(watched):
+    """A graph that is kept gives the same gradients again; under `release` the second time from the logits once more."""
+    case = head(64, 32, 600)
+    wanted = truth(case, unit(64))
+    right(evaluate(linear_log_likelihood, case, unit(64), times=2), wanted, torch.bfloat16)
+    assert watched.calls["hopper_gradient"] == 1
+
+
+@pytest.mark.parametrize(
+    "workspace", [None, _plan.bytes_of_sum(600, 32, torch.bfloat16) + 15 * (1200 + _plan._FUSED_SCRATCH)]
+)
+@pytest.mark.parametrize("masked", [0.0, 0.5])
+def test_one_pass(workspace, masked, watched, monkeypatch):
+    """Where coefficients are known, rows go in chunks that are kept whole, and nothing is multiplied twice."""
+    monkeypatch.setattr(_plan, "balance", lambda device: 0)
+    case = head(100, 32, 600, masked=masked)
+    wanted = truth(case, unit(100))
+    value = (wanted[0] * unit(100)).sum()[None]
+    found = evaluate(
+        lambda h, w, t, **options: weighted_log_likelihood(h, w, t, unit(100), **options),
+        case,
+        None,
+        workspace=workspace,
+    )
+    right([found[0][None], *found[1:]], [value, *wanted[1:]], torch.bfloat16)
+    live = int((case.targets >= 0).sum())
+    assert watched.calls["hopper_statistics_kept"] == (1 if workspace is None else -(-live // 15))
+    assert not watched.calls["hopper_gradient"]
+    assert not watched.calls["statistics"]
+
+
+def test_example_objective(watched):
+    """A function of each example's sum, differentiated on the sums that these kernels made."""
+    case = head(60, 32, 600)
+    index = torch.arange(60, device=PLACE["device"]) // 12
+    hidden, weight = (t.clone().requires_grad_() for t in case[:2])
+
+    def function(sums, counts):
+        return torch.nn.functional.softplus(sums / counts)
+
+    found = example_objective(hidden, weight, case.targets, index, function, bias=case.bias)
+    found.loss.backward()
+    h, w = (t.double().requires_grad_() for t in case[:2])
+    sums = plain(h, w, case.targets, bias=case.bias.double()).view(5, 12).sum(1)
+    function(sums, 12).sum().backward()
+    assert_agree([found.log_likelihood], [sums], 1e-5)
+    assert_agree([hidden.grad, weight.grad], [h.grad, w.grad], 1.5e-2)
+    assert watched.calls["hopper_statistics_kept"] == 1
+
+
+@pytest.mark.parametrize("change", ["float32", "width", "stride", "offset", "transposed"])
+def test_what_they_do_not_serve(change, watched):
+    """Other types, widths and alignments run on the portable kernels, and say the same."""
+    case = head(10, 16, 200, bias=False)
+    wanted = truth(case, unit(10))[0]
+    hidden, weight = case.hidden, case.weight
+    if change == "float32":
+        hidden, weight = hidden.float(), weight.float()
+    elif change == "width":
+        hidden, weight = hidden[:, :12], weight[:, :12]
+        wanted = plain(hidden.double(), weight.double(), case.targets)
+    elif change == "stride":
+        weight = weight.new_zeros(200, 20)[:, :16].copy_(weight)
+    elif change == "offset":
+        weight = weight.new_zeros(200, 24)[:, 4:20].copy_(weight)
+    else:
+        weight = weight.T.contiguous().T
+    assert not _hopper.serves(hidden, weight)
+    assert_agree([linear_log_likelihood(hidden, weight, case.targets)], [wanted], 1e-5)
+    assert watched.calls["statistics"]
+    assert not watched.calls["hopper_statistics"]
+
+
+def test_strided_weight_and_memory_from_elsewhere(emulated):
+    """Rows that begin at 16 bytes are taken as they lie; memory that does not is copied first."""
+    case = head(10, 16, 200, bias=False)
+    wanted = truth(case, unit(10))
+    strided = case._replace(weight=torch.zeros(200, 32, dtype=torch.bfloat16)[:, 8:24].copy_(case.weight))
+    assert _hopper.serves(strided.hidden, strided.weight)
+    assert_agree([linear_log_likelihood(*strided[:2], case.targets)], wanted[:1], 1e-5)
+    assert emulated.last["hopper_statistics"][1] == strided.weight.data_ptr()
+    store = bytearray(200 * 16 * 2 + 16)
+    odd = next(
+        t
+        for t in (torch.frombuffer(store, dtype=torch.bfloat16, offset=o, count=3200) for o in (2, 4))
+        if t.data_ptr() % 16
+    )
+    odd = odd.view(200, 16).copy_(case.weight)
+    assert_agree([linear_log_likelihood(case.hidden, odd, case.targets)], wanted[:1], 1e-5)
+
+
+def test_the_self_test_passes_and_can_fail(emulated, monkeypatch):
+    """The first-use check accepts these kernels, and says so when one is wrong."""
+    assert _hopper.wrong(torch.device("cpu")) is None
+    good = _hopper._run
+
+    def bad(kernel, *arguments):
+        good(kernel, *arguments)
+        if kernel == broken[-1]:
+            next(a for a in reversed(arguments) if isinstance(a, torch.Tensor) and a.is_floating_point()).mul_(1.1)
+
+    monkeypatch.setattr(_hopper, "_run", bad)
+    broken = []
+    for kernel in ("hopper_gradient", "kept_scale_hidden", "kept_hidden_gradient", "kept_add_targets"):
+        broken.append(kernel)
+        assert "wrong gradients" in _hopper.wrong(torch.device("cpu"))
+
+
+def test_they_are_asked_for_by_name(monkeypatch):
+    """Without PYUNLEARN_HOPPER=1 they do not run; another value is an error that says what is wanted."""
+    monkeypatch.delenv("PYUNLEARN_HOPPER", raising=False)
+    assert not _hopper.asked_for()
+    assert not _hopper.run_on(torch.device("cuda", 0))
+    monkeypatch.setenv("PYUNLEARN_HOPPER", "1")
+    assert _hopper.asked_for()
+    monkeypatch.setenv("PYUNLEARN_HOPPER", "yes")
+    with pytest.raises(ValueError, match="PYUNLEARN_HOPPER must be 1 or 0, got 'yes'"):
+        _hopper.asked_for()
+
+
+def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(emulated, monkeypatch):
+    """And the portable ones run."""
+    monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
+    monkeypatch.setattr(_hopper, "wrong", lambda device: "they gave wrong numbers")
+    _hopper._usable.cache_clear()
+    with pytest.warns(UserWarning, match="Hopper kernels are not used on cuda:0: they gave wrong numbers"):
+        assert not _hopper._usable(0)
+    assert not _hopper._usable(0)
+    _hopper._usable.cache_clear()
