@@ -1,6 +1,16 @@
 """The metrics: pure functions, numbers in, numbers out."""
 
 from pyunlearn.metrics._skew_normal import SkewNormalFit
+from pyunlearn.metrics.attacks import (
+    gradient_norm_score,
+    lira,
+    logit_score,
+    loss_score,
+    min_k,
+    min_k_plus_plus,
+    reference_score,
+    zlib_score,
+)
 from pyunlearn.metrics.confidence import Interval, PairedDifference, bootstrap_interval, paired_difference
 from pyunlearn.metrics.exposure import (
     NULL_MEAN,
@@ -16,6 +26,7 @@ from pyunlearn.metrics.exposure_tests import (
     exposure_two_sample_test,
     reference_drift,
 )
+from pyunlearn.metrics.privacy import TruePositiveRate, auc, example_epsilon, privleak, tpr_at_fpr
 from pyunlearn.metrics.verdict import Bounds, Verdict, exposure_interval, verdict
 
 __all__ = [
@@ -27,15 +38,28 @@ __all__ = [
     "Interval",
     "PairedDifference",
     "SkewNormalFit",
+    "TruePositiveRate",
     "Verdict",
+    "auc",
     "bootstrap_interval",
     "calibrated_scores",
+    "example_epsilon",
     "exposure",
     "exposure_interval",
     "exposure_null_test",
     "exposure_two_sample_test",
     "generalized_exposure",
+    "gradient_norm_score",
+    "lira",
+    "logit_score",
+    "loss_score",
+    "min_k",
+    "min_k_plus_plus",
     "paired_difference",
+    "privleak",
     "reference_drift",
+    "reference_score",
+    "tpr_at_fpr",
     "verdict",
+    "zlib_score",
 ]
