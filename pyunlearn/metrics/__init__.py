@@ -27,19 +27,35 @@ from pyunlearn.metrics.exposure_tests import (
     reference_drift,
 )
 from pyunlearn.metrics.privacy import TruePositiveRate, auc, example_epsilon, privleak, tpr_at_fpr
+from pyunlearn.metrics.quality import (
+    UTILITY_PARTS,
+    AnswerPrior,
+    ForgetQuality,
+    TruthRatio,
+    answer_prior,
+    forget_quality,
+    model_utility,
+    option_probability,
+    truth_ratio,
+)
 from pyunlearn.metrics.verdict import Bounds, Verdict, exposure_interval, verdict
 
 __all__ = [
     "NULL_MEAN",
     "SIGNIFICANT",
+    "UTILITY_PARTS",
+    "AnswerPrior",
     "Bounds",
     "Exposure",
     "ExposureTest",
+    "ForgetQuality",
     "Interval",
     "PairedDifference",
     "SkewNormalFit",
     "TruePositiveRate",
+    "TruthRatio",
     "Verdict",
+    "answer_prior",
     "auc",
     "bootstrap_interval",
     "calibrated_scores",
@@ -48,6 +64,7 @@ __all__ = [
     "exposure_interval",
     "exposure_null_test",
     "exposure_two_sample_test",
+    "forget_quality",
     "generalized_exposure",
     "gradient_norm_score",
     "lira",
@@ -55,11 +72,14 @@ __all__ = [
     "loss_score",
     "min_k",
     "min_k_plus_plus",
+    "model_utility",
+    "option_probability",
     "paired_difference",
     "privleak",
     "reference_drift",
     "reference_score",
     "tpr_at_fpr",
+    "truth_ratio",
     "verdict",
     "zlib_score",
 ]
