@@ -11,6 +11,14 @@ from pyunlearn.metrics.attacks import (
     reference_score,
     zlib_score,
 )
+from pyunlearn.metrics.canaries import (
+    ALPHABETS,
+    Canaries,
+    InsertedCanaries,
+    canary_exposure,
+    insert_canaries,
+    make_canaries,
+)
 from pyunlearn.metrics.confidence import Interval, PairedDifference, bootstrap_interval, paired_difference
 from pyunlearn.metrics.exposure import (
     NULL_MEAN,
@@ -41,14 +49,17 @@ from pyunlearn.metrics.quality import (
 from pyunlearn.metrics.verdict import Bounds, Verdict, exposure_interval, verdict
 
 __all__ = [
+    "ALPHABETS",
     "NULL_MEAN",
     "SIGNIFICANT",
     "UTILITY_PARTS",
     "AnswerPrior",
     "Bounds",
+    "Canaries",
     "Exposure",
     "ExposureTest",
     "ForgetQuality",
+    "InsertedCanaries",
     "Interval",
     "PairedDifference",
     "SkewNormalFit",
@@ -59,6 +70,7 @@ __all__ = [
     "auc",
     "bootstrap_interval",
     "calibrated_scores",
+    "canary_exposure",
     "example_epsilon",
     "exposure",
     "exposure_interval",
@@ -67,9 +79,11 @@ __all__ = [
     "forget_quality",
     "generalized_exposure",
     "gradient_norm_score",
+    "insert_canaries",
     "lira",
     "logit_score",
     "loss_score",
+    "make_canaries",
     "min_k",
     "min_k_plus_plus",
     "model_utility",
