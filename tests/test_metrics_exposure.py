@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 
-from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, generalized_exposure
+from pyunlearn.metrics import (
+    NULL_MEAN,
+    SIGNIFICANT,
+    SkewNormalFit,
+    _skew_normal,
+    calibrated_scores,
+    exposure,
+    generalized_exposure,
+)
 
 scores = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12)
 few = st.lists(st.integers(0, 5).map(float), min_size=1, max_size=12)  # with many ties
@@ -80,11 +88,11 @@ def test_it_is_the_count_it_is_defined_by(x, references):
     """log2(m + 1) - log2(1 + #{r <= x}), and with >= on the other side: ties count against the text on both."""
     found = generalized_exposure(x, references)
     for i, score in enumerate(x):
-        for exposure, count in (
+        for bits, count in (
             (found.lower[i], sum(r <= score for r in references)),
             (found.upper[i], sum(r >= score for r in references)),
         ):
-            assert exposure == pytest.approx(math.log2((len(references) + 1) / (1 + count)))
+            assert bits == pytest.approx(math.log2((len(references) + 1) / (1 + count)))
 
 
 @given(scores, scores)
@@ -112,7 +120,7 @@ def test_a_likelier_text_is_never_less_exposed(x, references):
     found = generalized_exposure(sorted(x), references)
     assert (np.diff(found.lower) <= 0).all()
     assert (np.diff(found.upper) >= 0).all()
-    for side in found:
+    for side in (found.lower, found.upper):
         assert ((side >= -1e-12) & (side <= math.log2(len(references) + 1) + 1e-12)).all()
 
 
@@ -146,3 +154,186 @@ def test_any_array_will_do_and_one_number_is_an_array_of_one():
     assert found.upper.tolist() == [0.0, 2.0]
     assert found.lower.dtype == np.float64
     assert generalized_exposure([], [1.0]).lower.shape == (0,)
+
+
+# ---------------------------------------------------------------- references of one's own, calibrated scores, two sides
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_references_of_its_own_are_what_each_text_alone_would_get(n, m, seed):
+    """(n, m) references: row by row the same as (m,), extrapolated or not."""
+    rng = np.random.default_rng(seed)
+    x, references = rng.integers(-3, 9, n).astype(float), rng.integers(0, 6, (n, m)).astype(float)
+    for extrapolate in (False, True):
+        found = generalized_exposure(x, references, extrapolate=extrapolate)
+        for i in range(n):
+            alone = generalized_exposure(x[i], references[i], extrapolate=extrapolate)
+            assert (found.lower[i], found.upper[i]) == (alone.lower[0], alone.upper[0])
+            assert found.extrapolated[i] == alone.extrapolated[0]
+
+
+def test_a_table_of_references_must_have_a_row_for_each_score():
+    """It was silently flattened once: (2, 3) references for 3 texts would have been 6 shared ones."""
+    with pytest.raises(ValueError, match=r"shape \(m,\), or \(3, m\) with a row for each score, got \(2, 3\)"):
+        generalized_exposure([1.0, 2.0, 3.0], np.ones((2, 3)))
+
+
+def test_the_two_sided_exposure_is_that_of_the_two_sided_p_value():
+    """-log2 min(1, 2 min(p, p)), by its definition; and of unseen text P(two_sided >= k) <= 2^-k too."""
+    rng = np.random.default_rng(0)
+    x, references = rng.normal(size=4000), rng.normal(size=(4000, 99))
+    found = generalized_exposure(x, references)
+    p = np.minimum(1, 2 * np.minimum(2.0**-found.lower, 2.0**-found.upper))
+    np.testing.assert_allclose(found.two_sided, -np.log2(p), atol=1e-12)
+    for k in (1, 2, 3, 4):
+        assert (found.two_sided >= k).mean() <= 2.0**-k + 4 * math.sqrt(2.0**-k / 4000)
+    assert generalized_exposure([9.0], np.arange(7)).two_sided[0] == 2.0
+
+
+def test_calibrated_scores_take_a_text_s_own_difficulty_off():
+    """Two texts of very different difficulty, memorized alike, stand out alike."""
+    base, references = np.array([1.0, 5.0]), np.linspace(0, 6, 31)
+    found = generalized_exposure(
+        calibrated_scores(base - 1, base), calibrated_scores(references + np.tile([0.1, -0.1], 16)[:31], references)
+    )
+    assert found.lower.tolist() == [5.0, 5.0]
+    with pytest.raises(ValueError, match="same texts, got 2 and 1"):
+        calibrated_scores(base, [1.0])
+
+
+# ---------------------------------------------------------------- beyond log2(m + 1)
+
+
+def test_extrapolation_leaves_what_the_references_show_alone():
+    """Inside their range nothing changes; outside, the number is the tail's, at least log2(m + 1), and marked so."""
+    references = stats.norm.ppf((np.arange(63) + 0.5) / 63)
+    x = np.array([-6.0, -0.3, 0.4, 2.0, 6.0])
+    plain, found = generalized_exposure(x, references), generalized_exposure(x, references, extrapolate=True)
+    assert found.extrapolated.tolist() == [True, False, False, False, True]
+    assert not plain.extrapolated.any()
+    assert plain.fit is None
+    np.testing.assert_array_equal(found.lower[1:], plain.lower[1:])
+    np.testing.assert_array_equal(found.upper[:-1], plain.upper[:-1])
+    assert plain.lower[0] == plain.upper[-1] == 6.0
+    truth = -stats.norm.logcdf(-6) / math.log(2)  # 29.9 bits
+    assert found.lower[0] == pytest.approx(truth, rel=0.1)
+    assert found.upper[-1] == pytest.approx(truth, rel=0.1)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([19, 63]),
+    st.sampled_from(["normal", "exponential", "uniform", "gumbel"]),
+)
+def test_extrapolated_exposure_is_finite_monotone_and_never_below_the_count(seed, m, law):
+    """Of any references, as far out as one likes: a plain maximum-likelihood fit gives 10^15 bits here, or infinity."""
+    rng = np.random.default_rng(seed)
+    references = getattr(rng, law)(size=m)
+    spread = references.std()
+    x = np.concatenate(
+        [
+            references.min() - spread * np.array([300, 30, 8, 4, 2, 1, 0.1]),
+            references.max() + spread * np.array([0.1, 1, 3, 300]),
+        ]
+    )
+    found, plain = generalized_exposure(x, references, extrapolate=True), generalized_exposure(x, references)
+    assert np.isfinite(found.lower).all()
+    assert np.isfinite(found.upper).all()
+    assert (np.diff(found.lower) <= 1e-9).all()
+    assert (np.diff(found.upper) >= -1e-9).all()
+    assert (found.lower >= plain.lower).all()
+    assert (found.upper >= plain.upper).all()
+    assert found.lower.max() < 1e8
+
+
+def test_the_median_extrapolation_is_right_for_a_normal_law():
+    """Six deviations below the mean of 63 normal numbers: 29.9 bits in truth, within a third in the median and no wilder than it says."""
+    rng = np.random.default_rng(1)
+    found = [generalized_exposure(-6.0, rng.normal(size=63), extrapolate=True).lower[0] for _ in range(40)]
+    assert np.median(found) == pytest.approx(29.9, rel=0.2)
+    assert np.quantile(found, 0.9) < 60
+
+
+@pytest.mark.parametrize("shape", [-4.0, -0.5, 0.0, 3.0])
+def test_the_fit_is_that_of_maximum_likelihood_where_there_is_enough_to_fit(shape):
+    """scipy's, of 4000 numbers; its mirror image; and in any unit."""
+    x = stats.skewnorm.rvs(shape, 1, 2, size=4000, random_state=1)
+    fit = exposure(0.0, x, "skewnorm").fit
+    log_likelihood = stats.skewnorm.logpdf(x, fit.shape[0], fit.location[0], fit.scale[0]).sum()
+    best = stats.skewnorm.logpdf(x, *stats.skewnorm.fit(x)).sum()
+    assert best - 1 < log_likelihood <= best + 1e-3
+    assert fit.statistic[0] < 0.03
+    assert fit.pvalue[0] > 0.01
+    assert exposure(0.0, x**3, "skewnorm").fit.pvalue[0] < 1e-3
+    for scale, offset in ((-1, 0), (1e6, -5e6), (1e-6, 3e-6)):
+        again, low = exposure(scale * -4.0 + offset, scale * x + offset, "skewnorm"), exposure(-4.0, x, "skewnorm")
+        pair = (low.lower, low.upper) if scale > 0 else (low.upper, low.lower)
+        np.testing.assert_allclose([again.lower, again.upper], pair, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [-5.0, 0.0, 1.0, 5.0, 50.0])
+@pytest.mark.parametrize("z", [-0.5, -2.0, -5.0, -12.0])
+def test_the_tail_is_the_integral_of_the_density_where_it_underflows(shape, z):
+    """Against adaptive quadrature of the density relative to that at z, and its survival function is the mirror's."""
+
+    def log_density(x):
+        return math.log(2) + stats.norm.logpdf(x) + stats.norm.logcdf(shape * x)
+
+    width = 60 / (1 + abs(z) * (1 + max(shape, 0.0) ** 2))
+    area = integrate.quad(lambda u: math.exp(log_density(z - u) - log_density(z)), 0, width, limit=500)[0]
+    law = SkewNormalFit(*(np.array([v]) for v in (shape, 0.0, 1.0, 0.0, 1.0)))
+    truth = log_density(z) + math.log(area)
+    assert _skew_normal.log_cdf(np.array([z]), law)[0] == pytest.approx(truth, rel=1e-6)
+    mirror = law._replace(shape=-law.shape)
+    assert _skew_normal.log_survival(np.array([-z]), mirror)[0] == pytest.approx(truth, rel=1e-6)
+
+
+# ---------------------------------------------------------------- the Secret Sharer's
+
+
+def test_exposure_by_rank_enumerates_the_space():
+    """A space of eight: the likeliest secret has log2 8 bits, the least likely 0, each by counting."""
+    space = np.array([3.0, 1.0, 4.0, 1.5, 9.0, 2.6, 5.0, 3.5])
+    found = [exposure(space[i], np.delete(space, i)).lower[0] for i in range(8)]
+    ranks = stats.rankdata(space)
+    np.testing.assert_allclose(found, 3 - np.log2(ranks))
+    assert max(found) == 3
+
+
+def test_exposure_is_never_negative_and_stands_in_the_order_of_the_scores():
+    """Interpolation in public code gives log2(m / (m + 1)) < 0 to a secret less likely than all, and sorts what it returns."""
+    references, x = np.arange(100.0), np.array([200.0, -1.0, 50.5, 3.5])
+    for method in ("rank", "sampling", "skewnorm"):
+        found = exposure(x, references, method).lower
+        assert (found >= 0).all()
+        assert np.argsort(found).tolist() == [0, 2, 3, 1]
+    assert exposure(200.0, references).lower[0] == 0
+
+
+def test_exposure_by_sampling_is_the_share_of_the_samples():
+    """-log2 of it, at most log2 m."""
+    references = np.arange(64.0)
+    found = exposure([-1.0, 0.0, 7.0, 31.5, 99.0], references, "sampling")
+    np.testing.assert_allclose(found.lower, [6, 6, 3, 1, 0])
+    np.testing.assert_allclose(found.upper, [0, 0, 6 - math.log2(57), 1, 6])
+
+
+def test_exposure_by_skewnorm_is_that_of_the_fitted_law_at_every_score():
+    """Inside the references' range too: -log2 of scipy's cumulative law with the parameters in `fit`."""
+    references = np.random.default_rng(0).gamma(20, size=500)
+    x = np.array([5.0, 12.0, 20.0, 40.0])
+    found = exposure(x, references, "skewnorm")
+    law = stats.skewnorm(found.fit.shape[0], found.fit.location[0], found.fit.scale[0])
+    np.testing.assert_allclose(found.lower, -np.log2(law.cdf(x)), rtol=1e-6)
+    np.testing.assert_allclose(found.upper, -np.log2(law.sf(x)), rtol=1e-6)
+    assert found.extrapolated.tolist() == [True, False, False, True]
+
+
+def test_an_unknown_method_and_references_without_spread_are_refused():
+    """By name, with what to do."""
+    with pytest.raises(ValueError, match="method must be 'rank', 'sampling' or 'skewnorm', got 'rnk'"):
+        exposure(1.0, [2.0], "rnk")
+    with pytest.raises(ValueError, match='got equal ones: use "rank"'):
+        exposure(1.0, [2.0, 2.0], "skewnorm")
+    found = generalized_exposure(1.0, [2.0, 2.0, 2.0], extrapolate=True)  # nothing to fit: the count stands
+    assert (found.lower[0], found.extrapolated[0]) == (2.0, False)

@@ -1,0 +1,52 @@
+"""The one place where a metric's numbers are checked and brought to float64."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pyunlearn.errors import ArgumentError
+
+Floats = NDArray[np.float64]
+
+
+def numbers(name: str, values: ArrayLike, *, least: int = 0) -> Floats:
+    """(n,) finite float64 of anything array-like; one number is an array of one. Raises ArgumentError."""
+    try:
+        found = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{name} must be numbers, one for each text, got {_say(values)}") from None
+    if found.ndim > 1:
+        raise ArgumentError(f"{name} must be one number for each text, shape (n,), got shape {found.shape}")
+    found = found.reshape(-1)
+    if found.size < least:
+        raise ArgumentError(f"{name} must hold {least} numbers or more, got {found.size}")
+    if not np.isfinite(found).all():
+        raise ArgumentError(f"{name} must be finite, got NaN or Inf: leave out the texts that the model cannot score")
+    return found
+
+
+def same_length(first: str, a: NDArray[np.float64], second: str, b: NDArray[np.float64]) -> None:
+    """Raises ArgumentError unless both hold one number for each of the same texts."""
+    if len(a) != len(b):
+        raise ArgumentError(
+            f"{first} and {second} must hold one number for each of the same texts, got {len(a)} and {len(b)}"
+        )
+
+
+def between(name: str, value: float, low: float, high: float) -> None:
+    """Raises ArgumentError unless low < value < high."""
+    if not low < value < high:
+        raise ArgumentError(f"{name} must lie between {low:g} and {high:g}, got {value!r}")
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ArgumentError unless value is one of the choices."""
+    if value not in choices:
+        raise ArgumentError(
+            f"{name} must be {', '.join(repr(c) for c in choices[:-1])} or {choices[-1]!r}, got {value!r}"
+        )
+
+
+def _say(values: object) -> str:
+    return values if isinstance(values, str) else type(values).__name__
