@@ -1,6 +1,16 @@
 """The metrics: pure functions, numbers in, numbers out."""
 
 from pyunlearn.metrics._skew_normal import SkewNormalFit
+from pyunlearn.metrics.attacks import (
+    gradient_norm_score,
+    lira,
+    logit_score,
+    loss_score,
+    min_k,
+    min_k_plus_plus,
+    reference_score,
+    zlib_score,
+)
 from pyunlearn.metrics.confidence import Interval, PairedDifference, bootstrap_interval, paired_difference
 from pyunlearn.metrics.exposure import (
     NULL_MEAN,
@@ -30,25 +40,45 @@ from pyunlearn.metrics.memorization import (
     memorization_accuracy,
     simplicity,
 )
+from pyunlearn.metrics.privacy import TruePositiveRate, auc, example_epsilon, privleak, tpr_at_fpr
+from pyunlearn.metrics.quality import (
+    UTILITY_PARTS,
+    AnswerPrior,
+    ForgetQuality,
+    TruthRatio,
+    answer_prior,
+    forget_quality,
+    model_utility,
+    option_probability,
+    truth_ratio,
+)
 from pyunlearn.metrics.verdict import Bounds, Verdict, exposure_interval, verdict
 
 __all__ = [
     "NULL_MEAN",
     "SIGNIFICANT",
+    "UTILITY_PARTS",
+    "AnswerPrior",
     "Bounds",
     "Exposure",
     "ExposureTest",
+    "ForgetQuality",
     "GreedyExtraction",
     "Interval",
     "PairedDifference",
     "SkewNormalFit",
+    "TruePositiveRate",
+    "TruthRatio",
     "VerbatimMatch",
     "Verdict",
+    "answer_prior",
+    "auc",
     "bootstrap_interval",
     "calibrated_scores",
     "counterfactual_memorization",
     "discoverable_extraction",
     "exact_memorization",
+    "example_epsilon",
     "exposure",
     "exposure_interval",
     "exposure_null_test",
@@ -58,13 +88,27 @@ __all__ = [
     "extraction_strength",
     "extraction_strength_by_bisection",
     "extraction_strength_by_scan",
+    "forget_quality",
     "generalized_exposure",
+    "gradient_norm_score",
+    "lira",
     "log_queries_to_extract",
+    "logit_score",
+    "loss_score",
     "memorization_accuracy",
+    "min_k",
+    "min_k_plus_plus",
+    "model_utility",
+    "option_probability",
     "paired_difference",
+    "privleak",
     "reference_drift",
+    "reference_score",
     "rouge_l",
     "simplicity",
+    "tpr_at_fpr",
+    "truth_ratio",
     "verbatim_match",
     "verdict",
+    "zlib_score",
 ]

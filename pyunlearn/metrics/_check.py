@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -50,3 +52,15 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def _say(values: object) -> str:
     return values if isinstance(values, str) else type(values).__name__
+
+
+def texts_of_tokens(name: str, values: Sequence[ArrayLike] | ArrayLike) -> list[Floats]:
+    """(T_i,) finite float64 for each text; one text alone is a list of one. Raises ArgumentError."""
+    rows = list(values) if isinstance(values, Sequence | np.ndarray) else [values]
+    if rows and all(np.ndim(row) == 0 for row in rows):
+        rows = [rows]
+    found = [numbers(f"{name}[{i}]", row) for i, row in enumerate(rows)]
+    for i, row in enumerate(found):
+        if row.size == 0:
+            raise ArgumentError(f"{name}[{i}] has no token: leave the text out")
+    return found

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from pyunlearn.errors import ArgumentError
+from pyunlearn.metrics._binomial import clopper_pearson
 from pyunlearn.metrics._check import Floats, between, one_of
 from pyunlearn.metrics.exposure import (
     NULL_MEAN,
@@ -48,7 +48,7 @@ def exposure_interval(
 ) -> Bounds:
     """How well m references know the exposure of each text, in bits.
 
-    The share p of unseen texts at least as likely was estimated from c of m; its Clopper-Pearson interval (Biometrika 26, 1934) is
+    The share p of unseen texts at least as likely was estimated from c of m; its Clopper-Pearson interval (1934) is
 
         p from Beta(c, m - c + 1) at (1 - confidence) / 2 to Beta(c + 1, m - c) at (1 + confidence) / 2,   exposure = -log2 p
 
@@ -68,10 +68,8 @@ def exposure_interval(
     one_of("side", side, ("lower", "upper"))
     s, r = _scores("exposure_interval", scores, reference_scores)
     count, m = _counts(s, r)[side == "upper"], r.shape[-1]
-    tail = (1 - confidence) / 2
-    with np.errstate(all="ignore"):  # Beta(0, .) and Beta(., 0) are NaN: the ends 0 and 1
-        least = np.where(count == 0, 0.0, stats.beta.ppf(tail, count, m - count + 1))
-        most = np.where(count == m, 1.0, stats.beta.ppf(1 - tail, count + 1, m - count))
+    least, most = clopper_pearson(count, m, confidence)
+    with np.errstate(divide="ignore"):  # no reference is as likely: no upper end
         return Bounds(-np.log2(most) + 0.0, -np.log2(least))
 
 

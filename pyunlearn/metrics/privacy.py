@@ -1,0 +1,193 @@
+"""Privacy: how well an attack tells the forget set from text that was never trained on, and what that says against a retrained model.
+
+Scores are those of `attacks`: HIGHER = less likely a member.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import special, stats
+
+from pyunlearn.errors import ArgumentError
+from pyunlearn.metrics._binomial import clopper_pearson
+from pyunlearn.metrics._check import Floats, between, numbers, one_of
+from pyunlearn.metrics.confidence import Interval
+
+
+class TruePositiveRate(NamedTuple):
+    """See tpr_at_fpr."""
+
+    estimate: float
+    """Share of the forget set called members, 0 to 1; high = exposed."""
+    low: float
+    high: float
+    threshold: float
+    """Members are the texts that score below it."""
+    fpr: float
+    """The false-positive rate that this threshold really has: at most the one asked for."""
+    resolved: bool
+    """The holdout is large enough to show that rate: at least 1 / fpr texts."""
+
+
+def auc(forget: ArrayLike, holdout: ArrayLike, *, confidence: float = 0.95, members: str = "low") -> Interval:
+    """P(a holdout text scores above a forget text) + 1/2 P(they tie): the area under the ROC curve, labels forget 0, holdout 1.
+
+    0 to 1; 1 = every forget text is given away, 0.5 = they cannot be told apart, 0 = driven below unseen text, which gives them away too. From
+    mid-ranks, so ties count one half. The interval is DeLong's (Biometrics 44, 837-845, 1988) on the logit scale; where its variance is 0
+    (perfect separation, all tied, one text on a side) that would be an interval of no width, and the Clopper-Pearson interval of the
+    min(n_forget, n_holdout) pairs that share no text is given: wide, and true.
+
+    Args:
+        forget: (n,) scores, higher = less likely a member.
+        holdout: (m,) of text from the same source that was never trained on: else the area measures the difference of sources.
+        confidence: of the interval, between 0 and 1.
+        members: "low" where low scores mean members (all of `attacks`), "high" the other way round.
+
+    Returns:
+        Interval(estimate, low, high).
+
+    Raises:
+        ArgumentError: an empty side, a score that is not finite, an unknown choice.
+    """
+    f, h = _sides(forget, holdout, members)
+    between("confidence", confidence, 0, 1)
+    ranks = stats.rankdata(np.concatenate([f, h]))
+    of_forget = 1 - (ranks[: f.size] - stats.rankdata(f)) / h.size  # share of the holdout above each forget text
+    of_holdout = (ranks[f.size :] - stats.rankdata(h)) / f.size
+    area = float(of_holdout.mean())
+    variance = 0.0
+    if min(f.size, h.size) > 1:
+        variance = float(of_forget.var(ddof=1) / f.size + of_holdout.var(ddof=1) / h.size)
+    if variance < 1e-24 or not 1e-12 < area < 1 - 1e-12:
+        pairs = min(f.size, h.size)
+        low, high = clopper_pearson(area * pairs, pairs, confidence)
+        return Interval(area, float(low), float(high))
+    width = stats.norm.ppf((1 + confidence) / 2) * np.sqrt(variance) / (area * (1 - area))
+    low, high = special.expit(special.logit(area) + np.array([-width, width]))
+    return Interval(area, float(low), float(high))
+
+
+def tpr_at_fpr(
+    forget: ArrayLike, holdout: ArrayLike, fpr: float = 0.01, *, confidence: float = 0.95, members: str = "low"
+) -> TruePositiveRate:
+    """Share of the forget set found by the best threshold that calls at most `fpr` of the holdout members (arXiv 2112.03570).
+
+    0 to 1; `fpr` itself = no better than chance, high = exposed. Customary: 0.01 and 0.001. The threshold is a step of the empirical ROC curve, not
+    interpolated: with fewer than 1 / fpr holdout texts it is "below all of them", and `resolved` is False. A text that ties with a holdout text
+    beyond the allowance is not found. The interval is Clopper-Pearson's for the forget set at this threshold; the chance in the threshold
+    itself is not in it.
+
+    Args:
+        forget: (n,) scores, higher = less likely a member.
+        holdout: (m,) of text that was never trained on, from the same source.
+        fpr: false-positive rate allowed, between 0 and 1.
+        confidence: of the interval, between 0 and 1.
+        members: "low" where low scores mean members, "high" the other way round (the threshold is then that of -score).
+
+    Raises:
+        ArgumentError: as auc.
+    """
+    f, h = _sides(forget, holdout, members)
+    between("confidence", confidence, 0, 1)
+    between("fpr", fpr, 0, 1)
+    allowed = int(fpr * h.size + 1e-9)
+    threshold = np.sort(h)[allowed]
+    found = int((f < threshold).sum())
+    low, high = clopper_pearson(found, f.size, confidence)
+    attained = float((h < threshold).mean())
+    return TruePositiveRate(found / f.size, float(low), float(high), float(threshold), attained, allowed >= 1)
+
+
+def privleak(auc: float, auc_retrained: float = 0.5) -> float:
+    """PrivLeak of MUSE in percent (arXiv 2407.06460): how far an attack's area lies from that under a retrained model.
+
+        100 (A - A_retrained) / A_retrained,   A = 1 - auc
+
+    Trap: MUSE's area is that of the forget set being the *less* exposed, one minus ours (1 = given away) and minus most people's. About 0 = as
+    retrained; -100 = under-unlearned (auc 1); above 0 = over-unlearned, up to 100 auc_retrained / (1 - auc_retrained), 100 at 0.5. MUSE's attack
+    is min_k with k = 0.4.
+
+    Args:
+        auc: of the unlearned model, as `auc` gives it (`.estimate`), 0 to 1.
+        auc_retrained: the same under the retrained model; 0.5, that of chance, where there is none (as open-unlearning does).
+
+    Raises:
+        ArgumentError: an area outside 0 to 1; auc_retrained 1, against which nothing can be measured.
+    """
+    for name, value in (("auc", auc), ("auc_retrained", auc_retrained)):
+        if not 0 <= value <= 1:
+            raise ArgumentError(f"{name} must lie from 0 to 1, got {value!r}")
+    if auc_retrained == 1:
+        raise ArgumentError(
+            "auc_retrained must be below 1, got 1: the retrained model gives the forget set away, so check that it never saw it"
+        )
+    return 100 * ((1 - auc) - (1 - auc_retrained)) / (1 - auc_retrained)
+
+
+def example_epsilon(
+    unlearned: ArrayLike, retrained: ArrayLike, *, delta: float = 0.0, confidence: float | None = None
+) -> Floats:
+    """The epsilon of (epsilon, delta)-unlearning that attacks show for each example, (n,), nats; 0 and up, high = not unlearned.
+
+        max over thresholds, in both directions, of max(ln((1 - delta - FPR) / FNR), ln((1 - delta - FNR) / FPR))
+
+    FPR and FNR are the error rates of "this model was unlearned, not retrained" by the example's score, over models of different seeds (Triantafillou
+    et al. 2024, arXiv 2406.09073, the metric of the NeurIPS 2023 challenge). A threshold where one rate is 0 is left out; where both are, epsilon is
+    infinite. So the plain estimate of few models is infinite where they happen to separate, and above 0 by chance where nothing differs.
+    `confidence` mends both: the rates become Clopper-Pearson upper limits, shared out over all thresholds, both rates and both directions, and
+    the result a lower bound of epsilon that holds with that probability; never above about ln N.
+
+    Args:
+        unlearned: (N,) scores of one example under N unlearned models, or (n, N).
+        retrained: (M,) under M retrained models, or (n, M).
+        delta: from 0 to below 1.
+        confidence: between 0 and 1; None for the plain rates.
+
+    Raises:
+        ArgumentError: shapes that do not fit, a score that is not finite, a delta outside [0, 1).
+    """
+    u, r = (np.atleast_2d(np.asarray(x, dtype=np.float64)) for x in (unlearned, retrained))
+    if u.ndim != 2 or r.ndim != 2 or len(u) != len(r) or 0 in (*u.shape, *r.shape):
+        raise ArgumentError(
+            f"unlearned and retrained must have shape (models,) or (n, models) of the same n examples, got {u.shape} and {r.shape}"
+        )
+    if not (np.isfinite(u).all() and np.isfinite(r).all()):
+        raise ArgumentError("unlearned and retrained must be finite, got NaN or Inf")
+    if not 0 <= delta < 1:
+        raise ArgumentError(f"delta must be from 0 to below 1, got {delta!r}")
+    if confidence is not None:
+        between("confidence", confidence, 0, 1)
+    return np.array(
+        [max(_epsilon(a, b, delta, confidence), _epsilon(-a, -b, delta, confidence)) for a, b in zip(u, r, strict=True)]
+    )
+
+
+def _epsilon(u: Floats, r: Floats, delta: float, confidence: float | None) -> float:
+    """Of the attack that calls scores up to a threshold unlearned."""
+    thresholds = np.unique(np.concatenate([u, r]))
+    false_negatives = (u[:, None] > thresholds).sum(0)
+    false_positives = (r[:, None] <= thresholds).sum(0)
+    if confidence is None:
+        fnr, fpr = false_negatives / u.size, false_positives / r.size
+        if ((fnr == 0) & (fpr == 0)).any():
+            return np.inf
+        kept = (fnr > 0) & (fpr > 0)
+        fnr, fpr = fnr[kept], fpr[kept]
+    else:
+        each = 1 - (1 - confidence) / (
+            2 * thresholds.size
+        )  # two directions, two rates: a quarter of it in each upper tail
+        fnr = clopper_pearson(false_negatives, u.size, each)[1]
+        fpr = clopper_pearson(false_positives, r.size, each)[1]
+    with np.errstate(divide="ignore"):  # nothing left above: ln 0, which is no evidence
+        bounds = [np.log(np.maximum(1 - delta - a, 0)) - np.log(b) for a, b in ((fpr, fnr), (fnr, fpr))]
+    return float(max(0.0, *(b.max(initial=0.0) for b in bounds)))
+
+
+def _sides(forget: ArrayLike, holdout: ArrayLike, members: str) -> tuple[Floats, Floats]:
+    one_of("members", members, ("low", "high"))
+    sign = 1.0 if members == "low" else -1.0
+    return sign * numbers("forget", forget, least=1), sign * numbers("holdout", holdout, least=1)

@@ -1,0 +1,176 @@
+"""The area, the true-positive rate, PrivLeak and epsilon: definitions, intervals that cover, conventions."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from pyunlearn.metrics import auc, example_epsilon, privleak, tpr_at_fpr
+
+few = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=9)
+
+
+@given(few, few)
+def test_the_area_is_the_share_of_pairs_in_order(forget, holdout):
+    """With one half for ties; the other direction is the complement."""
+    pairs = [(h > f) + 0.5 * (h == f) for f, h in itertools.product(forget, holdout)]
+    found = auc(forget, holdout)
+    assert found.estimate == pytest.approx(np.mean(pairs))
+    assert 0 <= found.low <= found.estimate + 1e-12
+    assert found.estimate - 1e-12 <= found.high <= 1
+    assert auc(forget, holdout, members="high").estimate == pytest.approx(1 - found.estimate)
+    assert auc(holdout, forget).estimate == pytest.approx(1 - found.estimate)
+    assert auc(np.negative(forget), np.negative(holdout), members="high") == pytest.approx(found)
+
+
+def test_a_memorized_set_has_area_one():
+    """Labels forget 0, holdout 1, higher score = less likely a member: open-unlearning's direction."""
+    assert auc([0.1, 0.2], [3.0, 4.0]).estimate == 1
+    assert auc([9.0, 8.0], [3.0, 4.0]).estimate == 0
+
+
+@pytest.mark.parametrize(("shift", "n", "m"), [(0.0, 30, 50), (1.0, 30, 50), (2.3, 40, 25)])
+def test_the_interval_of_the_area_covers(shift, n, m):
+    """95 % of 600 intervals hold the area of two normal laws, from chance to 0.95."""
+    rng, truth = np.random.default_rng(0), stats.norm.cdf(shift / math.sqrt(2))
+    found = [auc(rng.normal(size=n), rng.normal(shift, size=m)) for _ in range(600)]
+    held = np.mean([f.low <= truth <= f.high for f in found])
+    assert 0.925 <= held <= 0.985
+
+
+def test_a_perfect_attack_on_few_texts_has_a_wide_interval():
+    """DeLong's variance is 0 there, and its interval says 1 to 1; the least area of which 10 pairs are all in order with 2.5 % is 0.69."""
+    found = auc(np.arange(10.0), np.arange(10.0) + 100)
+    assert (found.estimate, found.high) == (1, 1)
+    assert found.low == pytest.approx(0.025**0.1)
+    low = auc(np.arange(10.0) + 100, np.arange(10.0))
+    assert (low.low, low.high) == (0, pytest.approx(1 - 0.025**0.1))
+    assert auc([1.0], [2.0, 3.0]).low == pytest.approx(0.025)
+    tied = auc([1.0] * 8, [1.0] * 9)
+    assert tied.estimate == 0.5
+    assert tied.high - tied.low > 0.5
+
+
+# ---------------------------------------------------------------- true-positive rate
+
+
+@given(few, few, st.floats(0.01, 0.99))
+def test_the_rate_is_the_best_of_all_thresholds_that_are_allowed(forget, holdout, fpr):
+    """Every threshold tried."""
+    f, h = np.array(forget), np.array(holdout)
+    best = max(
+        (f < t).mean()
+        for t in [*np.unique(np.concatenate([f, h])), np.inf]
+        if (h < t).sum() <= math.floor(fpr * h.size + 1e-9)
+    )
+    found = tpr_at_fpr(f, h, fpr)
+    assert found.estimate == best == (f < found.threshold).mean()
+    assert found.fpr == (h < found.threshold).mean() <= fpr
+    assert found.low <= found.estimate <= found.high
+    assert tpr_at_fpr(-f, -h, fpr, members="high")[:3] == found[:3]
+
+
+def test_a_small_holdout_cannot_show_a_small_rate_and_says_so():
+    """One in a thousand among 100 texts is none; among 1000, one."""
+    holdout = np.arange(1000.0)
+    few, many = tpr_at_fpr([-1.0, 0.5], holdout[:100], 0.001), tpr_at_fpr([-1.0, 0.5], holdout, 0.001)
+    assert (few.estimate, few.fpr, few.resolved) == (0.5, 0, False)
+    assert (many.estimate, many.fpr, many.resolved) == (1.0, 0.001, True)
+
+
+def test_chance_finds_as_many_as_it_gets_wrong():
+    """At 1 % and 0.1 % of large samples of one law; and its interval is the binomial one."""
+    rng = np.random.default_rng(0)
+    f, h = rng.normal(size=20_000), rng.normal(size=20_000)
+    for fpr in (0.01, 0.001):
+        found = tpr_at_fpr(f, h, fpr)
+        assert found.estimate == pytest.approx(fpr, abs=5 * math.sqrt(2 * fpr / 20_000))
+        exact = stats.binomtest(round(found.estimate * 20_000), 20_000).proportion_ci(0.95, method="exact")
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+
+
+# ---------------------------------------------------------------- PrivLeak
+
+
+def test_privleak_turns_our_area_round_as_muse_does():
+    """-100 for a set that is given away wholly, 0 as retrained, +100 at the other end: with the area as it is the signs would be wrong."""
+    assert privleak(1.0) == -100
+    assert privleak(0.5) == 0
+    assert privleak(0.0) == 100
+    assert privleak(0.53, 0.53) == 0
+    assert privleak(0.8, 0.6) == pytest.approx((0.2 - 0.4) / 0.4 * 100)
+    assert privleak(auc([0.1, 0.2], [3.0, 4.0]).estimate, 0.45) == -100
+
+
+# ---------------------------------------------------------------- epsilon
+
+
+def test_epsilon_of_randomised_response_is_its_log_odds():
+    """Scores that tell the truth with probability 3/4: exactly ln 3, by rates that are exact."""
+    unlearned, retrained = np.array([1.0] * 3 + [0.0]), np.array([0.0] * 3 + [1.0])
+    assert example_epsilon(unlearned, retrained)[0] == pytest.approx(math.log(3))
+    assert example_epsilon(-unlearned, -retrained)[0] == pytest.approx(math.log(3))
+    assert example_epsilon(unlearned, retrained, delta=0.25)[0] == pytest.approx(math.log(2))
+    assert example_epsilon(unlearned, unlearned)[0] == 0
+
+
+def by_hand(u, r, delta):
+    """Every threshold, both directions."""
+    best = 0.0
+    for sign in (1, -1):
+        for t in np.concatenate([u, r]):
+            fnr, fpr = np.mean(sign * u > sign * t), np.mean(sign * r <= sign * t)
+            if fnr == fpr == 0:
+                return math.inf
+            if fnr and fpr:
+                for a, b in ((fpr, fnr), (fnr, fpr)):
+                    best = max(best, math.log((1 - delta - a) / b) if 1 - delta - a > 0 else 0)
+    return best
+
+
+@given(few, few, st.sampled_from([0.0, 0.1]))
+def test_epsilon_is_the_best_of_all_thresholds(u, r, delta):
+    """Against loops; infinite where some threshold parts them."""
+    u, r = np.array(u), np.array(r)
+    assert example_epsilon(u, r, delta=delta)[0] == pytest.approx(by_hand(u, r, delta))
+
+
+def test_the_lower_bound_of_epsilon_holds_and_closes_in():
+    """Randomised response, 300 times: above ln 3 in at most 5 %; within a third of it with 10,000 models; 0 where nothing differs, almost always."""
+    rng = np.random.default_rng(0)
+    u = (rng.random((300, 200)) < 0.75).astype(float)
+    r = (rng.random((300, 200)) < 0.25).astype(float)
+    bound = example_epsilon(u, r, confidence=0.95)
+    assert (bound > math.log(3)).mean() <= 0.05
+    assert bound.mean() > 0.5
+    many = (rng.random((2, 10_000)) < np.array([[0.75], [0.25]])).astype(float)
+    assert math.log(3) * 0.9 < example_epsilon(many[0], many[1], confidence=0.95)[0] < math.log(3)
+    alike = rng.normal(size=(2, 100, 60))
+    assert (example_epsilon(alike[0], alike[1], confidence=0.95) > 0).mean() <= 0.05
+    assert example_epsilon(np.zeros(50), np.ones(50), confidence=0.95)[0] < math.log(50)
+    assert example_epsilon(np.zeros(50), np.ones(50))[0] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: auc([], [1.0]), "forget must hold 1 numbers or more, got 0"),
+        (lambda: auc([1.0], [math.nan]), "holdout must be finite"),
+        (lambda: auc([1.0], [1.0], members="up"), "members must be 'low' or 'high', got 'up'"),
+        (lambda: tpr_at_fpr([1.0], [1.0], 1.0), "fpr must lie between 0 and 1, got 1.0"),
+        (lambda: privleak(1.2), "auc must lie from 0 to 1, got 1.2"),
+        (lambda: privleak(0.5, 1.0), "auc_retrained must be below 1, got 1: .*never saw it"),
+        (lambda: example_epsilon([[1.0]], [[1.0], [2.0]]), "of the same n examples, got"),
+        (lambda: example_epsilon([1.0], [math.inf]), "must be finite, got NaN or Inf"),
+        (lambda: example_epsilon([1.0], [1.0], delta=1), "delta must be from 0 to below 1, got 1"),
+        (lambda: example_epsilon([1.0], [1.0], confidence=95), "confidence must lie between 0 and 1, got 95"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(call, message):
+    """In one sentence."""
+    with pytest.raises(ValueError, match=message):
+        call()

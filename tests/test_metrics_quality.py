@@ -1,0 +1,148 @@
+"""Truth ratio, forget quality, utility and prior: the definitions, and the conventions that public code mixes."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from pyunlearn.metrics import (
+    UTILITY_PARTS,
+    answer_prior,
+    forget_quality,
+    model_utility,
+    option_probability,
+    truth_ratio,
+)
+
+likelihood = st.floats(-12, -0.01)
+answers = st.integers(1, 4).flatmap(
+    lambda p: st.lists(st.tuples(likelihood, st.lists(likelihood, min_size=p, max_size=p)), min_size=1, max_size=5)
+)
+
+
+@given(answers, st.sampled_from(["geometric", "arithmetic"]))
+def test_the_truth_ratio_is_its_definition(rows, mean):
+    """Probabilities written out, each aggregate."""
+    correct, wrong = [c for c, _ in rows], [w for _, w in rows]
+    average = stats.gmean if mean == "geometric" else np.mean
+    ratios = np.array([average(np.exp(w)) / math.exp(c) for c, w in rows])
+    expected = {
+        "closer_to_1_better": np.minimum(ratios, 1 / ratios),
+        "true_better": np.maximum(0, 1 - ratios),
+        "prob_mean": 1 / (1 + ratios),
+    }
+    for aggregate, values in expected.items():
+        found = truth_ratio(correct, wrong, aggregate, mean=mean)
+        np.testing.assert_allclose(found.ratio, ratios)
+        np.testing.assert_allclose(found.value, values, atol=1e-12)
+        assert found.mean.estimate == pytest.approx(values.mean())
+
+
+def test_the_two_means_differ_and_the_arithmetic_one_is_larger():
+    """TOFU's own code uses one here and the other there: 0.01 and 0.09 have means 0.03 and 0.05."""
+    wrong = np.log([[0.01, 0.09]])
+    assert truth_ratio(np.log([0.1]), wrong).ratio[0] == pytest.approx(0.3)
+    assert truth_ratio(np.log([0.1]), wrong, mean="arithmetic").ratio[0] == pytest.approx(0.5)
+
+
+def test_the_default_aggregate_is_two_sided_and_nothing_overflows():
+    """A model driven to prefer wrong answers has not forgotten well either; 1000 nats apart are still numbers."""
+    found = truth_ratio([-1.0, -5.0, -1000.0], [[-5.0], [-1.0], [-0.5]])
+    assert found.value[0] == pytest.approx(found.value[1])
+    assert found.value[2] == 0
+    for aggregate in ("true_better", "prob_mean"):
+        assert np.isfinite(truth_ratio([-1000.0, -0.5], [[-0.5], [-1000.0]], aggregate).value).all()
+
+
+# ---------------------------------------------------------------- forget quality
+
+
+def test_forget_quality_is_the_two_sample_test_and_blind_to_inversion():
+    """scipy's, exact for small samples by counting all ways to deal; the same of 1 / R."""
+    u, r = np.array([0.3, 0.8, 1.2, 2.0]), np.array([0.9, 1.5, 2.5])
+    found = forget_quality(u, r)
+
+    def distance(a, b):
+        every = np.concatenate([a, b])
+        return max(abs((a <= t).mean() - (b <= t).mean()) for t in every)
+
+    pooled = np.concatenate([u, r])
+    dealt = [distance(pooled[list(c)], np.delete(pooled, list(c))) for c in itertools.combinations(range(7), 4)]
+    assert found.statistic == pytest.approx(distance(u, r))
+    assert found.pvalue == pytest.approx(np.mean(np.array(dealt) >= distance(u, r) - 1e-12))
+    assert forget_quality(1 / u, 1 / r)[:2] == pytest.approx(found[:2])
+    assert not found.saturated
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 4), (20, 40), (200, 200)])
+def test_the_floor_is_the_p_value_of_samples_that_do_not_overlap(n, m):
+    """At distance 1, where it is saturated; finite in logarithms even where the p-value underflows."""
+    found = forget_quality(np.arange(n), 1000.0 + np.arange(m))
+    assert found.saturated
+    assert found.statistic == 1
+    assert found.pvalue == pytest.approx(10**found.log10_floor, rel=1e-6)
+
+
+def test_the_floor_of_large_samples_is_a_number():
+    """2 / C(8000, 4000) is 10^-2406."""
+    found = forget_quality(np.arange(4000.0), np.arange(4000.0) + 0.5)
+    assert found.log10_floor == pytest.approx(-2406, abs=1)
+    assert not found.saturated
+    assert found.pvalue > 0.9
+
+
+# ---------------------------------------------------------------- utility
+
+
+def test_model_utility_is_the_harmonic_mean_of_exactly_nine():
+    """By hand; one 0 makes it 0; a part that is missing or misspelt is named."""
+    parts = dict(zip(UTILITY_PARTS, np.linspace(0.1, 0.9, 9), strict=True))
+    assert len(UTILITY_PARTS) == 9
+    assert model_utility(parts) == pytest.approx(9 / sum(1 / v for v in parts.values()))
+    assert model_utility(dict.fromkeys(UTILITY_PARTS, 0.25)) == pytest.approx(0.25)
+    assert model_utility(parts | {"retain_rouge": 0.0}) == 0
+    with pytest.raises(ValueError, match="got parts without retain_rouge, with retain_rogue"):
+        model_utility({name.replace("retain_rouge", "retain_rogue"): v for name, v in parts.items()})
+    with pytest.raises(ValueError, match=r"retain_rouge must lie from 0 to 1, got .*85"):
+        model_utility(parts | {"retain_rouge": 85.0})
+
+
+@given(answers)
+def test_the_probability_with_options_is_a_share(rows):
+    """P / (P + sum of the others); one option in five by chance; of answers that are all improbable too."""
+    found = option_probability([c for c, _ in rows], [w for _, w in rows])
+    for (c, w), share in zip(rows, found, strict=True):
+        assert share == pytest.approx(math.exp(c) / (math.exp(c) + sum(map(math.exp, w))))
+    assert option_probability([-900.0], [[-900.0] * 4])[0] == pytest.approx(0.2)
+
+
+def test_an_answer_that_needs_no_prompt_gains_nothing_from_it():
+    """Nats a token; explained is the ratio of the likelihoods, at most 1."""
+    found = answer_prior([-0.1, -0.1, -3.0], [-0.1, -3.1, -2.0])
+    np.testing.assert_allclose(found.gain, [0, 3, -1], atol=1e-12)
+    np.testing.assert_allclose(found.explained, [1, math.exp(-3), 1], atol=1e-12)
+    assert found.mean.estimate == pytest.approx(2 / 3)
+    assert -1 <= found.mean.low <= found.mean.high <= 3
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: truth_ratio([2.0], [[-1.0]]), "must be 0 or less, got 2.0: pass the mean log-likelihood per token, not the loss"),
+        (lambda: truth_ratio([-2.0], [-1.0]), r"must have shape \(1, wrong answers\), a row for each correct one, got \(1,\)"),
+        (lambda: truth_ratio([-2.0], [[math.nan]]), "wrong_log_likelihoods must be finite"),
+        (lambda: truth_ratio([], np.zeros((0, 2))), "correct_log_likelihood must hold 1 numbers or more, got 0"),
+        (lambda: truth_ratio([-2.0], [[-1.0]], "closer"), "aggregate must be 'closer_to_1_better', 'true_better' or 'prob_mean', got 'closer'"),
+        (lambda: truth_ratio([-2.0], [[-1.0]], mean="harmonic"), "mean must be 'geometric' or 'arithmetic', got 'harmonic'"),
+        (lambda: forget_quality([1.0], []), "truth_ratios_retrained must hold 1 numbers or more"),
+        (lambda: answer_prior([-1.0], [-1.0, -2.0]), "same texts, got 1 and 2"),
+    ],
+)  # fmt: skip
+def test_what_has_no_quality_is_refused(call, message):
+    """In one sentence."""
+    with pytest.raises(ValueError, match=message):
+        call()
