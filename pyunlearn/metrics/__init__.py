@@ -1,5 +1,18 @@
 """The metrics: pure functions, numbers in, numbers out."""
 
+from pyunlearn.metrics.difficulty import (
+    GEffect,
+    StepsToForget,
+    difficulty,
+    el2n,
+    entanglement,
+    g_effect,
+    grand,
+    mean_relative_difference,
+    median_steps,
+    steps_to_forget,
+)
+from pyunlearn.metrics.distribution import density_bound, knn_radius, out_of_distribution, zlib_ratio
 from pyunlearn.metrics.exposure import NULL_MEAN, SIGNIFICANT, Exposure, generalized_exposure
 from pyunlearn.metrics.extraction import (
     GreedyExtraction,
@@ -20,25 +33,62 @@ from pyunlearn.metrics.memorization import (
     memorization_accuracy,
     simplicity,
 )
+from pyunlearn.metrics.stein import ksd_difficulty, ksd_ranking, ksd_self, stein_kernel
+from pyunlearn.metrics.utility import (
+    COLLAPSED,
+    bleu,
+    chrf,
+    collapsed,
+    distinct_n,
+    perplexity,
+    repetition,
+    task_accuracy,
+)
 
 __all__ = [
+    "COLLAPSED",
     "NULL_MEAN",
     "SIGNIFICANT",
     "Exposure",
+    "GEffect",
     "GreedyExtraction",
+    "StepsToForget",
     "VerbatimMatch",
+    "bleu",
+    "chrf",
+    "collapsed",
     "counterfactual_memorization",
+    "density_bound",
+    "difficulty",
     "discoverable_extraction",
+    "distinct_n",
+    "el2n",
+    "entanglement",
     "exact_memorization",
     "extraction_likelihood",
     "extraction_probability",
     "extraction_strength",
     "extraction_strength_by_bisection",
     "extraction_strength_by_scan",
+    "g_effect",
     "generalized_exposure",
+    "grand",
+    "knn_radius",
+    "ksd_difficulty",
+    "ksd_ranking",
+    "ksd_self",
     "log_queries_to_extract",
+    "mean_relative_difference",
+    "median_steps",
     "memorization_accuracy",
+    "out_of_distribution",
+    "perplexity",
+    "repetition",
     "rouge_l",
     "simplicity",
+    "stein_kernel",
+    "steps_to_forget",
+    "task_accuracy",
     "verbatim_match",
+    "zlib_ratio",
 ]
