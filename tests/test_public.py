@@ -22,7 +22,7 @@ from pyunlearn import cli
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pyunlearn"
 ORDER = [  # what stands later may import what stands earlier, and never the other way round
-    {"errors"}, {"text"}, {"data"}, {"ops"}, {"models"}, {"methods", "metrics"}, {"references"}, {"result"},
+    {"errors"}, {"text"}, {"data"}, {"ops"}, {"models"}, {"methods", "metrics"}, {"probes"}, {"references"}, {"result"},
     {"_state", "_progress", "_workers"}, {"_run"}, {"unlearn"}, {"report"}, {"info", "demo"}, {"cli"},
 ]  # fmt: skip
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
