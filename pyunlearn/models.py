@@ -87,6 +87,18 @@ def load_tokenizer(name: str | Path, **extra: Any) -> Any:
         ) from error
 
 
+def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
+    """The tokenizer given, or the one that lies where it says or where the model came from. Raises ModelError when there is none."""
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    where = str(tokenizer or getattr(unwrapped(model), "name_or_path", "") or "")
+    if where:
+        return load_tokenizer(where)
+    raise ModelError(
+        "the model does not say where its tokenizer is: pass tokenizer=, the one the model was trained with"
+    )
+
+
 def unwrapped(model: nn.Module) -> Any:
     """The transformers model inside DDP, a PEFT wrapper or torch.compile."""
     seen: Any = model

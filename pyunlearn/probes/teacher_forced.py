@@ -39,6 +39,14 @@ class TeacherForced:
         """One of the arrays (N,) in n parts, one for each text."""
         return np.split(values, np.cumsum(self.counts)[:-1])
 
+    def part(self, first: int, end: int) -> TeacherForced:
+        """Of the texts from `first` on, up to `end`."""
+        edges = np.concatenate([[0], np.cumsum(self.counts)])
+        rows = slice(int(edges[first]), int(edges[end]))
+        return TeacherForced(
+            self.log_likelihood[rows], self.rank[rows], self.entropy[rows], self.variance[rows], self.counts[first:end]
+        )
+
     @cached_property
     def mean_log_likelihood(self) -> Floats:
         """(n,) float64, nats a token."""
