@@ -1,5 +1,6 @@
 """Exposure: what it is for text that was never trained on, and what it equals."""
 
+import itertools
 import math
 
 import numpy as np
@@ -268,7 +269,25 @@ def test_the_fit_is_that_of_maximum_likelihood_where_there_is_enough_to_fit(shap
     for scale, offset in ((-1, 0), (1e6, -5e6), (1e-6, 3e-6)):
         again, low = exposure(scale * -4.0 + offset, scale * x + offset, "skewnorm"), exposure(-4.0, x, "skewnorm")
         pair = (low.lower, low.upper) if scale > 0 else (low.upper, low.lower)
-        np.testing.assert_allclose([again.lower, again.upper], pair, rtol=1e-3)
+        np.testing.assert_allclose([again.lower, again.upper], pair, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("law", ["normal", "exponential", "gumbel", "uniform"])
+def test_the_fit_of_few_numbers_is_the_least_penalised_likelihood(law):
+    """No parameter can be moved either way without loss, by scipy's density; and the shape stays finite where its likelihood alone has no maximum."""
+    rng = np.random.default_rng(0)
+    for m in (19, 63):
+        x = getattr(rng, law)(size=m)
+        fit = exposure(0.0, x, "skewnorm").fit
+        parameters = np.array([fit.shape[0], fit.location[0], fit.scale[0]])
+        assert abs(fit.shape[0]) < 100
+
+        def cost(p, x=x):
+            return 0.87591 * np.log1p(0.85625 * p[0] ** 2) - stats.skewnorm.logpdf(x, *p).sum()
+
+        for i, step in itertools.product(range(3), (-1e-2, 1e-2)):
+            moved = parameters + step * np.eye(3)[i] * [1, x.std(), x.std()]
+            assert cost(moved) > cost(parameters)
 
 
 @pytest.mark.parametrize("shape", [-5.0, 0.0, 1.0, 5.0, 50.0])

@@ -11,6 +11,14 @@ from pyunlearn.metrics.attacks import (
     reference_score,
     zlib_score,
 )
+from pyunlearn.metrics.canaries import (
+    ALPHABETS,
+    Canaries,
+    InsertedCanaries,
+    canary_exposure,
+    insert_canaries,
+    make_canaries,
+)
 from pyunlearn.metrics.confidence import Interval, PairedDifference, bootstrap_interval, paired_difference
 from pyunlearn.metrics.difficulty import (
     GEffect,
@@ -79,17 +87,20 @@ from pyunlearn.metrics.utility import (
 from pyunlearn.metrics.verdict import Bounds, Verdict, exposure_interval, verdict
 
 __all__ = [
+    "ALPHABETS",
     "COLLAPSED",
     "NULL_MEAN",
     "SIGNIFICANT",
     "UTILITY_PARTS",
     "AnswerPrior",
     "Bounds",
+    "Canaries",
     "Exposure",
     "ExposureTest",
     "ForgetQuality",
     "GEffect",
     "GreedyExtraction",
+    "InsertedCanaries",
     "Interval",
     "PairedDifference",
     "SkewNormalFit",
@@ -103,6 +114,7 @@ __all__ = [
     "bleu",
     "bootstrap_interval",
     "calibrated_scores",
+    "canary_exposure",
     "chrf",
     "collapsed",
     "counterfactual_memorization",
@@ -128,6 +140,7 @@ __all__ = [
     "generalized_exposure",
     "gradient_norm_score",
     "grand",
+    "insert_canaries",
     "knn_radius",
     "ksd_difficulty",
     "ksd_ranking",
@@ -136,6 +149,7 @@ __all__ = [
     "log_queries_to_extract",
     "logit_score",
     "loss_score",
+    "make_canaries",
     "mean_relative_difference",
     "median_steps",
     "memorization_accuracy",
