@@ -1,5 +1,6 @@
 """The metrics: pure functions, numbers in, numbers out."""
 
+from pyunlearn.metrics.audit_order import Audited, audit_order, audit_within, found_curve
 from pyunlearn.metrics.difficulty import (
     GEffect,
     StepsToForget,
@@ -49,11 +50,14 @@ __all__ = [
     "COLLAPSED",
     "NULL_MEAN",
     "SIGNIFICANT",
+    "Audited",
     "Exposure",
     "GEffect",
     "GreedyExtraction",
     "StepsToForget",
     "VerbatimMatch",
+    "audit_order",
+    "audit_within",
     "bleu",
     "chrf",
     "collapsed",
@@ -70,6 +74,7 @@ __all__ = [
     "extraction_strength",
     "extraction_strength_by_bisection",
     "extraction_strength_by_scan",
+    "found_curve",
     "g_effect",
     "generalized_exposure",
     "grand",
