@@ -11,6 +11,7 @@ from pyunlearn.metrics.attacks import (
     reference_score,
     zlib_score,
 )
+from pyunlearn.metrics.audit_order import Audited, audit_order, audit_within, found_curve
 from pyunlearn.metrics.canaries import (
     ALPHABETS,
     Canaries,
@@ -93,6 +94,7 @@ __all__ = [
     "SIGNIFICANT",
     "UTILITY_PARTS",
     "AnswerPrior",
+    "Audited",
     "Bounds",
     "Canaries",
     "Exposure",
@@ -111,6 +113,8 @@ __all__ = [
     "Verdict",
     "answer_prior",
     "auc",
+    "audit_order",
+    "audit_within",
     "bleu",
     "bootstrap_interval",
     "calibrated_scores",
@@ -136,6 +140,7 @@ __all__ = [
     "extraction_strength_by_bisection",
     "extraction_strength_by_scan",
     "forget_quality",
+    "found_curve",
     "g_effect",
     "generalized_exposure",
     "gradient_norm_score",
