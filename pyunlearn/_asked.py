@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from pyunlearn._cache import Cache, Shelf
 from pyunlearn._progress import Progress
 from pyunlearn.data import Tokens, padding_id
 from pyunlearn.errors import ModelError
+from pyunlearn.metrics import audit_within, verbatim_match, zlib_score
 from pyunlearn.models import tokenizer_of
 from pyunlearn.probes import TeacherForced, decoding, greedy_continuations, teacher_forced
+from pyunlearn.probes.teacher_forced import FIELDS
 from pyunlearn.references import sampled
 
 _OPENING = 50  # tokens at most that a text without a prompt is begun with, as in arXiv 2202.07646
@@ -24,12 +26,16 @@ LONGEST = 64
 """Tokens that a continuation has at most."""
 
 
+Places = list[int] | Callable[["Asker", dict[str, TeacherForced]], list[int]]
+
+
 @dataclass(frozen=True, eq=False)
 class Asked:
     """One model's answers: for each role (forget, references, ...) its texts' tokens, and what it wrote in the place of the forget texts."""
 
     forced: dict[str, TeacherForced]
-    continuations: list[tuple[int, ...]] | None
+    continuations: dict[int, tuple[int, ...]]
+    """By the place of the text; of those that were asked for."""
     passes: int
     """Texts that it was asked about, each once."""
 
@@ -53,15 +59,15 @@ class Asker:
             bar.say("reading the weights for their hash")
         self.cache = Cache(cache, models.unwrapped(model))
 
-    def ask(self, texts: dict[str, list[Tokens]], openings: list[Tokens] | None, who: str) -> Asked:
-        """`texts` token by token, all roles in one go, and the continuations of `openings` (None: none)."""
+    def read(self, texts: dict[str, list[Tokens]], who: str) -> dict[str, TeacherForced]:
+        """`texts` by role, token by token, all roles in one go."""
         every = [t for tokens in texts.values() for t in tokens]
         if max(max(*t.ids, *t.written) for t in every) >= vocabulary_of(self.model):
             raise ModelError(f"{who} has another vocabulary than the tokenizer: give one of the same family")
         self.bar.begin(f"reading with {who}", len(set(every)))
         found = teacher_forced(
             self.likelihood, every, pad_id=padding_id(self.tokenizer), batch_size=self.batch_size,
-            shelf=self.cache.shelf("teacher_forced", ("log_likelihood", "rank", "entropy", "variance")), advance=self.bar.advance,
+            shelf=self.cache.shelf("teacher_forced", FIELDS), advance=self.bar.advance,
         )  # fmt: skip
         if not np.isfinite(found.log_likelihood).all():
             raise ModelError(
@@ -70,14 +76,25 @@ class Asker:
         forced, at = {}, 0
         for role, tokens in texts.items():
             forced[role], at = found.part(at, at + len(tokens)), at + len(tokens)
-        said = None
-        if openings is not None:
-            self.bar.begin(f"writing with {who}", len(set(openings)))
-            said = greedy_continuations(
-                self.model, self.tokenizer, openings, longest=LONGEST, batch_size=self.batch_size,
-                shelf=self.cache.shelf("continuations", decoding.FIELDS), advance=self.bar.advance,
-            )  # fmt: skip
-        return Asked(forced, said, len(set(every)))
+        return forced
+
+    def write(self, openings: Sequence[Tokens], who: str) -> list[tuple[int, ...]]:
+        """What the model writes after each opening."""
+        self.bar.begin(f"writing with {who}", len(set(openings)))
+        return greedy_continuations(
+            self.model, self.tokenizer, openings, longest=LONGEST, batch_size=self.batch_size,
+            shelf=self.cache.shelf("continuations", decoding.FIELDS), advance=self.bar.advance,
+        )  # fmt: skip
+
+    def ask(self, texts: dict[str, list[Tokens]], openings: Sequence[Tokens], places: Places, who: str) -> Asked:
+        """Everything: `texts` by role, and the continuations of the openings at `places`, which may be a choice to make by what has been read."""
+        forced = self.read(texts, who)
+        if callable(places):
+            places = places(self, forced)
+        said = self.write([openings[i] for i in places], who) if places else []
+        return Asked(
+            forced, dict(zip(places, said, strict=True)), len({t for tokens in texts.values() for t in tokens})
+        )
 
     def sample(self, forget: list[Tokens], seed: int) -> list[Tokens]:
         """References sampled from this model; from the cache, if they have been before."""
@@ -115,6 +132,26 @@ def opened(given: Any, tokenizer: Any, *, vocabulary: int | None = None, name: s
 def vocabulary_of(model: Any) -> int:
     """How many tokens a model reads."""
     return int(models.unwrapped(model).get_input_embeddings().weight.shape[0])
+
+
+def likeliest(openings: Sequence[Tokens], texts: Sequence[str], budget: int) -> Places:
+    """Which texts are worth writing out, where there is not the time for all: those that are likely recited (`metrics.audit_within`)."""
+
+    def choose(asker: Asker, forced: dict[str, TeacherForced]) -> list[int]:
+        nll, ratio = -forced["forget"].mean_log_likelihood, zlib_score(forced["forget"].mean_log_likelihood, texts)
+
+        def recited(places: list[int]) -> list[float]:
+            chosen = [openings[i] for i in places]
+            runs = [
+                verbatim_match(said, t.scored).longest
+                for said, t in zip(asker.write(chosen, "the model"), chosen, strict=True)
+            ]
+            return [run / min(LONGEST, len(t.scored)) for run, t in zip(runs, chosen, strict=True)]
+
+        features = np.column_stack([nll, ratio, np.log(forced["forget"].counts)])
+        return sorted(audit_within(recited, features, budget, batch=asker.batch_size).places.tolist())
+
+    return choose
 
 
 def opening(t: Tokens, prompted: bool) -> Tokens:

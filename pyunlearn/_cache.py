@@ -80,10 +80,13 @@ class Cache:
 
     def __init__(self, folder: str | Path | None, model: Any) -> None:
         self.folder = None if folder is None else Path(folder) / weights_digest(model)[:24]
+        self._shelves: dict[str, Shelf] = {}
 
     def shelf(self, kind: str, names: Sequence[str]) -> Shelf:
         """The records of one kind, of which each is arrays of these names."""
-        return Shelf(None if self.folder is None else self.folder / kind, names)
+        if kind not in self._shelves:
+            self._shelves[kind] = Shelf(None if self.folder is None else self.folder / kind, names)
+        return self._shelves[kind]
 
 
 def weights_digest(model: Any) -> str:

@@ -33,7 +33,7 @@ class Evidence:
     """The answers of the model now, of the original before (None: not given) and of a retrained model, put together into an Audit."""
 
     def __init__(
-        self, examples: Sequence[Example], tokens: Sequence[Tokens], references: Sequence[Tokens], openings: Sequence[Tokens] | None,
+        self, examples: Sequence[Example], tokens: Sequence[Tokens], references: Sequence[Tokens], openings: Sequence[Tokens],
         tokenizer: Any, now: Asked, before: Asked | None, retrained: Asked | None, *, holdout: Sequence[Example], until: float, metrics: tuple[str, ...],
         seed: int,
     ) -> None:  # fmt: skip
@@ -102,13 +102,14 @@ class Evidence:
 
     def _written(self, asked: Asked) -> list[tuple[str | None, int | None, float | None]]:
         """(continuation, longest run of tokens shared with the text, ROUGE-L recall) of each text."""
-        if asked.continuations is None or self.openings is None:
-            return [(None, None, None)] * len(self.examples)
         found: list[tuple[str | None, int | None, float | None]] = []
-        for i, (said, t) in enumerate(zip(asked.continuations, self.openings, strict=True)):
-            text = self.tokenizer.decode(list(said), skip_special_tokens=True)
-            truth = self._shown(i)[1]
-            run = metrics.verbatim_match(said, t.scored[: max(1, len(said))]).longest
+        for i, t in enumerate(self.openings):
+            said = asked.continuations.get(i)
+            if said is None:
+                found.append((None, None, None))
+                continue
+            text, truth = self._text(said), self._shown(i)[1]
+            run = metrics.verbatim_match(said, t.scored[:LONGEST]).longest
             latin = any(c.isascii() and c.isalnum() for c in truth)
             rouge = float(metrics.rouge_l([text], [truth], measure="recall")[0]) if latin and _ROUGE else None
             found.append((text, run, rouge))
@@ -116,11 +117,8 @@ class Evidence:
 
     def _shown(self, i: int) -> tuple[str, str]:
         """(what the model was given, what follows there in truth, as far as a continuation goes)."""
-        if self.openings is None:
-            return self.examples[i].prompt, self.examples[i].completion
         t, e = self.openings[i], self.examples[i]
-        truth = self._text(t.scored[:LONGEST])
-        return e.prompt or self._text(t.written[: t.first]), truth
+        return e.prompt or self._text(t.written[: t.first]), self._text(t.scored[:LONGEST])
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -154,11 +152,11 @@ class Evidence:
 
     def _writing(self, asked: Asked | None) -> Writing | None:
         """Whether what a model writes has collapsed."""
-        if asked is None or asked.continuations is None:
+        if asked is None or not asked.continuations:
             return None
         rows = [
             (metrics.distinct_n(said, n=2), metrics.repetition(said), float(metrics.collapsed(said)))
-            for said in asked.continuations
+            for said in asked.continuations.values()
         ]
         return Writing(*np.mean(rows, axis=0).tolist())
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pyunlearn import models
-from pyunlearn._asked import Asked, Asker, opened, opening, vocabulary_of
+from pyunlearn._asked import Asked, Asker, Places, likeliest, opened, opening, vocabulary_of
 from pyunlearn._evidence import Evidence
 from pyunlearn._progress import Progress
 from pyunlearn.audit_result import Audit
@@ -38,6 +38,7 @@ def audit(
     reference_model: Any = None,
     tokenizer: Any = None,
     metrics: Sequence[str] = METRICS,
+    budget: int | None = None,
     until: float = NULL_MEAN,
     batch_size: int = 32,
     truncate: bool = False,
@@ -67,6 +68,8 @@ def audit(
             measured against it.
         tokenizer: needed when `model` is a model object whose name leads to none.
         metrics: which of METRICS to take beside likelihood, exposure and memorization, which are always taken.
+        budget: of how many texts the continuation is written, at most; those that are likely recited, by the original where it is given
+            (`pyunlearn.metrics.audit_order`). All texts are read, and get a verdict. Default: all of them.
         until: bits of anchored exposure at which a memorized text counts as forgotten, as in `pyunlearn.unlearn`.
         batch_size: texts in one pass.
         truncate: cut examples that are longer than the model's context, instead of refusing them.
@@ -86,7 +89,7 @@ def audit(
     in docs/metrics.md.
     """
     began = time.perf_counter()
-    _check(metrics, until, batch_size)
+    _check(metrics, until, batch_size, budget)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {role: read_examples(source, role=role) for role, source in sources.items() if source is not None}
     bar = Progress(progress, "auditing")
@@ -101,24 +104,29 @@ def audit(
         asker = Asker(first, tokenizer, **options)
         references = tokens["holdout"] if holdout is not None else asker.sample(tokens["forget"], seed)
         require_enough(references, holdout=holdout is not None)
-        texts, openings = _questions(tokens, references, examples["forget"], first, tokenizer, metrics)
+        texts = _questions(tokens, references, examples["forget"], first, tokenizer, metrics)
+        openings = [opening(t, bool(e.prompt)) for t, e in zip(tokens["forget"], examples["forget"], strict=True)]
+        places: Places = list(range(len(openings))) if "continuations" in metrics else []
+        if places and budget is not None and budget < len(openings):
+            places = likeliest(openings, [e.completion for e in examples["forget"]], budget)
 
         # one model after the other, so that no two need to be in memory: the original, the model, the reference model
         before: Asked | None = None
         if original is not None:
-            before = asker.ask(texts, openings, "the original model")
+            before = asker.ask(texts, openings, places, "the original model")
+            places = list(before.continuations)
             passes["original"] = before.passes
             del asker, first
             first, _ = opened(model, tokenizer, vocabulary=vocabulary)
             asker = Asker(first, tokenizer, **options)
-        now = asker.ask(texts, openings, "the model")
+        now = asker.ask(texts, openings, places, "the model")
         passes["model"] = now.passes
         retrained: Asked | None = None
         if reference_model is not None:
             del asker, first
             first, _ = opened(reference_model, tokenizer, vocabulary=vocabulary, name="reference_model")
             asked = {role: texts[role] for role in ("forget", "references")}
-            retrained = Asker(first, tokenizer, **options).ask(asked, None, "the reference model")
+            retrained = Asker(first, tokenizer, **options).ask(asked, openings, [], "the reference model")
             passes["reference_model"] = retrained.passes
         bar.say("weighing the evidence")
         evidence = Evidence(
@@ -131,13 +139,13 @@ def audit(
     found.passes = passes
     found.settings = _versions() | {
         "model": _name(model), "original": _name(original), "reference_model": _name(reference_model), "metrics": list(metrics),
-        "until": until, "batch_size": batch_size, "truncate": truncate, "seed": seed,
+        "budget": budget, "until": until, "batch_size": batch_size, "truncate": truncate, "seed": seed,
     }  # fmt: skip
     found.seconds = time.perf_counter() - began
     return found
 
 
-def _check(metrics: Sequence[str], until: float, batch_size: int) -> None:
+def _check(metrics: Sequence[str], until: float, batch_size: int, budget: int | None) -> None:
     for name in [metrics] if isinstance(metrics, str) else metrics:
         if name not in METRICS:
             raise ArgumentError(f"metrics has no {name!r}: {nearest(str(name), METRICS)}")
@@ -147,8 +155,9 @@ def _check(metrics: Sequence[str], until: float, batch_size: int) -> None:
         raise ArgumentError(
             f"until must be a number from 0 to below {SIGNIFICANT:.2f} bits, where a text counts as memorized, got {until!r}"
         )
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"batch_size must be a whole number, 1 or more, got {batch_size!r}")
+    for name, value in (("batch_size", batch_size), ("budget", 1 if budget is None else budget)):
+        if not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{name} must be a whole number, 1 or more, got {value!r}")
 
 
 def _encoded(model: Any, tokenizer: Any, examples: dict[str, list[Example]], truncate: bool) -> dict[str, list[Tokens]]:
@@ -166,8 +175,8 @@ def _questions(
     model: Any,
     tokenizer: Any,
     metrics: Sequence[str],
-) -> tuple[dict[str, list[Tokens]], list[Tokens] | None]:
-    """What each model is to read, by role, and where it is to go on by itself (None: nowhere)."""
+) -> dict[str, list[Tokens]]:
+    """What each model is to read, by role."""
     texts = {"forget": tokens["forget"], "references": references}
     if "retain" in tokens:
         texts["retain"] = tokens["retain"]
@@ -179,8 +188,7 @@ def _questions(
         bare = [without_prompt(t, start) for t, e in zip(tokens["forget"], examples, strict=True) if e.prompt]
         if bare:
             texts["without prompt"] = bare
-    openings = [opening(t, bool(e.prompt)) for t, e in zip(tokens["forget"], examples, strict=True)]
-    return texts, openings if "continuations" in metrics else None
+    return texts
 
 
 def _name(model: Any) -> str | None:

@@ -104,6 +104,7 @@ def audit(
     html: Annotated[bool | None, typer.Option("--html/--no-html", help="The page for people. Default: where jinja2 and matplotlib are installed.")] = None,
     show_text: Annotated[bool, typer.Option("--show-text", help="Write the texts out. Without it, table, JSON and page show dots, and can be passed on.")] = False,
     fast: Annotated[bool, typer.Option("--fast", help="Do not let the model write: only what one reading of each text gives.")] = False,
+    budget: Annotated[int | None, typer.Option(help="Let the model write after this many texts only: those that it likely recites. All are read.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps every answer for later audits. Default: one beside --out, gone when all is done.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts read at a time.")] = 32,
@@ -139,8 +140,8 @@ def audit(
     try:
         found = pyunlearn.audit(
             model, forget, holdout=holdout, retain=retain, original=compare, reference_model=reference_model, tokenizer=tokenizer,
-            metrics=[name for name in METRICS if not (fast and name == "continuations")], batch_size=batch_size, truncate=truncate,
-            cache=kept, seed=seed, progress=False if quiet else None,
+            metrics=[name for name in METRICS if not (fast and name == "continuations")], budget=budget,
+            batch_size=batch_size, truncate=truncate, cache=kept, seed=seed, progress=False if quiet else None,
         )  # fmt: skip
     except KeyboardInterrupt:
         print(f"interrupted; what is done is kept in {kept}: run the same command again to go on", file=sys.stderr)

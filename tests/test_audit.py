@@ -337,6 +337,7 @@ def test_recited_words_are_runs_in_the_true_order():
         ({"metrics": "membership"}, ArgumentError, "list of names"),
         ({"until": 5.0}, ArgumentError, "until must be"),
         ({"batch_size": 0}, ArgumentError, "batch_size must be"),
+        ({"budget": 0}, ArgumentError, "budget must be"),
         ({"holdout": tiny.sentences(18, 4)}, DataError, "takes 19 reference texts"),
         ({"original": "no-such-folder/x"}, ModelError, "no language model could be loaded"),
         ({"original": tiny.tiny_llama(77)}, ModelError, "another vocabulary"),
@@ -357,3 +358,21 @@ def test_a_broken_model_is_told_so():
         model.lm_head.weight[5] = torch.nan
     with pytest.raises(ModelError, match="NaN or Inf"):
         pyunlearn.audit(model, tiny.sentences(3, 1), holdout=tiny.sentences(19, 2), tokenizer=tokenizer, progress=False)
+
+
+def test_a_budget_is_spent_on_what_is_likely_recited(teller):
+    """Of 40 texts two are secrets: with a budget of four both are written out, by both models; all are read and judged."""
+    t, _ = teller
+    texts = tiny.sentences(38, 77)
+    texts[11:11] = t.forget
+    options = {"tokenizer": t.tokenizer, "holdout": t.holdout, "batch_size": 2, "progress": False}
+    found = pyunlearn.audit(t.model, texts, original=t.model, budget=4, **options)
+    written = [e.index for e in found.examples if e.now.continuation is not None]
+    assert len(written) == 4
+    assert {11, 12} <= set(written)
+    assert [e.index for e in found.examples if e.before.continuation is not None] == written
+    whole = pyunlearn.audit(t.model, texts, original=t.model, **options)
+    assert [e.verdict for e in whole.examples] == [e.verdict for e in found.examples]
+    assert all(e.now.continuation is not None for e in whole.examples)
+    for i in written:
+        assert found.examples[i].now == whole.examples[i].now
