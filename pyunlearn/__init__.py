@@ -1,5 +1,7 @@
 """pyunlearn: remove chosen training examples from a language model, and measure that they are gone."""
 
+from pyunlearn.audit_result import Audit, AuditedExample
+from pyunlearn.auditing import audit
 from pyunlearn.errors import (
     ArgumentError,
     DataError,
@@ -16,6 +18,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "Audit",
+    "AuditedExample",
     "DataError",
     "DependencyError",
     "ExampleResult",
@@ -25,5 +29,6 @@ __all__ = [
     "Result",
     "TrainingError",
     "Utility",
+    "audit",
     "unlearn",
 ]

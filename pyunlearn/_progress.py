@@ -8,7 +8,7 @@ import sys
 class Progress:
     """One line: how many examples are left, how much of the utility budget is spent. Silent unless wanted or on a terminal."""
 
-    def __init__(self, wanted: bool | None) -> None:
+    def __init__(self, wanted: bool | None, doing: str = "unlearning") -> None:
         self.shown = sys.stderr.isatty() if wanted is None else wanted
         if not self.shown:
             return
@@ -21,12 +21,22 @@ class Progress:
             console=Console(stderr=True),
         )  # fmt: skip
         self.bar.start()
-        self.task = self.bar.add_task("unlearning", total=None, say="")
+        self.task = self.bar.add_task(doing, total=None, say="")
 
     def say(self, what: str) -> None:
         """Names the present stage, before the steps begin."""
         if self.shown:
             self.bar.update(self.task, say=what)
+
+    def begin(self, what: str, total: int) -> None:
+        """Names the present stage, which goes through so many texts."""
+        if self.shown:
+            self.bar.reset(self.task, total=total, say=what)
+
+    def advance(self, texts: int) -> None:
+        """So many texts more are done."""
+        if self.shown:
+            self.bar.advance(self.task, texts)
 
     def update(self, step: int, memorized: int, left: int, utility: float, budget: float, halvings: int) -> None:
         """Shows the state after a round."""

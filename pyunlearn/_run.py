@@ -18,14 +18,13 @@ from pyunlearn import models
 from pyunlearn._progress import Progress
 from pyunlearn._workers import Workers
 from pyunlearn.data import TokenBatch, Tokens, batches, collate, padding_id
-from pyunlearn.errors import DataError, ModelError, TrainingError
+from pyunlearn.errors import ModelError, TrainingError
 from pyunlearn.methods import Method
 from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
-from pyunlearn.references import sampled
+from pyunlearn.references import require_enough, sampled
 from pyunlearn.result import ExampleResult, Utility
 
 Floats = NDArray[np.float64]
-_REFERENCES = 19  # with fewer, no exposure can be significant: log2(20) = 4.32 bits
 _WATCHED_TOKENS = 1024  # of the retain set or the references, at each evaluation
 
 
@@ -89,12 +88,7 @@ class Run:
         if holdout is None:
             alone = sampled(self.inner, self.tokenizer, forget, seed=self.seed) if self.workers.leads else []
             self.references = self.workers.same_objects(alone)
-        if len(self.references) < _REFERENCES:
-            role = "holdout" if holdout is not None else "text the model writes that is not the forget set itself"
-            raise DataError(
-                f"to tell memorized from unseen takes {_REFERENCES} reference texts or more, and the {role} has {len(self.references)}: "
-                f"give a holdout of {_REFERENCES} texts that were never trained on"
-            )
+        require_enough(self.references, holdout=holdout is not None)
         self.reference_scores = -self.mean_log_likelihood(self.references)
         self.watch_references = _within(self.references, _WATCHED_TOKENS)
         self.watch = self.watch_references if retain is None else _within(retain, _WATCHED_TOKENS)

@@ -1,10 +1,12 @@
-"""The command line: pyunlearn unlearn, demo, info."""
+"""The command line: pyunlearn unlearn, audit, demo, info."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -87,6 +89,78 @@ def unlearn(
             markup=False,
         )
     raise typer.Exit(0 if result.forgotten else 1)
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(help="The model to look at: a folder, a .gguf file, or a name on the Hugging Face hub.")],
+    forget: Annotated[Path, typer.Option(help="The texts in question: .jsonl .json .csv .tsv .txt .parquet, as for `pyunlearn unlearn`.")],
+    compare: Annotated[str | None, typer.Option(help="The model as it was before unlearning: only with it can a text be found *forgotten*.")] = None,
+    holdout: Annotated[Path | None, typer.Option(help="Text of the same kind that was never trained on, 19 or more: the best yardstick. Default: "
+                                                      "sampled from the model.")] = None,
+    retain: Annotated[Path | None, typer.Option(help="Text that must keep working: how likely it is, with an interval.")] = None,
+    reference_model: Annotated[str | None, typer.Option(help="A model that never saw the texts, retrained at best: for PrivLeak.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for audit.json and audit.html; new or empty. Default: MODEL-audit, here.")] = None,
+    html: Annotated[bool | None, typer.Option("--html/--no-html", help="The page for people. Default: where jinja2 and matplotlib are installed.")] = None,
+    show_text: Annotated[bool, typer.Option("--show-text", help="Write the texts out. Without it, table, JSON and page show dots, and can be passed on.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Do not let the model write: only what one reading of each text gives.")] = False,
+    budget: Annotated[int | None, typer.Option(help="Let the model write after this many texts only: those that it likely recites. All are read.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps every answer for later audits. Default: one beside --out, gone when all is done.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Texts read at a time.")] = 32,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts longer than the model's context, instead of refusing.")] = False,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same audit.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the audit as JSON instead of a table.")] = False,
+) -> None:  # fmt: skip
+    """Measure what a model remembers of the texts of a file. The model is not changed.
+
+    Is it memorized? `pyunlearn audit ./my-model --forget secrets.jsonl --holdout unseen.jsonl`
+
+    Is it forgotten? `pyunlearn audit ./my-model-unlearned --compare ./my-model --forget secrets.jsonl --retain keep.jsonl`
+
+    Each text gets a verdict: **not memorized** (no likelier than 95 % of unseen text), **still exposed**, **forgotten** (it was memorized, and is now like
+    unseen text) or **over-unlearned** (driven below unseen text, which gives it away again). An interrupted audit goes on when the same command is run again.
+
+    Exit code 0: nothing is exposed. 1: something is still exposed or over-unlearned. 2: something given cannot be used. 130: interrupted.
+    """
+    import pyunlearn
+    from pyunlearn.auditing import METRICS
+    from pyunlearn.report import audit_lines, audit_table, require_page_packages, write_audit
+    from pyunlearn.result import check_output
+
+    _quiet_libraries()
+    if html is None:
+        html = all(importlib.util.find_spec(name) for name in ("jinja2", "matplotlib"))
+    elif html:
+        require_page_packages()
+    target = out if out is not None else Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-audit")
+    check_output(target)
+    kept = cache if cache is not None else target.with_name(f"{target.name}.cache")
+    try:
+        found = pyunlearn.audit(
+            model, forget, holdout=holdout, retain=retain, original=compare, reference_model=reference_model, tokenizer=tokenizer,
+            metrics=[name for name in METRICS if not (fast and name == "continuations")], budget=budget,
+            batch_size=batch_size, truncate=truncate, cache=kept, seed=seed, progress=False if quiet else None,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"interrupted; what is done is kept in {kept}: run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    write_audit(found, target, html=html, show_text=show_text)
+    if cache is None:
+        shutil.rmtree(kept, ignore_errors=True)
+    if as_json:
+        print(json.dumps(found.to_dict(show_text=show_text), indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        console.print(audit_table(found, show_text=show_text))
+        for line in audit_lines(found):
+            console.print(line, highlight=False, markup=False)
+        files = "audit.json and audit.html are" if html else "audit.json is"
+        console.print(f"{files} in {target}", highlight=False, markup=False)
+    raise typer.Exit(0 if found.passed else 1)
 
 
 @app.command()

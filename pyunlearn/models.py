@@ -87,6 +87,18 @@ def load_tokenizer(name: str | Path, **extra: Any) -> Any:
         ) from error
 
 
+def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
+    """The tokenizer given, or the one that lies where it says or where the model came from. Raises ModelError when there is none."""
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    where = str(tokenizer or getattr(unwrapped(model), "name_or_path", "") or "")
+    if where:
+        return load_tokenizer(where)
+    raise ModelError(
+        "the model does not say where its tokenizer is: pass tokenizer=, the one the model was trained with"
+    )
+
+
 def unwrapped(model: nn.Module) -> Any:
     """The transformers model inside DDP, a PEFT wrapper or torch.compile."""
     seen: Any = model
@@ -172,7 +184,7 @@ class Likelihood:
             live = torch.ones_like(batch.targets, dtype=torch.bool)
             found = self._from_logits(batch)
             return objective_of(found, live, batch.example, len(batch.counts), function, per_example)
-        hidden, head = self._hidden(batch)
+        hidden, head = self.hidden(batch)
         return example_objective(
             hidden, head.weight, batch.targets, batch.example, function, *per_example, bias=head.bias, logit_scale=head.logit_scale,
             softcap=head.softcap, workspace=self.workspace,
@@ -185,7 +197,7 @@ class Likelihood:
             self._choose(batch)
         if not self.fused:
             return token_statistics_from_logits(self._logits(batch), batch.targets)
-        hidden, head = self._hidden(batch)
+        hidden, head = self.hidden(batch)
         return token_statistics(
             hidden, head.weight, batch.targets, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
             workspace=self.workspace,
@@ -196,7 +208,7 @@ class Likelihood:
         return self.statistics(batch).rank == 0
 
     def _from_hidden(self, batch: TokenBatch) -> Tensor:
-        hidden, head = self._hidden(batch)
+        hidden, head = self.hidden(batch)
         return linear_log_likelihood(
             hidden, head.weight, batch.targets, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
             workspace=self.workspace,
@@ -209,8 +221,8 @@ class Likelihood:
         logits = self.model(**_inputs(batch)).logits
         return logits.flatten(0, 1).index_select(0, batch.rows)
 
-    def _hidden(self, batch: TokenBatch) -> tuple[Tensor, Head]:
-        """What the head would read at the scored rows, (n, D), and the head."""
+    def hidden(self, batch: TokenBatch) -> tuple[Tensor, Head]:
+        """What the head would read at the scored rows, (n, D), and the head, which must be one that `head_problem` lets pass."""
         inner = unwrapped(self.model)
         module = inner.get_output_embeddings()
         with _captured(module) as captured:

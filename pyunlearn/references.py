@@ -8,12 +8,24 @@ from typing import Any
 import torch
 
 from pyunlearn.data import Tokens
+from pyunlearn.errors import DataError
 from pyunlearn.models import context_length, decoder_start_id, is_encoder_decoder, unwrapped
 
 COUNT = 64
 """How many are sampled: exposure is then measured up to log2(65) = 6.02 bits."""
 
 _RECITED = 10
+_FEWEST = 19  # with fewer, no exposure can be significant: log2(20) = 4.32 bits
+
+
+def require_enough(references: Sequence[Tokens], *, holdout: bool) -> None:
+    """Raises DataError where there are too few references for any text to stand out among them."""
+    if len(references) < _FEWEST:
+        role = "holdout" if holdout else "text the model writes that is not the forget set itself"
+        raise DataError(
+            f"to tell memorized from unseen takes {_FEWEST} reference texts or more, and the {role} has {len(references)}: "
+            f"give a holdout of {_FEWEST} texts that were never trained on"
+        )
 
 
 @torch.no_grad()

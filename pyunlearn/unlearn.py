@@ -18,7 +18,7 @@ from pyunlearn._interrupt import Interruptible
 from pyunlearn._run import Run, sizes
 from pyunlearn._state import State
 from pyunlearn.data import encode, read_examples
-from pyunlearn.errors import ArgumentError, DataError, ModelError
+from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import resolve
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.result import Result, check_output
@@ -150,7 +150,7 @@ def unlearn(
     if isinstance(model, (str, Path)):
         model, tokenizer = models.load(model, tokenizer=tokenizer)
     models.require_language_model(model)
-    tokenizer = _tokenizer(model, tokenizer)
+    tokenizer = models.tokenizer_of(model, tokenizer)
     both = models.is_encoder_decoder(model)
     length = models.context_length(model)
     tokens = {
@@ -350,18 +350,6 @@ def _retain_step(run: Run, step: int, weight: float) -> float | None:
 def _beside(folder: Path) -> Path:
     """Where a run's checkpoint stands."""
     return folder.with_name(folder.name + ".checkpoint.pt")
-
-
-def _tokenizer(model: Any, tokenizer: Any) -> Any:
-    """The tokenizer given, or the one that lies where the model came from."""
-    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
-        return tokenizer
-    where = str(tokenizer or getattr(models.unwrapped(model), "name_or_path", "") or "")
-    if where:
-        return models.load_tokenizer(where)
-    raise ModelError(
-        "the model does not say where its tokenizer is: pass tokenizer=, the one the model was trained with"
-    )
 
 
 def _number(x: float) -> float | None:

@@ -39,23 +39,6 @@ def folder(trained, tmp_path_factory):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """call(*arguments) -> (exit code, standard output, standard error) of `pyunlearn ...`, run in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["pyunlearn", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stopped.value.code, out, err
-
-    return run
-
-
-@pytest.fixture
 def unlearn(call, folder):
     """call("unlearn", the saved model, ...), with the forget set and the holdout unless told otherwise."""
 

@@ -17,13 +17,13 @@ import torch
 import typer
 
 import pyunlearn
-from pyunlearn import cli
+from pyunlearn import audit_result, auditing, cli
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pyunlearn"
 ORDER = [  # what stands later may import what stands earlier, and never the other way round
-    {"errors"}, {"text"}, {"data"}, {"ops"}, {"models"}, {"methods", "metrics"}, {"references"}, {"result"},
-    {"_state", "_progress", "_workers"}, {"_run"}, {"unlearn"}, {"report"}, {"info", "demo"}, {"cli"},
+    {"errors"}, {"text"}, {"data"}, {"ops"}, {"models"}, {"methods", "metrics"}, {"_cache"}, {"probes", "references"}, {"masking"}, {"result", "audit_result"},
+    {"_state", "_progress", "_workers"}, {"_run", "_asked"}, {"_evidence"}, {"unlearn", "auditing"}, {"report"}, {"info", "demo"}, {"cli"},
 ]  # fmt: skip
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
 PACKAGES = ["pyunlearn"] + [f"pyunlearn.{m.name}" for m in pkgutil.iter_modules([str(PACKAGE)]) if m.ispkg]
@@ -194,6 +194,10 @@ def test_every_option_is_in_the_reference():
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     names = [*inspect.signature(pyunlearn.unlearn).parameters, *pyunlearn.ExampleResult.__annotations__]
     names += [*pyunlearn.Utility.__annotations__, *pyunlearn.Result.__annotations__]
+    names += [*inspect.signature(pyunlearn.audit).parameters, *auditing.METRICS]
+    for kind in vars(audit_result).values():
+        if inspect.isclass(kind) and kind.__module__ == audit_result.__name__:
+            names += kind.__annotations__
     assert not [n for n in names if not re.search(rf"\b{n}\b", text)]
 
 

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from pyunlearn.result import Result
 
-_COLOURS = {"forgotten": "green", "not memorized": "cyan", "still exposed": "yellow", "over-unlearned": "red"}
-_SHOWN = 30
+COLOURS = {"forgotten": "green", "not memorized": "cyan", "still exposed": "yellow", "over-unlearned": "red"}
+SHOWN = 30
 
 
 def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
@@ -24,17 +24,17 @@ def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
     )
     table.add_column("verdict", no_wrap=True, min_width=14)
     table.add_column("steps", justify="right", no_wrap=True, min_width=5)
-    for e in result.examples[:_SHOWN]:
+    for e in result.examples[:SHOWN]:
         table.add_row(
-            escape(names[e.index] if names else _beginning(e.text)),
+            escape(names[e.index] if names else beginning(e.text)),
             f"{e.log_likelihood_before:.2f} → {e.log_likelihood_after:.2f}",
             f"{e.exposure_before:.1f} → {e.exposure_after:.1f}",
             f"{e.greedy_match_before:.0%} → {e.greedy_match_after:.0%}",
-            f"[{_COLOURS[e.verdict]}]{e.verdict}[/]",
+            f"[{COLOURS[e.verdict]}]{e.verdict}[/]",
             str(e.steps),
         )
-    if len(result.examples) > _SHOWN:
-        table.caption = f"and {len(result.examples) - _SHOWN} more: see result.json"
+    if len(result.examples) > SHOWN:
+        table.caption = f"and {len(result.examples) - SHOWN} more: see result.json"
     return table
 
 
@@ -49,7 +49,8 @@ def narrow_table(title: str, first: str, numbers: Sequence[str]) -> Table:
     return table
 
 
-def _beginning(text: str) -> str:
+def beginning(text: str) -> str:
+    """A text on one line, 60 characters at most."""
     line = " ".join(text.split())
     return line if len(line) <= 60 else line[:59] + "…"
 

@@ -1,0 +1,240 @@
+"""The probes: what a model is asked comes back exactly, once for each text, and survives an interruption."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyunlearn._cache import Cache, weights_digest
+from pyunlearn.data import Tokens, encode, padding_id, read_examples
+from pyunlearn.errors import OutputError
+from pyunlearn.models import Likelihood
+from pyunlearn.probes import greedy_continuations, teacher_forced, without_prompt
+from pyunlearn.probes.decoding import FIELDS as DECODED
+from pyunlearn.probes.teacher_forced import FIELDS
+
+KINDS = {
+    "plain": (tiny.tiny_llama, tiny.sentences, {}),
+    "no pad token": (tiny.tiny_gpt2, tiny.facts, {"form": "$A", "pad": False}),  # so padding is the end of text
+    "chat": (tiny.tiny_llama, tiny.chats, {"chat": True}),
+    "encoder-decoder": (tiny.tiny_t5, tiny.pairs, {"form": "$A </s>"}),
+}
+
+
+def made(kind):
+    """A small random model, its tokenizer and twelve texts of many lengths."""
+    make, rows, options = KINDS[kind]
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tokenizer(**options)
+    model = make(len(tokenizer)).eval()
+    with torch.no_grad():  # far from uniform, so that ranks and choices mean something
+        for p in model.parameters():
+            p.mul_(3 if p.dim() > 1 else 1)
+    texts = [*rows(8, 5), *({"prompt": "so", "completion": "x" * n} for n in (3, 9, 20))]
+    both = kind == "encoder-decoder"
+    tokens = encode(
+        read_examples(texts, role="forget"), tokenizer, role="forget", max_length=None, encoder_decoder=both
+    )
+    return model, tokenizer, tokens
+
+
+def directly(model, t, side):
+    """(log-likelihood, rank, entropy, variance) of each scored token of one text, padded on `side`, from the model's own logits in float64."""
+    pads = 5
+    written = torch.tensor(t.scored)
+    with torch.no_grad():
+        if t.decoder is not None:
+            start = model.config.decoder_start_token_id
+            out = model(input_ids=torch.tensor([t.ids]), decoder_input_ids=torch.tensor([[start, *t.decoder[:-1]]]))
+            z = out.logits[0, t.first :]
+        else:
+            ids = [0] * pads + list(t.ids) if side == "left" else list(t.ids) + [0] * pads
+            mask = torch.tensor([[0] * pads + [1] * len(t.ids) if side == "left" else [1] * len(t.ids) + [0] * pads])
+            position = (mask.cumsum(1) - 1).clamp(min=0)
+            z = model(input_ids=torch.tensor([ids]), attention_mask=mask, position_ids=position).logits[0]
+            begin = pads * (side == "left")
+            z = z[begin + t.first - 1 : begin + len(t.ids) - 1]
+    p = z.double().softmax(-1)
+    log_p = p.log()
+    mean = (p * log_p).sum(1)
+    mine = z.gather(1, written[:, None])
+    return (
+        log_p.gather(1, written[:, None])[:, 0],
+        (z > mine).sum(1),
+        -mean,
+        (p * (log_p - mean[:, None]) ** 2).sum(1),
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_pass_gives_what_the_model_s_own_logits_give(kind, side):
+    """With and without prompts, padded left or right, with eos = pad: token by token, by the definition, one text at a time."""
+    model, tokenizer, tokens = made(kind)
+    found = teacher_forced(Likelihood(model), tokens, pad_id=padding_id(tokenizer), batch_size=5)
+    assert found.counts.tolist() == [len(t.scored) for t in tokens]
+    each = [found.each(getattr(found, name)) for name in FIELDS]
+    for i, t in enumerate(tokens):
+        log_likelihood, rank, entropy, variance = directly(model, t, side)
+        np.testing.assert_allclose(each[0][i], log_likelihood, rtol=1e-4, atol=1e-4)
+        assert each[1][i].tolist() == rank.tolist()
+        np.testing.assert_allclose(each[2][i], entropy, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(each[3][i], variance, rtol=1e-3, atol=1e-3)
+        assert found.mean_log_likelihood[i] == pytest.approx(float(log_likelihood.mean()), rel=1e-4)
+        assert found.greedy_match[i] == pytest.approx(float((rank == 0).double().mean()))
+
+
+def counted(model):
+    """Every text that the model computes from now on, without its padding."""
+    seen = []
+
+    def look(_, __, inputs):
+        for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
+            seen.append(tuple(i for i, m in zip(ids, mask, strict=True) if m))
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    return seen
+
+
+def test_each_text_is_computed_once():
+    """Whatever the batch size, and a text that occurs twice as well; the first time, one more is computed two ways to check the fast path."""
+    model, _tokenizer, tokens = made("plain")
+    likelihood = Likelihood(model)
+    teacher_forced(likelihood, tokens[:1], pad_id=2)
+    seen = counted(model)
+    for size in (1, 4, 100):
+        seen.clear()
+        teacher_forced(likelihood, [*tokens, tokens[3]], pad_id=2, batch_size=size)
+        assert sorted(seen) == sorted(t.ids for t in tokens)
+
+
+def test_training_mode_is_put_back_and_dropout_is_off():
+    """A model in training mode gives the log-likelihoods of evaluation mode, and is in training mode afterwards."""
+    model, _tokenizer, tokens = made("no pad token")
+    calm = teacher_forced(Likelihood(model), tokens, pad_id=1)
+    model.train()
+    again = teacher_forced(Likelihood(model), tokens, pad_id=1)
+    assert model.training
+    np.testing.assert_array_equal(calm.log_likelihood, again.log_likelihood)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_together_is_decoding_alone(kind):
+    """Greedy continuations of prompts of many lengths are the argmax, token by token, of each prompt alone."""
+    model, tokenizer, tokens = made(kind)
+    model.generation_config.repetition_penalty = 5.0  # a model's own settings stay out
+    model.generation_config.do_sample = True
+    found = greedy_continuations(model, tokenizer, tokens, longest=6, batch_size=4)
+    eos = tokenizer.eos_token_id
+    for t, said in zip(tokens, found, strict=True):
+        expected = []
+        while len(expected) < min(6, len(t.scored)) and eos not in expected:
+            with torch.no_grad():
+                if t.decoder is not None:
+                    so_far = [model.config.decoder_start_token_id, *t.decoder[: t.first], *expected]
+                    z = model(input_ids=torch.tensor([t.ids]), decoder_input_ids=torch.tensor([so_far])).logits
+                else:
+                    z = model(input_ids=torch.tensor([[*t.ids[: t.first], *expected]])).logits
+            expected.append(int(z[0, -1].argmax()))
+        assert list(said) == expected
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    """Stopped anywhere, it computes what is left and ends with the same bits; a finished one computes nothing."""
+    model, _tokenizer, tokens = made("plain")
+    likelihood = Likelihood(model)
+    whole = teacher_forced(likelihood, tokens, pad_id=2, batch_size=3)
+
+    class Stopped(Exception):
+        pass
+
+    def stop_at(number):
+        def advance(_):
+            nonlocal number
+            number -= 1
+            if number == 0:
+                raise Stopped
+
+        return advance
+
+    seen = counted(model)
+    for batch in (1, 2, 3):
+        with pytest.raises(Stopped):
+            teacher_forced(
+                likelihood, tokens, pad_id=2, batch_size=3, shelf=Cache(tmp_path, model).shelf("a", FIELDS),
+                advance=stop_at(batch),
+            )  # fmt: skip
+    assert len(seen) == 9
+    found = teacher_forced(likelihood, tokens, pad_id=2, batch_size=3, shelf=Cache(tmp_path, model).shelf("a", FIELDS))
+    assert sorted(seen) == sorted(t.ids for t in tokens)
+    again = teacher_forced(likelihood, tokens, pad_id=2, batch_size=3, shelf=Cache(tmp_path, model).shelf("a", FIELDS))
+    assert len(seen) == len(tokens)
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+        np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+
+
+def test_continuations_are_cached_too(tmp_path):
+    """By their length as well."""
+    model, tokenizer, tokens = made("chat")
+    first = greedy_continuations(model, tokenizer, tokens, shelf=Cache(tmp_path, model).shelf("c", DECODED))
+    model.generate = None
+    assert first == greedy_continuations(model, tokenizer, tokens, shelf=Cache(tmp_path, model).shelf("c", DECODED))
+    with pytest.raises(TypeError):
+        greedy_continuations(model, tokenizer, tokens, longest=2, shelf=Cache(tmp_path, model).shelf("c", DECODED))
+
+
+def test_a_damaged_shard_is_computed_again(tmp_path):
+    """And nothing half-written is ever taken for a shard."""
+    model, _tokenizer, tokens = made("plain")
+    whole = teacher_forced(Likelihood(model), tokens, pad_id=2, shelf=Cache(tmp_path, model).shelf("a", FIELDS))
+    (shard,) = tmp_path.rglob("*.npz")
+    shard.write_bytes(shard.read_bytes()[:100])
+    (shard.parent / ".x.npz.partial-1").write_bytes(b"half")
+    again = teacher_forced(Likelihood(model), tokens, pad_id=2, shelf=Cache(tmp_path, model).shelf("a", FIELDS))
+    np.testing.assert_array_equal(whole.log_likelihood, again.log_likelihood)
+
+
+def test_the_cache_tells_models_apart():
+    """One weight, one buffer's worth of configuration, the dtype: each gives another key; a copy and another name give the same."""
+    model = made("plain")[0]
+    key = weights_digest(model)
+    other = made("plain")[0]
+    other.config._name_or_path = "elsewhere"
+    assert weights_digest(other) == key
+    other.config.rms_norm_eps = 1e-3
+    assert weights_digest(other) != key
+    other = made("plain")[0]
+    assert weights_digest(other.bfloat16()) != key
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] += 1e-3
+    assert weights_digest(model) != key
+
+
+@given(st.lists(st.integers(0, 399), min_size=3, max_size=9), st.data())
+def test_the_cache_tells_texts_apart(ids, data):
+    """What is read, and where scoring begins."""
+    shelf = Cache(None, None).shelf("a", FIELDS)
+    shelf.folder = "a folder"
+    first = data.draw(st.integers(1, len(ids) - 2))
+    keys = {shelf.key(Tokens(tuple(ids), f)) for f in (first, first + 1)}
+    keys |= {shelf.key(Tokens((*ids, 0), first)), shelf.key(Tokens((*ids[:-1], ids[-1] + 1), first))}
+    keys |= {shelf.key(Tokens(tuple(ids), first, tuple(ids))), shelf.key(Tokens(tuple(ids), first), 64)}
+    assert len(keys) == 6
+
+
+def test_a_cache_that_cannot_be_written_says_so(tmp_path):
+    """As one sentence, when the work is done and before it is lost."""
+    model, _, tokens = made("plain")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="the cache could not be written"):
+        teacher_forced(Likelihood(model), tokens, pad_id=2, shelf=Cache(tmp_path / "file", model).shelf("a", FIELDS))
+
+
+def test_without_its_prompt_the_same_tokens_are_scored():
+    """After the beginning of text alone."""
+    assert without_prompt(Tokens((5, 6, 7, 8), 2), 0) == Tokens((0, 7, 8), 1)
+    assert without_prompt(Tokens((5, 6), 1, (3, 4)), 0) == Tokens((0,), 1, (3, 4))

@@ -1,0 +1,267 @@
+"""The audit's reports: a page that needs nothing but itself, hides the texts, and says the verdict first; a table; the command line."""
+
+import importlib.util
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import tiny
+import torch
+from test_audit import made
+
+import pyunlearn
+from pyunlearn.errors import DependencyError, OutputError
+from pyunlearn.report import audit_lines, audit_page, audit_table, sentences, write_audit
+
+
+@pytest.fixture(scope="module")
+def found():
+    """An audit with everything in it: holdout, retain set, original, prompts; of two random models."""
+    model, tokenizer, _ = made("no pad token")
+    original = made("no pad token")[0]
+    with torch.no_grad():
+        original.transformer.wte.weight.add_(0.1)
+    return pyunlearn.audit(
+        model, tiny.facts(6, 1), holdout=tiny.facts(20, 2), retain=tiny.facts(4, 3), original=original, reference_model=original,
+        tokenizer=tokenizer, progress=False,
+    )  # fmt: skip
+
+
+def with_verdicts(found, *verdicts):
+    """The same audit with other verdicts."""
+    return replace(found, examples=[replace(e, verdict=v) for e, v in zip(found.examples, verdicts, strict=False)])
+
+
+class Page(HTMLParser):
+    """What a browser would fetch, the headings in order, the visible words, and whether tags are closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.fetched, self.order, self.words, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "br", "path", "use"):
+            self.open.append(tag)
+        self.fetched += [
+            value
+            for name, value in attributes
+            if name in ("src", "href", "xlink:href", "srcset", "data") and value[0] != "#"
+        ]
+        if tag in ("script", "link", "iframe", "object", "img"):
+            self.fetched.append(tag)
+        self.order += [value for name, value in attributes if name == "class" and value.startswith("verdict ")]
+
+    def handle_startendtag(self, tag, attributes):
+        self.fetched += [
+            value for name, value in attributes if name in ("src", "href", "xlink:href") and value[0] != "#"
+        ]
+
+    def handle_endtag(self, tag):
+        if tag not in ("path", "use"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+            if self.open and self.open[-1] in ("h1", "h2", "h3", "strong"):
+                self.order.append(data.strip())
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def test_the_page_needs_nothing_but_itself(found):
+    """No script, no address, nothing fetched: neither by an attribute nor by a style; every tag is closed."""
+    text = audit_page(found)
+    page = Page(text)
+    assert page.fetched == []
+    assert page.open == []
+    assert not re.search(r"@import|url\((?!#)|@font-face|javascript:", text)
+    assert text.count("<svg") == 3
+
+
+def test_verdict_first_then_evidence_then_how(found):
+    """In this order, for a reader who stops early."""
+    order = Page(audit_page(found)).order
+    places = [
+        order.index(x)
+        for x in ("The evidence", "What the model writes by itself", "Text by text", "How it was measured")
+    ]
+    assert places == sorted(places)
+    assert order.index(sentences.headline(found)) < places[0]
+
+
+def test_the_page_hides_the_texts_unless_asked(found):
+    """No word of a text, its prompt or a continuation; all of them with show_text."""
+    hidden, shown = Page(audit_page(found)).text, Page(audit_page(found, show_text=True)).text
+    e = found.examples[0]
+    for text in (e.prompt, e.text):
+        assert text.split()[-1] in shown
+        assert text.split()[-1] not in hidden
+    said = {word for e in found.examples for word in e.now.continuation.split() if len(word) > 6}
+    assert said
+    assert not [word for word in said if word in hidden]
+
+
+def test_a_text_cannot_inject_markup(found):
+    """Texts are shown as text."""
+    e = replace(found.examples[0], text="<script>alert(1)</script>", opening="<b>", truth="<i>x")
+    page = Page(audit_page(replace(found, examples=[e, *found.examples[1:]]), show_text=True))
+    assert page.fetched == []
+    assert "<script>alert(1)</script>" in page.text
+
+
+def test_plots_do_not_share_ids(found):
+    """Two plots on one page with an id in common would draw each other's marks."""
+    ids = [set(re.findall(r'id="([^"]+)"', svg)) for svg in re.findall(r"<svg.*?</svg>", audit_page(found), flags=re.S)]
+    used = [
+        set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+        for svg in re.findall(r"<svg.*?</svg>", audit_page(found), flags=re.S)
+    ]
+    for i, mine in enumerate(used):
+        assert mine <= ids[i]
+        assert not any(mine & other for j, other in enumerate(ids) if j != i)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said", "tone"),
+    [
+        (["still exposed"] * 2 + ["forgotten"] * 4, "2 of 6 texts are still exposed.", "warn"),
+        (["forgotten"] * 5 + ["over-unlearned"], "Nothing is exposed, but 1 of 6 texts was driven too far.", "bad"),
+        (["forgotten"] * 3 + ["not memorized"] * 3, "Forgotten: no text stands out any more.", "good"),
+        (["not memorized"] * 6, "No text is memorized.", "plain"),
+        (["still exposed"], "The text is still exposed.", "warn"),
+    ],
+)
+def test_the_headline_says_the_worst(found, verdicts, said, tone):
+    """One sentence, and the colour of the worst verdict."""
+    audit = with_verdicts(found, *verdicts)
+    assert sentences.headline(audit) == said
+    assert sentences.tone(audit) == tone
+    assert audit.passed == (tone in ("good", "plain"))
+    assert said in Page(audit_page(audit)).text
+
+
+def test_without_the_original_nothing_is_called_forgotten(found):
+    """The page says what was not given."""
+    alone = replace(found, references=replace(found.references, anchored=False, drift=None), change=None)
+    alone = with_verdicts(alone, "still exposed", *["not memorized"] * 5)
+    assert sentences.headline(alone) == "1 of 6 texts is memorized."
+    assert "was not given" in " ".join(sentences.summary(alone))
+
+
+def test_the_table_and_its_lines(found):
+    """A row for each text, the worst first; masked; 80 columns are enough."""
+    from rich.console import Console
+
+    audit = with_verdicts(found, *["not memorized"] * 4, "still exposed", "forgotten")
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(audit_table(audit))
+    text = console.export_text()
+    rows = [line for line in text.splitlines() if re.match(r"\s+\d  ", line)]
+    assert rows[0].split()[0] == "5"
+    assert len(rows) == 6
+    assert all("memorized" in row or "exposed" in row or "forgotten" in row for row in rows)
+    assert not [word for word in found.examples[0].text.split() if len(word) > 5 and word in text]
+    lines = audit_lines(audit)
+    assert lines[0] == "1 of 6 texts is still exposed."
+    assert any(line.startswith("membership, zlib: AUC") for line in lines)
+
+
+def test_files_are_whole_or_not_there(found, tmp_path):
+    """Both are written into a new or empty folder; the JSON is valid and masked."""
+    folder = write_audit(found, tmp_path / "a", html=True)
+    assert sorted(path.name for path in folder.iterdir()) == ["audit.html", "audit.json"]
+    data = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+    assert data["passed"] == found.passed
+    assert set(data["examples"][0]["text"].split()) == {"•••"}
+    with pytest.raises(OutputError, match="not empty"):
+        write_audit(found, tmp_path / "a", html=True)
+
+
+def test_a_missing_package_is_told_before_the_work(found, monkeypatch):
+    """One sentence with the command that mends it."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "jinja2" else find(name, *a))
+    with pytest.raises(DependencyError, match=r"pip install .*pyunlearn\[report\]"):
+        audit_page(found)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model that has memorized two texts, and files of texts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    t, folder = tiny.storyteller(), tmp_path_factory.mktemp("saved")
+    torch.set_num_threads(threads)
+    for each in (t.model, t.tokenizer):
+        each.save_pretrained(folder / "model")
+    for role in ("forget", "unseen", "holdout"):
+        (folder / f"{role}.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in getattr(t, role)))
+    return folder
+
+
+def test_the_command_says_what_is_exposed(call, folder, tmp_path):
+    """Exit code 1, the table and the files; 0 for texts that were never seen; nothing is left of the cache."""
+    code, out, _ = call(
+        "audit", folder / "model", "--forget", folder / "forget.jsonl", "--holdout", folder / "holdout.jsonl", "-q"
+    )
+    assert code == 1
+    assert "All 2 texts are memorized." in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model-audit"]
+    assert sorted(p.name for p in (tmp_path / "model-audit").iterdir()) == ["audit.html", "audit.json"]
+    code, out, _ = call(
+        "audit", folder / "model", "--forget", folder / "unseen.jsonl", "--holdout", folder / "holdout.jsonl", "--out", "b", "--fast",
+        "--no-html", "--json", "-q",
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads(out)["verdicts"] == {"not memorized": 2}
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["audit.json"]
+
+
+def test_the_command_compares(call, folder):
+    """--compare with the model itself: nothing has changed."""
+    code, out, _ = call(
+        "audit", folder / "model", "--compare", folder / "model", "--forget", folder / "forget.jsonl", "--cache", "kept", "--fast", "-q",
+    )  # fmt: skip
+    assert code == 1
+    assert "hardly changed" in " ".join(out.split())
+
+
+def test_an_interrupted_command_says_how_to_go_on(call, folder, tmp_path, monkeypatch):
+    """Exit code 130, the answers kept; the same command finishes and removes them."""
+    arguments = ["audit", folder / "model", "--forget", folder / "forget.jsonl", "-q"]
+
+    def stop(self, texts):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pyunlearn._progress.Progress.advance", stop)
+        code, _, err = call(*arguments)
+    assert code == 130
+    assert "run the same command again" in err
+    assert list((tmp_path / "model-audit.cache").rglob("*.npz"))
+    assert call(*arguments)[0] == 1
+    assert not (tmp_path / "model-audit.cache").exists()
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence(call, folder, tmp_path, monkeypatch):
+    """Exit code 2, nothing written: a folder in use, a package missing for --html."""
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "x").write_text("")
+    code, _, err = call("audit", folder / "model", "--forget", folder / "forget.jsonl", "--out", "used")
+    assert code == 2
+    assert "not empty" in err
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    code, _, err = call("audit", folder / "model", "--forget", folder / "forget.jsonl", "--html")
+    assert code == 2
+    assert "pyunlearn[report]" in err
+    assert len(err.strip().splitlines()) == 1
