@@ -60,7 +60,7 @@ def el2n(target_log_likelihood: ArrayLike, squared_probability: ArrayLike | None
     Raises:
         ArgumentError: log-likelihoods above 0 or NaN; a sum of squares that p_t^2 alone exceeds, or above 1.
 
-    Source: Paul, Ganguli and Dziugaite 2021, arXiv 2107.07075, definition 2.4; the mean over tokens is ours.
+    Source: Paul, Ganguli and Dziugaite 2021, arXiv 2107.07075; the mean over tokens is ours.
     """
     x = log_likelihoods(target_log_likelihood, "target_log_likelihood")
     miss, own = -np.expm1(x), np.exp(2 * x)
@@ -84,7 +84,7 @@ def grand(gradient_norms: ArrayLike) -> Floats:
     Raises:
         ArgumentError: norms below 0 or not finite.
 
-    Source: Paul, Ganguli and Dziugaite 2021, arXiv 2107.07075, definition 2.1.
+    Source: Paul, Ganguli and Dziugaite 2021, arXiv 2107.07075.
     """
     norms = finite(gradient_norms, "gradient_norms", dimensions=2)
     if (norms < 0).any():
