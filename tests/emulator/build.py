@@ -33,7 +33,13 @@ def build(folder: Path) -> Path:
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_text(rewritten(path.read_text()))
     (folder / "csrc" / "cuda" / "hopper" / "ptx.cuh").write_text((HERE / "ptx.cuh").read_text())
-    sources = [*sorted(folder.rglob("*.cu")), HERE / "emulator.cpp", HERE / "module.cpp", CSRC / "bindings.cpp", CSRC / "cpu" / "bf16_products.cpp"]
+    sources = [
+        *sorted(folder.rglob("*.cu")),
+        HERE / "emulator.cpp",
+        HERE / "module.cpp",
+        CSRC / "bindings.cpp",
+        CSRC / "cpu" / "bf16_products.cpp",
+    ]
     include = [HERE, folder / "csrc", Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]
     flags = ["-std=c++17", "-O1", "-ftree-vectorize", "-mfma", "-mavx2", "-w", "-fPIC", "-fvisibility=hidden"]
     flags += ["-DPYUNLEARN_CUDA", "-DPYUNLEARN_HOPPER", '-DPYUNLEARN_CUDA_ARCHITECTURES="90"', *(f"-I{i}" for i in include)]  # fmt: skip
