@@ -206,7 +206,7 @@ def main() -> None:
     try:
         app()
     except (PyunlearnError, ValueError) as error:
-        if not isinstance(error, PyunlearnError) and "PYUNLEARN_BACKEND" not in str(error):
+        if not isinstance(error, PyunlearnError) and "PYUNLEARN_" not in str(error):
             raise
         print(f"pyunlearn: {error}", file=sys.stderr)
         sys.exit(2)

@@ -233,6 +233,12 @@ def test_a_backend_that_does_not_exist_is_refused(call, tmp_path, monkeypatch):
         _backend.chosen.cache_clear()
 
 
+def test_hopper_is_asked_for_by_1(call, tmp_path, monkeypatch):
+    """And `pyunlearn info` says what is wanted of PYUNLEARN_HOPPER when it is anything else."""
+    monkeypatch.setenv("PYUNLEARN_HOPPER", "on")
+    assert "PYUNLEARN_HOPPER must be 1 or 0, got 'on'" in refused(call("info"), tmp_path)
+
+
 def test_an_error_of_ours_is_not_hidden(call, folder, monkeypatch):
     """Only a user's mistakes become a sentence; a bug keeps its traceback."""
 

@@ -1,4 +1,4 @@
-"""The kernels for compute capability 9.0: the CUDA sources themselves on an emulator, through the ops, against float64."""
+"""The kernels for compute capability 9.0, and the portable ones: the CUDA sources themselves on an emulator, through the ops, against float64."""
 
 import ctypes
 import importlib.util
@@ -389,3 +389,26 @@ def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(emulated, monkeypat
         assert not _hopper._usable(0)
     assert not _hopper._usable(0)
     _hopper._usable.cache_clear()
+
+
+# ---------------------------------------------------------------- the portable CUDA kernels, on the same emulator
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5, "softcap": 3.0}])
+@pytest.mark.parametrize("workspace", [0, None])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(3, 1), (9, 1003), (2, 9001)])
+def test_portable_kernels(rows, vocabulary, workspace, options, dtype, emulated, monkeypatch):
+    """Narrow and wide rows, any alignment: values, gradients and statistics agree with float64."""
+    monkeypatch.setattr(_hopper, "run_on", lambda device: False)
+    case = head(rows, 12, vocabulary, dtype=dtype, bias=bool(options))
+    wanted = truth(case, unit(rows), **options)
+    found = evaluate(linear_log_likelihood, case, unit(rows), workspace=workspace, **options)
+    right(found, wanted, dtype)
+    z = case.hidden.double() @ case.weight.double().T
+    z = reference.logits_of(z, case.bias, options.get("logit_scale", 1.0), options.get("softcap", 0.0))
+    statistics = token_statistics(*case[:2], case.targets, bias=case.bias, workspace=workspace, **options)
+    right_ones = reference.token_statistics_of(z, case.targets)
+    assert_agree([statistics[i] for i in (0, 2, 3)], [right_ones[i] for i in (0, 2, 3)], 2e-5)
+    assert (statistics.rank == right_ones[1]).all()
+    assert emulated.calls["statistics"] * emulated.calls["gradient"] * emulated.calls["token_statistics"]

@@ -54,9 +54,10 @@ def asked_for() -> bool:
 
 def status() -> str:
     """What `pyunlearn info` says of these kernels."""
+    wanted = asked_for()
     if not _backend.build_info().get("hopper"):
         return "not built"
-    if not asked_for():
+    if not wanted:
         return "built, not asked for (PYUNLEARN_HOPPER=1)"
     return "used" if torch.cuda.is_available() and run_on(torch.device("cuda")) else "built, cannot run here"
 
