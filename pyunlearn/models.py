@@ -200,7 +200,7 @@ class Likelihood:
         hidden, head = self.hidden(batch)
         return token_statistics(
             hidden, head.weight, batch.targets, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
-            workspace=self.workspace,
+            ignore_index=None, workspace=self.workspace,
         )  # fmt: skip
 
     def greedy_matches(self, batch: TokenBatch) -> Tensor:
@@ -211,7 +211,7 @@ class Likelihood:
         hidden, head = self.hidden(batch)
         return linear_log_likelihood(
             hidden, head.weight, batch.targets, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
-            workspace=self.workspace,
+            ignore_index=None, workspace=self.workspace,
         )  # fmt: skip
 
     def _from_logits(self, batch: TokenBatch) -> Tensor:

@@ -4,12 +4,33 @@ import sys
 
 import pytest
 import torch
-from heads import TOLERANCE, Allocations, assert_agree, bytes_of, cast, make, plain, products, watch_chunks
+from heads import (
+    TOLERANCE,
+    Allocations,
+    assert_agree,
+    bytes_of,
+    cast,
+    make,
+    op_module,
+    plain,
+    products,
+    statistics_module,
+    watch_chunks,
+)
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops import _passes, example_objective, linear_log_likelihood, weighted_log_likelihood
+from pyunlearn.ops import (
+    _passes,
+    _plan,
+    example_objective,
+    kl_divergence,
+    linear_log_likelihood,
+    token_statistics,
+    weighted_log_likelihood,
+)
 from pyunlearn.ops.example_objective import how_many, likeliest_of
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -241,3 +262,79 @@ def test_refused(options):
     case = make(sum(LENGTHS), 20, 203)
     with pytest.raises(ArgumentError, match=next(iter(options))):
         evaluate(case, index_of(), **options)
+
+
+class Asked(TorchDispatchMode):
+    """Counts what a card would have to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inside = INSIDE.get(function)
+        if inside is not None:
+            with self:
+                return inside(*args, **(kwargs or {}))
+        self.count += function in (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+        return function(*args, **(kwargs or {}))
+
+
+INSIDE = {
+    torch.ops.pyunlearn.linear_log_likelihood.default: op_module._forward,
+    torch.ops.pyunlearn.linear_log_likelihood_backward.default: op_module._backward,
+    torch.ops.pyunlearn.token_statistics.default: statistics_module._forward,
+    torch.ops.pyunlearn.kl_divergence.default: sys.modules["pyunlearn.ops.kl_divergence"]._forward,
+    torch.ops.pyunlearn.kl_divergence_backward.default: sys.modules["pyunlearn.ops.kl_divergence"]._backward,
+}
+
+
+@pytest.mark.parametrize("op", [linear_log_likelihood, token_statistics, weighted_log_likelihood, kl_divergence])
+def test_nothing_ignored(op, device, backend, monkeypatch):
+    """With ignore_index=None every row counts, the answer is the same, and nobody asks which rows do: on a card that would stop the queue."""
+    case = make(13, 20, 203, device=device)
+    monkeypatch.setattr(_passes, "rows_that_pull", lambda *_, **__: None)  # never asked on a card
+
+    def run(ignore_index):
+        leaves = [t.detach().clone().requires_grad_() for t in case[:2]]
+        more = {
+            weighted_log_likelihood: (case.targets, torch.ones(13, device=device)),
+            kl_divergence: (case.hidden * 0.5, case.weight, case.targets),
+        }.get(op, (case.targets,))
+        found = op(*leaves, *more, ignore_index=ignore_index)
+        return [*found] if op is token_statistics else [found.detach(), *torch.autograd.grad(found.sum(), leaves)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(None), run(-100), strict=True))
+    with monkeypatch.context() as patch:  # what the CPU checks, a card does not
+        for module in {sys.modules[f"pyunlearn.ops.{op.__name__}"], op_module, statistics_module}:
+            patch.setattr(module, "check_targets", lambda *_: None)
+        for ignore_index, least in ((None, 0), (-100, 1)):
+            with Asked() as asked:
+                run(ignore_index)
+            assert min(asked.count, 1) == least
+    case.targets[3] = -100
+    if device == "cpu":
+        with pytest.raises(ArgumentError, match=r"targets must lie in \[0, 203\), got -100"):
+            run(None)
+
+
+class Card:
+    """As much of a CUDA tensor as `allowance` looks at."""
+
+    is_cuda, device, dtype = True, torch.device("cuda", 0), torch.bfloat16
+
+    def element_size(self):
+        return 2
+
+
+@pytest.mark.parametrize(("free", "unused", "wanted"), [(64, 0, 2 << 30), (1, 1, 1 << 30), (0, 0, 0)])
+def test_workspace_of_a_card(free, unused, wanted, monkeypatch):
+    """By default a card gives half of what is free, the allocator's own blocks included, and 2 GiB at most; what was asked for stays."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: (unused + 3) << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 << 30)
+    monkeypatch.setattr(_plan, "host_may_wait", lambda x: True)
+    assert _plan.allowance(None, Card(), 8192, 128256) == wanted
+    assert _plan.allowance(7, Card(), 8192, 128256) == 7
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("asked without need"))
+    assert _plan.allowance(None, Card(), 100, 128256) == 2 << 30

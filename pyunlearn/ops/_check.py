@@ -8,6 +8,9 @@ from torch import Tensor
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops._library import host_may_wait
 
+NOTHING = -(1 << 63)
+"""The ignore_index that no target has."""
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -154,6 +157,11 @@ def check_examples(targets: Tensor, example_index: Tensor, per_example: tuple[Te
     return examples
 
 
+def ignored(ignore_index: int | None) -> int:
+    """The number that marks a row which does not count; None: there is none."""
+    return NOTHING if ignore_index is None else ignore_index
+
+
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
     """On the CPU, refuses targets outside the vocabulary. On a card they come back as NaN, for the check would stop the queue."""
     if targets.device.type != "cpu" or targets.numel() == 0:
@@ -161,7 +169,7 @@ def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
     if bool(wrong.any()):
         raise ArgumentError(
-            f"targets must lie in [0, {vocabulary}) or be {ignore_index} (ignored), got {int(targets[wrong][0])}: "
+            f"targets must lie in [0, {vocabulary}){'' if ignore_index == NOTHING else f' or be {ignore_index} (ignored)'}, got {int(targets[wrong][0])}: "
             "does the tokenizer belong to this model?"
         )
 

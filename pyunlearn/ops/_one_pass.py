@@ -15,7 +15,7 @@ from torch import Tensor
 from pyunlearn.ops import _hopper
 from pyunlearn.ops._library import NO_GRADIENT_OF_GRADIENT, contiguous, host_may_wait
 from pyunlearn.ops._passes import Gradients, Head, differentiate, real_of, score, take
-from pyunlearn.ops._plan import bytes_of_sum, default_workspace, plan, rows_at_a_time
+from pyunlearn.ops._plan import allowance, bytes_of_sum, plan, rows_at_a_time
 
 
 class Work(NamedTuple):
@@ -38,7 +38,7 @@ class Work(NamedTuple):
 
 def rows_a_chunk(rows: int, hidden: Tensor, weight: Tensor, workspace: int | None) -> tuple[int, int]:
     """How many of `rows` live rows to take at a time, and the bytes they may use."""
-    workspace = default_workspace(hidden.device.type) if workspace is None else workspace
+    workspace = allowance(workspace, hidden, rows, weight.shape[0])
     train = torch.is_grad_enabled() and weight.requires_grad
     vocabulary, width = weight.shape
     most = rows_at_a_time(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.ops import _backend, _hopper
+from pyunlearn.ops._check import NOTHING
 from pyunlearn.ops._plan import Plan, balance
 from pyunlearn.ops._products import Logits, add_product, product
 from pyunlearn.ops._types import Gradients as Gradients
@@ -22,7 +23,9 @@ def real_of(x: Tensor) -> torch.dtype:
 
 
 def live_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
-    """Indices of the rows that count, or None for all. One host sync on a card, none inside a CUDA graph, where all rows are computed."""
+    """Indices of the rows that count, or None for all. One host sync on a card, none where nothing is ignored or inside a CUDA graph."""
+    if ignore_index == NOTHING:
+        return None
     if targets.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     rows = (targets != ignore_index).nonzero().squeeze(1)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from pyunlearn.ops._library import host_may_wait
+
 MIB = 1 << 20
 _GRAIN = 64  # columns: keeps every block 16-byte aligned in every dtype
 
@@ -121,6 +123,21 @@ def bytes_of_sum(vocabulary: int, width: int, dtype: torch.dtype) -> int:
 def default_workspace(device: str) -> int:
     """Bytes allowed when nobody says: enough to keep a batch of a few hundred tokens whole, little beside any language model."""
     return 256 * MIB if device == "cpu" else 2048 * MIB
+
+
+def allowance(workspace: int | None, x: torch.Tensor, rows: int, vocabulary: int) -> int:
+    """The bytes that a call on a head may use: what was asked for; by default `default_workspace`, on a card no more than half of what is free.
+
+    The card is asked only where more than 256 MiB could be used, and not while torch.compile traces or a CUDA graph is captured.
+    """
+    if workspace is not None:
+        return workspace
+    usual = default_workspace(x.device.type)
+    if not x.is_cuda or rows * vocabulary * x.element_size() <= 256 * MIB or not host_may_wait(x):
+        return usual
+    free = torch.cuda.mem_get_info(x.device)[0]
+    unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+    return min(usual, (free + unused) // 2)
 
 
 def _padded(columns: int) -> int:

@@ -68,7 +68,7 @@ def example_objective(
         likeliest: the share of each example's tokens that count, those of the smallest loss, one at least: the loss selection of arXiv 2406.09179.
             The others have no part in sums, counts and gradient, and cost the gradient's products nothing.
         bias, logit_scale, softcap, ignore_index: as in linear_log_likelihood. A temperature T is logit_scale / T and softcap / T.
-        workspace: bytes for scratch and logits (default: 256 MiB on the CPU, 2 GiB on a card).
+        workspace: bytes for scratch and logits (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free).
         negligible: rows whose target has 1 - p below this may leave the gradient's products: a text that is known by heart consists of such. What each
             row's gradient for its logits loses sums to 2 |coefficient * logit_scale| negligible in magnitude at most. 0: only rows with coefficient 0,
             which is exact.

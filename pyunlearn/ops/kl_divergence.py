@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend
-from pyunlearn.ops._check import check, check_head, check_reference, check_targets, in_one_dtype
+from pyunlearn.ops._check import check, check_head, check_reference, check_targets, ignored, in_one_dtype
 from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, contiguous, on_its_device
 from pyunlearn.ops._passes import live_rows, real_of, take
-from pyunlearn.ops._plan import Plan, default_workspace, plan
+from pyunlearn.ops._plan import Plan, allowance, default_workspace, plan
 from pyunlearn.ops._products import Logits, add_product
 
 
@@ -28,7 +28,7 @@ def kl_divergence(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     target_shift: float = 0.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     workspace: int | None = None,
 ) -> Tensor:
     """KL(reference || model) of each token's distribution, in nats, from hidden states and output heads.
@@ -51,8 +51,8 @@ def kl_divergence(
         bias, reference_bias: (V,) or None; without reference_weight the reference has the model's bias.
         logit_scale, softcap: of both, as in linear_log_likelihood.
         target_shift: logits taken off the target in the reference, 0 or more.
-        ignore_index: rows with this target come back as 0.
-        workspace: bytes for scratch and kept logits (default: 256 MiB on the CPU, 2 GiB on a card). What does not fit is computed again in
+        ignore_index: rows with this target come back as 0; None: all count.
+        workspace: bytes for scratch and kept logits (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free). What does not fit is computed again in
             backward.
 
     Returns:
@@ -76,10 +76,11 @@ def kl_divergence(
     if (theirs[0].dtype is torch.float64) != (hidden.dtype is torch.float64):
         theirs = (theirs[0].to(real_of(hidden)), theirs[1].to(real_of(hidden)))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    workspace = allowance(workspace, hidden, 2 * marks.numel(), len(weight))
     found = torch.ops.pyunlearn.kl_divergence(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, theirs[0].reshape(-1, theirs[0].shape[-1]), theirs[1],
         None if reference_bias is None else reference_bias.detach(), marks.reshape(-1).long(), logit_scale, softcap or 0.0, target_shift,
-        ignore_index, workspace, keep,
+        ignored(None if targets is None else ignore_index), workspace, keep,
     )  # fmt: skip
     return found[0].reshape(marks.shape)
 
@@ -96,7 +97,9 @@ LIBRARY.define(
 
 def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> Plan:
     """For twice the rows, and leaving room for one block's gradient."""
-    allowed = default_workspace(hidden.device.type) if workspace is None else workspace
+    allowed = (
+        default_workspace(hidden.device.type) if workspace is None else workspace
+    )  # None: the op was called by its own name
     return plan(2 * hidden.shape[0], weight.shape[0], real_of(hidden), hidden.device.type, allowed * 4 // 5, keep)
 
 

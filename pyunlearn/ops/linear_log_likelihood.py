@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pyunlearn.ops import _hopper
-from pyunlearn.ops._check import check, check_head, check_targets, in_one_dtype
+from pyunlearn.ops._check import check, check_head, check_targets, ignored, in_one_dtype
 from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, contiguous, on_its_device
 from pyunlearn.ops._passes import Gradients, Head, Statistics, differentiate, live_rows, real_of, score, take
-from pyunlearn.ops._plan import Plan, plan
+from pyunlearn.ops._plan import Plan, allowance, plan
 
 
 def linear_log_likelihood(
@@ -22,7 +22,7 @@ def linear_log_likelihood(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     workspace: int | None = None,
 ) -> Tensor:
     """The log-likelihood of each target token, in nats, from hidden states and the output head.
@@ -39,10 +39,11 @@ def linear_log_likelihood(
         hidden: (..., D), float32, bfloat16, float16 or float64.
         weight: (V, D), of the same device; another dtype is brought to the common one.
         targets: (...), int64 token ids in [0, V), or ignore_index.
+        ignore_index: marks the rows that do not count; None says that all do, and saves a card the question which ones, for which it must wait.
         bias: (V,) or None.
         logit_scale: factor on the logits (Cohere's logit_scale, Granite's 1 / logits_scaling).
         softcap: Gemma 2's final_logit_softcapping, or None.
-        workspace: bytes that scratch and kept logits may take together (default: 256 MiB on the CPU, 2 GiB on a card). What does not fit is
+        workspace: bytes that scratch and kept logits may take together (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free). What does not fit is
             computed again in backward: a third more work at most, and the same answer.
 
     Returns:
@@ -56,8 +57,9 @@ def linear_log_likelihood(
     hidden, weight = in_one_dtype(hidden, weight)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     flat = hidden.reshape(-1, hidden.shape[-1])
+    workspace = allowance(workspace, flat, flat.shape[0], len(weight))
     out = torch.ops.pyunlearn.linear_log_likelihood(
-        flat, weight, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index, workspace, keep,
+        flat, weight, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignored(ignore_index), workspace, keep,
         not torch.compiler.is_compiling(),
     )  # fmt: skip
     return out[0].reshape(targets.shape)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.ops import _backend, _hopper, reference
-from pyunlearn.ops._check import check, check_bias, check_head, check_targets, in_one_dtype
+from pyunlearn.ops._check import check, check_bias, check_head, check_targets, ignored, in_one_dtype
 from pyunlearn.ops._library import LIBRARY, contiguous, on_its_device
 from pyunlearn.ops._passes import Head, live_rows, real_of, take
 from pyunlearn.ops._plan import plan
@@ -33,7 +33,7 @@ def token_statistics(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     workspace: int | None = None,
 ) -> TokenStatistics:
     """What the model thinks of each target token and of its alternatives, from hidden states and the output head. No gradient.
@@ -54,7 +54,7 @@ def token_statistics(
         weight: (V, D), of the same device; another dtype is brought to the common one.
         targets: (...), int64 token ids in [0, V), or ignore_index.
         bias, logit_scale, softcap: as in linear_log_likelihood.
-        ignore_index: rows with this target are not computed, and are 0 in every field.
+        ignore_index: rows with this target are not computed, and are 0 in every field; None: all count, and a card is not asked which do.
         workspace: bytes for scratch (default: 256 MiB on the CPU, 2 GiB on a card, of which little is used).
 
     Returns:
@@ -69,7 +69,7 @@ def token_statistics(
     hidden, weight = in_one_dtype(hidden.detach(), weight.detach())
     found = torch.ops.pyunlearn.token_statistics(
         hidden.reshape(-1, hidden.shape[-1]), weight, None if bias is None else bias.detach(), targets.reshape(-1).long(), logit_scale,
-        softcap or 0.0, ignore_index, workspace,
+        softcap or 0.0, ignored(ignore_index), workspace,
     )  # fmt: skip
     return TokenStatistics(*(x.reshape(targets.shape) for x in found))
 

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops._check import check, check_head, check_negligible, check_per_row, check_targets, in_one_dtype
+from pyunlearn.ops._check import (
+    check,
+    check_head,
+    check_negligible,
+    check_per_row,
+    check_targets,
+    ignored,
+    in_one_dtype,
+)
 from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves, rows_a_chunk
 from pyunlearn.ops._passes import live_rows, real_of, take
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
@@ -21,7 +29,7 @@ def weighted_log_likelihood(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     workspace: int | None = None,
     negligible: float = 0.0,
 ) -> Tensor:
@@ -42,7 +50,7 @@ def weighted_log_likelihood(
         targets: (...), int64 token ids in [0, V), or ignore_index.
         coefficients: (...), floating point, without gradient of their own.
         bias, logit_scale, softcap, ignore_index: as in linear_log_likelihood.
-        workspace: bytes for scratch and logits (default: 256 MiB on the CPU, 2 GiB on a card).
+        workspace: bytes for scratch and logits (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free).
         negligible: rows whose target has 1 - p below this may leave the gradient's products, as those with coefficient 0 do in any case; see
             example_objective.
 
@@ -56,6 +64,7 @@ def weighted_log_likelihood(
     check_head(hidden, weight, bias)
     check_per_row(coefficients, targets, name="coefficients")
     check_negligible(negligible)
+    ignore_index = ignored(ignore_index)
     if coefficients.requires_grad:
         raise ArgumentError(
             "coefficients must be constants here, and they want a gradient: pass coefficients.detach(), or multiply linear_log_likelihood with them"
