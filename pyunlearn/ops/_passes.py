@@ -142,7 +142,7 @@ def rows_that_pull(
         idle |= -torch.expm1(log_likelihood) < negligible  # NaN is not below anything
     rows = idle.logical_not().nonzero().squeeze(1)
     dropped = len(h) - len(rows)
-    moved = 4 * h.element_size() * balance(h.device.type) * len(rows) if kept else 0
+    moved = 4 * h.element_size() * balance(h.device.type, h.dtype) * len(rows) if kept else 0
     return rows if dropped and dropped * 2 * h.shape[1] >= moved else None
 
 
