@@ -64,6 +64,8 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"no language model could be loaded from {name!s}: {first}") from error
+    if extra:
+        _forget_gguf(model)
     head = model.get_output_embeddings()
     names = {n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(head, "weight", None)}
     if names and names <= set(loading["missing_keys"]):  # transformers makes one up, at random, and goes on
@@ -73,6 +75,14 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer or where, **({} if tokenizer else extra))
     return model, tokenizer
+
+
+def _forget_gguf(model: Any) -> None:
+    """transformers still calls a dequantized model quantized, and would refuse to save it."""
+    model.hf_quantizer, model.is_quantized = None, False
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
 
 
 def load_tokenizer(name: str | Path, **extra: Any) -> Any:
