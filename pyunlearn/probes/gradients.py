@@ -105,14 +105,14 @@ def mean_gradient(
     Raises:
         ArgumentError, ModelError: as `gradient_norms`.
     """
-    parameters = _trained(model)
+    parameters = trained_parameters(model)
     likelihood, loss = models.Likelihood(model, workspace=workspace), function or (lambda sums, counts: -sums / counts)
     found = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
 
     def visit(name: str, gradient: Tensor) -> None:
         found[name].add_(gradient, alpha=1 / len(tokens))
 
-    with measuring(model), _visited(parameters, visit):
+    with measuring(model), visited(parameters, visit):
         for _, batch in batches_on(model, tokens, batch_size):
             likelihood.objective(batch, loss).loss.backward()
     return found
@@ -120,7 +120,7 @@ def mean_gradient(
 
 def layer_groups(model: nn.Module) -> dict[str, str]:
     """name -> one of `GROUPS`, for each parameter that trains. Blocks are what stands in a numbered list, of each stack its own."""
-    names = list(_trained(model))
+    names = list(trained_parameters(model))
     places = {name: re.match(r"(.*?)\.(\d+)\.", name) for name in names}
     depth: dict[str, int] = {}
     for (
@@ -141,7 +141,8 @@ def layer_groups(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """name -> parameter, of those that train; a tied one is there once. Raises ModelError when there is none."""
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ModelError("the model has no parameter that trains: set requires_grad on those to be measured.")
@@ -156,12 +157,12 @@ def _each(
     model: nn.Module, tokens: Sequence[Tokens], number: Callable[[str, Tensor], Tensor], workspace: int | None
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """(place, {parameter: the number that its gradient comes to}), example by example."""
-    likelihood, parameters, parts = models.Likelihood(model, workspace=workspace), _trained(model), {}
+    likelihood, parameters, parts = models.Likelihood(model, workspace=workspace), trained_parameters(model), {}
 
     def visit(name: str, gradient: Tensor) -> None:
         parts[name] = number(name, gradient)
 
-    with measuring(model), _visited(parameters, visit):
+    with measuring(model), visited(parameters, visit):
         for (i,), batch in batches_on(model, tokens, 1):
             (-likelihood(batch).mean()).backward()  # type: ignore[no-untyped-call]
             yield i, parts
@@ -169,7 +170,7 @@ def _each(
 
 
 @contextmanager
-def _visited(parameters: dict[str, nn.Parameter], visit: Visit) -> Iterator[None]:
+def visited(parameters: dict[str, nn.Parameter], visit: Visit) -> Iterator[None]:
     """While it lasts a backward pass hands each gradient to `visit` and drops it; gradients that were there come back afterwards."""
     before = {name: p.grad for name, p in parameters.items()}
 

@@ -1,0 +1,8 @@
+"""Unlearning by editing weights, without the ascent: one paper per file, one signature for all, and each can be undone."""
+
+from pyunlearn.edits._edited import Edited
+from pyunlearn.edits.dampening import selective_synaptic_dampening
+from pyunlearn.edits.influence import first_order_influence, second_order_influence
+from pyunlearn.edits.task_vector import task_vector
+
+__all__ = ["Edited", "first_order_influence", "second_order_influence", "selective_synaptic_dampening", "task_vector"]
