@@ -21,7 +21,7 @@ class Layout(NamedTuple):
 
     targets: Tensor  # (n,)
     rows: Tensor | None  # (n,) which of the given rows they are; None: all, as they stand
-    index: Tensor  # (n,) the example of each, ascending
+    example: Tensor  # (n,) the example of each, ascending
     counts: Tensor  # (B,) live rows of each example
     examples: list[slice]  # of each chunk
     chunks: list[tuple[int, int]]  # (first, end) live rows of each

@@ -85,7 +85,7 @@ def token_objective(
 
     def step(k: int, log_likelihood: Tensor, differentiate: bool) -> tuple[tuple[Tensor, ...], Tensor]:
         mine, rows = at.examples[k], slice(*at.chunks[k])
-        counts, example = at.counts[mine], at.index[rows] - mine.start
+        counts, example = at.counts[mine], at.example[rows] - mine.start
 
         def losses_of(x: Tensor) -> Tensor:
             losses = function(x, example, counts, *(y[rows] for y in given))
