@@ -46,7 +46,7 @@ class Run:
     def __init__(
         self, model: Any, tokenizer: Any, method: Method, options: dict[str, Any], forget: list[Tokens], retain: list[Tokens] | None,
         holdout: list[Tokens] | None, seed: int, batch_size: int, workspace: int | None, until: float, budget: float,
-        reference_model: Any, progress: bool | None,
+        reference_model: Any, progress: bool | None, refusals: list[Tokens] | None = None,
     ) -> None:  # fmt: skip
         from accelerate import Accelerator
 
@@ -61,6 +61,7 @@ class Run:
         self.tokenizer, self.method, self.options = tokenizer, method, options
         self.forget, self.retain, self.seed, self.batch_size = forget, retain, seed, batch_size
         self.until, self.budget = until, budget
+        self.read = {"forget": forget, "refusal": refusals or []}
         self.pad, self.start = (
             padding_id(tokenizer),
             models.decoder_start_id(model) if models.is_encoder_decoder(model) else None,
@@ -98,9 +99,9 @@ class Run:
         self.watched_before = -self.mean_log_likelihood(self.watch)
         self.drift_before = float(-self.mean_log_likelihood(self.watch_references).mean())
         self.significant = SIGNIFICANT - 1e-9  # 19 references reach it exactly
-        self.reference_sums = self.original * [len(t.scored) for t in forget]
-        if reference_model is not None:
-            self.reference_sums = self._sums_under(reference_model)
+        self.reference: dict[str, list[Floats]] = {}  # by role: under the reference, each token, or each text's sum
+        if "reference" in self.method.needs:
+            self._score_reference(reference_model)
         self.start_state = self.measure()
         self.memorized = self.start_state.lower >= self.significant
         self.now = self.start_state
@@ -140,6 +141,28 @@ class Run:
         return self.workers.sum_array(out)
 
     @torch.no_grad()
+    def token_log_likelihood(self, tokens: Sequence[Tokens], likelihood: models.Likelihood) -> list[Floats]:
+        """(T,) log-likelihoods of each one's scored tokens, nats."""
+        ends = np.cumsum([len(t.scored) for t in tokens])
+        out = np.zeros(int(ends[-1]))
+        for places, batch in self.batches(tokens):
+            with self.accelerator.autocast():
+                found = likelihood(batch)
+            for i, part in zip(places, found.split(sizes(tokens, places)), strict=True):
+                out[ends[i] - len(part) : ends[i]] = part.double().cpu().numpy()
+        return np.split(self.workers.sum_array(out), ends[:-1])
+
+    def forget_batch(self, places: Iterable[int]) -> tuple[TokenBatch, Tensor]:
+        """What the method reads of these examples, a refusal before its forget text, and the reference's log-likelihoods (zeros where it needs none)."""
+        reads = [(role, i) for i in places for role in self.method.reads]
+        tokens = [self.read[role][i] for role, i in reads]
+        if self.reference:
+            given = np.concatenate([self.reference[role][i] for role, i in reads])
+        else:
+            given = np.zeros(sum(len(t.scored) for t in tokens) if self.method.token else len(tokens))
+        return self.collate(tokens, range(len(tokens))), torch.as_tensor(given, dtype=torch.float32, device=self.device)
+
+    @torch.no_grad()
     def greedy_match(self) -> Floats:
         """(B,) share of each forget example's tokens that are the model's first choice."""
         out = np.zeros(len(self.forget))
@@ -176,16 +199,21 @@ class Run:
         over = (found.upper >= self.significant) & (self.start_state.upper < self.significant)
         return "over-unlearning" if over.any() else None
 
-    def _sums_under(self, reference: Any) -> Floats:
-        if isinstance(reference, (str, Path)):
-            reference, _ = models.load(reference, tokenizer=self.tokenizer)
-        if reference.get_input_embeddings().weight.shape[0] != self.inner.get_input_embeddings().weight.shape[0]:
-            raise ModelError("reference_model has another vocabulary than the model: give one of the same family")
-        home = reference.device
-        reference = reference.to(self.device).eval()
-        means = self.mean_log_likelihood(self.forget, models.Likelihood(reference))
-        reference.to(home)
-        return means * [len(t.scored) for t in self.forget]
+    def _score_reference(self, model: Any) -> None:
+        """Scores what the method reads, once: under the reference model, or under this one as it came."""
+        likelihood, home = self.likelihood, None
+        if model is not None:
+            if isinstance(model, (str, Path)):
+                model, _ = models.load(model, tokenizer=self.tokenizer)
+            if model.get_input_embeddings().weight.shape[0] != self.inner.get_input_embeddings().weight.shape[0]:
+                raise ModelError("reference_model has another vocabulary than the model: give one of the same family")
+            home = model.device
+            likelihood = models.Likelihood(model.to(self.device).eval())
+        for role in self.method.reads:
+            found = self.token_log_likelihood(self.read[role], likelihood)
+            self.reference[role] = found if self.method.token else [x.sum(keepdims=True) for x in found]
+        if home is not None:
+            model.to(home)
 
     # -- reporting
 

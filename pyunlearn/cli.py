@@ -1,4 +1,4 @@
-"""The command line: pyunlearn unlearn, audit, demo, info."""
+"""The command line: pyunlearn unlearn, audit, demo, methods, info."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def unlearn(
                                                       "from the model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the new model and result.json; new or empty. Default: MODEL-unlearned, here.")] = None,
     retain_loss: Annotated[str, typer.Option(help="auto (nll where there is --retain), nll, hold (only undo what the run costs it), or none.")] = "auto",
-    method: Annotated[str, typer.Option(help="ga, npo, simnpo, or graddiff, npo+nll, simnpo+nll with --retain.")] = "ga",
+    method: Annotated[str, typer.Option(help="See `pyunlearn methods`; with --retain also graddiff, npo+nll, simnpo+nll, ...")] = "ga",
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
     reference_model: Annotated[str | None, typer.Option(help="Model that npo compares with. Default: MODEL as it is.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of AdamW. Default: 5e-6, for adapters 1e-4.")] = None,
@@ -179,6 +179,30 @@ def demo(
 
     _quiet_libraries()
     raise typer.Exit(0 if run(out, save_model=save_model, seed=seed) else 1)
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """List the unlearning methods: what each reads and needs, its options with their defaults, its source."""
+    from pyunlearn.methods import ALIASES, METHODS
+
+    found: list[dict[str, Any]] = [
+        {"name": m.name, "reads": m.reads, "needs": m.needs, "pairs": m.pairs, "token": m.token, "passes": m.passes, "options": m.options, "source": m.source}
+        for m in METHODS.values()
+    ]  # fmt: skip
+    if as_json:
+        print(json.dumps({"methods": found, "aliases": ALIASES}, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "reads", "needs", "of", "options", "source", box=None)
+    for m in found:
+        options = ", ".join(f"{k}={v}" for k, v in m["options"].items())
+        kind = "tokens" if m["token"] else "sums"
+        table.add_row(m["name"], ", ".join(m["reads"]), ", ".join(m["needs"]), kind, options, m["source"])
+    Console().print(table)
+    Console().print("With --retain, NAME+nll also trains on the retain set; graddiff is ga+nll.", highlight=False)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from pyunlearn.errors import ModelError
 from pyunlearn.ops.example_objective import ExampleObjective, example_objective, objective_of
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 from pyunlearn.ops.log_likelihood import log_likelihood
+from pyunlearn.ops.token_objective import TokenObjective, token_objective, tokens_objective_of
 from pyunlearn.ops.token_statistics import TokenStatistics, token_statistics, token_statistics_from_logits
 
 
@@ -186,18 +187,42 @@ class Likelihood:
             self._choose(batch)
         return self._from_hidden(batch) if self.fused else self._from_logits(batch)
 
-    def objective(self, batch: TokenBatch, function: Callable[..., Tensor], *per_example: Tensor) -> ExampleObjective:
-        """The sum over the batch's examples of function(summed log-likelihood (b,), scored tokens (b,), *per_example): see ops.example_objective."""
+    def objective(
+        self, batch: TokenBatch, function: Callable[..., Tensor], *per_example: Tensor, group_size: int = 1, likeliest: float = 1.0,
+        temperature: float = 1.0,
+    ) -> ExampleObjective:  # fmt: skip
+        """The sum over the batch's examples of function(summed log-likelihood (b,), scored tokens (b,), *per_example): see ops.example_objective.
+
+        temperature: the log-likelihoods are those of logits / temperature.
+        """
         if self.fused is None:
             self._choose(batch)
         if not self.fused:
             live = torch.ones_like(batch.targets, dtype=torch.bool)
-            found = self._from_logits(batch)
-            return objective_of(found, live, batch.example, len(batch.counts), function, per_example)
+            found, count = self._from_logits(batch, temperature), len(batch.counts)
+            return objective_of(found, live, batch.example, count, function, per_example, group_size, likeliest)
         hidden, head = self.hidden(batch)
         return example_objective(
-            hidden, head.weight, batch.targets, batch.example, function, *per_example, bias=head.bias, logit_scale=head.logit_scale,
-            softcap=head.softcap, workspace=self.workspace,
+            hidden, head.weight, batch.targets, batch.example, function, *per_example, bias=head.bias,
+            logit_scale=head.logit_scale / temperature, softcap=head.softcap and head.softcap / temperature, workspace=self.workspace,
+            group_size=group_size, likeliest=likeliest,
+        )  # fmt: skip
+
+    def token_objective(
+        self, batch: TokenBatch, function: Callable[..., Tensor], *per_token: Tensor, group_size: int = 1, temperature: float = 1.0
+    ) -> TokenObjective:  # fmt: skip
+        """The sum over the batch's examples of function(log-likelihood (m,), example (m,), counts (b,), *per_token): see ops.token_objective."""
+        if self.fused is None:
+            self._choose(batch)
+        if not self.fused:
+            live = torch.ones_like(batch.targets, dtype=torch.bool)
+            found, count = self._from_logits(batch, temperature), len(batch.counts)
+            return tokens_objective_of(found, live, batch.example, count, function, per_token, group_size)
+        hidden, head = self.hidden(batch)
+        return token_objective(
+            hidden, head.weight, batch.targets, batch.example, function, *per_token, bias=head.bias,
+            logit_scale=head.logit_scale / temperature, softcap=head.softcap and head.softcap / temperature, workspace=self.workspace,
+            examples=len(batch.counts), group_size=group_size,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -224,8 +249,8 @@ class Likelihood:
             ignore_index=None, workspace=self.workspace,
         )  # fmt: skip
 
-    def _from_logits(self, batch: TokenBatch) -> Tensor:
-        return log_likelihood(self._logits(batch), batch.targets)
+    def _from_logits(self, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
+        return log_likelihood(self._logits(batch), batch.targets, logit_scale=1 / temperature)
 
     def _logits(self, batch: TokenBatch) -> Tensor:
         logits = self.model(**_inputs(batch)).logits

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from pyunlearn.data import Tokens
-from pyunlearn.errors import DataError
+from pyunlearn.data import Example, Tokens
+from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.models import context_length, decoder_start_id, is_encoder_decoder, unwrapped
 
 COUNT = 64
@@ -60,6 +61,27 @@ def sampled(model: Any, tokenizer: Any, forget: Sequence[Tokens], *, count: int 
                 break
     known = {run for t in forget for run in _runs(t)}
     return [t for t in found if known.isdisjoint(_runs(t))]
+
+
+def refused(forget: Sequence[Example], texts: Sequence[str], seed: int, *, alone: bool) -> list[Example]:
+    """Each forget example with one of the texts, drawn at random, in place of its completion. `alone`: nothing else will be trained on.
+
+    Raises ArgumentError unless the texts are a list of some; DataError where, alone, an example has no prompt to refuse.
+    """
+    if isinstance(texts, str) or not texts or not all(isinstance(x, str) and x.strip() for x in texts):
+        raise ArgumentError(f"refusals must be a list of one text or more, got {texts!r}")
+    for number, example in enumerate(forget, 1):
+        if alone and not example.prompt:
+            raise DataError(
+                f"forget example {number} has no prompt that could be refused: give prompt and completion, or use idkdpo"
+            )
+    drawn = np.random.default_rng((seed, 2)).integers(len(texts), size=len(forget))
+    found = []
+    for example, at in zip(forget, drawn, strict=True):
+        said = example.messages and (*example.messages[:-1], example.messages[-1]._replace(content=texts[at]))
+        seam = example.completion[: len(example.completion) - len(example.completion.lstrip())]
+        found.append(Example(example.prompt, seam + texts[at], said or None))
+    return found
 
 
 def _runs(t: Tokens) -> set[tuple[int, ...]]:

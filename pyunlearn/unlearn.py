@@ -19,8 +19,9 @@ from pyunlearn._run import Run, sizes
 from pyunlearn._state import State
 from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError
-from pyunlearn.methods import resolve
+from pyunlearn.methods import REFUSALS, resolve
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+from pyunlearn.references import refused
 from pyunlearn.result import Result, check_output
 
 _ROUND = 16  # optimizer steps between two evaluations, at most
@@ -80,12 +81,12 @@ def unlearn(
         retain: text that must keep working, same forms: trained on beside the ascent (`retain_loss`) and watched.
         holdout: text of the forget set's kind that was never trained on, same forms; 19 texts or more. Default: sampled from the model.
         tokenizer: needed when `model` is a model object whose name leads to none.
-        method: "ga", "npo", "simnpo", or with a retain loss "graddiff", "npo+nll", "simnpo+nll".
-        method_options: the method's own numbers, such as {"beta": 0.1}.
+        method: "ga", "npo", "simnpo", ... (`pyunlearn methods` lists them), or with a retain loss "graddiff", "npo+nll", "simnpo+nll", ...
+        method_options: the method's own options, such as {"beta": 0.1}.
         retain_loss: "nll" trains on the retain set, "hold" only undoes what the run has cost it (each example's rise above its first negative
             log-likelihood), None does neither; "auto": nll where there is a retain set.
         retain_weight: factor on the retain loss.
-        reference_model: whose log-likelihoods NPO compares with; default: the model as it came, scored once.
+        reference_model: whose log-likelihoods NPO and its like compare with; default: the model as it came, scored once.
         learning_rate: of AdamW; default 5e-6, for adapters (PEFT) 1e-4.
         batch_size: examples in one optimizer step.
         max_steps: optimizer steps at most.
@@ -147,6 +148,10 @@ def unlearn(
         if source is not None
     }
 
+    if "refusals" in chosen.needs:
+        texts = (method_options or {}).get("refusals") or REFUSALS
+        roles["refusals"] = refused(forget_examples, texts, seed, alone="forget" not in chosen.reads)
+
     if isinstance(model, (str, Path)):
         model, tokenizer = models.load(model, tokenizer=tokenizer)
     models.require_language_model(model)
@@ -159,7 +164,7 @@ def unlearn(
     }
     run = Run(
         model, tokenizer, chosen, method_options or {}, tokens["forget"], tokens.get("retain"), tokens.get("holdout"), seed, batch_size,
-        workspace, until, utility_budget, reference_model, progress,
+        workspace, until, utility_budget, reference_model, progress, tokens.get("refusals"),
     )  # fmt: skip
     learning_rate = learning_rate or (1e-4 if run.adapted else 5e-6)
     settings["learning_rate"] = learning_rate
@@ -312,16 +317,21 @@ def _require_same(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) 
 def _forget_step(run: Run, chosen: NDArray[np.int64]) -> float:
     """Leaves the gradient of this process's share of the examples; returns the mean loss of all."""
 
-    def loss(sums: Tensor, counts: Tensor, reference: Tensor) -> Tensor:
-        return run.method.loss(sums, counts, reference, **run.options) / len(chosen)
+    method = run.method
+    shown = {k: v for k, v in run.options.items() if k in ("temperature", "likeliest")}
+    options = {k: v for k, v in run.options.items() if k not in (*shown, "refusals")}
+
+    def loss(*given: Tensor) -> Tensor:
+        return method.loss(*given, **options) / len(chosen)
 
     mine, value = run.workers.share(chosen), 0.0
     if len(mine):
-        reference = torch.as_tensor(run.reference_sums[mine], dtype=torch.float32, device=run.device)
+        batch, reference = run.forget_batch(mine)
+        objective = run.likelihood.token_objective if method.token else run.likelihood.objective
         with run.accelerator.autocast():
-            found = run.likelihood.objective(run.collate(run.forget, mine), loss, reference)
-        run.accelerator.backward(found.loss)
-        value = found.loss.item()
+            total = objective(batch, loss, reference, group_size=len(method.reads), **shown).loss
+        run.accelerator.backward(total)
+        value = total.item()
     return run.workers.sum(value)
 
 

@@ -662,7 +662,7 @@ def test_npo_compares_with_the_reference_model(story):
     tokens = encode(read_examples(story.forget, role="x"), story.tokenizer, role="x", max_length=None)
     lengths = np.array([len(t.scored) for t in tokens])
     sums = [torch.tensor(-negative_log_likelihoods(story, story.forget, m) * lengths) for m in (story.model, other)]
-    assert result.history[0]["forget_loss"] == pytest.approx(npo(*sums, beta=0.3).mean().item(), rel=1e-4)
+    assert result.history[0]["forget_loss"] == pytest.approx(npo(*sums, beta=0.3).item(), rel=1e-4)
     with pytest.raises(ModelError, match="another vocabulary"):
         run(story, method="npo", reference_model=tiny.tiny_llama(77))
 

@@ -1,8 +1,21 @@
-"""The methods: each a plain function of per-example log-likelihoods, one paper per file."""
+"""The methods: each a plain function of log-likelihoods, one paper per file."""
 
+from pyunlearn.methods._refusals import REFUSALS
 from pyunlearn.methods._registry import ALIASES, METHODS, Method, resolve
+from pyunlearn.methods.dpo import dpo
+from pyunlearn.methods.flat import flat
 from pyunlearn.methods.gradient_ascent import ga
+from pyunlearn.methods.hinge import hinge
+from pyunlearn.methods.idk import idk
+from pyunlearn.methods.kto import kto
 from pyunlearn.methods.npo import npo
+from pyunlearn.methods.satimp import satimp
 from pyunlearn.methods.simnpo import simnpo
+from pyunlearn.methods.tnpo import tnpo
+from pyunlearn.methods.wga import wga
+from pyunlearn.methods.wtnpo import wtnpo
 
-__all__ = ["ALIASES", "METHODS", "Method", "ga", "npo", "resolve", "simnpo"]
+__all__ = [
+    "ALIASES", "METHODS", "REFUSALS", "Method", "dpo", "flat", "ga", "hinge", "idk", "kto", "npo", "resolve", "satimp", "simnpo", "tnpo", "wga",
+    "wtnpo",
+]  # fmt: skip

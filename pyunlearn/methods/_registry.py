@@ -8,39 +8,90 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pyunlearn.errors import ArgumentError, nearest
+from pyunlearn.methods._reduction import token_means
+from pyunlearn.methods.dpo import dpo
+from pyunlearn.methods.flat import flat
 from pyunlearn.methods.gradient_ascent import ga
+from pyunlearn.methods.hinge import hinge
+from pyunlearn.methods.idk import idk
+from pyunlearn.methods.kto import kto
 from pyunlearn.methods.npo import npo
+from pyunlearn.methods.satimp import satimp
 from pyunlearn.methods.simnpo import simnpo
+from pyunlearn.methods.tnpo import tnpo
+from pyunlearn.methods.wga import wga
+from pyunlearn.methods.wtnpo import wtnpo
 
 
 class Method(NamedTuple):
     """A forget term as the loop sees it.
 
-    `loss(forget, lengths, reference)` takes (B,) summed log-likelihoods under the model, scored tokens, and summed log-likelihoods under
-    the reference model (the original, unless the caller gave another), and returns each example's loss, (B,).
+    `loss(forget, lengths, reference)` takes (B,) summed log-likelihoods under the model, scored tokens, and summed log-likelihoods under the
+    reference model (the original, unless the caller gave another), and returns each example's loss, (B,). A method that reads refusal and forget
+    text gets all three as (B, 2), in that order. One of single tokens (`token`) is called as
+    `loss(log_likelihood (n,), example (n,), counts (b,), reference (n,))`, and reads the two of a pair as neighbouring examples.
     """
 
     name: str
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    loss: Callable[..., Tensor]
     source: str
-    options: tuple[str, ...] = ()
+    options: dict[str, Any]  # with their defaults
+    reads: tuple[str, ...] = ("forget",)  # what is scored in a step: "refusal", "forget"
+    needs: tuple[str, ...] = ()  # "reference", "refusals"
+    token: bool = False
+
+    @property
+    def pairs(self) -> bool:
+        """Whether refusal and forget text are read together."""
+        return len(self.reads) == 2
+
+    @property
+    def passes(self) -> int:
+        """Texts that go forward and backward for one example in one step."""
+        return len(self.reads)
 
 
+def _flat(log_likelihood: Tensor, example: Tensor, counts: Tensor, reference: Tensor, **options: Any) -> Tensor:
+    probability = token_means(log_likelihood.exp(), example, counts).view(-1, 2)
+    return flat(probability[:, 0], probability[:, 1], **options)
+
+
+def _method(
+    name: str, function: Callable[..., Tensor], loss: Callable[..., Tensor], source: str, *, select: tuple[str, ...] = (), **what: Any
+) -> Method:  # fmt: skip
+    """Its options are the function's keywords, and those that change what it is shown: temperature, likeliest."""
+    own = {k: v for k, v in (function.__kwdefaults__ or {}).items() if k != "reduction"}
+    own |= dict.fromkeys(select, 1.0) | ({"refusals": None} if "refusals" in what.get("needs", ()) else {})
+    return Method(name, lambda *given, **o: loss(*given, reduction="none", **o), "arXiv " + source, own, **what)
+
+
+_both = ("refusal", "forget")
+_select = ("temperature", "likeliest")
 METHODS = {
-    "ga": Method("ga", lambda forget, lengths, reference, **_: ga(forget, lengths), "arXiv 2210.01504"),
-    "npo": Method(
-        "npo", lambda forget, lengths, reference, **o: npo(forget, reference, **o), "arXiv 2404.05868", ("beta",)
-    ),
-    "simnpo": Method(
-        "simnpo",
-        lambda forget, lengths, reference, **o: simnpo(forget, lengths, **o),
-        "arXiv 2410.07163",
-        ("beta", "delta"),
-    ),
-}
+    m.name: m
+    for m in (
+        _method("ga", ga, lambda f, n, r, **o: ga(f, n, **o), "2210.01504", select=_select),
+        _method("npo", npo, lambda f, n, r, **o: npo(f, r, **o), "2404.05868", needs=("reference",)),
+        _method("simnpo", simnpo, lambda f, n, r, **o: simnpo(f, n, **o), "2410.07163", select=_select),
+        _method("kto", kto, lambda f, n, r, **o: kto(f, r, **o), "2402.01306", needs=("reference",)),
+        _method("hinge", hinge, lambda f, n, r, **o: hinge(f, **o), "2406.09179", select=_select),
+        _method("idk", idk, lambda f, n, r, **o: idk(f, n, **o), "2401.06121", reads=("refusal",), needs=("refusals",)),
+        _method(
+            "idkdpo", dpo, lambda f, n, r, **o: dpo(f[:, 0], r[:, 0], f[:, 1], r[:, 1], **o), "2305.18290", reads=_both,
+            needs=("reference", "refusals"),
+        ),
+        _method("wga", wga, lambda x, e, n, r, **o: wga(x, e, n, **o), "2502.19301", select=("temperature",), token=True),
+        _method("tnpo", tnpo, tnpo, "2502.19301", needs=("reference",), token=True),
+        _method("wtnpo", wtnpo, wtnpo, "2502.19301", needs=("reference",), token=True),
+        _method(
+            "satimp", satimp, lambda x, e, n, r, **o: satimp(x, e, n, **o), "2505.11953", select=("temperature",), token=True
+        ),
+        _method("flat", flat, _flat, "2410.11143", reads=_both, needs=("refusals",), token=True),
+    )
+}  # fmt: skip
 """The forget terms."""
 
-ALIASES = {"graddiff": ("ga", "nll"), "npo+nll": ("npo", "nll"), "simnpo+nll": ("simnpo", "nll")}
+ALIASES = {"graddiff": ("ga", "nll")} | {f"{name}+nll": (name, "nll") for name in METHODS}
 """The field's compound names: (forget term, retain loss)."""
 
 

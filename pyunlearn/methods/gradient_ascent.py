@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
+from pyunlearn.methods._reduction import reduced
 
-def ga(forget: Tensor, lengths: Tensor) -> Tensor:
+
+def ga(forget: Tensor, lengths: Tensor, *, reduction: str = "mean") -> Tensor:
     """The log-likelihood per token: minimised, it makes the text improbable. Unbounded: it needs a stop.
 
         loss_i = forget_i / lengths_i
@@ -11,10 +13,11 @@ def ga(forget: Tensor, lengths: Tensor) -> Tensor:
     Args:
         forget: (B,) summed log-likelihoods of the forget examples, nats.
         lengths: (B,) scored tokens of each.
+        reduction: "mean", or "none" for the losses themselves.
 
     Returns:
-        (B,) losses.
+        () the mean loss, or (B,) losses.
 
     Source: the classical method of arXiv 2411.04388; Jang et al. 2022, arXiv 2210.01504, eq. 1.
     """
-    return forget / lengths
+    return reduced(forget / lengths, reduction)

@@ -3,8 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyunlearn.methods._reduction import reduced
 
-def npo(forget: Tensor, reference: Tensor, *, beta: float = 0.1) -> Tensor:
+
+def npo(forget: Tensor, reference: Tensor, *, beta: float = 0.1, reduction: str = "mean") -> Tensor:
     """Gradient ascent that lets go of an example as it becomes less likely than under the reference model.
 
         loss_i = -2/beta log sigmoid(-beta (forget_i - reference_i))
@@ -12,10 +14,11 @@ def npo(forget: Tensor, reference: Tensor, *, beta: float = 0.1) -> Tensor:
     Args:
         forget, reference: (B,) summed log-likelihoods under the model and under the reference, nats.
         beta: how soon it lets go, per nat; beta -> 0 is gradient ascent on the sum.
+        reduction: "mean", or "none" for the losses themselves.
 
     Returns:
-        (B,) losses.
+        () the mean loss, or (B,) losses.
 
     Source: Zhang et al. 2024, arXiv 2404.05868, eq. 3.
     """
-    return -(2 / beta) * F.logsigmoid(-beta * (forget - reference))
+    return reduced(-(2 / beta) * F.logsigmoid(-beta * (forget - reference)), reduction)

@@ -3,8 +3,12 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyunlearn.methods._reduction import reduced
 
-def simnpo(forget: Tensor, lengths: Tensor, *, beta: float = 2.5, delta: float = 0.0) -> Tensor:
+
+def simnpo(
+    forget: Tensor, lengths: Tensor, *, beta: float = 2.5, delta: float = 0.0, reduction: str = "mean"
+) -> Tensor:
     """Lets go of an example as its likelihood per token falls below a margin.
 
         loss_i = -2/beta log sigmoid(-beta (forget_i / lengths_i + delta))
@@ -14,10 +18,11 @@ def simnpo(forget: Tensor, lengths: Tensor, *, beta: float = 2.5, delta: float =
         lengths: (B,) scored tokens of each.
         beta: slope, per nat a token.
         delta: margin, nats a token: below -delta it lets go.
+        reduction: "mean", or "none" for the losses themselves.
 
     Returns:
-        (B,) losses.
+        () the mean loss, or (B,) losses.
 
     Source: Fan et al. 2024, arXiv 2410.07163, eq. 6, with the margin as in the authors' code.
     """
-    return -(2 / beta) * F.logsigmoid(-beta * (forget / lengths + delta))
+    return reduced(-(2 / beta) * F.logsigmoid(-beta * (forget / lengths + delta)), reduction)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops._check import check, check_examples, check_head, check_negligible, check_targets, in_one_dtype
-from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves, rows_a_chunk
-from pyunlearn.ops._passes import live_rows, take
+from pyunlearn.ops._check import check, check_examples, check_head, check_negligible, check_per_row, in_one_dtype
+from pyunlearn.ops._objective import Function, checked, differentiated, lay_out, require_graph
+from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves
+from pyunlearn.ops._passes import real_of, take
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
-
-Function = Callable[..., Tensor]
 
 
 class ExampleObjective(NamedTuple):
@@ -35,6 +34,7 @@ def example_objective(
     *per_example: Tensor,
     group_size: int = 1,
     likeliest: float = 1.0,
+    weights: Tensor | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -44,7 +44,7 @@ def example_objective(
 ) -> ExampleObjective:
     """The sum over examples of a function of each one's log-likelihood, with its gradient made in the same pass.
 
-        sums[b] = sum of linear_log_likelihood over the rows n with example_index[n] = b (over the likeliest of them, if asked)
+        sums[b] = sum of weights[n] * linear_log_likelihood[n] over the rows n with example_index[n] = b (over the likeliest of them, if asked)
         loss    = sum over b of function(sums[b], counts[b], *(x[b] for x in per_example))
 
     The rows are taken in chunks that end where examples end. As soon as a chunk's sums are there, `function` is differentiated on them, which
@@ -67,6 +67,8 @@ def example_objective(
         group_size: so many neighbouring examples stay together.
         likeliest: the share of each example's tokens that count, those of the smallest loss, one at least: the loss selection of arXiv 2406.09179.
             The others have no part in sums, counts and gradient, and cost the gradient's products nothing.
+        weights: (N,), floating point, without gradient of their own: factors on the log-likelihoods in the sums. counts and likeliest know nothing of
+            them. Default: 1.
         bias, logit_scale, softcap, ignore_index: as in linear_log_likelihood. A temperature T is logit_scale / T and softcap / T.
         workspace: bytes for scratch and logits (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free).
         negligible: rows whose target has 1 - p below this may leave the gradient's products: a text that is known by heart consists of such. What each
@@ -77,7 +79,7 @@ def example_objective(
         ExampleObjective(loss, losses, log_likelihood, counts).
 
     Raises:
-        ArgumentError: as linear_log_likelihood; likeliest outside (0, 1], negligible outside [0, 1); example indices or per-example tensors that do not fit; a function that does not return one
+        ArgumentError: as linear_log_likelihood; weights that want a gradient; likeliest outside (0, 1], negligible outside [0, 1); example indices or per-example tensors that do not fit; a function that does not return one
             loss for each example, or no differentiable one.
     """
     check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
@@ -86,39 +88,40 @@ def example_objective(
     if not isinstance(likeliest, (int, float)) or not 0 < likeliest <= 1:
         raise ArgumentError(f"likeliest must be a share of the tokens, above 0 and at most 1, got {likeliest!r}")
     examples = check_examples(targets, example_index, per_example, group_size)
+    if weights is not None:
+        check_per_row(weights, targets, name="weights")
+        if weights.requires_grad:
+            raise ArgumentError("weights must be constants here, and they want a gradient: pass weights.detach()")
     hidden, weight = in_one_dtype(hidden, weight)
     if not one_pass_serves(hidden):
         found = linear_log_likelihood(
             hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
             workspace=workspace,
         )  # fmt: skip
-        return objective_of(
-            found, targets != ignore_index, example_index, examples, function, per_example, group_size, likeliest
-        )
-    check_targets(targets, weight.shape[0], ignore_index)
-    targets, rows = targets.long(), live_rows(targets, ignore_index)
-    t, index = take(rows, targets, example_index)
-    if bool((index[1:] < index[:-1]).any()):
-        order = index.argsort(stable=True)
-        rows, t, index = order if rows is None else rows[order], t[order], index[order]
-    counts = torch.bincount(index, minlength=examples)
-    counted = how_many(counts, likeliest)
-    most, workspace = rows_a_chunk(len(t), hidden, weight, workspace)
-    groups, chunks = _cut(counts.view(-1, group_size).sum(1).tolist(), most)
+        live = targets != ignore_index
+        return objective_of(found, live, example_index, examples, function, per_example, group_size, likeliest, weights)
+    at = lay_out(hidden, weight, targets, example_index, examples, group_size, ignore_index, workspace)
+    counted = how_many(at.counts, likeliest)
+    w = None if weights is None else take(at.rows, weights.to(real_of(hidden)))[0]
 
     def step(k: int, log_likelihood: Tensor, differentiate: bool) -> tuple[tuple[Tensor, ...], Tensor]:
-        mine = slice(groups[k][0] * group_size, groups[k][1] * group_size)
-        taken = None if likeliest == 1 else likeliest_of(log_likelihood, counts[mine], counted[mine])
-        summands = log_likelihood if taken is None else torch.where(taken, log_likelihood, 0)
-        sums = torch.segment_reduce(summands, "sum", lengths=counts[mine], unsafe=True)  # no atomics
+        mine, rows = at.examples[k], slice(*at.chunks[k])
+        counts = at.counts[mine]
+        taken = None if likeliest == 1 else likeliest_of(log_likelihood, counts, counted[mine])
+        summands = log_likelihood if w is None else w[rows] * log_likelihood
+        summands = summands if taken is None else torch.where(taken, summands, 0)
+        sums = torch.segment_reduce(summands, "sum", lengths=counts, unsafe=True)  # no atomics
         given = (counted[mine], [x[mine] for x in per_example], group_size)
         if not differentiate:
             return (_losses(function, sums, *given), sums), log_likelihood
-        losses, d_sums = _differentiated(function, sums, *given)
-        each = d_sums.repeat_interleave(counts[mine], output_size=len(log_likelihood))
+        losses, d_sums = differentiated(lambda x: _losses(function, x, *given), sums)
+        each = d_sums.repeat_interleave(counts, output_size=len(log_likelihood))
+        each = each if w is None else w[rows] * each
         return (losses, sums), each if taken is None else torch.where(taken, each, 0)
 
-    work = Work(t, rows, chunks, most, step, logit_scale, softcap or 0.0, workspace, negligible)
+    work = Work(
+        at.targets, at.rows, at.chunks, at.at_a_time, step, logit_scale, softcap or 0.0, at.workspace, negligible
+    )
     loss, losses, sums = one_pass(work, hidden, weight, bias)
     return ExampleObjective(loss, losses, sums, counted)
 
@@ -142,75 +145,17 @@ def likeliest_of(log_likelihood: Tensor, lengths: Tensor, counted: Tensor) -> Te
     return torch.empty_like(example, dtype=torch.bool).index_copy_(0, order, place < counted[example])
 
 
-def _cut(rows: list[int], most: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Groups of so many rows each, packed into chunks of at most `most` rows, one group at least: (first, end) groups, (first, end) rows."""
-    groups, chunks, first, begin, end = [], [], 0, 0, 0
-    for g, size in enumerate(rows):
-        if g > first and end + size - begin > most:
-            groups.append((first, g))
-            chunks.append((begin, end))
-            first, begin = g, end
-        end += size
-    return [*groups, (first, len(rows))], [*chunks, (begin, end)]
-
-
 def _losses(function: Function, sums: Tensor, counts: Tensor, per_example: Sequence[Tensor], group_size: int) -> Tensor:
     """The function's losses of some examples, checked."""
     given = [sums, counts, *per_example]
     if group_size > 1:
         given = [x.unflatten(0, (-1, group_size)) for x in given]
-    losses = function(*given)
-    wanted = (len(sums) // group_size,)
-    if not isinstance(losses, Tensor) or losses.shape != wanted:
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        each = "example" if group_size == 1 else f"group of {group_size} examples"
-        raise ArgumentError(
-            f"function must return one loss for each {each}, a tensor of shape {wanted}, got {got}: leave the mean out"
-        )
-    return losses
-
-
-def _differentiated(
-    function: Function, sums: Tensor, counts: Tensor, per_example: Sequence[Tensor], group_size: int
-) -> tuple[Tensor, Tensor]:
-    """The losses of some examples, and the derivative of their sum with respect to `sums`."""
-    with torch.enable_grad():
-        leaf = sums.detach().requires_grad_()
-        losses = _losses(function, leaf, counts, per_example, group_size)
-        _require_graph(losses)
-        if any(leaf is not other for other in _leaves(losses)):
-            raise ArgumentError(
-                "function uses a tensor that wants a gradient of its own, which it would not get: detach it, or build the loss from "
-                "linear_log_likelihood"
-            )
-        (d_sums,) = torch.autograd.grad(losses.sum(), leaf) if len(sums) else (leaf.detach(),)
-    return losses.detach(), d_sums
-
-
-def _require_graph(losses: Tensor) -> None:
-    if len(losses) and not losses.requires_grad:
-        raise ArgumentError(
-            "function must be differentiable in its first argument, and its losses want no gradient: use torch operations"
-        )
-
-
-def _leaves(x: Tensor) -> list[Tensor]:
-    """The tensors at the ends of its graph."""
-    seen, todo, found = set(), [x.grad_fn], []
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.append(node.variable)
-        todo += [following for following, _ in node.next_functions]
-    return found
+    return checked(function(*given), len(sums) // group_size, group_size)
 
 
 def objective_of(
     log_likelihood: Tensor, live: Tensor, example_index: Tensor, examples: int, function: Function, per_example: Sequence[Tensor] = (),
-    group_size: int = 1, likeliest: float = 1.0,
+    group_size: int = 1, likeliest: float = 1.0, weights: Tensor | None = None,
 ) -> ExampleObjective:  # fmt: skip
     """example_objective from every row's log-likelihood (N,), of which the live ones count; differentiated by autograd."""
     index = example_index.long()
@@ -222,8 +167,10 @@ def objective_of(
     if likeliest < 1:
         ranked = torch.where(live[order], found.detach(), -torch.inf)
         found = torch.where(likeliest_of(ranked, rows, counts), found, 0)
+    if weights is not None:
+        found = torch.where(live[order], weights[order], 0).to(found.dtype) * found
     sums = torch.segment_reduce(found, "sum", lengths=rows, unsafe=True)  # no atomics
     losses = _losses(function, sums, counts, per_example, group_size)
     if sums.requires_grad:
-        _require_graph(losses)
+        require_graph(losses)
     return ExampleObjective(losses.sum(), losses.detach(), sums.detach(), counts)

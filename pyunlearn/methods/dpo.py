@@ -1,0 +1,27 @@
+"""Direct preference optimization: another answer instead of the forget text."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyunlearn.methods._reduction import reduced
+
+
+def dpo(
+    winner: Tensor, winner_reference: Tensor, loser: Tensor, loser_reference: Tensor, *, beta: float = 0.1, reduction: str = "mean"
+) -> Tensor:  # fmt: skip
+    """Prefers the winner, a refusal say, to the loser, the forget text.
+
+        loss_i = -2/beta log sigmoid(beta ((winner_i - winner_reference_i) - (loser_i - loser_reference_i)))
+
+    Args:
+        winner, winner_reference, loser, loser_reference: (B,) summed log-likelihoods under the model and under the reference, nats.
+        beta: how soon it is content, per nat.
+        reduction: "mean", or "none" for the losses themselves.
+
+    Returns:
+        () the mean loss, or (B,) losses.
+
+    Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7, times 2/beta; for unlearning Maini et al. 2024, arXiv 2401.06121 (IdkDPO).
+    """
+    margin = (winner - winner_reference) - (loser - loser_reference)
+    return reduced(-(2 / beta) * F.logsigmoid(beta * margin), reduction)

@@ -1,0 +1,134 @@
+"""Objectives of the log-likelihoods of an example's tokens (WGA, TNPO, SatImp, FLAT): value and gradient out of one pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyunlearn.errors import ArgumentError
+from pyunlearn.ops._check import check, check_examples, check_head, check_negligible, in_one_dtype
+from pyunlearn.ops._objective import Function, checked, differentiated, lay_out, require_graph
+from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves
+from pyunlearn.ops._passes import take
+from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
+
+
+class TokenObjective(NamedTuple):
+    """`loss` () is differentiable; losses (B,) or (B / group_size,), log_likelihood (N,) in nats, 0 where ignored, and counts (B,) are not."""
+
+    loss: Tensor
+    losses: Tensor
+    log_likelihood: Tensor
+    counts: Tensor
+
+
+def token_objective(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    example_index: Tensor,
+    function: Function,
+    *per_token: Tensor,
+    examples: int | None = None,
+    group_size: int = 1,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    workspace: int | None = None,
+    negligible: float = 0.0,
+) -> TokenObjective:
+    """The sum over examples of a function of the log-likelihoods of its tokens, with its gradient made in the same pass.
+
+        loss = sum of function(log_likelihood, example, counts, *per_token) over the examples
+
+    As example_objective, which knows an example by its sum alone. `function` is differentiated on a chunk's log-likelihoods as soon as they are there;
+    its derivatives are the rows' coefficients. A weight w(p) that must not be differentiated is detached inside.
+
+    float16 and torch.compile run as linear_log_likelihood, as in example_objective.
+
+    Args:
+        hidden, weight, targets, example_index: as in example_objective.
+        function: called as function(log_likelihood (m,), example (m,), counts (b,), *(x (m, ...))) on some of the examples at a time; returns the loss
+            of each, (b,), or of each group, (b / group_size,). `example` is the place of each row's example among these b, ascending, and `counts`
+            their scored tokens, which may be 0. Ignored rows are not among the m. It must treat every example (or group) by itself, and give the
+            same answer when called again.
+        per_token: (N, ...) tensors without gradient of their own: the reference model's log-likelihoods, say.
+        examples: how many there are, B; default: the largest example_index + 1, rounded up to whole groups.
+        group_size: so many neighbouring examples stay together.
+        bias, logit_scale, softcap, ignore_index, workspace, negligible: as in example_objective.
+
+    Returns:
+        TokenObjective(loss, losses, log_likelihood, counts).
+
+    Raises:
+        ArgumentError: as example_objective; per-token tensors that do not fit.
+    """
+    check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
+    check_head(hidden, weight, bias)
+    check_negligible(negligible)
+    stand_in = () if examples is None else (torch.empty((examples,), device=targets.device),)
+    examples = check_examples(targets, example_index, stand_in, group_size)
+    _check_per_token(targets, per_token)
+    hidden, weight = in_one_dtype(hidden, weight)
+    if not one_pass_serves(hidden):
+        found = linear_log_likelihood(
+            hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
+            workspace=workspace,
+        )  # fmt: skip
+        live = targets != ignore_index
+        return tokens_objective_of(found, live, example_index, examples, function, per_token, group_size)
+    at = lay_out(hidden, weight, targets, example_index, examples, group_size, ignore_index, workspace)
+    given = take(at.rows, *per_token)
+
+    def step(k: int, log_likelihood: Tensor, differentiate: bool) -> tuple[tuple[Tensor, ...], Tensor]:
+        mine, rows = at.examples[k], slice(*at.chunks[k])
+        counts, example = at.counts[mine], at.example[rows] - mine.start
+
+        def losses_of(x: Tensor) -> Tensor:
+            losses = function(x, example, counts, *(y[rows] for y in given))
+            return checked(losses, len(counts) // group_size, group_size)
+
+        if not differentiate:
+            return (losses_of(log_likelihood), log_likelihood), log_likelihood
+        losses, d_log_likelihood = differentiated(losses_of, log_likelihood)
+        return (losses, log_likelihood.clone()), d_log_likelihood
+
+    work = Work(
+        at.targets, at.rows, at.chunks, at.at_a_time, step, logit_scale, softcap or 0.0, at.workspace, negligible
+    )
+    loss, losses, found = one_pass(work, hidden, weight, bias)
+    if at.rows is not None:
+        found = found.new_zeros(targets.shape).index_copy(0, at.rows, found)
+    return TokenObjective(loss, losses, found, at.counts)
+
+
+def tokens_objective_of(
+    log_likelihood: Tensor, live: Tensor, example_index: Tensor, examples: int, function: Function,
+    per_token: tuple[Tensor, ...] = (), group_size: int = 1,
+) -> TokenObjective:  # fmt: skip
+    """token_objective from every row's log-likelihood (N,), of which the live ones count; differentiated by autograd.
+
+    No shape may depend on what is ignored (torch.compile), so the ignored rows become examples of their own, and their losses are dropped.
+    """
+    index = torch.where(live, example_index.long(), examples)
+    order = index.argsort(stable=True)
+    counts = index.new_zeros((examples + group_size,)).index_add(0, index, torch.ones_like(index))
+    losses = function(log_likelihood[order], index[order], counts, *(x[order] for x in per_token))
+    losses = checked(losses, examples // group_size + 1, group_size)[:-1]
+    if log_likelihood.requires_grad:
+        require_graph(losses)
+    return TokenObjective(losses.sum(), losses.detach(), log_likelihood.detach(), counts[:examples])
+
+
+def _check_per_token(targets: Tensor, per_token: tuple[Tensor, ...]) -> None:
+    for x in per_token:
+        if not isinstance(x, Tensor) or x.dim() == 0 or len(x) != len(targets) or x.device != targets.device:
+            got = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise ArgumentError(
+                f"what is given per token must be tensors of {len(targets)} entries on {targets.device}, got {got}"
+            )
+        if x.requires_grad:
+            raise ArgumentError("what is given per token gets no gradient here, and asks for one: detach it")

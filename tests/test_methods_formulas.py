@@ -1,0 +1,64 @@
+"""Each newer method through the whole path from text to gradient, against its formula in float64 on the model's own logits."""
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from pyunlearn.data import Tokens, collate
+from pyunlearn.methods import METHODS
+from pyunlearn.models import Likelihood
+
+TEXTS = [Tokens((5, 6, 7, 8, 9), 2), Tokens((3, 4, 12, 30, 31, 32, 33), 4), Tokens((9, 1, 2), 1), Tokens((4, 8, 15), 2)]
+
+
+def sg(x):
+    return x.detach()
+
+
+def log_sigmoid(x):
+    return torch.log(1 / (1 + torch.exp(-x)))
+
+
+FORMULAS = {  # of one example: l and r, (T,) under model and reference
+    "kto": lambda l, r: (1 - 1 / (1 + torch.exp(0.1 * (l.sum() - r.sum())))) / 0.1,
+    "hinge": lambda l, r: max(0.0 * l.sum(), 6 + l.sum()),
+    "idk": lambda l, r: -l.mean(),
+    "wga": lambda l, r: (sg(l).exp() * l).mean(),
+    "tnpo": lambda l, r: (2 * sg(l).exp() ** 4 / (sg(l).exp() ** 4 + r.exp() ** 4) * l).mean(),
+    "wtnpo": lambda l, r: (2 * sg(l).exp() ** 5.5 / (sg(l).exp() ** 4 + r.exp() ** 4) * l).mean(),
+    "satimp": lambda l, r: (sg(l).exp() ** 5 * (1 - sg(l).exp()) * l).mean(),
+}
+PAIRED = {  # of a refusal and a forget text
+    "idkdpo": lambda w, v, l, r: -20 * log_sigmoid(0.1 * ((w - v).sum() - (l - r).sum())),
+    "flat": lambda w, v, l, r: -w.exp().mean() + (l.exp().mean() - 1).exp(),
+}
+
+
+@pytest.mark.parametrize("name", [*FORMULAS, *PAIRED])
+def test_a_loss_is_its_formula(name):
+    """Value and every parameter's gradient, with texts of different lengths padded together and prompts not scored."""
+    torch.manual_seed(0)
+    model = tiny.tiny_llama(60).double().eval()
+    for p in model.parameters():
+        p.data.mul_(3)
+    g = torch.Generator().manual_seed(1)
+    references = [-3 * torch.rand(len(t.scored), generator=g, dtype=torch.float64) for t in TEXTS]
+    rows = [torch.log_softmax(model(torch.tensor([t.ids])).logits[0, t.first - 1 : -1], -1) for t in TEXTS]
+    each = [z.gather(1, torch.tensor(t.scored)[:, None])[:, 0] for z, t in zip(rows, TEXTS, strict=True)]
+    both = list(zip(each, references, strict=True))
+    if name in PAIRED:
+        right = sum(PAIRED[name](*both[i], *both[i + 1]) for i in (0, 2))
+    else:
+        right = sum(FORMULAS[name](*pair) for pair in both)
+    wanted = torch.autograd.grad(right, list(model.parameters()))
+    method, likelihood = METHODS[name], Likelihood(model)
+    batch = collate(TEXTS, pad_id=0)
+    given = torch.cat(references) if method.token else torch.stack([r.sum() for r in references])
+    call = likelihood.token_objective if method.token else likelihood.objective
+    found = call(batch, method.loss, given, group_size=len(method.reads))
+    assert likelihood.fused
+    assert found.loss.item() == pytest.approx(right.item(), rel=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(found.loss, list(model.parameters())), wanted, rtol=1e-6, atol=1e-9)
+    assert math.isfinite(right.item())
