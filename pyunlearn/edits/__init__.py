@@ -3,6 +3,15 @@
 from pyunlearn.edits._edited import Edited
 from pyunlearn.edits.dampening import selective_synaptic_dampening
 from pyunlearn.edits.influence import first_order_influence, second_order_influence
+from pyunlearn.edits.mixing import Mixed, calibrate_by_mixing
 from pyunlearn.edits.task_vector import task_vector
 
-__all__ = ["Edited", "first_order_influence", "second_order_influence", "selective_synaptic_dampening", "task_vector"]
+__all__ = [
+    "Edited",
+    "Mixed",
+    "calibrate_by_mixing",
+    "first_order_influence",
+    "second_order_influence",
+    "selective_synaptic_dampening",
+    "task_vector",
+]
