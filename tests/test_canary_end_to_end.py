@@ -1,0 +1,57 @@
+"""A secret really trained into a small model: its exposure is near the size of its space, and unlearning takes it back to that of unseen secrets."""
+
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import pyunlearn
+from pyunlearn.data import encode, padding_id, read_examples
+from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, exposure, insert_canaries, make_canaries
+from pyunlearn.models import Likelihood
+from pyunlearn.probes import teacher_forced
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """(model, tokenizer, canaries): one of the thousand secrets stands twenty times among 400 sentences, every other is a reference."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    canaries = make_canaries("the code of my aunt is {digits:3}.", secrets=1, references=999, seed=4)
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tokenizer()
+    model = tiny.tiny_llama(len(tokenizer))
+    texts = insert_canaries(tiny.sentences(400, 2), canaries, repeats=20, seed=1).texts
+    tiny.train(model, tokenizer, texts, epochs=8)
+    yield model, tokenizer, canaries
+    torch.set_num_threads(before)
+
+
+def scores(model, tokenizer, canaries, texts):
+    """Summed negative log-likelihoods of the secrets' own tokens, nats."""
+    tokens = encode(
+        read_examples(canaries.examples(texts), role="canaries"), tokenizer, role="canaries", max_length=None,
+        encoder_decoder=False,
+    )  # fmt: skip
+    found = teacher_forced(Likelihood(model), tokens, pad_id=padding_id(tokenizer), batch_size=64)
+    return np.array([-part.sum() for part in found.each(found.log_likelihood)])
+
+
+def test_a_trained_secret_stands_out_and_is_forgotten(trained):
+    """Among all secrets of its format it is the likeliest by far: log2 of the space. After unlearning it is one of many, and the sentences are kept."""
+    model, tokenizer, canaries = trained
+    assert canaries.space_bits == pytest.approx(math.log2(1000))
+    references = scores(model, tokenizer, canaries, canaries.references)
+    before = exposure(scores(model, tokenizer, canaries, canaries.secrets), references)
+    assert before.lower[0] >= canaries.space_bits - 1
+    result = pyunlearn.unlearn(
+        model, canaries.examples(canaries.secrets), tokenizer=tokenizer, retain=tiny.sentences(60, 2),
+        holdout=canaries.examples(canaries.references[:200]), learning_rate=2e-4, max_steps=200, progress=False,
+    )  # fmt: skip
+    assert result.stopped == "forgotten"
+    anchored = exposure(scores(model, tokenizer, canaries, canaries.secrets), references)
+    assert anchored.lower[0] < SIGNIFICANT < before.lower[0]
+    assert result.examples[0].exposure_after <= NULL_MEAN
+    assert result.utility.relative_rise <= 0.05
