@@ -21,18 +21,18 @@ def log_sigmoid(x):
     return torch.log(1 / (1 + torch.exp(-x)))
 
 
-FORMULAS = {  # of one example: l and r, (T,) under model and reference
-    "kto": lambda l, r: (1 - 1 / (1 + torch.exp(0.1 * (l.sum() - r.sum())))) / 0.1,
-    "hinge": lambda l, r: max(0.0 * l.sum(), 6 + l.sum()),
-    "idk": lambda l, r: -l.mean(),
-    "wga": lambda l, r: (sg(l).exp() * l).mean(),
-    "tnpo": lambda l, r: (2 * sg(l).exp() ** 4 / (sg(l).exp() ** 4 + r.exp() ** 4) * l).mean(),
-    "wtnpo": lambda l, r: (2 * sg(l).exp() ** 5.5 / (sg(l).exp() ** 4 + r.exp() ** 4) * l).mean(),
-    "satimp": lambda l, r: (sg(l).exp() ** 5 * (1 - sg(l).exp()) * l).mean(),
+FORMULAS = {  # of one example: x and r, (T,) under model and reference
+    "kto": lambda x, r: (1 - 1 / (1 + torch.exp(0.1 * (x.sum() - r.sum())))) / 0.1,
+    "hinge": lambda x, r: max(0.0 * x.sum(), 6 + x.sum()),
+    "idk": lambda x, r: -x.mean(),
+    "wga": lambda x, r: (sg(x).exp() * x).mean(),
+    "tnpo": lambda x, r: (2 * sg(x).exp() ** 4 / (sg(x).exp() ** 4 + r.exp() ** 4) * x).mean(),
+    "wtnpo": lambda x, r: (2 * sg(x).exp() ** 5.5 / (sg(x).exp() ** 4 + r.exp() ** 4) * x).mean(),
+    "satimp": lambda x, r: (sg(x).exp() ** 5 * (1 - sg(x).exp()) * x).mean(),
 }
 PAIRED = {  # of a refusal and a forget text
-    "idkdpo": lambda w, v, l, r: -20 * log_sigmoid(0.1 * ((w - v).sum() - (l - r).sum())),
-    "flat": lambda w, v, l, r: -w.exp().mean() + (l.exp().mean() - 1).exp(),
+    "idkdpo": lambda w, v, x, r: -20 * log_sigmoid(0.1 * ((w - v).sum() - (x - r).sum())),
+    "flat": lambda w, v, x, r: -w.exp().mean() + (x.exp().mean() - 1).exp(),
 }
 
 
