@@ -1,6 +1,7 @@
 """The probes: each against its direct definition on a small model, which they leave as they found it."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_inner_products_of_the_groups_add_up_to_the_whole_one(pair):
     """Group by group against whole gradients; every parameter is in one group."""
     model, tokens = pair
     check, groups = unchanged(model), layer_groups(model)
-    direction = mean_gradient(model, tokens[:2], ga, batch_size=1)
+    direction = mean_gradient(model, tokens[:2], partial(ga, reduction="none"), batch_size=1)
     found = gradient_inner_products(model, tokens, direction)
     check()
     model.eval()

@@ -96,7 +96,7 @@ def mean_gradient(
 
     Args:
         model, tokens, workspace: as in `gradient_norms`.
-        function: from (b,) summed log-likelihoods and (b,) scored tokens to (b,) losses, as in `methods`; None for the NLL a token.
+        function: from (b,) summed log-likelihoods and (b,) scored tokens to (b,) losses, as in `methods` with reduction="none"; None for the NLL a token.
         batch_size: examples in one pass.
 
     Returns:
