@@ -192,10 +192,12 @@ def _questions(
 
 
 def _name(model: Any) -> str | None:
-    """How a report calls a model."""
-    if model is None or isinstance(model, (str, Path)):
-        return None if model is None else str(model)
-    return str(getattr(models.unwrapped(model), "name_or_path", "") or type(models.unwrapped(model)).__name__)
+    """How a report calls a model: not where it lies on this machine, for reports are passed on."""
+    if model is None:
+        return None
+    inner = None if isinstance(model, (str, Path)) else models.unwrapped(model)
+    where = str(model) if inner is None else str(getattr(inner, "name_or_path", "") or type(inner).__name__)
+    return Path(where).name if Path(where).is_absolute() else where
 
 
 def _versions() -> dict[str, Any]:
