@@ -149,6 +149,19 @@ def test_no_more_than_one_parameter_s_gradient_lives():
     assert max(most) == 1
 
 
+def test_a_parameter_that_an_example_does_not_touch_counts_nothing_for_it():
+    """As an expert that no token is sent to: not what it counted for the example before."""
+    tokenizer, make, _ = llama()
+    torch.manual_seed(0)
+    model = make(len(tokenizer)).eval()
+    tokens = encode(read_examples(tiny.facts(5, 1), role="forget"), tokenizer, role="forget", max_length=None)
+    shortest = min(len(t) for t in tokens)
+    model.model.layers[0].mlp.register_forward_hook(lambda _, x, y: y.detach() if x[0].shape[1] == shortest else y)
+    expected = [torch.cat([g.flatten() for g in gradients_of(model, t).values()]).norm().item() for t in tokens]
+    assert any(len(t) > shortest for t in tokens)
+    np.testing.assert_allclose(gradient_norms(model, tokens), expected, rtol=1e-4)
+
+
 def test_groups_are_thirds_of_the_blocks_and_a_tied_head_is_the_embedding():
     """Six blocks; a head of its own; LoRA-like freezing keeps a block where it stands."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -51,7 +51,8 @@ def el2n(target_log_likelihood: ArrayLike, squared_probability: ArrayLike | None
 
     Args:
         target_log_likelihood: (...) ln p_t, nats, of each token.
-        squared_probability: (...) sum over the vocabulary of p_v^2.
+        squared_probability: (...) sum over the vocabulary of p_v^2; in float32 it is good for norms down to about 1e-3, below which the norm lies
+            within its bounds but no closer.
 
     Returns:
         (...), 0 to sqrt(2), or to 1 without squared_probability. High = hard. The score of an example is the mean over its tokens, and
@@ -60,7 +61,7 @@ def el2n(target_log_likelihood: ArrayLike, squared_probability: ArrayLike | None
     Raises:
         ArgumentError: log-likelihoods above 0 or NaN; a sum of squares that p_t^2 alone exceeds, or above 1.
 
-    Source: Paul, Ganguli and Dziugaite 2021, arXiv 2107.07075, definition 2.4; the mean over tokens is ours.
+    Source: Paul, Ganguli and Dziugaite 2021, arXiv 2107.07075; the mean over tokens is ours.
     """
     x = log_likelihoods(target_log_likelihood, "target_log_likelihood")
     miss, own = -np.expm1(x), np.exp(2 * x)
@@ -69,7 +70,8 @@ def el2n(target_log_likelihood: ArrayLike, squared_probability: ArrayLike | None
     squares = np.asarray(squared_probability, dtype=np.float64)
     if squares.shape != x.shape or not ((squares >= own * (1 - 1e-5) - 1e-12) & (squares <= 1 + 1e-5)).all():
         raise ArgumentError("squared_probability must have one sum for each token, between p_t^2 and 1.")
-    return np.asarray(np.sqrt(miss**2 + np.maximum(squares - own, 0)))
+    # near certainty the difference is rounding; the other tokens' squares cannot exceed the square of their sum
+    return np.asarray(np.sqrt(miss**2 + np.clip(squares - own, 0, miss**2)))
 
 
 def grand(gradient_norms: ArrayLike) -> Floats:
@@ -84,7 +86,7 @@ def grand(gradient_norms: ArrayLike) -> Floats:
     Raises:
         ArgumentError: norms below 0 or not finite.
 
-    Source: Paul, Ganguli and Dziugaite 2021, arXiv 2107.07075, definition 2.1.
+    Source: Paul, Ganguli and Dziugaite 2021, arXiv 2107.07075.
     """
     norms = finite(gradient_norms, "gradient_norms", dimensions=2)
     if (norms < 0).any():

@@ -126,7 +126,7 @@ def extraction_likelihood(tokens: Sequence[int], continuations: Sequence[Sequenc
     Raises:
         ArgumentError: a text of n tokens or fewer, or another number of continuations.
 
-    Source: Jang et al. 2022, arXiv 2210.01504, eq. 1 and 2.
+    Source: Jang et al. 2022, arXiv 2210.01504.
     """
     terms = len(tokens) - n
     if n < 1 or terms < 1 or len(continuations) != terms:

@@ -28,7 +28,7 @@ def counterfactual_memorization(included: ArrayLike, scores: ArrayLike) -> Float
         ArgumentError: shapes that differ, scores that are not finite, an example that every model or no model trained on: its other
             half would be a mean of nothing, which public code lets pass as NaN or 0.
 
-    Source: Zhang et al. 2021, arXiv 2112.12938, section 3; for classifiers Feldman and Zhang 2020, arXiv 2008.03703.
+    Source: Zhang et al. 2021, arXiv 2112.12938; for classifiers Feldman and Zhang 2020, arXiv 2008.03703.
     """
     inside, outside = in_and_out(included, scores)
     return inside - outside
@@ -81,7 +81,7 @@ def memorization_accuracy(matches: ArrayLike) -> float:
     Raises:
         ArgumentError: no token, or entries that are not true or false.
 
-    Source: Tirumala et al. 2022, arXiv 2205.10770; Jang et al. 2022, arXiv 2210.01504, eq. 3.
+    Source: Tirumala et al. 2022, arXiv 2205.10770; Jang et al. 2022, arXiv 2210.01504.
     """
     return float(truths(matches, "matches").mean())
 

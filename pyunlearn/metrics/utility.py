@@ -128,7 +128,7 @@ def repetition(tokens: Sequence[Hashable], *, n: int = 4) -> float:
     Raises:
         ArgumentError: n below 1.
 
-    Source: Welleck et al. 2019, arXiv 1908.04319, section 5.
+    Source: Welleck et al. 2019, arXiv 1908.04319.
     """
     return 1 - distinct_n(tokens, n=n)
 

@@ -75,7 +75,7 @@ def subset_models(
     Raises:
         ArgumentError: as `subset_masks`; a model that gives NaN.
 
-    Source: arXiv 2112.12938, section 3.
+    Source: arXiv 2112.12938.
     """
     included = subset_masks(len(examples), count=count, fraction=fraction, seed=seed)
     trained = (train(np.flatnonzero(row).tolist(), number) for number, row in enumerate(included))
