@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from pyunlearn import models
 from pyunlearn._interrupt import Interruptible
-from pyunlearn._run import Run, sizes
+from pyunlearn._run import Run
 from pyunlearn._state import State
+from pyunlearn._terms import finite, forget_step, retain_step
 from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import REFUSALS, resolve
@@ -250,8 +248,8 @@ def _ascend(
                 # ---------------------------------------------------------------- one optimizer step
                 started = time.perf_counter()
                 optimizer.zero_grad()
-                forget_loss = _forget_step(run, chosen)  # before the retain term: only one graph is alive
-                retain_nll = _retain_step(run, step + len(records), retain_weight)
+                forget_loss = forget_step(run, chosen)  # before the retain term: only one graph is alive
+                retain_nll = retain_step(run, step + len(records), retain_weight)
                 run.workers.sum_gradients(state.parameters.values())
                 norm = run.accelerator.clip_grad_norm_(state.parameters.values(), max_grad_norm)
                 optimizer.step()
@@ -260,7 +258,7 @@ def _ascend(
                 interrupt.check()
                 records.append({
                     "step": step + len(records) + 1, "round": round_number, "examples": [int(i) for i in chosen],
-                    "forget_loss": _number(forget_loss), "retain_nll": retain_nll, "gradient_norm": _number(float(norm)),
+                    "forget_loss": finite(forget_loss), "retain_nll": retain_nll, "gradient_norm": finite(float(norm)),
                     "learning_rate": learning_rate / 2**halvings, "seconds": time.perf_counter() - started,
                 })  # fmt: skip
             found = run.measure()
@@ -275,9 +273,9 @@ def _ascend(
                 run.now = found
             step, round_number = step + len(records), round_number + 1
             records[-1] |= {
-                "kept": not objection, "objection": objection or None, "active": len(run.active()), "utility_rise": _number(found.utility),
-                "reference_drift": _number(found.drift), "mean_log_likelihood": [_number(x) for x in found.forget],
-                "exposure": [_number(x) for x in found.lower],
+                "kept": not objection, "objection": objection or None, "active": len(run.active()), "utility_rise": finite(found.utility),
+                "reference_drift": finite(found.drift), "mean_log_likelihood": [finite(x) for x in found.forget],
+                "exposure": [finite(x) for x in found.lower],
             }  # fmt: skip
             history += records
             run.bar.update(step, int(run.memorized.sum()), len(run.active()), run.now.utility, run.budget, halvings)
@@ -314,56 +312,9 @@ def _require_same(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) 
             )
 
 
-def _forget_step(run: Run, chosen: NDArray[np.int64]) -> float:
-    """Leaves the gradient of this process's share of the examples; returns the mean loss of all."""
-
-    method = run.method
-    shown = {k: v for k, v in run.options.items() if k in ("temperature", "likeliest")}
-    options = {k: v for k, v in run.options.items() if k not in (*shown, "refusals")}
-
-    def loss(*given: Tensor) -> Tensor:
-        return method.loss(*given, **options) / len(chosen)
-
-    mine, value = run.workers.share(chosen), 0.0
-    if len(mine):
-        batch, reference = run.forget_batch(mine)
-        objective = run.likelihood.token_objective if method.token else run.likelihood.objective
-        with run.accelerator.autocast():
-            total = objective(batch, loss, reference, group_size=len(method.reads), **shown).loss
-        run.accelerator.backward(total)
-        value = total.item()
-    return run.workers.sum(value)
-
-
-def _retain_step(run: Run, step: int, weight: float) -> float | None:
-    """Adds the retain term's gradient to what the forget term left; returns the mean negative log-likelihood a token."""
-    if not weight or not run.retain:
-        return None
-    n, size = len(run.retain), min(run.batch_size, len(run.retain))
-    order = np.random.default_rng((run.seed, 1, step * size // n)).permutation(n)
-    chosen = np.array([order[(step * size + i) % n] for i in range(size)])
-    tokens = sum(sizes(run.retain, chosen))
-
-    def loss(sums: Tensor, counts: Tensor, held: Tensor | None = None) -> Tensor:
-        return -weight / tokens * sums if held is None else weight / size * torch.relu(-sums / counts - held)
-
-    mine, total = run.workers.share(chosen), 0.0
-    if len(mine):
-        held = [] if run.held is None else [torch.as_tensor(run.held[mine], dtype=torch.float32, device=run.device)]
-        with run.accelerator.autocast():
-            found = run.likelihood.objective(run.collate(run.retain, mine), loss, *held)
-        run.accelerator.backward(found.loss)
-        total = found.log_likelihood.sum().item()
-    return _number(-run.workers.sum(total) / tokens)
-
-
 def _beside(folder: Path) -> Path:
     """Where a run's checkpoint stands."""
     return folder.with_name(folder.name + ".checkpoint.pt")
-
-
-def _number(x: float) -> float | None:
-    return float(x) if math.isfinite(x) else None
 
 
 def _plain(value: Any) -> Any:
