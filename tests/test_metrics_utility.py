@@ -1,11 +1,14 @@
 """Utility: each number against its definition, and the optional packages behind some of them."""
 
+import json
 import math
 import sys
 import types
 
 import numpy as np
 import pytest
+import tiny
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -166,6 +169,36 @@ def test_task_accuracy_is_what_the_harness_reports(monkeypatch):
     assert (seen["tasks"], seen["limit"], seen["num_fewshot"]) == (["arc"], 7, 2)
     with pytest.raises(ArgumentError, match="'arc' reports no 'f1'; it has acc, acc_norm"):
         task_accuracy("model", "tokenizer", ["arc"], metric="f1")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_task_accuracy_equals_a_direct_count(tmp_path):
+    """With the real harness, on a task of our own that needs no network: the share of questions whose true answer is the likeliest."""
+    harness_tasks = pytest.importorskip("lm_eval.tasks", reason="needs lm-eval, which is not among the test packages")
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tokenizer(form="$A")
+    model = tiny.tiny_llama(len(tokenizer)).eval()
+    choices = [" a tree", " the sea", " a lamp"]
+    questions = [{"question": f["question"], "gold": i % 3} for i, f in enumerate(tiny.facts(24, 5))]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    (tmp_path / "rooms.yaml").write_text(
+        "task: rooms\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'q.jsonl'}\n"
+        f"doc_to_text: '{{{{question}}}}'\ndoc_to_choice: {choices}\ndoc_to_target: gold\ntarget_delimiter: ''\n"
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    manager = harness_tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = task_accuracy(model, tokenizer, ["rooms"], task_manager=manager, bootstrap_iters=0)
+
+    def summed(question, choice):
+        ids, after = tokenizer(question)["input_ids"], tokenizer(choice)["input_ids"]
+        logits = model(torch.tensor([ids + after])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        return float(logits.gather(1, torch.tensor(after)[:, None]).sum())
+
+    with torch.no_grad():
+        right = [np.argmax([summed(q["question"], c) for c in choices]) == q["gold"] for q in questions]
+    assert found == {"rooms": pytest.approx(np.mean(right))}
+    assert 0 < np.mean(right) < 1
 
 
 @pytest.mark.parametrize(
