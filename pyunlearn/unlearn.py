@@ -85,7 +85,7 @@ def unlearn(
             log-likelihood), None does neither; "auto": nll where there is a retain set.
         retain_weight: factor on the retain loss.
         reference_model: whose log-likelihoods NPO and its like compare with; default: the model as it came, scored once.
-        learning_rate: of AdamW; default 5e-6, for adapters (PEFT) 1e-4.
+        learning_rate: of AdamW; default 5e-6, for adapters (PEFT) 1e-4, and ten times that for idk.
         batch_size: examples in one optimizer step.
         max_steps: optimizer steps at most.
         until: bits of anchored exposure at which an example is let go; 1.443 is the mean of unseen text.
@@ -164,7 +164,7 @@ def unlearn(
         model, tokenizer, chosen, method_options or {}, tokens["forget"], tokens.get("retain"), tokens.get("holdout"), seed, batch_size,
         workspace, until, utility_budget, reference_model, progress, tokens.get("refusals"),
     )  # fmt: skip
-    learning_rate = learning_rate or (1e-4 if run.adapted else 5e-6)
+    learning_rate = learning_rate or (1e-4 if run.adapted else 5e-6) * chosen.rate
     settings["learning_rate"] = learning_rate
     if retain_loss == "hold":
         run.hold_retain()

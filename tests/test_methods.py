@@ -1,6 +1,9 @@
 """Each method against its formula, and the methods by name."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,3 +189,24 @@ def test_every_method_names_its_source_and_its_options():
         function = getattr(methods, {"idkdpo": "dpo"}.get(name, name))
         assert METHODS[name].options.keys() - added == function.__kwdefaults__.keys() - added
         assert METHODS[name].source.removeprefix("arXiv ") in function.__doc__
+
+
+def test_the_document_and_the_command_list_every_method_as_it_is(call):
+    """docs/methods.md has a row for each, with what it needs, its passes and its source, and every option; `pyunlearn methods` says the same."""
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = {
+        name: [cell.strip() for cell in cells.split("|")]
+        for name, cells in re.findall(r"^\| `(\w+)` \|(.*)\|$", text.split("## Formulas")[0], re.M)
+    }
+    assert rows.keys() == METHODS.keys()
+    told = {m["name"]: m for m in json.loads(call("methods", "--json")[1])["methods"]}
+    assert told.keys() == METHODS.keys()
+    for name, (needs, passes, source, sentence) in rows.items():
+        method = METHODS[name]
+        assert set(filter(None, needs.split(", "))) == set(method.needs) == set(told[name]["needs"])
+        assert int(passes) == method.passes == told[name]["passes"]
+        assert source == method.source == told[name]["source"]
+        assert sentence.endswith(".")
+        assert told[name]["options"] == method.options
+        assert re.search(rf"^- .*`{name}`.*: ", text, re.M), f"no formula of {name}"
+    assert all(f"`{alias}`" in text for alias in ALIASES if "+" not in alias)

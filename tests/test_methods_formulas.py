@@ -23,7 +23,7 @@ def log_sigmoid(x):
 
 FORMULAS = {  # of one example: x and r, (T,) under model and reference
     "kto": lambda x, r: (1 - 1 / (1 + torch.exp(0.1 * (x.sum() - r.sum())))) / 0.1,
-    "hinge": lambda x, r: max(0.0 * x.sum(), 6 + x.sum()),
+    "hinge": lambda x, r: max(0.0 * x.sum(), 6 * len(x) + x.sum()),
     "idk": lambda x, r: -x.mean(),
     "wga": lambda x, r: (sg(x).exp() * x).mean(),
     "tnpo": lambda x, r: (2 * sg(x).exp() ** 4 / (sg(x).exp() ** 4 + r.exp() ** 4) * x).mean(),

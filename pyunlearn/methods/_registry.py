@@ -39,6 +39,7 @@ class Method(NamedTuple):
     reads: tuple[str, ...] = ("forget",)  # what is scored in a step: "refusal", "forget"
     needs: tuple[str, ...] = ()  # "reference", "refusals"
     token: bool = False
+    rate: float = 1.0  # the default learning rate is multiplied by it
 
     @property
     def pairs(self) -> bool:
@@ -74,8 +75,11 @@ METHODS = {
         _method("npo", npo, lambda f, n, r, **o: npo(f, r, **o), "2404.05868", needs=("reference",)),
         _method("simnpo", simnpo, lambda f, n, r, **o: simnpo(f, n, **o), "2410.07163", select=_select),
         _method("kto", kto, lambda f, n, r, **o: kto(f, r, **o), "2402.01306", needs=("reference",)),
-        _method("hinge", hinge, lambda f, n, r, **o: hinge(f, **o), "2406.09179", select=_select),
-        _method("idk", idk, lambda f, n, r, **o: idk(f, n, **o), "2401.06121", reads=("refusal",), needs=("refusals",)),
+        _method("hinge", hinge, lambda f, n, r, **o: hinge(f, n, **o), "2406.09179", select=_select),
+        _method(
+            "idk", idk, lambda f, n, r, **o: idk(f, n, **o), "2401.06121", reads=("refusal",), needs=("refusals",),
+            rate=10.0,  # it descends: what it has to learn is unlikely at first, and an ascent's small steps do not get there
+        ),
         _method(
             "idkdpo", dpo, lambda f, n, r, **o: dpo(f[:, 0], r[:, 0], f[:, 1], r[:, 1], **o), "2305.18290", reads=_both,
             needs=("reference", "refusals"),
