@@ -19,7 +19,7 @@ from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import REFUSALS, resolve
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
-from pyunlearn.references import refused
+from pyunlearn.references import preferred, refused
 from pyunlearn.result import Result, check_output
 
 _ROUND = 16  # optimizer steps between two evaluations, at most
@@ -75,7 +75,8 @@ def unlearn(
         model: a transformers causal or encoder-decoder language model (PEFT-wrapped or not), or a path, a .gguf file or a name to load one from. It is
             changed in place. With adapters, only what requires a gradient is trained.
         forget: a text, a list of texts, a list of dicts (`text`; `prompt`/`completion`; `question`/`answer`; chat `messages`), a datasets.Dataset, or
-            a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. With prompts, only the completion is scored and forgotten.
+            a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. With prompts, only the completion is scored and forgotten. `winner` beside them is what
+            `dpo` prefers.
         retain: text that must keep working, same forms: trained on beside the ascent (`retain_loss`) and watched.
         holdout: text of the forget set's kind that was never trained on, same forms; 19 texts or more. Default: sampled from the model.
         tokenizer: needed when `model` is a model object whose name leads to none.
@@ -149,6 +150,8 @@ def unlearn(
     if "refusals" in chosen.needs:
         texts = (method_options or {}).get("refusals") or REFUSALS
         roles["refusals"] = refused(forget_examples, texts, seed, alone="forget" not in chosen.reads)
+    if "winners" in chosen.needs:
+        roles["winners"] = preferred(forget_examples, (method_options or {}).get("winners"))
 
     if isinstance(model, (str, Path)):
         model, tokenizer = models.load(model, tokenizer=tokenizer)
@@ -162,7 +165,8 @@ def unlearn(
     }
     run = Run(
         model, tokenizer, chosen, method_options or {}, tokens["forget"], tokens.get("retain"), tokens.get("holdout"), seed, batch_size,
-        workspace, until, utility_budget, reference_model, progress, tokens.get("refusals"),
+        workspace, until, utility_budget, reference_model, progress, tokens.get("refusals") or tokens.get("winners"),
+        State.progress(checkpoint).get("cached") if resume and checkpoint else None,
     )  # fmt: skip
     learning_rate = learning_rate or (1e-4 if run.adapted else 5e-6) * chosen.rate
     settings["learning_rate"] = learning_rate
@@ -231,7 +235,10 @@ def _ascend(
     def save() -> None:
         if checkpoint is not None and run.workers.leads:
             numbers = {"step": step, "round": round_number, "halvings": halvings, "fingerprint": run.fingerprint}
-            state.save(checkpoint, {**numbers, "history": json.dumps(history), "steps": run.steps.tolist()})
+            state.save(
+                checkpoint,
+                {**numbers, "history": json.dumps(history), "steps": run.steps.tolist(), "cached": run.cached},
+            )
 
     try:
         while step < max_steps and halvings <= _HALVINGS:

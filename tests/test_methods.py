@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pyunlearn import methods
 from pyunlearn.errors import ArgumentError
-from pyunlearn.methods import ALIASES, METHODS, ga, npo, resolve, simnpo
+from pyunlearn.methods import ALIASES, METHODS, OF_THE_LOOP, ga, npo, resolve, simnpo
 
 FLOATS = {"allow_nan": False, "allow_infinity": False}
 rows = st.lists(
@@ -160,7 +160,7 @@ def test_a_typo_gets_the_nearest_name(name, nearest):
 @pytest.mark.parametrize(
     ("name", "retain_loss", "has_retain", "options", "message"),
     [
-        ("xyzzy", "auto", True, {}, "choose from flat, flat[+]nll, ga, ga[+]nll, graddiff, hinge"),
+        ("xyzzy", "auto", True, {}, "choose from altpo, altpo[+]nll, dpo, dpo[+]nll, flat, .*, graddiff, hinge"),
         ("ga", "mse", True, {}, "retain_loss must be .* got 'mse'"),
         ("ga", "nll", False, {}, "method 'ga' with retain_loss='nll' needs text to keep: pass retain="),
         ("graddiff", "auto", False, {}, "method 'graddiff' .* or 'ga' with no retain loss"),
@@ -184,9 +184,9 @@ def test_what_does_not_fit_together_is_refused(name, retain_loss, has_retain, op
 
 def test_every_method_names_its_source_and_its_options():
     """The options in the table are the keyword arguments of the function, and the docstring cites the paper."""
-    added = {"reduction", "temperature", "likeliest", "refusals"}
+    added = {"reduction", *OF_THE_LOOP}
     for name in METHODS:
-        function = getattr(methods, {"idkdpo": "dpo"}.get(name, name))
+        function = getattr(methods, {"idkdpo": "dpo", "altpo": "dpo"}.get(name, name))
         assert METHODS[name].options.keys() - added == function.__kwdefaults__.keys() - added
         assert METHODS[name].source.removeprefix("arXiv ") in function.__doc__
 

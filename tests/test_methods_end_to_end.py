@@ -45,8 +45,9 @@ def trained():
 def unlearned(trained, method, **options):
     """The result of a run on a copy of the model."""
     options = {"learning_rate": RATE * METHODS[method].rate, "progress": False, **options}
+    forget = [row | {"winner": "it is not for me to say."} for row in trained.forget]
     return pyunlearn.unlearn(
-        copy.deepcopy(trained.model), trained.forget, tokenizer=trained.tokenizer, retain=trained.retain,
+        copy.deepcopy(trained.model), forget, tokenizer=trained.tokenizer, retain=trained.retain,
         holdout=trained.holdout, method=method, **options,
     )  # fmt: skip
 
@@ -69,7 +70,8 @@ def exposures(trained, model):
 
 
 @pytest.mark.parametrize(
-    "method", ["ga", "npo", "simnpo", "kto", "hinge", "idk", "idkdpo", "wga", "tnpo", "wtnpo", "satimp", "flat"]
+    "method",
+    ["ga", "npo", "simnpo", "kto", "hinge", "idk", "dpo", "idkdpo", "altpo", "wga", "tnpo", "wtnpo", "satimp", "flat"],
 )
 def test_secrets_come_down_to_the_level_of_unseen_ones_within_the_budget(trained, method):
     """Of every secret, by every method with its defaults; none is driven below unseen ones, and the facts are kept."""

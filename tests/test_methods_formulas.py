@@ -31,6 +31,7 @@ FORMULAS = {  # of one example: x and r, (T,) under model and reference
     "satimp": lambda x, r: (sg(x).exp() ** 5 * (1 - sg(x).exp()) * x).mean(),
 }
 PAIRED = {  # of a refusal and a forget text
+    "dpo": lambda w, v, x, r: -20 * log_sigmoid(0.1 * ((w - v).sum() - (x - r).sum())),
     "idkdpo": lambda w, v, x, r: -20 * log_sigmoid(0.1 * ((w - v).sum() - (x - r).sum())),
     "flat": lambda w, v, x, r: -w.exp().mean() + (x.exp().mean() - 1).exp(),
 }
