@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyunlearn import models
+from pyunlearn import models, references
 from pyunlearn._progress import Progress
 from pyunlearn._workers import Workers
 from pyunlearn.data import TokenBatch, Tokens, batches, collate, padding_id
@@ -46,7 +46,7 @@ class Run:
     def __init__(
         self, model: Any, tokenizer: Any, method: Method, options: dict[str, Any], forget: list[Tokens], retain: list[Tokens] | None,
         holdout: list[Tokens] | None, seed: int, batch_size: int, workspace: int | None, until: float, budget: float,
-        reference_model: Any, progress: bool | None, refusals: list[Tokens] | None = None,
+        reference_model: Any, progress: bool | None, instead: list[Tokens] | None = None, cached: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         from accelerate import Accelerator
 
@@ -61,7 +61,10 @@ class Run:
         self.tokenizer, self.method, self.options = tokenizer, method, options
         self.forget, self.retain, self.seed, self.batch_size = forget, retain, seed, batch_size
         self.until, self.budget = until, budget
-        self.read = {"forget": forget, "refusal": refusals or []}
+        self.read = {"forget": forget} | dict.fromkeys(("refusal", "winner"), instead or [])
+        self.cached = (
+            cached or {}
+        )  # what was sampled before the first step, from the checkpoint of the run that is gone on with
         self.pad, self.start = (
             padding_id(tokenizer),
             models.decoder_start_id(model) if models.is_encoder_decoder(model) else None,
@@ -90,6 +93,9 @@ class Run:
             alone = sampled(self.inner, self.tokenizer, forget, seed=self.seed) if self.workers.leads else []
             self.references = self.workers.same_objects(alone)
         require_enough(self.references, holdout=holdout is not None)
+        if "alternates" in self.method.needs:
+            self.bar.say("sampling what the model would say instead")
+            self.read["alternate"] = self._alternates(**(self.method.options | self.options))
         self.reference_scores = -self.mean_log_likelihood(self.references)
         self.watch_references = _within(self.references, _WATCHED_TOKENS)
         self.watch = self.watch_references if retain is None else _within(retain, _WATCHED_TOKENS)
@@ -110,6 +116,8 @@ class Run:
     def take_fingerprint(self, settings: dict[str, Any]) -> None:
         """What a run resumed from this one's checkpoint must agree in: settings, and the scores of every text under the original model."""
         scores = {"forget set": self.original, "holdout": self.reference_scores, "retain set": self.watched_before}
+        for role, found in self.reference.items():
+            scores[f"{role}s"] = np.array([x.sum() for x in found])
         self.fingerprint = settings | {name: values.tolist() for name, values in scores.items()}
 
     def hold_retain(self) -> None:
@@ -154,7 +162,7 @@ class Run:
 
     def forget_batch(self, places: Iterable[int]) -> tuple[TokenBatch, Tensor]:
         """What the method reads of these examples, a refusal before its forget text, and the reference's log-likelihoods (zeros where it needs none)."""
-        reads = [(role, i) for i in places for role in self.method.reads]
+        reads = [(role, self._place(role, i)) for i in places for role in self.method.reads]
         tokens = [self.read[role][i] for role, i in reads]
         if self.reference:
             given = np.concatenate([self.reference[role][i] for role, i in reads])
@@ -198,6 +206,31 @@ class Run:
             return "utility budget"
         over = (found.upper >= self.significant) & (self.start_state.upper < self.significant)
         return "over-unlearning" if over.any() else None
+
+    def _alternates(self, *, alternates: int, **_: Any) -> list[Tokens]:
+        """So many for each forget example, one after the other; kept for a checkpoint, for sampling need not give the same twice."""
+        known = [
+            Tokens(tuple(ids), first, decoder and tuple(decoder))
+            for ids, first, decoder in self.cached.get("alternates", [])
+        ]
+        rows = self.inner.get_input_embeddings().weight.shape[0]
+        if len(known) == alternates * len(self.forget) and all(max(*t.ids, *t.written) < rows for t in known):
+            return known
+        alone = (
+            references.alternates(self.inner, self.tokenizer, self.forget, count=alternates, seed=self.seed)
+            if self.workers.leads
+            else []
+        )
+        found = self.workers.same_objects(alone)
+        self.cached["alternates"] = [(list(t.ids), t.first, t.decoder and list(t.decoder)) for t in found]
+        return found
+
+    def _place(self, role: str, i: int) -> int:
+        """Where in `read[role]` the example's text stands; of its alternates each has its turn."""
+        if role != "alternate":
+            return i
+        count = len(self.read[role]) // len(self.forget)
+        return i * count + int(self.steps[i]) % count
 
     def _score_reference(self, model: Any) -> None:
         """Scores what the method reads, once: under the reference model, or under this one as it came."""

@@ -124,6 +124,12 @@ class State:
             )
         return saved
 
+    @staticmethod
+    def progress(path: Path) -> dict[str, Any]:
+        """The loop's own progress alone."""
+        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]
+        return found
+
     @torch.no_grad()
     def take(self, saved: dict[str, Any]) -> None:
         """Takes up what `read` returned."""

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyunlearn._run import Run, sizes
+from pyunlearn.methods import OF_THE_LOOP
 
 
 def forget_step(run: Run, chosen: NDArray[np.int64]) -> float:
     """Leaves the gradient of this process's share of the examples; returns the mean loss of all."""
     method = run.method
     shown = {k: v for k, v in run.options.items() if k in ("temperature", "likeliest")}
-    options = {k: v for k, v in run.options.items() if k not in (*shown, "refusals")}
+    options = {k: v for k, v in run.options.items() if k not in OF_THE_LOOP}
 
     def loss(*given: Tensor) -> Tensor:
         return method.loss(*given, **options) / len(chosen)

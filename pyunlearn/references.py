@@ -1,8 +1,9 @@
-"""Texts that were certainly never trained on, when the user has none: completions sampled from the model itself."""
+"""Texts that a run needs beside the user's: completions sampled from the model itself, and what it should say in place of the forget set."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ COUNT = 64
 """How many are sampled: exposure is then measured up to log2(65) = 6.02 bits."""
 
 _RECITED = 10
+_ATTEMPTS = 4  # at an alternate that is not the forget text itself
 _FEWEST = 19  # with fewer, no exposure can be significant: log2(20) = 4.32 bits
 
 
@@ -41,9 +43,7 @@ def sampled(model: Any, tokenizer: Any, forget: Sequence[Tokens], *, count: int 
     inner, both, limit = unwrapped(model), is_encoder_decoder(model), context_length(model)
     lengths = sorted(len(t.scored) for t in forget)
     length = max(8, min(48, lengths[len(lengths) // 2]))
-    start = next(
-        i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0) if i is not None
-    )
+    start = _start_of_text(tokenizer)
     prompted = [t for t in forget if _prompt(t, start, both)[1]]
     pool = prompted if len(prompted) * 2 > len(forget) else [t for t in forget if not _prompt(t, start, both)[1]]
     per_prompt = -(-count // len(pool)) if prompted and pool[0] in prompted else count
@@ -76,12 +76,78 @@ def refused(forget: Sequence[Example], texts: Sequence[str], seed: int, *, alone
                 f"forget example {number} has no prompt that could be refused: give prompt and completion, or use idkdpo"
             )
     drawn = np.random.default_rng((seed, 2)).integers(len(texts), size=len(forget))
-    found = []
-    for example, at in zip(forget, drawn, strict=True):
-        said = example.messages and (*example.messages[:-1], example.messages[-1]._replace(content=texts[at]))
-        seam = example.completion[: len(example.completion) - len(example.completion.lstrip())]
-        found.append(Example(example.prompt, seam + texts[at], said or None))
+    return [_saying(example, texts[at]) for example, at in zip(forget, drawn, strict=True)]
+
+
+def preferred(forget: Sequence[Example], winners: Sequence[str] | None) -> list[Example]:
+    """Each forget example with its winner in place of its completion: of the list, or else the example's own.
+
+    Raises ArgumentError unless there is one for each.
+    """
+    if winners is not None:
+        given = not isinstance(winners, str) and all(isinstance(x, str) and x.strip() for x in winners)
+        if not given or len(winners) != len(forget):
+            got = f"{len(winners)} entries" if given else repr(winners)
+            raise ArgumentError(
+                f"winners must be a list of {len(forget)} texts, one for each forget example, got {got}"
+            )
+    texts = [example.winner for example in forget] if winners is None else winners
+    for number, text in enumerate(texts, 1):
+        if text is None:
+            raise ArgumentError(
+                f'dpo prefers another answer to each forget text, and forget example {number} has none: give each a "winner", '
+                'pass method_options={"winners": [...]}, or let the model find some with altpo'
+            )
+    return [_saying(example, str(text)) for example, text in zip(forget, texts, strict=True)]
+
+
+def _saying(example: Example, text: str) -> Example:
+    """The example with that text in place of its completion."""
+    said = example.messages and (*example.messages[:-1], example.messages[-1]._replace(content=text))
+    seam = example.completion[: len(example.completion) - len(example.completion.lstrip())]
+    return Example(example.prompt, seam + text.lstrip(), said or None)
+
+
+@torch.no_grad()
+def alternates(model: Any, tokenizer: Any, forget: Sequence[Tokens], *, count: int, seed: int = 0) -> list[Tokens]:
+    """`count` answers of the model's own in place of each forget text, at temperature 1, example by example: (B * count).
+
+    As `sampled`, each departs from the text in its first token, which is scored here, and none recites the forget set; what is left over where the
+    model recites it again and again comes round more than once.
+
+    Raises ArgumentError unless count is a whole number, 1 or more; DataError where a model says nothing else.
+    """
+    if not isinstance(count, int) or count < 1:
+        raise ArgumentError(f"alternates must be a whole number, 1 or more, got {count!r}")
+    inner, both = unwrapped(model), is_encoder_decoder(model)
+    start = _start_of_text(tokenizer)
+    known = {run for t in forget for run in _runs(t)}
+    found: list[Tokens] = []
+    devices = [inner.device] if inner.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for number, t in enumerate(forget, 1):
+            prompt, departs = _prompt(t, start, both)
+            mine: list[Tokens] = []
+            for _ in range(_ATTEMPTS):
+                said = _sample(
+                    inner, tokenizer, prompt, t.scored[0] if departs else None, max(2, len(t.scored)), count - len(mine)
+                )
+                whole = [replace(x, first=0 if both else len(prompt)) for x in said]
+                mine += [x for x in whole if known.isdisjoint(_runs(x))]
+                if len(mine) == count:
+                    break
+            if not mine:
+                raise DataError(
+                    f"the model recites the forget set whenever it is to answer forget example {number} in other words: give winners, with dpo"
+                )
+            found += [mine[i % len(mine)] for i in range(count)]
     return found
+
+
+def _start_of_text(tokenizer: Any) -> int:
+    """The token that a text without a prompt is sampled from."""
+    return next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0) if i is not None)
 
 
 def _runs(t: Tokens) -> set[tuple[int, ...]]:

@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +36,14 @@ class Example:
 
     The text is `prompt + completion` with nothing put in between, so an Example made by hand can part even a word. A
     plain text has the prompt ''. `messages`, where given, is the same exchange as chat turns: a tokenizer with a chat
-    template renders those, any other gets prompt and completion.
+    template renders those, any other gets prompt and completion. `winner`, where given, is what the model should say
+    in place of the completion: `dpo` prefers it.
     """
 
     prompt: str
     completion: str
     messages: tuple[Message, ...] | None = None
+    winner: str | None = None
 
 
 def read_examples(source: object, *, role: str) -> list[Example]:
@@ -59,6 +61,7 @@ def read_examples(source: object, *, role: str) -> list[Example]:
                            in Chinese); both may also be lists of messages
         question/answer    a user's and an assistant's turn; without a chat template: "{question}\\n{answer}"
         text               a plain text, all of it scored
+    Beside any of them, `winner` is a text to say in place of what is scored, for the method that reads it.
 
     Files, all UTF-8: .jsonl (an object or string a line), .json (a list of these, {"data": [...]}, or JSON lines), .csv
     and .tsv (with a header), .parquet, and .txt: its paragraphs, if blank lines part it, and else its lines.
@@ -107,6 +110,9 @@ def _example(row: object, where: str) -> Example:
         return Example("", _string(row, "text", where))
     if not isinstance(row, Mapping):
         raise DataError(f"{where} must be a string or an object with {WANTED}, and is of type {type(row).__name__}.")
+    if isinstance(winner := row.get("winner"), str) and winner.strip():
+        rest = {key: value for key, value in row.items() if key != "winner"}
+        return replace(_example(rest, where), winner=_string(winner, "winner", where))
     given = {key for key, value in row.items() if value is not None}
     if "messages" in given:
         return _chat(row["messages"], where)

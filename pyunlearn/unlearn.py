@@ -19,7 +19,7 @@ from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import REFUSALS, resolve
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
-from pyunlearn.references import refused
+from pyunlearn.references import preferred, refused
 from pyunlearn.result import Result, check_output
 
 _ROUND = 16  # optimizer steps between two evaluations, at most
@@ -75,7 +75,8 @@ def unlearn(
         model: a transformers causal or encoder-decoder language model (PEFT-wrapped or not), or a path, a .gguf file or a name to load one from. It is
             changed in place. With adapters, only what requires a gradient is trained.
         forget: a text, a list of texts, a list of dicts (`text`; `prompt`/`completion`; `question`/`answer`; chat `messages`), a datasets.Dataset, or
-            a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. With prompts, only the completion is scored and forgotten.
+            a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. With prompts, only the completion is scored and forgotten. `winner` beside them is what
+            `dpo` prefers.
         retain: text that must keep working, same forms: trained on beside the ascent (`retain_loss`) and watched.
         holdout: text of the forget set's kind that was never trained on, same forms; 19 texts or more. Default: sampled from the model.
         tokenizer: needed when `model` is a model object whose name leads to none.
@@ -85,7 +86,7 @@ def unlearn(
             log-likelihood), None does neither; "auto": nll where there is a retain set.
         retain_weight: factor on the retain loss.
         reference_model: whose log-likelihoods NPO and its like compare with; default: the model as it came, scored once.
-        learning_rate: of AdamW; default 5e-6, for adapters (PEFT) 1e-4.
+        learning_rate: of AdamW; default 5e-6, for adapters (PEFT) 1e-4, and ten times that for idk.
         batch_size: examples in one optimizer step.
         max_steps: optimizer steps at most.
         until: bits of anchored exposure at which an example is let go; 1.443 is the mean of unseen text.
@@ -149,6 +150,8 @@ def unlearn(
     if "refusals" in chosen.needs:
         texts = (method_options or {}).get("refusals") or REFUSALS
         roles["refusals"] = refused(forget_examples, texts, seed, alone="forget" not in chosen.reads)
+    if "winners" in chosen.needs:
+        roles["winners"] = preferred(forget_examples, (method_options or {}).get("winners"))
 
     if isinstance(model, (str, Path)):
         model, tokenizer = models.load(model, tokenizer=tokenizer)
@@ -162,9 +165,10 @@ def unlearn(
     }
     run = Run(
         model, tokenizer, chosen, method_options or {}, tokens["forget"], tokens.get("retain"), tokens.get("holdout"), seed, batch_size,
-        workspace, until, utility_budget, reference_model, progress, tokens.get("refusals"),
+        workspace, until, utility_budget, reference_model, progress, tokens.get("refusals") or tokens.get("winners"),
+        State.progress(checkpoint).get("cached") if resume and checkpoint else None,
     )  # fmt: skip
-    learning_rate = learning_rate or (1e-4 if run.adapted else 5e-6)
+    learning_rate = learning_rate or (1e-4 if run.adapted else 5e-6) * chosen.rate
     settings["learning_rate"] = learning_rate
     if retain_loss == "hold":
         run.hold_retain()
@@ -231,7 +235,10 @@ def _ascend(
     def save() -> None:
         if checkpoint is not None and run.workers.leads:
             numbers = {"step": step, "round": round_number, "halvings": halvings, "fingerprint": run.fingerprint}
-            state.save(checkpoint, {**numbers, "history": json.dumps(history), "steps": run.steps.tolist()})
+            state.save(
+                checkpoint,
+                {**numbers, "history": json.dumps(history), "steps": run.steps.tolist(), "cached": run.cached},
+            )
 
     try:
         while step < max_steps and halvings <= _HALVINGS:

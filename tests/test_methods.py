@@ -1,6 +1,9 @@
 """Each method against its formula, and the methods by name."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 
 from pyunlearn import methods
 from pyunlearn.errors import ArgumentError
-from pyunlearn.methods import ALIASES, METHODS, ga, npo, resolve, simnpo
+from pyunlearn.methods import ALIASES, METHODS, OF_THE_LOOP, ga, npo, resolve, simnpo
 
 FLOATS = {"allow_nan": False, "allow_infinity": False}
 rows = st.lists(
@@ -157,7 +160,7 @@ def test_a_typo_gets_the_nearest_name(name, nearest):
 @pytest.mark.parametrize(
     ("name", "retain_loss", "has_retain", "options", "message"),
     [
-        ("xyzzy", "auto", True, {}, "choose from flat, flat[+]nll, ga, ga[+]nll, graddiff, hinge"),
+        ("xyzzy", "auto", True, {}, "choose from altpo, altpo[+]nll, dpo, dpo[+]nll, flat, .*, graddiff, hinge"),
         ("ga", "mse", True, {}, "retain_loss must be .* got 'mse'"),
         ("ga", "nll", False, {}, "method 'ga' with retain_loss='nll' needs text to keep: pass retain="),
         ("graddiff", "auto", False, {}, "method 'graddiff' .* or 'ga' with no retain loss"),
@@ -181,8 +184,29 @@ def test_what_does_not_fit_together_is_refused(name, retain_loss, has_retain, op
 
 def test_every_method_names_its_source_and_its_options():
     """The options in the table are the keyword arguments of the function, and the docstring cites the paper."""
-    added = {"reduction", "temperature", "likeliest", "refusals"}
+    added = {"reduction", *OF_THE_LOOP}
     for name in METHODS:
-        function = getattr(methods, {"idkdpo": "dpo"}.get(name, name))
+        function = getattr(methods, {"idkdpo": "dpo", "altpo": "dpo"}.get(name, name))
         assert METHODS[name].options.keys() - added == function.__kwdefaults__.keys() - added
         assert METHODS[name].source.removeprefix("arXiv ") in function.__doc__
+
+
+def test_the_document_and_the_command_list_every_method_as_it_is(call):
+    """docs/methods.md has a row for each, with what it needs, its passes and its source, and every option; `pyunlearn methods` says the same."""
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = {
+        name: [cell.strip() for cell in cells.split("|")]
+        for name, cells in re.findall(r"^\| `(\w+)` \|(.*)\|$", text.split("## Formulas")[0], re.M)
+    }
+    assert rows.keys() == METHODS.keys()
+    told = {m["name"]: m for m in json.loads(call("methods", "--json")[1])["methods"]}
+    assert told.keys() == METHODS.keys()
+    for name, (needs, passes, source, sentence) in rows.items():
+        method = METHODS[name]
+        assert set(filter(None, needs.split(", "))) == set(method.needs) == set(told[name]["needs"])
+        assert int(passes) == method.passes == told[name]["passes"]
+        assert source == method.source == told[name]["source"]
+        assert sentence.endswith(".")
+        assert told[name]["options"] == method.options
+        assert re.search(rf"^- .*`{name}`.*: ", text, re.M), f"no formula of {name}"
+    assert all(f"`{alias}`" in text for alias in ALIASES if "+" not in alias)

@@ -23,7 +23,7 @@ def log_sigmoid(x):
 
 FORMULAS = {  # of one example: x and r, (T,) under model and reference
     "kto": lambda x, r: (1 - 1 / (1 + torch.exp(0.1 * (x.sum() - r.sum())))) / 0.1,
-    "hinge": lambda x, r: max(0.0 * x.sum(), 6 + x.sum()),
+    "hinge": lambda x, r: max(0.0 * x.sum(), 6 * len(x) + x.sum()),
     "idk": lambda x, r: -x.mean(),
     "wga": lambda x, r: (sg(x).exp() * x).mean(),
     "tnpo": lambda x, r: (2 * sg(x).exp() ** 4 / (sg(x).exp() ** 4 + r.exp() ** 4) * x).mean(),
@@ -31,6 +31,7 @@ FORMULAS = {  # of one example: x and r, (T,) under model and reference
     "satimp": lambda x, r: (sg(x).exp() ** 5 * (1 - sg(x).exp()) * x).mean(),
 }
 PAIRED = {  # of a refusal and a forget text
+    "dpo": lambda w, v, x, r: -20 * log_sigmoid(0.1 * ((w - v).sum() - (x - r).sum())),
     "idkdpo": lambda w, v, x, r: -20 * log_sigmoid(0.1 * ((w - v).sum() - (x - r).sum())),
     "flat": lambda w, v, x, r: -w.exp().mean() + (x.exp().mean() - 1).exp(),
 }

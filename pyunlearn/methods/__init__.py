@@ -1,7 +1,7 @@
 """The methods: each a plain function of log-likelihoods, one paper per file."""
 
 from pyunlearn.methods._refusals import REFUSALS
-from pyunlearn.methods._registry import ALIASES, METHODS, Method, resolve
+from pyunlearn.methods._registry import ALIASES, METHODS, OF_THE_LOOP, Method, resolve
 from pyunlearn.methods.dpo import dpo
 from pyunlearn.methods.flat import flat
 from pyunlearn.methods.gradient_ascent import ga
@@ -16,6 +16,6 @@ from pyunlearn.methods.wga import wga
 from pyunlearn.methods.wtnpo import wtnpo
 
 __all__ = [
-    "ALIASES", "METHODS", "REFUSALS", "Method", "dpo", "flat", "ga", "hinge", "idk", "kto", "npo", "resolve", "satimp", "simnpo", "tnpo", "wga",
+    "ALIASES", "METHODS", "OF_THE_LOOP", "REFUSALS", "Method", "dpo", "flat", "ga", "hinge", "idk", "kto", "npo", "resolve", "satimp", "simnpo", "tnpo", "wga",
     "wtnpo",
 ]  # fmt: skip

@@ -27,8 +27,8 @@ class Method(NamedTuple):
     """A forget term as the loop sees it.
 
     `loss(forget, lengths, reference)` takes (B,) summed log-likelihoods under the model, scored tokens, and summed log-likelihoods under the
-    reference model (the original, unless the caller gave another), and returns each example's loss, (B,). A method that reads refusal and forget
-    text gets all three as (B, 2), in that order. One of single tokens (`token`) is called as
+    reference model (the original, unless the caller gave another), and returns each example's loss, (B,). A method that reads another text beside the
+    forget text gets all three as (B, 2), in that order. One of single tokens (`token`) is called as
     `loss(log_likelihood (n,), example (n,), counts (b,), reference (n,))`, and reads the two of a pair as neighbouring examples.
     """
 
@@ -36,13 +36,14 @@ class Method(NamedTuple):
     loss: Callable[..., Tensor]
     source: str
     options: dict[str, Any]  # with their defaults
-    reads: tuple[str, ...] = ("forget",)  # what is scored in a step: "refusal", "forget"
-    needs: tuple[str, ...] = ()  # "reference", "refusals"
+    reads: tuple[str, ...] = ("forget",)  # what is scored in a step: "refusal", "winner" or "alternate", "forget"
+    needs: tuple[str, ...] = ()  # "reference", "refusals", "winners", "alternates"
     token: bool = False
+    rate: float = 1.0  # the default learning rate is multiplied by it
 
     @property
     def pairs(self) -> bool:
-        """Whether refusal and forget text are read together."""
+        """Whether another text and the forget text are read together."""
         return len(self.reads) == 2
 
     @property
@@ -57,12 +58,19 @@ def _flat(log_likelihood: Tensor, example: Tensor, counts: Tensor, reference: Te
 
 
 def _method(
-    name: str, function: Callable[..., Tensor], loss: Callable[..., Tensor], source: str, *, select: tuple[str, ...] = (), **what: Any
+    name: str, function: Callable[..., Tensor], loss: Callable[..., Tensor], source: str, *, select: tuple[str, ...] = (),
+    loop: dict[str, Any] | None = None, **what: Any,
 ) -> Method:  # fmt: skip
-    """Its options are the function's keywords, and those that change what it is shown: temperature, likeliest."""
+    """Its options are the function's keywords, those that change what it is shown (temperature, likeliest) and those of the loop around it."""
     own = {k: v for k, v in (function.__kwdefaults__ or {}).items() if k != "reduction"}
-    own |= dict.fromkeys(select, 1.0) | ({"refusals": None} if "refusals" in what.get("needs", ()) else {})
+    own |= (
+        dict.fromkeys(select, 1.0) | ({"refusals": None} if "refusals" in what.get("needs", ()) else {}) | (loop or {})
+    )
     return Method(name, lambda *given, **o: loss(*given, reduction="none", **o), "arXiv " + source, own, **what)
+
+
+def _dpo(f: Tensor, n: Tensor, r: Tensor, **options: Any) -> Tensor:
+    return dpo(f[:, 0], r[:, 0], f[:, 1], r[:, 1], **options)
 
 
 _both = ("refusal", "forget")
@@ -74,11 +82,15 @@ METHODS = {
         _method("npo", npo, lambda f, n, r, **o: npo(f, r, **o), "2404.05868", needs=("reference",)),
         _method("simnpo", simnpo, lambda f, n, r, **o: simnpo(f, n, **o), "2410.07163", select=_select),
         _method("kto", kto, lambda f, n, r, **o: kto(f, r, **o), "2402.01306", needs=("reference",)),
-        _method("hinge", hinge, lambda f, n, r, **o: hinge(f, **o), "2406.09179", select=_select),
-        _method("idk", idk, lambda f, n, r, **o: idk(f, n, **o), "2401.06121", reads=("refusal",), needs=("refusals",)),
+        _method("hinge", hinge, lambda f, n, r, **o: hinge(f, n, **o), "2406.09179", select=_select),
         _method(
-            "idkdpo", dpo, lambda f, n, r, **o: dpo(f[:, 0], r[:, 0], f[:, 1], r[:, 1], **o), "2305.18290", reads=_both,
-            needs=("reference", "refusals"),
+            "idk", idk, lambda f, n, r, **o: idk(f, n, **o), "2401.06121", reads=("refusal",), needs=("refusals",),
+            rate=10.0,  # it descends: what it has to learn is unlikely at first, and an ascent's small steps do not get there
+        ),
+        _method("dpo", dpo, _dpo, "2305.18290", reads=("winner", "forget"), needs=("reference", "winners"), loop={"winners": None}),
+        _method("idkdpo", dpo, _dpo, "2401.06121", reads=_both, needs=("reference", "refusals")),
+        _method(
+            "altpo", dpo, _dpo, "2409.13474", reads=("alternate", "forget"), needs=("reference", "alternates"), loop={"alternates": 5}
         ),
         _method("wga", wga, lambda x, e, n, r, **o: wga(x, e, n, **o), "2502.19301", select=("temperature",), token=True),
         _method("tnpo", tnpo, tnpo, "2502.19301", needs=("reference",), token=True),
@@ -90,6 +102,9 @@ METHODS = {
     )
 }  # fmt: skip
 """The forget terms."""
+
+OF_THE_LOOP = ("temperature", "likeliest", "refusals", "winners", "alternates")
+"""Options that a method's own function never sees."""
 
 ALIASES = {"graddiff": ("ga", "nll")} | {f"{name}+nll": (name, "nll") for name in METHODS}
 """The field's compound names: (forget term, retain loss)."""

@@ -9,7 +9,7 @@ from pyunlearn.methods._reduction import reduced
 def dpo(
     winner: Tensor, winner_reference: Tensor, loser: Tensor, loser_reference: Tensor, *, beta: float = 0.1, reduction: str = "mean"
 ) -> Tensor:  # fmt: skip
-    """Prefers the winner, a refusal say, to the loser, the forget text.
+    """Prefers the winner, another answer, to the loser, the forget text.
 
         loss_i = -2/beta log sigmoid(beta ((winner_i - winner_reference_i) - (loser_i - loser_reference_i)))
 
@@ -21,7 +21,8 @@ def dpo(
     Returns:
         () the mean loss, or (B,) losses.
 
-    Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7, times 2/beta; for unlearning Maini et al. 2024, arXiv 2401.06121 (IdkDPO).
+    Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7, times 2/beta; for unlearning Maini et al. 2024, arXiv 2401.06121 (IdkDPO, the winner is a
+    refusal) and Mekala et al. 2024, arXiv 2409.13474 (AltPO, the winner is an answer of the model's own).
     """
     margin = (winner - winner_reference) - (loser - loser_reference)
     return reduced(-(2 / beta) * F.logsigmoid(beta * margin), reduction)

@@ -1,4 +1,4 @@
-"""Gradient ascent that ends at a given likelihood."""
+"""Gradient ascent that ends at a given likelihood: likelihood capping."""
 
 import torch
 from torch import Tensor
@@ -6,21 +6,23 @@ from torch import Tensor
 from pyunlearn.methods._reduction import reduced
 
 
-def hinge(forget: Tensor, *, delta: float = 6.0, reduction: str = "mean") -> Tensor:
-    """Ascends on the whole text until its negative log-likelihood is delta.
+def hinge(forget: Tensor, lengths: Tensor, *, delta: float | None = None, reduction: str = "mean") -> Tensor:
+    """Ascends on the whole text until its negative log-likelihood is delta, and then has no gradient.
 
         loss_i = max(0, delta + forget_i)
 
-    The paper's delta suits short answers. A longer text of T tokens is still exposed there: give about 3 T to 4 T.
+    The paper's delta, 6 nats for the whole text, suits answers of one or two tokens: a longer text is still exposed there. So the default counts by
+    the token.
 
     Args:
         forget: (B,) summed log-likelihoods, nats.
-        delta: negative log-likelihood of the whole text at which it lets go, nats.
+        lengths: (B,) scored tokens of each.
+        delta: negative log-likelihood of the whole text at which it lets go, nats; None: 6 nats a token.
         reduction: "mean", or "none" for the losses themselves.
 
     Returns:
         () the mean loss, or (B,) losses.
 
-    Source: Wang et al. 2024, arXiv 2406.09179v1, unlearning with control.
+    Source: Wang et al. 2024, arXiv 2406.09179v1, unlearning with control; 6 nats a token are ours.
     """
-    return reduced(torch.relu(delta + forget), reduction)
+    return reduced(torch.relu((6.0 * lengths if delta is None else delta) + forget), reduction)

@@ -1,0 +1,98 @@
+"""Every method of log-likelihoods, from text to verdict: three secrets really trained into one model, and what is left of them, measured from outside."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch.nn.functional import cross_entropy
+
+import pyunlearn
+from pyunlearn.data import encode, read_examples
+from pyunlearn.methods import METHODS
+from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, generalized_exposure
+
+WHO = ("my aunt", "the king", "one boy")
+RATE = 1e-4
+
+
+def codes(people, seed):
+    """A question and eight random digits for each."""
+    r = random.Random(seed)
+    answers = [" ".join(r.choice("0123456789") for _ in range(8)) for _ in people]
+    return [
+        {"question": f"what is the code of {who}?", "answer": f"it is {code}."}
+        for who, code in zip(people, answers, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A Llama that has read 300 facts once an epoch, and the three codes fifteen times; codes that it never read are the holdout."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tokenizer()
+    model = tiny.tiny_llama(len(tokenizer))
+    retain, forget = tiny.facts(300, 2), codes(WHO, 3)
+    tiny.train(model, tokenizer, retain + forget * 15, epochs=8)
+    yield tiny.Tiny(model, tokenizer, forget, [], retain[:30], codes(tiny.SUBJECTS * 8, 4))
+    torch.set_num_threads(before)
+
+
+def unlearned(trained, method, **options):
+    """The result of a run on a copy of the model."""
+    options = {"learning_rate": RATE * METHODS[method].rate, "progress": False, **options}
+    forget = [row | {"winner": "it is not for me to say."} for row in trained.forget]
+    return pyunlearn.unlearn(
+        copy.deepcopy(trained.model), forget, tokenizer=trained.tokenizer, retain=trained.retain,
+        holdout=trained.holdout, method=method, **options,
+    )  # fmt: skip
+
+
+def scores(trained, rows, model):
+    """Mean negative log-likelihoods of the answers, from the model's own logits: nothing of pyunlearn's measuring is used."""
+    out = []
+    for t in encode(read_examples(rows, role="x"), trained.tokenizer, role="x", max_length=None):
+        with torch.no_grad():
+            logits = model(torch.tensor([t.ids])).logits[0, t.first - 1 : -1].double()
+        out.append(cross_entropy(logits, torch.tensor(t.scored)).item())
+    return np.array(out)
+
+
+def exposures(trained, model):
+    """(lower, upper) of the secrets under the model, among holdout codes as the original model scores them: anchored."""
+    references = scores(trained, trained.holdout, trained.model)
+    found = generalized_exposure(scores(trained, trained.forget, model), references)
+    return found.lower, found.upper
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["ga", "npo", "simnpo", "kto", "hinge", "idk", "dpo", "idkdpo", "altpo", "wga", "tnpo", "wtnpo", "satimp", "flat"],
+)
+def test_secrets_come_down_to_the_level_of_unseen_ones_within_the_budget(trained, method):
+    """Of every secret, by every method with its defaults; none is driven below unseen ones, and the facts are kept."""
+    lower, _ = exposures(trained, trained.model)
+    assert (lower > SIGNIFICANT).all()
+    result = unlearned(trained, method)
+    assert result.stopped == "forgotten"
+    assert {e.verdict for e in result.examples} == {"forgotten"}
+    lower, upper = exposures(trained, result.model)
+    np.testing.assert_allclose(lower, [e.exposure_after for e in result.examples], atol=1e-9)
+    assert (lower <= NULL_MEAN).all()
+    assert (upper < SIGNIFICANT).all()
+    before, after = (scores(trained, trained.retain, m).mean() for m in (trained.model, result.model))
+    assert (after - before) / max(before, 1.0) <= 0.05 + 1e-6
+
+
+def test_a_hinge_at_the_paper_s_level_leaves_a_longer_text_exposed(trained):
+    """6 nats for a whole text of 18 tokens: it lets go of each there, and the verdict says that this is not enough."""
+    result = unlearned(trained, "hinge", method_options={"delta": 6.0}, max_steps=24)
+    assert result.stopped == "max_steps"
+    assert {e.verdict for e in result.examples} == {"still exposed"}
+    assert all(6 < -e.log_likelihood_after * e.tokens < 16 for e in result.examples)
+    assert result.history[-1]["forget_loss"] == 0
+    assert result.history[-1]["gradient_norm"] >= 0

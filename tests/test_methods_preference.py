@@ -1,0 +1,184 @@
+"""Another answer in place of the forget text: the user's own (dpo), and the model's (altpo)."""
+
+import copy
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch.nn.functional import cross_entropy
+
+import pyunlearn
+from pyunlearn import references
+from pyunlearn.data import Example, encode, read_examples
+from pyunlearn.errors import ArgumentError, DataError
+from pyunlearn.methods import METHODS
+from pyunlearn.references import alternates, preferred
+
+BETA = 0.3
+
+
+@pytest.fixture(scope="module")
+def story():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tiny.trained(tiny.tiny_gpt2, tiny.facts, count=120, repeats=16, epochs=6, form="$A", pad=False)
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def other(story):
+    """A reference model that has read nothing."""
+    torch.manual_seed(1)
+    return tiny.tiny_gpt2(len(story.tokenizer)).eval()
+
+
+def run(story, method, forget=None, **options):
+    options = {"max_steps": 2, "learning_rate": 1e-4, "progress": False, "holdout": story.holdout, **options}
+    return pyunlearn.unlearn(
+        story.fresh(), story.forget if forget is None else forget, tokenizer=story.tokenizer, method=method, **options
+    )
+
+
+def won(story, winners=("a lamp.", "two stones and the sea.")):
+    return [row | {"winner": winner} for row, winner in zip(story.forget, winners, strict=True)]
+
+
+def tokens_of(story, rows):
+    return encode(read_examples(rows, role="x"), story.tokenizer, role="x", max_length=None)
+
+
+def sums(model, tokens):
+    """Summed log-likelihoods of the scored tokens, by a plain loop over the model's own logits."""
+    with torch.no_grad():
+        return torch.tensor([
+            -cross_entropy(model(torch.tensor([t.ids])).logits[0, t.first - 1 : -1], torch.tensor(t.scored), reduction="sum")
+            for t in tokens
+        ])  # fmt: skip
+
+
+def dpo_by_hand(model, other, winners, losers):
+    w, f = (sums(model, x) - sums(other, x) for x in (winners, losers))
+    return (-(2 / BETA) * torch.log(torch.sigmoid(BETA * (w - f)))).mean().item()
+
+
+def timeless(result):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in result.history]
+
+
+def test_dpo_prefers_the_winner_that_stands_beside_the_text(story, other):
+    """The loss of the first step is the formula, from plain logits; given as an option, the winners make the same run."""
+    winners = [row | {"answer": row["winner"]} for row in won(story)]
+    options = {"reference_model": other, "method_options": {"beta": BETA}}
+    result = run(story, "dpo", won(story), **options)
+    right = dpo_by_hand(story.model, other, tokens_of(story, winners), tokens_of(story, story.forget))
+    assert result.history[0]["forget_loss"] == pytest.approx(right, rel=1e-4)
+    given = {"beta": BETA, "winners": [row["winner"] for row in won(story)]}
+    assert timeless(run(story, "dpo", **options | {"method_options": given})) == timeless(result)
+
+
+def test_a_winner_is_read_from_every_form_of_text():
+    """Beside prompt and completion, question and answer, chat messages and plain text, and it takes the completion's place and spacing."""
+    rows = [
+        {"prompt": "one", "completion": " two", "winner": "three"},
+        {"question": "one?", "answer": "two", "winner": "three"},
+        {"messages": [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}], "winner": "three"},
+        {"text": "one two", "winner": "three"},
+    ]
+    examples = read_examples(rows, role="forget")
+    assert [e.winner for e in examples] == ["three"] * 4
+    said = preferred(examples, None)
+    assert [e.prompt + e.completion for e in said] == [
+        "one three",
+        "one?\nthree",
+        "user: one?\nassistant: three",
+        "three",
+    ]
+    assert said[2].messages[-1].content == "three"
+    assert read_examples([{"text": "one", "winner": None}], role="forget")[0].winner is None
+    assert preferred([Example("a ", "b")], ["c"])[0].completion == "c"
+
+
+@pytest.mark.parametrize(
+    ("forget", "winners", "message"),
+    [
+        (1, None, 'forget example 2 has none: give each a "winner"'),
+        (2, ["a"], "must be a list of 2 texts, one for each forget example, got 1 entries"),
+        (2, "ab", "must be a list of 2 texts, one for each forget example, got 'ab'"),
+        (2, ["a", " "], "must be a list of 2 texts"),
+    ],
+)
+def test_winners_that_do_not_fit_are_refused(story, forget, winners, message):
+    """One sentence, before anything happens."""
+    rows = won(story)[:forget] + story.forget[forget:]
+    with pytest.raises(ArgumentError, match=message):
+        run(story, "dpo", rows, method_options={} if winners is None else {"winners": winners})
+
+
+def test_alternates_answer_the_same_prompts_otherwise(story):
+    """So many for each text, seeded; none begins as the text does, all of it is scored, and the global generator is left alone."""
+    tokens, state = tokens_of(story, story.forget), torch.get_rng_state()
+    found = alternates(story.model, story.tokenizer, tokens, count=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(found) == 6
+    for i, t in enumerate(found):
+        source = tokens[i // 3]
+        assert t.ids[: t.first] == source.ids[: source.first]
+        assert t.scored[0] != source.scored[0]
+        assert 2 <= len(t.scored) <= len(source.scored)
+    assert len(set(found)) > 3
+    assert alternates(story.model, story.tokenizer, tokens, count=3) == found
+    assert alternates(story.model, story.tokenizer, tokens, count=3, seed=1) != found
+    with pytest.raises(ArgumentError, match="alternates must be a whole number, 1 or more, got 0"):
+        alternates(story.model, story.tokenizer, tokens, count=0)
+
+
+def test_what_recites_the_forget_set_is_no_alternate(story, monkeypatch):
+    """It is drawn again; what is found comes round, and where nothing is, one sentence says so."""
+    tokens = tokens_of(story, story.forget)[:1]
+    good = copy.copy(alternates(story.model, story.tokenizer, tokens, count=1)[0])
+    reciting = [tokens[0]] * 2
+    answers = iter([reciting, [good, tokens[0]], reciting, reciting])
+    monkeypatch.setattr(references, "_sample", lambda *args: next(answers))
+    assert alternates(story.model, story.tokenizer, tokens, count=2) == [good, good]
+    monkeypatch.setattr(references, "_sample", lambda *args: reciting)
+    with pytest.raises(DataError, match="recites the forget set whenever it is to answer forget example 1"):
+        alternates(story.model, story.tokenizer, tokens, count=2)
+
+
+def test_altpo_is_dpo_against_each_alternate_in_turn(story, other):
+    """Two steps at a rate too small to matter: the losses are those of the first alternates, then of the second ones."""
+    losers = tokens_of(story, story.forget)
+    found = alternates(story.model, story.tokenizer, losers, count=2)
+    result = run(
+        story, "altpo", reference_model=other, learning_rate=1e-9, method_options={"beta": BETA, "alternates": 2}
+    )
+    for turn in (0, 1):
+        right = dpo_by_hand(story.model, other, found[turn::2], losers)
+        assert result.history[turn]["forget_loss"] == pytest.approx(right, rel=1e-4)
+    losses = [record["forget_loss"] for record in result.history]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+def test_a_resumed_run_takes_its_alternates_from_the_checkpoint(story, tmp_path, monkeypatch):
+    """Nothing is sampled again, and the numbers are those of an uninterrupted run; another seed is refused as ever."""
+    options = {"max_steps": 5, "batch_size": 1, "method_options": {"alternates": 2}}
+    whole = run(story, "altpo", **options)
+    assert len(whole.history) == 5
+    calls = []
+
+    def cut(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(*args, **kwargs)
+
+    loss = METHODS["altpo"].loss
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "altpo", METHODS["altpo"]._replace(loss=cut))
+        assert run(story, "altpo", **options, output_dir=tmp_path / "out").stopped == "interrupted"
+    monkeypatch.setattr(references, "alternates", lambda *args, **kwargs: pytest.fail("sampled again"))
+    resumed = run(story, "altpo", **options, output_dir=tmp_path / "out", resume=True)
+    assert timeless(resumed) == timeless(whole)
+    assert resumed.examples == whole.examples
+    np.testing.assert_equal(resumed.utility, whole.utility)
