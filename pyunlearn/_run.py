@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyunlearn import models, references
 from pyunlearn._progress import Progress
+from pyunlearn._representations import Steering
 from pyunlearn._workers import Workers
 from pyunlearn.data import TokenBatch, Tokens, batches, collate, padding_id
 from pyunlearn.errors import ModelError, TrainingError
@@ -69,6 +70,7 @@ class Run:
             padding_id(tokenizer),
             models.decoder_start_id(model) if models.is_encoder_decoder(model) else None,
         )
+        self.steering: Steering | None = None
         self.held: Floats | None = None  # (R,) negative log-likelihoods that the retain set is held at
         self.bar = Progress(progress if self.workers.leads else False)
         try:
@@ -119,6 +121,24 @@ class Run:
         for role, found in self.reference.items():
             scores[f"{role}s"] = np.array([x.sum() for x in found])
         self.fingerprint = settings | {name: values.tolist() for name, values in scores.items()}
+
+    def retain_places(self, step: int) -> list[int]:
+        """The retain examples of a step: all of them, shuffled, then shuffled anew."""
+        assert self.retain is not None
+        n, size = len(self.retain), min(self.batch_size, len(self.retain))
+        order = np.random.default_rng((self.seed, 1, step * size // n)).permutation(n)
+        return [int(order[(step * size + i) % n]) for i in range(size)]
+
+    def steer(self, retain_loss: str | None, max_steps: int) -> None:
+        """Takes what a method on hidden states compares with, under the original model."""
+        self.bar.say("reading the hidden states")
+        keeps = retain_loss == "representation" and self.retain is not None
+        try:
+            places = (i for step in range(max_steps) for i in self.retain_places(step)) if keeps else ()
+            self.steering = Steering(self, places, keeps=keeps)
+        except BaseException:
+            self.bar.close()
+            raise
 
     def hold_retain(self) -> None:
         """From here on the retain term undoes losses, and no more."""

@@ -253,7 +253,7 @@ class Likelihood:
         return log_likelihood(self._logits(batch), batch.targets, logit_scale=1 / temperature)
 
     def _logits(self, batch: TokenBatch) -> Tensor:
-        logits = self.model(**_inputs(batch)).logits
+        logits = self.model(**inputs_of(batch)).logits
         return logits.flatten(0, 1).index_select(0, batch.rows)
 
     def hidden(self, batch: TokenBatch) -> tuple[Tensor, Head]:
@@ -261,7 +261,7 @@ class Likelihood:
         inner = unwrapped(self.model)
         module = inner.get_output_embeddings()
         with _captured(module) as captured:
-            self.model(**_inputs(batch))
+            self.model(**inputs_of(batch))
         return captured[0].flatten(0, 1).index_select(0, batch.rows), _head(inner, module)
 
     @torch.no_grad()
@@ -325,7 +325,8 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
-def _inputs(batch: TokenBatch) -> dict[str, Any]:
+def inputs_of(batch: TokenBatch) -> dict[str, Any]:
+    """What a transformers model is called with."""
     inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.attention_mask, "use_cache": False}
     if batch.decoder_ids is not None:
         inputs["decoder_input_ids"] = batch.decoder_ids

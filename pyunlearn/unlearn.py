@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def unlearn(
         method: "ga", "npo", "simnpo", ... (`pyunlearn methods` lists them), or with a retain loss "graddiff", "npo+nll", "simnpo+nll", ...
         method_options: the method's own options, such as {"beta": 0.1}.
         retain_loss: "nll" trains on the retain set, "hold" only undoes what the run has cost it (each example's rise above its first negative
-            log-likelihood), None does neither; "auto": nll where there is a retain set.
+            log-likelihood), "representation", of rmu and adaptive_rmu, keeps its hidden states in the steered layer; None does nothing; "auto": the
+            method's own where it has one, or else nll, where there is a retain set.
         retain_weight: factor on the retain loss.
         reference_model: whose log-likelihoods NPO and its like compare with; default: the model as it came, scored once.
         learning_rate: of AdamW; default 5e-6, for adapters (PEFT) 1e-4, and ten times that for idk.
@@ -172,8 +174,10 @@ def unlearn(
     settings["learning_rate"] = learning_rate
     if retain_loss == "hold":
         run.hold_retain()
+    if chosen.kind == "hidden":
+        run.steer(retain_loss, max_steps)
     run.take_fingerprint({name: settings[name] for name in _FIXED})
-    with Interruptible() as interrupt:
+    with Interruptible() as interrupt, run.steering.alone() if run.steering else nullcontext():
         history, stopped = _ascend(
             run,
             learning_rate,

@@ -131,11 +131,11 @@ def test_no_method_overflows():
 
 
 def test_every_name_resolves_to_its_term_and_retain_loss():
-    """The compound names are aliases; 'auto' is nll where there is a retain set."""
+    """The compound names are aliases; 'auto' is the method's own retain loss, or else nll, where there is a retain set."""
     for name, method in METHODS.items():
         assert method.name == name
         assert resolve(name, "auto", False, {}) == (method, None)
-        assert resolve(name, "auto", True, {}) == (method, "nll")
+        assert resolve(name, "auto", True, {}) == (method, "representation" if method.kind == "hidden" else "nll")
         assert resolve(name.upper(), None, True, {}) == (method, None)
         assert resolve(name, "nll", True, {}) == (method, "nll")
     for alias, (name, retain) in ALIASES.items():
@@ -160,7 +160,13 @@ def test_a_typo_gets_the_nearest_name(name, nearest):
 @pytest.mark.parametrize(
     ("name", "retain_loss", "has_retain", "options", "message"),
     [
-        ("xyzzy", "auto", True, {}, "choose from altpo, altpo[+]nll, dpo, dpo[+]nll, flat, .*, graddiff, hinge"),
+        (
+            "xyzzy",
+            "auto",
+            True,
+            {},
+            "choose from adaptive_rmu, adaptive_rmu[+]nll, altpo, altpo[+]nll, dpo, .*, graddiff, hinge",
+        ),
         ("ga", "mse", True, {}, "retain_loss must be .* got 'mse'"),
         ("ga", "nll", False, {}, "method 'ga' with retain_loss='nll' needs text to keep: pass retain="),
         ("graddiff", "auto", False, {}, "method 'graddiff' .* or 'ga' with no retain loss"),

@@ -2,6 +2,7 @@
 
 from pyunlearn.methods._refusals import REFUSALS
 from pyunlearn.methods._registry import ALIASES, METHODS, OF_THE_LOOP, Method, resolve
+from pyunlearn.methods.adaptive_rmu import adaptive_rmu
 from pyunlearn.methods.dpo import dpo
 from pyunlearn.methods.flat import flat
 from pyunlearn.methods.gradient_ascent import ga
@@ -9,6 +10,7 @@ from pyunlearn.methods.hinge import hinge
 from pyunlearn.methods.idk import idk
 from pyunlearn.methods.kto import kto
 from pyunlearn.methods.npo import npo
+from pyunlearn.methods.rmu import rmu
 from pyunlearn.methods.satimp import satimp
 from pyunlearn.methods.simnpo import simnpo
 from pyunlearn.methods.tnpo import tnpo
@@ -16,6 +18,7 @@ from pyunlearn.methods.wga import wga
 from pyunlearn.methods.wtnpo import wtnpo
 
 __all__ = [
-    "ALIASES", "METHODS", "OF_THE_LOOP", "REFUSALS", "Method", "dpo", "flat", "ga", "hinge", "idk", "kto", "npo", "resolve", "satimp", "simnpo", "tnpo", "wga",
+    "ALIASES", "METHODS", "OF_THE_LOOP", "REFUSALS", "Method", "adaptive_rmu", "dpo", "flat", "ga", "hinge", "idk", "kto", "npo", "resolve", "rmu", "satimp",
+    "simnpo", "tnpo", "wga",
     "wtnpo",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyunlearn.errors import ArgumentError, nearest
 from pyunlearn.methods._reduction import token_means
+from pyunlearn.methods.adaptive_rmu import adaptive_rmu
 from pyunlearn.methods.dpo import dpo
 from pyunlearn.methods.flat import flat
 from pyunlearn.methods.gradient_ascent import ga
@@ -16,6 +17,7 @@ from pyunlearn.methods.hinge import hinge
 from pyunlearn.methods.idk import idk
 from pyunlearn.methods.kto import kto
 from pyunlearn.methods.npo import npo
+from pyunlearn.methods.rmu import rmu
 from pyunlearn.methods.satimp import satimp
 from pyunlearn.methods.simnpo import simnpo
 from pyunlearn.methods.tnpo import tnpo
@@ -29,7 +31,8 @@ class Method(NamedTuple):
     `loss(forget, lengths, reference)` takes (B,) summed log-likelihoods under the model, scored tokens, and summed log-likelihoods under the
     reference model (the original, unless the caller gave another), and returns each example's loss, (B,). A method that reads another text beside the
     forget text gets all three as (B, 2), in that order. One of single tokens (`token`) is called as
-    `loss(log_likelihood (n,), example (n,), counts (b,), reference (n,))`, and reads the two of a pair as neighbouring examples.
+    `loss(log_likelihood (n,), example (n,), counts (b,), reference (n,))`, and reads the two of a pair as neighbouring examples. One of kind "hidden"
+    is called as `loss(hidden (n, D), example (n,), counts (b,), direction (D,), norms (b,))`: see `rmu` and `adaptive_rmu`.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Method(NamedTuple):
     needs: tuple[str, ...] = ()  # "reference", "refusals", "winners", "alternates"
     token: bool = False
     rate: float = 1.0  # the default learning rate is multiplied by it
+    kind: str = "likelihood"
 
     @property
     def pairs(self) -> bool:
@@ -74,6 +78,7 @@ def _dpo(f: Tensor, n: Tensor, r: Tensor, **options: Any) -> Tensor:
 
 
 _both = ("refusal", "forget")
+_layer: dict[str, Any] = {"alpha": 1200.0, "layer": None, "layers": None, "trainable": None}
 _select = ("temperature", "likeliest")
 METHODS = {
     m.name: m
@@ -99,11 +104,15 @@ METHODS = {
             "satimp", satimp, lambda x, e, n, r, **o: satimp(x, e, n, **o), "2505.11953", select=("temperature",), token=True
         ),
         _method("flat", flat, _flat, "2410.11143", reads=_both, needs=("refusals",), token=True),
+        _method("rmu", rmu, lambda h, e, n, u, r, **o: rmu(h, e, n, u, **o), "2403.03218", kind="hidden", loop=_layer),
+        _method("adaptive_rmu", adaptive_rmu, adaptive_rmu, "2408.06223", kind="hidden", loop=_layer),
     )
 }  # fmt: skip
 """The forget terms."""
 
-OF_THE_LOOP = ("temperature", "likeliest", "refusals", "winners", "alternates")
+OF_THE_LOOP = (
+    "temperature", "likeliest", "refusals", "winners", "alternates", "alpha", "layer", "layers", "trainable",
+)  # fmt: skip
 """Options that a method's own function never sees."""
 
 ALIASES = {"graddiff": ("ga", "nll")} | {f"{name}+nll": (name, "nll") for name in METHODS}
@@ -111,29 +120,35 @@ ALIASES = {"graddiff": ("ga", "nll")} | {f"{name}+nll": (name, "nll") for name i
 
 
 def resolve(name: str, retain_loss: str | None, has_retain: bool, options: dict[str, Any]) -> tuple[Method, str | None]:
-    """The method and the retain loss behind a name; retain_loss "auto" is nll where there is a retain set.
+    """The method and the retain loss behind a name; retain_loss "auto" is the method's own, or else nll, where there is a retain set.
 
     "nll" trains on the retain set; "hold" only undoes what the run has cost it: mean over examples of max(0, NLL - NLL before the run).
+    "representation", RMU's own, keeps the hidden states of the retain set in the layer that is steered, with the method's weight alpha.
 
     Raises ArgumentError for an unknown name (with the nearest), an option the method does not have, a retain loss without a retain set.
     """
     key = name.lower()
     if key not in METHODS and key not in ALIASES:
         raise ArgumentError(f"there is no method {name!r}; {nearest(name, [*METHODS, *ALIASES])}")
-    if retain_loss not in ("auto", "nll", "hold", None):
-        raise ArgumentError(f'retain_loss must be "auto", "nll", "hold" or None, got {retain_loss!r}')
+    if retain_loss not in ("auto", "nll", "hold", "representation", None):
+        raise ArgumentError(f'retain_loss must be "auto", "nll", "hold", "representation" or None, got {retain_loss!r}')
     forced = None
     if key in ALIASES:
         key, forced = ALIASES[key]
     method = METHODS[key]
-    if forced or retain_loss in ("nll", "hold"):
-        retain_loss = "hold" if retain_loss == "hold" else "nll"
+    if retain_loss == "representation" and method.kind != "hidden":
+        of = ", ".join(m.name for m in METHODS.values() if m.kind == "hidden")
+        raise ArgumentError(
+            f'retain_loss="representation" is the own term of {of}, and {key!r} has none: take "nll" or "hold"'
+        )
+    if forced or retain_loss in ("nll", "hold", "representation"):
+        retain_loss = "nll" if forced and retain_loss != "hold" else retain_loss
         if not has_retain:
             raise ArgumentError(
                 f"method {name!r} with retain_loss={retain_loss!r} needs text to keep: pass retain=, or {key!r} with no retain loss"
             )
     elif retain_loss == "auto":
-        retain_loss = "nll" if has_retain else None
+        retain_loss = ("representation" if method.kind == "hidden" else "nll") if has_retain else None
     unknown = sorted(set(options) - set(method.options))
     if unknown:
         has = f"has {', '.join(method.options)}" if method.options else "has none"
