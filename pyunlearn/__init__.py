@@ -2,6 +2,7 @@
 
 from pyunlearn.audit_result import Audit, AuditedExample
 from pyunlearn.auditing import audit
+from pyunlearn.comparing import Comparison, compare
 from pyunlearn.errors import (
     ArgumentError,
     DataError,
@@ -20,6 +21,7 @@ __all__ = [
     "ArgumentError",
     "Audit",
     "AuditedExample",
+    "Comparison",
     "DataError",
     "DependencyError",
     "ExampleResult",
@@ -30,5 +32,6 @@ __all__ = [
     "TrainingError",
     "Utility",
     "audit",
+    "compare",
     "unlearn",
 ]

@@ -1,4 +1,4 @@
-"""The command line: pyunlearn unlearn, audit, demo, methods, info."""
+"""The command line: pyunlearn unlearn, audit, compare, demo, methods, info."""
 
 from __future__ import annotations
 
@@ -162,6 +162,75 @@ def audit(
         files = "audit.json and audit.html are" if html else "audit.json is"
         console.print(f"{files} in {target}", highlight=False, markup=False)
     raise typer.Exit(0 if found.passed else 1)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="The model that every method starts from: a folder, a .gguf file, or a name on the Hugging Face hub.")],
+    forget: Annotated[Path, typer.Option(help="The texts to forget, as for `pyunlearn unlearn`.")],
+    methods: Annotated[str | None, typer.Option(help="Names, parted by commas: ga,npo,simnpo+nll. Default: all of `pyunlearn methods`.")] = None,
+    retain: Annotated[Path | None, typer.Option(help="Text that must keep working: trained on by each method, and what utility is measured on.")] = None,
+    holdout: Annotated[Path | None, typer.Option(help="Text of the same kind that was never trained on, 19 or more. Default: sampled from the "
+                                                      "model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for result.json, table.csv and the plot; new, empty, or of an interrupted comparison, which "
+                                                  "goes on. Default: MODEL-compare, here.")] = None,
+    tau: Annotated[float, typer.Option(help="Share of the original's utility that each method must keep.")] = 0.95,
+    metric: Annotated[str, typer.Option(help="The utility: probability, extraction_strength or greedy_match.")] = "probability",
+    retain_loss: Annotated[str, typer.Option(help="auto (nll where there is --retain), nll, hold, or none.")] = "auto",
+    tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of each method. Default: 5e-6, for adapters 1e-4.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples in one step.")] = 8,
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps of each method at most.")] = 200,
+    until: Annotated[float, typer.Option(help="Bits of exposure at which an example is let go.")] = 1.443,
+    utility_budget: Annotated[float, typer.Option(help="Allowed relative rise of the utility text's negative log-likelihood during a run.")] = 0.05,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut examples longer than the model's context, instead of refusing.")] = False,
+    plot: Annotated[bool | None, typer.Option("--plot/--no-plot", help="comparison.svg and .png. Default: where matplotlib is installed.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same comparison.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON instead of a table.")] = False,
+) -> None:  # fmt: skip
+    """Run several methods from the same model, and show what each forgets at equal utility.
+
+    Example: `pyunlearn compare ./my-model --forget secrets.jsonl --retain keep.jsonl --methods ga,npo,simnpo`
+
+    Each method's result is mixed with the original until `tau` of the original's utility is kept; then exposure, memorization and cost are measured. The
+    model is not changed. An interrupted comparison goes on when the same command is run again; other --methods are added to it.
+
+    Exit code 0: every method was measured. 1: one was refused or failed (the table says why). 2: something given cannot be used. 130: interrupted.
+    """
+    import pyunlearn
+    from pyunlearn.comparing import comparison_table, require_plot_package
+
+    _quiet_libraries()
+    if plot:
+        require_plot_package()
+    target = out if out is not None else Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-compare")
+    try:
+        found = pyunlearn.compare(
+            model, forget, methods=None if methods is None else [name.strip() for name in methods.split(",") if name.strip()], retain=retain,
+            holdout=holdout, tokenizer=tokenizer, tau=tau, metric=metric, retain_loss=None if retain_loss == "none" else retain_loss,
+            learning_rate=learning_rate, batch_size=batch_size, max_steps=max_steps, until=until, utility_budget=utility_budget,
+            truncate=truncate, seed=seed, output_dir=target, plot=plot, progress=False if quiet else None,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(
+            f"interrupted; finished methods are kept in {target}: run the same command again to go on", file=sys.stderr
+        )
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        console.print(comparison_table(found, wide=console.width >= 112))
+        plots = (
+            ", table.csv, comparison.svg and comparison.png"
+            if (target / "comparison.svg").exists()
+            else " and table.csv"
+        )
+        console.print(f"result.json{plots} are in {target}", highlight=False, markup=False)
+    raise typer.Exit(0 if found.complete else 1)
 
 
 @app.command()
