@@ -82,6 +82,20 @@ class State:
                 gradient.masked_fill_(~mask, 0)
 
     @torch.no_grad()
+    def shrink(self, strength: float) -> None:
+        """The step of an l1 penalty: every weight goes towards 0 by learning rate times strength, and stops there (its proximal operator).
+
+        Apart from the optimizer, as AdamW's decay is: inside it the penalty's gradient would be normalised to the same step whatever its strength.
+        """
+        amount = strength * self.optimizer.param_groups[0]["lr"]
+        if amount <= 0:
+            return
+        for narrow, wide in zip(self.parameters.values(), self._weights, strict=True):
+            wide.copy_(torch.nn.functional.softshrink(wide, amount))
+            if narrow is not wide:
+                narrow.copy_(wide)
+
+    @torch.no_grad()
     def hold(self) -> None:
         """Puts back what a step moved where the mask is False: an optimizer moves weights without a gradient too, by momentum and by decay."""
         if not self.mask:

@@ -35,6 +35,7 @@ _FIXED = (
     "utility_budget",
     "max_grad_norm",
     "mask",
+    "l1",
     "seed",
 )
 _HALVINGS = 6  # of the learning rate, before a run gives up
@@ -59,6 +60,7 @@ def unlearn(
     utility_budget: float = 0.05,
     max_grad_norm: float = 1.0,
     mask: Any = None,
+    l1: float = 0.0,
     truncate: bool = False,
     workspace: int | None = None,
     output_dir: str | Path | None = None,
@@ -97,6 +99,8 @@ def unlearn(
         mask: which weights may change, whatever the method; all others keep their bits. A dict of parameter names to boolean tensors (what is not in it
             may change), such as `edits.saliency_mask` and `edits.prune` give, or "saliency" (that mask of this forget set, half of the weights)
             or "nonzero" (weights that are 0, pruned ones, stay 0).
+        l1: strength of a penalty on the sum of the absolute weights that train, falling in a line to 0 at max_steps: beside each step of the optimizer a weight
+            goes towards 0 by learning_rate * l1 * (1 - step / max_steps) (arXiv 2304.04934). For adapters and small models.
         truncate: cut examples that are longer than the model's context, instead of refusing them.
         workspace: bytes for kept logits, see `pyunlearn.ops.linear_log_likelihood`.
         output_dir: where the result is saved at the end (new or empty). A checkpoint stands beside it while the run goes on.
@@ -122,6 +126,7 @@ def unlearn(
         "until": until,
         "retain_weight": retain_weight,
         "max_grad_norm": max_grad_norm,
+        "l1": l1,
     }
     for name, amount in amounts.items():
         if not isinstance(amount, (int, float)) or not amount >= 0:
@@ -177,7 +182,7 @@ def unlearn(
         run.hold_retain()
     movable = mask_of(mask, run.model, tokens["forget"], batch_size=batch_size, workspace=workspace)
     settings["mask"] = digest_of(mask)
-    run.take_fingerprint({name: settings[name] for name in _FIXED})
+    run.take_fingerprint({name: settings[name] for name in _FIXED} | ({"max_steps": max_steps} if l1 else {}))
     with Interruptible() as interrupt:
         history, stopped = _ascend(
             run,
@@ -186,6 +191,7 @@ def unlearn(
             max_steps,
             retain_weight if retain_loss else 0.0,
             max_grad_norm,
+            l1,
             checkpoint,
             resume,
             interrupt,
@@ -217,6 +223,7 @@ def _ascend(
     max_steps: int,
     retain_weight: float,
     max_grad_norm: float,
+    l1: float,
     checkpoint: Path | None,
     resume: bool,
     interrupt: Interruptible,
@@ -265,6 +272,7 @@ def _ascend(
                 state.mask_gradients()
                 norm = run.accelerator.clip_grad_norm_(state.parameters.values(), max_grad_norm)
                 optimizer.step()
+                state.shrink(l1 * (1 - (step + len(records)) / max_steps))
                 state.hold()
                 # ----------------------------------------------------------------
                 run.steps[chosen] += 1

@@ -169,7 +169,7 @@ def test_nonzero_keeps_pruned_weights_at_zero(story):  # noqa: F811
 def test_a_resumed_run_keeps_its_mask_and_no_other_is_let_in(story, tmp_path, monkeypatch):  # noqa: F811
     """The checkpoint holds it: the numbers are those of an uninterrupted run."""
     mask = saliency_mask(story.model, story.forget, share=0.3, tokenizer=story.tokenizer)
-    options = {"batch_size": 1, "max_steps": 6, "mask": mask}
+    options = {"batch_size": 1, "max_steps": 6, "mask": mask, "l1": 0.5}
     whole, calls, loss = run(story, **options), [], METHODS["ga"].loss
 
     def cut(*given, **more):
@@ -185,6 +185,9 @@ def test_a_resumed_run_keeps_its_mask_and_no_other_is_let_in(story, tmp_path, mo
     for wrong in (other, None, "saliency"):
         with pytest.raises(DataError, match="was made with mask="):
             run(story, **{**options, "mask": wrong}, output_dir=tmp_path / "out", resume=True)
+    for name, value in (("l1", 0.0), ("max_steps", 7)):  # whose schedule would be another
+        with pytest.raises(DataError, match=f"was made with {name}="):
+            run(story, **{**options, name: value}, output_dir=tmp_path / "out", resume=True)
     resumed = run(story, **options, output_dir=tmp_path / "out", resume=True)
     assert same(weights(resumed.model), weights(whole.model))
     assert resumed.settings["mask"] == digest_of(mask) != digest_of(other)
