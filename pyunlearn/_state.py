@@ -47,9 +47,15 @@ class MasterWeights(torch.optim.Optimizer):
 
 
 class State:
-    """The trainable parameters and their optimizer, with the last good weights to go back to."""
+    """The trainable parameters and their optimizer, with the last good weights to go back to.
 
-    def __init__(self, model: nn.Module, learning_rate: float, *, resumable: bool = False) -> None:
+    mask: name -> bool tensor, False where a weight must keep its bits.
+    """
+
+    def __init__(
+        self, model: nn.Module, learning_rate: float, *, resumable: bool = False, mask: dict[str, Tensor] | None = None
+    ) -> None:
+        self.mask = mask or {}
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters.values())
         every = list(self.parameters.values())
@@ -67,6 +73,38 @@ class State:
     @property
     def _weights(self) -> list[Tensor]:
         return list(getattr(self.optimizer, "wide", self.parameters.values()))
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Leaves no gradient where the mask is False: neither the clipping nor the optimizer sees it."""
+        for name, mask in self.mask.items():
+            if (gradient := self.parameters[name].grad) is not None:
+                gradient.masked_fill_(~mask, 0)
+
+    @torch.no_grad()
+    def shrink(self, strength: float) -> None:
+        """The step of an l1 penalty: every weight goes towards 0 by learning rate times strength, and stops there (its proximal operator).
+
+        Apart from the optimizer, as AdamW's decay is: inside it the penalty's gradient would be normalised to the same step whatever its strength.
+        """
+        amount = strength * self.optimizer.param_groups[0]["lr"]
+        if amount <= 0:
+            return
+        for narrow, wide in zip(self.parameters.values(), self._weights, strict=True):
+            wide.copy_(torch.nn.functional.softshrink(wide, amount))
+            if narrow is not wide:
+                narrow.copy_(wide)
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Puts back what a step moved where the mask is False: an optimizer moves weights without a gradient too, by momentum and by decay."""
+        if not self.mask:
+            return
+        for (name, narrow), wide, good in zip(self.parameters.items(), self._weights, self.good, strict=True):
+            if name in self.mask:
+                wide.copy_(torch.where(self.mask[name], wide, good))
+                if narrow is not wide:
+                    narrow.copy_(wide)
 
     @torch.no_grad()
     def keep(self) -> None:
@@ -111,7 +149,8 @@ class State:
         beside = path.with_name(path.name + ".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = dict(zip(self.parameters, self._weights, strict=True))
-        torch.save({"weights": weights, "optimizer": self._adam.state_dict(), "progress": progress}, beside)
+        kept = {"weights": weights, "optimizer": self._adam.state_dict(), "progress": progress, "mask": self.mask}
+        torch.save(kept, beside)
         os.replace(beside, path)
 
     def read(self, path: Path) -> dict[str, Any]:
@@ -138,4 +177,5 @@ class State:
             if narrow is not p:
                 narrow.copy_(p)
         self._adam.load_state_dict(saved["optimizer"])
+        self.mask = {name: mask.to(self.parameters[name].device) for name, mask in saved["mask"].items()}
         self.keep()

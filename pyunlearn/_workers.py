@@ -68,6 +68,14 @@ class Workers:
             for p in [*model.parameters(), *model.buffers()]:
                 p.copy_(broadcast(p.detach().clone(), from_process=0))
 
+    def same_masks(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The first process's boolean tensors, everywhere; names and shapes are the same already."""
+        if self.count == 1:
+            return masks
+        from accelerate.utils import broadcast
+
+        return {name: broadcast(m.to(torch.uint8), from_process=0).bool() for name, m in masks.items()}
+
     def same_objects(self, items: Sequence[Any]) -> list[Any]:
         """The first process's items, everywhere."""
         if self.count == 1:

@@ -43,6 +43,9 @@ def unlearn(
     max_steps: Annotated[int, typer.Option(help="Optimizer steps at most.")] = 200,
     until: Annotated[float, typer.Option(help="Bits of exposure at which an example is let go; 1.443 is the mean of unseen text.")] = 1.443,
     utility_budget: Annotated[float, typer.Option(help="Allowed relative rise of the utility text's negative log-likelihood.")] = 0.05,
+    mask: Annotated[str | None, typer.Option(help="Weights that may change: saliency (the half on which the forget loss depends most), or nonzero (pruned "
+                                                  "weights stay 0). Default: all.")] = None,
+    l1: Annotated[float, typer.Option(help="Strength of an l1 penalty on the weights, falling to 0 over the run: for adapters and small models.")] = 0.0,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut examples longer than the model's context, instead of refusing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted run with the same --out.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
@@ -64,7 +67,7 @@ def unlearn(
         model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method,
         retain_loss=None if retain_loss == "none" else retain_loss, reference_model=reference_model,
         learning_rate=learning_rate, batch_size=batch_size, max_steps=max_steps, until=until, utility_budget=utility_budget,
-        truncate=truncate, resume=resume, output_dir=target, seed=seed, progress=False if quiet else None,
+        mask=mask, l1=l1, truncate=truncate, resume=resume, output_dir=target, seed=seed, progress=False if quiet else None,
     )  # fmt: skip
     if result.stopped == "interrupted":
         print(

@@ -17,6 +17,7 @@ from pyunlearn._run import Run
 from pyunlearn._state import State
 from pyunlearn._terms import finite, forget_step, retain_step
 from pyunlearn.data import encode, read_examples
+from pyunlearn.edits._masks import Mask, digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import REFUSALS, resolve
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
@@ -34,6 +35,8 @@ _FIXED = (
     "until",
     "utility_budget",
     "max_grad_norm",
+    "mask",
+    "l1",
     "seed",
 )
 _HALVINGS = 6  # of the learning rate, before a run gives up
@@ -57,6 +60,8 @@ def unlearn(
     until: float = NULL_MEAN,
     utility_budget: float = 0.05,
     max_grad_norm: float = 1.0,
+    mask: Any = None,
+    l1: float = 0.0,
     truncate: bool = False,
     workspace: int | None = None,
     output_dir: str | Path | None = None,
@@ -94,6 +99,11 @@ def unlearn(
         until: bits of anchored exposure at which an example is let go; 1.443 is the mean of unseen text.
         utility_budget: allowed relative rise of the utility text's negative log-likelihood, 0.05 = 5 % (of 1 nat at least).
         max_grad_norm: gradients are clipped to this norm.
+        mask: which weights may change, whatever the method; all others keep their bits. A dict of parameter names to boolean tensors (what is not in it
+            may change), such as `edits.saliency_mask` and `edits.prune` give, or "saliency" (that mask of this forget set, half of the weights)
+            or "nonzero" (weights that are 0, pruned ones, stay 0).
+        l1: strength of a penalty on the sum of the absolute weights that train, falling in a line to 0 at max_steps: beside each step of the optimizer a weight
+            goes towards 0 by learning_rate * l1 * (1 - step / max_steps) (arXiv 2304.04934). For adapters and small models.
         truncate: cut examples that are longer than the model's context, instead of refusing them.
         workspace: bytes for kept logits, see `pyunlearn.ops.linear_log_likelihood`.
         output_dir: where the result is saved at the end (new or empty). A checkpoint stands beside it while the run goes on.
@@ -119,6 +129,7 @@ def unlearn(
         "until": until,
         "retain_weight": retain_weight,
         "max_grad_norm": max_grad_norm,
+        "l1": l1,
     }
     for name, amount in amounts.items():
         if not isinstance(amount, (int, float)) or not amount >= 0:
@@ -130,6 +141,7 @@ def unlearn(
             f"until must be below {SIGNIFICANT:.2f} bits, where an example counts as memorized, got {until!r}"
         )
     chosen, retain_loss = resolve(method, retain_loss, retain is not None, method_options or {})
+    require_mask(mask)
     if output_dir is not None:
         check_output(output_dir)
     checkpoint = None if output_dir is None else _beside(Path(output_dir).resolve())
@@ -176,14 +188,18 @@ def unlearn(
         run.hold_retain()
     if chosen.kind == "hidden":
         run.steer(retain_loss, max_steps)
-    run.take_fingerprint({name: settings[name] for name in _FIXED})
+    settings["mask"] = digest_of(mask)
+    run.take_fingerprint({name: settings[name] for name in _FIXED} | ({"max_steps": max_steps} if l1 else {}))
     with Interruptible() as interrupt, run.steering.alone() if run.steering else nullcontext():
+        movable = mask_of(mask, run.model, tokens["forget"], batch_size=batch_size, workspace=workspace)
         history, stopped = _ascend(
             run,
+            run.workers.same_masks(movable),
             learning_rate,
             max_steps,
             retain_weight if retain_loss else 0.0,
             max_grad_norm,
+            l1,
             checkpoint,
             resume,
             interrupt,
@@ -210,16 +226,18 @@ def unlearn(
 
 def _ascend(
     run: Run,
+    mask: Mask,
     learning_rate: float,
     max_steps: int,
     retain_weight: float,
     max_grad_norm: float,
+    l1: float,
     checkpoint: Path | None,
     resume: bool,
     interrupt: Interruptible,
 ) -> tuple[list[dict[str, Any]], str]:
     """The loop. Leaves the best state within the budget in the model; returns one record a step, and why it ended."""
-    state = State(run.model, learning_rate, resumable=checkpoint is not None)
+    state = State(run.model, learning_rate, resumable=checkpoint is not None, mask=mask)
     optimizer = run.accelerator.prepare_optimizer(state.optimizer)
     history: list[dict[str, Any]] = []
     step = round_number = halvings = 0
@@ -262,8 +280,11 @@ def _ascend(
                 forget_loss = forget_step(run, chosen)  # before the retain term: only one graph is alive
                 retain_nll = retain_step(run, step + len(records), retain_weight)
                 run.workers.sum_gradients(state.parameters.values())
+                state.mask_gradients()
                 norm = run.accelerator.clip_grad_norm_(state.parameters.values(), max_grad_norm)
                 optimizer.step()
+                state.shrink(l1 * (1 - (step + len(records)) / max_steps))
+                state.hold()
                 # ----------------------------------------------------------------
                 run.steps[chosen] += 1
                 interrupt.check()

@@ -163,6 +163,17 @@ def test_a_text_of_which_nothing_would_be_scored_is_refused(unlearn, folder, tra
     assert "has no token to score" in refused(result, tmp_path, ("tokenizer", "texts.txt"))
 
 
+def test_a_mask_lets_half_of_the_weights_change(unlearn, trained, tmp_path):
+    """--mask saliency; a word that is no mask is refused."""
+    code, _, err = unlearn("--mask", "saliency", "--out", "new")
+    assert (code, err) == (0, "")
+    model, _ = models.load(tmp_path / "new")
+    pairs = [(p, q) for p, q in zip(model.parameters(), trained.model.parameters(), strict=True)]
+    changed, size = sum(int((p != q).sum()) for p, q in pairs), sum(p.numel() for p, _ in pairs)
+    assert size / 4 < changed <= size / 2 + 1
+    assert "got 'salience'" in refused(unlearn("--mask", "salience", "--out", "other"), tmp_path, kept=["new"])
+
+
 def test_a_long_text_can_be_truncated(unlearn, tmp_path):
     """As the refusal says."""
     (tmp_path / "long.txt").write_text("the cat sees a tree. " * 40)

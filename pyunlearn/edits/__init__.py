@@ -4,13 +4,18 @@ from pyunlearn.edits._edited import Edited
 from pyunlearn.edits.dampening import selective_synaptic_dampening
 from pyunlearn.edits.influence import first_order_influence, second_order_influence
 from pyunlearn.edits.mixing import Mixed, calibrate_by_mixing
+from pyunlearn.edits.prune import Pruned, prune
+from pyunlearn.edits.saliency import saliency_mask
 from pyunlearn.edits.task_vector import task_vector
 
 __all__ = [
     "Edited",
     "Mixed",
+    "Pruned",
     "calibrate_by_mixing",
     "first_order_influence",
+    "prune",
+    "saliency_mask",
     "second_order_influence",
     "selective_synaptic_dampening",
     "task_vector",
