@@ -181,6 +181,18 @@ def test_parameters_can_be_chosen(story):
         } == wanted
 
 
+def test_a_mask_chooses_among_those_that_train(story):
+    """One over every parameter, as saliency_mask gives it: of the two down projections only its weights change."""
+    mask = {
+        n: torch.rand(p.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+        for n, p in story.model.named_parameters()
+    }
+    result = run(story, method="rmu", method_options=QUICK, mask=mask, max_steps=1, learning_rate=1e-3)
+    moved = {n: p != story.model.state_dict()[n] for n, p in result.model.named_parameters()}
+    assert {n for n, m in moved.items() if m.any()} == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
+    assert all((mask[n] | ~m).all() for n, m in moved.items())
+
+
 # ---------------------------------------------------------------- end to end
 
 

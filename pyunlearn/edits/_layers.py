@@ -69,4 +69,4 @@ def even_batches(edit: Editing, tokens: Sequence[Tokens]) -> Iterator[tuple[list
 
 def forward(edit: Editing, batch: TokenBatch) -> None:
     """The model runs on a batch, for what hooks see of it."""
-    edit.model(**models._inputs(batch))
+    edit.model(**models.inputs_of(batch))
