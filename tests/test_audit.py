@@ -376,19 +376,3 @@ def test_a_budget_is_spent_on_what_is_likely_recited(teller):
     assert all(e.now.continuation is not None for e in whole.examples)
     for i in written:
         assert found.examples[i].now == whole.examples[i].now
-
-
-@pytest.mark.real_model
-def test_a_real_model_knows_famous_passages_and_no_fresh_sentence():
-    """SmolLM2-135M, without a holdout: public-domain passages that it recites are exposed, sentences written for this test are not memorized."""
-    from pyunlearn import demo
-
-    famous = [demo.FORGET["Declaration of Independence"], demo.FORGET["First Amendment"], demo.SURVIVE["Genesis 1"]]
-    fresh = [
-        demo.SURVIVE["a fresh sentence"],
-        "On the ferry to Oslavia my neighbour unpacked eleven pears and asked each passenger which one had been grown indoors.",
-        "The committee agreed that the bridge should hum in B flat, provided the herons of the lower basin raised no objection.",
-    ]
-    found = pyunlearn.audit(demo.model_file(), famous + fresh, metrics=[], progress=False)
-    assert [e.verdict for e in found.examples] == ["still exposed"] * 3 + ["not memorized"] * 3
-    assert min(e.exposure for e in found.examples[:3]) > max(e.exposure for e in found.examples[3:]) + 3

@@ -352,17 +352,3 @@ def test_a_folder_without_a_tokenizer(tmp_path):
     tf.LlamaModel(tf.LlamaConfig(**KV)).save_pretrained(tmp_path / "trunk")
     with pytest.raises(ModelError, match="no language-model head"):
         load(tmp_path / "trunk")
-
-
-@pytest.mark.real_model
-def test_a_gguf_model_can_be_saved_and_loaded_again(tmp_path):
-    """Dequantized, it is a model like any other, and the same one afterwards."""
-    from pyunlearn.demo import model_file
-
-    model, tokenizer = load(model_file())
-    model.save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    again, _ = load(tmp_path / "m")
-    for (name, p), (other, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
-        assert name == other
-        assert torch.equal(p, q)

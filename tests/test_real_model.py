@@ -1,11 +1,14 @@
-"""The demo, as a user sees it: SmolLM2-135M forgets two texts, never knew the third, and keeps six others."""
+"""SmolLM2-135M. The demo, as a user sees it: two texts are forgotten, the third was never known, six others are kept. And what an audit says of it."""
 
+import copy
 import json
 import time
 
 import pytest
+import torch
 
-from pyunlearn import demo
+import pyunlearn
+from pyunlearn import demo, models
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 
 pytestmark = pytest.mark.real_model
@@ -14,10 +17,24 @@ MEMORIZED = ("Declaration of Independence", "First Amendment")
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
+def original():
+    """(model, tokenizer), read from the GGUF file once for all tests."""
+    return models.load(demo.model_file())
+
+
+@pytest.fixture(scope="module")
+def unlearned(original):
+    """The copy that the demo works on."""
+    return copy.deepcopy(original[0])
+
+
+@pytest.fixture(scope="module")
+def ran(original, unlearned, tmp_path_factory):
     """(whether it went as it should, result.json, seconds) of one run."""
     out, began = tmp_path_factory.mktemp("demo") / "out", time.perf_counter()
-    went_well = demo.run(out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load", lambda path: (unlearned, original[1]))
+        went_well = demo.run(out)
     seconds = time.perf_counter() - began
     print(f"the demo took {seconds:.0f} s")
     assert [path.name for path in out.iterdir()] == ["result.json"]
@@ -93,3 +110,31 @@ def test_how_long_it_took_is_told(ran, capsys):
     """Not asserted: a busy machine is no defect. The goal is under 180 s on two cores."""
     with capsys.disabled():
         print(f"\nthe demo took {ran[2]:.0f} s")
+
+
+def test_an_audit_tells_before_and_after_right(original, unlearned, ran):
+    """Its own references, without a holdout: what the demo forgot was exposed and no longer is, what it kept still is, and new sentences never were."""
+    texts = [
+        *(demo.FORGET[name] for name in MEMORIZED),
+        demo.SURVIVE["Genesis 1"],
+        demo.SURVIVE["a fresh sentence"],
+        "On the ferry to Oslavia my neighbour unpacked eleven pears and asked each passenger which one had been grown indoors.",
+        "The committee agreed that the bridge should hum in B flat, provided the herons of the lower basin raised no objection.",
+    ]
+    model, tokenizer = original
+    found = pyunlearn.audit(unlearned, texts, original=model, tokenizer=tokenizer, metrics=[], progress=False)
+    verdicts = ["forgotten"] * 2 + ["still exposed"] + ["not memorized"] * 3
+    assert [e.verdict for e in found.examples] == verdicts
+    before = [e.exposure_before for e in found.examples]
+    assert min(before[:3]) > max(before[3:]) + 3
+
+
+def test_a_gguf_model_can_be_saved_and_loaded_again(original, tmp_path):
+    """Dequantized, it is a model like any other, and the same one afterwards."""
+    model, tokenizer = original
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    again, _ = models.load(tmp_path / "m")
+    for (name, p), (other, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(p, q)
