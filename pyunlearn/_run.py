@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyunlearn import models, references
+from pyunlearn._distributions import Distributions
+from pyunlearn._kept import Kept
 from pyunlearn._progress import Progress
 from pyunlearn._representations import Steering
 from pyunlearn._workers import Workers
 from pyunlearn.data import TokenBatch, Tokens, batches, collate, padding_id
-from pyunlearn.errors import ModelError, TrainingError
-from pyunlearn.methods import Method
+from pyunlearn.errors import ArgumentError, ModelError, TrainingError
+from pyunlearn.methods import Method, Multiplier
 from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
 from pyunlearn.references import require_enough, sampled
 from pyunlearn.result import ExampleResult, Utility
@@ -48,6 +50,7 @@ class Run:
         self, model: Any, tokenizer: Any, method: Method, options: dict[str, Any], forget: list[Tokens], retain: list[Tokens] | None,
         holdout: list[Tokens] | None, seed: int, batch_size: int, workspace: int | None, until: float, budget: float,
         reference_model: Any, progress: bool | None, instead: list[Tokens] | None = None, cached: dict[str, Any] | None = None,
+        retain_loss: str | None = None, max_steps: int = 0,
     ) -> None:  # fmt: skip
         from accelerate import Accelerator
 
@@ -61,7 +64,7 @@ class Run:
         self.likelihood = models.Likelihood(self.model, workspace=workspace)
         self.tokenizer, self.method, self.options = tokenizer, method, options
         self.forget, self.retain, self.seed, self.batch_size = forget, retain, seed, batch_size
-        self.until, self.budget = until, budget
+        self.until, self.budget, self.retain_loss = until, budget, retain_loss
         self.read = {"forget": forget} | dict.fromkeys(("refusal", "winner"), instead or [])
         self.cached = (
             cached or {}
@@ -72,14 +75,16 @@ class Run:
         )
         self.steering: Steering | None = None
         self.held: Floats | None = None  # (R,) negative log-likelihoods that the retain set is held at
+        self.kept: dict[str, Kept] = {}  # by role: whole distributions under the reference
+        self.multiplier: Multiplier | None = None
         self.bar = Progress(progress if self.workers.leads else False)
         try:
-            self._begin(holdout, reference_model)
+            self._begin(holdout, reference_model, max_steps)
         except BaseException:
             self.bar.close()
             raise
 
-    def _begin(self, holdout: list[Tokens] | None, reference_model: Any) -> None:
+    def _begin(self, holdout: list[Tokens] | None, reference_model: Any, max_steps: int) -> None:
         """Takes every measure of the original model."""
         forget, retain = self.forget, self.retain
         self.bar.say("scoring the forget set")
@@ -108,8 +113,13 @@ class Run:
         self.drift_before = float(-self.mean_log_likelihood(self.watch_references).mean())
         self.significant = SIGNIFICANT - 1e-9  # 19 references reach it exactly
         self.reference: dict[str, list[Floats]] = {}  # by role: under the reference, each token, or each text's sum
-        if "reference" in self.method.needs:
-            self._score_reference(reference_model)
+        if "reference" in self.method.needs or self.retain_loss == "kl":
+            self.bar.say("reading the texts with the reference")
+            self._score_reference(reference_model, max_steps)
+        if self.retain_loss == "hold" and retain is not None:
+            self.held = -self.mean_log_likelihood(retain)
+        if "retain" in self.method.needs:
+            self.multiplier = self._multiplier()
         self.start_state = self.measure()
         self.memorized = self.start_state.lower >= self.significant
         self.now = self.start_state
@@ -140,10 +150,20 @@ class Run:
             self.bar.close()
             raise
 
-    def hold_retain(self) -> None:
-        """From here on the retain term undoes losses, and no more."""
         assert self.retain is not None
-        self.held = -self.mean_log_likelihood(self.retain)
+        n, size = len(self.retain), min(self.batch_size, len(self.retain))
+        order = np.random.default_rng((self.seed, 1, step * size // n)).permutation(n)
+        return [int(order[(step * size + i) % n]) for i in range(size)]
+
+    def position(self) -> tuple[NDArray[np.int64], dict[str, Any]]:
+        """Beside the weights, what a step changes and a taken-back one must change back."""
+        return self.steps.copy(), {} if self.multiplier is None else asdict(self.multiplier)
+
+    def return_to(self, position: tuple[Any, dict[str, Any]]) -> None:
+        """Goes back to what `position` gave."""
+        self.steps[:] = position[0]
+        if self.multiplier is not None:
+            self.multiplier = replace(self.multiplier, **position[1])
 
     # -- measuring
 
@@ -252,8 +272,8 @@ class Run:
         count = len(self.read[role]) // len(self.forget)
         return i * count + int(self.steps[i]) % count
 
-    def _score_reference(self, model: Any) -> None:
-        """Scores what the method reads, once: under the reference model, or under this one as it came."""
+    def _score_reference(self, model: Any, max_steps: int) -> None:
+        """Reads what the method and the retain term compare with, once: under the reference model, or under this one as it came."""
         likelihood, home = self.likelihood, None
         if model is not None:
             if isinstance(model, (str, Path)):
@@ -261,12 +281,42 @@ class Run:
             if model.get_input_embeddings().weight.shape[0] != self.inner.get_input_embeddings().weight.shape[0]:
                 raise ModelError("reference_model has another vocabulary than the model: give one of the same family")
             home = model.device
-            likelihood = models.Likelihood(model.to(self.device).eval())
-        for role in self.method.reads:
-            found = self.token_log_likelihood(self.read[role], likelihood)
-            self.reference[role] = found if self.method.token else [x.sum(keepdims=True) for x in found]
+            likelihood = models.Likelihood(model.to(self.device).eval(), workspace=self.likelihood.workspace)
+        if "reference" in self.method.needs and self.method.kind == "vocabulary":
+            self.kept["forget"] = self._kept(self.forget, range(len(self.forget)), likelihood)
+        elif "reference" in self.method.needs:
+            for role in self.method.reads:
+                found = self.token_log_likelihood(self.read[role], likelihood)
+                self.reference[role] = found if self.method.token else [x.sum(keepdims=True) for x in found]
+        if self.retain_loss == "kl" and self.retain is not None:
+            once = -(-len(self.retain) // min(self.batch_size, len(self.retain)))  # steps that see all of it
+            places = {i for step in range(min(max_steps, once)) for i in self.retain_places(step)}
+            self.kept["retain"] = self._kept(self.retain, sorted(places), likelihood)
         if home is not None:
             model.to(home)
+
+    @torch.no_grad()
+    def _kept(self, tokens: list[Tokens], places: Sequence[int], likelihood: models.Likelihood) -> Kept:
+        """The distributions of those texts, in every process: which of them it will want is not known yet."""
+
+        def parts() -> Iterator[tuple[list[int], Distributions]]:
+            chosen = [tokens[i] for i in places]
+            for at, batch in batches(chosen, 2 * self.batch_size, pad_id=self.pad, decoder_start_id=self.start):
+                with self.accelerator.autocast():
+                    found = likelihood.distributions(batch.to(self.device))
+                yield [places[i] for i in at], found
+
+        return Kept(parts(), {i: len(tokens[i].scored) for i in places})
+
+    def _multiplier(self) -> Multiplier:
+        """PDU's, bounding the retain loss a little above where it begins: NLL at the watched text's mean a token, KL at 0."""
+        o = self.method.options | self.options
+        n = sizes(self.watch, range(len(self.watch)))
+        begins = 0.0 if self.retain_loss == "kl" else float(np.average(self.watched_before, weights=n))
+        if not isinstance(o["retain_tolerance"], (int, float)):
+            raise ArgumentError(f"retain_tolerance must be a number, got {o['retain_tolerance']!r}")
+        bound = begins + o["retain_tolerance"] * max(begins, 1.0)
+        return Multiplier(o["multiplier"], o["multiplier_step_size"], bound, o["multiplier_warmup"])
 
     # -- reporting
 

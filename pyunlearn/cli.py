@@ -33,7 +33,7 @@ def unlearn(
     holdout: Annotated[Path | None, typer.Option(help="Text of the same kind that was never trained on: what forgotten means. Default: sampled "
                                                       "from the model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the new model and result.json; new or empty. Default: MODEL-unlearned, here.")] = None,
-    retain_loss: Annotated[str, typer.Option(help="auto (nll where there is --retain; the method's own for rmu and adaptive_rmu), nll, hold (only undo what the run costs it), "
+    retain_loss: Annotated[str, typer.Option(help="auto (nll where there is --retain; the method's own for rmu and adaptive_rmu), nll, kl (keep the whole distributions of the reference), hold (only undo what the run costs it), "
                                                     "representation (rmu and adaptive_rmu), or none.")] = "auto",
     method: Annotated[str, typer.Option(help="See `pyunlearn methods`; with --retain also graddiff, npo+nll, simnpo+nll, ...")] = "ga",
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
@@ -272,10 +272,13 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.
     table = Table("name", "reads", "needs", "of", "options", "source", box=None)
     for m in found:
         options = ", ".join(f"{k}={v}" for k, v in m["options"].items())
-        kind = "hidden states" if m["kind"] == "hidden" else "tokens" if m["token"] else "sums"
+        kind = {"example": "sums", "token": "tokens", "hidden": "hidden states"}.get(m["kind"], m["kind"])
         table.add_row(m["name"], ", ".join(m["reads"]), ", ".join(m["needs"]), kind, options, m["source"])
     Console().print(table)
-    Console().print("With --retain, NAME+nll also trains on the retain set; graddiff is ga+nll.", highlight=False)
+    Console().print(
+        "With --retain, NAME+nll also trains on the retain set and NAME+kl keeps the reference's distributions there; graddiff is ga+nll.",
+        highlight=False,
+    )
 
 
 @app.command()

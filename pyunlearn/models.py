@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyunlearn._distributions import Distributions, Head
 from pyunlearn.data import TokenBatch
 from pyunlearn.errors import ModelError
 from pyunlearn.ops.example_objective import ExampleObjective, example_objective, objective_of
@@ -26,15 +27,6 @@ from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 from pyunlearn.ops.log_likelihood import log_likelihood
 from pyunlearn.ops.token_objective import TokenObjective, token_objective, tokens_objective_of
 from pyunlearn.ops.token_statistics import TokenStatistics, token_statistics, token_statistics_from_logits
-
-
-class Head(NamedTuple):
-    """The output head: logits = cap(logit_scale * (hidden @ weight.T + bias)), weight (V, D), bias (V,) or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
 
 
 def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any = None) -> tuple[Any, Any]:
@@ -237,6 +229,14 @@ class Likelihood:
             hidden, head.weight, batch.targets, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
             ignore_index=None, workspace=self.workspace,
         )  # fmt: skip
+
+    def distributions(self, batch: TokenBatch) -> Distributions:
+        """The whole distribution at each of batch.rows; differentiable."""
+        if self.fused is None:
+            self._choose(batch)
+        if not self.fused:
+            return Distributions(self._logits(batch), None, self.workspace)
+        return Distributions(*self.hidden(batch), self.workspace)
 
     def greedy_matches(self, batch: TokenBatch) -> Tensor:
         """(n,) bool: whether each target is the model's first choice there."""

@@ -88,11 +88,12 @@ def unlearn(
         tokenizer: needed when `model` is a model object whose name leads to none.
         method: "ga", "npo", "simnpo", ... (`pyunlearn methods` lists them), or with a retain loss "graddiff", "npo+nll", "simnpo+nll", ...
         method_options: the method's own options, such as {"beta": 0.1}.
-        retain_loss: "nll" trains on the retain set, "hold" only undoes what the run has cost it (each example's rise above its first negative
-            log-likelihood), "representation", of rmu and adaptive_rmu, keeps its hidden states in the steered layer; None does nothing; "auto": the
-            method's own where it has one, or else nll, where there is a retain set.
+        retain_loss: "nll" trains on the retain set, "kl" keeps the reference's whole distribution at each of its tokens, "hold" only undoes what
+            the run has cost it (each example's rise above its first negative log-likelihood), "representation", of rmu
+            and adaptive_rmu, keeps its hidden states in the steered layer; None does nothing; "auto": the method's own where it has one, or else nll,
+            where there is a retain set.
         retain_weight: factor on the retain loss.
-        reference_model: whose log-likelihoods NPO and its like compare with; default: the model as it came, scored once.
+        reference_model: what NPO, UNDIAL, KL and their like compare with; default: the model as it came, read once.
         learning_rate: of AdamW; default 5e-6, for adapters (PEFT) 1e-4, and ten times that for idk.
         batch_size: examples in one optimizer step.
         max_steps: optimizer steps at most.
@@ -140,7 +141,9 @@ def unlearn(
         raise ArgumentError(
             f"until must be below {SIGNIFICANT:.2f} bits, where an example counts as memorized, got {until!r}"
         )
-    chosen, retain_loss = resolve(method, retain_loss, retain is not None, method_options or {})
+    chosen, retain_loss = resolve(
+        method, retain_loss, retain is not None, method_options or {}, reference_model is not None
+    )
     require_mask(mask)
     if output_dir is not None:
         check_output(output_dir)
@@ -181,11 +184,10 @@ def unlearn(
         model, tokenizer, chosen, method_options or {}, tokens["forget"], tokens.get("retain"), tokens.get("holdout"), seed, batch_size,
         workspace, until, utility_budget, reference_model, progress, tokens.get("refusals") or tokens.get("winners"),
         State.progress(checkpoint).get("cached") if resume and checkpoint else None,
+        retain_loss, max_steps,
     )  # fmt: skip
     learning_rate = learning_rate or (1e-4 if run.adapted else 5e-6) * chosen.rate
     settings["learning_rate"] = learning_rate
-    if retain_loss == "hold":
-        run.hold_retain()
     if chosen.kind == "hidden":
         run.steer(retain_loss, max_steps)
     settings["mask"] = digest_of(mask)
@@ -248,19 +250,23 @@ def _ascend(
         state.take(stored)
         step, round_number, halvings = saved["step"], saved["round"], saved["halvings"]
         history = json.loads(saved["history"])
-        run.steps[:] = saved["steps"]
+        run.return_to((saved["steps"], saved["multiplier"]))
         run.now = run.measure()
         state.set_learning_rate(learning_rate / 2**halvings)
-    objection, began = "", run.steps.copy()
+    objection, began = "", run.position()
     last_saved = time.monotonic()
 
     def save() -> None:
         if checkpoint is not None and run.workers.leads:
             numbers = {"step": step, "round": round_number, "halvings": halvings, "fingerprint": run.fingerprint}
-            state.save(
-                checkpoint,
-                {**numbers, "history": json.dumps(history), "steps": run.steps.tolist(), "cached": run.cached},
-            )
+            steps, multiplier = run.position()
+            numbers |= {
+                "history": json.dumps(history),
+                "steps": steps.tolist(),
+                "multiplier": multiplier,
+                "cached": run.cached,
+            }
+            state.save(checkpoint, numbers)
 
     try:
         while step < max_steps and halvings <= _HALVINGS:
@@ -272,13 +278,13 @@ def _ascend(
                 : min(_ROUND, max_steps - step)
             ]
             records: list[dict[str, Any]] = []
-            began = run.steps.copy()
+            began = run.position()
             for chosen in taken:
                 # ---------------------------------------------------------------- one optimizer step
                 started = time.perf_counter()
                 optimizer.zero_grad()
                 forget_loss = forget_step(run, chosen)  # before the retain term: only one graph is alive
-                retain_nll = retain_step(run, step + len(records), retain_weight)
+                retained = retain_step(run, step + len(records), retain_weight)
                 run.workers.sum_gradients(state.parameters.values())
                 state.mask_gradients()
                 norm = run.accelerator.clip_grad_norm_(state.parameters.values(), max_grad_norm)
@@ -290,7 +296,7 @@ def _ascend(
                 interrupt.check()
                 records.append({
                     "step": step + len(records) + 1, "round": round_number, "examples": [int(i) for i in chosen],
-                    "forget_loss": finite(forget_loss), "retain_nll": retain_nll, "gradient_norm": finite(float(norm)),
+                    "forget_loss": finite(forget_loss), **retained, "gradient_norm": finite(float(norm)),
                     "learning_rate": learning_rate / 2**halvings, "seconds": time.perf_counter() - started,
                 })  # fmt: skip
             found = run.measure()
@@ -299,7 +305,7 @@ def _ascend(
                 state.go_back()
                 halvings += 1
                 state.set_learning_rate(learning_rate / 2**halvings)
-                run.steps[:] = began
+                run.return_to(began)
             else:
                 state.keep()
                 run.now = found
@@ -314,11 +320,11 @@ def _ascend(
             if time.monotonic() - last_saved > 300:
                 save()
                 last_saved = time.monotonic()
-            began = run.steps.copy()
+            began = run.position()
             interrupt.check()
     except KeyboardInterrupt:
         state.rewind()
-        run.steps[:] = began
+        run.return_to(began)
         save()
         return history, "interrupted"
     finally:

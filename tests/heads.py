@@ -17,6 +17,7 @@ from pyunlearn.ops import _backend, _plan
 # the package's attributes of these names are the functions
 op_module = sys.modules["pyunlearn.ops.linear_log_likelihood"]
 logits_module = sys.modules["pyunlearn.ops.log_likelihood"]
+kl_module = sys.modules["pyunlearn.ops.kl_divergence"]
 statistics_module = sys.modules["pyunlearn.ops.token_statistics"]
 
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-12}
@@ -96,6 +97,8 @@ class Allocations(TorchDispatchMode):
             library.log_likelihood.default: logits_module._forward,
             library.log_likelihood_backward.default: logits_module._backward,
             library.token_statistics.default: statistics_module._forward,
+            library.kl_divergence.default: kl_module._forward,
+            library.kl_divergence_backward.default: kl_module._backward,
         }
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):

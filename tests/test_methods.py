@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pyunlearn import methods
 from pyunlearn.errors import ArgumentError
-from pyunlearn.methods import ALIASES, METHODS, OF_THE_LOOP, ga, npo, resolve, simnpo
+from pyunlearn.methods import ALIASES, METHODS, OF_THE_LOOP, SYNONYMS, ga, npo, resolve, simnpo
 
 FLOATS = {"allow_nan": False, "allow_infinity": False}
 rows = st.lists(
@@ -134,13 +134,19 @@ def test_every_name_resolves_to_its_term_and_retain_loss():
     """The compound names are aliases; 'auto' is the method's own retain loss, or else nll, where there is a retain set."""
     for name, method in METHODS.items():
         assert method.name == name
-        assert resolve(name, "auto", False, {}) == (method, None)
+        if "retain" not in method.needs:
+            assert resolve(name, "auto", False, {}, True) == (method, None)
+            assert resolve(name.upper(), None, True, {}, True) == (method, None)
         assert resolve(name, "auto", True, {}) == (method, "representation" if method.kind == "hidden" else "nll")
-        assert resolve(name.upper(), None, True, {}) == (method, None)
-        assert resolve(name, "nll", True, {}) == (method, "nll")
+        for retain_loss in ("nll", "kl"):
+            assert resolve(name, retain_loss, True, {}, True) == (method, retain_loss)
     for alias, (name, retain) in ALIASES.items():
-        for given_retain in ("auto", "nll", None):
-            assert resolve(alias, given_retain, True, {}) == (METHODS[name], retain)
+        for given_retain in ("auto", retain, None):
+            assert resolve(alias, given_retain, True, {}, True) == (METHODS[name], retain)
+    for other, name in SYNONYMS.items():
+        assert resolve(other, "auto", True, {}) == (METHODS[name], "nll")
+        assert resolve(f"{other}+kl", "auto", True, {}) == (METHODS[name], "kl")
+    assert resolve("ga+nll", "hold", True, {}) == (METHODS["ga"], "hold")
     assert resolve("npo", "auto", False, {"beta": 0.5}) == (METHODS["npo"], None)
 
 
@@ -160,16 +166,24 @@ def test_a_typo_gets_the_nearest_name(name, nearest):
 @pytest.mark.parametrize(
     ("name", "retain_loss", "has_retain", "options", "message"),
     [
-        (
-            "xyzzy",
-            "auto",
-            True,
-            {},
-            "choose from adaptive_rmu, adaptive_rmu[+]nll, altpo, altpo[+]nll, dpo, .*, graddiff, hinge",
-        ),
+        ("xyzzy", "auto", True, {}, "choose from adaptive_rmu, .*, altpo, altpo[+]kl, .*, ce-u, .*, dpo, .*, flat, .*, graddiff, hinge"),
         ("ga", "mse", True, {}, "retain_loss must be .* got 'mse'"),
         ("ga", "nll", False, {}, "method 'ga' with retain_loss='nll' needs text to keep: pass retain="),
         ("graddiff", "auto", False, {}, "method 'graddiff' .* or 'ga' with no retain loss"),
+        ("npo+kl", "auto", False, {}, "method 'npo[+]kl' with retain_loss='kl' needs text to keep"),
+        (
+            "npo+kl",
+            "nll",
+            True,
+            {},
+            "'npo[+]kl' trains with retain_loss='kl', and retain_loss='nll' was given: choose one",
+        ),
+        ("ga+kl", "hold", True, {}, "'ga[+]kl' trains with retain_loss='kl', and retain_loss='hold' was given"),
+        ("pdu", "auto", False, {}, "method 'pdu' bounds the loss of a retain set while it forgets: pass retain="),
+        ("pdu", "hold", True, {}, 'method \'pdu\' bounds the loss .* retain_loss "nll" or "kl"'),
+        ("kl", "auto", False, {}, "'kl' compares the model with itself here, .*: pass reference_model="),
+        ("kl", "kl", True, {}, "'kl' compares the model with itself here"),
+        ("kl", "auto", True, {"direction": "toward"}, "'kl' compares the model with itself here"),
         ("ga", "auto", True, {"beta": 1.0}, "method 'ga' has no option 'beta'; it has temperature, likeliest"),
         ("npo", "auto", True, {"gamma": 1.0}, "method 'npo' has no option 'gamma'; it has beta"),
         (

@@ -10,29 +10,35 @@ from torch import Tensor
 from pyunlearn.errors import ArgumentError, nearest
 from pyunlearn.methods._reduction import token_means
 from pyunlearn.methods.adaptive_rmu import adaptive_rmu
+from pyunlearn.methods.ceu import ceu
 from pyunlearn.methods.dpo import dpo
 from pyunlearn.methods.flat import flat
 from pyunlearn.methods.gradient_ascent import ga
 from pyunlearn.methods.hinge import hinge
 from pyunlearn.methods.idk import idk
+from pyunlearn.methods.kl import kl
 from pyunlearn.methods.kto import kto
 from pyunlearn.methods.npo import npo
+from pyunlearn.methods.pdu import pdu
 from pyunlearn.methods.rmu import rmu
 from pyunlearn.methods.satimp import satimp
 from pyunlearn.methods.simnpo import simnpo
 from pyunlearn.methods.tnpo import tnpo
+from pyunlearn.methods.undial import undial
 from pyunlearn.methods.wga import wga
 from pyunlearn.methods.wtnpo import wtnpo
 
 
 class Method(NamedTuple):
-    """A forget term as the loop sees it.
+    """A forget term as the loop sees it. What `loss` is called with is its `kind`; it returns each example's loss, (B,).
 
-    `loss(forget, lengths, reference)` takes (B,) summed log-likelihoods under the model, scored tokens, and summed log-likelihoods under the
-    reference model (the original, unless the caller gave another), and returns each example's loss, (B,). A method that reads another text beside the
-    forget text gets all three as (B, 2), in that order. One of single tokens (`token`) is called as
-    `loss(log_likelihood (n,), example (n,), counts (b,), reference (n,))`, and reads the two of a pair as neighbouring examples. One of kind "hidden"
-    is called as `loss(hidden (n, D), example (n,), counts (b,), direction (D,), norms (b,))`: see `rmu` and `adaptive_rmu`.
+    example     loss(forget, lengths, reference): (B,) summed log-likelihoods under the model, scored tokens, and summed log-likelihoods under the
+                reference model (the original, unless the caller gave another). A method that reads another text beside the forget
+                text gets all three as (B, 2), in that order.
+    token       loss(log_likelihood (n,), example (n,), counts (b,), reference (n,)); the two of a pair are neighbouring examples.
+    vocabulary  loss(model, reference, targets (n,), example (n,), counts (b,)): `Distributions` at the scored rows, the reference's None where it
+                needs none.
+    hidden      loss(hidden (n, D), example (n,), counts (b,), direction (D,), norms (b,)): see `rmu` and `adaptive_rmu`.
     """
 
     name: str
@@ -40,10 +46,15 @@ class Method(NamedTuple):
     source: str
     options: dict[str, Any]  # with their defaults
     reads: tuple[str, ...] = ("forget",)  # what is scored in a step: "refusal", "winner" or "alternate", "forget"
-    needs: tuple[str, ...] = ()  # "reference", "refusals", "winners", "alternates"
-    token: bool = False
+    needs: tuple[str, ...] = ()  # "reference", "refusals", "winners", "alternates", "retain"
+    kind: str = "example"
     rate: float = 1.0  # the default learning rate is multiplied by it
     kind: str = "likelihood"
+
+    @property
+    def token(self) -> bool:
+        """Whether it sees each example's single tokens, by their log-likelihoods."""
+        return self.kind == "token"
 
     @property
     def pairs(self) -> bool:
@@ -63,13 +74,14 @@ def _flat(log_likelihood: Tensor, example: Tensor, counts: Tensor, reference: Te
 
 def _method(
     name: str, function: Callable[..., Tensor], loss: Callable[..., Tensor], source: str, *, select: tuple[str, ...] = (),
-    loop: dict[str, Any] | None = None, **what: Any,
+    token: bool = False, loop: dict[str, Any] | None = None, **what: Any,
 ) -> Method:  # fmt: skip
     """Its options are the function's keywords, those that change what it is shown (temperature, likeliest) and those of the loop around it."""
     own = {k: v for k, v in (function.__kwdefaults__ or {}).items() if k != "reduction"}
     own |= (
         dict.fromkeys(select, 1.0) | ({"refusals": None} if "refusals" in what.get("needs", ()) else {}) | (loop or {})
     )
+    what.setdefault("kind", "token" if token else "example")
     return Method(name, lambda *given, **o: loss(*given, reduction="none", **o), "arXiv " + source, own, **what)
 
 
@@ -106,49 +118,79 @@ METHODS = {
         _method("flat", flat, _flat, "2410.11143", reads=_both, needs=("refusals",), token=True),
         _method("rmu", rmu, lambda h, e, n, u, r, **o: rmu(h, e, n, u, **o), "2403.03218", kind="hidden", loop=_layer),
         _method("adaptive_rmu", adaptive_rmu, adaptive_rmu, "2408.06223", kind="hidden", loop=_layer),
+        _method("ceu", ceu, lambda m, r, *rows, **o: ceu(m, *rows, **o), "2503.01224", kind="vocabulary"),
+        _method("undial", undial, undial, "2402.10052", needs=("reference",), kind="vocabulary"),
+        _method("kl", kl, kl, "2302.09880", needs=("reference",), kind="vocabulary"),
+        _method(
+            "pdu", pdu, lambda m, r, targets, *rows, **o: pdu(m, *rows, **o), "2506.05314", needs=("retain",), kind="vocabulary",
+            loop={"multiplier": 50.0, "multiplier_step_size": 1.0, "multiplier_warmup": 0, "retain_tolerance": 0.02},
+        ),
     )
 }  # fmt: skip
 """The forget terms."""
 
 OF_THE_LOOP = (
-    "temperature", "likeliest", "refusals", "winners", "alternates", "alpha", "layer", "layers", "trainable",
+    "temperature", "likeliest", "refusals", "winners", "alternates", "multiplier", "multiplier_step_size", "multiplier_warmup", "retain_tolerance",
+    "alpha", "layer", "layers", "trainable",
 )  # fmt: skip
 """Options that a method's own function never sees."""
 
-ALIASES = {"graddiff": ("ga", "nll")} | {f"{name}+nll": (name, "nll") for name in METHODS}
+ALIASES = {"graddiff": ("ga", "nll")} | {f"{name}+{loss}": (name, loss) for loss in ("nll", "kl") for name in METHODS}
 """The field's compound names: (forget term, retain loss)."""
 
+SYNONYMS = {"ce-u": "ceu"}
+"""Other spellings of a forget term's name."""
 
-def resolve(name: str, retain_loss: str | None, has_retain: bool, options: dict[str, Any]) -> tuple[Method, str | None]:
+
+def resolve(
+    name: str, retain_loss: str | None, has_retain: bool, options: dict[str, Any], has_reference: bool = False
+) -> tuple[Method, str | None]:
     """The method and the retain loss behind a name; retain_loss "auto" is the method's own, or else nll, where there is a retain set.
 
-    "nll" trains on the retain set; "hold" only undoes what the run has cost it: mean over examples of max(0, NLL - NLL before the run).
+    "nll" trains on the retain set; "kl" keeps the reference's whole distribution there; "hold" only undoes what the run has cost it: mean over examples
+    of max(0, NLL - NLL before the run).
     "representation", RMU's own, keeps the hidden states of the retain set in the layer that is steered, with the method's weight alpha.
 
-    Raises ArgumentError for an unknown name (with the nearest), an option the method does not have, a retain loss without a retain set.
+    Raises ArgumentError for an unknown name (with the nearest), an option the method does not have, a retain loss without a retain set or one that
+    the name or the method contradicts, and for kl without a reference model of its own (`has_reference`) where nothing would move.
     """
-    key = name.lower()
+    term, plus, rest = name.lower().partition("+")
+    key = SYNONYMS.get(term, term) + plus + rest
     if key not in METHODS and key not in ALIASES:
-        raise ArgumentError(f"there is no method {name!r}; {nearest(name, [*METHODS, *ALIASES])}")
-    if retain_loss not in ("auto", "nll", "hold", "representation", None):
-        raise ArgumentError(f'retain_loss must be "auto", "nll", "hold", "representation" or None, got {retain_loss!r}')
-    forced = None
+        raise ArgumentError(f"there is no method {name!r}; {nearest(name, [*METHODS, *ALIASES, *SYNONYMS])}")
+    if retain_loss not in ("auto", "nll", "kl", "hold", "representation", None):
+        raise ArgumentError(
+            f'retain_loss must be "auto", "nll", "kl", "hold", "representation" or None, got {retain_loss!r}'
+        )
     if key in ALIASES:
         key, forced = ALIASES[key]
+        if retain_loss not in ("auto", None, forced) and (forced, retain_loss) != ("nll", "hold"):
+            raise ArgumentError(
+                f"method {name!r} trains with retain_loss={forced!r}, and retain_loss={retain_loss!r} was given: choose one"
+            )
+        retain_loss = "hold" if retain_loss == "hold" else forced
     method = METHODS[key]
+    if retain_loss == "auto":
+        retain_loss = ("representation" if method.kind == "hidden" else "nll") if has_retain else None
     if retain_loss == "representation" and method.kind != "hidden":
         of = ", ".join(m.name for m in METHODS.values() if m.kind == "hidden")
         raise ArgumentError(
-            f'retain_loss="representation" is the own term of {of}, and {key!r} has none: take "nll" or "hold"'
+            f'retain_loss="representation" is the own term of {of}, and {key!r} has none: take "nll", "kl" or "hold"'
         )
-    if forced or retain_loss in ("nll", "hold", "representation"):
-        retain_loss = "nll" if forced and retain_loss != "hold" else retain_loss
-        if not has_retain:
-            raise ArgumentError(
-                f"method {name!r} with retain_loss={retain_loss!r} needs text to keep: pass retain=, or {key!r} with no retain loss"
-            )
-    elif retain_loss == "auto":
-        retain_loss = ("representation" if method.kind == "hidden" else "nll") if has_retain else None
+    if retain_loss and not has_retain:
+        raise ArgumentError(
+            f"method {name!r} with retain_loss={retain_loss!r} needs text to keep: pass retain="
+            + ("" if "retain" in method.needs else f", or {key!r} with no retain loss")
+        )
+    if "retain" in method.needs and retain_loss not in ("nll", "kl"):
+        raise ArgumentError(
+            f'method {key!r} bounds the loss of a retain set while it forgets: pass retain=, with retain_loss "nll" or "kl"'
+        )
+    if key == "kl" and not has_reference and (retain_loss != "nll" or options.get("direction", "away") != "away"):
+        raise ArgumentError(
+            "method 'kl' compares the model with itself here, and so has no gradient to begin with: pass reference_model=, or retain= "
+            'with retain_loss="nll" and the direction "away"'
+        )
     unknown = sorted(set(options) - set(method.options))
     if unknown:
         has = f"has {', '.join(method.options)}" if method.options else "has none"

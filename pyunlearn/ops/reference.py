@@ -72,6 +72,11 @@ def kl_divergence_of(logits: Tensor, reference_logits: Tensor) -> Tensor:
     return torch.where(log_q == -torch.inf, 0.0, log_q.exp() * (log_q - log_p)).sum(dim=-1)
 
 
+def logit_margin_of(logits: Tensor) -> Tensor:
+    """Largest minus mean logit of each row of (..., V)."""
+    return logits.amax(dim=-1) - logits.mean(dim=-1)
+
+
 def example_objective(
     hidden: Tensor, weight: Tensor, targets: Tensor, example_index: Tensor, function: Callable[..., Tensor], *per_example: Tensor,
     examples: int, ignore_index: int = -100, **options: Any,

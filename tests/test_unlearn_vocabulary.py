@@ -1,0 +1,187 @@
+"""Methods of whole distributions, and the retain loss kl, end to end on a tiny model that really knows two secrets."""
+
+import numpy as np
+import peft
+import pytest
+import tiny
+import torch
+from test_unlearn import Interrupted, run, same, timeless, weights
+
+from pyunlearn import models
+from pyunlearn._run import Run
+from pyunlearn.methods import METHODS
+from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny models run faster so, and the same bits come out every time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def story(_one_thread):
+    return tiny.storyteller()
+
+
+@pytest.fixture(scope="module")
+def clean(story):
+    """A model that has never seen the secrets."""
+    torch.manual_seed(1)
+    model = tiny.tiny_llama(len(story.tokenizer))
+    tiny.train(model, story.tokenizer, tiny.sentences(400, 2), epochs=4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def t5(_one_thread):
+    return tiny.translator()
+
+
+def check_forgotten(result):
+    """The two secrets are; what comes after them was never memorized and is left alone; the rest is within its budget."""
+    assert result.stopped == "forgotten"
+    for e in result.examples[:2]:
+        assert e.verdict == "forgotten"
+        assert e.exposure_after <= NULL_MEAN < SIGNIFICANT < e.exposure_before
+        assert e.upper_exposure_after < SIGNIFICANT
+        assert e.log_likelihood_after < e.log_likelihood_before
+    assert {(e.verdict, e.steps) for e in result.examples[2:]} <= {("not memorized", 0)}
+    assert result.utility.relative_rise <= result.utility.budget == 0.05
+
+
+@pytest.mark.parametrize("method", ["ceu", "CE-U", "undial", "pdu", "pdu+kl", "ga+kl", "undial+kl"])
+def test_two_secrets_leave_and_the_rest_stays(story, method):
+    """Down to the level of unseen text, within the utility budget; what was never trained on is left alone."""
+    result = run(story, story.forget + story.unseen, method=method)
+    check_forgotten(result)
+
+
+@pytest.mark.parametrize("method", ["ceu", "undial"])
+def test_no_retain_set_is_needed(story, method):
+    """By those that bound what they ask for."""
+    check_forgotten(run(story, method=method, retain=None))
+
+
+def test_away_from_itself_the_model_forgets_in_small_steps(story):
+    """KL's ascent begins at nothing and grows without bound: at a third of the others' learning rate it ends in time."""
+    check_forgotten(run(story, method="kl", learning_rate=1e-4))
+
+
+def test_toward_a_model_without_the_secrets_there_is_a_gradient_from_the_start(story, clean):
+    """Bad teaching, with a reference model that was never trained on them; it is left as it was."""
+    before = weights(clean)
+    result = run(story, method="kl", method_options={"direction": "toward"}, reference_model=clean, retain=None)
+    check_forgotten(result)
+    assert result.history[0]["gradient_norm"] > 0.01
+    assert same(clean, before)
+
+
+@pytest.mark.parametrize("method", ["ceu", "undial+kl", "pdu"])
+def test_completions_leave_a_t5(t5, method):
+    """The decoder's distributions, after an encoder's prompt."""
+    check_forgotten(run(t5, t5.forget + t5.unseen, method=method, retain_weight=4.0))
+
+
+def test_an_adapter_forgets_with_no_copy_of_the_head(story, monkeypatch):
+    """LoRA: the reference is the model as it came, by its states alone; the head is the model's own."""
+    config = peft.LoraConfig(
+        r=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=True
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(story.fresh(), config)
+    runs, take = [], Run.take_fingerprint
+    monkeypatch.setattr(Run, "take_fingerprint", lambda self, settings: runs.append(self) or take(self, settings))
+    result = run(story, model=model, method="undial+kl", learning_rate=3e-3)
+    assert result.stopped == "forgotten"
+    assert result.utility.relative_rise <= 0.05
+    head = models.unwrapped(model).get_output_embeddings().weight
+    assert [kept.head.weight.data_ptr() for kept in runs[0].kept.values()] == [head.data_ptr()] * 2
+
+
+def test_a_model_s_own_logits_serve_where_its_head_cannot_be_read(story):
+    """The same run, up to rounding, with states as wide as the vocabulary."""
+    model = story.fresh()
+    model.lm_head.__class__ = type("Odd", (torch.nn.Linear,), {})
+    usual = run(story, method="undial+kl")
+    with pytest.warns(UserWarning, match="uses the model's own logits"):
+        found = run(story, model=model, method="undial+kl")
+    check_forgotten(found)
+    for name in ("forget_loss", "retain_kl"):
+        assert [r[name] for r in found.history] == pytest.approx([r[name] for r in usual.history], rel=1e-3, abs=1e-4)
+
+
+def test_the_retain_loss_kl_is_nothing_at_first_and_then_keeps(story):
+    """0 while the model is its reference; and with a large weight the retain text's likelihood hardly moves, where ascent alone costs it."""
+    kept = run(story, method="ga", retain_loss="kl", retain_weight=20.0)
+    assert kept.history[0]["retain_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert all(r["retain_kl"] > 1e-5 for r in kept.history[1:])
+    assert {r["retain_nll"] for r in kept.history} == {None}
+    alone = run(story, method="ga", retain_loss=None)
+    assert abs(kept.utility.relative_rise) < abs(alone.utility.relative_rise)
+
+
+def test_only_what_the_steps_will_read_is_kept(story, monkeypatch):
+    """Of a retain set that is larger than the run, as many examples as its steps take; those are the ones that it takes."""
+    seen, runs = [], []
+    places, take = Run.retain_places, Run.take_fingerprint
+    monkeypatch.setattr(Run, "take_fingerprint", lambda self, settings: runs.append(self) or take(self, settings))
+    monkeypatch.setattr(Run, "retain_places", lambda self, step: seen.append((step, places(self, step))) or seen[-1][1])
+    run(story, method="ga+kl", batch_size=4, max_steps=3, learning_rate=1e-6)
+    assert set(runs[0].kept["retain"].ends) == {i for step, chosen in seen for i in chosen}
+    assert len(runs[0].kept["retain"].ends) == 12
+
+
+# ---------------------------------------------------------------- PDU's multiplier
+
+
+def test_the_multiplier_rises_where_the_constraint_is_broken_and_falls_where_it_holds(story):
+    """A bound that the retain loss is above, and one that it is below."""
+    tight, loose = (
+        run(
+            story,
+            method="pdu",
+            method_options={"retain_tolerance": t, "multiplier": 5.0, "multiplier_warmup": 1},
+            max_steps=4,
+            learning_rate=1e-5,
+        )
+        for t in (-0.5, 0.5)
+    )
+    for result, sign in ((tight, 1), (loose, -1)):
+        values = [r["multiplier"] for r in result.history]
+        assert values[:2] == [5.0, 5.0]
+        assert (sign * np.diff(values[1:]) > 0).all()
+
+
+def test_a_round_that_is_taken_back_takes_the_multiplier_back(story):
+    """It is what it was before the round, as the weights are."""
+    result = run(story, method="pdu", learning_rate=5e-3, batch_size=1)
+    rounds = [r for r in result.history if "kept" in r]
+    assert not all(r["kept"] for r in rounds)
+    first = {r["round"]: r["multiplier"] for r in reversed(result.history)}
+    for r in rounds:
+        if not r["kept"] and r["round"] + 1 in first:
+            assert first[r["round"] + 1] == first[r["round"]]
+
+
+@pytest.mark.parametrize("method", ["pdu", "undial+kl"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_an_interrupted_run_goes_on_with_the_same_numbers(story, tmp_path, monkeypatch, method, at):
+    """The multiplier comes back from the checkpoint, and the reference from the model as it came."""
+    options = {"max_steps": 6, "batch_size": 1, "learning_rate": 1e-4, "method": method}
+    whole = run(story, **options)
+    assert len(whole.history) == 6
+    name, out = method.partition("+")[0], tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, name, METHODS[name]._replace(loss=Interrupted(name, at)))
+        broken = run(story, **options, output_dir=out)
+    assert broken.stopped == "interrupted"
+    resumed = run(story, **options, output_dir=out, resume=True)
+    assert timeless(resumed.history) == timeless(whole.history)
+    assert resumed.examples == whole.examples
+    assert same(resumed.model, whole.model)
+    if method == "pdu":
+        assert len({r["multiplier"] for r in whole.history}) == 6
