@@ -2,21 +2,27 @@
 
 from pyunlearn.edits._edited import Edited
 from pyunlearn.edits.dampening import selective_synaptic_dampening
+from pyunlearn.edits.ekfac import ekfac_step
+from pyunlearn.edits.fisher import fisher_step
 from pyunlearn.edits.influence import first_order_influence, second_order_influence
 from pyunlearn.edits.mixing import Mixed, calibrate_by_mixing
 from pyunlearn.edits.prune import Pruned, prune
 from pyunlearn.edits.saliency import saliency_mask
 from pyunlearn.edits.task_vector import task_vector
+from pyunlearn.edits.woodfisher import woodfisher_step
 
 __all__ = [
     "Edited",
     "Mixed",
     "Pruned",
     "calibrate_by_mixing",
+    "ekfac_step",
     "first_order_influence",
+    "fisher_step",
     "prune",
     "saliency_mask",
     "second_order_influence",
     "selective_synaptic_dampening",
     "task_vector",
+    "woodfisher_step",
 ]

@@ -24,6 +24,11 @@ class Layer(NamedTuple):
     block: str  # the block that it is in: "model.layers.3"
     transposed: bool  # GPT-2's Conv1D keeps W as (in, out)
 
+    @property
+    def bias(self) -> str:
+        """The name that its bias has, if there is one."""
+        return f"{self.name.removesuffix('weight')}bias"
+
     def matrix(self, stored: Tensor) -> Tensor:
         """What is stored like the weight, as (out, in); and back."""
         return stored.T if self.transposed else stored
