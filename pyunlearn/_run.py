@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyunlearn import models
-from pyunlearn._beforehand import alternates_of, compare_with, difficulty_of, multiplier_of, reference_of, token_weights_of
-from pyunlearn._distributions import Distributions
+from pyunlearn._beforehand import (
+    alternates_of,
+    compare_with,
+    difficulty_of,
+    multiplier_of,
+    reference_of,
+    token_weights_of,
+)
 from pyunlearn._emphasis import Emphasis, in_order
 from pyunlearn._kept import Kept
 from pyunlearn._progress import Progress
 from pyunlearn._representations import Steering
 from pyunlearn._workers import Workers
 from pyunlearn.data import TokenBatch, Tokens, batches, collate, padding_id
-from pyunlearn.errors import ArgumentError, ModelError, TrainingError
+from pyunlearn.errors import TrainingError
 from pyunlearn.methods import Method, Multiplier
 from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
 from pyunlearn.references import require_enough, sampled
@@ -156,11 +161,6 @@ class Run:
         except BaseException:
             self.bar.close()
             raise
-
-        assert self.retain is not None
-        n, size = len(self.retain), min(self.batch_size, len(self.retain))
-        order = np.random.default_rng((self.seed, 1, step * size // n)).permutation(n)
-        return [int(order[(step * size + i) % n]) for i in range(size)]
 
     def position(self) -> tuple[NDArray[np.int64], dict[str, Any]]:
         """Beside the weights, what a step changes and a taken-back one must change back."""

@@ -50,7 +50,6 @@ class Method(NamedTuple):
     needs: tuple[str, ...] = ()  # "reference", "refusals", "winners", "alternates", "retain"
     kind: str = "example"
     rate: float = 1.0  # the default learning rate is multiplied by it
-    kind: str = "likelihood"
 
     @property
     def token(self) -> bool:
@@ -65,7 +64,7 @@ class Method(NamedTuple):
     @property
     def weighted(self) -> bool:
         """Whether weights of the forget text's tokens mean something to it."""
-        return "forget" in self.reads and self.kind not in ("hidden", "vocabulary")
+        return "forget" in self.reads and self.kind in ("example", "token")
 
     @property
     def passes(self) -> int:
