@@ -150,11 +150,6 @@ class Run:
             self.bar.close()
             raise
 
-        assert self.retain is not None
-        n, size = len(self.retain), min(self.batch_size, len(self.retain))
-        order = np.random.default_rng((self.seed, 1, step * size // n)).permutation(n)
-        return [int(order[(step * size + i) % n]) for i in range(size)]
-
     def position(self) -> tuple[NDArray[np.int64], dict[str, Any]]:
         """Beside the weights, what a step changes and a taken-back one must change back."""
         return self.steps.copy(), {} if self.multiplier is None else asdict(self.multiplier)
