@@ -130,6 +130,10 @@ class Run:
         scores = {"forget set": self.original, "holdout": self.reference_scores, "retain set": self.watched_before}
         for role, found in self.reference.items():
             scores[f"{role}s"] = np.array([x.sum() for x in found])
+        if "forget" in self.kept:
+            scores["reference_model"] = self.kept["forget"].magnitudes(range(len(self.forget)))
+        elif self.kept and self.kept["retain"].states is not None:  # later steps may be others in a longer run
+            scores["reference_model"] = self.kept["retain"].magnitudes(self.retain_places(0))
         self.fingerprint = settings | {name: values.tolist() for name, values in scores.items()}
 
     def retain_places(self, step: int) -> list[int]:
@@ -149,11 +153,6 @@ class Run:
         except BaseException:
             self.bar.close()
             raise
-
-        assert self.retain is not None
-        n, size = len(self.retain), min(self.batch_size, len(self.retain))
-        order = np.random.default_rng((self.seed, 1, step * size // n)).permutation(n)
-        return [int(order[(step * size + i) % n]) for i in range(size)]
 
     def position(self) -> tuple[NDArray[np.int64], dict[str, Any]]:
         """Beside the weights, what a step changes and a taken-back one must change back."""

@@ -166,7 +166,13 @@ def test_a_typo_gets_the_nearest_name(name, nearest):
 @pytest.mark.parametrize(
     ("name", "retain_loss", "has_retain", "options", "message"),
     [
-        ("xyzzy", "auto", True, {}, "choose from adaptive_rmu, .*, altpo, altpo[+]kl, .*, ce-u, .*, dpo, .*, flat, .*, graddiff, hinge"),
+        (
+            "xyzzy",
+            "auto",
+            True,
+            {},
+            "choose from adaptive_rmu, .*, altpo, altpo[+]kl, .*, ce-u, .*, dpo, .*, flat, .*, graddiff, hinge",
+        ),
         ("ga", "mse", True, {}, "retain_loss must be .* got 'mse'"),
         ("ga", "nll", False, {}, "method 'ga' with retain_loss='nll' needs text to keep: pass retain="),
         ("graddiff", "auto", False, {}, "method 'graddiff' .* or 'ga' with no retain loss"),
