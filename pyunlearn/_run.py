@@ -130,6 +130,10 @@ class Run:
         scores = {"forget set": self.original, "holdout": self.reference_scores, "retain set": self.watched_before}
         for role, found in self.reference.items():
             scores[f"{role}s"] = np.array([x.sum() for x in found])
+        if "forget" in self.kept:
+            scores["reference_model"] = self.kept["forget"].magnitudes(range(len(self.forget)))
+        elif self.kept and self.kept["retain"].states is not None:  # later steps may be others in a longer run
+            scores["reference_model"] = self.kept["retain"].magnitudes(self.retain_places(0))
         self.fingerprint = settings | {name: values.tolist() for name, values in scores.items()}
 
     def retain_places(self, step: int) -> list[int]:

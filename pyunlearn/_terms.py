@@ -49,7 +49,7 @@ def _of_the_vocabulary(run: Run, mine: NDArray[np.int64]) -> Tensor:
 def _of_hidden_states(run: Run, mine: NDArray[np.int64]) -> Tensor:
     """() the sum of the examples' losses, for methods on the hidden states of one layer."""
     assert run.steering is not None
-    return run.steering.forget_term(mine)
+    return run.steering.forget_term(mine.tolist())
 
 
 _FORGET = {

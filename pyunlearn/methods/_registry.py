@@ -49,7 +49,6 @@ class Method(NamedTuple):
     needs: tuple[str, ...] = ()  # "reference", "refusals", "winners", "alternates", "retain"
     kind: str = "example"
     rate: float = 1.0  # the default learning rate is multiplied by it
-    kind: str = "likelihood"
 
     @property
     def token(self) -> bool:
