@@ -141,6 +141,9 @@ ALIASES = {"graddiff": ("ga", "nll")} | {f"{name}+{loss}": (name, loss) for loss
 SYNONYMS = {"ce-u": "ceu"}
 """Other spellings of a forget term's name."""
 
+_EDITS = {"lunar": "pyunlearn.edits.lunar(model, forget, retain=retain)"}
+
+
 
 def resolve(
     name: str, retain_loss: str | None, has_retain: bool, options: dict[str, Any], has_reference: bool = False
@@ -156,6 +159,10 @@ def resolve(
     """
     term, plus, rest = name.lower().partition("+")
     key = SYNONYMS.get(term, term) + plus + rest
+    if key in _EDITS:
+        raise ArgumentError(
+            f"{key} is one edit of the weights and no ascent: {_EDITS[key]} makes it, and pyunlearn.audit measures it"
+        )
     if key not in METHODS and key not in ALIASES:
         raise ArgumentError(f"there is no method {name!r}; {nearest(name, [*METHODS, *ALIASES, *SYNONYMS])}")
     if retain_loss not in ("auto", "nll", "kl", "hold", "representation", None):
