@@ -49,7 +49,6 @@ class Method(NamedTuple):
     needs: tuple[str, ...] = ()  # "reference", "refusals", "winners", "alternates", "retain"
     kind: str = "example"
     rate: float = 1.0  # the default learning rate is multiplied by it
-    kind: str = "likelihood"
 
     @property
     def token(self) -> bool:
@@ -116,8 +115,8 @@ METHODS = {
             "satimp", satimp, lambda x, e, n, r, **o: satimp(x, e, n, **o), "2505.11953", select=("temperature",), token=True
         ),
         _method("flat", flat, _flat, "2410.11143", reads=_both, needs=("refusals",), token=True),
-        _method("rmu", rmu, lambda h, e, n, u, r, **o: rmu(h, e, n, u, **o), "2403.03218", kind="hidden", loop=_layer),
-        _method("adaptive_rmu", adaptive_rmu, adaptive_rmu, "2408.06223", kind="hidden", loop=_layer),
+        _method("rmu", rmu, lambda h, e, n, u, r, **o: rmu(h, e, n, u, **o), "2403.03218", kind="hidden", loop=_layer, rate=10.0),
+        _method("adaptive_rmu", adaptive_rmu, adaptive_rmu, "2408.06223", kind="hidden", loop=_layer, rate=10.0),
         _method("ceu", ceu, lambda m, r, *rows, **o: ceu(m, *rows, **o), "2503.01224", kind="vocabulary"),
         _method("undial", undial, undial, "2402.10052", needs=("reference",), kind="vocabulary"),
         _method("kl", kl, kl, "2302.09880", needs=("reference",), kind="vocabulary"),
@@ -142,7 +141,6 @@ SYNONYMS = {"ce-u": "ceu"}
 """Other spellings of a forget term's name."""
 
 _EDITS = {"lunar": "pyunlearn.edits.lunar(model, forget, retain=retain)"}
-
 
 
 def resolve(
