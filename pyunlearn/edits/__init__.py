@@ -5,6 +5,7 @@ from pyunlearn.edits.dampening import selective_synaptic_dampening
 from pyunlearn.edits.ekfac import ekfac_step
 from pyunlearn.edits.fisher import fisher_step
 from pyunlearn.edits.influence import first_order_influence, second_order_influence
+from pyunlearn.edits.lunar import lunar
 from pyunlearn.edits.mixing import Mixed, calibrate_by_mixing
 from pyunlearn.edits.prune import Pruned, prune
 from pyunlearn.edits.saliency import saliency_mask
@@ -19,6 +20,7 @@ __all__ = [
     "ekfac_step",
     "first_order_influence",
     "fisher_step",
+    "lunar",
     "prune",
     "saliency_mask",
     "second_order_influence",
