@@ -8,6 +8,7 @@ from pyunlearn.edits.influence import first_order_influence, second_order_influe
 from pyunlearn.edits.mixing import Mixed, calibrate_by_mixing
 from pyunlearn.edits.prune import Pruned, prune
 from pyunlearn.edits.saliency import saliency_mask
+from pyunlearn.edits.smoothing import zero_shot_smoothing
 from pyunlearn.edits.task_vector import task_vector
 from pyunlearn.edits.woodfisher import woodfisher_step
 
@@ -25,4 +26,5 @@ __all__ = [
     "selective_synaptic_dampening",
     "task_vector",
     "woodfisher_step",
+    "zero_shot_smoothing",
 ]
