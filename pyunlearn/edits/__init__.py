@@ -1,6 +1,7 @@
 """Unlearning by editing weights, without the ascent: one paper per file, one signature for all, and each can be undone."""
 
 from pyunlearn.edits._edited import Edited
+from pyunlearn.edits._registry import EDITS, Edit
 from pyunlearn.edits.dampening import selective_synaptic_dampening
 from pyunlearn.edits.ekfac import ekfac_step
 from pyunlearn.edits.fisher import fisher_step
@@ -13,6 +14,8 @@ from pyunlearn.edits.task_vector import task_vector
 from pyunlearn.edits.woodfisher import woodfisher_step
 
 __all__ = [
+    "EDITS",
+    "Edit",
     "Edited",
     "Mixed",
     "Pruned",
