@@ -1,18 +1,19 @@
-"""The command line: pyunlearn unlearn, audit, compare, demo, methods, info."""
+"""The command line: pyunlearn unlearn, edit, audit, compare, demo, methods, edits, info."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from pyunlearn._cli_edits import edit, edits
+from pyunlearn._quiet import quiet_libraries
 
 app = typer.Typer(
     add_completion=False,
@@ -61,7 +62,7 @@ def unlearn(
     """
     import pyunlearn
 
-    _quiet_libraries()
+    quiet_libraries()
     target = out if out is not None else Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-unlearned")
     result = pyunlearn.unlearn(
         model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method,
@@ -93,6 +94,9 @@ def unlearn(
             markup=False,
         )
     raise typer.Exit(0 if result.forgotten else 1)
+
+
+app.command()(edit)
 
 
 @app.command()
@@ -133,7 +137,7 @@ def audit(
     from pyunlearn.report import audit_lines, audit_table, require_page_packages, write_audit
     from pyunlearn.result import check_output
 
-    _quiet_libraries()
+    quiet_libraries()
     if html is None:
         html = all(importlib.util.find_spec(name) for name in ("jinja2", "matplotlib"))
     elif html:
@@ -204,7 +208,7 @@ def compare(
     import pyunlearn
     from pyunlearn.comparing import comparison_table, require_plot_package
 
-    _quiet_libraries()
+    quiet_libraries()
     if plot:
         require_plot_package()
     target = out if out is not None else Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-compare")
@@ -250,7 +254,7 @@ def demo(
     """
     from pyunlearn.demo import run
 
-    _quiet_libraries()
+    quiet_libraries()
     raise typer.Exit(0 if run(out, save_model=save_model, seed=seed) else 1)
 
 
@@ -279,6 +283,9 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.
         "With --retain, NAME+nll also trains on the retain set and NAME+kl keeps the reference's distributions there; graddiff is ga+nll.",
         highlight=False,
     )
+
+
+app.command()(edits)
 
 
 @app.command()
@@ -313,20 +320,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _quiet_libraries() -> None:
-    """The chatter of the libraries below would bury the table."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    from transformers.utils import logging as transformers_logging
-
-    quiet: Any = transformers_logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
 
 
 if __name__ == "__main__":
