@@ -128,7 +128,7 @@ class InContextSelection:
 
     def _cluster(self) -> None:
         rows = np.flatnonzero(self._there)
-        x: Floats = self._steps[rows] * _UNIT
+        x: Floats = (self._steps[rows] * _UNIT).astype(np.float64)
         seeds = self._seed_rows(x, self._ids[rows])
         self._seeds = {int(rows[s]) for s in seeds}
         self._start: Floats = x[seeds]  # (k, d)
