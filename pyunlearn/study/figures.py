@@ -128,11 +128,11 @@ def _terciles(
                     xs[gone], capped[0][gone], linestyle="", marker=r"$\uparrow$", markersize=8, color=COLOURS[kind]
                 )
             axes.set_xticks(range(3), ["lowest third", "middle", "highest third"])
-            axes.set_ylim(bottom=-0.3)
             if row:
                 axes.set_xlabel(name)
             if column == 0:
                 axes.set_ylabel(f"steps to forget\n{yardstick.split()[1]} scores")
+    grid[0][0].set_ylim(bottom=-0.3)
 
 
 def _null(grid: Grid, config: Config, sets: Sets, examples: Examples, outcomes: list[Outcome], folder: Folder) -> None:
@@ -164,13 +164,13 @@ def _retrained(
                 axes.plot(steps, away.mean(0), color=COLOURS[kind], label=NAMES[kind])
                 axes.fill_between(steps, away.min(0), away.max(0), color=COLOURS[kind], alpha=0.15, linewidth=0)
             axes.set_xlim(0, config.steps)
-            axes.set_ylim(bottom=0)
             if row == 0:
                 axes.set_title(_times(r))
             else:
                 axes.set_xlabel("unlearning step")
             if column == 0:
                 axes.set_ylabel(f"{'references' if row else 'forget examples'}:\n|NLL - NLL retrained|, nats")
+        grid[row][0].set_ylim(bottom=0)  # when all is drawn: it ends the scaling of the whole row
 
 
 def retrained_exposures(sets: Sets, examples: Examples, kind: str) -> Any:
