@@ -76,16 +76,16 @@ def difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -
 
 
 def wins(first: Sequence[float], second: Sequence[float]) -> Effect:
-    """Share of pairs of sets where the second is lower (ties half), Wilson interval, sign test without ties. Infinite = never."""
+    """Share of pairs of sets where the second is lower, among those that differ; Wilson interval, sign test. Infinite = never."""
     said = [0.5 if a == b else float(b < a) for a, b in zip(first, second, strict=True)]
     if not said:
         return Effect(np.nan, np.nan, np.nan, 1.0, 0)
     won, lost = said.count(1.0), said.count(0.0)
     if not won + lost:
-        return Effect(0.5, 0.0, 1.0, 1.0, len(said))
+        return Effect(0.5, 0.0, 1.0, 1.0, 0)
     test = stats.binomtest(won, won + lost)
     interval = test.proportion_ci(method="wilson")
-    return Effect(won / (won + lost), float(interval.low), float(interval.high), float(test.pvalue), len(said))
+    return Effect(won / (won + lost), float(interval.low), float(interval.high), float(test.pvalue), won + lost)
 
 
 def rank_correlation(sets: Sequence[tuple[Any, StepsToForget]], seed: int = 0) -> Effect:
