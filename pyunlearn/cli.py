@@ -1,4 +1,4 @@
-"""The command line: pyunlearn unlearn, edit, audit, compare, demo, methods, edits, info."""
+"""The command line: pyunlearn unlearn, edit, audit, compare, study, demo, methods, edits, info."""
 
 from __future__ import annotations
 
@@ -238,6 +238,55 @@ def compare(
         )
         console.print(f"result.json{plots} are in {target}", highlight=False, markup=False)
     raise typer.Exit(0 if found.complete else 1)
+
+
+@app.command()
+def study(
+    out: Annotated[Path, typer.Option(help="Folder of the study: new, empty, or that of the same study interrupted.")] = Path("pyunlearn-study"),
+    preset: Annotated[str, typer.Option(help="smoke (two minutes on a CPU), cpu (half an hour), gpu (one card), paper (a day of one card).")] = "smoke",
+    corpus: Annotated[list[Path] | None, typer.Option(help="A file of pairs, of questions and answers or of plain text; given twice: two files of "
+                                                           "parallel lines. .gz too. Default: a small corpus made from the seed.")] = None,
+    test_corpus: Annotated[list[Path] | None, typer.Option(help="The same for the held-out text that performance is measured on. Default: taken from "
+                                                                "the corpus.")] = None,
+    setup: Annotated[str, typer.Option(help="translation (encoder-decoder from scratch), qa (--model, fine-tuned) or text (causal from scratch).")] = "translation",
+    model: Annotated[str | None, typer.Option(help="The checkpoint that setup qa fine-tunes: a folder or a name.")] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Another choice than the preset's, as --set steps=60 "
+                                                                                         "--set unlearning_rates=[1e-4,3e-4]; any field of Config.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a card where there is one.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
+) -> None:  # fmt: skip
+    """Repeat the experiment of arXiv 2411.04388: in- against out-of-distribution unlearning, memorization and difficulty.
+
+    Example: `pyunlearn study --preset cpu --corpus train.en --corpus train.de --out ./study`
+
+    It trains models with forget sets of several kinds, unlearns them, and says of each of the paper's claims whether it holds there: a page (index.html),
+    figures and tables. An interrupted study goes on when the same command is run again. Exit code 0: done, whatever the verdicts. 2: something given
+    cannot be used. 130: interrupted.
+    """
+    from pyunlearn.study import run_study
+    from pyunlearn.study.config import parsed
+
+    _quiet_libraries()
+    try:
+        found = run_study(
+            out, preset=preset, corpus=corpus, test_corpus=test_corpus, device=device, progress=False if quiet else None,
+            **({"setup": setup, "checkpoint": model} | parsed(change or [])),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"interrupted; what is done is kept in {out}: run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print((found.folder / "claims.json").read_text(encoding="utf-8"), end="")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("claim", "verdict", "because", box=None)
+    for claim in found.claims:
+        table.add_row(claim.text, claim.verdict, claim.why)
+    Console().print(table)
+    Console().print(f"the page is {found.folder / 'index.html'}", highlight=False, markup=False)
 
 
 @app.command()
