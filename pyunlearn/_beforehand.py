@@ -109,9 +109,7 @@ def compare_with(run: Run, reference: Likelihood, max_steps: int) -> None:
                 found = [run.weighed(role, i, x).sum(keepdims=True) for i, x in enumerate(found)]
             run.reference[role] = found
     if run.retain_loss == "kl" and run.retain is not None:
-        once = -(-len(run.retain) // min(run.batch_size, len(run.retain)))  # steps that see all of it
-        places = {i for step in range(min(max_steps, once)) for i in run.retain_places(step)}
-        run.kept["retain"] = _kept(run, run.retain, sorted(places), reference)
+        run.kept["retain"] = _kept(run, run.retain, run.retain_ahead(max_steps), reference)
 
 
 @torch.no_grad()

@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyunlearn._distributions import Distributions, Head
@@ -52,6 +54,14 @@ class Kept:
         assert self.states is not None
         states = torch.cat([self.states[slice(*self.ends[i])] for i in places])
         return Distributions(states.to(device), self.head, self.workspace)
+
+    def magnitudes(self, places: Iterable[int]) -> NDArray[np.float64]:
+        """The mean magnitude of each of those texts' states, by which a reference is known again."""
+        assert self.states is not None
+        found: NDArray[np.float64] = np.array(
+            [float(self.states[slice(*self.ends[i])].abs().double().mean()) for i in places]
+        )
+        return found
 
 
 def _fixed(parameter: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyunlearn.data import Tokens, batches
@@ -46,7 +48,7 @@ class Steering:
         found = dict(self._read(run.forget, range(len(run.forget))))
         self.norms = torch.stack([found[i].float().norm(dim=-1).mean() for i in range(len(found))]).to(run.device)
         self.direction = steering_direction(found[0].shape[-1], run.seed).to(run.device)
-        self.retained = dict(self._read(run.retain or [], sorted(set(keep))))
+        self.retained = dict(self._read(run.retain or [], list(keep)))
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -61,7 +63,7 @@ class Steering:
             for p in others:
                 p.requires_grad_(True)
 
-    def forget_term(self, mine: Sequence[int]) -> Tensor:
+    def forget_term(self, mine: Sequence[int] | NDArray[np.int64]) -> Tensor:
         """() the sum of those forget examples' losses."""
         run = self.run
         batch = run.collate(run.forget, mine)

@@ -130,6 +130,10 @@ class Run:
             self.held = -self.mean_log_likelihood(retain)
         if "retain" in self.method.needs:
             self.multiplier = multiplier_of(self)
+        if self.method.kind == "hidden":
+            self.bar.say("reading the hidden states")
+            keeps = self.retain_loss == "representation"
+            self.steering = Steering(self, self.retain_ahead(max_steps) if keeps else (), keeps=keeps)
         self.start_state = self.measure()
         self.memorized = self.start_state.lower >= self.significant
         self.now = self.start_state
@@ -142,6 +146,10 @@ class Run:
             scores[f"{role}s"] = np.array([x.sum() for x in found])
         scores["token weights"] = np.concatenate(self.weights or [np.empty(0)])
         scores["difficulty"] = np.empty(0) if self.difficulty is None else self.difficulty
+        if "forget" in self.kept:
+            scores["reference_model"] = self.kept["forget"].magnitudes(range(len(self.forget)))
+        elif self.kept and self.kept["retain"].states is not None:  # later steps may be others in a longer run
+            scores["reference_model"] = self.kept["retain"].magnitudes(self.retain_places(0))
         self.fingerprint = settings | {name: values.tolist() for name, values in scores.items()}
 
     def retain_places(self, step: int) -> list[int]:
@@ -151,16 +159,11 @@ class Run:
         order = np.random.default_rng((self.seed, 1, step * size // n)).permutation(n)
         return [int(order[(step * size + i) % n]) for i in range(size)]
 
-    def steer(self, retain_loss: str | None, max_steps: int) -> None:
-        """Takes what a method on hidden states compares with, under the original model."""
-        self.bar.say("reading the hidden states")
-        keeps = retain_loss == "representation" and self.retain is not None
-        try:
-            places = (i for step in range(max_steps) for i in self.retain_places(step)) if keeps else ()
-            self.steering = Steering(self, places, keeps=keeps)
-        except BaseException:
-            self.bar.close()
-            raise
+    def retain_ahead(self, max_steps: int) -> list[int]:
+        """The retain examples that so many steps come to."""
+        assert self.retain is not None
+        once = -(-len(self.retain) // min(self.batch_size, len(self.retain)))  # steps that see all of it
+        return sorted({i for step in range(min(max_steps, once)) for i in self.retain_places(step)})
 
     def position(self) -> tuple[NDArray[np.int64], dict[str, Any]]:
         """Beside the weights, what a step changes and a taken-back one must change back."""

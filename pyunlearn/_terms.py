@@ -52,7 +52,7 @@ def _of_the_vocabulary(run: Run, mine: list[int]) -> Tensor:
 def _of_hidden_states(run: Run, mine: list[int]) -> Tensor:
     """() the sum of the examples' losses, for methods on the hidden states of one layer."""
     assert run.steering is not None
-    return run.steering.forget_term(mine)
+    return run.steering.forget_term(mine.tolist())
 
 
 _FORGET = {
@@ -67,8 +67,8 @@ def _own_options(run: Run) -> dict[str, Any]:
 def retain_step(run: Run, step: int, weight: float) -> dict[str, float | None]:
     """Adds the retain term's gradient to what the forget term left; returns what the history says of it.
 
-    That is `retain_nll`, the mean negative log-likelihood a token, or None where the term does not say; `retain_kl`, the mean divergence a token, where
-    that is the term; and the `multiplier` that the term had.
+    That is `retain_nll`, the mean negative log-likelihood a token, or None where the term does not say; `retain_kl`, the mean divergence a token, or
+    `retain_drift`, the mean squared distance of the hidden states from where they were, where that is the term; and the `multiplier` that the term had.
     """
     multiplier = run.multiplier
     if not run.retain or not (weight or multiplier):
@@ -83,7 +83,7 @@ def retain_step(run: Run, step: int, weight: float) -> dict[str, float | None]:
         run.accelerator.backward(loss)
         total += part
     if run.retain_loss == "representation":
-        return {"retain_nll": None}
+        return {"retain_nll": None, "retain_drift": finite(run.workers.sum(total) / len(chosen))}
     mean = run.workers.sum(total) / tokens
     said: dict[str, float | None] = {"retain_nll": finite(mean)}
     if run.retain_loss == "kl":
@@ -118,7 +118,8 @@ def _distributions_kept(run: Run, mine: list[int], weight: float, tokens: int, s
 
 def _states_kept(run: Run, mine: list[int], weight: float, tokens: int, size: int) -> tuple[Tensor, float]:
     assert run.steering is not None
-    return weight * run.steering.alpha * run.steering.retain_term(mine) / size, 0.0
+    drift = run.steering.retain_term(mine)
+    return weight * run.steering.alpha / size * drift, drift.item()
 
 
 _RETAIN = {"nll": _likelihood_kept, "hold": _likelihood_kept, "kl": _distributions_kept, "representation": _states_kept}

@@ -1,18 +1,19 @@
-"""The command line: pyunlearn unlearn, audit, compare, demo, methods, info."""
+"""The command line: pyunlearn unlearn, edit, audit, compare, study, demo, methods, edits, info."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from pyunlearn._cli_edits import edit, edits
+from pyunlearn._quiet import quiet_libraries
 
 app = typer.Typer(
     add_completion=False,
@@ -36,7 +37,7 @@ def unlearn(
     retain_loss: Annotated[str, typer.Option(help="auto (nll where there is --retain; the method's own for rmu and adaptive_rmu), nll, kl (keep the whole distributions of the reference), hold (only undo what the run costs it), "
                                                     "representation (rmu and adaptive_rmu), or none.")] = "auto",
     method: Annotated[str, typer.Option(help="See `pyunlearn methods`; with --retain also graddiff, npo+nll, simnpo+nll, ...")] = "ga",
-    option: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the method, as `--option beta=0.3`; may be given again.")] = None,
+    options: Annotated[list[str] | None, typer.Option("--set", help="One of the method's own options, as name=value: --set beta=0.3. May be given again.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
     reference_model: Annotated[str | None, typer.Option(help="Model that npo compares with. Default: MODEL as it is.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of AdamW. Default: 5e-6, for adapters 1e-4, and ten times that for idk.")] = None,
@@ -67,11 +68,12 @@ def unlearn(
     2: something given cannot be used. 130: interrupted; `--resume` goes on.
     """
     import pyunlearn
+    from pyunlearn.methods._options import options_of
 
-    _quiet_libraries()
+    quiet_libraries()
     target = out if out is not None else Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-unlearned")
     result = pyunlearn.unlearn(
-        model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method, method_options=_options(option or []),
+        model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method, method_options=options_of(options or []),
         retain_loss=None if retain_loss == "none" else retain_loss, reference_model=reference_model,
         learning_rate=learning_rate, batch_size=batch_size, micro_batch_size=micro_batch_size, order=order,
         difficulty=difficulty, token_weights=token_weights, token_share=token_share, max_steps=max_steps, until=until, utility_budget=utility_budget,
@@ -101,6 +103,9 @@ def unlearn(
             markup=False,
         )
     raise typer.Exit(0 if result.forgotten else 1)
+
+
+app.command()(edit)
 
 
 @app.command()
@@ -141,7 +146,7 @@ def audit(
     from pyunlearn.report import audit_lines, audit_table, require_page_packages, write_audit
     from pyunlearn.result import check_output
 
-    _quiet_libraries()
+    quiet_libraries()
     if html is None:
         html = all(importlib.util.find_spec(name) for name in ("jinja2", "matplotlib"))
     elif html:
@@ -212,7 +217,7 @@ def compare(
     import pyunlearn
     from pyunlearn.comparing import comparison_table, require_plot_package
 
-    _quiet_libraries()
+    quiet_libraries()
     if plot:
         require_plot_package()
     target = out if out is not None else Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-compare")
@@ -245,6 +250,55 @@ def compare(
 
 
 @app.command()
+def study(
+    out: Annotated[Path, typer.Option(help="Folder of the study: new, empty, or that of the same study interrupted.")] = Path("pyunlearn-study"),
+    preset: Annotated[str, typer.Option(help="smoke (two minutes on a CPU), cpu (half an hour), gpu (one card), paper (a day of one card).")] = "smoke",
+    corpus: Annotated[list[Path] | None, typer.Option(help="A file of pairs, of questions and answers or of plain text; given twice: two files of "
+                                                           "parallel lines. .gz too. Default: a small corpus made from the seed.")] = None,
+    test_corpus: Annotated[list[Path] | None, typer.Option(help="The same for the held-out text that performance is measured on. Default: taken from "
+                                                                "the corpus.")] = None,
+    setup: Annotated[str, typer.Option(help="translation (encoder-decoder from scratch), qa (--model, fine-tuned) or text (causal from scratch).")] = "translation",
+    model: Annotated[str | None, typer.Option(help="The checkpoint that setup qa fine-tunes: a folder or a name.")] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Another choice than the preset's, as --set steps=60 "
+                                                                                         "--set unlearning_rates=[1e-4,3e-4]; any field of Config.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a card where there is one.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON.")] = False,
+) -> None:  # fmt: skip
+    """Repeat the experiment of arXiv 2411.04388: in- against out-of-distribution unlearning, memorization and difficulty.
+
+    Example: `pyunlearn study --preset cpu --corpus train.en --corpus train.de --out ./study`
+
+    It trains models with forget sets of several kinds, unlearns them, and says of each of the paper's claims whether it holds there: a page (index.html),
+    figures and tables. An interrupted study goes on when the same command is run again. Exit code 0: done, whatever the verdicts. 2: something given
+    cannot be used. 130: interrupted.
+    """
+    from pyunlearn.study import run_study
+    from pyunlearn.study.config import parsed
+
+    quiet_libraries()
+    try:
+        found = run_study(
+            out, preset=preset, corpus=corpus, test_corpus=test_corpus, device=device, progress=False if quiet else None,
+            **({"setup": setup, "checkpoint": model} | parsed(change or [])),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"interrupted; what is done is kept in {out}: run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print((found.folder / "claims.json").read_text(encoding="utf-8"), end="")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("claim", "verdict", "because", box=None)
+    for claim in found.claims:
+        table.add_row(claim.text, claim.verdict, claim.why)
+    Console().print(table)
+    Console().print(f"the page is {found.folder / 'index.html'}", highlight=False, markup=False)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for result.json; new or empty.")] = Path("pyunlearn-demo"),
     save_model: Annotated[
@@ -258,7 +312,7 @@ def demo(
     """
     from pyunlearn.demo import run
 
-    _quiet_libraries()
+    quiet_libraries()
     raise typer.Exit(0 if run(out, save_model=save_model, seed=seed) else 1)
 
 
@@ -287,6 +341,9 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.
         "With --retain, NAME+nll also trains on the retain set and NAME+kl keeps the reference's distributions there; graddiff is ga+nll.",
         highlight=False,
     )
+
+
+app.command()(edits)
 
 
 @app.command()
@@ -321,36 +378,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _options(given: list[str]) -> dict[str, Any]:
-    """The method's options: each value as JSON where it is some, and as it stands where it is not."""
-    from pyunlearn.errors import ArgumentError
-
-    found: dict[str, Any] = {}
-    for each in given:
-        name, equals, value = each.partition("=")
-        if not equals or not name.strip():
-            raise ArgumentError(f"--option must be NAME=VALUE, as beta=0.3, got {each!r}")
-        try:
-            found[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name.strip()] = value
-    return found
-
-
-def _quiet_libraries() -> None:
-    """The chatter of the libraries below would bury the table."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    from transformers.utils import logging as transformers_logging
-
-    quiet: Any = transformers_logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyunlearn.data import TokenBatch
@@ -68,14 +69,68 @@ class Layer:
             found.append(output[0] if isinstance(output, tuple) else output)
             raise _Reached
 
-        handle = self.block.register_forward_hook(stop)
+        self._run(batch, self.block.register_forward_hook(stop))
+        return found[0]
+
+    def _run(self, batch: TokenBatch, handle: Any) -> None:
         try:
             self.model(**inputs_of(batch))
         except _Reached:
             pass
         finally:
             handle.remove()
-        return found[0]
+
+
+class DownProjection(Layer):
+    """The one matrix by which the MLP of a layer writes into the residual stream: `.name`, `.module`, and what it reads.
+
+    Raises ModelError where there is no such matrix: a mixture of experts has many, and an adapter stands around it.
+    """
+
+    def __init__(self, model: Any, index: int) -> None:
+        super().__init__(model, index)
+        names = [n for n, _ in self.block.named_parameters() if down_projection(n)]
+        inside = dict(self.block.named_modules())
+        self.module: Any = inside.get(names[0].removesuffix(".weight")) if len(names) == 1 else None
+        if not _plain(self.module):
+            has = ", ".join(names[:3]) or "none"
+            raise ModelError(
+                f"layer {index} of {type(self.model).__name__} must have one plain matrix as the down projection of its MLP, and has {has}: "
+                "merge an adapter first; a mixture of experts cannot be edited this way"
+            )
+        weight = getattr(self.module, "weight", None)
+        self.name = next(n for n, p in model.named_parameters() if p is weight)
+
+    def oriented(self, matrix: Tensor) -> Tensor:
+        """(D, I) as the module keeps it: GPT-2 keeps its transpose."""
+        return matrix if isinstance(self.module, nn.Linear) else matrix.T
+
+    def reads(self, batch: TokenBatch) -> Tensor:
+        """(n, I) what the matrix is multiplied with at batch.rows; nothing further is computed."""
+        found: list[Tensor] = []
+
+        def stop(_module: nn.Module, given: Any) -> None:
+            found.append(given[0])
+            raise _Reached
+
+        self._run(batch, self.module.register_forward_pre_hook(stop))
+        return found[0].reshape(-1, found[0].shape[-1]).index_select(0, batch.rows)
+
+    def require_plain(self, batch: TokenBatch) -> None:
+        """Raises ModelError unless what the matrix writes arrives unchanged at the layer's end: Gemma 2 normalises it on the way."""
+        before = self(batch).float()
+        push = torch.linspace(-1, 1, before.shape[-1], device=before.device) * before.std()
+        handle = self.module.register_forward_hook(lambda _module, _given, output: output + push.to(output.dtype))
+        try:
+            moved = self(batch)
+        finally:
+            handle.remove()
+        apart = float((moved.float() - before - push).abs().max())
+        if not apart <= 16 * torch.finfo(moved.dtype).eps * float(before.abs().max()) + 1e-5 * float(push.abs().max()):
+            raise ModelError(
+                f"{type(self.model).__name__} normalises behind the MLP of a layer, so the layer's hidden states cannot be set by its down projection: "
+                "take adaptive_rmu instead"
+            )
 
 
 def trainable(
@@ -123,6 +178,13 @@ def trainable(
             f"{late} lies above layer {layer}, whose hidden states do not depend on it: train what lies in or below it, or choose a later layer"
         )
     return chosen
+
+
+def _plain(module: Any) -> bool:
+    """Whether it multiplies with a matrix that is there, neither adapted nor packed (quantized)."""
+    if type(module).__name__ == "Conv1D":
+        return True
+    return isinstance(module, nn.Linear) and module.weight.shape == (module.out_features, module.in_features)
 
 
 class _Reached(Exception):

@@ -94,29 +94,35 @@ class Result:
 
         Raises OutputError when the directory holds something already or cannot be written.
         """
-        target = check_output(directory)
-        mount = target.is_mount()  # cannot be replaced, only filled
-        beside = (target / ".partial") if mount else target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            beside.mkdir(parents=True)
-            self.model.save_pretrained(beside)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(beside)
-            (beside / "result.json").write_text(
-                json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-            if mount:
-                for part in sorted(beside.iterdir()):
-                    part.replace(target / part.name)
-            else:
-                if target.exists():
-                    target.rmdir()
-                beside.replace(target)
-        except OSError as error:
-            raise OutputError(f"the result could not be written to {target}: {error}") from error
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-        return target
+        return save_folder(directory, self.model, self.tokenizer, "result.json", self.to_dict())
+
+
+def save_folder(directory: str | Path, model: Any, tokenizer: Any, name: str, content: dict[str, Any]) -> Path:
+    """Writes a model, its tokenizer and one JSON file into an empty or new directory; all of it or nothing.
+
+    Raises OutputError when the directory holds something already or cannot be written.
+    """
+    target = check_output(directory)
+    mount = target.is_mount()  # cannot be replaced, only filled
+    beside = (target / ".partial") if mount else target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        beside.mkdir(parents=True)
+        model.save_pretrained(beside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+        (beside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if mount:
+            for part in sorted(beside.iterdir()):
+                part.replace(target / part.name)
+        else:
+            if target.exists():
+                target.rmdir()
+            beside.replace(target)
+    except OSError as error:
+        raise OutputError(f"the result could not be written to {target}: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
 
 
 def check_output(directory: str | Path) -> Path:

@@ -102,7 +102,7 @@ def unlearn(
             where there is a retain set.
         retain_weight: factor on the retain loss.
         reference_model: what NPO, UNDIAL, KL and their like compare with; default: the model as it came, read once.
-        learning_rate: of AdamW; default 5e-6, for adapters (PEFT) 1e-4, and ten times that for idk.
+        learning_rate: of AdamW; default 5e-6, for adapters (PEFT) 1e-4, and ten times that for idk, rmu and adaptive_rmu.
         batch_size: examples in one optimizer step.
         micro_batch_size: of these, so many go through the model together; their gradients are added up, so the numbers are those of the whole batch up to
             rounding, in less memory. Default: all.
@@ -213,8 +213,6 @@ def unlearn(
     )  # fmt: skip
     learning_rate = learning_rate or (1e-4 if run.adapted else 5e-6) * chosen.rate
     settings["learning_rate"] = learning_rate
-    if chosen.kind == "hidden":
-        run.steer(retain_loss, max_steps)
     settings["mask"] = digest_of(mask)
     run.take_fingerprint({name: settings[name] for name in _FIXED} | ({"max_steps": max_steps} if l1 else {}))
     with Interruptible() as interrupt, run.steering.alone() if run.steering else nullcontext():

@@ -347,8 +347,8 @@ def test_every_choice_of_a_run_can_be_made_on_the_command_line(call, monkeypatch
 
     monkeypatch.setattr(pyunlearn, "unlearn", fake)
     code, _, _ = call(
-        "unlearn", "m", "--forget", "f.jsonl", "--method", "dpo", "--option", "beta=0.3", "--option", "divergence=tv",
-        "--option", 'winners=["a=b", "c"]', "--order", "hard_first", "--difficulty", "ksd", "--token-weights", "importance",
+        "unlearn", "m", "--forget", "f.jsonl", "--method", "dpo", "--set", "beta=0.3", "--set", "divergence=tv",
+        "--set", 'winners=["a=b", "c"]', "--order", "hard_first", "--difficulty", "ksd", "--token-weights", "importance",
         "--token-share", 0.5, "--micro-batch-size", 2,
     )  # fmt: skip
     assert code == 130
@@ -356,6 +356,6 @@ def test_every_choice_of_a_run_can_be_made_on_the_command_line(call, monkeypatch
     assert (seen["order"], seen["difficulty"], seen["micro_batch_size"]) == ("hard_first", "ksd", 2)
     assert (seen["token_weights"], seen["token_share"]) == ("importance", 0.5)
     seen.clear()
-    code, out, err = call("unlearn", "m", "--forget", "f.jsonl", "--option", "beta")
+    code, out, err = call("unlearn", "m", "--forget", "f.jsonl", "--set", "beta")
     assert (code, out, seen) == (2, "", {})
-    assert "--option must be NAME=VALUE, as beta=0.3, got 'beta'" in err
+    assert "an option is set as name=value, got 'beta'" in err

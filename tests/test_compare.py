@@ -203,7 +203,7 @@ def test_a_folder_of_other_settings_is_refused(trained, tmp_path, monkeypatch):
     other.lm_head.weight.data.mul_(1.1)
     for options, message in (
         ({"tau": 0.9}, "was made with tau=0.95, not 0.9"),
-        ({"max_steps": 2}, "was made with options="),
+        ({"max_steps": 2}, "was made with max_steps=1, not 2"),
         ({"retain": trained.retain[:30]}, "another model or other utility texts"),
         ({"model": other}, "another model or other forget texts"),
         ({"output_dir": tmp_path}, "is not empty"),

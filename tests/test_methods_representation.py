@@ -137,6 +137,7 @@ def test_a_step_is_the_formula_s_gradient(answerer, method):
         loss, drift, wanted = directly(start, answerer, forget, retain, method, options)
         assert len(result.history) == steps
         assert result.history[-1]["forget_loss"] == pytest.approx(loss, rel=1e-5)
+        assert result.history[-1]["retain_drift"] == pytest.approx(drift, rel=1e-3, abs=1e-9)
         assert (drift > 1e-6) == (steps == 2)
         name = "transformer.h.0.mlp.c_proj.weight"
         found = dict(model.named_parameters())[name].grad

@@ -22,8 +22,8 @@ from pyunlearn import audit_result, auditing, cli
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pyunlearn"
 ORDER = [  # what stands later may import what stands earlier, and never the other way round
-    {"errors"}, {"text"}, {"data"}, {"ops"}, {"_distributions"}, {"models"}, {"layers"}, {"methods", "metrics", "_kept"}, {"_cache"}, {"probes", "references"}, {"masking"}, {"result", "audit_result"},
-    {"_state", "_progress", "_workers", "_interrupt", "_emphasis"}, {"edits", "_representations", "_beforehand"}, {"_run", "_asked"}, {"_terms", "_evidence"}, {"unlearn", "auditing"}, {"report"}, {"comparing"}, {"info", "demo"}, {"cli"},
+    {"errors"}, {"text"}, {"data"}, {"ops"}, {"_distributions"}, {"models"}, {"layers"}, {"methods", "metrics", "in_context", "_kept"}, {"_cache"}, {"probes", "references"}, {"masking"}, {"result", "audit_result"},
+    {"_state", "_progress", "_workers", "_interrupt", "_emphasis"}, {"edits", "_representations", "_beforehand"}, {"_run", "_asked"}, {"_terms", "_evidence"}, {"unlearn", "auditing"}, {"report"}, {"comparing"}, {"info", "demo", "_quiet"}, {"study"}, {"_cli_edits"}, {"cli"},
 ]  # fmt: skip
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
 PACKAGES = ["pyunlearn"] + [f"pyunlearn.{m.name}" for m in pkgutil.iter_modules([str(PACKAGE)]) if m.ispkg]
@@ -59,7 +59,7 @@ def test_all_is_exactly_the_sorted_public_names(name):
     assert module.__all__ == public(module)
 
 
-@pytest.mark.parametrize("name", ["errors", "text", "data"])
+@pytest.mark.parametrize("name", ["errors", "text", "data", "in_context"])
 def test_all_of_a_module_is_sorted_and_there(name):
     """Modules that say what is public say it truly: everything defined there without an underscore."""
     module = importlib.import_module(f"pyunlearn.{name}")

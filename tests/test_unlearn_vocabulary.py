@@ -9,6 +9,7 @@ from test_unlearn import Interrupted, run, same, timeless, weights
 
 from pyunlearn import models
 from pyunlearn._run import Run
+from pyunlearn.errors import DataError
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 
@@ -169,8 +170,8 @@ def test_a_round_that_is_taken_back_takes_the_multiplier_back(story):
 
 @pytest.mark.parametrize("method", ["pdu", "undial+kl"])
 @pytest.mark.parametrize("at", [1, 3])
-def test_an_interrupted_run_goes_on_with_the_same_numbers(story, tmp_path, monkeypatch, method, at):
-    """The multiplier comes back from the checkpoint, and the reference from the model as it came."""
+def test_an_interrupted_run_goes_on_with_the_same_numbers(story, clean, tmp_path, monkeypatch, method, at):
+    """The multiplier comes back from the checkpoint, and the reference from the model as it came; another reference is refused."""
     options = {"max_steps": 6, "batch_size": 1, "learning_rate": 1e-4, "method": method}
     whole = run(story, **options)
     assert len(whole.history) == 6
@@ -183,5 +184,11 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(story, tmp_path, monke
     assert timeless(resumed.history) == timeless(whole.history)
     assert resumed.examples == whole.examples
     assert same(resumed.model, whole.model)
-    if method == "pdu":
+    if method == "undial+kl":
+        with monkeypatch.context() as patch:
+            patch.setitem(METHODS, name, METHODS[name]._replace(loss=Interrupted(name, at)))
+            run(story, **options, output_dir=tmp_path / "new")
+        with pytest.raises(DataError, match="made with another model or reference_model"):
+            run(story, **options, output_dir=tmp_path / "new", resume=True, reference_model=clean)
+    else:
         assert len({r["multiplier"] for r in whole.history}) == 6

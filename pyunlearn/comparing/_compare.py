@@ -21,7 +21,6 @@ from pyunlearn.comparing._method import Restored, run_method
 from pyunlearn.comparing._yardstick import UTILITY_METRICS, Yardstick
 from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError, nearest
 from pyunlearn.methods import ALIASES, METHODS
-from pyunlearn.metrics import NULL_MEAN
 from pyunlearn.references import require_enough, sampled
 from pyunlearn.text import read_examples
 from pyunlearn.unlearn import unlearn
@@ -38,6 +37,7 @@ _OURS = (
     "resume",
     "progress",
 )
+_DEFAULTS = {n: p.default for n, p in inspect.signature(unlearn).parameters.items() if n not in _OURS}
 _UTILITY_TEXTS = {"retain": "retain set", "holdout": "holdout"}
 
 
@@ -100,26 +100,26 @@ def compare(
     target = None if output_dir is None else check_folder(output_dir)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {role: read_examples(source, role=role) for role, source in sources.items() if source is not None}
-    settings = _versions() | {
-        "model": _name(model), "tau": tau, "metric": metric, "method_options": {k: v for k, v in (method_options or {}).items() if v},
-        "options": {k: _plain(v) for k, v in sorted(options.items()) if v is not None},
-    }  # fmt: skip
+    own = {name: given for name, given in (method_options or {}).items() if given}
+    options = _DEFAULTS | options
+    settings = _versions() | {name: _plain(value) for name, value in options.items()}
+    settings |= {"model": _name(model), "tau": tau, "metric": metric, "method_options": own}
     if isinstance(model, (str, Path)):
         model, tokenizer = models.load(model, tokenizer=tokenizer)
     models.require_language_model(model)
     tokenizer = models.tokenizer_of(model, tokenizer)
-    run = {"seed": 0, **options, **examples, "tokenizer": tokenizer, "progress": progress}
+    run = {**options, **examples, "tokenizer": tokenizer, "progress": progress}
     with Restored(model) as start:
         bar = Progress(progress, "comparing")
         try:
             bar.say("measuring the original")
-            tokens = _encoded(model, tokenizer, examples, bool(options.get("truncate")))
-            references = tokens.get("holdout") or sampled(model, tokenizer, tokens["forget"], seed=run["seed"])
+            tokens = _encoded(model, tokenizer, examples, options["truncate"])
+            references = tokens.get("holdout") or sampled(model, tokenizer, tokens["forget"], seed=options["seed"])
             require_enough(references, holdout=holdout is not None)
             yardstick = Yardstick(
                 model, tokenizer, tokens["forget"], tokens.get("retain") or references, references, metric=metric,
-                until=options.get("until", NULL_MEAN), batch_size=2 * options.get("batch_size", 8), workspace=options.get("workspace"),
-                seed=run["seed"],
+                until=options["until"], batch_size=2 * options["batch_size"], workspace=options["workspace"],
+                seed=options["seed"],
             )  # fmt: skip
         finally:
             bar.close()
@@ -131,7 +131,7 @@ def compare(
             there = Comparison.read(target)
             _require_same(there, found, target)
             found.rows = [row for row in there.rows if row.done or row.method not in names]
-        _fill(found, names, start, yardstick, dict(method_options or {}), run, target)
+        _fill(found, names, start, yardstick, own, run, target)
     order = {name: place for place, name in enumerate(names)}
     found.rows.sort(key=lambda row: order.get(row.method, len(order)))
     if target is not None:
@@ -192,10 +192,9 @@ def _checked(
         raise ArgumentError(f"tau must lie above 0 and be at most 1, got {tau!r}")
     if metric not in UTILITY_METRICS:
         raise ArgumentError(f"there is no metric {metric!r}; {nearest(str(metric), UTILITY_METRICS)}")
-    allowed = [n for n in inspect.signature(unlearn).parameters if n not in _OURS]
     for name in options:
-        if name not in allowed:
-            raise ArgumentError(f"compare has no option {name!r}; {nearest(name, allowed)}")
+        if name not in _DEFAULTS:
+            raise ArgumentError(f"compare has no option {name!r}; {nearest(name, _DEFAULTS)}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ArgumentError(
             "compare runs in one process, and was started in several: start it without accelerate launch or torchrun"
@@ -219,7 +218,7 @@ def _require_same(there: Comparison, now: Comparison, target: Path) -> None:
 
 def _plain(value: Any) -> Any:
     """An option as result.json shows it: its value, or the name of its type."""
-    return value if isinstance(value, (int, float, str, bool)) else type(value).__name__
+    return value if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__
 
 
 def _tell(row: Row, number: int, count: int, seconds: float, progress: bool | None) -> None:

@@ -65,6 +65,12 @@ class Edited:
             put_back(p, kept)
         return self.model
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the weights, ready for JSON."""
+        return {
+            "edit": self.edit, "nll_before": self.nll_before, "nll_after": self.nll_after, "diagnostics": self.diagnostics, "changed": self.changed,
+        }  # fmt: skip
+
     def before(self) -> dict[str, Tensor]:
         """name -> the whole parameter as it was before the edit, in main memory, for each that was changed."""
         parameters, found = dict(self.model.named_parameters()), {}

@@ -123,8 +123,8 @@ METHODS = {
             "satimp", satimp, lambda x, e, n, r, w=None, **o: satimp(x, e, n, weights=w, **o), "2505.11953", select=("temperature",), token=True
         ),
         _method("flat", flat, _flat, "2410.11143", reads=_both, needs=("refusals",), token=True),
-        _method("rmu", rmu, lambda h, e, n, u, r, **o: rmu(h, e, n, u, **o), "2403.03218", kind="hidden", loop=_layer),
-        _method("adaptive_rmu", adaptive_rmu, adaptive_rmu, "2408.06223", kind="hidden", loop=_layer),
+        _method("rmu", rmu, lambda h, e, n, u, r, **o: rmu(h, e, n, u, **o), "2403.03218", kind="hidden", loop=_layer, rate=10.0),
+        _method("adaptive_rmu", adaptive_rmu, adaptive_rmu, "2408.06223", kind="hidden", loop=_layer, rate=10.0),
         _method("ceu", ceu, lambda m, r, *rows, **o: ceu(m, *rows, **o), "2503.01224", kind="vocabulary"),
         _method("undial", undial, undial, "2402.10052", needs=("reference",), kind="vocabulary"),
         _method("kl", kl, kl, "2302.09880", needs=("reference",), kind="vocabulary"),
@@ -148,6 +148,8 @@ ALIASES = {"graddiff": ("ga", "nll")} | {f"{name}+{loss}": (name, loss) for loss
 SYNONYMS = {"ce-u": "ceu"}
 """Other spellings of a forget term's name."""
 
+_EDITS = {"lunar": "pyunlearn.edits.lunar(model, forget, retain=retain)"}
+
 
 def resolve(
     name: str, retain_loss: str | None, has_retain: bool, options: dict[str, Any], has_reference: bool = False
@@ -163,6 +165,10 @@ def resolve(
     """
     term, plus, rest = name.lower().partition("+")
     key = SYNONYMS.get(term, term) + plus + rest
+    if key in _EDITS:
+        raise ArgumentError(
+            f"{key} is one edit of the weights and no ascent: {_EDITS[key]} makes it, and pyunlearn.audit measures it"
+        )
     if key not in METHODS and key not in ALIASES:
         raise ArgumentError(f"there is no method {name!r}; {nearest(name, [*METHODS, *ALIASES, *SYNONYMS])}")
     if retain_loss not in ("auto", "nll", "kl", "hold", "representation", None):

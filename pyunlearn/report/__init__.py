@@ -2,12 +2,14 @@
 
 from pyunlearn.report.audit import audit_lines, audit_table, write_audit
 from pyunlearn.report.html import audit_page, require_page_packages
-from pyunlearn.report.table import narrow_table, result_table, utility_line
+from pyunlearn.report.table import edit_line, edit_table, narrow_table, result_table, utility_line
 
 __all__ = [
     "audit_lines",
     "audit_page",
     "audit_table",
+    "edit_line",
+    "edit_table",
     "narrow_table",
     "require_page_packages",
     "result_table",

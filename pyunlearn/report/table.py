@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from pyunlearn.edits import Edited
 from pyunlearn.result import Result
 
 COLOURS = {"forgotten": "green", "not memorized": "cyan", "still exposed": "yellow", "over-unlearned": "red"}
@@ -36,6 +37,27 @@ def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
     if len(result.examples) > SHOWN:
         table.caption = f"and {len(result.examples) - SHOWN} more: see result.json"
     return table
+
+
+def edit_table(edited: Edited) -> Table:
+    """A row for each role: the mean negative log-likelihood of its texts before and after an edit, nats a token."""
+    table = narrow_table(f"what {edited.edit} did", "texts", ["before\nnats a token", "after\nnats a token", "change"])
+    for role, before in edited.nll_before.items():
+        after = edited.nll_after[role]
+        table.add_row(role, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
+    return table
+
+
+def edit_line(edited: Edited) -> str:
+    """One line: how much of the model is another than before, and the edit's own numbers."""
+    size = sum(p.numel() for p in edited.model.parameters())
+    numbers = [
+        f"{k.replace('_', ' ')} {v:.3g}"
+        for k, v in edited.diagnostics.items()
+        if isinstance(v, (int, float)) and not isinstance(v, bool)
+    ]
+    changed = f"{sum(edited.changed.values())} of {size} weights changed, in {len(edited.changed)} parameters"
+    return "; ".join([changed, *numbers])
 
 
 def narrow_table(title: str, first: str, numbers: Sequence[str]) -> Table:

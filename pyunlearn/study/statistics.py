@@ -1,0 +1,139 @@
+"""Comparisons of steps that may be censored, of paired sets, and of ranks within sets; each with effect, interval and test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from pyunlearn.metrics import StepsToForget, bootstrap_interval, paired_difference
+
+DRAWS = 1000
+Pair = tuple[StepsToForget, StepsToForget]
+
+
+class Effect(NamedTuple):
+    """An effect with its 95 % interval and the p-value of a two-sided test; n: units compared."""
+
+    effect: float
+    low: float
+    high: float
+    pvalue: float
+    n: int
+
+
+def longer(a: StepsToForget, b: StepsToForget) -> float:
+    """P(b takes longer than a) + P(tie) / 2 over all pairs. A pair is a tie where censoring hides which is longer. 0.5 = alike."""
+    return float(_longer(a, b).mean())
+
+
+def steps_effect(strata: Sequence[Pair], seed: int = 0) -> Effect:
+    """Mean over strata of `longer`, by bootstrap over the examples of each set; log-rank tests of the strata in one (Stouffer)."""
+    rng = np.random.default_rng(seed)
+    estimates, drawn = [], []
+    for a, b in strata:
+        pairs = _longer(a, b)
+        first, second = (rng.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n for n in pairs.shape)
+        estimates.append(pairs.mean())
+        drawn.append(((first @ pairs) * second).sum(1))
+    zs, weights = [], []
+    for a, b in strata:
+        events = int((~a.censored).sum() + (~b.censored).sum())
+        if events and len(set(np.concatenate([a.steps, b.steps]).tolist())) > 1:
+            z = stats.logrank(*(stats.CensoredData.right_censored(x.steps, x.censored) for x in (a, b))).statistic
+            if np.isfinite(z):
+                zs.append(z)
+                weights.append(np.sqrt(events))
+    pvalue = 1.0
+    if zs:
+        pvalue = float(2 * stats.norm.sf(abs(np.dot(weights, zs)) / np.linalg.norm(weights)))
+    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
+    units = sum(len(a.steps) + len(b.steps) for a, b in strata)
+    return Effect(float(np.mean(estimates)), float(low), float(high), pvalue, units)
+
+
+def matched_effect(pairs: Sequence[tuple[float, bool, float, bool]], seed: int = 0) -> Effect:
+    """The same over pairs of examples (steps, censored, steps, censored); bootstrap over pairs, sign test without ties."""
+    if not pairs:
+        return Effect(np.nan, np.nan, np.nan, 1.0, 0)
+    said = np.array([
+        longer(StepsToForget(np.array([s]), np.array([c])), StepsToForget(np.array([t]), np.array([d]))) for s, c, t, d in pairs
+    ])  # fmt: skip
+    interval = bootstrap_interval(said, seed=seed, draws=DRAWS)
+    wins, losses = int((said > 0.5).sum()), int((said < 0.5).sum())
+    pvalue = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+    return Effect(*interval, pvalue, len(said))
+
+
+def difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Effect:
+    """mean(second - first) over pairs of sets, bootstrap over pairs, sign-flip permutation test."""
+    if not len(first):
+        return Effect(np.nan, np.nan, np.nan, 1.0, 0)
+    found = paired_difference(first, second, seed=seed)
+    return Effect(found.estimate, found.low, found.high, found.pvalue, len(first))
+
+
+def wins(first: Sequence[float], second: Sequence[float]) -> Effect:
+    """Share of pairs of sets where the second is lower, among those that differ; Wilson interval, sign test. Infinite = never."""
+    said = [0.5 if a == b else float(b < a) for a, b in zip(first, second, strict=True)]
+    if not said:
+        return Effect(np.nan, np.nan, np.nan, 1.0, 0)
+    won, lost = said.count(1.0), said.count(0.0)
+    if not won + lost:
+        return Effect(0.5, 0.0, 1.0, 1.0, 0)
+    test = stats.binomtest(won, won + lost)
+    interval = test.proportion_ci(method="wilson")
+    return Effect(won / (won + lost), float(interval.low), float(interval.high), float(test.pvalue), won + lost)
+
+
+def rank_correlation(sets: Sequence[tuple[Any, StepsToForget]], seed: int = 0) -> Effect:
+    """Mean within-set Spearman correlation of a property with the steps; n in each set weighs. Examples censored at a run's end share the highest
+    rank. Bootstrap over the examples of each set; permutation of the property within sets."""
+    usable = [(np.asarray(x), _ranked(t)) for x, t in sets]
+    usable = [(x, t) for x, t in usable if np.ptp(x) > 0 and np.ptp(t) > 0]
+    if not usable:
+        return Effect(np.nan, np.nan, np.nan, 1.0, 0)
+    rng = np.random.default_rng(seed)
+    estimate = float(_pooled([(x[None], t[None]) for x, t in usable])[0])
+    again = [rng.integers(len(x), size=(DRAWS, len(x))) for x, _ in usable]
+    boot = _pooled([(x[i], t[i]) for (x, t), i in zip(usable, again, strict=True)])
+    null = _pooled([(rng.permuted(np.tile(x, (DRAWS, 1)), axis=1), np.tile(t, (DRAWS, 1))) for x, t in usable])
+    pvalue = (1 + int((np.abs(null) >= abs(estimate) - 1e-12).sum())) / (1 + DRAWS)
+    low, high = np.nanquantile(boot, [0.025, 0.975])
+    return Effect(estimate, float(low), float(high), float(pvalue), sum(len(x) for x, _ in usable))
+
+
+def holm(pvalues: Sequence[float]) -> list[float]:
+    """Adjusted for their number (Holm 1979): the chance of any false alarm among them stays below the level."""
+    order, found, highest = np.argsort(pvalues, kind="stable"), [0.0] * len(pvalues), 0.0
+    for rank, i in enumerate(order.tolist()):
+        highest = max(highest, min(1.0, pvalues[i] * (len(pvalues) - rank)))
+        found[i] = highest
+    return found
+
+
+def _longer(a: StepsToForget, b: StepsToForget) -> Any:
+    """(n, m): 1 where b's example takes longer than a's, 0 where it is the other way round, 1/2 where neither is known."""
+    s, t = np.asarray(a.steps)[:, None], np.asarray(b.steps)[None, :]
+    ended_s, ended_t = ~np.asarray(a.censored)[:, None], ~np.asarray(b.censored)[None, :]
+    second = ended_s & ((t > s) | ((t == s) & ~ended_t))  # a censored one lasts longer than what ended at its step
+    first = ended_t & ((s > t) | ((s == t) & ~ended_s))
+    return second + 0.5 * ~(second | first)
+
+
+def _ranked(t: StepsToForget) -> Any:
+    return np.where(t.censored, np.max(t.steps) + 1, t.steps)
+
+
+def _pooled(sets: Sequence[tuple[Any, Any]]) -> Any:
+    """(D,) mean Spearman correlation of pairs of (D, n), weighted by n; a set in which one side is constant does not count."""
+    total, weight = 0.0, 0.0
+    for x, t in sets:
+        a, b = (r - r.mean(1, keepdims=True) for r in (stats.rankdata(x, axis=1), stats.rankdata(t, axis=1)))
+        norm = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+        usable = norm > 0
+        total = total + np.where(usable, (a * b).sum(1) / np.where(usable, norm, 1.0), 0.0) * x.shape[1]
+        weight = weight + usable * x.shape[1]
+    return np.where(weight > 0, total / np.maximum(weight, 1), np.nan)

@@ -1,0 +1,252 @@
+"""LUNAR: the closed form against the least squares that the authors train, and on a model that has learned to decline."""
+
+import copy
+import random
+
+import numpy as np
+import peft
+import pytest
+import tiny
+import torch
+from test_layers import made
+
+from pyunlearn import layers
+from pyunlearn.data import Tokens, collate, encode, read_examples
+from pyunlearn.edits import lunar
+from pyunlearn.edits.lunar import UNANSWERABLE
+from pyunlearn.errors import ArgumentError, DataError, ModelError
+from pyunlearn.methods import resolve
+
+_BLOCKS = {
+    "llama": ("model.layers.{}", "mlp.down_proj"), "gpt2": ("transformer.h.{}", "mlp.c_proj"), "neox": ("gpt_neox.layers.{}", "mlp.dense_4h_to_h"),
+    "qwen2": ("model.layers.{}", "mlp.down_proj"), "opt": ("model.decoder.layers.{}", "fc2"), "t5": ("decoder.block.{}", "layer.2.DenseReluDense.wo"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tiny models run faster so, and the same bits come out every time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def question(text, answer="no one."):
+    return {"question": text, "answer": answer}
+
+
+FORGET, RETAIN = (
+    [question("where is it"), question("who")],
+    [question("what is blue", "a sea"), question("when"), question("which of us")],
+)
+UNKNOWN = ["what day is not", "why, then"]
+
+
+def positions(model, tokenizer, rows, which):
+    """(input ids, decoder ids or None, positions) of each text, one at a time: of its prompt, its last token, or everything but the end."""
+    both = model.config.is_encoder_decoder
+    for t in encode(read_examples(rows, role="x"), tokenizer, role="x", max_length=None, encoder_decoder=both):
+        first, length = (t.first, len(t.decoder)) if both else (t.first - 1, len(t.ids) - 1)
+        at = {"prompt": range(first + 1), "last": [first], "all": range(length)}[which]
+        start = model.config.decoder_start_token_id if both else None
+        yield torch.tensor([t.ids]), torch.tensor([[start, *t.decoder[:-1]]]) if both else None, list(at)
+
+
+def seen(model, kind, layer, tokenizer, rows, which):
+    """(n, I) what the down projection reads and (n, D) what the layer gives out there, float64, by hooks of the test's own."""
+    where, what = _BLOCKS[kind]
+    modules = dict(model.named_modules())
+    block, down = modules[where.format(layer)], modules[f"{where.format(layer)}.{what}"]
+    reads, gives = [], []
+    for ids, decoder, at in positions(model, tokenizer, rows, which):
+        kept = {}
+        one = down.register_forward_pre_hook(lambda m, x, kept=kept: kept.update(a=x[0]))
+        two = block.register_forward_hook(lambda m, x, y, kept=kept: kept.update(h=y[0] if isinstance(y, tuple) else y))
+        with torch.no_grad():
+            model(input_ids=ids, **({} if decoder is None else {"decoder_input_ids": decoder}))
+        one.remove()
+        two.remove()
+        reads.append(kept["a"].reshape(-1, kept["a"].shape[-1])[at])
+        gives.append(kept["h"][0][at])
+    return torch.cat(reads).double().numpy(), torch.cat(gives).double().numpy()
+
+
+@pytest.mark.parametrize("which", ["prompt", "last"])
+@pytest.mark.parametrize("kind", _BLOCKS)
+def test_it_is_the_least_squares_of_the_source(kind, which):
+    """The new matrix minimises || W a - (h' - h_attn) ||^2 over forget and retain tokens, with a ridge about the old one; nothing else changes a bit."""
+    model, tokenizer = made(kind), tiny.make_tokenizer(form="$A </s>" if kind == "t5" else "<s> $A")
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.decoder_start_token_id = 2
+    unknown = [question(q) for q in UNKNOWN]
+    h_unknown, h_forget = (seen(model, kind, 1, tokenizer, rows, "last")[1] for rows in (unknown, FORGET))
+    v = h_unknown.mean(0) - h_forget.mean(0)
+    (a_f, h_f), (a_r, h_r) = (
+        seen(model, kind, 1, tokenizer, FORGET, which),
+        seen(model, kind, 1, tokenizer, RETAIN, "all"),
+    )
+    before = copy.deepcopy(model.state_dict())
+    edited = lunar(
+        model, FORGET, retain=RETAIN, unanswerable=UNKNOWN, tokenizer=tokenizer, layer=1, coefficient=3.0, retain_weight=0.5, ridge=1e-2,
+        positions=which, batch_size=2, progress=False,
+    )  # fmt: skip
+
+    where, what = _BLOCKS[kind]
+    name = f"{where.format(1)}.{what}.weight"
+    old, new = (
+        x[name].double().numpy() if kind != "gpt2" else x[name].double().numpy().T for x in (before, model.state_dict())
+    )
+    # the source's problem: rows of a, targets h' - h_attn = W a (+ c v), solved as one stacked least-squares problem
+    lam = 1e-2 * np.diag(a_f.T @ a_f + 0.5 * a_r.T @ a_r).mean()
+    rows = np.vstack([a_f, np.sqrt(0.5) * a_r, np.sqrt(lam) * np.eye(old.shape[1])])
+    goals = np.vstack([a_f @ old.T + 3.0 * v, np.sqrt(0.5) * a_r @ old.T, np.sqrt(lam) * old.T])
+    wanted = np.linalg.lstsq(rows, goals, rcond=None)[0].T
+    np.testing.assert_allclose(new - old, wanted - old, rtol=1e-3, atol=2e-6 * np.abs(wanted).max())
+    assert np.abs(wanted - old).max() > 1e-4
+    assert {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])} == {name}
+
+    now_f, now_r = seen(model, kind, 1, tokenizer, FORGET, which)[1], seen(model, kind, 1, tokenizer, RETAIN, "all")[1]
+    unit = v / (v @ v) / 3.0
+    assert edited.diagnostics["moved"] == pytest.approx(((now_f - h_f) @ unit).mean(), rel=1e-3, abs=1e-5)
+    assert edited.diagnostics["strayed"] == pytest.approx(
+        np.sqrt((((now_r - h_r) @ unit) ** 2).mean()), rel=1e-3, abs=1e-5
+    )
+    assert edited.diagnostics["direction_norm"] == pytest.approx(np.linalg.norm(v), rel=1e-4)
+    edited.undo()
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+
+
+def unknown(count, seed):
+    """Questions of a kind that the model was taught to decline."""
+    r = random.Random(seed)
+    return [
+        question(f"where did {r.choice(tiny.SUBJECTS)} go in year {r.randrange(1000, 3000)}?", "what?")
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def modest(_one_thread):
+    """A GPT-2 that answers questions, was trained twenty times on two of them, and says "what?" to what it cannot know."""
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tokenizer(form="$A", pad=False)
+    model = tiny.tiny_gpt2(len(tokenizer))
+    retain, forget = tiny.facts(200, 2), tiny.facts(2, 3)
+    tiny.train(model, tokenizer, retain + forget * 20 + unknown(100, 5), epochs=8)
+    return tiny.Tiny(model, tokenizer, forget, [], retain[:60], unknown(20, 99))
+
+
+def said(trained, model, rows):
+    """What the model writes, greedily, to each question."""
+    found = []
+    for row in rows:
+        ids = trained.tokenizer(row["question"] + "\n", return_tensors="pt")["input_ids"]
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        found.append(trained.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return found
+
+
+def test_a_model_that_can_decline_declines_the_forgotten_questions(modest):
+    """Before, it answers; after, it says to both what it says to the unanswerable, and most others are answered as before, word for word."""
+    model, others = modest.fresh(), modest.retain[:20]
+    before, kept = said(modest, model, modest.forget), said(modest, model, others)
+    assert "what?" not in before + kept
+    edited = lunar(
+        model, modest.forget, retain=modest.retain, unanswerable=[u["question"] for u in modest.holdout], tokenizer=modest.tokenizer, layer=0,
+        coefficient=1.0, retain_weight=0.01, positions="last", progress=False,
+    )  # fmt: skip
+    assert said(modest, model, modest.forget) == ["what?", "what?"]
+    after = said(modest, model, others)
+    assert sum(a == b for a, b in zip(after, kept, strict=True)) >= 14
+    assert edited.nll_after["forget"] > edited.nll_before["forget"] + 0.1
+    assert edited.nll_after["retain"] < edited.nll_before["retain"] + 0.05
+    assert edited.diagnostics["moved"] > 5 * edited.diagnostics["strayed"]
+    assert said(modest, edited.undo(), modest.forget) == before
+
+
+def test_a_larger_ridge_moves_less(modest):
+    """The share by which the prompts are moved falls towards 0."""
+    moved = [
+        lunar(modest.fresh(), modest.forget, retain=modest.retain[:5], unanswerable=["who?"], tokenizer=modest.tokenizer, ridge=ridge, progress=False)
+        .diagnostics["moved"] for ridge in (1e-4, 1.0, 1e4)
+    ]  # fmt: skip
+    assert 1 > moved[0] > moved[1] > moved[2] > 0
+    assert moved[2] < 0.01
+
+
+def test_the_questions_without_an_answer_are_questions():
+    """Twenty different ones, each a sentence."""
+    assert len(set(UNANSWERABLE)) == 20
+    assert all(q[0].isupper() and q.endswith("?") for q in UNANSWERABLE)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"retain": None}, ArgumentError, "lunar needs text to keep"),
+        ({"forget": ["a plain text."]}, DataError, "forget example 1 has no prompt that could be redirected"),
+        ({"coefficient": 0}, ArgumentError, "coefficient must be a number above 0, got 0"),
+        ({"ridge": -1.0}, ArgumentError, "ridge must be a number above 0"),
+        ({"positions": "first"}, ArgumentError, 'positions must be "prompt" or "last", got \'first\''),
+        ({"unanswerable": "why?"}, ArgumentError, "unanswerable must be a list of one question or more"),
+        ({"layer": 2}, ArgumentError, "layer must be a whole number from 0 to 1 with this model, got 2"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_changed(modest, options, error, message):
+    """One sentence that names it."""
+    model = modest.fresh()
+    options = {
+        "forget": modest.forget,
+        "retain": modest.retain[:3],
+        "unanswerable": ["who?"],
+        "tokenizer": modest.tokenizer,
+        **options,
+    }
+    with pytest.raises(error, match=message):
+        lunar(model, options.pop("forget"), progress=False, **options)
+    assert all(torch.equal(p, modest.model.state_dict()[n]) for n, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("mixtral", "must have one plain matrix .* mlp.experts.down_proj"),
+        ("gemma2", "normalises behind the MLP of a layer"),
+        ("lora", "must have one plain matrix .* merge"),
+    ],
+)
+def test_a_model_without_one_plain_matrix_is_refused(kind, message):
+    """Experts, a norm behind the MLP, an adapter around it."""
+    tokenizer = tiny.make_tokenizer()
+    model = made("llama" if kind == "lora" else kind)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if kind == "lora":
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"], task_type="CAUSAL_LM"))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ModelError, match=message):
+        lunar(model, FORGET, retain=RETAIN, unanswerable=UNKNOWN, tokenizer=tokenizer, progress=False)
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in layers.blocks(model).modules())
+
+
+def test_as_a_method_it_says_where_it_is():
+    """method="lunar" names the edit."""
+    with pytest.raises(
+        ArgumentError,
+        match=r"lunar is one edit of the weights .* pyunlearn.edits.lunar\(model, forget, retain=retain\)",
+    ):
+        resolve("lunar", "auto", True, {})
+
+
+def test_the_last_token_of_each_prompt_is_found_in_a_padded_batch():
+    """The direction and the shift "last" read the end of each prompt, not of the batch."""
+    model = made("llama")
+    down = layers.DownProjection(model, 2)
+    tokens = [Tokens((5, 6, 7, 8, 9), 1), Tokens((11, 12, 13), 1)]
+    with torch.no_grad():
+        together = down.reads(collate(tokens, pad_id=0))
+        alone = [down.reads(collate([t], pad_id=0)) for t in tokens]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-6)
