@@ -267,7 +267,7 @@ def study(
     from pyunlearn.study import run_study
     from pyunlearn.study.config import parsed
 
-    _quiet_libraries()
+    quiet_libraries()
     try:
         found = run_study(
             out, preset=preset, corpus=corpus, test_corpus=test_corpus, device=device, progress=False if quiet else None,

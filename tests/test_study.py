@@ -123,19 +123,31 @@ def test_the_other_setups_come_to_verdicts(tmp_path, monkeypatch, setup):
     """A causal model from scratch on plain text, and a checkpoint fine-tuned on questions and answers; of either no BLEU is reported."""
     monkeypatch.setattr(study, "draw_all", lambda *_: None)
     monkeypatch.setattr(study, "write_page", lambda *_: None)
-    given = {**TINY, "setup": setup, "repetitions": (4,), "kinds": ("id", "mismatched", "canary", "random"), "corpus_size": 300}
+    given = {
+        **TINY,
+        "setup": setup,
+        "repetitions": (4,),
+        "kinds": ("id", "mismatched", "canary", "random"),
+        "corpus_size": 300,
+    }
     if setup == "qa":
         tokenizer = tiny.make_tokenizer()
         tiny.tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         (tmp_path / "qa.jsonl").write_text("\n".join(json.dumps(f) for f in tiny.facts(200, 0)))
-        given |= {"checkpoint": str(tmp_path / "model"), "corpus": tmp_path / "qa.jsonl", "kinds": ("id", "mismatched", "random")}
+        given |= {
+            "checkpoint": str(tmp_path / "model"),
+            "corpus": tmp_path / "qa.jsonl",
+            "kinds": ("id", "mismatched", "random"),
+        }
     found = run_study(tmp_path / "out", **given)
     assert [c.name for c in found.claims] == list(CLAIMS)
     run = np.load(tmp_path / "out" / "runs" / "id-r4-draw0-lr0.01.npz")
     assert np.isnan(run["bleu"]).all()
     assert run["nll"][-1].mean() > run["nll"][0].mean()
-    trained, retrained = (np.load(tmp_path / "out" / "scores" / f"{name}.npz")["nll"] for name in ("main-0", "retrained"))
+    trained, retrained = (
+        np.load(tmp_path / "out" / "scores" / f"{name}.npz")["nll"] for name in ("main-0", "retrained")
+    )
     assert trained[-4:].mean() < retrained[-4:].mean()
 
 

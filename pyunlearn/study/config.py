@@ -155,9 +155,15 @@ def _check(c: Config) -> None:
         raise ArgumentError(
             "a study needs examples of 4 or more, references of 19 or more, subset_models of 2 or more, and bleu_examples of at most test_examples"
         )
-    usable = [m.name for m in METHODS.values() if m.reads == ("forget",) and m.kind in ("example", "token") and set(m.needs) <= {"reference"}]
+    usable = [
+        m.name
+        for m in METHODS.values()
+        if m.reads == ("forget",) and m.kind in ("example", "token") and set(m.needs) <= {"reference"}
+    ]
     if c.method not in usable:
-        raise ArgumentError(f"method must be one that reads the forget text alone ({', '.join(usable)}), got {c.method!r}")
+        raise ArgumentError(
+            f"method must be one that reads the forget text alone ({', '.join(usable)}), got {c.method!r}"
+        )
     if (c.setup == "qa") != (c.checkpoint is not None):
         raise ArgumentError(
             f"setup qa, and only it, fine-tunes a checkpoint: got setup {c.setup!r} and checkpoint {c.checkpoint!r}; give both or neither"
