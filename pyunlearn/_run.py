@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyunlearn import models, references
-from pyunlearn._distributions import Distributions
+from pyunlearn import models
+from pyunlearn._beforehand import (
+    alternates_of,
+    compare_with,
+    difficulty_of,
+    multiplier_of,
+    reference_of,
+    token_weights_of,
+)
+from pyunlearn._emphasis import Emphasis, in_order
 from pyunlearn._kept import Kept
 from pyunlearn._progress import Progress
 from pyunlearn._representations import Steering
 from pyunlearn._workers import Workers
 from pyunlearn.data import TokenBatch, Tokens, batches, collate, padding_id
-from pyunlearn.errors import ArgumentError, ModelError, TrainingError
+from pyunlearn.errors import TrainingError
 from pyunlearn.methods import Method, Multiplier
 from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
 from pyunlearn.references import require_enough, sampled
@@ -51,6 +58,7 @@ class Run:
         holdout: list[Tokens] | None, seed: int, batch_size: int, workspace: int | None, until: float, budget: float,
         reference_model: Any, progress: bool | None, instead: list[Tokens] | None = None, cached: dict[str, Any] | None = None,
         retain_loss: str | None = None, max_steps: int = 0,
+        emphasis: Emphasis | None = None, micro_batch_size: int | None = None,
     ) -> None:  # fmt: skip
         from accelerate import Accelerator
 
@@ -66,9 +74,10 @@ class Run:
         self.forget, self.retain, self.seed, self.batch_size = forget, retain, seed, batch_size
         self.until, self.budget, self.retain_loss = until, budget, retain_loss
         self.read = {"forget": forget} | dict.fromkeys(("refusal", "winner"), instead or [])
-        self.cached = (
-            cached or {}
-        )  # what was sampled before the first step, from the checkpoint of the run that is gone on with
+        self.cached = cached or {}  # by name: what was sampled before the first step of the run that is gone on with
+        self.emphasis, self.micro_batch_size = emphasis or Emphasis(), micro_batch_size or batch_size
+        self.weights: list[Floats] | None = None  # (T,) of each forget example's tokens
+        self.difficulty: Floats | None = None  # (B,)
         self.pad, self.start = (
             padding_id(tokenizer),
             models.decoder_start_id(model) if models.is_encoder_decoder(model) else None,
@@ -101,8 +110,7 @@ class Run:
             self.references = self.workers.same_objects(alone)
         require_enough(self.references, holdout=holdout is not None)
         if "alternates" in self.method.needs:
-            self.bar.say("sampling what the model would say instead")
-            self.read["alternate"] = self._alternates(**(self.method.options | self.options))
+            self.read["alternate"] = alternates_of(self)
         self.reference_scores = -self.mean_log_likelihood(self.references)
         self.watch_references = _within(self.references, _WATCHED_TOKENS)
         self.watch = self.watch_references if retain is None else _within(retain, _WATCHED_TOKENS)
@@ -113,13 +121,15 @@ class Run:
         self.drift_before = float(-self.mean_log_likelihood(self.watch_references).mean())
         self.significant = SIGNIFICANT - 1e-9  # 19 references reach it exactly
         self.reference: dict[str, list[Floats]] = {}  # by role: under the reference, each token, or each text's sum
-        if "reference" in self.method.needs or self.retain_loss == "kl":
-            self.bar.say("reading the texts with the reference")
-            self._score_reference(reference_model, max_steps)
+        compares = "reference" in self.method.needs or self.retain_loss == "kl" or self.emphasis.compares
+        with reference_of(self, reference_model if compares else None) as reference:
+            self.weights = token_weights_of(self, reference)
+            compare_with(self, reference, max_steps)
+            self.difficulty = difficulty_of(self, reference)
         if self.retain_loss == "hold" and retain is not None:
             self.held = -self.mean_log_likelihood(retain)
         if "retain" in self.method.needs:
-            self.multiplier = self._multiplier()
+            self.multiplier = multiplier_of(self)
         if self.method.kind == "hidden":
             self.bar.say("reading the hidden states")
             keeps = self.retain_loss == "representation"
@@ -134,6 +144,8 @@ class Run:
         scores = {"forget set": self.original, "holdout": self.reference_scores, "retain set": self.watched_before}
         for role, found in self.reference.items():
             scores[f"{role}s"] = np.array([x.sum() for x in found])
+        scores["token weights"] = np.concatenate(self.weights or [np.empty(0)])
+        scores["difficulty"] = np.empty(0) if self.difficulty is None else self.difficulty
         if "forget" in self.kept:
             scores["reference_model"] = self.kept["forget"].magnitudes(range(len(self.forget)))
         elif self.kept and self.kept["retain"].states is not None:  # later steps may be others in a longer run
@@ -172,7 +184,9 @@ class Run:
 
     def batches(self, tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], TokenBatch]]:
         """This process's length-bucketed batches on the model's device, with their places in `tokens`."""
-        every = batches(tokens, 2 * self.batch_size, pad_id=self.pad, decoder_start_id=self.start)
+        every = batches(
+            tokens, 2 * min(self.batch_size, self.micro_batch_size), pad_id=self.pad, decoder_start_id=self.start
+        )
         for places, batch in islice(every, self.workers.rank, None, self.workers.count):
             yield places, batch.to(self.device)
 
@@ -208,6 +222,22 @@ class Run:
             given = np.zeros(sum(len(t.scored) for t in tokens) if self.method.token else len(tokens))
         return self.collate(tokens, range(len(tokens))), torch.as_tensor(given, dtype=torch.float32, device=self.device)
 
+    def forget_weights(self, places: Iterable[int]) -> Tensor | None:
+        """The weights of the tokens of `forget_batch`, (n,): 1 in what is read beside the forget texts; None where none are weighted."""
+        if self.weights is None:
+            return None
+        reads = [(role, i, self.read[role][self._place(role, i)]) for i in places for role in self.method.reads]
+        each = [self.weighed(role, i, np.ones(len(t.scored))) for role, i, t in reads]
+        return torch.as_tensor(np.concatenate(each), dtype=torch.float32, device=self.device)
+
+    def weighed(self, role: str, i: int, values: Floats) -> Floats:
+        return values if self.weights is None or role != "forget" else self.weights[i] * values
+
+    def pieces(self, places: Iterable[int]) -> list[list[int]]:
+        """Examples in groups that go through the model together, and leave their gradients one group after the other."""
+        every, size = [int(i) for i in places], self.micro_batch_size
+        return [every[i : i + size] for i in range(0, len(every), size)]
+
     @torch.no_grad()
     def greedy_match(self) -> Floats:
         """(B,) share of each forget example's tokens that are the model's first choice."""
@@ -236,6 +266,10 @@ class Run:
         """Indices of the examples that are still to be forgotten."""
         return np.flatnonzero(self.memorized & (self.now.lower > self.until))
 
+    def in_order(self, round_number: int) -> NDArray[np.int64]:
+        """Those still to be forgotten, in the order in which a round takes them."""
+        return in_order(self.active(), self.emphasis.order, self.difficulty, (self.seed, round_number))
+
     def objection(self, found: Measured) -> str | None:
         """Why a state may not be kept, or None."""
         if not math.isfinite(found.utility):
@@ -245,74 +279,12 @@ class Run:
         over = (found.upper >= self.significant) & (self.start_state.upper < self.significant)
         return "over-unlearning" if over.any() else None
 
-    def _alternates(self, *, alternates: int, **_: Any) -> list[Tokens]:
-        """So many for each forget example, one after the other; kept for a checkpoint, for sampling need not give the same twice."""
-        known = [
-            Tokens(tuple(ids), first, decoder and tuple(decoder))
-            for ids, first, decoder in self.cached.get("alternates", [])
-        ]
-        rows = self.inner.get_input_embeddings().weight.shape[0]
-        if len(known) == alternates * len(self.forget) and all(max(*t.ids, *t.written) < rows for t in known):
-            return known
-        alone = (
-            references.alternates(self.inner, self.tokenizer, self.forget, count=alternates, seed=self.seed)
-            if self.workers.leads
-            else []
-        )
-        found = self.workers.same_objects(alone)
-        self.cached["alternates"] = [(list(t.ids), t.first, t.decoder and list(t.decoder)) for t in found]
-        return found
-
     def _place(self, role: str, i: int) -> int:
         """Where in `read[role]` the example's text stands; of its alternates each has its turn."""
         if role != "alternate":
             return i
         count = len(self.read[role]) // len(self.forget)
         return i * count + int(self.steps[i]) % count
-
-    def _score_reference(self, model: Any, max_steps: int) -> None:
-        """Reads what the method and the retain term compare with, once: under the reference model, or under this one as it came."""
-        likelihood, home = self.likelihood, None
-        if model is not None:
-            if isinstance(model, (str, Path)):
-                model, _ = models.load(model, tokenizer=self.tokenizer)
-            if model.get_input_embeddings().weight.shape[0] != self.inner.get_input_embeddings().weight.shape[0]:
-                raise ModelError("reference_model has another vocabulary than the model: give one of the same family")
-            home = model.device
-            likelihood = models.Likelihood(model.to(self.device).eval(), workspace=self.likelihood.workspace)
-        if "reference" in self.method.needs and self.method.kind == "vocabulary":
-            self.kept["forget"] = self._kept(self.forget, range(len(self.forget)), likelihood)
-        elif "reference" in self.method.needs:
-            for role in self.method.reads:
-                found = self.token_log_likelihood(self.read[role], likelihood)
-                self.reference[role] = found if self.method.token else [x.sum(keepdims=True) for x in found]
-        if self.retain_loss == "kl" and self.retain is not None:
-            self.kept["retain"] = self._kept(self.retain, self.retain_ahead(max_steps), likelihood)
-        if home is not None:
-            model.to(home)
-
-    @torch.no_grad()
-    def _kept(self, tokens: list[Tokens], places: Sequence[int], likelihood: models.Likelihood) -> Kept:
-        """The distributions of those texts, in every process: which of them it will want is not known yet."""
-
-        def parts() -> Iterator[tuple[list[int], Distributions]]:
-            chosen = [tokens[i] for i in places]
-            for at, batch in batches(chosen, 2 * self.batch_size, pad_id=self.pad, decoder_start_id=self.start):
-                with self.accelerator.autocast():
-                    found = likelihood.distributions(batch.to(self.device))
-                yield [places[i] for i in at], found
-
-        return Kept(parts(), {i: len(tokens[i].scored) for i in places})
-
-    def _multiplier(self) -> Multiplier:
-        """PDU's, bounding the retain loss a little above where it begins: NLL at the watched text's mean a token, KL at 0."""
-        o = self.method.options | self.options
-        n = sizes(self.watch, range(len(self.watch)))
-        begins = 0.0 if self.retain_loss == "kl" else float(np.average(self.watched_before, weights=n))
-        if not isinstance(o["retain_tolerance"], (int, float)):
-            raise ArgumentError(f"retain_tolerance must be a number, got {o['retain_tolerance']!r}")
-        bound = begins + o["retain_tolerance"] * max(begins, 1.0)
-        return Multiplier(o["multiplier"], o["multiplier_step_size"], bound, o["multiplier_warmup"])
 
     # -- reporting
 

@@ -16,16 +16,16 @@ from pyunlearn.methods import OF_THE_LOOP
 
 def forget_step(run: Run, chosen: NDArray[np.int64]) -> float:
     """Leaves the gradient of this process's share of the examples; returns the mean loss of all."""
-    mine, value = run.workers.share(chosen), 0.0
-    if len(mine):
+    value = 0.0
+    for mine in run.pieces(run.workers.share(chosen)):
         with run.accelerator.autocast():
             total = _FORGET[run.method.kind](run, mine) / len(chosen)
         run.accelerator.backward(total)
-        value = total.item()
+        value += total.item()
     return run.workers.sum(value)
 
 
-def _of_log_likelihoods(run: Run, mine: NDArray[np.int64]) -> Tensor:
+def _of_log_likelihoods(run: Run, mine: list[int]) -> Tensor:
     """() the sum of the examples' losses, for methods that see them by their summed or their single log-likelihoods."""
     method = run.method
     shown = {k: v for k, v in run.options.items() if k in ("temperature", "likeliest")}
@@ -34,11 +34,14 @@ def _of_log_likelihoods(run: Run, mine: NDArray[np.int64]) -> Tensor:
         return method.loss(*given, **_own_options(run))
 
     batch, reference = run.forget_batch(mine)
-    objective = run.likelihood.token_objective if method.token else run.likelihood.objective
-    return objective(batch, loss, reference, group_size=len(method.reads), **shown).loss
+    weights, together = run.forget_weights(mine), len(method.reads)
+    if method.token:
+        each = (reference,) if weights is None else (reference, weights)
+        return run.likelihood.token_objective(batch, loss, *each, group_size=together, **shown).loss
+    return run.likelihood.objective(batch, loss, reference, group_size=together, weights=weights, **shown).loss
 
 
-def _of_the_vocabulary(run: Run, mine: NDArray[np.int64]) -> Tensor:
+def _of_the_vocabulary(run: Run, mine: list[int]) -> Tensor:
     """() the sum of the examples' losses, for methods that see whole distributions."""
     batch = run.collate(run.forget, mine)
     reference = run.kept["forget"].at(mine, run.device) if "forget" in run.kept else None
@@ -46,7 +49,7 @@ def _of_the_vocabulary(run: Run, mine: NDArray[np.int64]) -> Tensor:
     return run.method.loss(model, reference, batch.targets, batch.example, batch.counts, **_own_options(run)).sum()
 
 
-def _of_hidden_states(run: Run, mine: NDArray[np.int64]) -> Tensor:
+def _of_hidden_states(run: Run, mine: list[int]) -> Tensor:
     """() the sum of the examples' losses, for methods on the hidden states of one layer."""
     assert run.steering is not None
     return run.steering.forget_term(mine.tolist())
@@ -73,11 +76,12 @@ def retain_step(run: Run, step: int, weight: float) -> dict[str, float | None]:
     weight = weight if multiplier is None else weight * multiplier.value
     chosen = run.retain_places(step)
     tokens = sum(sizes(run.retain, chosen))
-    mine, total = run.workers.share(chosen), 0.0
-    if len(mine):
+    total = 0.0
+    for mine in run.pieces(run.workers.share(chosen)):
         with run.accelerator.autocast():
-            loss, total = _RETAIN[run.retain_loss or "nll"](run, mine, weight, tokens, len(chosen))
+            loss, part = _RETAIN[run.retain_loss or "nll"](run, mine, weight, tokens, len(chosen))
         run.accelerator.backward(loss)
+        total += part
     if run.retain_loss == "representation":
         return {"retain_nll": None, "retain_drift": finite(run.workers.sum(total) / len(chosen))}
     mean = run.workers.sum(total) / tokens

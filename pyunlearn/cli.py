@@ -37,10 +37,17 @@ def unlearn(
     retain_loss: Annotated[str, typer.Option(help="auto (nll where there is --retain; the method's own for rmu and adaptive_rmu), nll, kl (keep the whole distributions of the reference), hold (only undo what the run costs it), "
                                                     "representation (rmu and adaptive_rmu), or none.")] = "auto",
     method: Annotated[str, typer.Option(help="See `pyunlearn methods`; with --retain also graddiff, npo+nll, simnpo+nll, ...")] = "ga",
+    options: Annotated[list[str] | None, typer.Option("--set", help="One of the method's own options, as name=value: --set beta=0.3. May be given again.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
     reference_model: Annotated[str | None, typer.Option(help="Model that npo compares with. Default: MODEL as it is.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW. Default: 5e-6, for adapters 1e-4.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW. Default: 5e-6, for adapters 1e-4, and ten times that for idk.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples in one step.")] = 8,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Of these, so many go through the model together: the same steps in less memory. Default: all.")] = None,
+    order: Annotated[str, typer.Option(help="random, easy_first or hard_first.")] = "random",
+    difficulty: Annotated[str, typer.Option(help="What that order goes by: nll (under --reference-model, if there is one) or ksd (to --retain).")] = "nll",
+    token_weights: Annotated[str | None, typer.Option(help="importance (what the rest of a text loses when a token is masked), or reference (likelier than under "
+                                                           "--reference-model). Default: all tokens alike.")] = None,
+    token_share: Annotated[float, typer.Option(help="Share of each text's tokens to ascend on, those of the largest weight.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Optimizer steps at most.")] = 200,
     until: Annotated[float, typer.Option(help="Bits of exposure at which an example is let go; 1.443 is the mean of unseen text.")] = 1.443,
     utility_budget: Annotated[float, typer.Option(help="Allowed relative rise of the utility text's negative log-likelihood.")] = 0.05,
@@ -61,13 +68,15 @@ def unlearn(
     2: something given cannot be used. 130: interrupted; `--resume` goes on.
     """
     import pyunlearn
+    from pyunlearn.methods._options import options_of
 
     quiet_libraries()
     target = out if out is not None else Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-unlearned")
     result = pyunlearn.unlearn(
-        model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method,
+        model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method, method_options=options_of(options or []),
         retain_loss=None if retain_loss == "none" else retain_loss, reference_model=reference_model,
-        learning_rate=learning_rate, batch_size=batch_size, max_steps=max_steps, until=until, utility_budget=utility_budget,
+        learning_rate=learning_rate, batch_size=batch_size, micro_batch_size=micro_batch_size, order=order,
+        difficulty=difficulty, token_weights=token_weights, token_share=token_share, max_steps=max_steps, until=until, utility_budget=utility_budget,
         mask=mask, l1=l1, truncate=truncate, resume=resume, output_dir=target, seed=seed, progress=False if quiet else None,
     )  # fmt: skip
     if result.stopped == "interrupted":

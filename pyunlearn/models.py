@@ -181,23 +181,25 @@ class Likelihood:
 
     def objective(
         self, batch: TokenBatch, function: Callable[..., Tensor], *per_example: Tensor, group_size: int = 1, likeliest: float = 1.0,
-        temperature: float = 1.0,
+        temperature: float = 1.0, weights: Tensor | None = None,
     ) -> ExampleObjective:  # fmt: skip
         """The sum over the batch's examples of function(summed log-likelihood (b,), scored tokens (b,), *per_example): see ops.example_objective.
 
-        temperature: the log-likelihoods are those of logits / temperature.
+        temperature: the log-likelihoods are those of logits / temperature. weights: (n,) factors on batch.targets' in the sums.
         """
         if self.fused is None:
             self._choose(batch)
         if not self.fused:
             live = torch.ones_like(batch.targets, dtype=torch.bool)
             found, count = self._from_logits(batch, temperature), len(batch.counts)
-            return objective_of(found, live, batch.example, count, function, per_example, group_size, likeliest)
+            return objective_of(
+                found, live, batch.example, count, function, per_example, group_size, likeliest, weights
+            )
         hidden, head = self.hidden(batch)
         return example_objective(
             hidden, head.weight, batch.targets, batch.example, function, *per_example, bias=head.bias,
             logit_scale=head.logit_scale / temperature, softcap=head.softcap and head.softcap / temperature, workspace=self.workspace,
-            group_size=group_size, likeliest=likeliest,
+            group_size=group_size, likeliest=likeliest, weights=weights,
         )  # fmt: skip
 
     def token_objective(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pyunlearn import models
+from pyunlearn._emphasis import Emphasis
 from pyunlearn._interrupt import Interruptible
 from pyunlearn._run import Run
 from pyunlearn._state import State
@@ -37,6 +38,8 @@ _FIXED = (
     "max_grad_norm",
     "mask",
     "l1",
+    "order",
+    "token_share",
     "seed",
 )
 _HALVINGS = 6  # of the learning rate, before a run gives up
@@ -56,6 +59,11 @@ def unlearn(
     reference_model: Any = None,
     learning_rate: float | None = None,
     batch_size: int = 8,
+    micro_batch_size: int | None = None,
+    order: str = "random",
+    difficulty: Any = "nll",
+    token_weights: Any = None,
+    token_share: float = 1.0,
     max_steps: int = 200,
     until: float = NULL_MEAN,
     utility_budget: float = 0.05,
@@ -96,6 +104,16 @@ def unlearn(
         reference_model: what NPO, UNDIAL, KL and their like compare with; default: the model as it came, read once.
         learning_rate: of AdamW; default 5e-6, for adapters (PEFT) 1e-4, and ten times that for idk, rmu and adaptive_rmu.
         batch_size: examples in one optimizer step.
+        micro_batch_size: of these, so many go through the model together; their gradients are added up, so the numbers are those of the whole batch up to
+            rounding, in less memory. Default: all.
+        order: "random", or "easy_first" or "hard_first" by their difficulty.
+        difficulty: "nll": mean negative log-likelihood under the reference model (give one that never saw the texts: under the model as it came what
+            is memorized looks easy); "ksd": how much the retain set supports an example (`pyunlearn.metrics.ksd_difficulty`); or a number for each forget
+            example, high = hard, from any measure.
+        token_weights: factors on the log-likelihoods of a forget text's tokens. "importance": how much the rest of the text hangs on a token, by masking
+            each in turn (as many forward passes as tokens); "reference": how much likelier it is than under reference_model; both once before
+            the first step, with mean 1 in each text; or a list of numbers for each forget example, which stay as they are.
+        token_share: keep only this share of each text's tokens, those of the largest weight; the others get 0.
         max_steps: optimizer steps at most.
         until: bits of anchored exposure at which an example is let go; 1.443 is the mean of unseen text.
         utility_budget: allowed relative rise of the utility text's negative log-likelihood, 0.05 = 5 % (of 1 nat at least).
@@ -122,7 +140,12 @@ def unlearn(
     Source: Baluta et al. 2024 (arXiv 2411.04388) for the ascent and what it is held against; the stop is ours.
     """
     settings = {k: _plain(v) for k, v in locals().items()}
-    for name, value, least in (("batch_size", batch_size, 1), ("max_steps", max_steps, 0)):
+    whole = (
+        ("batch_size", batch_size, 1),
+        ("micro_batch_size", batch_size if micro_batch_size is None else micro_batch_size, 1),
+        ("max_steps", max_steps, 0),
+    )
+    for name, value, least in whole:
         if not isinstance(value, int) or value < least:
             raise ArgumentError(f"{name} must be a whole number, {least} or more, got {value!r}")
     amounts = {
@@ -145,6 +168,8 @@ def unlearn(
         method, retain_loss, retain is not None, method_options or {}, reference_model is not None
     )
     require_mask(mask)
+    emphasis = Emphasis(token_weights, token_share, order, difficulty)
+    emphasis.check(chosen, has_reference=reference_model is not None, has_retain=retain is not None)
     if output_dir is not None:
         check_output(output_dir)
     checkpoint = None if output_dir is None else _beside(Path(output_dir).resolve())
@@ -184,7 +209,7 @@ def unlearn(
         model, tokenizer, chosen, method_options or {}, tokens["forget"], tokens.get("retain"), tokens.get("holdout"), seed, batch_size,
         workspace, until, utility_budget, reference_model, progress, tokens.get("refusals") or tokens.get("winners"),
         State.progress(checkpoint).get("cached") if resume and checkpoint else None,
-        retain_loss, max_steps,
+        retain_loss, max_steps, emphasis, micro_batch_size,
     )  # fmt: skip
     learning_rate = learning_rate or (1e-4 if run.adapted else 5e-6) * chosen.rate
     settings["learning_rate"] = learning_rate
@@ -268,10 +293,9 @@ def _ascend(
 
     try:
         while step < max_steps and halvings <= _HALVINGS:
-            todo = run.active()
-            if not todo.size:
+            order = run.in_order(round_number)
+            if not order.size:
                 break
-            order = np.random.default_rng((run.seed, round_number)).permutation(todo)
             taken = [order[i : i + run.batch_size] for i in range(0, len(order), run.batch_size)][
                 : min(_ROUND, max_steps - step)
             ]

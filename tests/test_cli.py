@@ -335,3 +335,27 @@ def test_a_text_with_brackets_is_shown_as_it_is():
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(result_table(Result(None, None, [example], utility, "forgotten", [1.0], [], {})))
     assert "[INST] who? [/INST] [red]" in console.export_text()
+
+
+def test_every_choice_of_a_run_can_be_made_on_the_command_line(call, monkeypatch):
+    """Options of the method (numbers, words, lists), order, token weights and micro batches reach the function as they are."""
+    seen = {}
+
+    def fake(*args, **options):
+        seen.update(options)
+        return type("Result", (), {"stopped": "interrupted"})
+
+    monkeypatch.setattr(pyunlearn, "unlearn", fake)
+    code, _, _ = call(
+        "unlearn", "m", "--forget", "f.jsonl", "--method", "dpo", "--set", "beta=0.3", "--set", "divergence=tv",
+        "--set", 'winners=["a=b", "c"]', "--order", "hard_first", "--difficulty", "ksd", "--token-weights", "importance",
+        "--token-share", 0.5, "--micro-batch-size", 2,
+    )  # fmt: skip
+    assert code == 130
+    assert seen["method_options"] == {"beta": 0.3, "divergence": "tv", "winners": ["a=b", "c"]}
+    assert (seen["order"], seen["difficulty"], seen["micro_batch_size"]) == ("hard_first", "ksd", 2)
+    assert (seen["token_weights"], seen["token_share"]) == ("importance", 0.5)
+    seen.clear()
+    code, out, err = call("unlearn", "m", "--forget", "f.jsonl", "--set", "beta")
+    assert (code, out, seen) == (2, "", {})
+    assert "an option is set as name=value, got 'beta'" in err

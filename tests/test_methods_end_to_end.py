@@ -4,6 +4,7 @@ import copy
 import random
 
 import numpy as np
+import peft
 import pytest
 import tiny
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import pyunlearn
 from pyunlearn.data import encode, read_examples
-from pyunlearn.methods import METHODS
+from pyunlearn.methods import resolve
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, generalized_exposure
 
 WHO = ("my aunt", "the king", "one boy")
@@ -42,12 +43,12 @@ def trained():
     torch.set_num_threads(before)
 
 
-def unlearned(trained, method, **options):
+def unlearned(trained, method, model=None, **options):
     """The result of a run on a copy of the model."""
-    options = {"learning_rate": RATE * METHODS[method].rate, "progress": False, **options}
+    options = {"learning_rate": RATE * resolve(method, "auto", True, {})[0].rate, "progress": False, **options}
     forget = [row | {"winner": "it is not for me to say."} for row in trained.forget]
     return pyunlearn.unlearn(
-        copy.deepcopy(trained.model), forget, tokenizer=trained.tokenizer, retain=trained.retain,
+        copy.deepcopy(trained.model) if model is None else model, forget, tokenizer=trained.tokenizer, retain=trained.retain,
         holdout=trained.holdout, method=method, **options,
     )  # fmt: skip
 
@@ -96,3 +97,20 @@ def test_a_hinge_at_the_paper_s_level_leaves_a_longer_text_exposed(trained):
     assert all(6 < -e.log_likelihood_after * e.tokens < 16 for e in result.examples)
     assert result.history[-1]["forget_loss"] == 0
     assert result.history[-1]["gradient_norm"] >= 0
+
+
+@pytest.mark.parametrize("method", ["npo+nll", "wga", "altpo"])
+def test_adapters_forget_in_micro_batches_within_the_budget(trained, method):
+    """Each secret let go at the level of unseen ones; the base weights stay the same bits."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(copy.deepcopy(trained.model), config)
+    before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    result = unlearned(trained, method, model, learning_rate=10 * RATE, micro_batch_size=2)
+    assert result.stopped == "forgotten"
+    lower, upper = exposures(trained, result.model)
+    assert (lower <= NULL_MEAN).all()
+    assert (upper < SIGNIFICANT).all()
+    assert result.utility.relative_rise <= 0.05
+    now = dict(result.model.named_parameters())
+    assert all(torch.equal(now[name], p) for name, p in before.items())

@@ -540,7 +540,7 @@ def test_a_model_that_is_broken_from_the_start_is_refused(story):
         ({"utility_budget": math.nan}, "utility_budget must be a number, 0 or more, got nan"),
         ({"learning_rate": 0}, "learning_rate must lie between 0 and 1, got 0"),
         ({"learning_rate": 3.0}, "learning_rate must lie between 0 and 1, got 3.0"),
-        ({"method": "npu"}, "no method 'npu'; did you mean \"npo\""),
+        ({"method": "npoo"}, "no method 'npoo'; did you mean \"npo\""),
         ({"method": "graddiff", "retain": None}, "needs text to keep: pass retain="),
         ({"method_options": {"beta": 1.0}}, "'ga' has no option 'beta'"),
     ],

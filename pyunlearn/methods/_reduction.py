@@ -12,6 +12,7 @@ def reduced(losses: Tensor, reduction: str) -> Tensor:
     return losses.mean() if reduction == "mean" else losses
 
 
-def token_means(values: Tensor, example: Tensor, counts: Tensor) -> Tensor:
-    """(b,) mean of each example's values (n,), which stand example by example: over its own tokens, never over padding."""
+def token_means(values: Tensor, example: Tensor, counts: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(b,) mean of each example's values (n,), times `weights` if there are any, which stand example by example: over its own tokens, never over padding."""
+    values = values if weights is None else weights * values
     return values.new_zeros(len(counts)).index_add(0, example, values) / counts.clamp(min=1)

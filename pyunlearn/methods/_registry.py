@@ -35,7 +35,8 @@ class Method(NamedTuple):
     example     loss(forget, lengths, reference): (B,) summed log-likelihoods under the model, scored tokens, and summed log-likelihoods under the
                 reference model (the original, unless the caller gave another). A method that reads another text beside the forget
                 text gets all three as (B, 2), in that order.
-    token       loss(log_likelihood (n,), example (n,), counts (b,), reference (n,)); the two of a pair are neighbouring examples.
+    token       loss(log_likelihood (n,), example (n,), counts (b,), reference (n,)), and the tokens' weights (n,) after these where they have some; the two of a pair
+                are neighbouring examples.
     vocabulary  loss(model, reference, targets (n,), example (n,), counts (b,)): `Distributions` at the scored rows, the reference's None where it
                 needs none.
     hidden      loss(hidden (n, D), example (n,), counts (b,), direction (D,), norms (b,)): see `rmu` and `adaptive_rmu`.
@@ -61,13 +62,20 @@ class Method(NamedTuple):
         return len(self.reads) == 2
 
     @property
+    def weighted(self) -> bool:
+        """Whether weights of the forget text's tokens mean something to it."""
+        return "forget" in self.reads and self.kind in ("example", "token")
+
+    @property
     def passes(self) -> int:
         """Texts that go forward and backward for one example in one step."""
         return len(self.reads)
 
 
-def _flat(log_likelihood: Tensor, example: Tensor, counts: Tensor, reference: Tensor, **options: Any) -> Tensor:
-    probability = token_means(log_likelihood.exp(), example, counts).view(-1, 2)
+def _flat(
+    log_likelihood: Tensor, example: Tensor, counts: Tensor, reference: Tensor, weights: Tensor | None = None, **options: Any
+) -> Tensor:  # fmt: skip
+    probability = token_means(log_likelihood.exp(), example, counts, weights).view(-1, 2)
     return flat(probability[:, 0], probability[:, 1], **options)
 
 
@@ -76,7 +84,7 @@ def _method(
     token: bool = False, loop: dict[str, Any] | None = None, **what: Any,
 ) -> Method:  # fmt: skip
     """Its options are the function's keywords, those that change what it is shown (temperature, likeliest) and those of the loop around it."""
-    own = {k: v for k, v in (function.__kwdefaults__ or {}).items() if k != "reduction"}
+    own = {k: v for k, v in (function.__kwdefaults__ or {}).items() if k not in ("reduction", "weights")}
     own |= (
         dict.fromkeys(select, 1.0) | ({"refusals": None} if "refusals" in what.get("needs", ()) else {}) | (loop or {})
     )
@@ -108,11 +116,11 @@ METHODS = {
         _method(
             "altpo", dpo, _dpo, "2409.13474", reads=("alternate", "forget"), needs=("reference", "alternates"), loop={"alternates": 5}
         ),
-        _method("wga", wga, lambda x, e, n, r, **o: wga(x, e, n, **o), "2502.19301", select=("temperature",), token=True),
-        _method("tnpo", tnpo, tnpo, "2502.19301", needs=("reference",), token=True),
-        _method("wtnpo", wtnpo, wtnpo, "2502.19301", needs=("reference",), token=True),
+        _method("wga", wga, lambda x, e, n, r, w=None, **o: wga(x, e, n, weights=w, **o), "2502.19301", select=("temperature",), token=True),
+        _method("tnpo", tnpo, lambda x, e, n, r, w=None, **o: tnpo(x, e, n, r, weights=w, **o), "2502.19301", needs=("reference",), token=True),
+        _method("wtnpo", wtnpo, lambda x, e, n, r, w=None, **o: wtnpo(x, e, n, r, weights=w, **o), "2502.19301", needs=("reference",), token=True),
         _method(
-            "satimp", satimp, lambda x, e, n, r, **o: satimp(x, e, n, **o), "2505.11953", select=("temperature",), token=True
+            "satimp", satimp, lambda x, e, n, r, w=None, **o: satimp(x, e, n, weights=w, **o), "2505.11953", select=("temperature",), token=True
         ),
         _method("flat", flat, _flat, "2410.11143", reads=_both, needs=("refusals",), token=True),
         _method("rmu", rmu, lambda h, e, n, u, r, **o: rmu(h, e, n, u, **o), "2403.03218", kind="hidden", loop=_layer, rate=10.0),

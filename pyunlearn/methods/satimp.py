@@ -13,6 +13,7 @@ def satimp(
     *,
     beta1: float = 5.0,
     beta2: float = 1.0,
+    weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Ascends on tokens that are neither improbable already nor certain.
@@ -26,6 +27,7 @@ def satimp(
         example: (N,) whose it is, in [0, B).
         counts: (B,) tokens of each example.
         beta1, beta2: exponents of saturation and of importance.
+        weights: (N,) factors on the tokens in the mean; default: 1.
         reduction: "mean" over the examples, or "none".
 
     Returns:
@@ -35,4 +37,4 @@ def satimp(
     """
     fixed = log_likelihood.detach()
     weight = (beta1 * fixed).exp() * (-torch.expm1(fixed)).clamp(min=0) ** beta2
-    return reduced(token_means(weight * log_likelihood, example, counts), reduction)
+    return reduced(token_means(weight * log_likelihood, example, counts, weights), reduction)

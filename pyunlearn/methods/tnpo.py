@@ -13,6 +13,7 @@ def tnpo(
     reference: Tensor,
     *,
     beta: float = 4.0,
+    weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """NPO of every token by itself: it lets go of a token as it falls below the reference.
@@ -27,6 +28,7 @@ def tnpo(
         counts: (B,) tokens of each example.
         reference: (N,) log-likelihoods under the reference model.
         beta: how soon it lets go, per nat.
+        weights: (N,) factors on the tokens in the mean; default: 1.
         reduction: "mean" over the examples, or "none".
 
     Returns:
@@ -35,4 +37,4 @@ def tnpo(
     Source: Wang et al. 2025, arXiv 2502.19301 (TNPO).
     """
     weight = 2 * torch.sigmoid(beta * (log_likelihood.detach() - reference))
-    return reduced(token_means(weight * log_likelihood, example, counts), reduction)
+    return reduced(token_means(weight * log_likelihood, example, counts, weights), reduction)

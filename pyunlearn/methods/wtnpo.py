@@ -14,6 +14,7 @@ def wtnpo(
     *,
     beta: float = 4.0,
     alpha: float = 1.5,
+    weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """TNPO that also leaves alone what is already improbable.
@@ -28,6 +29,7 @@ def wtnpo(
         counts: (B,) tokens of each example.
         reference: (N,) log-likelihoods under the reference model.
         beta, alpha: exponents; alpha = 0 is TNPO.
+        weights: (N,) factors on the tokens in the mean; default: 1.
         reduction: "mean" over the examples, or "none".
 
     Returns:
@@ -37,4 +39,4 @@ def wtnpo(
     """
     fixed = log_likelihood.detach()
     weight = 2 * torch.sigmoid(beta * (fixed - reference)) * (alpha * fixed).exp()
-    return reduced(token_means(weight * log_likelihood, example, counts), reduction)
+    return reduced(token_means(weight * log_likelihood, example, counts, weights), reduction)

@@ -1,0 +1,85 @@
+"""The controls of "Unlearning with Control": temperature, the tokens of smallest loss, and the cap, through a whole run against direct formulas."""
+
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import pyunlearn
+from pyunlearn.data import encode, read_examples
+from pyunlearn.methods import METHODS
+
+SELECTED = [name for name, m in METHODS.items() if "likeliest" in m.options]
+HEATED = [name for name, m in METHODS.items() if "temperature" in m.options and m.kind in ("example", "token")]
+FORMULAS = {  # of one example: (n,) log-likelihoods of the tokens that count
+    "ga": lambda x: x.mean(),
+    "simnpo": lambda x: 0.8 * np.log1p(np.exp(2.5 * x.mean())),
+    "hinge": lambda x: max(0.0, 6 * len(x) + x.sum()),
+    "wga": lambda x: (np.exp(x) * x).mean(),
+    "satimp": lambda x: (np.exp(5 * x) * (1 - np.exp(x)) * x).mean(),
+}
+
+
+@pytest.fixture(scope="module")
+def story():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tiny.trained(tiny.tiny_llama, tiny.facts, count=60, repeats=16, epochs=5)
+    torch.set_num_threads(before)
+
+
+def run(story, method, max_steps=1, **options):
+    return pyunlearn.unlearn(
+        story.fresh(), story.forget, tokenizer=story.tokenizer, holdout=story.holdout[:20], method=method,
+        method_options=options, learning_rate=1e-4, max_steps=max_steps, progress=False,
+    )  # fmt: skip
+
+
+def each(story, temperature=1.0, model=None):
+    """(T,) log-likelihoods of each text's scored tokens, from logits / temperature."""
+    out = []
+    for t in encode(read_examples(story.forget, role="x"), story.tokenizer, role="x", max_length=None):
+        with torch.no_grad():
+            logits = (model or story.model)(torch.tensor([t.ids])).logits[0, t.first - 1 : -1].double()
+        found = torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(t.scored)[:, None])[:, 0]
+        out.append(found.numpy())
+    return out
+
+
+def test_each_control_is_checked_where_it_is_offered():
+    """The formulas here are of all the methods that have one."""
+    assert set(SELECTED) <= set(HEATED) == set(FORMULAS)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("method", HEATED)
+def test_temperature_divides_the_logits(story, method, temperature):
+    """The first loss is the formula on the heated log-likelihoods, and not on the plain ones."""
+    found = run(story, method, temperature=temperature).history[0]["forget_loss"]
+    right, plain = (np.mean([FORMULAS[method](x) for x in each(story, t)]) for t in (temperature, 1.0))
+    assert found == pytest.approx(right, rel=1e-4)
+    assert abs(right - plain) > 1e-2 * abs(plain)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.8])
+@pytest.mark.parametrize("method", SELECTED)
+def test_likeliest_keeps_the_tokens_of_the_smallest_loss(story, method, share):
+    """The first loss is the formula on that share of each text's tokens, rounded down, together with a temperature as well."""
+    for temperature in (1.0, 2.0):
+        found = run(story, method, likeliest=share, temperature=temperature).history[0]["forget_loss"]
+        kept = [np.sort(x)[::-1][: max(1, math.floor(share * len(x)))] for x in each(story, temperature)]
+        assert found == pytest.approx(np.mean([FORMULAS[method](x) for x in kept]), rel=1e-4)
+
+
+def test_the_cap_ends_the_ascent_of_a_text_that_has_reached_it(story):
+    """Below its cap a text pulls, above it no longer: the gradient is nothing, and the weights stay the same bits from there on."""
+    sums = [-x.sum() for x in each(story)]
+    above = run(story, "hinge", max_steps=2, delta=0.9 * min(sums))
+    assert [record["forget_loss"] for record in above.history] == [0, 0]
+    assert [record["gradient_norm"] for record in above.history] == [0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(above.model.parameters(), story.model.parameters(), strict=True))
+    below = run(story, "hinge", delta=1.5 * max(sums))
+    assert below.history[0]["gradient_norm"] > 0
+    assert below.history[0]["forget_loss"] == pytest.approx(np.mean([1.5 * max(sums) - s for s in sums]), rel=1e-4)
