@@ -78,11 +78,10 @@ def edits(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")
         print(json.dumps({"edits": found}, indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("name", "needs", "options", "source", box=None)
-    for name, one in EDITS.items():
-        options = ", ".join(f"{k}={v}" for k, v in one.options.items())
-        table.add_row(name, ", ".join(one.needs), options, one.source)
-    Console().print(table)
+    from pyunlearn.report.table import catalogue
+
+    Console().print(
+        catalogue([{"name": n, "needs": e.needs, "options": e.options, "source": e.source} for n, e in EDITS.items()])
+    )
     Console().print("Set an option with --set name=value. What each does: docs/edits.md.", highlight=False)

@@ -318,7 +318,7 @@ def demo(
 
 @app.command()
 def methods(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """List the unlearning methods: what each reads and needs, its options with their defaults, its source."""
+    """List the unlearning methods: what each needs and costs, its options with their defaults, its source."""
     from pyunlearn.methods import ALIASES, METHODS
 
     found: list[dict[str, Any]] = [
@@ -329,16 +329,12 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.
         print(json.dumps({"methods": found, "aliases": ALIASES}, indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("name", "reads", "needs", "of", "options", "source", box=None)
-    for m in found:
-        options = ", ".join(f"{k}={v}" for k, v in m["options"].items())
-        kind = {"example": "sums", "token": "tokens", "hidden": "hidden states"}.get(m["kind"], m["kind"])
-        table.add_row(m["name"], ", ".join(m["reads"]), ", ".join(m["needs"]), kind, options, m["source"])
-    Console().print(table)
+    from pyunlearn.report.table import catalogue
+
+    Console().print(catalogue([{k: m[k] for k in ("name", "needs", "passes", "options", "source")} for m in found]))
     Console().print(
-        "With --retain, NAME+nll also trains on the retain set and NAME+kl keeps the reference's distributions there; graddiff is ga+nll.",
+        "passes: texts that go forward and backward for one example in one step. With --retain, NAME+nll also trains on the retain set and NAME+kl keeps the reference's distributions there; graddiff is ga+nll.",
         highlight=False,
     )
 

@@ -13,6 +13,7 @@ from pyunlearn.edits.dampening import selective_synaptic_dampening
 from pyunlearn.edits.ekfac import ekfac_step
 from pyunlearn.edits.fisher import fisher_step
 from pyunlearn.edits.influence import first_order_influence, second_order_influence
+from pyunlearn.edits.lunar import lunar
 from pyunlearn.edits.prune import prune
 from pyunlearn.edits.smoothing import zero_shot_smoothing
 from pyunlearn.edits.task_vector import task_vector
@@ -44,6 +45,7 @@ EDITS = {
         Edit(ekfac_step, ("retain",), "arXiv 2308.03296"),
         Edit(first_order_influence, (), "arXiv 2108.11577"),
         Edit(fisher_step, ("retain",), "arXiv 2304.04934"),
+        Edit(lunar, ("retain",), "arXiv 2502.07218"),
         Edit(prune, (), "arXiv 2304.04934, 2306.11695"),
         Edit(second_order_influence, ("retain",), "arXiv 2108.11577"),
         Edit(selective_synaptic_dampening, ("retain",), "arXiv 2308.07707"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -85,3 +86,20 @@ def utility_line(result: Result) -> str:
         f"utility ({u.measured_on}, {u.sequences} texts): {u.nll_before:.3f} → {u.nll_after:.3f} nats a token, {u.relative_rise:+.1%} "
         f"(95 % interval {low:+.1%} to {high:+.1%}) of {u.budget:.0%} allowed; references drifted by {u.reference_drift:+.3f} nats a token"
     )
+
+
+def catalogue(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Methods or edits, one a row; nothing is cut off, however narrow the terminal: options take the lines that they need."""
+    table = Table(*rows[0], box=None)
+    for column in table.columns:
+        column.no_wrap, column.overflow = column.header not in ("needs", "options"), "fold"
+    for row in rows:
+        table.add_row(*(_words(value) for value in row.values()))
+    return table
+
+
+def _words(value: Any) -> str:
+    """A cell: names with commas between them, options as name=value, one a line."""
+    if isinstance(value, Mapping):
+        return "\n".join(f"{k}={v}" for k, v in value.items())
+    return ", ".join(value) if isinstance(value, (tuple, list)) else str(value)
