@@ -37,6 +37,7 @@ def unlearn(
     retain_loss: Annotated[str, typer.Option(help="auto (nll where there is --retain; the method's own for rmu and adaptive_rmu), nll, kl (keep the whole distributions of the reference), hold (only undo what the run costs it), "
                                                     "representation (rmu and adaptive_rmu), or none.")] = "auto",
     method: Annotated[str, typer.Option(help="See `pyunlearn methods`; with --retain also graddiff, npo+nll, simnpo+nll, ...")] = "ga",
+    options: Annotated[list[str] | None, typer.Option("--set", help="One of the method's own options, as name=value: --set layer=7 --set alpha=100.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Where the tokenizer is, if not with the model.")] = None,
     reference_model: Annotated[str | None, typer.Option(help="Model that npo compares with. Default: MODEL as it is.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of AdamW. Default: 5e-6, for adapters 1e-4.")] = None,
@@ -61,11 +62,12 @@ def unlearn(
     2: something given cannot be used. 130: interrupted; `--resume` goes on.
     """
     import pyunlearn
+    from pyunlearn.methods._registry import options_from
 
     quiet_libraries()
     target = out if out is not None else Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-unlearned")
     result = pyunlearn.unlearn(
-        model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method,
+        model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method, method_options=options_from(options or []),
         retain_loss=None if retain_loss == "none" else retain_loss, reference_model=reference_model,
         learning_rate=learning_rate, batch_size=batch_size, max_steps=max_steps, until=until, utility_budget=utility_budget,
         mask=mask, l1=l1, truncate=truncate, resume=resume, output_dir=target, seed=seed, progress=False if quiet else None,

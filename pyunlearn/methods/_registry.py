@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -201,3 +202,20 @@ def resolve(
         has = f"has {', '.join(method.options)}" if method.options else "has none"
         raise ArgumentError(f"method {key!r} has no option {unknown[0]!r}; it {has}")
     return method, retain_loss
+
+
+def options_from(words: Sequence[str]) -> dict[str, Any]:
+    """name=value words, as on the command line, as options: numbers, lists, true, false and null as JSON has them, all else as text.
+
+    Raises ArgumentError for a word without a name or a value; whether the method has such an option, `resolve` says.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise ArgumentError(f"an option of a method is set as name=value, got {word!r}")
+        try:
+            found[name.strip()] = json.loads(value)
+        except ValueError:
+            found[name.strip()] = None if value.strip().lower() == "none" else value.strip()
+    return found
