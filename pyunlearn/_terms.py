@@ -52,7 +52,7 @@ def _of_the_vocabulary(run: Run, mine: list[int]) -> Tensor:
 def _of_hidden_states(run: Run, mine: list[int]) -> Tensor:
     """() the sum of the examples' losses, for methods on the hidden states of one layer."""
     assert run.steering is not None
-    return run.steering.forget_term(mine.tolist())
+    return run.steering.forget_term(mine)
 
 
 _FORGET = {
