@@ -156,12 +156,14 @@ def test_a_method_that_breaks_does_not_lose_the_others(trained, monkeypatch, tmp
     plain = METHODS["ga"]
 
     def loss(*given, **options):
+        trained.model.lm_head.weight.requires_grad_(False)
         raise RuntimeError("out of\nmemory")
 
     monkeypatch.setitem(METHODS, "ga", plain._replace(loss=loss))
     found = compare(trained, output_dir=tmp_path / "c")
     assert [r.status for r in found.rows] == ["failed", "done"]
     assert found.rows[0].reason == "RuntimeError: out of memory"
+    assert trained.model.lm_head.weight.requires_grad
     assert not found.complete
     monkeypatch.setitem(METHODS, "ga", plain)
     again = compare(trained, output_dir=tmp_path / "c")
