@@ -23,3 +23,14 @@ def options_of(words: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             found[name] = None if value.lower() == "none" else value
     return found
+
+
+def options_by_method(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """METHOD.name=value words as method -> options. Raises ArgumentError for another word."""
+    found: dict[str, dict[str, Any]] = {}
+    for word in words:
+        method, dot, rest = word.partition(".")
+        if not dot or "=" in method:
+            raise ArgumentError(f"an option of a method is set as METHOD.name=value, got {word!r}")
+        found.setdefault(method.strip().lower(), {}).update(options_of([rest]))
+    return found
