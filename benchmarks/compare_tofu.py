@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, number, what in (
         ("forget", 8, "answers to forget"), ("retain", 24, "answers to keep"), ("holdout", 32, "answers never trained on"),
         ("longest", 200, "characters of a question and its answer at most"), ("epochs", 20, "of fine-tuning at most"),
-        ("batch-size", 2, "forget texts in a step"), ("max-steps", 12, "steps of a method at most"), ("seed", 0, "of everything"),
+        ("batch-size", 4, "forget texts in a step"), ("max-steps", 10, "steps of a method at most"), ("seed", 0, "of everything"),
         ("threads", 0, "of torch (default: its own)"),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=number, help=f"{what} (default {number})")
