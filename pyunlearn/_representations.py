@@ -6,9 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pyunlearn.data import Tokens, batches
@@ -63,7 +61,7 @@ class Steering:
             for p in others:
                 p.requires_grad_(True)
 
-    def forget_term(self, mine: Sequence[int] | NDArray[np.int64]) -> Tensor:
+    def forget_term(self, mine: Sequence[int]) -> Tensor:
         """() the sum of those forget examples' losses."""
         run = self.run
         batch = run.collate(run.forget, mine)

@@ -185,6 +185,7 @@ def compare(
     model: Annotated[str, typer.Argument(help="The model that every method starts from: a folder, a .gguf file, or a name on the Hugging Face hub.")],
     forget: Annotated[Path, typer.Option(help="The texts to forget, as for `pyunlearn unlearn`.")],
     methods: Annotated[str | None, typer.Option(help="Names, parted by commas: ga,npo,simnpo+nll. Default: all of `pyunlearn methods`.")] = None,
+    options: Annotated[list[str] | None, typer.Option("--set", help="A method's own option, as METHOD.name=value: --set npo.beta=0.3. May be given again.")] = None,
     retain: Annotated[Path | None, typer.Option(help="Text that must keep working: trained on by each method, and what utility is measured on.")] = None,
     holdout: Annotated[Path | None, typer.Option(help="Text of the same kind that was never trained on, 19 or more. Default: sampled from the "
                                                       "model.")] = None,
@@ -216,6 +217,7 @@ def compare(
     """
     import pyunlearn
     from pyunlearn.comparing import comparison_table, require_plot_package
+    from pyunlearn.methods._options import options_by_method
 
     quiet_libraries()
     if plot:
@@ -224,7 +226,7 @@ def compare(
     try:
         found = pyunlearn.compare(
             model, forget, methods=None if methods is None else [name.strip() for name in methods.split(",") if name.strip()], retain=retain,
-            holdout=holdout, tokenizer=tokenizer, tau=tau, metric=metric, retain_loss=None if retain_loss == "none" else retain_loss,
+            method_options=options_by_method(options or []), holdout=holdout, tokenizer=tokenizer, tau=tau, metric=metric, retain_loss=None if retain_loss == "none" else retain_loss,
             learning_rate=learning_rate, batch_size=batch_size, max_steps=max_steps, until=until, utility_budget=utility_budget,
             truncate=truncate, seed=seed, output_dir=target, plot=plot, progress=False if quiet else None,
         )  # fmt: skip

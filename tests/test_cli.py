@@ -107,6 +107,26 @@ def test_unlearn_returns_1_when_something_is_still_exposed(unlearn, tmp_path):
     assert not json.loads((tmp_path / "new" / "result.json").read_text())["forgotten"]
 
 
+def test_unlearn_sets_options_of_the_method(unlearn, folder, tmp_path):
+    """--set name=value, numbers and lists as JSON has them: the run has them, and a wrong one is refused in one sentence."""
+    options = ("--method", "rmu", "--retain", folder / "retain.jsonl", "--max-steps", 1, "--out", "new")
+    assert (
+        unlearn(*options, "--set", "layer=0", "--set", "alpha=2.5", "--set", 'trainable=["*.0.mlp.down_proj.*"]')[0]
+        == 1
+    )
+    wanted = {"layer": 0, "alpha": 2.5, "trainable": ["*.0.mlp.down_proj.*"]}
+    assert json.loads((tmp_path / "new" / "result.json").read_text())["settings"]["method_options"] == wanted
+    for word, message in (
+        ("layer", "set as name=value, got 'layer'"),
+        ("layer=9", "from 0 to 1"),
+        ("beta=1", "'rmu' has no option 'beta'"),
+    ):
+        code, _, err = unlearn(*options[:-1], "other", "--set", word)
+        assert code == 2
+        assert message in err
+        assert not (tmp_path / "other").exists()
+
+
 def test_unlearn_that_is_interrupted_returns_130_and_goes_on_with_resume(unlearn, tmp_path, monkeypatch):
     """What is left is a checkpoint, and what comes of it is what an uninterrupted run gives."""
     calls = []
@@ -358,4 +378,4 @@ def test_every_choice_of_a_run_can_be_made_on_the_command_line(call, monkeypatch
     seen.clear()
     code, out, err = call("unlearn", "m", "--forget", "f.jsonl", "--set", "beta")
     assert (code, out, seen) == (2, "", {})
-    assert "an option is set as name=value, got 'beta'" in err
+    assert "set as name=value, got 'beta'" in err

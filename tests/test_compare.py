@@ -156,12 +156,14 @@ def test_a_method_that_breaks_does_not_lose_the_others(trained, monkeypatch, tmp
     plain = METHODS["ga"]
 
     def loss(*given, **options):
+        trained.model.lm_head.weight.requires_grad_(False)
         raise RuntimeError("out of\nmemory")
 
     monkeypatch.setitem(METHODS, "ga", plain._replace(loss=loss))
     found = compare(trained, output_dir=tmp_path / "c")
     assert [r.status for r in found.rows] == ["failed", "done"]
     assert found.rows[0].reason == "RuntimeError: out of memory"
+    assert trained.model.lm_head.weight.requires_grad
     assert not found.complete
     monkeypatch.setitem(METHODS, "ga", plain)
     again = compare(trained, output_dir=tmp_path / "c")
@@ -319,7 +321,16 @@ def folder(trained, tmp_path_factory):
 
 def test_the_command_compares_prints_and_writes(call, folder, tmp_path):
     """Exit code 0, the table, the files; run again it goes on at once; with a method that is refused, 1; other settings, 2."""
-    arguments = ["compare", folder / "model-1.5", "--learning-rate", 1e-3, "--max-steps", 4]
+    arguments = [
+        "compare",
+        folder / "model-1.5",
+        "--learning-rate",
+        1e-3,
+        "--max-steps",
+        4,
+        "--set",
+        "GA.temperature=1.5",
+    ]
     for role in ("forget", "retain", "holdout"):
         arguments += [f"--{role}", folder / f"{role}.jsonl"]
     code, out, err = call(*arguments, "--methods", "ga, simnpo")
@@ -330,6 +341,11 @@ def test_the_command_compares_prints_and_writes(call, folder, tmp_path):
     code, out, _ = call(*arguments, "--methods", "ga,idk", "--json", "--quiet")
     assert code == 1
     assert [r["method"] for r in json.loads(out)["rows"]] == ["ga", "idk", "simnpo"]
+    assert json.loads(out)["settings"]["method_options"] == {"ga": {"temperature": 1.5}}
+    for wrong, message in (("temperature=1.5", "is set as METHOD.name=value"), ("ga.beta=1", "has no option 'beta'")):
+        code, out, err = call(*arguments, "--methods", "ga", "--set", wrong)
+        assert (code, out) == (2, "")
+        assert message in err
     code, out, err = call(*arguments, "--methods", "ga", "--tau", 0.9)
     assert (code, out) == (2, "")
     assert err.startswith("pyunlearn: the comparison in ")

@@ -12,7 +12,8 @@ from test_layers import made
 
 from pyunlearn import layers
 from pyunlearn.data import Tokens, collate, encode, read_examples
-from pyunlearn.edits import lunar
+from pyunlearn.edits import EDITS, lunar
+from pyunlearn.edits._registry import options_of
 from pyunlearn.edits.lunar import UNANSWERABLE
 from pyunlearn.errors import ArgumentError, DataError, ModelError
 from pyunlearn.methods import resolve
@@ -230,6 +231,18 @@ def test_a_model_without_one_plain_matrix_is_refused(kind, message):
         lunar(model, FORGET, retain=RETAIN, unanswerable=UNKNOWN, tokenizer=tokenizer, progress=False)
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in layers.blocks(model).modules())
+
+
+def test_on_the_command_line_the_questions_come_from_a_file(tmp_path):
+    """A line each, or questions with answers."""
+    (tmp_path / "asked.txt").write_text("Why?\nWho is it?\n", encoding="utf-8")
+    (tmp_path / "asked.jsonl").write_text('{"question": "Why?", "answer": "No one knows."}\n', encoding="utf-8")
+    options = {
+        name: options_of(EDITS["lunar"], [f"unanswerable={tmp_path / name}", "layer=3"])
+        for name in ("asked.txt", "asked.jsonl")
+    }
+    assert options["asked.txt"] == {"unanswerable": ["Why?", "Who is it?"], "layer": 3}
+    assert options["asked.jsonl"]["unanswerable"] == ["Why?"]
 
 
 def test_as_a_method_it_says_where_it_is():

@@ -200,7 +200,7 @@ def test_a_resumed_run_keeps_its_mask_and_no_other_is_let_in(story, tmp_path, mo
         ("salient", 'must be "saliency", "nonzero" or a dict .*, got \'salient\''),
         (0.5, "got 0.5"),
         ({"lm_heat.weight": torch.ones(1, dtype=torch.bool)}, "'lm_heat.weight', which is no parameter"),
-        ({"lm_head.weight": torch.ones(3, dtype=torch.bool)}, r"boolean tensor of shape \(\d+, 64\), got torch.bool \(3,\)"),
+        ({"lm_head.weight": torch.ones(3, dtype=torch.bool)}, r"have the parameter's shape \(\d+, 64\), got \(3,\)"),
         ({"model.norm.weight": torch.ones(64)}, "got torch.float32"),
         ({"model.norm.weight": [True]}, "got list"),
     ],

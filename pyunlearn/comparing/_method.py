@@ -26,6 +26,7 @@ class Restored:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.weights = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
+        self.train = {n: p.requires_grad for n, p in model.named_parameters()}
         if not self.weights:
             raise ModelError(
                 "no parameter of the model requires a gradient, so no method can change it: unfreeze it, or an adapter, first"
@@ -53,8 +54,10 @@ class Restored:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """The weights as they came."""
+        """The weights as they came, and which of them train: a method that breaks may have frozen some."""
         parameters = dict(self.model.named_parameters())
+        for name, trains in self.train.items():
+            parameters[name].requires_grad_(trains)
         for name, value in self.weights.items():
             parameters[name].copy_(value)
             parameters[name].grad = None

@@ -23,6 +23,10 @@ def require_mask(given: Any) -> None:
         raise ArgumentError(
             f'mask must be "saliency", "nonzero" or a dict of parameter names to boolean tensors, got {given!r:.60}'
         )
+    for name, mask in given.items() if isinstance(given, Mapping) else ():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ArgumentError(f"mask of {name} must be a boolean tensor like the parameter, got {got}")
 
 
 def mask_of(
@@ -48,14 +52,13 @@ def mask_of(
     return found
 
 
-def _fitting(name: str, mask: Any, p: Tensor | None) -> Tensor:
+def _fitting(name: str, mask: Tensor, p: Tensor | None) -> Tensor:
     if p is None:
         raise ArgumentError(
             f"mask has {name!r}, which is no parameter of the model: take names of model.named_parameters()"
         )
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != p.shape:
-        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ArgumentError(f"mask of {name} must be a boolean tensor of shape {tuple(p.shape)}, got {got}")
+    if mask.shape != p.shape:
+        raise ArgumentError(f"mask of {name} must have the parameter's shape {tuple(p.shape)}, got {tuple(mask.shape)}")
     return mask.to(p.device)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyunlearn import models
+from pyunlearn.data import read_examples
 from pyunlearn.edits._edited import Edited
 from pyunlearn.edits.dampening import selective_synaptic_dampening
 from pyunlearn.edits.ekfac import ekfac_step
@@ -82,6 +83,9 @@ def options_of(edit: Edit, words: Sequence[str]) -> dict[str, Any]:
         found["fine_tuned"], _ = models.load(found["fine_tuned"])
     if "corrected" in found:
         found["corrected"] = Path(found["corrected"])
+    if isinstance(found.get("unanswerable"), str):
+        asked = read_examples(Path(found["unanswerable"]), role="unanswerable")
+        found["unanswerable"] = [e.messages[0].content if e.messages else e.completion for e in asked]
     return found
 
 
