@@ -39,7 +39,7 @@ def trained():
     model = tiny.tiny_llama(len(tokenizer))
     retain, forget = tiny.facts(300, 2), codes(WHO, 3)
     tiny.train(model, tokenizer, retain + forget * 15, epochs=8)
-    yield tiny.Tiny(model, tokenizer, forget, [], retain[:30], codes(tiny.SUBJECTS * 8, 4))
+    yield tiny.Tiny(model, tokenizer, forget, [], retain[:16], codes(tiny.SUBJECTS * 5, 4))
     torch.set_num_threads(before)
 
 
@@ -99,7 +99,7 @@ def test_a_hinge_at_the_paper_s_level_leaves_a_longer_text_exposed(trained):
     assert result.history[-1]["gradient_norm"] >= 0
 
 
-@pytest.mark.parametrize("method", ["npo+nll", "wga", "altpo"])
+@pytest.mark.parametrize("method", ["npo+nll", "wga"])
 def test_adapters_forget_in_micro_batches_within_the_budget(trained, method):
     """Each secret let go at the level of unseen ones; the base weights stay the same bits."""
     torch.manual_seed(0)

@@ -47,7 +47,7 @@ def token_objective(
     As example_objective, which knows an example by its sum alone. `function` is differentiated on a chunk's log-likelihoods as soon as they are there;
     its derivatives are the rows' coefficients. A weight w(p) that must not be differentiated is detached inside.
 
-    float16 and torch.compile run as linear_log_likelihood, as in example_objective.
+    float16, torch.compile and CUDA graphs run as linear_log_likelihood, as in example_objective.
 
     Args:
         hidden, weight, targets, example_index: as in example_objective.

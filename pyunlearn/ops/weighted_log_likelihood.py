@@ -41,18 +41,13 @@ def weighted_log_likelihood(
     the backward pass, three matrix products are enough (two with a frozen head) whatever the workspace, as long as it holds the logits of a
     few hundred rows; linear_log_likelihood takes a fourth for what it cannot keep. The gradients lie ready between forward and backward pass.
 
-    float16 runs as linear_log_likelihood, for its gradients would underflow before the loss scale reaches them; so does torch.compile and a
-    CUDA graph.
+    float16, torch.compile and CUDA graphs run as linear_log_likelihood, as in example_objective.
 
     Args:
-        hidden: (..., D), float32, bfloat16, float16 or float64.
-        weight: (V, D), of the same device; another dtype is brought to the common one.
-        targets: (...), int64 token ids in [0, V), or ignore_index.
+        hidden, weight, targets: as in linear_log_likelihood, (..., D), (V, D) and (...).
         coefficients: (...), floating point, without gradient of their own.
         bias, logit_scale, softcap, ignore_index: as in linear_log_likelihood.
-        workspace: bytes for scratch and logits (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free).
-        negligible: rows whose target has 1 - p below this may leave the gradient's products, as those with coefficient 0 do in any case; see
-            example_objective.
+        workspace, negligible: as in example_objective; rows with coefficient 0 leave the gradient's products in any case.
 
     Returns:
         (), float32 (float64 for float64 inputs); differentiable in hidden, weight and bias, as often as the graph is kept.
