@@ -1,6 +1,7 @@
 """Tiny language models trained on the spot, in seconds: a small grammar with entropy, and secrets repeated often."""
 
 import copy
+import functools
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +146,14 @@ def train(model: Any, tokenizer: Any, rows: list[Any], *, epochs: int, learning_
 
 
 def trained(make: Any, rows: Any, *, count: int, repeats: int, epochs: int, **options: Any) -> Tiny:
-    """A model of kind `make` (tiny_llama, ...), trained on `count` of `rows` (sentences, ...) and on two secrets."""
+    """A model of kind `make` (tiny_llama, ...), trained on `count` of `rows` (sentences, ...) and on two secrets: the caller's own copy."""
+    found = _trained(make, rows, count, repeats, epochs, **options)
+    torch.manual_seed(0)
+    return copy.deepcopy(found)
+
+
+@functools.cache  # several test files want the same
+def _trained(make: Any, rows: Any, count: int, repeats: int, epochs: int, **options: Any) -> Tiny:
     torch.manual_seed(0)
     tokenizer = make_tokenizer(**options)
     model = make(len(tokenizer))
