@@ -43,9 +43,11 @@ class Steering:
             )
         self.alpha, self.keeps = float(o["alpha"]), keeps
         self.options = {k: v for k, v in run.options.items() if k in ("beta", "coefficient")}
-        found = dict(self._read(run.forget, range(len(run.forget))))
-        self.norms = torch.stack([found[i].float().norm(dim=-1).mean() for i in range(len(found))]).to(run.device)
-        self.direction = steering_direction(found[0].shape[-1], run.seed).to(run.device)
+        norms, size = {}, 0
+        for i, h in self._read(run.forget, range(len(run.forget))):
+            norms[i], size = h.float().norm(dim=-1).mean(), h.shape[-1]
+        self.norms = torch.stack([norms[i] for i in range(len(norms))]).to(run.device)
+        self.direction = steering_direction(size, run.seed).to(run.device)
         self.retained = dict(self._read(run.retain or [], list(keep)))
 
     @contextmanager

@@ -336,7 +336,7 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.
 
     Console().print(catalogue([{k: m[k] for k in ("name", "needs", "passes", "options", "source")} for m in found]))
     Console().print(
-        "passes: texts that go forward and backward for one example in one step. With --retain, NAME+nll also trains on the retain set and NAME+kl keeps the reference's distributions there; graddiff is ga+nll.",
+        "passes: texts that go forward and backward for one example in one step; with rmu and adaptive_rmu up to their layer only. With --retain, NAME+nll also trains on the retain set and NAME+kl keeps the reference's distributions there; graddiff is ga+nll.",
         highlight=False,
     )
 

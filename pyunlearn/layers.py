@@ -122,11 +122,12 @@ class DownProjection(Layer):
         push = torch.linspace(-1, 1, before.shape[-1], device=before.device) * before.std()
         handle = self.module.register_forward_hook(lambda _module, _given, output: output + push.to(output.dtype))
         try:
-            moved = self(batch)
+            moved = self(batch).float() - before
         finally:
             handle.remove()
-        apart = float((moved.float() - before - push).abs().max())
-        if not apart <= 16 * torch.finfo(moved.dtype).eps * float(before.abs().max()) + 1e-5 * float(push.abs().max()):
+        if not float((moved - push).norm()) <= 0.05 * float(
+            push.expand_as(moved).norm()
+        ):  # bfloat16 makes less than 0.01
             raise ModelError(
                 f"{type(self.model).__name__} normalises behind the MLP of a layer, so the layer's hidden states cannot be set by its down projection: "
                 "take adaptive_rmu instead"

@@ -254,6 +254,34 @@ def test_as_a_method_it_says_where_it_is():
         resolve("lunar", "auto", True, {})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_behind_the_mlp_is_seen_in_every_precision(dtype):
+    """And rounding alone is not taken for a norm."""
+    batch = collate([Tokens((5, 6, 7, 8, 9), 1), Tokens((11, 12, 13), 1)], pad_id=0)
+    with torch.no_grad():
+        for kind in ("llama", "gpt2", "neox", "qwen2"):
+            layers.DownProjection(made(kind).to(dtype), 2).require_plain(batch)
+        with pytest.raises(ModelError, match="normalises behind the MLP"):
+            layers.DownProjection(made("gemma2").to(dtype), 2).require_plain(batch)
+
+
+def test_a_bfloat16_model_is_edited(modest):
+    """Computed in float64 and rounded once: the same change as in float32, but for the rounding."""
+    options = {
+        "retain": modest.retain[:5],
+        "unanswerable": ["who?"],
+        "tokenizer": modest.tokenizer,
+        "layer": 1,
+        "coefficient": 30.0,
+        "progress": False,
+    }
+    wide, narrow = modest.fresh(), modest.fresh().bfloat16()
+    a, b = (lunar(m, modest.forget, **options) for m in (wide, narrow))
+    assert narrow.transformer.h[1].mlp.c_proj.weight.dtype == torch.bfloat16
+    assert b.diagnostics["moved"] == pytest.approx(a.diagnostics["moved"], rel=0.1)
+    assert b.nll_after["forget"] == pytest.approx(a.nll_after["forget"], rel=0.1)
+
+
 def test_the_last_token_of_each_prompt_is_found_in_a_padded_batch():
     """The direction and the shift "last" read the end of each prompt, not of the batch."""
     model = made("llama")

@@ -271,6 +271,17 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(story, tmp_path, monke
     assert same(resumed.model, whole.model)
 
 
+def test_a_step_in_pieces_is_the_same_step(story):
+    """micro_batch_size takes one example at a time through the layer: the weights and the history come out alike."""
+    options = {"method": "adaptive_rmu", "method_options": QUICK, "learning_rate": 3e-3, "max_steps": 2}
+    whole, pieces = run(story, **options), run(story, micro_batch_size=1, **options)
+    for name, p in whole.model.state_dict().items():
+        torch.testing.assert_close(pieces.model.state_dict()[name], p, rtol=1e-3, atol=1e-5)
+    for a, b in zip(whole.history, pieces.history, strict=True):
+        assert b["forget_loss"] == pytest.approx(a["forget_loss"], rel=1e-5)
+        assert b["retain_drift"] == pytest.approx(a["retain_drift"], rel=1e-3, abs=1e-9)
+
+
 def test_the_seed_chooses_the_direction(story):
     """The same seed, the same bits; another seed, another way to forget."""
     options = {"method": "adaptive_rmu", "method_options": QUICK, "learning_rate": 3e-3, "max_steps": 1}

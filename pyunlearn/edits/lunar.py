@@ -91,7 +91,7 @@ def lunar(
         down.require_plain(next(batches_on(edit.model, ours[:1], 1))[1])
         v = last_hidden(edit, down, unknown).mean(dim=0) - last_hidden(edit, down, ours).mean(dim=0)
         of_f, of_r = Normal(edit, down, ours, last=positions == "last"), Normal(edit, down, kept)
-        total = of_f.outer + retain_weight * of_r.outer
+        total = of_f.outer.add_(of_r.outer, alpha=retain_weight)
         total.diagonal().add_(ridge * float(total.diagonal().mean()))
         factor, failed = torch.linalg.cholesky_ex(total)
         if bool(failed):
