@@ -53,7 +53,7 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
         base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.exists() else None
         config = AutoConfig.from_pretrained(base or where, **extra)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, loading = kind.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra)
+        model, loading = kind.from_pretrained(base or where, dtype=dtype, output_loading_info=True, **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"no language model could be loaded from {name!s}: {first}") from error
@@ -65,9 +65,22 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
         raise ModelError(
             f"the model saved in {name!s} has no language-model head, so it gives text no probability: give one that was saved with it"
         )
+    if base:
+        model = _with_adapter(model, where)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer or where, **({} if tokenizer else extra))
     return model, tokenizer
+
+
+def _with_adapter(model: Any, where: str) -> Any:
+    """The model with the PEFT adapter saved there, which trains; transformers alone would load it frozen."""
+    try:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, where, is_trainable=True, autocast_adapter_dtype=False).eval()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"the adapter in {where} could not be loaded: {first}") from error
 
 
 def _forget_gguf(model: Any) -> None:

@@ -1,5 +1,6 @@
 """Steps along inverse Fisher informations: each against the whole matrix in float64, and on a trained model."""
 
+import peft
 import pytest
 import tiny
 import torch
@@ -303,13 +304,27 @@ def test_steps_that_cannot_be_are_refused_and_nothing_is_changed(step):
     ):
         with pytest.raises(ArgumentError, match=message):
             STEPS[step](model, rows[:2], **{"retain": rows[2:], "tokenizer": tokenizer, **options})
-    with torch.no_grad():
-        model.lm_head.weight.zero_()  # every text is as likely as any other, whatever the blocks do
-    before = weights(model)
-    if step == "ekfac":
-        with pytest.raises(TrainingError, match="give a damping"):
-            ekfac_step(model, rows[:2], retain=rows[2:], tokenizer=tokenizer)
-        model.requires_grad_(False).lm_head.requires_grad_(True)
-        with pytest.raises(ModelError, match="none that trains was found"):
-            ekfac_step(model, rows[:2], retain=rows[2:], tokenizer=tokenizer)
     assert same(weights(model), before)
+
+
+def test_layers_that_no_gradient_reaches_are_left_alone_and_one_without_curvature_is_refused(monkeypatch):
+    """As lora_A where lora_B is 0; but a gradient over no curvature would be an endless step, unless a damping is given."""
+    tokenizer, make, rows = llama()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(make(len(tokenizer)), config)
+    before = weights(model)
+    edited = ekfac_step(model, rows[:2], retain=rows[2:], tokenizer=tokenizer)
+    assert len(edited.diagnostics["unread"]) == 4
+    assert all("lora_A" in name for name in edited.diagnostics["unread"])
+    assert len(edited.changed) == 4
+    assert all("lora_B" in name for name in edited.changed)
+    edited.undo()
+    real = ekfac._eigenvalues
+    monkeypatch.setattr(ekfac, "_eigenvalues", lambda *a: {n: torch.zeros_like(x) for n, x in real(*a).items()})
+    with pytest.raises(TrainingError, match="give a damping"):
+        ekfac_step(model, rows[:2], retain=rows[2:], tokenizer=tokenizer)
+    assert same(weights(model), before)
+    assert ekfac_step(model, rows[:2], retain=rows[2:], damping=0.1, tokenizer=tokenizer).changed
+    model.requires_grad_(False).get_output_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ModelError, match="none that trains was found"):
+        ekfac_step(model, rows[:2], retain=rows[2:], tokenizer=tokenizer)

@@ -310,7 +310,7 @@ def save_tokenizer(folder):
 @pytest.mark.parametrize("name", ["llama", "t5, its own head"])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_what_was_saved_is_loaded(name, adapted, tmp_path):
-    """A saved model, or an adapter beside its base, comes back with the same log-likelihoods, in the dtype asked for."""
+    """A saved model, or an adapter beside its base, comes back with the same log-likelihoods, in the dtype asked for, and trains; an adapter is saved as one."""
     model, batch = made((CAUSAL | BOTH)[name]), batch_for(name)
     model.save_pretrained(tmp_path / "base")
     where = tmp_path / "base"
@@ -325,7 +325,12 @@ def test_what_was_saved_is_loaded(name, adapted, tmp_path):
     loaded, tokenizer = load(where)
     assert tokenizer("a")["input_ids"] == [1]
     torch.testing.assert_close(Likelihood(loaded.eval())(batch), own(model, batch), rtol=1e-5, atol=1e-5)
-    assert next(load(where, dtype=torch.bfloat16)[0].parameters()).dtype is torch.bfloat16
+    assert {p.dtype for p in load(where, dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
+    trains = {n for n, p in loaded.named_parameters() if p.requires_grad}
+    assert trains == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trains
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_config.json").exists() == adapted
 
 
 def test_a_saved_trunk_is_refused(tmp_path):

@@ -38,8 +38,8 @@ def ekfac_step(
         batch_size: texts in one pass; those of one length go together, so that no padding enters A.
 
     Returns:
-        Edited; `diagnostics`: `step_norm`, ||theta' - theta||_2, `damping`, weight -> its damping, and `unread`, layers that no text came through, left
-        as they are.
+        Edited; `diagnostics`: `step_norm`, ||theta' - theta||_2, `damping`, weight -> its damping, and `unread`, layers that no text came through or
+        no gradient reaches, left as they are.
 
     Raises:
         ArgumentError: no retain, or a number out of range. ModelError: no linear layer in a block trains. TrainingError: a factor is not finite. DataError: as in
@@ -61,21 +61,23 @@ def ekfac_step(
             read = [layer for layer in layers if layer.name in bases]
             eigenvalues = _eigenvalues(edit, read, bases, int(samples), generator)
         dampings, steps = {}, []
+        unread = [layer.name for layer in layers if layer not in read]
         for layer in read:
-            q_a, q_s = bases.pop(layer.name)
-            spectrum = eigenvalues.pop(layer.name)
+            (q_a, q_s), spectrum, both = bases.pop(layer.name), eigenvalues.pop(layer.name), _joined(edit, layer, v)
+            if not (spectrum.any() or both.any()):  # as of lora_A where lora_B is still 0
+                unread.append(layer.name)
+                continue
             dampings[layer.name] = added = DAMPING * float(spectrum.mean()) if damping is None else damping
             if not 0 < added < float("inf"):
                 raise TrainingError(
                     f"the Fisher information of {layer.name} is {added}, and nothing was changed: give a damping"
                 )
-            step = q_s @ (q_s.T @ _joined(edit, layer, v) @ q_a / (spectrum + added)) @ q_a.T
+            step = q_s @ (q_s.T @ both @ q_a / (spectrum + added)) @ q_a.T
             steps.append(step)
             weight, bias = step.split([layer.matrix(v[layer.name]).shape[1], int(layer.bias in edit.parameters)], dim=1)
             edit.add(layer.name, layer.matrix(weight), rate)
             if layer.bias in edit.parameters:
                 edit.add(layer.bias, bias[:, 0], rate)
-        unread = [layer.name for layer in layers if layer not in read]
         return edit.done(step_norm=rate * norm(steps), damping=dampings, unread=unread)
 
 
