@@ -65,8 +65,8 @@ class Kept:
 
 
 def _fixed(parameter: Tensor) -> Tensor:
-    """A copy of what will be trained; what will not be, itself."""
-    return parameter.detach().clone() if parameter.requires_grad else parameter
+    """A copy of what will be trained; of what will not be, the memory it has now, wherever its model is moved later."""
+    return parameter.detach().clone() if parameter.requires_grad else parameter.detach()
 
 
 def _room(rows: int, like: Tensor, in_memory: int) -> Tensor:

@@ -317,6 +317,9 @@ def test_what_is_kept_comes_back_by_place_from_memory_or_a_file(tmp_path, monkey
             assert torch.equal(kept.at([7], torch.device("cpu")).states, states[:2])
             assert (found.head.weight.data_ptr() == weight.data_ptr()) is not head.weight.requires_grad
             assert not found.head.weight.requires_grad
+            moved, head.weight.data = head.weight.data, torch.zeros(1, 1)  # as .to(another device) does to a model
+            assert torch.equal(kept.at([7], torch.device("cpu")).head.weight, moved)
+            head.weight.data = moved
             assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("pyunlearn._kept.shutil.disk_usage", lambda _: type("Usage", (), {"free": 3}))
     with pytest.raises(OutputError, match=r"states of these texts take 0.0 GB, and .* has 0.0 GB: give fewer"):

@@ -125,6 +125,21 @@ def test_the_retain_loss_kl_is_nothing_at_first_and_then_keeps(story):
     assert abs(kept.utility.relative_rise) < abs(alone.utility.relative_rise)
 
 
+@pytest.mark.parametrize("method", ["undial+kl", "pdu"])
+def test_micro_batches_take_the_same_steps(story, method):
+    """One example at a time or all together: the same numbers, up to rounding."""
+    whole, pieces = (
+        run(story, method=method, batch_size=4, max_steps=3, learning_rate=1e-4, micro_batch_size=n) for n in (None, 1)
+    )
+    for name in (
+        "forget_loss",
+        "gradient_norm",
+        "retain_kl" if "+kl" in method else "retain_nll",
+        *(["multiplier"] if method == "pdu" else []),
+    ):
+        assert [r[name] for r in pieces.history] == pytest.approx([r[name] for r in whole.history], rel=1e-3, abs=1e-5)
+
+
 def test_only_what_the_steps_will_read_is_kept(story, monkeypatch):
     """Of a retain set that is larger than the run, as many examples as its steps take; those are the ones that it takes."""
     seen, runs = [], []

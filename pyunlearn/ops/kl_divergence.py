@@ -40,7 +40,8 @@ def kl_divergence(
     Differentiable in hidden, weight and bias; the reference is a constant. Both products are taken block by block, each pair of logits is read
     once, and no (N, V) tensor lives unless it fits the workspace. `target_shift` s subtracts s from y[n, targets[n]] first, so that the
     reference is one that has partly forgotten the target: UNDIAL's (arXiv 2402.10052) up to the entropy of q, which is constant. With s = inf and
-    the model itself as reference the gradient is that of CE-U (arXiv 2503.01224).
+    the model itself as reference the gradient is that of CE-U (arXiv 2503.01224); given the same two tensors (detached) as the model's, one product
+    serves both.
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
@@ -71,8 +72,10 @@ def kl_divergence(
         raise ArgumentError(
             f"target_shift must be 0 or more and goes with targets, got {target_shift} and targets={targets}"
         )
+    itself = not torch.compiler.is_compiling() and _same(hidden, reference_hidden) and _same(weight, reference_weight)
     hidden, weight = in_one_dtype(hidden, weight)
-    theirs = in_one_dtype(reference_hidden.detach(), reference_weight.detach())
+    own = (hidden.detach(), weight.detach())
+    theirs = own if itself else in_one_dtype(reference_hidden.detach(), reference_weight.detach())
     if (theirs[0].dtype is torch.float64) != (hidden.dtype is torch.float64):
         theirs = (theirs[0].to(real_of(hidden)), theirs[1].to(real_of(hidden)))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
@@ -103,14 +106,21 @@ def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> 
     return plan(2 * hidden.shape[0], weight.shape[0], real_of(hidden), hidden.device.type, allowed * 4 // 5, keep)
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are the same numbers in the same memory."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and a.data_ptr() == b.data_ptr()
+
+
 class _Pair:
-    """The live rows of both, and their products block by block."""
+    """The live rows of both, and their products block by block; one product for both where the reference is the model itself."""
 
     def __init__(
         self, rows: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hidden: Tensor,
         reference_weight: Tensor, reference_bias: Tensor | None, targets: Tensor, p: Plan,
     ) -> None:  # fmt: skip
-        self.h, other, self.targets = take(rows, hidden, reference_hidden, targets)
+        self.itself = _same(hidden, reference_hidden) and _same(weight, reference_weight)
+        self.h, self.targets = take(rows, hidden, targets)
+        other = self.h if self.itself else take(rows, reference_hidden)[0]
         self.n, self.real, self.p = self.h.shape[0], real_of(hidden), p
         self.weights, self.biases = (weight, reference_weight), (contiguous(bias), contiguous(reference_bias))
         self.logits = (Logits(self.h, self.real), Logits(other, self.real))
@@ -122,10 +132,16 @@ class _Pair:
             if self.scratch is None:
                 self.scratch = self.h.new_empty((2, self.n * self.p.block), dtype=self.real)
             into = self.scratch
-        x, y = (m[: self.n * (e - b)].view(self.n, e - b) for m in into)
-        for logits, out, weight in zip(self.logits, (x, y), self.weights, strict=True):
-            logits.into(out, weight[b:e])
+        x, y = self.laid(b, e, into)
+        self.logits[0].into(x, self.weights[0][b:e])
+        if not self.itself:
+            self.logits[1].into(y, self.weights[1][b:e])
         return x, y
+
+    def laid(self, b: int, e: int, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Where x and y of columns [b, e) lie in such memory."""
+        x, y = (m[: self.n * (e - b)].view(self.n, e - b) for m in memory)
+        return x, x if self.itself else y
 
     def biases_of(self, b: int, e: int) -> tuple[Tensor | None, Tensor | None]:
         mine, theirs = (None if bias is None else bias[b:e] for bias in self.biases)
@@ -188,7 +204,7 @@ def _backward(
     for first, end in p.groups() if n else []:
         for i, b, e in p.blocks_of(first, end):
             if i < len(kept):
-                x, y = (m[: n * (e - b)].view(n, e - b) for m in kept[i])
+                x, y = pair.laid(b, e, kept[i])
             else:
                 x, y = pair.products(b, e, None)
             d_logits = buffer[: n * (e - b)].view(n, e - b)
