@@ -123,7 +123,9 @@ def _trade_off(config: Config, pairs: list[tuple[Outcome, Outcome]], kind: str, 
         left = [[o.lowest(y, config.budget) for o in side] for side in zip(*alike, strict=True)] or [[], []]
         effect = statistics.difference(left[1], left[0], config.seed)
         yield "the same, equal starting exposure", kind, rate, y, "bits", 0.0, test, effect
-        begun = [p for p in pairs if min(o.lower[y][0].mean() for o in p) > NULL_MEAN]  # else the price is 0 by the start alone
+        begun = [
+            p for p in pairs if min(o.lower[y][0].mean() for o in p) > NULL_MEAN
+        ]  # else the price is 0 by the start alone
         price = [[o.price(y, NULL_MEAN) for o in side] for side in zip(*begun, strict=True)] or [[], []]
         yield (
             "lower price where exposure reaches that of unseen text",
@@ -192,7 +194,9 @@ def _matched(
         taken = [o.forgotten(yardstick) for o in outcomes]
         start = np.concatenate([o.lower[yardstick][0] for o in outcomes])
         steps, censored = (np.concatenate([getattr(t, name) for t in taken]) for name in ("steps", "censored"))
-        sides.append([(s, k, bool(c)) for s, k, c in zip(start, steps, censored, strict=True) if k > 0 and s < top - 1e-9])
+        sides.append(
+            [(s, k, bool(c)) for s, k, c in zip(start, steps, censored, strict=True) if k > 0 and s < top - 1e-9]
+        )
     found, free = [], sorted(sides[1])
     for start, taken_steps, cut in sorted(sides[0]):
         near = min(range(len(free)), key=lambda j: abs(free[j][0] - start), default=None)
