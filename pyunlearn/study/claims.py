@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyunlearn.metrics import SIGNIFICANT
+from pyunlearn.metrics import NULL_MEAN
 from pyunlearn.study import statistics
 from pyunlearn.study.config import Config
 from pyunlearn.study.outcomes import YARDSTICKS, Examples, Outcome
@@ -108,7 +108,7 @@ def _steps(config: Config, pairs: list[tuple[Outcome, Outcome]], kind: str, rate
         taken = [(a.forgotten(y), b.forgotten(y)) for a, b in pairs]
         effect = statistics.steps_effect(taken, config.seed)
         yield "same repetitions", kind, rate, y, "share", 0.5, "stratified log-rank", effect
-        matched = [m for a, b in _same_draw(pairs) for m in _matched(a, b, y)]
+        matched = [m for a, b in _same_draw(pairs) for m in _matched(a, b, y, math.log2(config.references + 1))]
         effect = statistics.matched_effect(matched, config.seed)
         yield "equal starting exposure", kind, rate, y, "share", 0.5, "sign test of matched examples", effect
 
@@ -123,9 +123,12 @@ def _trade_off(config: Config, pairs: list[tuple[Outcome, Outcome]], kind: str, 
         left = [[o.lowest(y, config.budget) for o in side] for side in zip(*alike, strict=True)] or [[], []]
         effect = statistics.difference(left[1], left[0], config.seed)
         yield "the same, equal starting exposure", kind, rate, y, "bits", 0.0, test, effect
-        price = [[o.price(y, SIGNIFICANT) for o in side] for side in zip(*pairs, strict=True)]
+        begun = [
+            p for p in pairs if min(o.lower[y][0].mean() for o in p) > NULL_MEAN
+        ]  # else the price is 0 by the start alone
+        price = [[o.price(y, NULL_MEAN) for o in side] for side in zip(*begun, strict=True)] or [[], []]
         yield (
-            "lower price where exposure reaches 4.32 bits",
+            "lower price where exposure reaches that of unseen text",
             kind,
             rate,
             y,
@@ -182,16 +185,18 @@ def _same_draw(pairs: list[tuple[Outcome, Outcome]]) -> list[tuple[list[Outcome]
 
 
 def _matched(
-    first: list[Outcome], second: list[Outcome], yardstick: str, within: float = 0.5
+    first: list[Outcome], second: list[Outcome], yardstick: str, top: float, within: float = 0.5
 ) -> list[tuple[float, bool, float, bool]]:
     """Each in-distribution example with the out-of-distribution one whose exposure at the start is nearest, at most half a bit away; each
-    is used once. Examples that begin as forgotten are left out."""
+    is used once. Examples that begin as forgotten are left out, and those at the ceiling, where starts cannot be told apart."""
     sides = []
     for outcomes in (first, second):
         taken = [o.forgotten(yardstick) for o in outcomes]
         start = np.concatenate([o.lower[yardstick][0] for o in outcomes])
         steps, censored = (np.concatenate([getattr(t, name) for t in taken]) for name in ("steps", "censored"))
-        sides.append([(s, k, bool(c)) for s, k, c in zip(start, steps, censored, strict=True) if k > 0])
+        sides.append(
+            [(s, k, bool(c)) for s, k, c in zip(start, steps, censored, strict=True) if k > 0 and s < top - 1e-9]
+        )
     found, free = [], sorted(sides[1])
     for start, taken_steps, cut in sorted(sides[0]):
         near = min(range(len(free)), key=lambda j: abs(free[j][0] - start), default=None)

@@ -55,7 +55,7 @@ Grid = Any  # (rows, columns) of axes
 def _trade_off(
     grid: Grid, config: Config, sets: Sets, examples: Examples, outcomes: list[Outcome], folder: Folder
 ) -> None:
-    top = max(0.3, min(2.0, float(np.median([o.rise.max() for o in outcomes]))))
+    top = 5 * config.budget
     for row, yardstick in enumerate(("anchored raw", "current raw")):
         for column, r in enumerate(config.repetitions):
             axes = grid[row][column]
