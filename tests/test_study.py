@@ -1,5 +1,6 @@
 """The study: its sets, its statistics, and a very small one from end to end."""
 
+import csv
 import hashlib
 import json
 import math
@@ -12,14 +13,15 @@ import typer.testing
 
 from pyunlearn import cli
 from pyunlearn.errors import ArgumentError, DataError, OutputError
-from pyunlearn.metrics import StepsToForget
-from pyunlearn.study import PRESETS, claims, run_study, statistics, study, training
+from pyunlearn.metrics import StepsToForget, generalized_exposure
+from pyunlearn.study import PRESETS, claims, outcomes, run_study, statistics, study, training
 from pyunlearn.study import runs as study_runs
 from pyunlearn.study.claims import CLAIMS
 from pyunlearn.study.config import configured, parsed
 from pyunlearn.study.corpus import read_corpus, synthetic
+from pyunlearn.study.folder import Folder
 from pyunlearn.study.models import train_tokenizer
-from pyunlearn.study.sets import make_sets
+from pyunlearn.study.sets import ForgetSet, Sets, make_sets
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -80,8 +82,6 @@ def test_a_study_ends_with_a_verdict_on_every_claim(finished):
 
 def test_each_step_s_numbers_are_those_of_the_trajectory(finished):
     """The tables say what the runs' arrays hold; the first row of a run is the model before unlearning."""
-    import csv
-
     with open(finished.folder / "steps.csv") as file:
         rows = [r for r in csv.DictReader(file) if (r["kind"], r["repetitions"]) == ("id", "10")]
     run = np.load(finished.folder / "runs" / "id-r10-draw0-lr0.01.npz")
@@ -91,6 +91,56 @@ def test_each_step_s_numbers_are_those_of_the_trajectory(finished):
     assert run["nll"][-1].mean() > run["nll"][0].mean()
     trained = np.load(finished.folder / "scores" / "main-0.npz")
     assert float(rows[0]["test_nll"]) == pytest.approx(float(trained["test_nll"]), rel=1e-6)
+
+
+def test_anchored_and_current_calibrated_and_raw_are_what_they_say(tmp_path):
+    """Anchored references are those of step 0; calibrated scores lose the difficulty, of the references too. All four differ here."""
+    rng = np.random.default_rng(3)
+    config = configured("smoke", {**TINY, "unlearning_rates": (0.1,)})
+    which = ForgetSet("id", 1, 0)
+    sets = Sets([], [], [], [], [], {"id": list(range(3, 23))}, {which: [0, 1, 2]})
+    nll, unseen, ease = rng.normal(2, 0.5, (2, 3)), rng.normal(2, 0.5, (2, 20)), rng.normal(2, 0.5, 23)
+    unseen[1] += 0.6
+    folder = Folder(tmp_path / "out", {})
+    rest = {name: np.zeros(2) for name in ("test_nll", "bleu", "moved")}
+    folder.arrays(f"runs/{which}-lr0.1.npz", steps=np.arange(2), nll=nll, accuracy=nll, reference_nll=unseen, **rest)
+    known = outcomes.Examples(list(range(23)), ease, ease, ease, ease, ease)
+    (found,) = outcomes.outcomes_of(folder, config, sets, known)
+    wanted = {}
+    for where, references in (("anchored", unseen[0]), ("current", unseen[1])):
+        wanted[f"{where} raw"] = generalized_exposure(nll[1], references)
+        wanted[f"{where} calibrated"] = generalized_exposure(nll[1] - ease[:3], references - ease[3:])
+    assert len({tuple(w.lower) for w in wanted.values()}) == 4
+    for yardstick, w in wanted.items():
+        np.testing.assert_allclose(found.lower[yardstick][1], w.lower)
+        np.testing.assert_allclose(found.upper[yardstick][1], w.upper)
+    np.testing.assert_allclose(found.drift, [0, (unseen[1] - unseen[0]).mean()])
+    np.testing.assert_allclose(found.from_retrained, np.abs(nll - ease[:3]).mean(1))
+
+
+def test_lowest_exposure_ends_where_the_budget_does_and_price_where_the_threshold_is():
+    """What comes after the budget is spent does not count, even if the test NLL comes back; a set that never gets there has no price."""
+    exposures = np.array([[6.0, 4.0], [4.0, 2.0], [1.0, 1.0], [0.5, 0.5]])
+    rise = np.array([2.0, 2.05, 2.5, 2.02])
+    o = outcomes.Outcome(
+        None,
+        0.1,
+        [0, 1],
+        np.arange(4),
+        exposures,
+        exposures,
+        {"y": exposures},
+        {"y": exposures},
+        rise,
+        rise,
+        rise,
+        rise,
+        rise,
+        rise,
+    )
+    assert o.lowest("y", 0.1) == 3.0
+    assert o.price("y", 1.443) == pytest.approx(0.5)
+    assert o.price("y", 0.1) == math.inf
 
 
 def test_an_interrupted_study_goes_on_to_the_same_files(finished, tmp_path, monkeypatch):
