@@ -11,7 +11,7 @@ import pyunlearn
 from pyunlearn import demo, models
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]  # a minute and a half where nothing else runs
 
 MEMORIZED = ("Declaration of Independence", "First Amendment")
 
