@@ -1,7 +1,9 @@
 """Truth ratio, forget quality, utility and prior: the definitions, and the conventions that public code mixes."""
 
+import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -93,6 +95,16 @@ def test_the_floor_of_large_samples_is_a_number():
     assert found.log10_floor == pytest.approx(-2406, abs=1)
     assert not found.saturated
     assert found.pvalue > 0.9
+
+
+def test_forget_quality_unpacks_into_statistic_and_p_value():
+    """A pair for whoever expects one, and the two attributes survive a copy and a pickle."""
+    found = forget_quality([1.0, 2.0, 3.0], [4.0, 5.0])
+    statistic, pvalue = found
+    assert (statistic, pvalue) == (found.statistic, found.pvalue) == (1.0, pytest.approx(0.2))
+    for same in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert (tuple(same), same.log10_floor, same.saturated) == (tuple(found), found.log10_floor, True)
+    assert "saturated=True" in repr(found)
 
 
 # ---------------------------------------------------------------- utility

@@ -35,17 +35,31 @@ class TruthRatio(NamedTuple):
     """Mean of the values, with a bootstrap interval."""
 
 
-class ForgetQuality(NamedTuple):
-    """See forget_quality."""
-
+class _Pair(NamedTuple):
     statistic: float
     """Kolmogorov-Smirnov distance, 0 to 1; low = like the retrained model."""
     pvalue: float
     """High = cannot be told from the retrained model."""
+
+
+class ForgetQuality(_Pair):
+    """See forget_quality. A pair, `statistic, pvalue = forget_quality(...)`, with two attributes more."""
+
     log10_floor: float
     """log10 of the least p-value that samples of these sizes can give."""
     saturated: bool
     """The samples do not overlap: the p-value stands at its floor and says nothing about how far apart they are."""
+
+    def __new__(cls, statistic: float, pvalue: float, log10_floor: float, saturated: bool) -> ForgetQuality:
+        found = super().__new__(cls, statistic, pvalue)
+        found.log10_floor, found.saturated = log10_floor, saturated
+        return found
+
+    def __getnewargs__(self) -> tuple[float, float, float, bool]:  # type: ignore[override]
+        return (*self, self.log10_floor, self.saturated)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, log10_floor={self.log10_floor!r}, saturated={self.saturated!r})"
 
 
 class AnswerPrior(NamedTuple):
@@ -117,7 +131,7 @@ def forget_quality(truth_ratios_unlearned: ArrayLike, truth_ratios_retrained: Ar
         truth_ratios_retrained: (m,) of the same texts under a model that never saw them.
 
     Returns:
-        ForgetQuality(statistic, pvalue, log10_floor, saturated).
+        ForgetQuality: the pair (statistic, pvalue), with the attributes `log10_floor` and `saturated`.
 
     Raises:
         ArgumentError: no numbers, one that is not finite.
