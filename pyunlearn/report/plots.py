@@ -103,7 +103,7 @@ def roc(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
         ):
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=label)
         axes.set(xlabel="false alarms among unseen texts", ylabel="forget texts found", xlim=(0, 1), ylim=(0, 1.02))
-        axes.legend(loc="lower right")
+        axes.legend(loc="lower right", frameon=True, facecolor="white", framealpha=0.9, edgecolor="none")
 
     return _svg("roc", draw, 3.2)
 
