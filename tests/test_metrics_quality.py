@@ -44,6 +44,14 @@ def test_the_truth_ratio_is_its_definition(rows, mean):
         assert found.mean.estimate == pytest.approx(values.mean())
 
 
+def test_one_answer_alone_is_an_array_of_one():
+    """One number and its wrong answers, without a second bracket; several correct ones still need a row each."""
+    assert truth_ratio(-1.0, [-1.0, -3.0]).ratio.tolist() == truth_ratio([-1.0], [[-1.0, -3.0]]).ratio.tolist()
+    assert option_probability(-1.0, [-1.0]).tolist() == [0.5]
+    with pytest.raises(ValueError, match="a row for each correct one"):
+        truth_ratio([-1.0, -2.0], [-1.0, -3.0])
+
+
 def test_the_two_means_differ_and_the_arithmetic_one_is_larger():
     """TOFU's own code uses one here and the other there: 0.01 and 0.09 have means 0.03 and 0.05."""
     wrong = np.log([[0.01, 0.09]])

@@ -94,7 +94,7 @@ def truth_ratio(
 
     Args:
         correct_log_likelihood: (n,) mean per token of the correct answer (in TOFU a paraphrase of it), nats.
-        wrong_log_likelihoods: (n, P) mean per token of P wrong answers in the same form, nats.
+        wrong_log_likelihoods: (n, P) mean per token of P wrong answers in the same form, nats; (P,) beside one number.
         aggregate: "closer_to_1_better", "true_better" or "prob_mean".
         mean: "geometric" or "arithmetic", over the wrong answers.
         seed: of the interval.
@@ -215,6 +215,8 @@ def _answers(correct_log_likelihood: ArrayLike, wrong_log_likelihoods: ArrayLike
     """(n,) and (n, P), checked."""
     correct = numbers("correct_log_likelihood", correct_log_likelihood, least=1)
     wrong = np.asarray(wrong_log_likelihoods, dtype=np.float64)
+    if np.ndim(correct_log_likelihood) == 0 and wrong.ndim == 1:
+        wrong = wrong[None]
     if wrong.ndim != 2 or len(wrong) != len(correct) or wrong.shape[1] == 0:
         raise ArgumentError(
             f"wrong_log_likelihoods must have shape ({len(correct)}, wrong answers), a row for each correct one, got {wrong.shape}"
