@@ -318,6 +318,17 @@ def test_the_model_is_left_as_it_was(teller):
 # ---------------------------------------------------------------- text, mistakes
 
 
+def test_without_a_holdout_no_attack_is_reported(teller):
+    """Trap of public code: text of another source than the forget set makes an attack measure the difference of sources, and sampled text is such."""
+    t, _ = teller
+    options = {"tokenizer": t.tokenizer, "metrics": FAST, "progress": False}
+    found = pyunlearn.audit(t.model, t.forget, **options)
+    assert found.references.source == "sampled from the model"
+    assert found.membership == []
+    assert all(e.now.membership == {} for e in found.examples)
+    assert pyunlearn.audit(t.model, t.forget, holdout=t.holdout, **options).membership
+
+
 def test_texts_are_masked_unless_asked_for(teller):
     """No word of a forget text is in the data by default; with show_text all are. Masking shows no length."""
     t, _ = teller

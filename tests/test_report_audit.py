@@ -179,6 +179,16 @@ def test_sampled_text_is_not_said_to_be_certainly_unseen(found):
     assert "certainly" not in Page(audit_page(sampled)).text
 
 
+def test_the_legend_of_the_curves_lies_off_them(found):
+    """Curves near the diagonal go everywhere: no name stands lower than the topmost of the axis' numbers."""
+    page = audit_page(found)
+    svg = page[page.index("Could an attacker tell?") :]
+    texts = re.findall(r' y="([-\d.]+)"[^>]*>([^<]+)</text>', svg[: svg.index("</svg>")])
+    names = [float(y) for y, text in texts if text == "guessing" or text.startswith(("likelihood", "standardized"))]
+    assert len(names) == 4
+    assert max(names) < min(float(y) for y, text in texts if text == "1.0")
+
+
 def test_the_table_and_its_lines(found):
     """A row for each text, the worst first; masked; 80 columns are enough."""
     from rich.console import Console
