@@ -173,7 +173,7 @@ class Evidence:
             area = auc(forget, holdout)
             leak = metrics.privleak(area.estimate, auc(*retrained[name]).estimate) if name in retrained else None
             found.append(Membership(
-                name, area, metrics.tpr_at_fpr(forget, holdout), roc_curve(forget, holdout),
+                name, area, metrics.tpr_at_fpr(forget, holdout, 0.01), metrics.tpr_at_fpr(forget, holdout, 0.001), roc_curve(forget, holdout),
                 auc(*before[name]).estimate if name in before else None, leak,
             ))  # fmt: skip
         return found

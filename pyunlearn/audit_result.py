@@ -74,6 +74,8 @@ class Membership:
     """0.5: not at all. 1: each forget text looks more trained-on than each of the holdout."""
     tpr_at_1_percent: TruePositiveRate
     """Share of the forget set that is found when at most 1 % of the holdout is accused with it."""
+    tpr_at_0_1_percent: TruePositiveRate
+    """The same at 0.1 %; `resolved` from 1000 holdout texts on."""
     roc: list[tuple[float, float]] = field(repr=False)
     """(false, true) positive rates, from (0, 0) to (1, 1)."""
     auc_before: float | None

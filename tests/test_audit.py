@@ -15,7 +15,7 @@ from pyunlearn.auditing import METRICS
 from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError, ModelError
 from pyunlearn.masking import MASK, masked, recited
-from pyunlearn.metrics import SIGNIFICANT
+from pyunlearn.metrics import SIGNIFICANT, tpr_at_fpr
 
 FAST = [name for name in METRICS if name != "continuations"]
 
@@ -212,6 +212,14 @@ def test_every_number_is_its_definition(kind, side):
         assert m.auc.estimate == pytest.approx(np.mean(pairs))
         area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(m.roc, m.roc[1:], strict=False))
         assert area == pytest.approx(m.auc.estimate)
+    loss = next(m for m in found.membership if m.score == "loss")
+    for rate, fpr in ((loss.tpr_at_1_percent, 0.01), (loss.tpr_at_0_1_percent, 0.001)):
+        lowest = min(h["nll"] for h in unseen)  # nineteen texts allow no false alarm
+        assert rate.estimate == pytest.approx(np.mean([f["nll"] < lowest for f in now]))
+        assert rate == tpr_at_fpr([f["nll"] for f in now], [h["nll"] for h in unseen], fpr)._replace(
+            threshold=rate.threshold
+        )
+        assert not rate.resolved
     kept = [direct(model, t, side)["nll"] for t in tokens(retain)]
     assert found.utility.nll.estimate == pytest.approx(np.mean(kept), rel=1e-4)
     drift = np.mean([a["nll"] - b["nll"] for a, b in zip(unseen, unseen_then, strict=True)])
@@ -308,6 +316,17 @@ def test_the_model_is_left_as_it_was(teller):
 
 
 # ---------------------------------------------------------------- text, mistakes
+
+
+def test_without_a_holdout_no_attack_is_reported(teller):
+    """Trap of public code: text of another source than the forget set makes an attack measure the difference of sources, and sampled text is such."""
+    t, _ = teller
+    options = {"tokenizer": t.tokenizer, "metrics": FAST, "progress": False}
+    found = pyunlearn.audit(t.model, t.forget, **options)
+    assert found.references.source == "sampled from the model"
+    assert found.membership == []
+    assert all(e.now.membership == {} for e in found.examples)
+    assert pyunlearn.audit(t.model, t.forget, holdout=t.holdout, **options).membership
 
 
 def test_texts_are_masked_unless_asked_for(teller):

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
@@ -145,6 +146,23 @@ def test_scores_that_are_not_numbers_are_refused(x, references, message):
     """A NaN would silently be the most or the least exposed of all."""
     with pytest.raises(ValueError, match=message):
         generalized_exposure(x, references)
+
+
+@pytest.mark.parametrize("narrow", [np.float16, torch.float16, torch.bfloat16])
+def test_scores_of_16_bits_are_refused(narrow):
+    """Trap of public code: 2.0001 and 2.0003 nats are one number in 16 bits, and the tie takes all exposure from the text."""
+    wide = np.float32([2.0001, 2.0003, 2.0005])
+    low = wide.astype(narrow) if narrow is np.float16 else torch.from_numpy(wide).to(narrow)
+    assert low[0] == low[1] == low[2]
+    assert (
+        generalized_exposure(wide[:1], wide[1:]).lower[0]
+        > generalized_exposure(low[:1].tolist(), low[1:].tolist()).lower[0]
+    )
+    for call in (generalized_exposure, exposure, calibrated_scores):
+        for pair in ((low[:1], wide[1:2]), (wide[:1], low[1:2])):
+            with pytest.raises(ValueError, match=r"float32 or float64, got b?float16, in which they tie"):
+                call(*pair)
+    assert generalized_exposure(torch.from_numpy(wide[:1]), torch.from_numpy(wide[1:])).lower[0] > 1
 
 
 def test_any_array_will_do_and_one_number_is_an_array_of_one():

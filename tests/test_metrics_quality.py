@@ -1,7 +1,9 @@
 """Truth ratio, forget quality, utility and prior: the definitions, and the conventions that public code mixes."""
 
+import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -40,6 +42,14 @@ def test_the_truth_ratio_is_its_definition(rows, mean):
         np.testing.assert_allclose(found.ratio, ratios)
         np.testing.assert_allclose(found.value, values, atol=1e-12)
         assert found.mean.estimate == pytest.approx(values.mean())
+
+
+def test_one_answer_alone_is_an_array_of_one():
+    """One number and its wrong answers, without a second bracket; several correct ones still need a row each."""
+    assert truth_ratio(-1.0, [-1.0, -3.0]).ratio.tolist() == truth_ratio([-1.0], [[-1.0, -3.0]]).ratio.tolist()
+    assert option_probability(-1.0, [-1.0]).tolist() == [0.5]
+    with pytest.raises(ValueError, match="a row for each correct one"):
+        truth_ratio([-1.0, -2.0], [-1.0, -3.0])
 
 
 def test_the_two_means_differ_and_the_arithmetic_one_is_larger():
@@ -93,6 +103,16 @@ def test_the_floor_of_large_samples_is_a_number():
     assert found.log10_floor == pytest.approx(-2406, abs=1)
     assert not found.saturated
     assert found.pvalue > 0.9
+
+
+def test_forget_quality_unpacks_into_statistic_and_p_value():
+    """A pair for whoever expects one, and the two attributes survive a copy and a pickle."""
+    found = forget_quality([1.0, 2.0, 3.0], [4.0, 5.0])
+    statistic, pvalue = found
+    assert (statistic, pvalue) == (found.statistic, found.pvalue) == (1.0, pytest.approx(0.2))
+    for same in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert (tuple(same), same.log10_floor, same.saturated) == (tuple(found), found.log10_floor, True)
+    assert "saturated=True" in repr(found)
 
 
 # ---------------------------------------------------------------- utility

@@ -154,6 +154,41 @@ def test_without_the_original_nothing_is_called_forgotten(found):
     assert "was not given" in " ".join(sentences.summary(alone))
 
 
+def test_a_caption_does_not_gainsay_the_headline(found):
+    """A few exposed texts among others, which the test of the whole set cannot see, are not called like unseen text."""
+    quiet = replace(found, null_test=found.null_test._replace(pvalue=0.24))
+    exposed = with_verdicts(quiet, "still exposed", *["not memorized"] * 5)
+    assert "Single texts stand out" in Page(audit_page(exposed)).text
+    assert "could be such texts" not in Page(audit_page(exposed)).text
+    assert "could be such texts" in Page(audit_page(with_verdicts(quiet, *["not memorized"] * 6))).text
+
+
+def test_a_rate_that_the_holdout_cannot_show_is_explained(found):
+    """Twenty texts show no false-alarm rate of 1 %: the page says what the column counts instead. A hundred do."""
+    said = "The holdout has fewer than 100 texts"
+    assert said in Page(audit_page(found)).text
+    enough = [replace(m, tpr_at_1_percent=m.tpr_at_1_percent._replace(resolved=True)) for m in found.membership]
+    assert said not in Page(audit_page(replace(found, membership=enough))).text
+
+
+def test_sampled_text_is_not_said_to_be_certainly_unseen(found):
+    """A holdout is unseen because its owner says so; what a model wrote itself merely stands for such text."""
+    sampled = replace(found, references=replace(found.references, source="sampled from the original model"))
+    assert "that were never trained on (the holdout" in Page(audit_page(found)).text
+    assert "that stand for text never trained on (written by" in Page(audit_page(sampled)).text
+    assert "certainly" not in Page(audit_page(sampled)).text
+
+
+def test_the_legend_of_the_curves_lies_off_them(found):
+    """Curves near the diagonal go everywhere: no name stands lower than the topmost of the axis' numbers."""
+    page = audit_page(found)
+    svg = page[page.index("Could an attacker tell?") :]
+    texts = re.findall(r' y="([-\d.]+)"[^>]*>([^<]+)</text>', svg[: svg.index("</svg>")])
+    names = [float(y) for y, text in texts if text == "guessing" or text.startswith(("likelihood", "standardized"))]
+    assert len(names) == 4
+    assert max(names) < min(float(y) for y, text in texts if text == "1.0")
+
+
 def test_the_table_and_its_lines(found):
     """A row for each text, the worst first; masked; 80 columns are enough."""
     from rich.console import Console

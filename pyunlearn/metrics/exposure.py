@@ -67,7 +67,7 @@ def generalized_exposure(scores: ArrayLike, reference_scores: ArrayLike, *, extr
         Exposure(lower, upper, extrapolated, fit).
 
     Raises:
-        ArgumentError: no references, a score that is not finite, shapes that do not fit.
+        ArgumentError: no references, a score that is not finite or has 16 bits, shapes that do not fit.
     """
     s, r = _scores("generalized_exposure", scores, reference_scores)
     as_likely, as_unlikely = _counts(s, r)
@@ -108,7 +108,7 @@ def exposure(score: ArrayLike, reference_scores: ArrayLike, method: str = "rank"
         `fit.statistic` is the Kolmogorov-Smirnov distance of the references from the law, the paper's check of the fit.
 
     Raises:
-        ArgumentError: no references, a score that is not finite, shapes that do not fit, an unknown method; "skewnorm" of references that are all equal.
+        ArgumentError: no references, a score that is not finite or has 16 bits, shapes that do not fit, an unknown method; "skewnorm" of references that are all equal.
     """
     one_of("method", method, ("rank", "sampling", "skewnorm"))
     if method == "rank":
@@ -132,8 +132,9 @@ def calibrated_scores(scores: ArrayLike, reference_model_scores: ArrayLike) -> F
     The reference model must not have been trained on the texts. Exposure of calibrated scores takes calibrated references.
 
     Raises:
-        ArgumentError: different lengths, a score that is not finite.
+        ArgumentError: different lengths, a score that is not finite or has 16 bits.
     """
+    _require_wide(scores, reference_model_scores)
     s, base = numbers("scores", scores), numbers("reference_model_scores", reference_model_scores)
     same_length("scores", s, "reference_model_scores", base)
     return s - base
@@ -141,6 +142,7 @@ def calibrated_scores(scores: ArrayLike, reference_model_scores: ArrayLike) -> F
 
 def _scores(function: str, scores: ArrayLike, reference_scores: ArrayLike) -> tuple[Floats, Floats]:
     """(n,) and (m,) or (n, m), checked."""
+    _require_wide(scores, reference_scores)
     s = np.asarray(scores, dtype=np.float64).reshape(-1)
     r = np.asarray(reference_scores, dtype=np.float64)
     r = r if r.ndim == 2 else r.reshape(-1)
@@ -153,6 +155,14 @@ def _scores(function: str, scores: ArrayLike, reference_scores: ArrayLike) -> tu
     if not (np.isfinite(s).all() and np.isfinite(r).all()):
         raise ArgumentError(f"{function} needs finite scores, got NaN or Inf")
     return s, r
+
+
+def _require_wide(*scores: object) -> None:
+    """Raises ArgumentError for scores in 16 bits: rounded to three digits they tie, and each tie lowers an exposure."""
+    for values in scores:
+        kind = str(getattr(values, "dtype", "")).removeprefix("torch.")
+        if kind in ("float16", "bfloat16"):
+            raise ArgumentError(f"scores must be float32 or float64, got {kind}, in which they tie: compute them wider")
 
 
 def _counts(s: Floats, r: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

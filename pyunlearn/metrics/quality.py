@@ -35,17 +35,31 @@ class TruthRatio(NamedTuple):
     """Mean of the values, with a bootstrap interval."""
 
 
-class ForgetQuality(NamedTuple):
-    """See forget_quality."""
-
+class _Pair(NamedTuple):
     statistic: float
     """Kolmogorov-Smirnov distance, 0 to 1; low = like the retrained model."""
     pvalue: float
     """High = cannot be told from the retrained model."""
+
+
+class ForgetQuality(_Pair):
+    """See forget_quality. A pair, `statistic, pvalue = forget_quality(...)`, with two attributes more."""
+
     log10_floor: float
     """log10 of the least p-value that samples of these sizes can give."""
     saturated: bool
     """The samples do not overlap: the p-value stands at its floor and says nothing about how far apart they are."""
+
+    def __new__(cls, statistic: float, pvalue: float, log10_floor: float, saturated: bool) -> ForgetQuality:
+        found = super().__new__(cls, statistic, pvalue)
+        found.log10_floor, found.saturated = log10_floor, saturated
+        return found
+
+    def __getnewargs__(self) -> tuple[float, float, float, bool]:  # type: ignore[override]
+        return (*self, self.log10_floor, self.saturated)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, log10_floor={self.log10_floor!r}, saturated={self.saturated!r})"
 
 
 class AnswerPrior(NamedTuple):
@@ -80,7 +94,7 @@ def truth_ratio(
 
     Args:
         correct_log_likelihood: (n,) mean per token of the correct answer (in TOFU a paraphrase of it), nats.
-        wrong_log_likelihoods: (n, P) mean per token of P wrong answers in the same form, nats.
+        wrong_log_likelihoods: (n, P) mean per token of P wrong answers in the same form, nats; (P,) beside one number.
         aggregate: "closer_to_1_better", "true_better" or "prob_mean".
         mean: "geometric" or "arithmetic", over the wrong answers.
         seed: of the interval.
@@ -117,7 +131,7 @@ def forget_quality(truth_ratios_unlearned: ArrayLike, truth_ratios_retrained: Ar
         truth_ratios_retrained: (m,) of the same texts under a model that never saw them.
 
     Returns:
-        ForgetQuality(statistic, pvalue, log10_floor, saturated).
+        ForgetQuality: the pair (statistic, pvalue), with the attributes `log10_floor` and `saturated`.
 
     Raises:
         ArgumentError: no numbers, one that is not finite.
@@ -201,6 +215,8 @@ def _answers(correct_log_likelihood: ArrayLike, wrong_log_likelihoods: ArrayLike
     """(n,) and (n, P), checked."""
     correct = numbers("correct_log_likelihood", correct_log_likelihood, least=1)
     wrong = np.asarray(wrong_log_likelihoods, dtype=np.float64)
+    if np.ndim(correct_log_likelihood) == 0 and wrong.ndim == 1:
+        wrong = wrong[None]
     if wrong.ndim != 2 or len(wrong) != len(correct) or wrong.shape[1] == 0:
         raise ArgumentError(
             f"wrong_log_likelihoods must have shape ({len(correct)}, wrong answers), a row for each correct one, got {wrong.shape}"

@@ -1,6 +1,7 @@
 """The probes: what a model is asked, so that the metrics have numbers to work on."""
 
 from pyunlearn.probes.decoding import greedy_continuations
+from pyunlearn.probes.extraction import greedy_extractor, greedy_rests
 from pyunlearn.probes.gradients import GROUPS, gradient_inner_products, gradient_norms, layer_groups, mean_gradient
 from pyunlearn.probes.perturbation import noisy_log_likelihoods, perturbed
 from pyunlearn.probes.representations import Representations, representations
@@ -15,6 +16,8 @@ __all__ = [
     "gradient_inner_products",
     "gradient_norms",
     "greedy_continuations",
+    "greedy_extractor",
+    "greedy_rests",
     "layer_groups",
     "mean_gradient",
     "noisy_log_likelihoods",

@@ -62,7 +62,7 @@ def _content(audit: Audit, show_text: bool) -> dict[str, Any]:
         "roc_sentence": "The number behind each score is the area under its line.",
         "worst": [_written(e, show_text) for e in ranked if e.now.continuation is not None][:_WORST],
         "rows": [_row(e, show_text) for e in ranked[:_ROWS]], "prior": any(e.now.answer_prior is not None for e in examples),
-        "membership": [_attack(m) for m in audit.membership], "privleak": any(m.privleak is not None for m in audit.membership),
+        "membership": [_attack(m) for m in audit.membership], "unresolved": not all(m.tpr_at_1_percent.resolved for m in audit.membership), "privleak": any(m.privleak is not None for m in audit.membership),
         "how": _how(audit, source),
     }  # fmt: skip
 
@@ -90,7 +90,8 @@ def _written(e: AuditedExample, show_text: bool) -> dict[str, Any]:
         assert side is not None
         words = recited(side.continuation or "", e.truth)
         said.append((label, [(word if show_text else MASK, hit) for word, hit in words] or [("(nothing)", False)]))
-    note = f"Longest run of the true text: {e.now.longest_run} tokens in a row" + (
+    run = e.now.longest_run
+    note = f"Longest run of the true text: {run} token{'s in a row' if run != 1 else ''}" + (
         f"; {e.before.longest_run} before." if e.before is not None else "."
     )
     return {

@@ -103,9 +103,9 @@ def roc(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
         ):
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.5, label=label)
         axes.set(xlabel="false alarms among unseen texts", ylabel="forget texts found", xlim=(0, 1), ylim=(0, 1.02))
-        axes.legend(loc="lower right")
+        _legend(axes, 1)  # above: curves go everywhere
 
-    return _svg("roc", draw, 3.2)
+    return _svg("roc", draw, 4.2)
 
 
 def _legend(axes: Any, columns: int) -> None:

@@ -59,6 +59,8 @@ def summary(audit: Audit) -> list[str]:
 def null_sentence(audit: Audit) -> str:
     """Whether the exposures, all together, could be those of unseen text."""
     p = audit.null_test.pvalue
+    if p >= 0.05 and audit.verdicts.get("still exposed"):
+        return f"Single texts stand out; all together they are too few, or too mixed, to show it (p = {p:.2g})."
     if p >= 0.05:
         return f"All together they could be such texts (p = {p:.2g})."
     if audit.null_test.mean > 1.443:
