@@ -69,5 +69,5 @@ inline float __shfl_xor_sync(unsigned, float x, int offset) {
 }
 inline int __any_sync(unsigned, bool x) { return emulator::any_in_warp(x); }
 inline void __syncwarp() { emulator::sync_warp(); }
-inline void __syncthreads() { emulator::sync_block(); }
-inline int __syncthreads_or(int x) { return emulator::any_in_block(x != 0); }
+inline void __syncthreads(int line = __builtin_LINE()) { emulator::sync_block(line); }
+inline int __syncthreads_or(int x, int line = __builtin_LINE()) { return emulator::any_in_block(x != 0, line); }

@@ -32,6 +32,7 @@ struct Waiting {
 // A collective of `size` threads. Values go through two slots in turn, so a fast thread cannot overwrite what a slow one has yet to read.
 struct Collective {
   int size = 0, arrived = 0, generation = 0;
+  int place = 0;  // the line of source at which those who arrived did so
   std::vector<uint64_t> slots[2];
   Waiting waiting;
   bool any[2] = {false, false};
@@ -342,8 +343,14 @@ static bool any_in(Collective& c, bool value, const char* what) {
   return any;
 }
 bool any_in_warp(bool value) { return any_in(my_warp(), value, "a vote of its warp"); }
-void sync_block() { arrive_and_wait(current->block->all, "its block"); }
-bool any_in_block(bool value) { return any_in(current->block->all, value, "a vote of its block"); }
+static Collective& block_at(int place) {
+  Collective& c = current->block->all;
+  require(c.arrived == 0 || c.place == place, "threads of one block meet at two different barriers");
+  c.place = place;
+  return c;
+}
+void sync_block(int place) { arrive_and_wait(block_at(place), "its block"); }
+bool any_in_block(bool value, int place) { return any_in(block_at(place), value, "a vote of its block"); }
 void sync_cluster() { arrive_and_wait(cluster->all, "its cluster"); }
 
 void named_barrier(int id, int threads, bool wait) {

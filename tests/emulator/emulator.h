@@ -48,8 +48,8 @@ constexpr unsigned kAllLanes = ~0u;
 void sync_warp();
 uint64_t from_lane(uint64_t value, int lane);  // every lane gets the value of its own choice of lane
 bool any_in_warp(bool value);
-void sync_block();
-bool any_in_block(bool value);
+void sync_block(int place);  // place: a line of source, the same for all of them, as the instruction wants it
+bool any_in_block(bool value, int place);
 void sync_cluster();
 void named_barrier(int id, int threads, bool wait);
 

@@ -10,24 +10,22 @@ namespace {
 __global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __grid_constant__ Plan plan, float* log_likelihood,
                                    float* maximum, float* total, float* factor) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
-  if (row >= plan.n) {
-    __syncthreads_or(0);
-    return;
+  float shift = 0.f;
+  if (row < plan.n) {
+    const Target target(at, plan, row);
+    Row sums = merge_splits<Task::kept_statistics>(at, plan, row);
+    if (target.valid) swap_target<Task::kept_statistics>(sums, target);
+    write_softmax(sums, maximum + row, total + row);
+    log_likelihood[row] = log_likelihood_of(target, sums);
+    if (target.valid) at.kept[row * at.ld_kept + at.target[row]] = __float2bfloat16_rn(0.f);
+    shift = (float)((target.valid ? (double)kept_reference(target.exact) : 0.0) - log_sum(sums));
   }
-  const Target target(at, plan, row);
-  Row sums = merge_splits<Task::kept_statistics>(at, plan, row);
-  if (target.valid) swap_target<Task::kept_statistics>(sums, target);
-  write_softmax(sums, maximum + row, total + row);
-  log_likelihood[row] = log_likelihood_of(target, sums);
-  if (target.valid) at.kept[row * at.ld_kept + at.target[row]] = __float2bfloat16_rn(0.f);
-
-  const float shift = (float)((target.valid ? (double)kept_reference(target.exact) : 0.0) - log_sum(sums));
-  const bool redo = __syncthreads_or(!(shift > -100.f && shift < 60.f));
+  const bool redo = __syncthreads_or(!(shift > -100.f && shift < 60.f));  // one barrier for all threads, also those beyond the last row
   if (threadIdx.x == 0) {
     at.repair[1 + blockIdx.x] = redo;
     if (redo) *at.repair = 1;
   }
-  factor[row] = redo ? 1.f : exp2f(shift);
+  if (row < plan.n) factor[row] = redo ? 1.f : exp2f(shift);
 }
 
 }  // namespace
