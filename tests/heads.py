@@ -113,7 +113,8 @@ class Allocations(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                 self.largest = max(self.largest, storage.nbytes())
-                self.shapes[tuple(tensor.shape)] = storage.nbytes()
+                shape = tuple(tensor.shape)
+                self.shapes[shape] = max(self.shapes.get(shape, 0), storage.nbytes())
         self.alive = {at: (ref, n) for at, (ref, n) in self.alive.items() if not ref.expired()}
         self.peak = max(self.peak, sum(n for _, n in self.alive.values()))
         return out

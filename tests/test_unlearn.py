@@ -788,7 +788,7 @@ def test_a_result_is_saved_in_whole_or_not_at_all(story, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("method", [*sorted(METHODS), "undial+kl"])
 def test_no_logits_in_whole(story, answers, method):
-    """With little workspace, nothing as wide as the vocabulary is ever larger than it, but the head and what is shaped like it."""
+    """With little workspace, no flat buffer and nothing as wide as the vocabulary is ever larger than it, but the head and what is shaped like it."""
     trained = answers if method == "idk" else story  # it refuses prompts
     width, vocabulary = trained.model.get_input_embeddings().weight.shape[::-1]
     workspace = 64 << 10
@@ -798,7 +798,11 @@ def test_no_logits_in_whole(story, answers, method):
             trained, method=method, method_options=winners, retain_loss="auto", workspace=workspace, max_steps=3
         )
     assert len(result.history) == 3
-    wide = {shape: size for shape, size in used.shapes.items() if vocabulary in shape and shape[-1] != width}
+    wide = {  # the ops keep logits in flat buffers
+        shape: size
+        for shape, size in used.shapes.items()
+        if len(shape) == 1 or (vocabulary in shape and shape[-1] != width)
+    }
     assert 8 * 12 * vocabulary * 4 > 2 * workspace  # so that the logits of a batch of 8 texts would be seen
     assert not {shape: size for shape, size in wide.items() if size > workspace}
     # what is largest is an activation inside a block: of GPT-2, 4 times as wide as its hidden states
