@@ -5,7 +5,6 @@ import math
 import pytest
 import tiny
 import torch
-from heads import make
 
 from pyunlearn._distributions import Distributions, Head
 from pyunlearn._kept import Kept
@@ -13,7 +12,6 @@ from pyunlearn.data import Tokens, collate
 from pyunlearn.errors import ArgumentError, OutputError
 from pyunlearn.methods import METHODS, Multiplier, ceu, kl, pdu, undial
 from pyunlearn.models import Likelihood
-from pyunlearn.ops import logit_margin
 
 TEXTS = [Tokens((5, 6, 7, 8, 9), 2), Tokens((3, 4, 12, 30, 31, 32, 33), 4), Tokens((9, 1, 2), 1), Tokens((4, 8), 1)]
 
@@ -254,44 +252,6 @@ def test_the_multiplier_follows_the_constraint():
     assert seen == [1.0, 3.0, 3.0, 2.0, 2.0, 0.0, 1.0]
     with pytest.raises(ArgumentError, match=r"PDU's multiplier needs a number for its step_size, 0 or more .* got -1"):
         Multiplier(1.0, step_size=-1, bound=3.0, warmup=0)
-
-
-# ---------------------------------------------------------------- the margin
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.3}, {"softcap": 3.0}, {"logit_scale": 2.0, "softcap": 5.0}])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_margin_is_its_definition(device, dtype, options, bias):
-    """Value and gradients in hidden, weight and bias, in blocks of 64 columns, against float64; 16-bit inputs lose what rounding the result loses."""
-    case = make(9, 16, 300, dtype=dtype, device=device, bias=bias)
-    leaves = [None if x is None else x.detach().double().requires_grad_() for x in case[:3]]
-    z = leaves[0] @ leaves[1].T
-    z = (z if leaves[2] is None else z + leaves[2]) * options.get("logit_scale", 1.0)
-    z = options["softcap"] * torch.tanh(z / options["softcap"]) if "softcap" in options else z
-    wanted = (z.amax(-1) - z.mean(-1)).square()
-    mine = [None if x is None else x.detach().requires_grad_() for x in case[:3]]
-    found = logit_margin(*mine[:2], bias=mine[2], workspace=9 * 64 * 4, **options).square()
-    digits = {torch.float32: 1e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2}[dtype]
-    assert found.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
-    pairs = [(found, wanted)]
-    pairs += zip(
-        torch.autograd.grad(found.sum(), [x for x in mine if x is not None]),
-        torch.autograd.grad(wanted.sum(), [x for x in leaves if x is not None]), strict=True,
-    )  # fmt: skip
-    for f, w in pairs:
-        assert (f.double() - w).abs().max() <= digits * w.abs().max()
-
-
-def test_a_frozen_head_s_margin_costs_no_product_in_backward():
-    """And no gradient of the head."""
-    case = make(5, 8, 100, bias=False)
-    hidden = case.hidden.clone().requires_grad_()
-    logit_margin(hidden, case.weight).sum().backward()
-    assert hidden.grad is not None
-    assert case.weight.grad is None
-    with pytest.raises(ArgumentError, match="weight must have shape"):
-        logit_margin(hidden, case.weight[:, :3])
 
 
 # ---------------------------------------------------------------- what is kept of the reference

@@ -4,10 +4,12 @@ import sys
 
 import pytest
 import torch
-from heads import TOLERANCE, assert_agree, bytes_of, cast, make, plain, products, watch_chunks
+from heads import TOLERANCE, assert_agree, bytes_of, cast, error, make, plain, products, watch_chunks
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops import example_objective, token_objective
+from pyunlearn.ops import example_objective, reference, token_objective
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 LENGTHS = (2, 0, 9, 4, 1, 7, 5, 0)
@@ -76,6 +78,97 @@ def test_every_token_reaches_its_example(dtype, masked, group_size, options, bac
         assert_agree([found.losses, *gradients], wanted, TOLERANCE.get(dtype, 2e-3))
     if dtype is not torch.float16:
         assert any(len(sizes) > 1 for sizes in chunks) == (masked < 1)
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_reference_is_the_definition(group_size):
+    """pyunlearn.ops.reference must say what a loop over the examples says, and what the op says."""
+    case, index, extra = problem(dtype=torch.float64, masked=0.3)
+    options = {"bias": case.bias, "logit_scale": 0.5, "softcap": 3.0, "examples": len(LENGTHS)}
+    given = (*case[:2], case.targets, index, function if group_size == 1 else of_pairs, extra)
+    found = reference.token_objective(*given, group_size=group_size, **options)
+    wanted = truth(case, index, extra, group_size, logit_scale=0.5, softcap=3.0)[0].sum()
+    assert_agree([found, token_objective(*given, group_size=group_size, **options).loss], [wanted, wanted], 1e-12)
+
+
+def smooth(x, example, counts):
+    """An objective with nothing detached, which finite differences can follow."""
+    return x.new_zeros(len(counts)).index_add(0, example, x.exp()).square()
+
+
+@pytest.mark.parametrize("held", [None, 10, 0])
+def test_gradcheck(held, backend, chunks):
+    """The gradients must be those that finite differences find in float64, with bias, scale and softcap."""
+    case, index, _ = problem(dtype=torch.float64, masked=0.2)
+    options = {"logit_scale": 0.5, "softcap": 2.0, "workspace": bytes_of(held, case) if held else held}
+
+    def loss(hidden, weight, bias):
+        return token_objective(
+            hidden, weight, case.targets, index, smooth, examples=len(LENGTHS), bias=bias, **options
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in case[:3]], fast_mode=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    """torch.compile(fullgraph=True) must take it without a break and give the eager answer to rounding, at every number of rows."""
+    torch._dynamo.reset()
+
+    def loss(hidden, weight, targets, index):
+        return token_objective(hidden, weight, targets, index, smooth, examples=len(LENGTHS), softcap=4.0).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    case, index, _ = problem(masked=0.3)
+    for rows in (len(index), 11) if dynamic else (len(index),):
+        leaves = [case.hidden[:rows].clone().requires_grad_(), case.weight.clone().requires_grad_()]
+        answers = [f(*leaves, case.targets[:rows], index[:rows]) for f in (compiled, loss)]
+        found, wanted = ([a.detach(), *torch.autograd.grad(a, leaves)] for a in answers)
+        assert_agree(found, wanted, 4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("held", [None, 10])
+def test_no_worse_than_pytorch(dtype, held, backend, chunks):
+    """Against float64, loss and gradients must be no further off than the definition in the same dtype.
+
+    Plus 4e-6 of the largest, and for gradients half the dtype's epsilon, to which they are rounded.
+    """
+    case, index, extra = problem(dtype=dtype, masked=0.3)
+    narrow = extra.to(dtype)
+    losses, *gradients = truth(case, index, narrow.double())
+    workspace = bytes_of(held, case) if held else None
+
+    def ours(*head, **options):
+        return token_objective(*head, workspace=workspace, **options).loss
+
+    answers = []
+    for op, given_extra in ((ours, narrow.float()), (reference.token_objective, narrow)):
+        leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
+        loss = op(*leaves[:2], case.targets, index, function, given_extra, examples=len(LENGTHS), bias=leaves[2])
+        answers.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for at, (found, other, right) in enumerate(zip(*answers, [losses.sum(), *gradients], strict=True)):
+        allowed = 4e-6 + (torch.finfo(dtype).eps / 2 if at else 0)
+        assert error(found, right) <= error(other, right) + allowed, at
+
+
+@given(order=st.randoms(use_true_random=False), held=st.sampled_from([None, 10, 1, 0]))
+def test_permuted_rows(order, held, backend, chunks):
+    """In whatever order the rows come, and in however many chunks, losses stay the same and each row keeps its gradient."""
+    case, index, extra = problem(masked=0.3)
+    p = order.sample(range(len(index)), len(index))
+
+    def both(hidden, targets, index, extra, workspace):
+        leaf = hidden.clone().requires_grad_()
+        found = token_objective(
+            leaf, case.weight, targets, index, function, extra.float(), examples=len(LENGTHS), workspace=workspace
+        )
+        return [found.losses, torch.autograd.grad(found.loss, leaf)[0]]
+
+    losses, d_hidden = both(case.hidden, case.targets, index, extra, None)
+    workspace = bytes_of(held, case) if held else held
+    found = both(case.hidden[p], case.targets[p], index[p], extra[p], workspace)
+    assert_agree(found, [losses, d_hidden[p]], 1e-5)
 
 
 def test_three_products(backend, chunks):

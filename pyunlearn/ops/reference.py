@@ -88,6 +88,23 @@ def example_objective(
     return function(sums, counts, *per_example).sum()
 
 
+def token_objective(
+    hidden: Tensor, weight: Tensor, targets: Tensor, example_index: Tensor, function: Callable[..., Tensor], *per_token: Tensor,
+    examples: int, group_size: int = 1, ignore_index: int = -100, **options: Any,
+) -> Tensor:  # fmt: skip
+    """Sum over groups of examples of function(their tokens' log-likelihoods, example, counts, *per_token), one group at a time."""
+    found = linear_log_likelihood(hidden, weight, targets, ignore_index=ignore_index, **options)
+    total = found.new_zeros(())
+    for first in range(0, examples, group_size):
+        mine = (example_index >= first) & (example_index < first + group_size) & (targets != ignore_index)
+        rows = mine.nonzero().squeeze(1)
+        rows = rows[example_index[rows].argsort(stable=True)]
+        example = example_index[rows] - first
+        counts = torch.bincount(example, minlength=group_size)
+        total = total + function(found[rows], example, counts, *(x[rows] for x in per_token)).sum()
+    return total
+
+
 # The two row kernels of csrc/log_likelihood.h on one block of columns, for devices that have no kernel of ours.
 
 

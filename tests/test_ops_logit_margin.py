@@ -1,0 +1,146 @@
+"""logit_margin against its definition in float64."""
+
+import pytest
+import torch
+from heads import Allocations, assert_agree, assert_equal, error, make
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyunlearn.errors import ArgumentError
+from pyunlearn.ops import _backend, logit_margin, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+SMALL = 9 * 64 * 4  # a workspace of one block
+
+
+def definition(hidden, weight, *, bias=None, logit_scale=1.0, softcap=None, workspace=None):
+    """In whole, in the inputs' own dtype."""
+    return reference.logit_margin_of(reference.logits_of(hidden @ weight.T, bias, logit_scale, softcap or 0.0))
+
+
+def evaluate(op, case, **options):
+    """Sum of squares of what an op gives, and its gradients."""
+    leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
+    margin = op(*leaves[:2], bias=leaves[2], **options)
+    return [margin.detach(), *torch.autograd.grad(margin.square().sum(), leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.3}, {"softcap": 3.0}, {"logit_scale": 2.0, "softcap": 5.0}])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_margin_is_its_definition(device, dtype, options, bias):
+    """Value and gradients in hidden, weight and bias, in blocks of 64 columns, against float64; 16-bit inputs lose what rounding the result loses."""
+    case = make(9, 16, 300, dtype=dtype, device=device, bias=bias)
+    leaves = [None if x is None else x.detach().double().requires_grad_() for x in case[:3]]
+    z = leaves[0] @ leaves[1].T
+    z = (z if leaves[2] is None else z + leaves[2]) * options.get("logit_scale", 1.0)
+    z = options["softcap"] * torch.tanh(z / options["softcap"]) if "softcap" in options else z
+    wanted = (z.amax(-1) - z.mean(-1)).square()
+    mine = [None if x is None else x.detach().requires_grad_() for x in case[:3]]
+    found = logit_margin(*mine[:2], bias=mine[2], workspace=9 * 64 * 4, **options).square()
+    digits = {torch.float32: 1e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2}[dtype]
+    assert found.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    pairs = [(found, wanted)]
+    pairs += zip(
+        torch.autograd.grad(found.sum(), [x for x in mine if x is not None]),
+        torch.autograd.grad(wanted.sum(), [x for x in leaves if x is not None]), strict=True,
+    )  # fmt: skip
+    for f, w in pairs:
+        assert (f.double() - w).abs().max() <= digits * w.abs().max()
+
+
+def test_a_frozen_head_s_margin_costs_no_product_in_backward():
+    """And no gradient of the head."""
+    case = make(5, 8, 100, bias=False)
+    hidden = case.hidden.clone().requires_grad_()
+    logit_margin(hidden, case.weight).sum().backward()
+    assert hidden.grad is not None
+    assert case.weight.grad is None
+    with pytest.raises(ArgumentError, match="weight must have shape"):
+        logit_margin(hidden, case.weight[:, :3])
+
+
+every_softcap = pytest.mark.parametrize("softcap", [None, 3.0])
+
+
+@every_softcap
+def test_gradcheck(softcap, device, backend):
+    """The gradients must be those that finite differences find in float64."""
+    case = make(6, 5, 130, dtype=torch.float64, device=device)
+
+    def function(hidden, weight, bias):
+        return logit_margin(hidden, weight, bias=bias, logit_scale=0.5, softcap=softcap, workspace=0)
+
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in case[:3]], fast_mode=True)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_worse_than_pytorch(dtype, softcap, device, backend):
+    """Against float64, values and gradients must be no further off than PyTorch's in the same dtype, plus 4e-6 and half the dtype's epsilon of the largest.
+
+    Rows whose two largest logits are nearer than rounding are left out: which one is the argmax is then open.
+    """
+    case = make(60, 48, 701, dtype=dtype, device=device)
+    wide = case._replace(hidden=case.hidden.double(), weight=case.weight.double(), bias=case.bias.double())
+    two = reference.logits_of(wide.hidden @ wide.weight.T, wide.bias, 1.0, softcap or 0.0).topk(2).values
+    clear = two[:, 0] - two[:, 1] > 0.1
+    assert clear.sum() > 20
+    case, wide = case._replace(hidden=case.hidden[clear]), wide._replace(hidden=wide.hidden[clear])
+    wanted = evaluate(definition, wide, softcap=softcap)
+    ours, theirs = (evaluate(op, case, softcap=softcap, workspace=SMALL) for op in (logit_margin, definition))
+    for at, (found, other, right) in enumerate(zip(ours, theirs, wanted, strict=True)):
+        allowed = 4e-6 + (torch.finfo(dtype).eps / 2 if at else 0)
+        assert error(found, right.cpu()) <= error(other, right.cpu()) + allowed, at
+
+
+@every_softcap
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic, softcap, device):
+    """torch.compile(fullgraph=True) must take it without a break and give the eager answer, at every number of rows."""
+    torch._dynamo.reset()
+
+    def function(hidden, weight, **options):
+        return logit_margin(hidden, weight, softcap=softcap, **options)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (9, 5) if dynamic else (9,):
+        case = make(rows, 8, 130, device=device)
+        assert_agree(evaluate(compiled, case), [t.cpu() for t in evaluate(function, case)], 2e-6)
+
+
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 150), st.integers(0, 2**31))
+
+
+@given(shape=shapes, constant=st.floats(-100, 100), workspace=st.integers(0, 100_000))
+def test_constant_on_all_logits(shape, constant, workspace, device, backend):
+    """Neither one constant on every logit nor the workspace changes anything, and no margin is below 0."""
+    case = make(*shape[:3], dtype=torch.float64, device=device, seed=shape[3])
+    wanted = [t.cpu() for t in evaluate(logit_margin, case)]
+    assert (wanted[0] >= -1e-12).all()
+    moved = case._replace(bias=case.bias + constant)
+    assert_agree(evaluate(logit_margin, moved, workspace=workspace), wanted, 1e-9)
+
+
+def test_equal_logits(device, backend):
+    """The uniform distribution has margin 0; the first of equal largest logits gets the gradient."""
+    hidden = torch.ones(3, 4, device=device)
+    bias = torch.zeros(70, device=device, requires_grad=True)
+    margin = logit_margin(hidden, torch.ones(70, 4, device=device), bias=bias, workspace=0)
+    assert_equal([margin.detach()], [torch.zeros_like(margin)])
+    (d_bias,) = torch.autograd.grad(margin.sum(), bias)
+    assert d_bias.argmax() == 0
+    assert d_bias[0].item() == pytest.approx(3 - 3 / 70)
+
+
+@every_softcap
+def test_memory(softcap, device):
+    """Nothing of N * V may be allocated: no tensor but the weight's gradient is larger than the workspace."""
+    rows, width, vocabulary, workspace = 1024, 8, 8192, 1 << 20  # 32 MiB of logits
+    case = make(rows, width, vocabulary, device=device)
+    leaf = case.hidden.clone().requires_grad_()
+    with Allocations() as used:
+        logit_margin(leaf, case.weight, softcap=softcap, workspace=workspace).sum().backward()
+    assert workspace // 8 < used.largest <= workspace
+    copies = 6 * workspace if softcap or _backend.kernels_for(case.hidden) == "reference" else workspace
+    assert used.peak <= workspace + copies
