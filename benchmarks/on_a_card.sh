@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a card, in one call: build, memory check, tests and benchmarks, with the portable kernels and then with those for Hopper.
+# Everything that wants a card, in one call: build, checks of memory and barriers, tests and benchmarks, with the portable kernels and then with those for Hopper.
 # Wants a CUDA build of torch in the environment and nvcc on the PATH; compute-sanitizer comes with the CUDA toolkit. What hangs is stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +25,10 @@ failed=()
 for hopper in 0 1; do
   export PYUNLEARN_HOPPER=$hopper
   if command -v compute-sanitizer > /dev/null; then
-    timeout 900 compute-sanitizer --tool memcheck --error-exitcode 1 python -P "$small" || failed+=("memcheck, PYUNLEARN_HOPPER=$hopper")
+    for tool in memcheck initcheck racecheck synccheck; do  # without torch's cache, where one tensor would end in the next unseen
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 900 compute-sanitizer --tool "$tool" --error-exitcode 1 python -P "$small" ||
+        failed+=("$tool, PYUNLEARN_HOPPER=$hopper")
+    done
   else
     echo "no compute-sanitizer here: memory is not checked"
   fi
