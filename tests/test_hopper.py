@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -417,3 +418,17 @@ def test_portable_kernels(rows, vocabulary, workspace, options, dtype, emulated,
     assert_agree([statistics[i] for i in (0, 2, 3)], [right_ones[i] for i in (0, 2, 3)], 2e-5)
     assert (statistics.rank == right_ones[1]).all()
     assert emulated.calls["statistics"] * emulated.calls["gradient"] * emulated.calls["token_statistics"]
+
+
+def test_the_portable_self_test_passes_and_can_fail(emulated, monkeypatch):
+    """Every kernel of every width runs in it, and one wrong number in a wide row is seen."""
+    assert _backend._wrong_on_this_card("cpu") is None
+    statistics = emulated.module.statistics
+
+    def wrong_where_wide(*arguments):
+        statistics(*arguments)
+        if arguments[5] == 9001:  # columns; then targets at 11, maximum at 12, sum at 13
+            (ctypes.c_float * 5).from_address(arguments[13])[3] *= 1.01
+
+    monkeypatch.setattr(_backend, "_C", SimpleNamespace(**{n: getattr(emulated.module, n) for n in ("gradient", "token_statistics", "kl_statistics", "kl_gradient")}, statistics=wrong_where_wide))  # fmt: skip
+    assert "wrong numbers" in _backend._wrong_on_this_card("cpu")

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import cache, partial, wraps
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -92,12 +93,17 @@ def _cuda_problem() -> str | None:
 
 
 @torch.no_grad()
-def _wrong_on_this_card() -> str | None:
-    """Runs every CUDA kernel once on a small block and compares it with the definition: a wrong number must not pass silently."""
+def _wrong_on_this_card(device: str = "cuda") -> str | None:
+    """Runs every CUDA kernel once on small blocks and compares it with the definition: a wrong number must not pass silently.
+
+    The widths are those at which another kernel takes the row: a warp, a block that holds it, a block that reads it twice. 5003 and 9001 leave rows
+    unaligned.
+    """
     generator = torch.Generator().manual_seed(0)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
-        x = torch.randn(5, 1024, generator=generator).to("cuda", dtype)
-        y = torch.randn(5, 1024, generator=generator).to("cuda")
+    dtypes = ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3))
+    for (dtype, tolerance), columns in product(dtypes, (1024, 5003, 9001)):
+        x = torch.randn(5, columns, generator=generator).to(device, dtype)
+        y = torch.randn(5, columns, generator=generator).to(device)
         try:
             found = [_self_test(run, x, y) for run in (_C, reference)]
         except RuntimeError as error:
@@ -116,7 +122,7 @@ def _self_test(run: Any, x: Tensor, y: Tensor) -> Tensor:
         return partial(kernel, run, x, 0, None, 0.5, 4.0, targets)
 
     def on_both(kernel: Callable[..., None]) -> Callable[..., None]:
-        return partial(kernel, run, x.float(), y, 0, (None, None), 0.5, 4.0, targets, 1.0)
+        return partial(kernel, run, x.float()[:, :1024], y[:, :1024], 0, (None, None), 0.5, 4.0, targets, 1.0)
 
     maximum, total = torch.full((2, 5), -torch.inf, device=x.device), torch.zeros(2, 5, device=x.device)
     target_logit, block_maximum = torch.zeros(5, device=x.device), torch.empty(5, device=x.device)
@@ -125,15 +131,20 @@ def _self_test(run: Any, x: Tensor, y: Tensor) -> Tensor:
     log_likelihood = (target_logit - maximum[0]) - total[0].log()
     on_x(_kernels.gradient)(False, maximum[0], total[0], log_likelihood, coefficients, block_maximum, out
     )  # fmt: skip
-    found = [maximum[0], total[0], target_logit, kept.flatten(), out.flatten()]
+    found = [maximum[0], total[0], target_logit, kept.flatten().clone(), out.flatten().clone()]
+    again, largest, sums = torch.zeros_like(total[0]), torch.full_like(total[0], -torch.inf), torch.zeros_like(total[0])
+    on_x(_kernels.statistics)(largest, sums, again)  # without keeping
+    of_kept = partial(_kernels.gradient, run, kept, 0, None, 0.5, 4.0, targets)
+    of_kept(True, maximum[0], total[0], log_likelihood, coefficients, block_maximum, kept)
+    found += [largest, sums, again, kept.flatten()]
     moments, rank = torch.zeros(2, 5, device=x.device), torch.zeros(5, dtype=torch.int64, device=x.device)
     on_x(_kernels.token_statistics)(target_logit, maximum[1], total[1], moments, target_logit, rank)
     found += [total[1], moments.flatten(), rank]
     cross = torch.zeros(5, device=x.device)
     tops, totals = torch.full_like(maximum, -torch.inf), torch.zeros_like(total)
     on_both(_kernels.kl_statistics)(tops, totals, cross)
-    on_both(_kernels.kl_gradient)(tops, totals, coefficients, out)
-    return torch.cat([f.float() for f in (*found, totals.flatten(), cross, out.flatten())])
+    on_both(_kernels.kl_gradient)(tops, totals, coefficients, out[:, :1024])
+    return torch.cat([f.float() for f in (*found, totals.flatten(), cross, out[:, :1024].flatten())])
 
 
 def kernels_for(x: Tensor) -> str:
