@@ -71,7 +71,9 @@ def test_a_loss_is_its_formula(name, side):
     method, likelihood = METHODS[name], Likelihood(model)
     batch = collate(TEXTS, pad_id=0)
     batch = test_methods_vocabulary.on_the_left(batch) if side == "left" else batch
-    digits = 1e-4 if side == "left" else 1e-6  # rotary angles are float32: a text moved to the right is not quite the same
+    digits = (
+        1e-4 if side == "left" else 1e-6
+    )  # rotary angles are float32: a text moved to the right is not quite the same
     given = torch.cat(references) if method.token else torch.stack([r.sum() for r in references])
     call = likelihood.token_objective if method.token else likelihood.objective
     found = call(batch, method.loss, given, group_size=len(method.reads))
