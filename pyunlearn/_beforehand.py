@@ -16,7 +16,7 @@ from pyunlearn._distributions import Distributions
 from pyunlearn._emphasis import beyond, given, importance, ranks, scaled
 from pyunlearn._kept import Kept
 from pyunlearn.data import Tokens, batches
-from pyunlearn.errors import ArgumentError, ModelError
+from pyunlearn.errors import ModelError
 from pyunlearn.methods import Multiplier
 from pyunlearn.metrics.stein import ksd_difficulty
 from pyunlearn.models import Likelihood
@@ -132,7 +132,5 @@ def multiplier_of(run: Run) -> Multiplier:
     o = run.method.options | run.options
     n = [len(t.scored) for t in run.watch]
     begins = 0.0 if run.retain_loss == "kl" else float(np.average(run.watched_before, weights=n))
-    if not isinstance(o["retain_tolerance"], (int, float)):
-        raise ArgumentError(f"retain_tolerance must be a number, got {o['retain_tolerance']!r}")
     bound = begins + o["retain_tolerance"] * max(begins, 1.0)
     return Multiplier(o["multiplier"], o["multiplier_step_size"], bound, o["multiplier_warmup"])

@@ -31,9 +31,6 @@ class Steering:
 
     def __init__(self, run: Run, keep: Iterable[int], *, keeps: bool) -> None:
         o: dict[str, Any] = run.method.options | run.options
-        for name in {"alpha", "beta", "coefficient"} & set(o):
-            if not isinstance(o[name], (int, float)) or isinstance(o[name], bool) or not 0 <= o[name] < float("inf"):
-                raise ArgumentError(f"{name} must be a number, 0 or more, got {o[name]!r}")
         index = min(_USUAL, (len(blocks(run.inner)) - 1) // 2) if o["layer"] is None else o["layer"]
         self.run, self.layer = run, Layer(run.model, index)
         self.parameters = trainable(run.model, index, layers=o["layers"], patterns=o["trainable"])

@@ -68,7 +68,7 @@ def refused(forget: Sequence[Example], texts: Sequence[str], seed: int, *, alone
 
     Raises ArgumentError unless the texts are a list of some; DataError where, alone, an example has no prompt to refuse.
     """
-    if isinstance(texts, str) or not texts or not all(isinstance(x, str) and x.strip() for x in texts):
+    if not texts or not _are_texts(texts):
         raise ArgumentError(f"refusals must be a list of one text or more, got {texts!r}")
     for number, example in enumerate(forget, 1):
         if alone and not example.prompt:
@@ -85,7 +85,7 @@ def preferred(forget: Sequence[Example], winners: Sequence[str] | None) -> list[
     Raises ArgumentError unless there is one for each.
     """
     if winners is not None:
-        given = not isinstance(winners, str) and all(isinstance(x, str) and x.strip() for x in winners)
+        given = _are_texts(winners)
         if not given or len(winners) != len(forget):
             got = f"{len(winners)} entries" if given else repr(winners)
             raise ArgumentError(
@@ -99,6 +99,11 @@ def preferred(forget: Sequence[Example], winners: Sequence[str] | None) -> list[
                 'pass method_options={"winners": [...]}, or let the model find some with altpo'
             )
     return [_saying(example, str(text)) for example, text in zip(forget, texts, strict=True)]
+
+
+def _are_texts(values: Any) -> bool:
+    """Whether it is a list of texts that say something."""
+    return isinstance(values, (list, tuple)) and all(isinstance(x, str) and x.strip() for x in values)
 
 
 def _saying(example: Example, text: str) -> Example:

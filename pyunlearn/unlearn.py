@@ -190,7 +190,8 @@ def unlearn(
     }
 
     if "refusals" in chosen.needs:
-        texts = (method_options or {}).get("refusals") or REFUSALS
+        own = (method_options or {}).get("refusals")
+        texts = REFUSALS if own is None else own
         roles["refusals"] = refused(forget_examples, texts, seed, alone="forget" not in chosen.reads)
     if "winners" in chosen.needs:
         roles["winners"] = preferred(forget_examples, (method_options or {}).get("winners"))

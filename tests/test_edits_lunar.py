@@ -193,6 +193,7 @@ def test_the_questions_without_an_answer_are_questions():
         ({"ridge": -1.0}, ArgumentError, "ridge must be a number above 0"),
         ({"positions": "first"}, ArgumentError, 'positions must be "prompt" or "last", got \'first\''),
         ({"unanswerable": "why?"}, ArgumentError, "unanswerable must be a list of one question or more"),
+        ({"unanswerable": 3}, ArgumentError, "unanswerable must be a list of one question or more, got 3"),
         ({"layer": 2}, ArgumentError, "layer must be a whole number from 0 to 1 with this model, got 2"),
     ],
 )

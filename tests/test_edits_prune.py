@@ -165,6 +165,7 @@ def test_wanda_keeps_more_than_magnitude_and_a_forget_aware_score_forgets_more(s
         ({"sparsity": "half"}, "above 0 and below 1, got 'half'"),
         ({"pattern": "4:2"}, "n below m"),
         ({"pattern": "half"}, "n below m"),
+        ({"pattern": 2}, "n below m"),
         ({"groups": "column"}, "got 'column'"),
         ({"groups": "model", "score": "wanda"}, "with magnitude and without a pattern"),
         ({"groups": "model", "pattern": "2:4"}, "with magnitude and without a pattern"),

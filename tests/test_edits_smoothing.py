@@ -115,6 +115,8 @@ def test_smoothing_that_cannot_be_is_refused_and_nothing_is_changed():
     for name in ("sigma", "rate", "samples", "passes"):
         with pytest.raises(ArgumentError, match=f"{name} must be a number above 0"):
             zero_shot_smoothing(model, rows, tokenizer=tokenizer, **{name: 0})
+    with pytest.raises(ArgumentError, match="two_sided must be True or False, got 'no'"):
+        zero_shot_smoothing(model, rows, tokenizer=tokenizer, two_sided="no")
     with pytest.raises(TrainingError, match="take a smaller rate"):
         zero_shot_smoothing(model, rows[:1], tokenizer=tokenizer, rate=1e38, samples=1, passes=3)
     assert same(weights(model), before)

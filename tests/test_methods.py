@@ -209,6 +209,23 @@ def test_what_does_not_fit_together_is_refused(name, retain_loss, has_retain, op
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, o) for name, m in METHODS.items() for o, default in m.options.items() if isinstance(default, float)]
+    + [("hinge", "delta")],
+)
+def test_an_option_that_is_a_number_is_checked_before_anything_happens(name, option):
+    """Not a word, a list, NaN, true; no sign that would turn forgetting into learning, and no 0 to divide by; whole numbers do as well."""
+    signed = option == "retain_tolerance" or (name, option) == ("simnpo", "delta")
+    divides = option == "temperature" or (option == "beta" and METHODS[name].kind == "example")
+    refused = ["hot", [1], math.nan, math.inf, True] + [-1] * (not signed) + [0] * divides
+    for value in refused:
+        with pytest.raises(ArgumentError, match=rf"^{option} must be a number.*, got {re.escape(repr(value))}$"):
+            resolve(name, "auto", True, {option: value}, True)
+    for value in [1, 0.5] + [-1] * signed + [0] * (not divides) + [None] * (name == "hinge" and option == "delta"):
+        resolve(name, "auto", True, {option: value}, True)
+
+
 def test_every_method_names_its_source_and_its_options():
     """The options in the table are the keyword arguments of the function, and the docstring cites the paper."""
     added = {"reduction", "weights", *OF_THE_LOOP}

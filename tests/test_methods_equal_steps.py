@@ -104,6 +104,27 @@ def as_large_as_the_embedding(model):
     return sum(isinstance(x, torch.Tensor) and x.shape == shape for x in gc.get_objects())
 
 
+@pytest.mark.parametrize("method", [*sorted(METHODS), "undial+kl"])
+def test_no_method_keeps_a_second_model_beside_an_adapter(facts, method):
+    """While texts go through with a gradient, the base weights are in memory once: not again as a reference, as a head, or to go back to."""
+    model, seen = adapted(facts), []
+    shapes = {p.shape for p in model.parameters() if p.dim() == 2 and not p.requires_grad}
+
+    def held():
+        found = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.shape in shapes]
+        return {x.untyped_storage().data_ptr() for x in found}
+
+    def look(module, args):
+        if torch.is_grad_enabled() and not seen:
+            seen.append(held() - at_first)
+
+    at_first = held()
+    handle = model.get_input_embeddings().register_forward_pre_hook(look)
+    run(facts, method, model, retain_loss="auto", max_steps=1)
+    handle.remove()
+    assert seen == [set()]
+
+
 @pytest.mark.parametrize("method", ["npo", "tnpo", "dpo"])
 def test_the_reference_is_the_model_with_its_adapter_off_and_no_second_model(facts, method, monkeypatch):
     """Each step compares with the adapter-less likelihoods, also after others; and nothing as large as the embedding is in memory but the model's own."""

@@ -1,6 +1,7 @@
 """Another answer in place of the forget text: the user's own (dpo), and the model's (altpo)."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -106,6 +107,7 @@ def test_a_winner_is_read_from_every_form_of_text():
         (2, ["a"], "must be a list of 2 texts, one for each forget example, got 1 entries"),
         (2, "ab", "must be a list of 2 texts, one for each forget example, got 'ab'"),
         (2, ["a", " "], "must be a list of 2 texts"),
+        (2, 3, "must be a list of 2 texts, one for each forget example, got 3"),
     ],
 )
 def test_winners_that_do_not_fit_are_refused(story, forget, winners, message):
@@ -113,6 +115,13 @@ def test_winners_that_do_not_fit_are_refused(story, forget, winners, message):
     rows = won(story)[:forget] + story.forget[forget:]
     with pytest.raises(ArgumentError, match=message):
         run(story, "dpo", rows, method_options={} if winners is None else {"winners": winners})
+
+
+@pytest.mark.parametrize("refusals", [3, True, "no", [], {"a": 1}, [1]])
+def test_refusals_that_are_no_texts_are_refused(story, refusals):
+    """One sentence that quotes them."""
+    with pytest.raises(ArgumentError, match=re.escape(f"must be a list of one text or more, got {refusals!r}")):
+        run(story, "idk", method_options={"refusals": refusals})
 
 
 def test_alternates_answer_the_same_prompts_otherwise(story):

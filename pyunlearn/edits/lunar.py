@@ -66,7 +66,11 @@ def lunar(
     if positions not in ("prompt", "last"):
         raise ArgumentError(f'positions must be "prompt" or "last", got {positions!r}')
     questions = UNANSWERABLE if unanswerable is None else unanswerable
-    if isinstance(questions, str) or not questions or not all(isinstance(x, str) and x.strip() for x in questions):
+    if (
+        not isinstance(questions, (list, tuple))
+        or not questions
+        or not all(isinstance(x, str) and x.strip() for x in questions)
+    ):
         raise ArgumentError(f"unanswerable must be a list of one question or more, got {questions!r}")
     examples = read_examples(forget, role="forget")
     if bare := next((i for i, e in enumerate(examples, 1) if not e.prompt), None):

@@ -133,7 +133,7 @@ def _cut(score: str, sparsity: float, pattern: str | None, groups: str | None) -
         raise ArgumentError(
             f'groups must be "row" or "layer", or "model" with magnitude and without a pattern, got {groups!r}'
         )
-    found = re.fullmatch(r"(\d+):(\d+)", pattern) if pattern else None
+    found = re.fullmatch(r"(\d+):(\d+)", str(pattern)) if pattern else None
     if pattern and (found is None or not 0 < int(found[1]) < int(found[2])):
         raise ArgumentError(f'pattern must be "n:m" with n below m, such as "2:4", got {pattern!r}')
     return _Cut(sparsity, (int(found[1]), int(found[2])) if found else None, groups)

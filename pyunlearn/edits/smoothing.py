@@ -15,7 +15,7 @@ from pyunlearn.data import TokenBatch
 from pyunlearn.edits._curvature import wide_logits, widened
 from pyunlearn.edits._edited import Edited, Editing, require_positive, wide
 from pyunlearn.edits._layers import even_batches
-from pyunlearn.errors import TrainingError
+from pyunlearn.errors import ArgumentError, TrainingError
 from pyunlearn.probes._scoring import measuring
 from pyunlearn.probes.gradients import visited
 
@@ -58,6 +58,8 @@ def zero_shot_smoothing(
     Source: Foster et al. 2024, arXiv 2402.01401, algorithm 1, for images; on embeddings it is our port.
     """
     require_positive(sigma=sigma, rate=rate, samples=samples, passes=passes)
+    if not isinstance(two_sided, bool):
+        raise ArgumentError(f"two_sided must be True or False, got {two_sided!r}")
     sources = {"forget": forget, "retain": retain}
     with Editing("zero_shot_smoothing", model, sources, tokenizer, batch_size=batch_size, truncate=truncate, workspace=workspace, progress=progress) as edit:  # fmt: skip
         generator, found = torch.Generator().manual_seed(seed), []

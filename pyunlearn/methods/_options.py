@@ -1,10 +1,38 @@
-"""Options of a method as words of the command line."""
+"""Options of a method: which numbers they may be, and how they are words of the command line."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyunlearn.errors import ArgumentError
+
+_ABOVE_ZERO = {"temperature", *((method, "beta") for method in ("npo", "simnpo", "kto", "dpo", "idkdpo", "altpo"))}
+"""Divided by: by whatever method, or by that one."""
+_ANY_SIGN = {"retain_tolerance", ("simnpo", "delta")}
+_OTHERWISE_NONE = {("hinge", "delta")}
+
+
+def check_numbers(method: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises ArgumentError for an option that is a number by default and is none now, or not one that the method can take.
+
+    A sign that is wrong would turn what is to be forgotten into what is to be learned, and nothing would say so.
+    """
+    for name, value in given.items():
+        keys = {name, (method, name)}
+        if not (isinstance(defaults[name], float) or keys & _OTHERWISE_NONE) or (
+            value is None and keys & _OTHERWISE_NONE
+        ):
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if keys & _ANY_SIGN:
+            wanted, right = "a number", number
+        elif keys & _ABOVE_ZERO:
+            wanted, right = "a number above 0", number and value > 0
+        else:
+            wanted, right = "a number, 0 or more", number and value >= 0
+        if not right:
+            raise ArgumentError(f"{name} must be {wanted}, got {value!r}")
 
 
 def options_of(words: Sequence[str]) -> dict[str, Any]:

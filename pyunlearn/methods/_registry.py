@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pyunlearn.errors import ArgumentError, nearest
+from pyunlearn.methods._options import check_numbers
 from pyunlearn.methods._reduction import token_means
 from pyunlearn.methods.adaptive_rmu import adaptive_rmu
 from pyunlearn.methods.ceu import ceu
@@ -160,7 +161,7 @@ def resolve(
     of max(0, NLL - NLL before the run).
     "representation", RMU's own, keeps the hidden states of the retain set in the layer that is steered, with the method's weight alpha.
 
-    Raises ArgumentError for an unknown name (with the nearest), an option the method does not have, a retain loss without a retain set or one that
+    Raises ArgumentError for an unknown name (with the nearest), an option the method does not have or that is no number it can take, a retain loss without a retain set or one that
     the name or the method contradicts, and for kl without a reference model of its own (`has_reference`) where nothing would move.
     """
     term, plus, rest = name.lower().partition("+")
@@ -208,4 +209,5 @@ def resolve(
     if unknown:
         has = f"has {', '.join(method.options)}" if method.options else "has none"
         raise ArgumentError(f"method {key!r} has no option {unknown[0]!r}; it {has}")
+    check_numbers(key, method.options, options)
     return method, retain_loss
