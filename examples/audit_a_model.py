@@ -16,7 +16,9 @@ def main(original: str, unlearned: str, leaked: str, unseen: str) -> None:
         low, high = example.interval
         print(f"text {example.index + 1}: {example.verdict}, {example.exposure:.1f} bits ({low:.1f} to {high:.1f})")
     for attack in found.membership:
-        print(f"{attack.score}: area {attack.auc_before:.2f} before, {attack.auc.estimate:.2f} now (0.5: cannot tell)")
+        print(
+            f"{attack.score}: area {attack.auc_before.estimate:.2f} before, {attack.auc.estimate:.2f} now (0.5: cannot tell)"
+        )
     write_audit(found, "audit", html=True)
     if not found.passed:
         sys.exit("something is left, or was driven too far: see audit/audit.html")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,16 @@ from pyunlearn.audit_result import (
     Writing,
 )
 from pyunlearn.data import Tokens
-from pyunlearn.metrics import auc, exposure_null_test, generalized_exposure, paired_difference, reference_drift, verdict
+from pyunlearn.metrics import (
+    Interval,
+    auc,
+    exposure_null_test,
+    generalized_exposure,
+    paired_difference,
+    reference_drift,
+    verdict,
+)
+from pyunlearn.metrics._binomial import clopper_pearson
 from pyunlearn.text import Example
 
 Floats = NDArray[np.float64]
@@ -148,17 +158,21 @@ class Evidence:
         if self.before is None:
             return Kept(len(nll), interval, None, None)
         first = -self.before.forced["retain"].mean_log_likelihood
-        return Kept(len(nll), interval, float(first.mean()), paired_difference(first, nll, seed=self.seed))
+        before = metrics.bootstrap_interval(first, seed=self.seed)
+        return Kept(len(nll), interval, before, paired_difference(first, nll, seed=self.seed))
 
     def _writing(self, asked: Asked | None) -> Writing | None:
         """Whether what a model writes has collapsed."""
         if asked is None or not asked.continuations:
             return None
-        rows = [
-            (metrics.distinct_n(said, n=2), metrics.repetition(said), float(metrics.collapsed(said)))
-            for said in asked.continuations.values()
-        ]
-        return Writing(*np.mean(rows, axis=0).tolist())
+        said = list(asked.continuations.values())
+        distinct, repeated = (
+            metrics.bootstrap_interval([of(s) for s in said], seed=self.seed)
+            for of in (partial(metrics.distinct_n, n=2), metrics.repetition)
+        )
+        count = sum(map(metrics.collapsed, said))
+        low, high = clopper_pearson(count, len(said), 0.95)
+        return Writing(distinct, repeated, Interval(count / len(said), float(low), float(high)))
 
     # -- membership
 
@@ -171,10 +185,12 @@ class Evidence:
         retrained = {} if self.retrained is None else self._both_sides(self.retrained)
         for name, (forget, holdout) in self._both_sides(self.now).items():
             area = auc(forget, holdout)
-            leak = metrics.privleak(area.estimate, auc(*retrained[name]).estimate) if name in retrained else None
+            leak = None
+            if name in retrained:
+                leak = metrics.privleak_interval(forget, holdout, *retrained[name], seed=self.seed)
             found.append(Membership(
                 name, area, metrics.tpr_at_fpr(forget, holdout, 0.01), metrics.tpr_at_fpr(forget, holdout, 0.001), roc_curve(forget, holdout),
-                auc(*before[name]).estimate if name in before else None, leak,
+                auc(*before[name]) if name in before else None, leak,
             ))  # fmt: skip
         return found
 

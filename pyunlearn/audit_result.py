@@ -78,8 +78,8 @@ class Membership:
     """The same at 0.1 %; `resolved` from 1000 holdout texts on."""
     roc: list[tuple[float, float]] = field(repr=False)
     """(false, true) positive rates, from (0, 0) to (1, 1)."""
-    auc_before: float | None
-    privleak: float | None
+    auc_before: Interval | None
+    privleak: Interval | None
     """Per cent, 0: as the retrained model. Below: still leaks. Above: over-unlearned. None without a retrained reference model."""
 
 
@@ -90,20 +90,20 @@ class Kept:
     texts: int
     nll: Interval
     """Mean negative log-likelihood, nats a token; low = well."""
-    nll_before: float | None
+    nll_before: Interval | None
     change: PairedDifference | None
 
 
 @dataclass(frozen=True)
 class Writing:
-    """How varied a model's continuations of the forget set are, as means: a collapsed model repeats itself."""
+    """How varied a model's continuations of the forget set are, as means with intervals over the texts: a collapsed model repeats itself."""
 
-    distinct_2: float
+    distinct_2: Interval
     """Share of neighbouring token pairs that are different ones, 0 to 1; low = repetitive."""
-    repetition: float
+    repetition: Interval
     """Share of four-token runs that stood in the continuation before, 0 to 1; high = repetitive."""
-    collapsed: float
-    """Share of the continuations that mostly repeat themselves, 0 to 1."""
+    collapsed: Interval
+    """Share of the continuations that mostly repeat themselves, 0 to 1; Clopper-Pearson, which has a width at 0 and 1 too."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,9 @@ class Audit:
     def collapsed(self) -> bool:
         """Whether most continuations repeat themselves, and more than twice as many as under the original model; greedy writing loops in healthy models too."""
         now, before = self.writing, self.writing_before
-        return now is not None and before is not None and now.collapsed > max(0.5, 2 * before.collapsed)
+        if now is None or before is None:
+            return False
+        return now.collapsed.estimate > max(0.5, 2 * before.collapsed.estimate)
 
     @property
     def passed(self) -> bool:

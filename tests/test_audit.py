@@ -106,8 +106,10 @@ def test_before_and_after_unlearning(teller):
     assert after.change.estimate == pytest.approx(
         np.mean([e.now.log_likelihood - e.before.log_likelihood for e in after.examples])
     )
-    assert after.utility.change.estimate == pytest.approx(after.utility.nll.estimate - after.utility.nll_before)
-    assert after.membership[0].auc.estimate < after.membership[0].auc_before
+    assert after.utility.change.estimate == pytest.approx(
+        after.utility.nll.estimate - after.utility.nll_before.estimate
+    )
+    assert after.membership[0].auc.estimate < after.membership[0].auc_before.estimate
 
 
 def test_a_destroyed_model_is_over_unlearned_and_not_forgotten(teller):
@@ -141,8 +143,8 @@ def test_a_retrained_reference_calibrates(teller):
     leaks = pyunlearn.audit(t.model, t.forget, **options).membership
     itself = pyunlearn.audit(clean, t.forget, **options).membership
     assert {m.score for m in leaks} == {"loss", "zlib", "min_k", "min_k_plus_plus", "reference"}
-    assert next(m for m in leaks if m.score == "loss").privleak < -50
-    assert all(m.privleak == pytest.approx(0) for m in itself if m.privleak is not None)
+    assert next(m for m in leaks if m.score == "loss").privleak.estimate < -50
+    assert all(m.privleak.estimate == pytest.approx(0) for m in itself if m.privleak is not None)
 
 
 # ---------------------------------------------------------------- the numbers

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pyunlearn.metrics import auc, example_epsilon, privleak, tpr_at_fpr
+from pyunlearn.metrics import auc, example_epsilon, privleak, privleak_interval, tpr_at_fpr
 
 few = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=9)
 
@@ -106,6 +106,70 @@ def test_privleak_turns_our_area_round_as_muse_does():
     assert privleak(auc([0.1, 0.2], [3.0, 4.0]).estimate, 0.45) == -100
 
 
+def sides(rng, n=25, m=40, shift=1.0):
+    """Scores of a forget set and a holdout under the unlearned and the retrained model: a text's own part counts most, and is the same under both."""
+    own = [rng.normal(size=k) for k in (n, m)]
+    now, retrained = ([x + 0.3 * rng.normal(size=x.size) for x in own] for _ in range(2))
+    return now[0] - shift, now[1], *retrained
+
+
+def test_the_interval_of_privleak_draws_each_text_under_both_models():
+    """Against areas counted pair by pair in a plain loop, ties among them, with draws enough to leave little to chance; drawn apart it is far wider."""
+    f, h, g, k = (np.round(x, 1) for x in sides(np.random.default_rng(0)))
+
+    def area(f, h):
+        return ((h > f[:, None]) + 0.5 * (h == f[:, None])).mean()
+
+    def loop(together, draws=3000):
+        rng = np.random.default_rng(1)
+        found = []
+        for _ in range(draws):
+            i, j, i2, j2 = (rng.integers(0, n, n) for n in (25, 40, 25, 40))
+            if together:
+                i2, j2 = i, j
+            found.append(privleak(area(f[i], h[j]), area(g[i2], k[j2])))
+        return np.quantile(found, [0.025, 0.975])
+
+    found = privleak_interval(f, h, g, k, draws=3000)
+    assert found.estimate == pytest.approx(privleak(area(f, h), area(g, k)))
+    np.testing.assert_allclose(found[1:], loop(True), atol=2.5)
+    apart = loop(False)
+    assert apart[1] - apart[0] > 1.5 * (found.high - found.low)
+    assert found == privleak_interval(f, h, g, k, draws=3000)
+    assert found != privleak_interval(f, h, g, k, draws=3000, seed=1)
+    same = privleak_interval(-f, -h, -g, -k, draws=3000, members="high")
+    np.testing.assert_allclose(same, found)
+
+
+def test_the_interval_of_privleak_covers_as_often_as_it_says():
+    """The true area of two normal laws one apart, against chance: 90 %, 200 times."""
+    rng = np.random.default_rng(0)
+    truth = privleak(stats.norm.cdf(1 / math.sqrt(2)))
+    held = 0
+    for i in range(200):
+        found = privleak_interval(rng.normal(-1, 1, 40), rng.normal(0, 1, 60), confidence=0.9, draws=200, seed=i)
+        held += found.low <= truth <= found.high
+    assert 0.82 <= held / 200 <= 0.97
+
+
+def test_a_perfect_attack_on_few_texts_leaves_privleak_open():
+    """No resample differs from -100, and yet four texts a side show little: the interval is as wide as that of the area."""
+    f, h = [0.1, 0.2, 0.3, 0.4], [3.0, 4.0, 5.0, 6.0]
+    found = privleak_interval(f, h)
+    assert found[:2] == (-100, -100)
+    assert found.high == pytest.approx(privleak(auc(f, h).low))
+    assert found.high > -30
+
+
+def test_a_draw_without_privleak_leaves_it_open_above():
+    """Retrained scores that nearly separate the sides: an area of 1 in some draws, against which nothing can be measured."""
+    g, k = [0.0, 1.0, 2.0, 5.0], [4.0, 6.0, 7.0, 8.0]
+    found = privleak_interval([5.0, 5.5, 6.5, 7.5], [4.0, 6.0, 7.0, 8.0], g, k)
+    assert found.high == math.inf
+    assert math.isfinite(found.low)
+    assert np.isnan(privleak_interval([1.0], k, [5.0], k)[1:]).all()
+
+
 # ---------------------------------------------------------------- epsilon
 
 
@@ -162,6 +226,13 @@ def test_the_lower_bound_of_epsilon_holds_and_closes_in():
         (lambda: auc([1.0], [math.nan]), "holdout must be finite"),
         (lambda: auc([1.0], [1.0], members="up"), "members must be 'low' or 'high', got 'up'"),
         (lambda: tpr_at_fpr([1.0], [1.0], 1.0), "fpr must lie between 0 and 1, got 1.0"),
+        (lambda: privleak_interval([1], [2], [1]), "must be given both or neither, got one of them"),
+        (
+            lambda: privleak_interval([1, 2], [2, 3], [1], [2, 3]),
+            "forget and forget_retrained must hold .*, got 2 and 1",
+        ),
+        (lambda: privleak_interval([1, 2], [2, 3], draws=0), "draws must be 1 or more, got 0"),
+        (lambda: privleak_interval([1, 2], [], draws=9), "holdout must hold 1 numbers or more, got 0"),
         (lambda: privleak(1.2), "auc must lie from 0 to 1, got 1.2"),
         (lambda: privleak(0.5, 1.0), "auc_retrained must be below 1, got 1: .*never saw it"),
         (lambda: example_epsilon([[1.0]], [[1.0], [2.0]]), "of the same n examples, got"),

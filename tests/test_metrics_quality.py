@@ -16,6 +16,7 @@ from pyunlearn.metrics import (
     answer_prior,
     forget_quality,
     model_utility,
+    model_utility_interval,
     option_probability,
     truth_ratio,
 )
@@ -129,6 +130,35 @@ def test_model_utility_is_the_harmonic_mean_of_exactly_nine():
         model_utility({name.replace("retain_rouge", "retain_rogue"): v for name, v in parts.items()})
     with pytest.raises(ValueError, match=r"retain_rouge must lie from 0 to 1, got .*85"):
         model_utility(parts | {"retain_rouge": 85.0})
+
+
+def test_the_interval_of_model_utility_draws_the_texts_of_each_split():
+    """Nine lists against a plain loop with the same draws, one for the three parts of a split; the parts drawn apart are narrower, for they agree."""
+    rng = np.random.default_rng(0)
+    sizes = [n for n in (20, 12, 9) for _ in range(3)]
+    own = [rng.uniform(0.05, 0.9, n) for n in (20, 12, 9)]
+    parts = {name: own[i // 3] + 0.05 * rng.random(sizes[i]) for i, name in enumerate(UTILITY_PARTS)}
+    found = model_utility_interval(parts, draws=500)
+
+    def loop(together):
+        rng = np.random.default_rng(0)
+        values = []
+        for _ in range(500):
+            drawn = [rng.integers(0, n, n) for n in (sizes[::3] if together else sizes)]
+            means = [x[drawn[i // 3 if together else i]].mean() for i, x in enumerate(parts.values())]
+            values.append(9 / sum(1 / m for m in means))
+        return np.quantile(values, 0.025, method="lower"), np.quantile(values, 0.975, method="higher")
+
+    assert found.estimate == pytest.approx(model_utility({name: x.mean() for name, x in parts.items()}))
+    assert found[1:] == pytest.approx(loop(True))
+    apart = loop(False)
+    assert apart[1] - apart[0] < 0.8 * (found.high - found.low)
+    with pytest.raises(ValueError, match=r"retain_probability and retain_rouge must hold .*, got 20 and 3"):
+        model_utility_interval(parts | {"retain_rouge": [0.1, 0.2, 0.3]})
+    with pytest.raises(ValueError, match="got parts without retain_rouge"):
+        model_utility_interval({name: x for name, x in parts.items() if name != "retain_rouge"})
+    with pytest.raises(ValueError, match=r"retain_rouge must lie from 0 to 1, got .*85"):
+        model_utility_interval(parts | {"retain_rouge": np.full(20, 85.0)})
 
 
 @given(answers)

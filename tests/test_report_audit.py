@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,6 +14,7 @@ from test_audit import made
 
 import pyunlearn
 from pyunlearn.errors import DependencyError, OutputError
+from pyunlearn.metrics import Interval
 from pyunlearn.report import audit_lines, audit_page, audit_table, sentences, write_audit
 
 
@@ -161,6 +163,28 @@ def test_a_caption_does_not_gainsay_the_headline(found):
     assert "Single texts stand out" in Page(audit_page(exposed)).text
     assert "could be such texts" not in Page(audit_page(exposed)).text
     assert "could be such texts" in Page(audit_page(with_verdicts(quiet, *["not memorized"] * 6))).text
+
+
+def test_every_aggregate_is_shown_with_its_interval(found):
+    """Writing, likelihood and areas before and now, PrivLeak, the mean of the set: in the result, in the JSON, on the page; alone where there is none."""
+    text = Page(audit_page(found)).text
+    shown = [(w, form, "") for w in (found.writing, found.writing_before) for form in [".0%"]]
+    shown = [
+        (getattr(w, name), form, unit) for w, form, unit in shown for name in ("distinct_2", "repetition", "collapsed")
+    ]
+    shown += [(found.utility.nll_before, ".3f", ""), (found.null_test.mean_interval, ".2f", "")]
+    shown += [(m.auc_before, ".2f", "") for m in found.membership]
+    shown += [(m.privleak, "+.0f", " %") for m in found.membership if m.privleak is not None]
+    assert len(shown) > 12
+    for value, form, unit in shown:
+        assert value.low <= value.estimate <= value.high
+        assert f"({value.low:{form}} " in sentences.with_interval(value, form, unit)
+        assert sentences.with_interval(value, form, unit) in text
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["writing"]["distinct_2"] == found.writing.distinct_2._asdict()
+    assert data["null_test"]["mean_interval"]["low"] == found.null_test.mean_interval.low
+    assert sentences.with_interval(Interval(0.5, math.nan, math.nan), ".0%") == "50%"
+    assert sentences.with_interval(Interval(-60, -80, math.inf), "+.0f", " %") == "-60 % (-80 or more)"
 
 
 def test_a_rate_that_the_holdout_cannot_show_is_explained(found):

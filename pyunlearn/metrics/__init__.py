@@ -20,7 +20,13 @@ from pyunlearn.metrics.canaries import (
     insert_canaries,
     make_canaries,
 )
-from pyunlearn.metrics.confidence import Interval, PairedDifference, bootstrap_interval, paired_difference
+from pyunlearn.metrics.confidence import (
+    Interval,
+    PairedDifference,
+    aggregate_interval,
+    bootstrap_interval,
+    paired_difference,
+)
 from pyunlearn.metrics.difficulty import (
     GEffect,
     StepsToForget,
@@ -62,7 +68,7 @@ from pyunlearn.metrics.memorization import (
     memorization_accuracy,
     simplicity,
 )
-from pyunlearn.metrics.privacy import TruePositiveRate, auc, example_epsilon, privleak, tpr_at_fpr
+from pyunlearn.metrics.privacy import TruePositiveRate, auc, example_epsilon, privleak, privleak_interval, tpr_at_fpr
 from pyunlearn.metrics.quality import (
     UTILITY_PARTS,
     AnswerPrior,
@@ -71,6 +77,7 @@ from pyunlearn.metrics.quality import (
     answer_prior,
     forget_quality,
     model_utility,
+    model_utility_interval,
     option_probability,
     truth_ratio,
 )
@@ -111,6 +118,7 @@ __all__ = [
     "TruthRatio",
     "VerbatimMatch",
     "Verdict",
+    "aggregate_interval",
     "answer_prior",
     "auc",
     "audit_order",
@@ -161,11 +169,13 @@ __all__ = [
     "min_k",
     "min_k_plus_plus",
     "model_utility",
+    "model_utility_interval",
     "option_probability",
     "out_of_distribution",
     "paired_difference",
     "perplexity",
     "privleak",
+    "privleak_interval",
     "reference_drift",
     "reference_score",
     "repetition",

@@ -25,6 +25,8 @@ class ExposureTest(NamedTuple):
     """Mean exposure of the set, bits; 1.443 for unseen text and many references."""
     n: int
     """Texts in the set: with few, only a large distance can show."""
+    mean_interval: Interval
+    """The mean with a bootstrap interval over the texts, 95 %; what the choice of references leaves open is not in it."""
 
 
 def exposure_null_test(
@@ -46,7 +48,7 @@ def exposure_null_test(
         exposures: (n,) bits, `lower` or `upper` of generalized_exposure; extrapolated ones count as log2(m + 1).
         references: m, the references that each exposure was taken among.
         shared: all texts had the same references; False: each had its own.
-        draws: simulations.
+        draws: simulations, and resamples for the interval of the mean.
         seed: the same seed gives the same p-value.
 
     Raises:
@@ -62,9 +64,8 @@ def exposure_null_test(
         )
     counts = np.bincount(ranks.astype(np.int64) - 1, minlength=references + 1)
     statistic = float(_distance(counts[None], e.size)[0])
-    return ExposureTest(
-        statistic, _share(statistic, _null(e.size, references, shared, draws, seed)), float(e.mean()), e.size
-    )
+    pvalue = _share(statistic, _null(e.size, references, shared, draws, seed))
+    return ExposureTest(statistic, pvalue, float(e.mean()), e.size, bootstrap_interval(e, seed=seed, draws=draws))
 
 
 def exposure_two_sample_test(
@@ -80,11 +81,11 @@ def exposure_two_sample_test(
         unlearned: (n,) bits.
         retrained: (n,) of the same texts in the same order; with paired=False of any number of texts.
         paired: whether they are the same texts.
-        draws: permutations.
+        draws: permutations, and resamples for the interval of the mean.
         seed: the same seed gives the same p-value.
 
     Returns:
-        ExposureTest(statistic, pvalue, mean, n), mean and n of the unlearned set; a high p-value and a low statistic = alike.
+        ExposureTest(statistic, pvalue, mean, n, mean_interval), mean and n of the unlearned set; a high p-value and a low statistic = alike.
 
     Raises:
         ArgumentError: no exposures, one that is not finite, different lengths of paired ones.
@@ -106,7 +107,10 @@ def exposure_two_sample_test(
         weights = rng.permuted(np.tile(identity, (draws, 1)), axis=1)
         statistic = np.abs(identity @ steps).max()
     null = np.abs(weights @ steps).max(1)
-    return ExposureTest(float(statistic), _share(float(statistic), null), float(u.mean()), u.size)
+    pvalue = _share(float(statistic), null)
+    return ExposureTest(
+        float(statistic), pvalue, float(u.mean()), u.size, bootstrap_interval(u, seed=seed, draws=draws)
+    )
 
 
 def reference_drift(before: ArrayLike, after: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Interval:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics._binomial import clopper_pearson
-from pyunlearn.metrics._check import Floats, between, numbers, one_of
-from pyunlearn.metrics.confidence import Interval
+from pyunlearn.metrics._check import Floats, between, numbers, one_of, same_length
+from pyunlearn.metrics.confidence import Interval, percentiles
+
+_AT_ONCE = 2**22  # resampled numbers in memory at a time
 
 
 class TruePositiveRate(NamedTuple):
@@ -110,6 +112,8 @@ def privleak(auc: float, auc_retrained: float = 0.5) -> float:
     retrained; -100 = under-unlearned (auc 1); above 0 = over-unlearned, up to 100 auc_retrained / (1 - auc_retrained), 100 at 0.5. MUSE's attack
     is min_k with k = 0.4.
 
+    `privleak_interval` takes the scores themselves and gives an interval with it.
+
     Args:
         auc: of the unlearned model, as `auc` gives it (`.estimate`), 0 to 1.
         auc_retrained: the same under the retrained model; 0.5, that of chance, where there is none (as open-unlearning does).
@@ -124,7 +128,71 @@ def privleak(auc: float, auc_retrained: float = 0.5) -> float:
         raise ArgumentError(
             "auc_retrained must be below 1, got 1: the retrained model gives the forget set away, so check that it never saw it"
         )
-    return 100 * ((1 - auc) - (1 - auc_retrained)) / (1 - auc_retrained)
+    return 100 * ((1 - auc) / (1 - auc_retrained) - 1)
+
+
+def privleak_interval(
+    forget: ArrayLike,
+    holdout: ArrayLike,
+    forget_retrained: ArrayLike | None = None,
+    holdout_retrained: ArrayLike | None = None,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+    draws: int = 1000,
+    members: str = "low",
+) -> Interval:
+    """privleak(auc(forget, holdout), auc(forget_retrained, holdout_retrained)) in percent with a percentile bootstrap interval.
+
+    Texts of the forget set are drawn again with replacement, those of the holdout too, each text with its scores under both models: easy texts are
+    easy under both, so the two areas rise and fall together (Efron and Tibshirani 1993, chapter 13). Without retrained scores the second area is
+    0.5. A draw whose retrained area is 1 has no PrivLeak, and counts as -100 for the lower end and as infinite for the upper. Where an area is
+    0 or 1 no draw differs; then the interval reaches over what `auc`'s own intervals leave open, and is wide.
+
+    Args:
+        forget: (n,) scores under the unlearned model, higher = less likely a member.
+        holdout: (m,) of text that was never trained on.
+        forget_retrained, holdout_retrained: (n,) and (m,) of the same texts in the same order under the retrained model; both or neither.
+        confidence: between 0 and 1.
+        seed: the same seed gives the same interval.
+        draws: resamples.
+        members: as for auc.
+
+    Returns:
+        Interval(estimate, low, high), percent; 0 = as retrained, below = under-unlearned, above = over-unlearned. NaN ends where a side is one text.
+
+    Raises:
+        ArgumentError: as auc and privleak; scores of other texts, or of one side alone, under the retrained model.
+    """
+    between("confidence", confidence, 0, 1)
+    if draws < 1:
+        raise ArgumentError(f"draws must be 1 or more, got {draws}")
+    if (forget_retrained is None) != (holdout_retrained is None):
+        raise ArgumentError("forget_retrained and holdout_retrained must be given both or neither, got one of them")
+    pairs = [_sides(forget, holdout, members)]
+    if forget_retrained is not None and holdout_retrained is not None:
+        pairs.append(_sides(forget_retrained, holdout_retrained, members))
+        same_length("forget", pairs[0][0], "forget_retrained", pairs[1][0])
+        same_length("holdout", pairs[0][1], "holdout_retrained", pairs[1][1])
+    areas = [auc(*pair, confidence=confidence) for pair in pairs]
+    estimate = privleak(*(area.estimate for area in areas))
+    n, m = (side.size for side in pairs[0])
+    if min(n, m) == 1:
+        return Interval(estimate, np.nan, np.nan)
+    rng, drawn = np.random.default_rng(seed), []
+    for start in range(0, draws, step := max(1, _AT_ONCE // (n + m))):
+        times = [rng.multinomial(k, np.full(k, 1 / k), min(step, draws - start)) for k in (n, m)]
+        drawn.append([_areas(*pair, *times) for pair in pairs])
+    kept = 1 - np.concatenate(drawn, axis=1)
+    reference = kept[1] if len(pairs) == 2 else np.full(draws, 0.5)
+    none = reference < 1e-12
+    leaks = 100 * (kept[0] / np.where(none, 1, reference) - 1)
+    low, high = (percentiles(np.where(none, x, leaks), confidence)[end] for end, x in enumerate((-100.0, np.inf)))
+    if any(not 1e-12 < area.estimate < 1 - 1e-12 for area in areas):
+        second = areas[1][1:] if len(areas) == 2 else (0.5,)
+        corners = [privleak(a, r) if r < 1 else np.inf for a in areas[0][1:] for r in second]
+        low, high = min(low, *corners), max(high, *corners)
+    return Interval(estimate, low, high)
 
 
 def example_epsilon(
@@ -185,6 +253,17 @@ def _epsilon(u: Floats, r: Floats, delta: float, confidence: float | None) -> fl
     with np.errstate(divide="ignore"):  # nothing left above: ln 0, which is no evidence
         bounds = [np.log(np.maximum(1 - delta - a, 0)) - np.log(b) for a, b in ((fpr, fnr), (fnr, fpr))]
     return float(max(0.0, *(b.max(initial=0.0) for b in bounds)))
+
+
+def _areas(
+    forget: Floats, holdout: Floats, forget_times: NDArray[np.int64], holdout_times: NDArray[np.int64]
+) -> Floats:
+    """(draws,) areas when each text is there as often as (draws, n) and (draws, m) say."""
+    order = np.argsort(holdout)
+    below = np.pad(np.cumsum(holdout_times[:, order], axis=1), ((0, 0), (1, 0)))  # of the k lowest holdout texts
+    left, right = (np.searchsorted(holdout[order], forget, side=side) for side in ("left", "right"))
+    above = holdout.size - (below[:, left] + below[:, right]) / 2  # ties count one half
+    return (forget_times * above).sum(1) / (forget.size * holdout.size)
 
 
 def _sides(forget: ArrayLike, holdout: ArrayLike, members: str) -> tuple[Floats, Floats]:

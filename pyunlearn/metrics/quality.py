@@ -14,7 +14,7 @@ from scipy import special, stats
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics._check import Floats, numbers, one_of, same_length
-from pyunlearn.metrics.confidence import Interval, bootstrap_interval
+from pyunlearn.metrics.confidence import Interval, aggregate_interval, bootstrap_interval
 
 UTILITY_PARTS = tuple(
     f"{split}_{metric}"
@@ -148,7 +148,7 @@ def model_utility(parts: Mapping[str, float]) -> float:
     """The harmonic mean of nine numbers, 0 to 1, high = useful (arXiv 2401.06121, section 2.2.1): TOFU's model utility.
 
     Probability, ROUGE-L recall and truth ratio ("true_better"), each on the retain set, on real authors and on world facts. One part that is 0
-    makes it 0. On the retain set probability is `exp(log-likelihood)`, on the other two option_probability.
+    makes it 0. On the retain set probability is `exp(log-likelihood)`, on the other two option_probability. `model_utility_interval` takes the single texts' values.
 
     Args:
         parts: UTILITY_PARTS -> number: retain_probability, retain_rouge, retain_truth_ratio, real_authors_probability, ... world_facts_truth_ratio.
@@ -156,15 +156,44 @@ def model_utility(parts: Mapping[str, float]) -> float:
     Raises:
         ArgumentError: a part that is missing or unknown, or outside 0 to 1.
     """
-    wrong = [f"without {name}" for name in UTILITY_PARTS if name not in parts]
-    wrong += [f"with {name}" for name in parts if name not in UTILITY_PARTS]
-    if wrong:
-        raise ArgumentError(f"model_utility takes exactly {', '.join(UTILITY_PARTS)}, got parts {', '.join(wrong)}")
+    _check_names(parts)
     x = np.array([parts[name] for name in UTILITY_PARTS], dtype=np.float64)
     for name, value in zip(UTILITY_PARTS, x, strict=True):
         if not 0 <= value <= 1:
             raise ArgumentError(f"{name} must lie from 0 to 1, got {value!r}")
     return 0.0 if (x == 0).any() else float(stats.hmean(x))
+
+
+def model_utility_interval(
+    parts: Mapping[str, ArrayLike], *, confidence: float = 0.95, seed: int = 0, draws: int = 1000
+) -> Interval:
+    """model_utility of the means of nine lists with a percentile bootstrap interval, 0 to 1, high = useful.
+
+    The three splits are drawn again each on its own, a text of a split with its probability, ROUGE and truth ratio together, for a text that is
+    known well is so by all three (Efron and Tibshirani 1993, chapter 13). TOFU gives the number without an interval.
+
+    Args:
+        parts: UTILITY_PARTS -> (n,) one value for each text, 0 to 1: the three of a split of the same texts in the same order.
+        confidence: between 0 and 1.
+        seed: the same seed gives the same interval.
+        draws: resamples.
+
+    Returns:
+        Interval(estimate, low, high). NaN ends where a split is one text.
+
+    Raises:
+        ArgumentError: a part that is missing or unknown, empty, of another length than the others of its split, or whose mean lies outside 0 to 1.
+    """
+    _check_names(parts)
+    columns = [numbers(name, parts[name], least=1) for name in UTILITY_PARTS]
+    for i, column in enumerate(columns):
+        same_length(UTILITY_PARTS[first := i - i % 3], columns[first], UTILITY_PARTS[i], column)
+
+    def utility(*columns: Floats) -> float:
+        return model_utility({name: float(x.mean()) for name, x in zip(UTILITY_PARTS, columns, strict=True)})
+
+    sets = [i // 3 for i in range(len(columns))]
+    return aggregate_interval(utility, *columns, sets=sets, confidence=confidence, seed=seed, draws=draws)
 
 
 def option_probability(correct_log_likelihood: ArrayLike, wrong_log_likelihoods: ArrayLike) -> Floats:
@@ -209,6 +238,13 @@ def answer_prior(log_likelihood: ArrayLike, log_likelihood_without_prompt: Array
     same_length("log_likelihood", x, "log_likelihood_without_prompt", without)
     gain = x - without
     return AnswerPrior(gain, np.exp(-np.maximum(gain, 0)), bootstrap_interval(gain, seed=seed))
+
+
+def _check_names(parts: Mapping[str, object]) -> None:
+    wrong = [f"without {name}" for name in UTILITY_PARTS if name not in parts]
+    wrong += [f"with {name}" for name in parts if name not in UTILITY_PARTS]
+    if wrong:
+        raise ArgumentError(f"model_utility takes exactly {', '.join(UTILITY_PARTS)}, got parts {', '.join(wrong)}")
 
 
 def _answers(correct_log_likelihood: ArrayLike, wrong_log_likelihoods: ArrayLike) -> tuple[Floats, Floats]:

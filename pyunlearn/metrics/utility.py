@@ -27,7 +27,7 @@ def perplexity(log_likelihood: ArrayLike, tokens: ArrayLike) -> float:
 
     Returns:
         1 or more; inf where a token has probability 0. Low = good. Long texts weigh more than short ones: it is not the mean of the texts'
-        perplexities, which one outlier rules.
+        perplexities, which one outlier rules. With an interval: `aggregate_interval(perplexity, log_likelihood, tokens)`.
 
     Raises:
         ArgumentError: a log-likelihood above 0 or NaN, a text without a scored token, arrays of different lengths.
@@ -49,7 +49,8 @@ def bleu(written: Sequence[str], truth: Sequence[str | Sequence[str]]) -> float:
             transposed, and scores the wrong pairs without a word where they are not.
 
     Returns:
-        0 to 100. High = like the truth. A corpus score: the mean of sentence scores is another number.
+        0 to 100. High = like the truth. A corpus score: the mean of sentence scores is another number. With an interval (Koehn 2004):
+        `aggregate_interval(bleu, written, truth)`.
 
     Raises:
         ArgumentError: no text, numbers that differ, a text without reference.
@@ -67,7 +68,7 @@ def chrf(written: Sequence[str], truth: Sequence[str | Sequence[str]]) -> float:
         written, truth: as in `bleu`.
 
     Returns:
-        0 to 100. High = like the truth.
+        0 to 100. High = like the truth. With an interval: `aggregate_interval(chrf, written, truth)`.
 
     Raises:
         ArgumentError, DependencyError: as `bleu`.

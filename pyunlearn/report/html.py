@@ -102,13 +102,14 @@ def _written(e: AuditedExample, show_text: bool) -> dict[str, Any]:
 def _attack(m: Any) -> dict[str, str]:
     return {
         "score": _SCORES.get(m.score, m.score), "auc": f"{m.auc.estimate:.2f}", "interval": f"{m.auc.low:.2f} to {m.auc.high:.2f}",
-        "found": f"{m.tpr_at_1_percent.estimate:.0%}", "before": "" if m.auc_before is None else f"{m.auc_before:.2f}",
-        "privleak": "" if m.privleak is None else f"{m.privleak:+.0f} %",
+        "found": f"{m.tpr_at_1_percent.estimate:.0%}", "before": "" if m.auc_before is None else sentences.with_interval(m.auc_before, ".2f"),
+        "privleak": "" if m.privleak is None else sentences.with_interval(m.privleak, "+.0f", " %"),
     }  # fmt: skip
 
 
 def _how(audit: Audit, source: str) -> list[tuple[str, str]]:
     s, references = audit.settings, audit.references
+    mean = sentences.with_interval(audit.null_test.mean_interval, ".2f")
     said = [
         ("comparison texts", f"{len(references.scores)}, {source}"),
         (
@@ -126,7 +127,7 @@ def _how(audit: Audit, source: str) -> list[tuple[str, str]]:
             ", ".join(f"{name.replace('_', ' ')}: {n} texts, each once" for name, n in audit.passes.items())
             + f"; {audit.seconds:.0f} s in all",
         ),
-        ("set", f"Kolmogorov-Smirnov distance {audit.null_test.statistic:.2f} from unseen text, p = {audit.null_test.pvalue:.2g}; mean exposure {audit.null_test.mean:.2f} bits"),
+        ("set", f"Kolmogorov-Smirnov distance {audit.null_test.statistic:.2f} from unseen text, p = {audit.null_test.pvalue:.2g}; mean exposure {mean} bits"),
     ]  # fmt: skip
     models = {name: s[name] for name in ("model", "original", "reference_model") if s[name]}
     said += [(name.replace("_", " "), str(path)) for name, path in models.items()]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from pyunlearn.audit_result import Audit
-from pyunlearn.metrics import SIGNIFICANT
+from pyunlearn.audit_result import Audit, Writing
+from pyunlearn.metrics import SIGNIFICANT, Interval
 
 MEANINGS = {
     "still exposed": "The model knows it better than text that it never saw.",
@@ -74,8 +74,8 @@ def cost(audit: Audit) -> list[str]:
     if (u := audit.utility) is not None:
         line = f"Text that must keep working ({u.texts} texts): {u.nll.estimate:.3f} nats a token (95 % interval {u.nll.low:.3f} to {u.nll.high:.3f}; low is good)"
         if u.change is not None and u.nll_before is not None:
-            low, high = (100 * x / max(u.nll_before, 1.0) for x in (u.change.low, u.change.high))
-            line += f", {u.nll_before:.3f} before: {100 * u.change.estimate / max(u.nll_before, 1.0):+.1f} % ({low:+.1f} to {high:+.1f} %)"
+            scale = 100 / max(u.nll_before.estimate, 1.0)
+            line += f", {with_interval(u.nll_before, '.3f')} before: {scale * u.change.estimate:+.1f} % ({scale * u.change.low:+.1f} to {scale * u.change.high:+.1f} %)"
         found.append(line + ".")
     if (d := audit.references.drift) is not None:
         found.append(
@@ -84,10 +84,24 @@ def cost(audit: Audit) -> list[str]:
     if (now := audit.writing) is not None:
         was = audit.writing_before
         found.append(
-            f"What it writes: {now.distinct_2:.0%} of neighbouring tokens are new pairs{'' if was is None else f' ({was.distinct_2:.0%} before)'}, and {now.collapsed:.0%} "
-            f"of its continuations mostly repeat themselves{'' if was is None else f' ({was.collapsed:.0%} before)'}. {'Greedy writing repeats itself in healthy models too: only the difference from the original tells.' if was is None else 'A model that has collapsed repeats itself.'}"
+            f"What it writes, with 95 % intervals: {_writing(now)}{'' if was is None else f'; before: {_writing(was)}'}. {'Greedy writing repeats itself in healthy models too: only the difference from the original tells.' if was is None else 'A model that has collapsed repeats itself.'}"
         )
     return found
+
+
+def with_interval(value: Interval, form: str, unit: str = "") -> str:
+    """An estimate with its interval behind it, where there is one: 0.41 (0.36 to 0.47)."""
+    said = f"{value.estimate:{form}}{unit}"
+    if math.isnan(value.low):
+        return said
+    return f"{said} ({value.low:{form}} {f'to {value.high:{form}}' if math.isfinite(value.high) else 'or more'})"
+
+
+def _writing(w: Writing) -> str:
+    return (
+        f"{with_interval(w.distinct_2, '.0%')} of neighbouring tokens are new pairs, {with_interval(w.repetition, '.0%')} of four-token runs stood there before, "
+        f"and {with_interval(w.collapsed, '.0%')} of the continuations mostly repeat themselves"
+    )
 
 
 def _of(count: int, n: int) -> str:
