@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pyunlearn.metrics import auc, example_epsilon, privleak, privleak_interval, tpr_at_fpr
+from pyunlearn.metrics.privacy import _areas
 
 few = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=9)
 
@@ -245,3 +246,14 @@ def test_what_cannot_be_measured_is_refused(call, message):
     """In one sentence."""
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_draw_counts_ties_one_half_as_the_area_itself_does():
+    """With each text drawn once the area of a draw is that of auc, on scores full of ties; drawn twice, a text is two texts."""
+    rng = np.random.default_rng(4)
+    f, h = rng.integers(0, 4, 20).astype(float), rng.integers(0, 4, 30).astype(float)
+    once = _areas(f, h, np.ones((1, 20), dtype=np.int64), np.ones((1, 30), dtype=np.int64))
+    assert once[0] == pytest.approx(auc(f, h).estimate, abs=1e-12)
+    times = rng.multinomial(30, np.full(30, 1 / 30), size=1)
+    drawn = _areas(f, h, np.ones((1, 20), dtype=np.int64), times)
+    assert drawn[0] == pytest.approx(auc(f, np.repeat(h, times[0])).estimate, abs=1e-12)
