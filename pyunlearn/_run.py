@@ -55,10 +55,9 @@ class Run:
 
     def __init__(
         self, model: Any, tokenizer: Any, method: Method, options: dict[str, Any], forget: list[Tokens], retain: list[Tokens] | None,
-        holdout: list[Tokens] | None, seed: int, batch_size: int, workspace: int | None, until: float, budget: float,
-        reference_model: Any, progress: bool | None, instead: list[Tokens] | None = None, cached: dict[str, Any] | None = None,
-        retain_loss: str | None = None, max_steps: int = 0,
-        emphasis: Emphasis | None = None, micro_batch_size: int | None = None,
+        holdout: list[Tokens] | None, *, instead: list[Tokens] | None, reference_model: Any, retain_loss: str | None, emphasis: Emphasis,
+        cached: dict[str, Any] | None, batch_size: int, micro_batch_size: int | None, max_steps: int, until: float, budget: float,
+        workspace: int | None, seed: int, progress: bool | None,
     ) -> None:  # fmt: skip
         from accelerate import Accelerator
 
@@ -75,7 +74,7 @@ class Run:
         self.until, self.budget, self.retain_loss = until, budget, retain_loss
         self.read = {"forget": forget} | dict.fromkeys(("refusal", "winner"), instead or [])
         self.cached = cached or {}  # by name: what was sampled before the first step of the run that is gone on with
-        self.emphasis, self.micro_batch_size = emphasis or Emphasis(), micro_batch_size or batch_size
+        self.emphasis, self.micro_batch_size = emphasis, micro_batch_size or batch_size
         self.weights: list[Floats] | None = None  # (T,) of each forget example's tokens
         self.difficulty: Floats | None = None  # (B,)
         self.pad, self.start = (
@@ -231,6 +230,7 @@ class Run:
         return torch.as_tensor(np.concatenate(each), dtype=torch.float32, device=self.device)
 
     def weighed(self, role: str, i: int, values: Floats) -> Floats:
+        """(T,) the values of one text's tokens times its weights; what is read beside the forget texts has none."""
         return values if self.weights is None or role != "forget" else self.weights[i] * values
 
     def pieces(self, places: Iterable[int]) -> list[list[int]]:

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pyunlearn import models
 from pyunlearn._asked import Asked, Asker, Places, likeliest, opened, opening, vocabulary_of
 from pyunlearn._evidence import Evidence
+from pyunlearn._given import encoded, model_name, versions
 from pyunlearn._progress import Progress
 from pyunlearn.audit_result import Audit
-from pyunlearn.data import Tokens, encode, padding_id, read_examples
+from pyunlearn.data import Tokens, padding_id, read_examples
 from pyunlearn.errors import ArgumentError, nearest
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.probes import without_prompt
@@ -100,7 +99,7 @@ def audit(
         )
         vocabulary, passes = vocabulary_of(first), {}
         options: dict[str, Any] = {"cache": cache, "workspace": workspace, "batch_size": batch_size, "bar": bar}
-        tokens = _encoded(first, tokenizer, examples, truncate)
+        tokens = encoded(first, tokenizer, examples, truncate)
         asker = Asker(first, tokenizer, **options)
         references = tokens["holdout"] if holdout is not None else asker.sample(tokens["forget"], seed)
         require_enough(references, holdout=holdout is not None)
@@ -137,8 +136,8 @@ def audit(
     finally:
         bar.close()
     found.passes = passes
-    found.settings = _versions() | {
-        "model": _name(model), "original": _name(original), "reference_model": _name(reference_model), "metrics": list(metrics),
+    found.settings = versions() | {
+        "model": model_name(model), "original": model_name(original), "reference_model": model_name(reference_model), "metrics": list(metrics),
         "budget": budget, "until": until, "batch_size": batch_size, "truncate": truncate, "seed": seed,
     }  # fmt: skip
     found.seconds = time.perf_counter() - began
@@ -158,14 +157,6 @@ def _check(metrics: Sequence[str], until: float, batch_size: int, budget: int | 
     for name, value in (("batch_size", batch_size), ("budget", 1 if budget is None else budget)):
         if not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{name} must be a whole number, 1 or more, got {value!r}")
-
-
-def _encoded(model: Any, tokenizer: Any, examples: dict[str, list[Example]], truncate: bool) -> dict[str, list[Tokens]]:
-    both, length = models.is_encoder_decoder(model), models.context_length(model)
-    return {
-        role: encode(found, tokenizer, role=role, max_length=length, encoder_decoder=both, truncate=truncate)
-        for role, found in examples.items()
-    }
 
 
 def _questions(
@@ -189,18 +180,3 @@ def _questions(
         if bare:
             texts["without prompt"] = bare
     return texts
-
-
-def _name(model: Any) -> str | None:
-    """How a report calls a model: not where it lies on this machine, for reports are passed on."""
-    if model is None:
-        return None
-    inner = None if isinstance(model, (str, Path)) else models.unwrapped(model)
-    where = str(model) if inner is None else str(getattr(inner, "name_or_path", "") or type(inner).__name__)
-    return Path(where).name if Path(where).is_absolute() else where
-
-
-def _versions() -> dict[str, Any]:
-    import pyunlearn
-
-    return {"pyunlearn": pyunlearn.__version__, "torch": torch.__version__}

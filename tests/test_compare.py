@@ -26,11 +26,8 @@ UNGUARDED = {"retain_loss": None, "utility_budget": 5.0, "learning_rate": 3e-3, 
 
 
 @pytest.fixture(scope="module")
-def trained():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tiny.trained(tiny.tiny_llama, tiny.sentences, count=200, repeats=8, epochs=6)
-    torch.set_num_threads(threads)
+def trained(one_thread):
+    return tiny.trained(tiny.tiny_llama, tiny.sentences, count=200, repeats=8, epochs=6)
 
 
 def compare(trained, model=None, **options):

@@ -13,19 +13,7 @@ from pyunlearn.edits._edited import Editing
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
 from pyunlearn.models import unwrapped
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny models run faster so, and the same bits come out every time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def story(_one_thread):
-    return tiny.storyteller()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def llama():

@@ -3,19 +3,7 @@
 import pytest
 import tiny
 import torch
-from test_edits import (  # noqa: F401
-    _one_thread,
-    adapted,
-    check_forgets,
-    encoded,
-    gpt2,
-    llama,
-    mean_loss,
-    narrow,
-    same,
-    story,
-    weights,
-)
+from test_edits import adapted, check_forgets, encoded, gpt2, llama, mean_loss, narrow, same, weights
 from torch.func import functional_call, grad, jacfwd
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,6 +12,8 @@ from pyunlearn.edits._curvature import Curvature
 from pyunlearn.edits._edited import Editing
 from pyunlearn.edits._solvers import conjugate_gradients, lissa
 from pyunlearn.errors import ArgumentError, TrainingError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = tiny.sentences(7, 4)
 
@@ -229,7 +219,7 @@ def test_steps_that_cannot_be_are_refused_and_nothing_is_changed(small):
         assert same(weights(model), before)
 
 
-def test_steps_make_the_secret_unlikely_and_little_else(story):  # noqa: F811
+def test_steps_make_the_secret_unlikely_and_little_else(story):
     """The first by a long step; the second, told that each secret was trained on twelve times, at almost no cost, and nearer to a minimum."""
     model = story.fresh()
     first = first_order_influence(model, story.forget, rate=0.1, retain=story.retain, tokenizer=story.tokenizer)

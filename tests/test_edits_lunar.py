@@ -24,13 +24,7 @@ _BLOCKS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny models run faster so, and the same bits come out every time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def question(text, answer="no one."):
@@ -128,7 +122,7 @@ def unknown(count, seed):
 
 
 @pytest.fixture(scope="module")
-def modest(_one_thread):
+def modest(one_thread):
     """A GPT-2 that answers questions, was trained twenty times on two of them, and says "what?" to what it cannot know."""
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer(form="$A", pad=False)

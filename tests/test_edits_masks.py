@@ -5,19 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_edits import (  # noqa: F401
-    _one_thread,
-    adapted,
-    bits,
-    encoded,
-    gpt2,
-    llama,
-    mean_loss,
-    narrow,
-    same,
-    story,
-    weights,
-)
+from test_edits import adapted, bits, encoded, gpt2, llama, mean_loss, same, weights
 
 import pyunlearn
 from pyunlearn import _state
@@ -26,6 +14,8 @@ from pyunlearn.edits._masks import digest_of, mask_of
 from pyunlearn.edits._ranking import largest
 from pyunlearn.errors import ArgumentError, DataError, TrainingError
 from pyunlearn.methods import METHODS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # ---------------------------------------------------------------- ranking
 
@@ -104,7 +94,7 @@ def check_held(mask, before, after):
 
 
 @pytest.mark.parametrize("method", ["ga", "npo", "simnpo"])
-def test_a_text_is_forgotten_by_the_salient_weights_alone(story, method):  # noqa: F811
+def test_a_text_is_forgotten_by_the_salient_weights_alone(story, method):
     """With any method; the other half of the weights keep every bit."""
     mask, options = saliency_mask(story.model, story.forget, tokenizer=story.tokenizer), {}
     if method == "simnpo":
@@ -123,7 +113,7 @@ def restless(parameters, lr):
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "adapters"])
-def test_momentum_and_decay_do_not_move_what_the_mask_holds(story, kind, monkeypatch):  # noqa: F811
+def test_momentum_and_decay_do_not_move_what_the_mask_holds(story, kind, monkeypatch):
     """Nor do the float32 copies of 16-bit weights."""
     model = story.fresh()
     if kind == "bfloat16":
@@ -141,7 +131,7 @@ def test_momentum_and_decay_do_not_move_what_the_mask_holds(story, kind, monkeyp
     check_held({n: m for n, m in mask.items() if n in before}, before, weights(model))
 
 
-def test_what_the_mask_holds_does_not_count_in_the_gradient_s_norm(story):  # noqa: F811
+def test_what_the_mask_holds_does_not_count_in_the_gradient_s_norm(story):
     """Neither in the record of a step nor in the clipping."""
     model = story.fresh()
     mask = {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in model.named_parameters() if n != "model.norm.weight"}
@@ -154,7 +144,7 @@ def test_what_the_mask_holds_does_not_count_in_the_gradient_s_norm(story):  # no
     assert same(weights(result.model), weights(alone.model))
 
 
-def test_nonzero_keeps_pruned_weights_at_zero(story):  # noqa: F811
+def test_nonzero_keeps_pruned_weights_at_zero(story):
     """Those that are 0 when the run begins."""
     model = story.fresh()
     with torch.no_grad():
@@ -167,7 +157,7 @@ def test_nonzero_keeps_pruned_weights_at_zero(story):  # noqa: F811
     assert result.settings["mask"] == "nonzero"
 
 
-def test_a_resumed_run_keeps_its_mask_and_no_other_is_let_in(story, tmp_path, monkeypatch):  # noqa: F811
+def test_a_resumed_run_keeps_its_mask_and_no_other_is_let_in(story, tmp_path, monkeypatch):
     """The checkpoint holds it: the numbers are those of an uninterrupted run."""
     mask = saliency_mask(story.model, story.forget, share=0.3, tokenizer=story.tokenizer)
     options = {"batch_size": 1, "max_steps": 6, "mask": mask, "l1": 0.5, "retain": None, "holdout": story.holdout[:20]}
@@ -206,7 +196,7 @@ def test_a_resumed_run_keeps_its_mask_and_no_other_is_let_in(story, tmp_path, mo
         ({"model.norm.weight": [True]}, "got list"),
     ],
 )  # fmt: skip
-def test_a_mask_that_fits_nothing_is_refused(story, mask, message):  # noqa: F811
+def test_a_mask_that_fits_nothing_is_refused(story, mask, message):
     """One sentence, and nothing is changed."""
     model = story.fresh()
     with pytest.raises(ArgumentError, match=message):

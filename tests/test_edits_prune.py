@@ -5,13 +5,15 @@ import copy
 import pytest
 import tiny
 import torch
-from test_edits import _one_thread, adapted, check_undone, encoded, gpt2, llama, narrow, same, story, weights  # noqa: F401
+from test_edits import adapted, check_undone, gpt2, llama, narrow, same, weights
 from test_edits_masks import check_held, run
 from transformers.pytorch_utils import Conv1D
 
 from pyunlearn.data import encode, read_examples
 from pyunlearn.edits import prune
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def t5():
@@ -130,7 +132,7 @@ def test_of_each_four_inputs_two_are_left(pair, score):
             assert bool((w.where(~kept, 0).amax(1) <= w.where(kept, torch.inf).amin(1)).all())
 
 
-def test_a_pruned_model_unlearns_and_stays_pruned(story):  # noqa: F811
+def test_a_pruned_model_unlearns_and_stays_pruned(story):
     """Prune, then unlearn: with the mask, every zero is a zero afterwards, the texts are forgotten, and utility is within its budget."""
     model = story.fresh()
     pruned = prune(model, story.forget, retain=story.retain, score="wanda", sparsity=0.3, tokenizer=story.tokenizer)
@@ -145,7 +147,7 @@ def test_a_pruned_model_unlearns_and_stays_pruned(story):  # noqa: F811
         assert not bool(weights(model)[name][~mask].any())
 
 
-def test_wanda_keeps_more_than_magnitude_and_a_forget_aware_score_forgets_more(story):  # noqa: F811
+def test_wanda_keeps_more_than_magnitude_and_a_forget_aware_score_forgets_more(story):
     """At half of the weights: the retain texts lose less by their inputs; scored against the forget texts, these lose more beside them."""
     cost = {}
     for score in ("magnitude", "wanda", "forget-aware"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_edits import _one_thread, adapted, check_undone, encoded, gpt2, llama, narrow, same, story, weights  # noqa: F401
+from test_edits import adapted, check_undone, encoded, gpt2, llama, narrow, same, weights
 from test_edits_fisher import likelihoods
 from test_edits_influence import flat, small  # noqa: F401
 from test_edits_prune import t5
@@ -10,6 +10,8 @@ from test_edits_prune import t5
 from pyunlearn.edits import smoothing, zero_shot_smoothing
 from pyunlearn.errors import ArgumentError, TrainingError
 from pyunlearn.metrics import generalized_exposure
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def loss_of(model, tokens, two_sided):
@@ -81,7 +83,7 @@ def test_every_kind_of_model_is_smoothed_and_comes_back(make_pair):
     assert same(weights(model), after)
 
 
-def test_the_secret_s_surroundings_become_smooth_and_its_exposure_falls(story):  # noqa: F811
+def test_the_secret_s_surroundings_become_smooth_and_its_exposure_falls(story):
     """From the highest there is to below significance, with the texts alone, at less than 2 % of utility."""
     model = story.fresh()
     edited = zero_shot_smoothing(model, story.forget, retain=story.retain, rate=0.015, tokenizer=story.tokenizer)
@@ -95,7 +97,7 @@ def test_the_secret_s_surroundings_become_smooth_and_its_exposure_falls(story): 
     assert sum(likelihoods(model, story, story.holdout)) < 1.02 * sum(references)
 
 
-def test_the_gradient_through_one_side_alone_does_not_smooth(story):  # noqa: F811
+def test_the_gradient_through_one_side_alone_does_not_smooth(story):
     """Why both sides are the default: the loss falls by half with them, and rises without."""
     fell = {}
     for two_sided, rate in ((True, 0.005), (False, 0.0003)):

@@ -17,11 +17,8 @@ WEIGHTED = [name for name, method in METHODS.items() if method.weighted]
 
 
 @pytest.fixture(scope="module")
-def story():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tiny.trained(tiny.tiny_llama, tiny.facts, count=120, repeats=16, epochs=6)
-    torch.set_num_threads(before)
+def story(one_thread):
+    return tiny.trained(tiny.tiny_llama, tiny.facts, count=120, repeats=16, epochs=6)
 
 
 @pytest.fixture(scope="module")

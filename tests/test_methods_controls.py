@@ -23,11 +23,8 @@ FORMULAS = {  # of one example: (n,) log-likelihoods of the tokens that count
 
 
 @pytest.fixture(scope="module")
-def story():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tiny.trained(tiny.tiny_llama, tiny.facts, count=60, repeats=16, epochs=5)
-    torch.set_num_threads(before)
+def story(one_thread):
+    return tiny.trained(tiny.tiny_llama, tiny.facts, count=60, repeats=16, epochs=5)
 
 
 def run(story, method, max_steps=1, **options):

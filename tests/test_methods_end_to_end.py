@@ -8,10 +8,8 @@ import peft
 import pytest
 import tiny
 import torch
-from torch.nn.functional import cross_entropy
 
 import pyunlearn
-from pyunlearn.data import encode, read_examples
 from pyunlearn.methods import resolve
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, generalized_exposure
 
@@ -30,17 +28,14 @@ def codes(people, seed):
 
 
 @pytest.fixture(scope="module")
-def trained():
+def trained(one_thread):
     """A Llama that has read 300 facts once an epoch, and the three codes fifteen times; codes that it never read are the holdout."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
     model = tiny.tiny_llama(len(tokenizer))
     retain, forget = tiny.facts(300, 2), codes(WHO, 3)
     tiny.train(model, tokenizer, retain + forget * 15, epochs=8)
-    yield tiny.Tiny(model, tokenizer, forget, [], retain[:16], codes(tiny.SUBJECTS * 5, 4))
-    torch.set_num_threads(before)
+    return tiny.Tiny(model, tokenizer, forget, [], retain[:16], codes(tiny.SUBJECTS * 5, 4))
 
 
 def unlearned(trained, method, model=None, **options):
@@ -53,20 +48,10 @@ def unlearned(trained, method, model=None, **options):
     )  # fmt: skip
 
 
-def scores(trained, rows, model):
-    """Mean negative log-likelihoods of the answers, from the model's own logits: nothing of pyunlearn's measuring is used."""
-    out = []
-    for t in encode(read_examples(rows, role="x"), trained.tokenizer, role="x", max_length=None):
-        with torch.no_grad():
-            logits = model(torch.tensor([t.ids])).logits[0, t.first - 1 : -1].double()
-        out.append(cross_entropy(logits, torch.tensor(t.scored)).item())
-    return np.array(out)
-
-
 def exposures(trained, model):
     """(lower, upper) of the secrets under the model, among holdout codes as the original model scores them: anchored."""
-    references = scores(trained, trained.holdout, trained.model)
-    found = generalized_exposure(scores(trained, trained.forget, model), references)
+    references = tiny.negative_log_likelihoods(trained, trained.holdout, trained.model)
+    found = generalized_exposure(tiny.negative_log_likelihoods(trained, trained.forget, model), references)
     return found.lower, found.upper
 
 
@@ -85,7 +70,9 @@ def test_secrets_come_down_to_the_level_of_unseen_ones_within_the_budget(trained
     np.testing.assert_allclose(lower, [e.exposure_after for e in result.examples], atol=1e-9)
     assert (lower <= NULL_MEAN).all()
     assert (upper < SIGNIFICANT).all()
-    before, after = (scores(trained, trained.retain, m).mean() for m in (trained.model, result.model))
+    before, after = (
+        tiny.negative_log_likelihoods(trained, trained.retain, m).mean() for m in (trained.model, result.model)
+    )
     assert (after - before) / max(before, 1.0) <= 0.05 + 1e-6
 
 

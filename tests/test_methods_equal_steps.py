@@ -15,17 +15,14 @@ from pyunlearn.methods import METHODS
 
 
 @pytest.fixture(scope="module")
-def facts():
+def facts(one_thread):
     """A GPT-2 in float64, so that what differs by rounding alone cannot be told from what is the same; texts of different lengths."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     found = tiny.trained(tiny.tiny_gpt2, tiny.facts, count=60, repeats=16, epochs=5, form="$A", pad=False)
     short = [{"question": "who?", "answer": "one boy."}]
     tiny.train(found.model, found.tokenizer, found.forget * 8 + short * 16, epochs=4)
-    yield tiny.Tiny(
+    return tiny.Tiny(
         found.model.double(), found.tokenizer, [*found.forget, *short], [], found.retain[:7], found.holdout[:20]
     )
-    torch.set_num_threads(before)
 
 
 def run(facts, method, model=None, **options):

@@ -20,11 +20,8 @@ BETA = 0.3
 
 
 @pytest.fixture(scope="module")
-def story():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tiny.trained(tiny.tiny_gpt2, tiny.facts, count=120, repeats=16, epochs=6, form="$A", pad=False)
-    torch.set_num_threads(before)
+def story(one_thread):
+    return tiny.trained(tiny.tiny_gpt2, tiny.facts, count=120, repeats=16, epochs=6, form="$A", pad=False)
 
 
 @pytest.fixture(scope="module")

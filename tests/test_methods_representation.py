@@ -20,15 +20,6 @@ BOTH = ("rmu", "adaptive_rmu")
 QUICK = {"layer": 1, "alpha": 10.0}  # for two layers, and retain text of the forget text's own grammar
 
 
-@pytest.fixture(scope="module")
-def story():
-    """A Llama that tells sentences and knows two by heart."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tiny.storyteller()
-    torch.set_num_threads(before)
-
-
 def rows(seed=0):
     """(hidden (7, 5), example, counts, lengths, direction (5,)): three examples of 2, 4 and 1 tokens, float64."""
     g = torch.Generator().manual_seed(seed)

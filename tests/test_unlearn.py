@@ -14,7 +14,6 @@ import pytest
 import tiny
 import torch
 from heads import Allocations
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyunlearn
@@ -32,28 +31,7 @@ STEP = {"step", "round", "examples", "forget_loss", "retain_nll", "gradient_norm
 ROUND = {"kept", "objection", "active", "utility_rise", "reference_drift", "mean_log_likelihood", "exposure"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny models run faster so, and the same bits come out every time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def story(_one_thread):
-    return tiny.storyteller()
-
-
-@pytest.fixture(scope="module")
-def answers(_one_thread):
-    return tiny.answerer()
-
-
-@pytest.fixture(scope="module")
-def t5(_one_thread):
-    return tiny.translator()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(trained, forget=None, *, model=None, **options):
@@ -83,16 +61,6 @@ def same(a, b):
 
 def timeless(history):
     return [{name: value for name, value in record.items() if name != "seconds"} for record in history]
-
-
-def negative_log_likelihoods(trained, rows, model):
-    """Of causal examples, by a plain loop over the model's own logits; nothing of pyunlearn's measuring is used."""
-    out = []
-    for t in encode(read_examples(rows, role="x"), trained.tokenizer, role="x", max_length=None):
-        with torch.no_grad():
-            logits = model(torch.tensor([t.ids])).logits[0, t.first - 1 : -1].double()
-        out.append(cross_entropy(logits, torch.tensor(t.scored)).item())
-    return np.array(out)
 
 
 def check_forgotten(result, trained, *, memorized=2):
@@ -126,14 +94,14 @@ def test_sentences_leave_a_llama_and_unseen_ones_are_left_alone(story):
     check_forgotten(result, story)
     assert [e.text for e in result.examples] == story.forget + story.unseen
     before, after = (
-        negative_log_likelihoods(story, story.retain, model).mean() for model in (story.model, result.model)
+        tiny.negative_log_likelihoods(story, story.retain, model).mean() for model in (story.model, result.model)
     )
     assert result.utility.nll_before == pytest.approx(before, rel=1e-5)
     assert result.utility.nll_after == pytest.approx(after, rel=1e-5)
     assert result.utility.relative_rise == pytest.approx((after - before) / max(before, 1), abs=1e-5)
     assert (result.utility.measured_on, result.utility.sequences) == ("retain set", len(story.retain))
     for e, nll in zip(
-        result.examples, negative_log_likelihoods(story, story.forget + story.unseen, result.model), strict=True
+        result.examples, tiny.negative_log_likelihoods(story, story.forget + story.unseen, result.model), strict=True
     ):
         assert -e.log_likelihood_after == pytest.approx(nll, rel=1e-5)
 
@@ -462,7 +430,7 @@ def test_a_run_never_spends_more_than_its_utility_budget(story, budget):
     assert "still exposed" in {e.verdict for e in result.examples}
     assert not result.forgotten
     before, after = (
-        negative_log_likelihoods(story, story.holdout, model).mean() for model in (story.model, result.model)
+        tiny.negative_log_likelihoods(story, story.holdout, model).mean() for model in (story.model, result.model)
     )
     assert (after - before) / max(before, 1.0) <= budget + 1e-6
     assert result.utility.nll_after == pytest.approx(after, rel=1e-5)
@@ -485,7 +453,7 @@ def test_a_learning_rate_far_too_high_never_over_unlearns(story, learning_rate, 
     assert all(e.upper_exposure_after < SIGNIFICANT for e in result.examples)
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
     assert result.utility.relative_rise <= 0.05
-    assert negative_log_likelihoods(story, story.retain, result.model).mean() == pytest.approx(
+    assert tiny.negative_log_likelihoods(story, story.retain, result.model).mean() == pytest.approx(
         result.utility.nll_after, rel=1e-5
     )
     assert result.stopped in ("forgotten", "utility budget", "over-unlearning")
@@ -626,12 +594,12 @@ def test_adapters_alone_are_trained(story, tmp_path):
     assert changed
     assert all("lora_" in name for name in changed)
     with result.model.disable_adapter():
-        original = negative_log_likelihoods(story, story.forget, result.model)
+        original = tiny.negative_log_likelihoods(story, story.forget, result.model)
     np.testing.assert_allclose(original, [-e.log_likelihood_before for e in result.examples], rtol=1e-5)
     assert (result.save(tmp_path / "out") / "adapter_model.safetensors").exists()
     again = peft.PeftModel.from_pretrained(story.fresh(), tmp_path / "out")
     np.testing.assert_allclose(
-        negative_log_likelihoods(story, story.forget, again),
+        tiny.negative_log_likelihoods(story, story.forget, again),
         [-e.log_likelihood_after for e in result.examples],
         rtol=1e-5,
     )
@@ -661,7 +629,9 @@ def test_npo_compares_with_the_reference_model(story):
     assert same(other, start)
     tokens = encode(read_examples(story.forget, role="x"), story.tokenizer, role="x", max_length=None)
     lengths = np.array([len(t.scored) for t in tokens])
-    sums = [torch.tensor(-negative_log_likelihoods(story, story.forget, m) * lengths) for m in (story.model, other)]
+    sums = [
+        torch.tensor(-tiny.negative_log_likelihoods(story, story.forget, m) * lengths) for m in (story.model, other)
+    ]
     assert result.history[0]["forget_loss"] == pytest.approx(npo(*sums, beta=0.3).item(), rel=1e-4)
     with pytest.raises(ModelError, match="another vocabulary"):
         run(story, method="npo", reference_model=tiny.tiny_llama(77))
@@ -707,7 +677,7 @@ def test_a_saved_result_loads_as_the_model_it_was(story, tmp_path):
     assert same(model, result.model)
     assert tokenizer(story.forget)["input_ids"] == story.tokenizer(story.forget)["input_ids"]
     np.testing.assert_allclose(
-        negative_log_likelihoods(story, story.forget, model),
+        tiny.negative_log_likelihoods(story, story.forget, model),
         [-e.log_likelihood_after for e in result.examples],
         rtol=1e-5,
     )

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from test_edits import _one_thread, same, story, weights  # noqa: F401
+from test_edits import weights
 from test_edits_masks import check_held, run
 
 from pyunlearn._state import State
 from pyunlearn.errors import ArgumentError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -28,7 +30,7 @@ def test_a_step_of_the_penalty_ends_at_zero(dtype):
     torch.testing.assert_close(state._weights[0].detach(), torch.tensor([[0.745, -0.245, 0.0]]))
 
 
-def test_the_penalty_falls_in_a_line_to_zero(story, monkeypatch):  # noqa: F811
+def test_the_penalty_falls_in_a_line_to_zero(story, monkeypatch):
     """From its strength at the first step to strength / max_steps at the last."""
     seen, real = [], State.shrink
     monkeypatch.setattr(State, "shrink", lambda self, strength: (seen.append(strength), real(self, strength)))
@@ -36,7 +38,7 @@ def test_the_penalty_falls_in_a_line_to_zero(story, monkeypatch):  # noqa: F811
     assert seen == pytest.approx([2.0, 1.5, 1.0, 0.5])
 
 
-def test_a_text_is_forgotten_in_a_sparser_model(story):  # noqa: F811
+def test_a_text_is_forgotten_in_a_sparser_model(story):
     """Many weights are exactly 0 afterwards, none without the penalty; utility stays within its budget, and a mask holds against it."""
     plain, sparse = run(story), run(story, l1=3.0)
     zeros = [sum(int((p == 0).sum()) for p in r.model.parameters()) for r in (plain, sparse)]

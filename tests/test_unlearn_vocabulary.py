@@ -13,19 +13,7 @@ from pyunlearn.errors import DataError
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tiny models run faster so, and the same bits come out every time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def story(_one_thread):
-    return tiny.storyteller()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +23,6 @@ def clean(story):
     model = tiny.tiny_llama(len(story.tokenizer))
     tiny.train(model, story.tokenizer, tiny.sentences(400, 2), epochs=4)
     return model
-
-
-@pytest.fixture(scope="module")
-def t5(_one_thread):
-    return tiny.translator()
 
 
 def check_forgotten(result):

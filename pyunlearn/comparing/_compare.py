@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from pyunlearn import models
+from pyunlearn._given import encoded, model_name, shown, versions
 from pyunlearn._progress import Progress
-from pyunlearn.auditing import _encoded, _name, _versions
 from pyunlearn.comparing._comparison import Comparison, Row, check_folder
 from pyunlearn.comparing._method import Restored, run_method
 from pyunlearn.comparing._yardstick import UTILITY_METRICS, Yardstick
@@ -102,8 +102,10 @@ def compare(
     examples = {role: read_examples(source, role=role) for role, source in sources.items() if source is not None}
     own = {name: given for name, given in (method_options or {}).items() if given}
     options = _DEFAULTS | options
-    settings = _versions() | {name: _plain(value) for name, value in options.items()}
-    settings |= {"model": _name(model), "tau": tau, "metric": metric, "method_options": own}
+    settings = versions() | {
+        name: type(value).__name__ if isinstance(value, Mapping) else shown(value) for name, value in options.items()
+    }  # a mask is too long to show
+    settings |= {"model": model_name(model), "tau": tau, "metric": metric, "method_options": own}
     if isinstance(model, (str, Path)):
         model, tokenizer = models.load(model, tokenizer=tokenizer)
     models.require_language_model(model)
@@ -113,7 +115,7 @@ def compare(
         bar = Progress(progress, "comparing")
         try:
             bar.say("measuring the original")
-            tokens = _encoded(model, tokenizer, examples, options["truncate"])
+            tokens = encoded(model, tokenizer, examples, options["truncate"])
             references = tokens.get("holdout") or sampled(model, tokenizer, tokens["forget"], seed=options["seed"])
             require_enough(references, holdout=holdout is not None)
             yardstick = Yardstick(
@@ -204,7 +206,7 @@ def _checked(
 
 def _require_same(there: Comparison, now: Comparison, target: Path) -> None:
     """Raises OutputError unless the comparison in the folder was made with these texts, this model and these settings."""
-    ours = json.loads(json.dumps({k: v for k, v in now.settings.items() if k not in _versions()}))
+    ours = json.loads(json.dumps({k: v for k, v in now.settings.items() if k not in versions()}))
     what = next(
         (f"{k}={there.settings.get(k)!r}, not {v!r}" for k, v in ours.items() if there.settings.get(k) != v), None
     )
@@ -214,11 +216,6 @@ def _require_same(there: Comparison, now: Comparison, target: Path) -> None:
             what = f"another model or other {role} texts"
     if what is not None:
         raise OutputError(f"the comparison in {target} was made with {what}: give the same, or another folder")
-
-
-def _plain(value: Any) -> Any:
-    """An option as result.json shows it: its value, or the name of its type."""
-    return value if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__
 
 
 def _tell(row: Row, number: int, count: int, seconds: float, progress: bool | None) -> None:

@@ -16,7 +16,7 @@ from pyunlearn.errors import ModelError
 from pyunlearn.probes._scoring import batches_on
 
 
-class Layer(NamedTuple):
+class LinearLayer(NamedTuple):
     """A linear layer that trains: y = W x (+ bias), W (out, in)."""
 
     name: str  # of the weight
@@ -34,7 +34,7 @@ class Layer(NamedTuple):
         return stored.T if self.transposed else stored
 
 
-def layers_of(edit: Editing) -> list[Layer]:
+def layers_of(edit: Editing) -> list[LinearLayer]:
     """In the order of the model. Head, embeddings and what lies outside the numbered blocks are no part of it.
 
     Raises ModelError where none trains.
@@ -46,7 +46,7 @@ def layers_of(edit: Editing) -> list[Layer]:
         block = re.match(r"(.*?\.\d+)\.", f"{name}.")
         weight = f"{name}.weight"
         if type(module) in (nn.Linear, Conv1D) and block and weight in edit.parameters:
-            found.append(Layer(weight, module, block[1], type(module) is Conv1D))
+            found.append(LinearLayer(weight, module, block[1], type(module) is Conv1D))
     if not found:
         raise ModelError(
             f"{edit.name} works on linear layers of the model's blocks, and none that trains was found: set requires_grad on some"
@@ -54,9 +54,9 @@ def layers_of(edit: Editing) -> list[Layer]:
     return found
 
 
-def by_block(layers: Sequence[Layer]) -> list[list[Layer]]:
+def by_block(layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:
     """The layers of each block, in order."""
-    found: dict[str, list[Layer]] = defaultdict(list)
+    found: dict[str, list[LinearLayer]] = defaultdict(list)
     for layer in layers:
         found[layer.block].append(layer)
     return list(found.values())

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from pyunlearn.edits._curvature import norm, widened
 from pyunlearn.edits._edited import Edited, Editing, require_positive, require_retain, wide
 from pyunlearn.edits._fisher import DAMPING, direction, drawn_loss
-from pyunlearn.edits._layers import Layer, even_batches, layers_of
+from pyunlearn.edits._layers import LinearLayer, even_batches, layers_of
 from pyunlearn.errors import TrainingError
 from pyunlearn.probes._scoring import measuring
 from pyunlearn.probes.gradients import visited
 
-Take = Callable[[Layer, Tensor, Tensor], None]
+Take = Callable[[LinearLayer, Tensor, Tensor], None]
 
 
 def ekfac_step(
@@ -81,19 +81,19 @@ def ekfac_step(
         return edit.done(step_norm=rate * norm(steps), damping=dampings, unread=unread)
 
 
-def _joined(edit: Editing, layer: Layer, v: dict[str, Tensor]) -> Tensor:
+def _joined(edit: Editing, layer: LinearLayer, v: dict[str, Tensor]) -> Tensor:
     """(out, in), or (out, in + 1) with the bias, of what is stored like the parameters."""
     weight = layer.matrix(v[layer.name])
     return torch.cat([weight, v[layer.bias][:, None]], dim=1) if layer.bias in edit.parameters else weight
 
 
 def _bases(
-    edit: Editing, layers: Sequence[Layer], samples: int, generator: torch.Generator
+    edit: Editing, layers: Sequence[LinearLayer], samples: int, generator: torch.Generator
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """weight -> (Qa, Qs), for the layers that a text came through."""
     factors: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def take(layer: Layer, a: Tensor, g: Tensor) -> None:
+    def take(layer: LinearLayer, a: Tensor, g: Tensor) -> None:
         a, g = a.flatten(0, 1), g.flatten(0, 1)
         if layer.name not in factors:
             factors[layer.name] = (a.T @ a, g.T @ g)
@@ -114,13 +114,13 @@ def _bases(
 
 
 def _eigenvalues(
-    edit: Editing, layers: Sequence[Layer], bases: dict[str, tuple[Tensor, Tensor]], samples: int, generator: torch.Generator
+    edit: Editing, layers: Sequence[LinearLayer], bases: dict[str, tuple[Tensor, Tensor]], samples: int, generator: torch.Generator
 ) -> dict[str, Tensor]:  # fmt: skip
     """weight -> Lambda (out, in) or (out, in + 1)."""
     found: dict[str, Tensor] = {}
     count = samples * len(edit.tokens["retain"])
 
-    def take(layer: Layer, a: Tensor, g: Tensor) -> None:
+    def take(layer: LinearLayer, a: Tensor, g: Tensor) -> None:
         q_a, q_s = bases[layer.name]
         rotated = torch.einsum(
             "bto,bti->boi", g @ q_s, a @ q_a
@@ -132,10 +132,12 @@ def _eigenvalues(
     return found
 
 
-def _backward(edit: Editing, layers: Sequence[Layer], take: Take, samples: int, generator: torch.Generator) -> None:
+def _backward(
+    edit: Editing, layers: Sequence[LinearLayer], take: Take, samples: int, generator: torch.Generator
+) -> None:
     """Hands each layer's inputs (b, T, in), with a column of ones where its bias trains, and output gradients (b, T, out) to `take`, batch by batch."""
 
-    def hook(layer: Layer) -> Callable[..., None]:
+    def hook(layer: LinearLayer) -> Callable[..., None]:
         def see(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
             a = _by_text(wide(given[0]))
             if layer.bias in edit.parameters:

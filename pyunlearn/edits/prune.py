@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyunlearn.data import Tokens
 from pyunlearn.edits._edited import Edited, Editing, require_retain, wide
-from pyunlearn.edits._layers import Layer, by_block, even_batches, forward, layers_of
+from pyunlearn.edits._layers import LinearLayer, by_block, even_batches, forward, layers_of
 from pyunlearn.edits._ranking import largest
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
 from pyunlearn.probes._scoring import measuring
@@ -85,7 +85,7 @@ def prune(
             total = sum(s.numel() for s in sizes.values())
             mask = largest(sizes, total - int(total * sparsity))
             _write(edit, mask)
-            blocks: list[list[Layer]] = []
+            blocks: list[list[LinearLayer]] = []
         else:
             blocks = by_block(layers)
         roles = {"magnitude": (), "wanda": ("retain",), "forget-aware": ("retain", "forget")}[score]
@@ -155,7 +155,7 @@ def _scores(w: Tensor, inputs: Sequence[Tensor]) -> Tensor:
     return w * inputs[0] / (forgets.mean() + forgets + torch.finfo(w.dtype).tiny)
 
 
-def _require_divisible(edit: Editing, layers: Sequence[Layer], m: int) -> None:
+def _require_divisible(edit: Editing, layers: Sequence[LinearLayer], m: int) -> None:
     for layer in layers:
         wide_by = layer.matrix(edit.parameters[layer.name]).shape[1]
         if wide_by % m:
@@ -175,7 +175,7 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def input_norms(edit: Editing, tokens: Sequence[Tokens], block: Sequence[Layer]) -> dict[str, Tensor]:
+def input_norms(edit: Editing, tokens: Sequence[Tokens], block: Sequence[LinearLayer]) -> dict[str, Tensor]:
     """weight -> (in,) root mean square of its inputs over all tokens, for the layers of one block that any token came through.
 
     The model runs no further than that block. Raises TrainingError where an input is not finite.
@@ -183,7 +183,7 @@ def input_norms(edit: Editing, tokens: Sequence[Tokens], block: Sequence[Layer])
     squares: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def take(layer: Layer, given: tuple[Tensor, ...]) -> None:
+    def take(layer: LinearLayer, given: tuple[Tensor, ...]) -> None:
         x = wide(given[0]).flatten(0, -2)
         if len(x):
             squares[layer.name] = squares.get(layer.name, 0) + x.square().sum(0)

@@ -10,6 +10,7 @@ from typing import Any
 from pyunlearn.audit_result import Audit, AuditedExample
 from pyunlearn.masking import MASK, masked, recited
 from pyunlearn.report import plots, sentences
+from pyunlearn.report.pages import rendered
 
 _ROWS, _WORST = 40, 5
 _SCORES = {
@@ -29,13 +30,7 @@ def audit_page(audit: Audit, *, show_text: bool = False) -> str:
     Raises DependencyError when jinja2 or matplotlib is missing.
     """
     require_page_packages()
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = Path(__file__).parent / "templates"
-    environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    return environment.get_template("audit.html").render(_content(audit, show_text))
+    return rendered(Path(__file__).parent / "templates" / "audit.html", _content(audit, show_text))
 
 
 def _content(audit: Audit, show_text: bool) -> dict[str, Any]:

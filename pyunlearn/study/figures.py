@@ -70,12 +70,8 @@ def _trade_off(
             axes.axvline(NULL_MEAN, color=_INK, linestyle=":", linewidth=1)
             axes.set_ylim(-0.05 * top, top)
             axes.set_xlim(left=0)
-            if row == 0:
-                axes.set_title(_times(r))
-            else:
-                axes.set_xlabel("mean exposure, bits")
-            if column == 0:
-                axes.set_ylabel(f"rise of test NLL, nats\n{yardstick.split()[0]} references")
+            y_label = f"rise of test NLL, nats\n{yardstick.split()[0]} references"
+            _label(axes, row, column, _times(r), "mean exposure, bits", y_label)
 
 
 def _steps(grid: Grid, config: Config, sets: Sets, examples: Examples, outcomes: list[Outcome], folder: Folder) -> None:
@@ -86,12 +82,8 @@ def _steps(grid: Grid, config: Config, sets: Sets, examples: Examples, outcomes:
                 taken = [o.forgotten(yardstick) for o in outcomes if o.which.kind == kind and o.which.repetitions == r]
                 _survival(axes, _joined(taken), COLOURS[kind], NAMES[kind], max(config.steps, 1))
             axes.set(xlim=(0, config.steps), ylim=(0, 1.02))
-            if row == 0:
-                axes.set_title(_times(r))
-            else:
-                axes.set_xlabel("unlearning step")
-            if column == 0:
-                axes.set_ylabel(f"share still exposed\n{yardstick.split()[1]} scores")
+            y_label = f"share still exposed\n{yardstick.split()[1]} scores"
+            _label(axes, row, column, _times(r), "unlearning step", y_label)
 
 
 def _terciles(
@@ -128,10 +120,7 @@ def _terciles(
                     xs[gone], capped[0][gone], linestyle="", marker=r"$\uparrow$", markersize=8, color=COLOURS[kind]
                 )
             axes.set_xticks(range(3), ["lowest third", "middle", "highest third"])
-            if row:
-                axes.set_xlabel(name)
-            if column == 0:
-                axes.set_ylabel(f"steps to forget\n{yardstick.split()[1]} scores")
+            _label(axes, row, column, "", name, f"steps to forget\n{yardstick.split()[1]} scores")
     grid[0][0].set_ylim(bottom=-0.3)
 
 
@@ -164,12 +153,8 @@ def _retrained(
                 axes.plot(steps, away.mean(0), color=COLOURS[kind], label=NAMES[kind])
                 axes.fill_between(steps, away.min(0), away.max(0), color=COLOURS[kind], alpha=0.15, linewidth=0)
             axes.set_xlim(0, config.steps)
-            if row == 0:
-                axes.set_title(_times(r))
-            else:
-                axes.set_xlabel("unlearning step")
-            if column == 0:
-                axes.set_ylabel(f"{'references' if row else 'forget examples'}:\n|NLL - NLL retrained|, nats")
+            y_label = f"{'references' if row else 'forget examples'}:\n|NLL - NLL retrained|, nats"
+            _label(axes, row, column, _times(r), "unlearning step", y_label)
         grid[row][0].set_ylim(bottom=0)  # when all is drawn: it ends the scaling of the whole row
 
 
@@ -206,6 +191,16 @@ def _stack(rows: Sequence[Any]) -> Any:
     """(draws, T): to the length of the shortest run."""
     shortest = min(map(len, rows))
     return np.stack([row[:shortest] for row in rows])
+
+
+def _label(axes: Any, row: int, column: int, title: str, x: str, y: str) -> None:
+    """Of one in a grid of two rows: the title above, the x axis below, the y axis on the left."""
+    if row == 0:
+        axes.set_title(title)
+    else:
+        axes.set_xlabel(x)
+    if column == 0:
+        axes.set_ylabel(y)
 
 
 def _times(r: int) -> str:

@@ -18,6 +18,7 @@ from pyunlearn.metrics import (
     generalized_exposure,
     median_steps,
 )
+from pyunlearn.report.pages import rendered
 from pyunlearn.study.claims import SMALL, Claim
 from pyunlearn.study.config import Config
 from pyunlearn.study.figures import FIGURES, NAMES, retrained_exposures
@@ -33,19 +34,13 @@ def write_page(
     folder: Folder, config: Config, sets: Sets, examples: Examples, outcomes: Sequence[Outcome], claims: Sequence[Claim]
 ) -> None:
     """index.html, and claims.json with the verdicts."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["number"] = _number
     content = {
         "config": config.to_json(), "claims": claims, "tones": TONES, "small": SMALL, "names": NAMES, "figures": _drawings(folder),
         "models": _models(folder, config), "nulls": _nulls(config, sets, examples), "runs": [_run(o, sets, examples) for o in outcomes],
         "environment": folder.read_json("environment.json"), "background": len(sets.background),
     }  # fmt: skip
-    folder.text("index.html", environment.get_template("study.html").render(content))
+    template = Path(__file__).parent / "templates" / "study.html"
+    folder.text("index.html", rendered(template, content, number=_number))
     folder.json("claims.json", [{"claim": c.name, "text": c.text, "verdict": c.verdict, "why": c.why} for c in claims])
 
 
