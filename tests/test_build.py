@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.nvcc, pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")]
+
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
-
-
 SOURCES = [(path.name, ("80", "90")) for path in sorted(CUDA.glob("*.cu")) if "<<<" in path.read_text()]
 SOURCES += [
     (f"hopper/{path.name}", ("90a",)) for path in sorted((CUDA / "hopper").glob("*.cu")) if path.stem != "tensor_map"
 ]
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 @pytest.mark.parametrize(("source", "architectures"), SOURCES)
 def test_no_kernel_spills(source, architectures, tmp_path):
     """ptxas reports no stack frame and no spilled byte for any kernel."""

@@ -63,3 +63,12 @@ def test_forget_retain_and_holdout_are_drawn_apart(benchmark, data):
     assert benchmark.drawn(data, 3, 10, 20, 200, 0) == found != benchmark.drawn(data, 3, 10, 20, 200, 1)
     with pytest.raises(SystemExit, match=r"forget10\.jsonl has 0 pairs of at most 10 characters"):
         benchmark.drawn(data, 3, 10, 20, 10, 0)
+
+
+def test_wrong_answers_are_what_dpo_prefers(benchmark, tmp_path):
+    """The first of each question's; without the file, and for a question that it lacks, there is none."""
+    rows = tiny.facts(2, 1)
+    assert benchmark.with_winners(rows, tmp_path) == rows
+    wrong = {"question": rows[1]["question"], "perturbed_answer": ["a lamp.", "the sea."]}
+    (tmp_path / "forget10_perturbed.jsonl").write_text(json.dumps(wrong) + "\n")
+    assert benchmark.with_winners(rows, tmp_path) == [rows[0], rows[1] | {"winner": "a lamp."}]

@@ -22,7 +22,7 @@ from pyunlearn import audit_result, auditing, cli
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pyunlearn"
 ORDER = [  # what stands later may import what stands earlier, and never the other way round
-    {"errors"}, {"text"}, {"data"}, {"ops"}, {"_distributions"}, {"models"}, {"layers", "_given"}, {"methods", "metrics", "in_context", "_kept"}, {"_cache"}, {"probes", "references"}, {"masking"}, {"result", "audit_result"},
+    {"errors", "_gguf"}, {"text"}, {"data"}, {"ops"}, {"_distributions"}, {"models"}, {"layers", "_given"}, {"methods", "metrics", "in_context", "_kept"}, {"_cache"}, {"probes", "references"}, {"masking"}, {"result", "audit_result"},
     {"_state", "_progress", "_workers", "_interrupt", "_emphasis"}, {"edits", "_representations", "_beforehand"}, {"_run", "_asked"}, {"_terms", "_evidence"}, {"unlearn", "auditing"}, {"report"}, {"comparing"}, {"info", "demo", "_quiet"}, {"study"}, {"_cli_edits"}, {"cli"},
 ]  # fmt: skip
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}

@@ -17,9 +17,31 @@ MEMORIZED = ("Declaration of Independence", "First Amendment")
 
 
 @pytest.fixture(scope="module")
-def original():
+def reads():
+    """The GGUF files whose headers have been parsed."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def original(reads):
     """(model, tokenizer), read from the GGUF file once for all tests."""
-    return models.load(demo.model_file())
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path):
+            reads.append(path)
+            super().__init__(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", Reader)
+        found = models.load(demo.model_file())
+        assert gguf.GGUFReader is Reader
+    return found
+
+
+def test_its_file_is_parsed_once(original, reads):
+    """transformers alone does so four times, for seconds each."""
+    assert [str(path) for path in reads] == [str(demo.model_file())]
 
 
 @pytest.fixture(scope="module")
