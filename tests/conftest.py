@@ -11,12 +11,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # pytest -n: the processes share 
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
 import pytest
-import tiny
-import torch
 from hypothesis import HealthCheck, settings
 
-from pyunlearn import cli
-from pyunlearn.ops import _backend
+# torch and what imports it come with the fixtures: the process that only hands out tests would be five seconds late with it
 
 # longest first: each takes more than 10 s
 LONG = ["real_model", "unlearn", "hopper", "study", "workers", "methods_equal_steps", "methods_end_to_end"]
@@ -34,6 +31,8 @@ settings.load_profile("pyunlearn")
 
 def pytest_collection_modifyitems(config, items):
     """The long files first, so that no process is left alone with one. Left out: cuda without a card, nvcc unless asked for; skipped: real_model without the demo's packages."""
+    import torch
+
     left_out = set() if torch.cuda.is_available() else {"cuda"}
     left_out |= set() if "nvcc" in config.getoption("-m") else {"nvcc"}
     away = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
@@ -58,6 +57,8 @@ def device(request):
 @pytest.fixture(params=["compiled", "reference"])
 def backend(request, device, monkeypatch):
     """The compiled kernels of `device`, then the PyTorch ones."""
+    from pyunlearn.ops import _backend
+
     if request.param == "reference":
         chosen = _backend.Backend("reference", "reference", "the test asks for it")
         monkeypatch.setattr(_backend, "chosen", lambda: chosen)
@@ -69,6 +70,8 @@ def backend(request, device, monkeypatch):
 @pytest.fixture(scope="module")
 def one_thread():
     """Tiny models run faster so, and the same bits come out every time."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -78,24 +81,32 @@ def one_thread():
 @pytest.fixture(scope="module")
 def story(one_thread):
     """A Llama that tells sentences and knows two by heart."""
+    import tiny
+
     return tiny.storyteller()
 
 
 @pytest.fixture(scope="module")
 def answers(one_thread):
     """A GPT-2 that answers questions and knows two answers by heart."""
+    import tiny
+
     return tiny.answerer()
 
 
 @pytest.fixture(scope="module")
 def t5(one_thread):
     """A T5 that completes prompts and knows two completions by heart."""
+    import tiny
+
     return tiny.translator()
 
 
 @pytest.fixture
 def poisoned():
     """Memory that nobody has filled reads NaN."""
+    import torch
+
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -105,6 +116,8 @@ def poisoned():
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     """call(*arguments) -> (exit code, standard output, standard error) of `pyunlearn ...`, run in an empty folder."""
+    from pyunlearn import cli
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
