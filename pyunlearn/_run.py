@@ -117,7 +117,7 @@ class Run:
             "retain set" if retain is not None else "holdout" if holdout is not None else "text sampled from the model"
         )
         self.watched_before = -self.mean_log_likelihood(self.watch)
-        self.drift_before = float(-self.mean_log_likelihood(self.watch_references).mean())
+        self.drift_before = self.nll_of_references(self.watched_before)
         self.significant = SIGNIFICANT - 1e-9  # 19 references reach it exactly
         self.reference: dict[str, list[Floats]] = {}  # by role: under the reference, each token, or each text's sum
         compares = "reference" in self.method.needs or self.retain_loss == "kl" or self.emphasis.compares
@@ -133,7 +133,7 @@ class Run:
             self.bar.say("reading the hidden states")
             keeps = self.retain_loss == "representation"
             self.steering = Steering(self, self.retain_ahead(max_steps) if keeps else (), keeps=keeps)
-        self.start_state = self.measure()
+        self.start_state = self._measured(self.original, self.watched_before, self.drift_before)
         self.memorized = self.start_state.lower >= self.significant
         self.now = self.start_state
         self.steps = np.zeros(len(forget), dtype=np.int64)
@@ -251,16 +251,20 @@ class Run:
     def measure(self) -> Measured:
         """Scores everything that is watched, under the present weights."""
         forget, watched = self.mean_log_likelihood(self.forget), -self.mean_log_likelihood(self.watch)
+        return self._measured(forget, watched, self.nll_of_references(watched))
+
+    def nll_of_references(self, watched: Floats) -> float:
+        """Mean negative log-likelihood of the watched references, which may be the watched text itself."""
         same = self.watch_references is self.watch
-        drift = (
-            float((watched if same else -self.mean_log_likelihood(self.watch_references)).mean()) - self.drift_before
-        )
+        return float((watched if same else -self.mean_log_likelihood(self.watch_references)).mean())
+
+    def _measured(self, forget: Floats, watched: Floats, references: float) -> Measured:
         if not (np.isfinite(forget).all() and np.isfinite(watched).all()):
             bad = np.full(len(forget), np.nan)
             return Measured(forget, bad, bad, watched, math.nan, math.nan)
         exposure = generalized_exposure(-forget, self.reference_scores)
         rise = (watched.mean() - self.watched_before.mean()) / max(self.watched_before.mean(), 1.0)
-        return Measured(forget, exposure.lower, exposure.upper, watched, drift, float(rise))
+        return Measured(forget, exposure.lower, exposure.upper, watched, references - self.drift_before, float(rise))
 
     def active(self) -> NDArray[np.int64]:
         """Indices of the examples that are still to be forgotten."""

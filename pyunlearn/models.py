@@ -23,6 +23,7 @@ from pyunlearn import _gguf
 from pyunlearn._distributions import Distributions, Head
 from pyunlearn.data import TokenBatch
 from pyunlearn.errors import ModelError
+from pyunlearn.ops import _backend
 from pyunlearn.ops.example_objective import ExampleObjective, example_objective, objective_of
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 from pyunlearn.ops.log_likelihood import log_likelihood
@@ -179,6 +180,7 @@ class Likelihood:
 
     def __init__(self, model: Any, *, workspace: int | None = None) -> None:
         require_language_model(model)
+        _backend.chosen()  # one that cannot be had is said here, not held against the model later
         self.model: Any = model
         self.workspace = workspace
         self.fused: bool | None = None

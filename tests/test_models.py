@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from pyunlearn.data import Tokens, collate
 from pyunlearn.errors import ModelError
 from pyunlearn.models import Likelihood, context_length, load, unwrapped
+from pyunlearn.ops import _backend
 
 V = 96
 SMALL = {
@@ -200,6 +201,14 @@ def test_an_unknown_change_of_the_logits_is_noticed():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         likelihood(batch)
+
+
+def test_a_backend_that_cannot_be_had_is_said_before_anything_is_scored(monkeypatch):
+    """It is no reason to take the slow path, with a warning about the model."""
+    why = "PYUNLEARN_BACKEND must be cuda, cpu or reference, got 'gpu'"
+    monkeypatch.setattr(_backend, "chosen", lambda: (_ for _ in ()).throw(ValueError(why)))
+    with pytest.raises(ValueError, match=why):
+        Likelihood(made(CAUSAL["llama"]))
 
 
 def test_a_forward_that_needs_its_head_takes_the_slow_path():

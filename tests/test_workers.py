@@ -14,57 +14,62 @@ import pyunlearn
 from pyunlearn._workers import Workers
 from pyunlearn.errors import ArgumentError
 
+METHODS = {"ga": {"mask": "saliency"}, "pdu+kl": {}}
+BOTH = """
+import sys
+from pyunlearn import cli
+for arguments in " ".join(sys.argv[1:]).split(" , "):
+    sys.argv[1:] = arguments.split()
+    try:
+        cli.main()
+    except SystemExit as ended:
+        assert not ended.code, ended.code
+"""
 
-@pytest.mark.parametrize("method", ["ga", "pdu+kl"])
-def test_two_processes_give_the_run_of_one(tmp_path, method):
-    """Examples, steps and log-likelihoods are those of one process; one of the two prints and saves."""
-    story = tiny.storyteller()
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """(story, folder, what was printed): `pyunlearn unlearn` with each method, in two processes; one launch for all, since most of it is imports."""
+    story, folder = tiny.storyteller(), tmp_path_factory.mktemp("launch")
     for part in (story.model, story.tokenizer):
-        part.save_pretrained(tmp_path / "model")
+        part.save_pretrained(folder / "model")
     for role in ("forget", "retain"):
-        (tmp_path / f"{role}.json").write_text(json.dumps([{"text": text} for text in getattr(story, role)]))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+        (folder / f"{role}.json").write_text(json.dumps([{"text": text} for text in getattr(story, role)]))
+    (folder / "both.py").write_text(BOTH)
+    given = "unlearn model --forget forget.json --retain retain.json --learning-rate 3e-4 --batch-size 3 --json --quiet"
+    each = [
+        f"{given} --method {method} --out {method} " + " ".join(f"--{k} {v}" for k, v in options.items())
+        for method, options in METHODS.items()
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "both.py"]
+    done = subprocess.run(
+        [*launch, *" , ".join(each).split()], cwd=folder, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return story, folder, done.stdout
+
+
+def printed(text):
+    """The JSON documents that stand one after the other."""
+    found = []
+    while text := text.lstrip():
+        document, end = json.JSONDecoder().raw_decode(text)
+        found.append(document)
+        text = text[end:]
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_give_the_run_of_one(launched, method, one_thread):
+    """Examples, steps and log-likelihoods are those of one process; one of the two prints and saves."""
+    story, folder, said = launched
     alone = pyunlearn.unlearn(
         story.fresh(), story.forget, retain=story.retain, tokenizer=story.tokenizer, learning_rate=3e-4, batch_size=3, progress=False,
-        method=method, mask="saliency" if method == "ga" else None,
+        method=method, **METHODS[method],
     )  # fmt: skip
-    torch.set_num_threads(threads)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "pyunlearn.cli",
-    ]
-    command = [
-        "unlearn",
-        str(tmp_path / "model"),
-        "--forget",
-        str(tmp_path / "forget.json"),
-        "--retain",
-        str(tmp_path / "retain.json"),
-    ]
-    options = [
-        "--method",
-        method,
-        "--learning-rate",
-        "3e-4",
-        "--batch-size",
-        "3",
-        "--json",
-        "--quiet",
-        "--out",
-        str(tmp_path / "out"),
-        *(["--mask", "saliency"] if method == "ga" else []),
-    ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *command, *options], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)  # printed once
+    assert len(printed(said)) == len(METHODS)  # each printed once
+    found = printed(said)[list(METHODS).index(method)]
     assert found["stopped"] == alone.stopped == "forgotten"
     assert found["reference_scores"] == pytest.approx(alone.reference_scores, abs=1e-4)
     assert [r["examples"] for r in found["history"]] == [r["examples"] for r in alone.history]
@@ -80,7 +85,7 @@ def test_two_processes_give_the_run_of_one(tmp_path, method):
     for mine, theirs in zip(found["examples"], alone.examples, strict=True):
         assert mine["log_likelihood_after"] == pytest.approx(theirs.log_likelihood_after, abs=2e-3)
         assert (mine["verdict"], mine["steps"]) == (theirs.verdict, theirs.steps)
-    saved = type(story.model).from_pretrained(tmp_path / "out")
+    saved = type(story.model).from_pretrained(folder / method)
     for name, p in saved.state_dict().items():
         assert torch.allclose(p, alone.model.state_dict()[name], atol=1e-4), name
 
