@@ -35,7 +35,7 @@ from pyunlearn.references import require_enough, sampled
 from pyunlearn.result import ExampleResult, Utility
 
 Floats = NDArray[np.float64]
-_WATCHED_TOKENS = 1024  # of the retain set or the references, at each evaluation
+_WATCHED_TOKENS = 1024  # of the retain set, or of the references, at each evaluation
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Measured:
     lower: Floats  # (B,) anchored exposure, bits
     upper: Floats
     watched: Floats  # (W,) mean negative log-likelihood a token of each watched sequence
-    drift: float  # nats a token
     utility: float  # relative rise
 
 
@@ -111,13 +110,11 @@ class Run:
         if "alternates" in self.method.needs:
             self.read["alternate"] = alternates_of(self)
         self.reference_scores = -self.mean_log_likelihood(self.references)
-        self.watch_references = _within(self.references, _WATCHED_TOKENS)
-        self.watch = self.watch_references if retain is None else _within(retain, _WATCHED_TOKENS)
+        self.watch = _within(self.references if retain is None else retain, _WATCHED_TOKENS)
         self.watched_on = (
             "retain set" if retain is not None else "holdout" if holdout is not None else "text sampled from the model"
         )
         self.watched_before = -self.mean_log_likelihood(self.watch)
-        self.drift_before = self.nll_of_references(self.watched_before)
         self.significant = SIGNIFICANT - 1e-9  # 19 references reach it exactly
         self.reference: dict[str, list[Floats]] = {}  # by role: under the reference, each token, or each text's sum
         compares = "reference" in self.method.needs or self.retain_loss == "kl" or self.emphasis.compares
@@ -133,7 +130,7 @@ class Run:
             self.bar.say("reading the hidden states")
             keeps = self.retain_loss == "representation"
             self.steering = Steering(self, self.retain_ahead(max_steps) if keeps else (), keeps=keeps)
-        self.start_state = self._measured(self.original, self.watched_before, self.drift_before)
+        self.start_state = self._measured(self.original, self.watched_before)
         self.memorized = self.start_state.lower >= self.significant
         self.now = self.start_state
         self.steps = np.zeros(len(forget), dtype=np.int64)
@@ -250,21 +247,15 @@ class Run:
 
     def measure(self) -> Measured:
         """Scores everything that is watched, under the present weights."""
-        forget, watched = self.mean_log_likelihood(self.forget), -self.mean_log_likelihood(self.watch)
-        return self._measured(forget, watched, self.nll_of_references(watched))
+        return self._measured(self.mean_log_likelihood(self.forget), -self.mean_log_likelihood(self.watch))
 
-    def nll_of_references(self, watched: Floats) -> float:
-        """Mean negative log-likelihood of the watched references, which may be the watched text itself."""
-        same = self.watch_references is self.watch
-        return float((watched if same else -self.mean_log_likelihood(self.watch_references)).mean())
-
-    def _measured(self, forget: Floats, watched: Floats, references: float) -> Measured:
+    def _measured(self, forget: Floats, watched: Floats) -> Measured:
         if not (np.isfinite(forget).all() and np.isfinite(watched).all()):
             bad = np.full(len(forget), np.nan)
-            return Measured(forget, bad, bad, watched, math.nan, math.nan)
+            return Measured(forget, bad, bad, watched, math.nan)
         exposure = generalized_exposure(-forget, self.reference_scores)
         rise = (watched.mean() - self.watched_before.mean()) / max(self.watched_before.mean(), 1.0)
-        return Measured(forget, exposure.lower, exposure.upper, watched, references - self.drift_before, float(rise))
+        return Measured(forget, exposure.lower, exposure.upper, watched, float(rise))
 
     def active(self) -> NDArray[np.int64]:
         """Indices of the examples that are still to be forgotten."""
@@ -320,8 +311,14 @@ class Run:
         low, high = np.quantile(rises, [0.025, 0.975])
         return Utility(
             self.watched_on, len(before), float(before.mean()), float(after.mean()), self.now.utility, (float(low), float(high)),
-            self.budget, self.now.drift,
+            self.budget, self._drift(),
         )  # fmt: skip
+
+    def _drift(self) -> float:
+        """How much less likely the references have become, nats a token: the yardsticks stay where they were, so whoever reads an exposure wants to know."""
+        if not self.steps.any():
+            return 0.0
+        return float((-self.mean_log_likelihood(self.references) - self.reference_scores).mean())
 
 
 def sizes(tokens: Sequence[Tokens], places: Iterable[int]) -> list[int]:

@@ -330,8 +330,7 @@ def _ascend(
             step, round_number = step + len(records), round_number + 1
             records[-1] |= {
                 "kept": not objection, "objection": objection or None, "active": len(run.active()), "utility_rise": finite(found.utility),
-                "reference_drift": finite(found.drift), "mean_log_likelihood": [finite(x) for x in found.forget],
-                "exposure": [finite(x) for x in found.lower],
+                "mean_log_likelihood": [finite(x) for x in found.forget], "exposure": [finite(x) for x in found.lower],
             }  # fmt: skip
             history += records
             run.bar.update(step, int(run.memorized.sum()), len(run.active()), run.now.utility, run.budget, halvings)
