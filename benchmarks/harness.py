@@ -6,7 +6,6 @@ import contextlib
 import gc
 import importlib.metadata
 import json
-import os
 import platform
 import statistics
 import threading
@@ -83,15 +82,15 @@ def _give_back_freed_memory() -> None:
 def card(device: str) -> dict[str, Any]:
     """What was measured on: device, versions."""
     import pyunlearn
-    from pyunlearn.ops import _backend
+    from pyunlearn.ops import _backend, _hopper
 
-    built = _backend.build_info()
+    built, hopper = _backend.build_info(), device == "cuda" and _hopper.run_on(torch.device("cuda"))
     what: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "backend": _backend.chosen().cuda
+        "backend": f"{_backend.on_card(torch.cuda.current_device()).kernels}{' with Hopper kernels' if hopper else ''}"
         if device == "cuda"
-        else f"{_backend.chosen().cpu} ({built.get('cpu_variant')})",
+        else f"{_backend.on_cpu().kernels} ({built.get('cpu_variant')})",
         "torch": torch.__version__,
         "pyunlearn": pyunlearn.__version__,
         "python": platform.python_version(),
@@ -140,9 +139,9 @@ def save(name: str, result: dict[str, Any]) -> Path:
 
 
 def result_path(name: str, about: dict[str, Any], ending: str = "json") -> Path:
-    """Where a result goes, named after device, PYUNLEARN_HOPPER and date."""
+    """Where a result goes, named after device, kernels and date."""
     where = Path(__file__).parent / "results"
     where.mkdir(exist_ok=True)
     device = "".join(c if c.isalnum() else "-" for c in about["device"].split("(")[0].strip().lower())
-    kernels = "_hopper" if os.environ.get("PYUNLEARN_HOPPER") == "1" else ""
+    kernels = "_hopper" if "Hopper" in about["backend"] else ""
     return where / f"{name}_{device}{kernels}_{about['date']}.{ending}"

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 pip install --no-build-isolation --no-deps . || pip install ".[test]"  # the first needs no network where the environment has everything
-pyunlearn info
+timeout 600 pyunlearn info  # with the trial of the kernels for Hopper
 PYUNLEARN_HOPPER=1 timeout 300 pyunlearn info
 
 small=$(mktemp --suffix=.py)

@@ -14,7 +14,8 @@ def collect() -> dict[str, Any]:
     import pyunlearn
     from pyunlearn.ops import _backend, _hopper
 
-    chosen, built = _backend.chosen(), _backend.build_info()
+    cpu, built = _backend.on_cpu(), _backend.build_info()
+    card = _backend.on_card(torch.cuda.current_device() if torch.cuda.is_available() else 0)
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     driver = built.get("cuda_driver")
     return {
@@ -23,9 +24,11 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "backend on the CPU": f"{chosen.cpu} ({built['cpu_variant']} kernels)" if chosen.cpu == "cpu" else chosen.cpu,
-        "backend on CUDA": chosen.cuda,
-        "why": chosen.why,
+        "backend on the CPU": f"{cpu.kernels} ({built['cpu_variant']} kernels)"
+        if cpu.kernels == "cpu"
+        else cpu.kernels,
+        "backend on CUDA": card.kernels,
+        "why": cpu.why if cpu.why == card.why else f"CPU: {cpu.why}; CUDA: {card.why}",
         "Hopper kernels": _hopper.status(),
         "CPU threads": torch.get_num_threads(),
         "compiled CUDA architectures": built.get("cuda_architectures") or "none",

@@ -180,7 +180,9 @@ class Likelihood:
 
     def __init__(self, model: Any, *, workspace: int | None = None) -> None:
         require_language_model(model)
-        _backend.chosen()  # one that cannot be had is said here, not held against the model later
+        _backend.kernels_for(
+            next(unwrapped(model).parameters())
+        )  # a backend that cannot be had is said here, not held against the model later
         self.model: Any = model
         self.workspace = workspace
         self.fused: bool | None = None

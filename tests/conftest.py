@@ -60,10 +60,13 @@ def backend(request, device, monkeypatch):
     from pyunlearn.ops import _backend
 
     if request.param == "reference":
-        chosen = _backend.Backend("reference", "reference", "the test asks for it")
-        monkeypatch.setattr(_backend, "chosen", lambda: chosen)
-    elif getattr(_backend.chosen(), device) == "reference":
-        pytest.skip(f"no compiled kernels here: {_backend.chosen().why}")
+        chosen = _backend.Choice("reference", "the test asks for it")
+        monkeypatch.setattr(_backend, "on_cpu", lambda: chosen)
+        monkeypatch.setattr(_backend, "on_card", lambda index: chosen)
+    else:
+        chosen = _backend.on_cpu() if device == "cpu" else _backend.on_card(0)
+        if chosen.kernels == "reference":
+            pytest.skip(f"no compiled kernels here: {chosen.why}")
     return request.param
 
 

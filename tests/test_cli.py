@@ -253,12 +253,12 @@ def test_an_option_out_of_range_is_refused(unlearn, tmp_path, option, value, mes
 def test_a_backend_that_does_not_exist_is_refused(call, tmp_path, monkeypatch):
     """PYUNLEARN_BACKEND is a user's mistake like any other."""
     monkeypatch.setenv("PYUNLEARN_BACKEND", "gpu")
-    _backend.chosen.cache_clear()
+    _backend.on_cpu.cache_clear()
     try:
         assert "must be cuda, cpu or reference, got 'gpu'" in refused(call("info"), tmp_path)
     finally:
         monkeypatch.undo()
-        _backend.chosen.cache_clear()
+        _backend.on_cpu.cache_clear()
 
 
 def test_hopper_is_asked_for_by_1(call, tmp_path, monkeypatch):
@@ -288,7 +288,7 @@ def test_info_shows_the_backend_and_why(call):
     found = json.loads(out)
     assert found["pyunlearn"] == pyunlearn.__version__
     assert found["torch"] == torch.__version__
-    assert found["backend on the CPU"].split()[0] == _backend.chosen().cpu
+    assert found["backend on the CPU"].split()[0] == _backend.on_cpu().kernels
     assert found["why"]
     assert {"compiled CUDA architectures", "CUDA driver", "CUDA devices"} <= found.keys()
     code, out, _ = call("info")

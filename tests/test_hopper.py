@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyunlearn.ops import (
     _backend,
     _hopper,
+    _hopper_trial,
     _plan,
     example_objective,
     linear_log_likelihood,
@@ -46,7 +47,7 @@ class Watched:
 @pytest.fixture(scope="session")
 def extension(tmp_path_factory):
     """csrc/bindings.cpp with the CUDA kernels, built for the emulator."""
-    if _backend.chosen().cpu == "reference":
+    if _backend.on_cpu().kernels == "reference":
         pytest.skip("the reference backend calls no kernels")
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         pytest.skip("the emulator is written for x86-64 and Linux")
@@ -81,7 +82,7 @@ def emulated(extension, monkeypatch, poisoned):
 
 @pytest.fixture(params=["emulator", pytest.param("card", marks=pytest.mark.cuda)])
 def watched(request, monkeypatch, poisoned):
-    """The extension on the emulator, then on a card of compute capability 9.0 where PYUNLEARN_HOPPER=1."""
+    """The extension on the emulator, then on a card of compute capability 9.0."""
     if request.param == "emulator":
         return request.getfixturevalue("emulated")
     if not _hopper.run_on(torch.device("cuda")):
@@ -358,43 +359,109 @@ def test_strided_weight_and_memory_from_elsewhere(emulated):
 
 
 def test_the_self_test_passes_and_can_fail(emulated, monkeypatch):
-    """The first-use check accepts these kernels, and says so when one is wrong."""
-    assert _hopper.wrong(torch.device("cpu")) is None
-    good = _hopper._run
+    """The first-use check accepts these kernels, twice in a row, and says so when one is wrong, or gives other numbers the second time."""
+    assert _hopper_trial.wrong(torch.device("cpu"), times=2) is None
+    good, broken = _hopper._run, []
 
     def bad(kernel, *arguments):
         good(kernel, *arguments)
         if kernel == broken[-1]:
-            next(a for a in reversed(arguments) if isinstance(a, torch.Tensor) and a.is_floating_point()).mul_(1.1)
+            found = [a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()]
+            found[3 if kernel == "hopper_statistics" else -1].mul_(1.1)
 
     monkeypatch.setattr(_hopper, "_run", bad)
-    broken = []
     for kernel in ("hopper_gradient", "kept_scale_hidden", "kept_hidden_gradient", "kept_add_targets"):
         broken.append(kernel)
-        assert "wrong gradients" in _hopper.wrong(torch.device("cpu"))
+        assert "wrong gradients" in _hopper_trial.wrong(torch.device("cpu"))
+    broken.append("hopper_statistics")
+    assert "wrong numbers" in _hopper_trial.wrong(torch.device("cpu"))
+    broken.append(None)
+    found, calls = _hopper_trial._found, []
+
+    def drifting(case):
+        statistics, gradients = found(case)
+        calls.append(case)
+        return [statistics[0] + 1e-6 * len(calls), *statistics[1:]], gradients
+
+    monkeypatch.setattr(_hopper_trial, "_found", drifting)
+    assert "other numbers" in _hopper_trial.wrong(torch.device("cpu"), times=2)
 
 
-def test_they_are_asked_for_by_name(monkeypatch):
-    """Without PYUNLEARN_HOPPER=1 they do not run; another value is an error that says what is wanted."""
-    monkeypatch.delenv("PYUNLEARN_HOPPER", raising=False)
-    assert not _hopper.asked_for()
+def test_they_are_tried_out_unless_left_out_by_name(monkeypatch):
+    """PYUNLEARN_HOPPER=0 leaves them out, 1 does without the trial; another value is an error that says what is wanted."""
+    for value in ("", "0", "1"):
+        monkeypatch.setenv("PYUNLEARN_HOPPER", value)
+        assert _hopper.wanted() == value
+    monkeypatch.setenv("PYUNLEARN_HOPPER", "0")
     assert not _hopper.run_on(torch.device("cuda", 0))
-    monkeypatch.setenv("PYUNLEARN_HOPPER", "1")
-    assert _hopper.asked_for()
     monkeypatch.setenv("PYUNLEARN_HOPPER", "yes")
     with pytest.raises(ValueError, match="PYUNLEARN_HOPPER must be 1 or 0, got 'yes'"):
-        _hopper.asked_for()
+        _hopper.wanted()
 
 
-def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(emulated, monkeypatch):
+@pytest.mark.parametrize("value", ["", "1"])
+def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(value, on_card_0, monkeypatch):
     """And the portable ones run."""
-    monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
-    monkeypatch.setattr(_hopper, "wrong", lambda device: "they gave wrong numbers")
-    _hopper._usable.cache_clear()
+    monkeypatch.setenv("PYUNLEARN_HOPPER", value)
+    monkeypatch.setattr(_hopper_trial, "wrong" if value else "failed", lambda device: "they gave wrong numbers")
     with pytest.warns(UserWarning, match="Hopper kernels are not used on cuda:0: they gave wrong numbers"):
         assert not _hopper._usable(0)
     assert not _hopper._usable(0)
+
+
+def test_other_cards_and_builds_hear_nothing_unless_they_asked(on_card_0, monkeypatch, recwarn):
+    """A card that they are not for goes on in silence; with PYUNLEARN_HOPPER=1 it is told why."""
+    monkeypatch.setattr(_backend, "_C", SimpleNamespace(hopper_unavailable=lambda: "no such card"))
+    monkeypatch.delenv("PYUNLEARN_HOPPER", raising=False)
+    assert not _hopper._usable(0)
+    assert not recwarn
+    monkeypatch.setenv("PYUNLEARN_HOPPER", "1")
     _hopper._usable.cache_clear()
+    with pytest.warns(UserWarning, match="not used on cuda:0: no such card"):
+        assert not _hopper._usable(0)
+
+
+@pytest.fixture
+def on_card_0(emulated, monkeypatch):
+    """The emulator taken for a card, of which nothing is known yet."""
+    monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
+    _hopper._usable.cache_clear()
+    yield
+    _hopper._usable.cache_clear()
+
+
+def test_a_trial_is_a_process_of_its_own(on_card_0, tmp_path, monkeypatch):
+    """It sees what this process sees; what it says in the end, a fault that kills it and one that hangs are sentences; a pass is remembered, a failure not."""
+    run = _hopper_trial._in_a_process
+    assert run("sys.exit(None)") is None
+    assert (
+        run("sys.exit('they gave wrong numbers for ' + str(WIDE[0]))")
+        == f"they gave wrong numbers for {_hopper_trial.WIDE[0]}"
+    )
+    assert (
+        run("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+        == "the process that tried them out ended with -11"
+    )
+    assert "did not come to an end within 0.2 s (PYUNLEARN_HOPPER=0 leaves it out)" in run(
+        "while True: pass", seconds=0.2
+    )
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+    assert "no process could be started" in run("pass")
+
+    asked = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+    monkeypatch.setattr(_backend, "_C", SimpleNamespace(__file__=__file__, build_info=lambda: {"cuda_driver": 13000}))
+    for problem in ("it hangs", None):
+        monkeypatch.setattr(
+            _hopper_trial, "_in_a_process", lambda statement, problem=problem: asked.append(statement) or problem
+        )
+        assert _hopper_trial.failed(0) == problem
+    assert _hopper_trial.failed(0) is None
+    assert len(asked) == 2
+    compile(asked[0], "the statement", "exec")
+    assert _hopper_trial.failed(1) is None  # another card is tried for itself
+    assert len(asked) == 3
 
 
 # ---------------------------------------------------------------- the portable CUDA kernels, on the same emulator
@@ -422,7 +489,7 @@ def test_portable_kernels(rows, vocabulary, workspace, options, dtype, emulated,
 
 def test_the_portable_self_test_passes_and_can_fail(emulated, monkeypatch):
     """Every kernel of every width runs in it, and one wrong number in a wide row is seen."""
-    assert _backend._wrong_on_this_card("cpu") is None
+    assert _backend._wrong_on(torch.device("cpu")) is None
     statistics = emulated.module.statistics
 
     def wrong_where_wide(*arguments):
@@ -431,4 +498,4 @@ def test_the_portable_self_test_passes_and_can_fail(emulated, monkeypatch):
             (ctypes.c_float * 5).from_address(arguments[13])[3] *= 1.01
 
     monkeypatch.setattr(_backend, "_C", SimpleNamespace(**{n: getattr(emulated.module, n) for n in ("gradient", "token_statistics", "kl_statistics", "kl_gradient")}, statistics=wrong_where_wide))  # fmt: skip
-    assert "wrong numbers" in _backend._wrong_on_this_card("cpu")
+    assert "wrong numbers" in _backend._wrong_on(torch.device("cpu"))

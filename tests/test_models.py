@@ -206,7 +206,7 @@ def test_an_unknown_change_of_the_logits_is_noticed():
 def test_a_backend_that_cannot_be_had_is_said_before_anything_is_scored(monkeypatch):
     """It is no reason to take the slow path, with a warning about the model."""
     why = "PYUNLEARN_BACKEND must be cuda, cpu or reference, got 'gpu'"
-    monkeypatch.setattr(_backend, "chosen", lambda: (_ for _ in ()).throw(ValueError(why)))
+    monkeypatch.setattr(_backend, "on_cpu", lambda: (_ for _ in ()).throw(ValueError(why)))
     with pytest.raises(ValueError, match=why):
         Likelihood(made(CAUSAL["llama"]))
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pyunlearn.ops import _backend
 from pyunlearn.ops._products import Logits
 
-serves = _backend.chosen().cpu == "cpu" and _backend.build_info()["bf16_products"]
+serves = _backend.on_cpu().kernels == "cpu" and _backend.build_info()["bf16_products"]
 pytestmark = pytest.mark.skipif(not serves, reason="needs AVX512-BF16, and no AMX beside it")
 
 

@@ -1,4 +1,4 @@
-"""Which implementation of the row kernels runs: cuda (C++/CUDA), cpu (C++) or reference (PyTorch). Chosen once.
+"""Which implementation of the row kernels runs: cuda (C++/CUDA), cpu (C++) or reference (PyTorch). Chosen once, and for each card by itself.
 
 PYUNLEARN_BACKEND=cuda | cpu | reference overrides the choice: `reference` everywhere, `cpu` keeps CUDA tensors on the reference,
 `cuda` insists on the CUDA kernels and is an error where they cannot run.
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pyunlearn.ops import _kernels, reference
 
@@ -30,11 +31,10 @@ except ImportError as error:  # a source tree that was not built, or a platform 
         )
 
 
-class Backend(NamedTuple):
-    """What runs for CPU tensors and for CUDA tensors ("cpu", "cuda" or "reference"), and why."""
+class Choice(NamedTuple):
+    """What runs ("cuda", "cpu" or "reference"), and why."""
 
-    cpu: str
-    cuda: str
+    kernels: str
     why: str
 
 
@@ -49,51 +49,79 @@ def extension() -> Any:
 
 
 @cache
-def chosen() -> Backend:
-    """The backend of this process. Raises ValueError for an unknown or impossible PYUNLEARN_BACKEND."""
-    wanted = os.environ.get("PYUNLEARN_BACKEND", "").strip().lower()
-    if wanted not in ("", "cuda", "cpu", "reference"):
-        raise ValueError(f"PYUNLEARN_BACKEND must be cuda, cpu or reference, got {wanted!r}: correct it or unset it")
+def on_cpu() -> Choice:
+    """For tensors on the CPU; no card is touched, unless one is insisted on. Raises ValueError for an unknown or impossible PYUNLEARN_BACKEND."""
+    wanted = _wanted()
     if wanted == "reference":
-        return Backend("reference", "reference", "PYUNLEARN_BACKEND=reference")
+        return Choice("reference", "PYUNLEARN_BACKEND=reference")
     if _C is None:
         if wanted:
             raise ValueError(
                 f"PYUNLEARN_BACKEND={wanted} needs the compiled extension, which is not here: run `pip install .`"
             )
-        return Backend("reference", "reference", f"the compiled extension is missing: {_missing}")
-    if wanted == "cpu":
-        return Backend("cpu", "reference", "PYUNLEARN_BACKEND=cpu")
-    problem = _cuda_problem() or _wrong_on_this_card()
-    if wanted == "cuda" and problem:
+        return Choice("reference", f"the compiled extension is missing: {_missing}")
+    if wanted == "cuda":
+        on_card(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    return Choice("cpu", "compiled kernels found")
+
+
+@cache
+def on_card(index: int) -> Choice:
+    """For tensors on that card, on which the kernels are tried out when it is asked for the first time. Raises ValueError as `on_cpu`."""
+    wanted = _wanted()
+    if wanted == "cpu" or (wanted != "cuda" and on_cpu().kernels == "reference"):
+        return Choice("reference", "PYUNLEARN_BACKEND=cpu" if wanted == "cpu" else on_cpu().why)
+    problem = _cuda_problem(index)
+    if not problem:
+        require_no_graph()
+        with _disable_current_modes(), torch.cuda.device(index):  # the first use may be in the middle of torch.compile
+            problem = _wrong_on(torch.device("cuda", index))
+    if not problem:
+        return Choice("cuda", "compiled kernels found")
+    if wanted == "cuda":
         raise ValueError(f"PYUNLEARN_BACKEND=cuda, but {problem}: mend that, or unset it")
-    if problem:
-        if torch.cuda.is_available():
-            warnings.warn(
-                f"pyunlearn's CUDA kernels are not used: {problem}. Plain PyTorch runs on the card instead.",
-                stacklevel=3,
-            )
-        return Backend("cpu", "reference", problem)
-    return Backend("cpu", "cuda", "compiled kernels found for both")
+    if torch.cuda.is_available():
+        warnings.warn(
+            f"pyunlearn's CUDA kernels are not used on cuda:{index}: {problem}. Plain PyTorch runs on the card instead.",
+            stacklevel=3,
+        )
+    return Choice("reference", problem)
 
 
-def _cuda_problem() -> str | None:
+def require_no_graph() -> None:
+    """Raises RuntimeError while a CUDA graph is captured: kernels are tried out at their first use, and a graph cannot hold that."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "pyunlearn tries its kernels out at their first use, which a CUDA graph cannot hold: call the op once before capturing"
+        )
+
+
+def _wanted() -> str:
+    wanted = os.environ.get("PYUNLEARN_BACKEND", "").strip().lower()
+    if wanted not in ("", "cuda", "cpu", "reference"):
+        raise ValueError(f"PYUNLEARN_BACKEND must be cuda, cpu or reference, got {wanted!r}: correct it or unset it")
+    return wanted
+
+
+def _cuda_problem(index: int) -> str | None:
+    if _C is None:
+        return f"the compiled extension is missing: {_missing}"
     info = build_info()
-    if not info.get("cuda_architectures"):
+    if not info["cuda_architectures"]:
         return "the extension was built without CUDA"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if info["cuda_problem"]:
         return str(info["cuda_problem"])
-    oldest = min(int(a) for a in info["cuda_architectures"].split())
-    major, minor = torch.cuda.get_device_capability()
+    oldest = min(int(a.rstrip("af")) for a in info["cuda_architectures"].split())
+    major, minor = torch.cuda.get_device_capability(index)
     if major * 10 + minor < oldest:
         return f"the card has compute capability {major}.{minor}, and the kernels need {oldest / 10:.1f} or later"
     return None
 
 
 @torch.no_grad()
-def _wrong_on_this_card(device: str = "cuda") -> str | None:
+def _wrong_on(device: torch.device) -> str | None:
     """Runs every CUDA kernel once on small blocks and compares it with the definition: a wrong number must not pass silently.
 
     The widths are those at which another kernel takes the row: a warp, a block that holds it, a block that reads it twice. 5003 and 9001 leave rows
@@ -101,15 +129,15 @@ def _wrong_on_this_card(device: str = "cuda") -> str | None:
     """
     generator = torch.Generator().manual_seed(0)
     dtypes = ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3))
-    for (dtype, tolerance), columns in product(dtypes, (1024, 5003, 9001)):
-        x = torch.randn(5, columns, generator=generator).to(device, dtype)
-        y = torch.randn(5, columns, generator=generator).to(device)
-        try:
+    try:
+        for (dtype, tolerance), columns in product(dtypes, (1024, 5003, 9001)):
+            x = torch.randn(5, columns, generator=generator).to(device, dtype)
+            y = torch.randn(5, columns, generator=generator).to(device)
             found = [_self_test(run, x, y) for run in (_C, reference)]
-        except RuntimeError as error:
-            return f"they failed on this card: {str(error).splitlines()[0]}"
-        if not torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance):
-            return "they gave wrong numbers in a self-test on this card (please report it, with `pyunlearn info`)"
+            if not torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance):
+                return "they gave wrong numbers in a self-test on this card (please report it, with `pyunlearn info`)"
+    except RuntimeError as error:
+        return f"they failed on this card: {str(error).splitlines()[0]}"
     return None
 
 
@@ -150,9 +178,9 @@ def _self_test(run: Any, x: Tensor, y: Tensor) -> Tensor:
 def kernels_for(x: Tensor) -> str:
     """The backend that serves tensors on this device and of this dtype."""
     if x.device.type == "cpu":
-        return chosen().cpu
+        return on_cpu().kernels
     if x.device.type == "cuda" and x.dtype is not torch.float64:
-        return chosen().cuda
+        return on_card(x.device.index).kernels
     return "reference"
 
 

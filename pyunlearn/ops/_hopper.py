@@ -1,7 +1,7 @@
 """The kernels for compute capability 9.0 (H100, H200): the product fused with its row statistics, so that logits live in registers only.
 
-They have not run on a card yet, and a fault in them could hang instead of failing. So they run only where PYUNLEARN_HOPPER=1 asks for them, and
-after they have agreed with the definition once; contracts in csrc/hopper.h and csrc/kept_backward.h.
+They have not run on a card of ours yet, and a fault in them could hang instead of failing. So a card that could run them tries them out first, in a
+process of its own (_hopper_trial.py), and the portable kernels go on where they do not pass. Contracts in csrc/hopper.h and csrc/kept_backward.h.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pyunlearn.ops import _backend, reference
+from pyunlearn.ops import _backend
 from pyunlearn.ops._kernels import DTYPES
-from pyunlearn.ops._plan import Plan, plan
+from pyunlearn.ops._plan import Plan
 from pyunlearn.ops._products import add_product, product
 from pyunlearn.ops._types import Gradients, Head, Statistics
 
@@ -39,79 +39,49 @@ def serves(hidden: Tensor, weight: Tensor) -> bool:
 
 def run_on(device: torch.device) -> bool:
     """Whether these kernels run on that device. They are tried out when it is asked for the first time."""
-    if device.type != "cuda" or not asked_for() or _backend.chosen().cuda != "cuda":
+    if device.type != "cuda" or wanted() == "0" or not _backend.build_info().get("hopper"):
         return False
-    return _usable(torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _backend.on_card(index).kernels == "cuda" and _usable(index)
 
 
-def asked_for() -> bool:
-    """Whether PYUNLEARN_HOPPER=1. Raises ValueError for anything but 1, 0 and nothing."""
-    wanted = os.environ.get("PYUNLEARN_HOPPER", "").strip()
-    if wanted not in ("", "0", "1"):
-        raise ValueError(f"PYUNLEARN_HOPPER must be 1 or 0, got {wanted!r}: correct it or unset it")
-    return wanted == "1"
+def wanted() -> str:
+    """PYUNLEARN_HOPPER: 0, never; 1, after a short self-test in this process; nothing, after their trial. Raises ValueError for anything else."""
+    given = os.environ.get("PYUNLEARN_HOPPER", "").strip()
+    if given not in ("", "0", "1"):
+        raise ValueError(f"PYUNLEARN_HOPPER must be 1 or 0, got {given!r}: correct it or unset it")
+    return given
 
 
 def status() -> str:
     """What `pyunlearn info` says of these kernels."""
-    wanted = asked_for()
+    given = wanted()
     if not _backend.build_info().get("hopper"):
         return "not built"
-    if not wanted:
-        return "built, not asked for (PYUNLEARN_HOPPER=1)"
+    if given == "0":
+        return "built, left out (PYUNLEARN_HOPPER=0)"
     return "used" if torch.cuda.is_available() and run_on(torch.device("cuda")) else "built, cannot run here"
 
 
 @cache
 def _usable(index: int) -> bool:
+    from pyunlearn.ops import _hopper_trial
+
     with _disable_current_modes(), torch.cuda.device(index):
-        problem = _backend.extension().hopper_unavailable() or wrong(torch.device("cuda", index))
+        named, problem = wanted() == "1", _backend.extension().hopper_unavailable()
+        if problem and not named:
+            return False  # another card, or a build without them: nobody asked
+        if not problem and named:
+            _backend.require_no_graph()
+            problem = _hopper_trial.wrong(torch.device("cuda", index))
+        elif not problem:
+            problem = _hopper_trial.failed(index)
     if problem:
         warnings.warn(
             f"pyunlearn's Hopper kernels are not used on cuda:{index}: {problem}. The portable CUDA kernels run instead.",
             stacklevel=2,
         )
     return not problem
-
-
-@torch.no_grad()
-def wrong(device: torch.device) -> str | None:
-    """Compares every kernel with the definition on a small case; a sentence if one fails or gives a wrong number."""
-    generator = torch.Generator().manual_seed(0)
-    for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float16, 4e-3)):
-        h, weight, bias = (
-            torch.randn(*s, generator=generator).to(device, dtype) for s in ((300, 72), (1003, 72), (1003,))
-        )
-        targets = torch.randint(300, (300,), generator=generator).to(device)  # others get their gradient by p alone
-        coefficients = torch.linspace(-1, 1, 300, device=device)
-        head = Head(weight / 8, bias.float(), 0.5, 4.0)
-        z = reference.logits_of(h.double() @ head.weight.double().T, bias.double(), 0.5, 4.0)
-        wanted = reference.token_statistics_of(z, targets)
-        p = z.softmax(1)
-        one = torch.zeros_like(z).scatter_(1, targets[:, None], 1.0)
-        g = coefficients[:, None] * 0.5 * (one - p) * (1 - (z / 4) ** 2)
-        d_wanted = [g @ head.weight.double(), g.T @ h.double(), g.sum(0)]
-        try:
-            found = token_statistics(h, head, targets, None)
-            if any(not torch.allclose(found[i].double(), wanted[i], rtol=1e-4, atol=1e-4) for i in (0, 2, 3)):
-                return "they gave wrong numbers in a self-test on this card (please report it, with `pyunlearn info`)"
-            for workspace in (1 << 30, 0):
-                how = plan(300, 1003, dtype, device.type, workspace, True, fused=True)
-                kept = [h.new_empty((300 * how.room(0, 1003),))] * how.kept
-                factor = h.new_empty((how.blocks, 300), dtype=torch.float32)
-                made = [torch.zeros(d.shape, device=device) for d in d_wanted]
-                into = Gradients(made[0], made[1], made[2])
-                statistics = Statistics(*score(h, head, targets, kept, factor))
-                differentiate(h, head, targets, how, statistics, coefficients, [*kept], factor, into, release=False)
-                pairs = [(made[0], d_wanted[0])]
-                for part in (slice(300), slice(300, None)):
-                    pairs += [(d[part], right[part]) for d, right in zip(made[1:], d_wanted[1:], strict=True)]
-                for d, right in pairs:
-                    if not (d - right).abs().max() <= tolerance * right.abs().max():
-                        return "they gave wrong gradients in a self-test on this card (please report it, with `pyunlearn info`)"
-        except RuntimeError as error:
-            return f"they failed on this card: {str(error).splitlines()[0]}"
-    return None
 
 
 # ---------------------------------------------------------------- the passes of _passes.py and token_statistics.py
