@@ -213,7 +213,7 @@ class Likelihood:
         return example_objective(
             hidden, head.weight, batch.targets, batch.example, function, *per_example, bias=head.bias,
             logit_scale=head.logit_scale / temperature, softcap=head.softcap and head.softcap / temperature, workspace=self.workspace,
-            group_size=group_size, likeliest=likeliest, weights=weights,
+            group_size=group_size, likeliest=likeliest, weights=weights, ignore_index=None,
         )  # fmt: skip
 
     def token_objective(
@@ -230,7 +230,7 @@ class Likelihood:
         return token_objective(
             hidden, head.weight, batch.targets, batch.example, function, *per_token, bias=head.bias,
             logit_scale=head.logit_scale / temperature, softcap=head.softcap and head.softcap / temperature, workspace=self.workspace,
-            examples=len(batch.counts), group_size=group_size,
+            examples=len(batch.counts), group_size=group_size, ignore_index=None,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from heads import Case, assert_agree, assert_equal, cast, make, op_module, plain, statistics_module
+from heads import Case, assert_agree, assert_equal, cast, make, op_module, plain, plain_from_logits, statistics_module
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyunlearn.ops import (
@@ -21,6 +21,7 @@ from pyunlearn.ops import (
     _plan,
     example_objective,
     linear_log_likelihood,
+    log_likelihood,
     reference,
     token_statistics,
     weighted_log_likelihood,
@@ -485,6 +486,18 @@ def test_portable_kernels(rows, vocabulary, workspace, options, dtype, emulated,
     assert_agree([statistics[i] for i in (0, 2, 3)], [right_ones[i] for i in (0, 2, 3)], 2e-5)
     assert (statistics.rank == right_ones[1]).all()
     assert emulated.calls["statistics"] * emulated.calls["gradient"] * emulated.calls["token_statistics"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float64_bias(dtype, emulated):
+    """Beside narrower rows it is taken as float32, on a card as on the CPU; its gradient is float64 again."""
+    case = head(9, 16, 1003, dtype=dtype)._replace(bias=torch.randn(1003, dtype=torch.float64))
+    found = evaluate(linear_log_likelihood, case, unit(9))
+    right(found, truth(case, unit(9)), dtype)
+    assert found[3].dtype is torch.float64
+    logits = case.hidden @ case.weight.T
+    wanted = plain_from_logits(logits.double(), case.targets, bias=case.bias)
+    assert_agree([log_likelihood(logits, case.targets, bias=case.bias.detach())], [wanted], 1e-5)
 
 
 def test_the_portable_self_test_passes_and_can_fail(emulated, monkeypatch):

@@ -541,6 +541,18 @@ def test_any_workspace(workspace, dtype, device, backend):
     assert_agree(found, wanted, 2 * torch.finfo(dtype).eps if dtype is torch.bfloat16 else 2e-6)
 
 
+def test_masked_rows_take_no_workspace(device, backend, monkeypatch):
+    """A workspace that holds the logits of the rows that count keeps all of them, whatever is masked beside them."""
+    case = make(64, 20, 703, device=device, masked=0.7)
+    live, workspace, kept, gradient = int((case.targets >= 0).sum()), 120_000, [], _backend.gradient
+    plans = [plan(n, 703, torch.float32, device, workspace, True) for n in (live, 64)]
+    assert [p.kept == len(p.groups()) for p in plans] == [True, False]
+    monkeypatch.setattr(_backend, "gradient", lambda *a: kept.append(a[6]) or gradient(*a))
+    assert_agree(evaluate(linear_log_likelihood, case, workspace=workspace), truth(case), 4e-6)
+    assert kept
+    assert all(kept)
+
+
 sizes = st.integers(0, 1 << 14)
 
 
@@ -642,23 +654,6 @@ def test_reference_is_the_definition():
     assert_agree([found], [plain(*case[:2], case.targets, **options)], 1e-12)
 
 
-# ---------------------------------------------------------------- which kernels run
-
-
-def test_backend_choice(monkeypatch):
-    """PYUNLEARN_BACKEND decides; a name that is unknown, or impossible here, is an error that says why."""
-    choose = _backend.chosen.__wrapped__
-    monkeypatch.setenv("PYUNLEARN_BACKEND", "reference")
-    assert choose() == ("reference", "reference", "PYUNLEARN_BACKEND=reference")
-    monkeypatch.setenv("PYUNLEARN_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="must be cuda, cpu or reference, got 'nonsense': correct it or unset it"):
-        choose()
-    monkeypatch.setenv("PYUNLEARN_BACKEND", "cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="PYUNLEARN_BACKEND=cuda"):
-        choose()
-
-
 # ---------------------------------------------------------------- on a card
 
 
@@ -713,16 +708,20 @@ def test_side_stream(op, device, backend):
 
 @on_a_card
 def test_no_wait_for_the_card(device, backend):
-    """log_likelihood never waits for the card, forward or backward; linear_log_likelihood waits once, to drop rows."""
+    """Nothing waits for the card, forward or backward; but to drop rows linear_log_likelihood waits once, before anything else."""
     case = make(32, 16, 500, device=device, masked=0.3)
-    logits = (case.hidden @ case.weight.T).requires_grad_()
+    hidden, weight = (t.clone().requires_grad_() for t in case[:2])
+    live = case.targets >= 0
+    rows, targets = hidden[live], case.targets[live]
+    total = linear_log_likelihood(hidden, weight, case.targets).sum()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        log_likelihood(logits, case.targets).sum().backward()
+        total = total + from_logits(hidden, weight, case.targets).sum()
+        (total + linear_log_likelihood(rows, weight, targets, ignore_index=None).sum()).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert logits.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
 
 
 @on_a_card

@@ -135,7 +135,7 @@ def check_examples(targets: Tensor, example_index: Tensor, per_example: tuple[Te
         raise ArgumentError(f"group_size must be a whole number, 1 or more, got {group_size!r}")
     largest, least = -1, 0
     if host_may_wait(targets) and example_index.numel():
-        largest, least = int(example_index.max()), int(example_index.min())
+        least, largest = torch.stack(torch.aminmax(example_index)).tolist()  # one wait for a card
     elif not per_example and not host_may_wait(targets):
         raise ArgumentError(
             "a compiled or captured example_objective cannot count the examples: give something per example, zeros if need be"

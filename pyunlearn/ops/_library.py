@@ -27,9 +27,11 @@ def host_may_wait(x: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def contiguous(bias: torch.Tensor | None) -> torch.Tensor | None:
-    """The bias without gaps, for the kernels know no stride for it."""
-    return None if bias is None else bias.contiguous()
+def bias_beside(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias as the kernels take it with rows of x: without gaps, and float64 only where x is."""
+    if bias is None:
+        return None
+    return (bias.float() if bias.dtype is torch.float64 and x.dtype is not torch.float64 else bias).contiguous()
 
 
 def NO_GRADIENT_OF_GRADIENT(ctx: Any, *gradients: Any) -> Any:

@@ -37,12 +37,14 @@ def lay_out(
     check_targets(targets, weight.shape[0], ignore_index)
     targets, rows = targets.long(), live_rows(targets, ignore_index)
     t, index = take(rows, targets, example_index.long())
-    if bool((index[1:] < index[:-1]).any()):
+    counts = torch.zeros((examples,), dtype=torch.int64, device=t.device).index_add_(0, index, torch.ones_like(index))
+    descends = (index[1:] < index[:-1]).any()
+    unsorted, *sizes = torch.cat([descends[None].long(), counts.view(-1, group_size).sum(1)]).tolist()  # one wait
+    if unsorted:
         order = index.argsort(stable=True)
         rows, t, index = order if rows is None else rows[order], t[order], index[order]
-    counts = torch.bincount(index, minlength=examples)
     most, workspace = rows_a_chunk(len(t), hidden, weight, workspace)
-    groups, chunks = _cut(counts.view(-1, group_size).sum(1).tolist(), most)
+    groups, chunks = _cut(sizes, most)
     slices = [slice(first * group_size, end * group_size) for first, end in groups]
     return Layout(t, rows, index, counts, slices, chunks, most, workspace)
 

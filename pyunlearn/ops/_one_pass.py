@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.ops import _hopper
-from pyunlearn.ops._library import NO_GRADIENT_OF_GRADIENT, contiguous, host_may_wait
+from pyunlearn.ops._library import NO_GRADIENT_OF_GRADIENT, bias_beside, host_may_wait
 from pyunlearn.ops._passes import Gradients, Head, differentiate, real_of, score, take
 from pyunlearn.ops._plan import allowance, bytes_of_sum, plan, rows_at_a_time
 
@@ -101,7 +101,7 @@ def _run(
     with torch.cuda.device_of(hidden):
         real, n, keep, several = real_of(hidden), work.targets.shape[0], any(needs), len(work.chunks) > 1
         (h,) = take(work.rows, hidden)
-        head = Head(weight, contiguous(bias), work.logit_scale, work.softcap)
+        head = Head(weight, bias_beside(h, bias), work.logit_scale, work.softcap)
         new = torch.empty if n else torch.zeros
         d_h = h.new_zeros(h.shape, dtype=real) if needs[0] else None
         d_weight = new(weight.shape, dtype=real if several else weight.dtype, device=h.device) if needs[1] else None

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops._check import check, check_examples, check_head, check_negligible, check_per_row, in_one_dtype
+from pyunlearn.ops._check import (
+    check,
+    check_examples,
+    check_head,
+    check_negligible,
+    check_per_row,
+    ignored,
+    in_one_dtype,
+)
 from pyunlearn.ops._objective import Function, checked, differentiated, lay_out, require_graph
 from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves
 from pyunlearn.ops._passes import real_of, take
@@ -38,7 +46,7 @@ def example_objective(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     workspace: int | None = None,
     negligible: float = 0.0,
 ) -> ExampleObjective:
@@ -93,6 +101,7 @@ def example_objective(
         if weights.requires_grad:
             raise ArgumentError("weights must be constants here, and they want a gradient: pass weights.detach()")
     hidden, weight = in_one_dtype(hidden, weight)
+    ignore_index = ignored(ignore_index)
     if not one_pass_serves(hidden):
         found = linear_log_likelihood(
             hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend
 from pyunlearn.ops._check import check, check_head, check_reference, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, contiguous, on_its_device
+from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, on_its_device
 from pyunlearn.ops._passes import live_rows, real_of, take
 from pyunlearn.ops._plan import Plan, allowance, default_workspace, plan
 from pyunlearn.ops._products import Logits, add_product
@@ -122,7 +122,10 @@ class _Pair:
         self.h, self.targets = take(rows, hidden, targets)
         other = self.h if self.itself else take(rows, reference_hidden)[0]
         self.n, self.real, self.p = self.h.shape[0], real_of(hidden), p
-        self.weights, self.biases = (weight, reference_weight), (contiguous(bias), contiguous(reference_bias))
+        self.weights, self.biases = (
+            (weight, reference_weight),
+            (bias_beside(hidden, bias), bias_beside(hidden, reference_bias)),
+        )
         self.logits = (Logits(self.h, self.real), Logits(other, self.real))
         self.scratch: Tensor | None = None
 

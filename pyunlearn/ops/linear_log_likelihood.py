@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyunlearn.ops import _hopper
-from pyunlearn.ops._check import check, check_head, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, contiguous, on_its_device
+from pyunlearn.ops._check import NOTHING, check, check_head, check_targets, ignored, in_one_dtype
+from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, host_may_wait, on_its_device
 from pyunlearn.ops._passes import Gradients, Head, Statistics, differentiate, live_rows, real_of, score, take
 from pyunlearn.ops._plan import Plan, allowance, plan
 
@@ -56,13 +56,22 @@ def linear_log_likelihood(
     check_head(hidden, weight, bias)
     hidden, weight = in_one_dtype(hidden, weight)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    workspace = allowance(workspace, flat, flat.shape[0], len(weight))
-    out = torch.ops.pyunlearn.linear_log_likelihood(
-        flat, weight, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignored(ignore_index), workspace, keep,
-        not torch.compiler.is_compiling(),
-    )  # fmt: skip
-    return out[0].reshape(targets.shape)
+    flat, t, ignore = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long(), ignored(ignore_index)
+    rows, count = None, len(t)
+    if host_may_wait(
+        flat
+    ):  # the workspace is then divided among the rows that count, and backward need not ask again which they are
+        check_targets(t, len(weight), ignore)
+        rows, ignore = live_rows(t, ignore), NOTHING
+    if rows is not None:
+        flat, t = flat.index_select(0, rows), t.index_select(0, rows)
+    workspace = allowance(workspace, flat, len(t), len(weight))
+    found: Tensor = torch.ops.pyunlearn.linear_log_likelihood(
+        flat, weight, bias, t, logit_scale, softcap or 0.0, ignore, workspace, keep, not torch.compiler.is_compiling()
+    )[0]
+    if rows is not None:
+        found = found.new_zeros((count,)).index_copy(0, rows, found)
+    return found.reshape(targets.shape)
 
 
 LIBRARY.define(
@@ -96,7 +105,7 @@ def _forward(
     h, t = take(rows, hidden, targets)
     kept = _kept_buffers(hidden, p)
     block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
-    head = Head(weight, contiguous(bias), logit_scale, softcap)
+    head = Head(weight, bias_beside(hidden, bias), logit_scale, softcap)
     found = score(h, head, t, p, kept, block_maximum if keep else None)
     if rows is not None:
         found = Statistics(*(hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, x) for x in found))
@@ -135,7 +144,7 @@ def _backward(
         new(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None,
         new(bias.shape, dtype=real, device=bias.device) if need_bias and bias is not None else None,
     )
-    head = Head(weight, contiguous(bias), logit_scale, softcap)
+    head = Head(weight, bias_beside(hidden, bias), logit_scale, softcap)
     differentiate(
         h, head, t, p, Statistics(*per_row), c, live, block_maximum, into, in_place=release, release=release
     )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyunlearn.ops import _backend
 from pyunlearn.ops._check import check, check_bias, check_targets
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, contiguous, on_its_device
+from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, on_its_device
 from pyunlearn.ops._passes import real_of
 
 
@@ -74,7 +74,7 @@ def _forward(
     if n:
         x = rows_contiguous(logits)
         _backend.statistics(
-            x, 0, contiguous(bias), logit_scale, softcap, targets.contiguous(), maximum, total, target_logit
+            x, 0, bias_beside(x, bias), logit_scale, softcap, targets.contiguous(), maximum, total, target_logit
         )
     found = (target_logit - maximum) - total.log()
     return torch.where(targets == ignore_index, 0.0, found), maximum, total
@@ -98,7 +98,7 @@ def _backward(
         _backend.gradient(
             x,
             0,
-            contiguous(bias),
+            bias_beside(x, bias),
             logit_scale,
             softcap,
             targets.contiguous(),

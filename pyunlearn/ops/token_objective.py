@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops._check import check, check_examples, check_head, check_negligible, in_one_dtype
+from pyunlearn.ops._check import check, check_examples, check_head, check_negligible, ignored, in_one_dtype
 from pyunlearn.ops._objective import Function, checked, differentiated, lay_out, require_graph
 from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves
 from pyunlearn.ops._passes import take
@@ -36,7 +36,7 @@ def token_objective(
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     workspace: int | None = None,
     negligible: float = 0.0,
 ) -> TokenObjective:
@@ -73,6 +73,7 @@ def token_objective(
     examples = check_examples(targets, example_index, stand_in, group_size)
     _check_per_token(targets, per_token)
     hidden, weight = in_one_dtype(hidden, weight)
+    ignore_index = ignored(ignore_index)
     if not one_pass_serves(hidden):
         found = linear_log_likelihood(
             hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyunlearn.ops import _backend, _hopper, reference
 from pyunlearn.ops._check import check, check_bias, check_head, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, contiguous, on_its_device
+from pyunlearn.ops._library import LIBRARY, bias_beside, on_its_device
 from pyunlearn.ops._passes import Head, live_rows, real_of, take
 from pyunlearn.ops._plan import plan
 from pyunlearn.ops._products import Logits
@@ -161,7 +161,7 @@ def _forward(
     check_targets(targets, weight.shape[0], ignore_index)
     rows = live_rows(targets, ignore_index)
     h, t = take(rows, hidden, targets)
-    head, real, n = Head(weight, contiguous(bias), logit_scale, softcap), real_of(h), h.shape[0]
+    head, real, n = Head(weight, bias_beside(h, bias), logit_scale, softcap), real_of(h), h.shape[0]
     if _hopper.serves(hidden, weight):
         found = _hopper.token_statistics(h, head, t, _threshold(h, head, t, 8))  # the tensor cores truncate their sums
         return _for_all(found, rows, targets, ignore_index)
@@ -200,7 +200,7 @@ def _forward_from_logits(
     logits: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int
 ) -> Four:
     check_targets(targets, logits.shape[1], ignore_index)
-    real, bias, targets = real_of(logits), contiguous(bias), targets.contiguous()
+    real, bias, targets = real_of(logits), bias_beside(logits, bias), targets.contiguous()
     at = targets.clamp(0, logits.shape[1] - 1)
     taken = logits.gather(1, at[:, None]).squeeze(1).to(real)
     z = reference.logits_of(taken, None if bias is None else bias[at].to(real), logit_scale, softcap)
