@@ -118,8 +118,12 @@ def _case(shape: tuple[int, int, int], dtype: torch.dtype, capped: bool, device:
     generator = torch.Generator().manual_seed(0)
     h, weight, bias = (torch.randn(*s, generator=generator).to(device, dtype) for s in ((n, width), (vocabulary, width), (vocabulary,)))  # fmt: skip
     weight *= width**-0.5
+    far = torch.tensor([7, n - 7])  # of two pairs of blocks, with exponentials beyond what is kept in the first sweep, on either side
+    if not capped:
+        h[far] *= torch.tensor([[200.0], [-100.0]], dtype=dtype, device=device)
     targets = torch.randint(_TARGETS, (n,), generator=generator).to(device)
     coefficients = torch.linspace(-1, 1, n, device=device)
+    coefficients[far] /= 100  # so that they do not outweigh all others in the weight's gradient
     head = Head(weight, bias.float(), 0.5, 4.0) if capped else Head(weight, None, 1.0, 0.0)
     z = reference.logits_of(
         h.double() @ weight.double().T, bias.double() if capped else None, head.logit_scale, head.softcap
