@@ -82,9 +82,9 @@ def _give_back_freed_memory() -> None:
 def card(device: str) -> dict[str, Any]:
     """What was measured on: device, versions."""
     import pyunlearn
-    from pyunlearn.ops import _backend, _hopper
+    from pyunlearn.ops import _backend, _hopper_use
 
-    built, hopper = _backend.build_info(), device == "cuda" and _hopper.run_on(torch.device("cuda"))
+    built, hopper = _backend.build_info(), device == "cuda" and _hopper_use.run_on(torch.device("cuda"))
     what: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),

@@ -118,7 +118,8 @@ def _case(shape: tuple[int, int, int], dtype: torch.dtype, capped: bool, device:
     generator = torch.Generator().manual_seed(0)
     h, weight, bias = (torch.randn(*s, generator=generator).to(device, dtype) for s in ((n, width), (vocabulary, width), (vocabulary,)))  # fmt: skip
     weight *= width**-0.5
-    far = torch.tensor([7, n - 7])  # of two pairs of blocks, with exponentials beyond what is kept in the first sweep, on either side
+    # rows of two pairs of blocks whose exponentials leave the range of what the first sweep keeps, on either side
+    far = torch.tensor([7, n - 7])
     if not capped:
         h[far] *= torch.tensor([[200.0], [-100.0]], dtype=dtype, device=device)
     targets = torch.randint(_TARGETS, (n,), generator=generator).to(device)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _hopper
+from pyunlearn.ops import _hopper_use
 from pyunlearn.ops._check import NOTHING, check, check_head, check_targets, ignored, in_one_dtype
 from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, host_may_wait, on_its_device
 from pyunlearn.ops._passes import Gradients, Head, Statistics, differentiate, live_rows, real_of, score, take
@@ -86,7 +86,7 @@ LIBRARY.define(
 
 
 def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> Plan:
-    fused = _hopper.serves(hidden, weight)
+    fused = _hopper_use.serves(hidden, weight)
     return plan(hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device.type, workspace, keep, fused)
 
 

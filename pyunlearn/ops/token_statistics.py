@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _backend, _hopper, reference
+from pyunlearn.ops import _backend, _hopper, _hopper_use, reference
 from pyunlearn.ops._check import check, check_bias, check_head, check_targets, ignored, in_one_dtype
 from pyunlearn.ops._library import LIBRARY, bias_beside, on_its_device
 from pyunlearn.ops._passes import Head, live_rows, real_of, take
@@ -162,7 +162,7 @@ def _forward(
     rows = live_rows(targets, ignore_index)
     h, t = take(rows, hidden, targets)
     head, real, n = Head(weight, bias_beside(h, bias), logit_scale, softcap), real_of(h), h.shape[0]
-    if _hopper.serves(hidden, weight):
+    if _hopper_use.serves(hidden, weight):
         found = _hopper.token_statistics(h, head, t, _threshold(h, head, t, 8))  # the tensor cores truncate their sums
         return _for_all(found, rows, targets, ignore_index)
     sums = _Sums(h, t, _threshold(h, head, t))
