@@ -90,7 +90,7 @@ def card(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend": f"{_backend.on_card(torch.cuda.current_device()).kernels}{' with Hopper kernels' if hopper else ''}"
         if device == "cuda"
-        else f"{_backend.on_cpu().kernels} ({built.get('cpu_variant')})",
+        else f"{_backend.on_cpu().kernels} ({', '.join(filter(None, (built.get('cpu_variant'), built.get('bf16_products'))))})",
         "torch": torch.__version__,
         "pyunlearn": pyunlearn.__version__,
         "python": platform.python_version(),

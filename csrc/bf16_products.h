@@ -1,9 +1,9 @@
-// Matrix products of bfloat16 operands with a float32 result that was never rounded in between, for CPUs with AVX512-BF16.
+// Matrix products of bfloat16 operands with a float32 result that was never rounded in between, for CPUs with AMX or AVX512-BF16.
 //
 //     out[r, j] = sum over k of a[r, k] * b[j, k]        r < rows, j < columns, k < width
 //
-// Sums are float32, a few hundred pairs of k at a time, always in the same order. The instruction takes denormal bfloat16 numbers for zero. Torch has no such product on the CPU: its own
-// rounds the result to bfloat16, and float32 products of widened operands cost twice the time where there is no AMX.
+// Sums are float32, a few hundred pairs of k at a time, always in the same order. The instructions take denormal bfloat16 numbers for zero. Torch has no
+// such product on the CPU: its own rounds the result to bfloat16, and float32 products of widened operands take several times as long.
 #pragma once
 #include <cstdint>
 
@@ -18,8 +18,8 @@ struct Bf16Product {
   int64_t rows, columns, width;
 };
 
-// Whether this machine has AVX512-BF16, and PYUNLEARN_CPU does not forbid it. False where AMX is there too: torch's own way is faster then.
-bool bf16_products_serve();
+// "amx_bf16" or "avx512_bf16", whichever this machine has and the system permits; null: neither. PYUNLEARN_CPU=avx512 leaves AMX out, narrower ones both.
+const char* bf16_products();
 
 // Returns null, or a sentence that says what it cannot do.
 const char* bf16_product_cpu(const Bf16Product&, int threads);

@@ -202,7 +202,7 @@ void kept_add_targets_at(PYUNLEARN_ROWS, Address hidden, int hidden_dtype, int64
 
 py::dict build_info() {
   py::dict info;
-  info["bf16_products"] = bf16_products_serve();
+  info["bf16_products"] = bf16_products() ? py::object(py::str(bf16_products())) : py::none();
   info["cpu_variant"] = cpu_variant();
 #ifdef PYUNLEARN_HOPPER
   info["hopper"] = true;

@@ -24,7 +24,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "backend on the CPU": f"{cpu.kernels} ({built['cpu_variant']} kernels)"
+        "backend on the CPU": f"{cpu.kernels} ({built['cpu_variant']} kernels{', bfloat16 products with ' + built['bf16_products'] if built['bf16_products'] else ''})"
         if cpu.kernels == "cpu"
         else cpu.kernels,
         "backend on CUDA": card.kernels,

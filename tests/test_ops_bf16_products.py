@@ -1,5 +1,9 @@
 """Products of bfloat16 operands with a float32 result: csrc/bf16_products.h."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,8 +12,8 @@ from hypothesis import strategies as st
 from pyunlearn.ops import _backend
 from pyunlearn.ops._products import Logits
 
-serves = _backend.on_cpu().kernels == "cpu" and _backend.build_info()["bf16_products"]
-pytestmark = pytest.mark.skipif(not serves, reason="needs AVX512-BF16, and no AMX beside it")
+KERNEL = _backend.build_info().get("bf16_products") if _backend.on_cpu().kernels == "cpu" else None
+pytestmark = pytest.mark.skipif(not KERNEL, reason="needs AVX512-BF16 or AMX")
 
 
 def operands(rows, columns, width, seed=0):
@@ -88,3 +92,15 @@ def test_no_operands_are_widened():
     assert logits.wide is a
     assert not logits.buffer.numel()
     assert largest_error(out, a, b) <= 1e-6
+
+
+def test_without_amx():
+    """PYUNLEARN_CPU=avx512 takes the other kernel, which passes the same tests."""
+    if KERNEL != "amx_bf16":
+        pytest.skip("no AMX here: the tests above ran on the other kernel")
+    environment = os.environ | {"PYUNLEARN_CPU": "avx512"}
+    ask = "from pyunlearn.ops import _backend; print(_backend.build_info()['bf16_products'])"
+    done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    if done.stdout.strip() != "avx512_bf16":
+        pytest.skip("AMX without AVX512-BF16")
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-n0", __file__], env=environment, check=True)

@@ -1,6 +1,7 @@
 // The CPU entry point of bf16_products.h.
 #include "../bf16_products.h"
 
+#include <cstdlib>
 #include <cstring>
 
 #include "parallel.h"
@@ -9,48 +10,78 @@
 #if defined(PYUNLEARN_AVX512_BF16)
 #include <cpuid.h>
 #endif
+#if defined(PYUNLEARN_AMX_BF16) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define PYUNLEARN_AMX
+#endif
 
 namespace pyunlearn {
-
-#if defined(PYUNLEARN_AVX512_BF16)
-namespace avx512bf16 {
-extern const int64_t panel;                                                      // columns that one call computes
-void columns_of(const Bf16Product&, int64_t first_column, int64_t end_column);  // at most a panel
-}  // namespace avx512bf16
-
 namespace {
 
-bool find() {
-  if (std::strcmp(cpu_kernels().name, "avx512")) return false;
-  unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || edx >> 22 & 1) return false;  // AMX-BF16
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;               // AVX512-BF16
-}
+constexpr int64_t kPanel = 64;  // columns that one call computes, at most: bf16_panel.h
+
+using ColumnsOf = void (*)(const Bf16Product&, int64_t first_column, int64_t end_column);
+struct Kernel {
+  const char* name = nullptr;
+  ColumnsOf columns_of = nullptr;
+};
 
 }  // namespace
 
-bool bf16_products_serve() {
-  static const bool found = find();
-  return found;
+#if defined(PYUNLEARN_AVX512_BF16)
+namespace avx512bf16 { void columns_of(const Bf16Product&, int64_t first_column, int64_t end_column); }
+namespace amx { void columns_of(const Bf16Product&, int64_t first_column, int64_t end_column); }
+
+namespace {
+
+#if defined(PYUNLEARN_AMX)
+bool may_use_tiles() {  // the system has to be asked, once for all threads of the process
+  constexpr int kAskForPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kAskForPermission, kTileData) == 0;
+}
+#endif
+
+Kernel find() {
+  if (std::strcmp(cpu_kernels().name, "avx512")) return {};
+  unsigned eax, ebx, ecx, edx;
+#if defined(PYUNLEARN_AMX)
+  const char* wanted = std::getenv("PYUNLEARN_CPU");
+  const bool tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx >> 22 & 1 && edx >> 24 & 1;  // AMX-BF16, AMX-TILE
+  if (tiles && !(wanted && *wanted) && may_use_tiles()) return {"amx_bf16", amx::columns_of};
+#endif
+  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1) return {"avx512_bf16", avx512bf16::columns_of};
+  return {};
 }
 
+}  // namespace
+#else
+namespace {
+Kernel find() { return {}; }
+}  // namespace
+#endif
+
+namespace {
+const Kernel& kernel() {
+  static const Kernel found = find();
+  return found;
+}
+}  // namespace
+
+const char* bf16_products() { return kernel().name; }
+
 const char* bf16_product_cpu(const Bf16Product& p, int threads) {
-  if (!bf16_products_serve()) return "this machine has no AVX512-BF16";
+  if (!kernel().name) return "this machine, or this build, has neither AVX512-BF16 nor AMX";
   if (p.rows < 0 || p.columns < 0 || p.width < 0) return "rows, columns and width must not be negative";
   if (!p.rows || !p.columns) return nullptr;
   if (!p.a || !p.b || !p.out) return "a, b and out must not be null";
-  const int64_t panels = (p.columns + avx512bf16::panel - 1) / avx512bf16::panel;
-  parallel_rows(panels, p.rows * p.width, threads, [&](int64_t begin, int64_t end) {
+  parallel_rows((p.columns + kPanel - 1) / kPanel, p.rows * p.width, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * avx512bf16::panel, beyond = first + avx512bf16::panel;
-      avx512bf16::columns_of(p, first, beyond < p.columns ? beyond : p.columns);
+      const int64_t first = i * kPanel, beyond = first + kPanel;
+      kernel().columns_of(p, first, beyond < p.columns ? beyond : p.columns);
     }
   });
   return nullptr;
 }
-#else
-bool bf16_products_serve() { return false; }
-const char* bf16_product_cpu(const Bf16Product&, int) { return "this build has no AVX512-BF16"; }
-#endif
 
 }  // namespace pyunlearn

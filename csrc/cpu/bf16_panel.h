@@ -1,0 +1,79 @@
+// What both kernels of bf16_products.h read: some columns of b, laid out so that a vector holds one pair of neighbouring numbers of 16 columns.
+// Included by files with AVX-512 flags only.
+#pragma once
+#include <immintrin.h>
+
+#include <memory>
+
+#include "../bf16_products.h"
+
+namespace pyunlearn {
+namespace {
+
+constexpr int kVectors = 4;                  // of 16 columns: a panel
+constexpr int64_t kPanel = 16 * kVectors;
+constexpr int64_t kDepth = 320;              // pairs at most that are summed before they are added to the others: 80 KiB of packed panel, and short sums err less
+constexpr int64_t kStep = 16;                // pairs that are packed at a time, and that one AMX instruction takes
+
+using Packed = uint32_t[kVectors][16];       // one pair of each column
+
+// The pairs of a product in parts of equal length, each a whole number of steps and at most kDepth long.
+struct Parts {
+  int64_t count, depth, pairs;
+  explicit Parts(int64_t width) : pairs((width + 1) / 2) {
+    count = pairs > kDepth ? (pairs + kDepth - 1) / kDepth : 1;
+    depth = ((pairs + count - 1) / count + kStep - 1) / kStep * kStep;
+  }
+  int64_t length(int64_t part) const { return pairs - part * depth < depth ? pairs - part * depth : depth; }
+};
+
+inline __mmask32 numbers(int64_t left) { return left >= 32 ? ~__mmask32{0} : left <= 0 ? __mmask32{0} : (__mmask32{1} << left) - 1; }
+
+inline __mmask16 lanes(int64_t columns, int vector) {
+  const int64_t left = columns - 16 * vector;
+  return left >= 16 ? __mmask16(0xffff) : left <= 0 ? __mmask16(0) : __mmask16((1u << left) - 1);
+}
+
+inline void transpose(__m512i (&x)[16]) {  // of 32-bit numbers
+  __m512i y[16];
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
+      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+    }
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), b = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+    const __m512i c = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd), d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    y[i] = _mm512_shuffle_i32x4(a, b, 0x88), y[i + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    y[i + 4] = _mm512_shuffle_i32x4(c, d, 0x88), y[i + 12] = _mm512_shuffle_i32x4(c, d, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) x[i] = y[i];
+}
+
+// packed[k][column] = pair first + k of that column, in whole steps; what is beyond the columns or the width is zero.
+inline void pack(const Bf16Product& p, int64_t first_column, int64_t columns, int64_t first, int64_t pairs, Packed* packed) {
+  for (int vector = 0; vector < kVectors; ++vector)
+    for (int64_t k = 0; k < pairs; k += kStep) {
+      __m512i x[16];
+      for (int j = 0; j < 16; ++j) {
+        const int64_t column = 16 * vector + j, at = 2 * (first + k);
+        x[j] = column < columns ? _mm512_maskz_loadu_epi16(numbers(p.width - at), p.b + (first_column + column) * p.b_stride + at)
+                                : _mm512_setzero_si512();
+      }
+      transpose(x);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(packed[k + i][vector], x[i]);
+    }
+}
+
+// Memory that a thread keeps for a packed panel, at the beginning of a cache line.
+inline Packed* panel_of_thread() {
+  static thread_local std::unique_ptr<Packed[]> memory(new Packed[kDepth + 1]);
+  return reinterpret_cast<Packed*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
+}
+
+}  // namespace
+}  // namespace pyunlearn
