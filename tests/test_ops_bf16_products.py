@@ -30,7 +30,7 @@ def largest_error(found, a, b):
 
 
 @pytest.mark.parametrize("width", [1, 2, 64, 123, 639, 640, 641, 896, 2304, 4096])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 63), (6, 64), (7, 65), (13, 129), (100, 123)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 63), (6, 64), (7, 65), (13, 129), (100, 123), (600, 65)])
 def test_every_shape(rows, columns, width):
     """Every sum is good to float32's rounding, and nothing beside the result is written, for any shape and whatever stood there before."""
     a, b = operands(rows, columns, width)

@@ -1,4 +1,4 @@
-// What both kernels of bf16_products.h read: some columns of b, laid out so that a vector holds one pair of neighbouring numbers of 16 columns.
+// What both kernels of bf16_products.h share: some columns of b, laid out so that a vector holds one pair of neighbouring numbers of 16 columns.
 // Included by files with AVX-512 flags only.
 #pragma once
 #include <immintrin.h>
@@ -6,26 +6,47 @@
 #include <memory>
 
 #include "../bf16_products.h"
+#include "parallel.h"
 
 namespace pyunlearn {
 namespace {
 
-constexpr int kVectors = 4;                  // of 16 columns: a panel
+constexpr int kVectors = 4;     // of 16 columns: a panel
 constexpr int64_t kPanel = 16 * kVectors;
-constexpr int64_t kDepth = 320;              // pairs at most that are summed before they are added to the others: 80 KiB of packed panel, and short sums err less
-constexpr int64_t kStep = 16;                // pairs that are packed at a time, and that one AMX instruction takes
+constexpr int64_t kDepth = 320;  // pairs at most that are summed before they are added to the others: 80 KiB of panel, and short sums err less
+constexpr int64_t kStep = 16;    // pairs that are packed at a time, and that one AMX instruction takes
 
-using Packed = uint32_t[kVectors][16];       // one pair of each column
+using Packed = uint32_t[kDepth][16];  // of 16 columns, a row for each pair
 
-// The pairs of a product in parts of equal length, each a whole number of steps and at most kDepth long.
+// The pairs of a product in parts of about equal length, each a whole number of steps and at most kDepth long.
 struct Parts {
-  int64_t count, depth, pairs;
-  explicit Parts(int64_t width) : pairs((width + 1) / 2) {
-    count = pairs > kDepth ? (pairs + kDepth - 1) / kDepth : 1;
+  int64_t pairs, count, depth;
+  explicit Parts(int64_t width) : pairs((width + 1) / 2), count(pairs > kDepth ? (pairs + kDepth - 1) / kDepth : 1) {
     depth = ((pairs + count - 1) / count + kStep - 1) / kStep * kStep;
   }
   int64_t length(int64_t part) const { return pairs - part * depth < depth ? pairs - part * depth : depth; }
 };
+
+// Memory that begins at a cache line, and stays for the next call.
+template <class T> class AlignedMemory {
+ public:
+  T* room(int64_t count) {
+    if (count > size_) {
+      memory_.reset(new char[count * sizeof(T) + 63]);
+      size_ = count;
+    }
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63});
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  int64_t size_ = 0;
+};
+
+inline Packed* panel_of_thread() {
+  static thread_local AlignedMemory<Packed> memory;
+  return memory.room(kVectors);
+}
 
 inline __mmask32 numbers(int64_t left) { return left >= 32 ? ~__mmask32{0} : left <= 0 ? __mmask32{0} : (__mmask32{1} << left) - 1; }
 
@@ -54,7 +75,7 @@ inline void transpose(__m512i (&x)[16]) {  // of 32-bit numbers
   for (int i = 0; i < 16; ++i) x[i] = y[i];
 }
 
-// packed[k][column] = pair first + k of that column, in whole steps; what is beyond the columns or the width is zero.
+// packed[vector][k] = pair first + k of each of its 16 columns, in whole steps; what is beyond the columns or the width is zero.
 inline void pack(const Bf16Product& p, int64_t first_column, int64_t columns, int64_t first, int64_t pairs, Packed* packed) {
   for (int vector = 0; vector < kVectors; ++vector)
     for (int64_t k = 0; k < pairs; k += kStep) {
@@ -65,14 +86,15 @@ inline void pack(const Bf16Product& p, int64_t first_column, int64_t columns, in
                                 : _mm512_setzero_si512();
       }
       transpose(x);
-      for (int i = 0; i < 16; ++i) _mm512_store_si512(packed[k + i][vector], x[i]);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(packed[vector][k + i], x[i]);
     }
 }
 
-// Memory that a thread keeps for a packed panel, at the beginning of a cache line.
-inline Packed* panel_of_thread() {
-  static thread_local std::unique_ptr<Packed[]> memory(new Packed[kDepth + 1]);
-  return reinterpret_cast<Packed*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) & ~uintptr_t{63});
+// f(first column, columns) for each panel.
+template <class F> void parallel_panels(const Bf16Product& p, int threads, F&& f) {
+  parallel_rows((p.columns + kPanel - 1) / kPanel, p.rows * p.width, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i * kPanel, p.columns - i * kPanel < kPanel ? p.columns - i * kPanel : kPanel);
+  });
 }
 
 }  // namespace

@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "parallel.h"
 #include "variant.h"
 
 #if defined(PYUNLEARN_AVX512_BF16)
@@ -17,23 +16,16 @@
 #endif
 
 namespace pyunlearn {
+
+namespace amx { void product(const Bf16Product&, int threads); }
+namespace avx512bf16 { void product(const Bf16Product&, int threads); }
+
 namespace {
 
-constexpr int64_t kPanel = 64;  // columns that one call computes, at most: bf16_panel.h
-
-using ColumnsOf = void (*)(const Bf16Product&, int64_t first_column, int64_t end_column);
 struct Kernel {
   const char* name = nullptr;
-  ColumnsOf columns_of = nullptr;
+  void (*product)(const Bf16Product&, int threads) = nullptr;
 };
-
-}  // namespace
-
-#if defined(PYUNLEARN_AVX512_BF16)
-namespace avx512bf16 { void columns_of(const Bf16Product&, int64_t first_column, int64_t end_column); }
-namespace amx { void columns_of(const Bf16Product&, int64_t first_column, int64_t end_column); }
-
-namespace {
 
 #if defined(PYUNLEARN_AMX)
 bool may_use_tiles() {  // the system has to be asked, once for all threads of the process
@@ -43,29 +35,24 @@ bool may_use_tiles() {  // the system has to be asked, once for all threads of t
 #endif
 
 Kernel find() {
+#if defined(PYUNLEARN_AVX512_BF16)
   if (std::strcmp(cpu_kernels().name, "avx512")) return {};
   unsigned eax, ebx, ecx, edx;
 #if defined(PYUNLEARN_AMX)
   const char* wanted = std::getenv("PYUNLEARN_CPU");
   const bool tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx >> 22 & 1 && edx >> 24 & 1;  // AMX-BF16, AMX-TILE
-  if (tiles && !(wanted && *wanted) && may_use_tiles()) return {"amx_bf16", amx::columns_of};
+  if (tiles && !(wanted && *wanted) && may_use_tiles()) return {"amx_bf16", amx::product};
 #endif
-  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1) return {"avx512_bf16", avx512bf16::columns_of};
+  if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1) return {"avx512_bf16", avx512bf16::product};
+#endif
   return {};
 }
 
-}  // namespace
-#else
-namespace {
-Kernel find() { return {}; }
-}  // namespace
-#endif
-
-namespace {
 const Kernel& kernel() {
   static const Kernel found = find();
   return found;
 }
+
 }  // namespace
 
 const char* bf16_products() { return kernel().name; }
@@ -75,12 +62,7 @@ const char* bf16_product_cpu(const Bf16Product& p, int threads) {
   if (p.rows < 0 || p.columns < 0 || p.width < 0) return "rows, columns and width must not be negative";
   if (!p.rows || !p.columns) return nullptr;
   if (!p.a || !p.b || !p.out) return "a, b and out must not be null";
-  parallel_rows((p.columns + kPanel - 1) / kPanel, p.rows * p.width, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * kPanel, beyond = first + kPanel;
-      kernel().columns_of(p, first, beyond < p.columns ? beyond : p.columns);
-    }
-  });
+  kernel().product(p, threads);
   return nullptr;
 }
 

@@ -21,7 +21,7 @@ template <int Rows> void tile(const Bf16Product& p, int64_t r, int64_t first_col
   const int64_t whole = 2 * (first + pairs) <= p.width ? pairs : pairs - 1;  // the last pair of an odd width is half there
   const auto step = [&](int64_t k, auto&& pair_of_row) {
     __m512bh b[kVectors];
-    for (int v = 0; v < kVectors; ++v) b[v] = (__m512bh)_mm512_loadu_si512(packed[k][v]);
+    for (int v = 0; v < kVectors; ++v) b[v] = (__m512bh)_mm512_load_si512(packed[v][k]);
     for (int i = 0; i < Rows; ++i) {
       const __m512bh both = (__m512bh)_mm512_set1_epi32(static_cast<int>(pair_of_row(a + i * p.a_stride)));
       for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], both, b[v]);
@@ -42,11 +42,8 @@ template <int Rows> void tile(const Bf16Product& p, int64_t r, int64_t first_col
     }
 }
 
-}  // namespace
-
-void columns_of(const Bf16Product& p, int64_t first_column, int64_t end_column) {
+void columns_of(const Bf16Product& p, int64_t first_column, int64_t columns) {
   Packed* packed = panel_of_thread();
-  const int64_t columns = end_column - first_column;
   const Parts parts(p.width);
   for (int64_t part = 0; part < parts.count; ++part) {
     const int64_t first = part * parts.depth, pairs = parts.length(part);
@@ -56,6 +53,12 @@ void columns_of(const Bf16Product& p, int64_t first_column, int64_t end_column) 
     for (; r + 4 <= p.rows; r += 4) tile<4>(p, r, first_column, columns, first, pairs, packed);
     for (; r < p.rows; ++r) tile<1>(p, r, first_column, columns, first, pairs, packed);
   }
+}
+
+}  // namespace
+
+void product(const Bf16Product& p, int threads) {
+  parallel_panels(p, threads, [&](int64_t first, int64_t columns) { columns_of(p, first, columns); });
 }
 
 }  // namespace avx512bf16
