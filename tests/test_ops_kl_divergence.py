@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend, kl_divergence, linear_log_likelihood, reference
+from pyunlearn.ops._check import NOTHING
 from pyunlearn.ops._plan import MIB
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -402,6 +403,46 @@ def test_itself_as_reference_is_one_product(dtype, masked, device, backend):
         assert_equal(run("itself", workspace), run("a copy", workspace))
         if dtype is not torch.float16 and dtype is not torch.bfloat16:
             assert products(model, lambda w=workspace: run("itself", w)) == 3 + again
+
+
+@pytest.mark.parametrize("reference", ["itself", "another"])
+def test_masked_rows_take_no_workspace(reference, device, backend):
+    """A workspace that holds both logits of the rows that count keeps all of them, whatever is masked beside them; nothing is multiplied twice."""
+    model, other = pair(64, (20, 8), 703, device=device, masked=0.7)
+    other = model if reference == "itself" else other
+    live, workspace = int((model.targets >= 0).sum()), 240_000
+    plans = [
+        op_module._plan(model.hidden.new_empty(n, 20), model.weight, workspace, True) for n in (live, len(model.hidden))
+    ]
+    assert [p.kept == len(p.groups()) for p in plans] == [True, False]
+
+    def run():
+        hidden = model.hidden.clone().requires_grad_()
+        theirs = (hidden.detach(), model.weight) if reference == "itself" else other[:2]
+        with watched():
+            kl_divergence(hidden, model.weight, *theirs, model.targets, workspace=workspace).sum().backward()
+
+    shares = 1 if reference == "itself" else 1 + 8 / 20
+    assert products(model, run) == pytest.approx(shares + 1)
+    assert_right(model, other, workspaces=(workspace,))
+
+
+@pytest.mark.parametrize("ignore_index", [None, -100])
+def test_backward_never_asks(ignore_index, device, backend, monkeypatch):
+    """Which rows count is asked once, in forward, and not at all with ignore_index=None: on a card every question stops the queue."""
+    model, other = pair(40, (8, 5), 203, device=device, masked=0.0 if ignore_index is None else 0.4)
+    asked, original = [], op_module.live_rows
+
+    def live_rows(targets, ignore_index):
+        if ignore_index != NOTHING:
+            asked.append(len(targets))
+        return original(targets, ignore_index)
+
+    monkeypatch.setattr(op_module, "live_rows", live_rows)
+    values, leaves = graph(kl_divergence, model, other, ignore_index=ignore_index)
+    assert asked == ([] if ignore_index is None else [40])
+    torch.autograd.grad(values.sum(), leaves)
+    assert len(asked) == (ignore_index is not None)
 
 
 def graph_without(model, other):

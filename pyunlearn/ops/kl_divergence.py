@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend
-from pyunlearn.ops._check import check, check_head, check_reference, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, on_its_device
+from pyunlearn.ops._check import NOTHING, check, check_head, check_reference, check_targets, ignored, in_one_dtype
+from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, host_may_wait, on_its_device
 from pyunlearn.ops._passes import live_rows, real_of, take
 from pyunlearn.ops._plan import Plan, allowance, default_workspace, plan
 from pyunlearn.ops._products import Logits, add_product
@@ -79,13 +79,32 @@ def kl_divergence(
     if (theirs[0].dtype is torch.float64) != (hidden.dtype is torch.float64):
         theirs = (theirs[0].to(real_of(hidden)), theirs[1].to(real_of(hidden)))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    workspace = allowance(workspace, hidden, 2 * marks.numel(), len(weight))
-    found = torch.ops.pyunlearn.kl_divergence(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, theirs[0].reshape(-1, theirs[0].shape[-1]), theirs[1],
-        None if reference_bias is None else reference_bias.detach(), marks.reshape(-1).long(), logit_scale, softcap or 0.0, target_shift,
-        ignored(None if targets is None else ignore_index), workspace, keep,
-    )  # fmt: skip
-    return found[0].reshape(marks.shape)
+    flat, t, ignore = (
+        hidden.reshape(-1, hidden.shape[-1]),
+        marks.reshape(-1).long(),
+        ignored(None if targets is None else ignore_index),
+    )
+    rows, count = None, len(t)
+    if host_may_wait(
+        flat
+    ):  # as in linear_log_likelihood: only rows that count share the workspace, and backward does not ask for them
+        check_targets(t, len(weight), ignore)
+        rows, ignore = live_rows(t, ignore), NOTHING
+    if rows is not None:
+        flat, t = flat.index_select(0, rows), t.index_select(0, rows)
+    if itself:
+        their_flat = flat.detach()  # the same memory, by which the op knows that one product serves both
+    else:
+        their_flat = theirs[0].reshape(-1, theirs[0].shape[-1])
+        their_flat = their_flat if rows is None else their_flat.index_select(0, rows)
+    workspace = allowance(workspace, flat, 2 * len(t), len(weight))
+    found: Tensor = torch.ops.pyunlearn.kl_divergence(
+        flat, weight, bias, their_flat, theirs[1], None if reference_bias is None else reference_bias.detach(), t, logit_scale,
+        softcap or 0.0, target_shift, ignore, workspace, keep,
+    )[0]  # fmt: skip
+    if rows is not None:
+        found = found.new_zeros((count,)).index_copy(0, rows, found)
+    return found.reshape(marks.shape)
 
 
 _GIVEN = (
