@@ -472,6 +472,41 @@ def test_memory(dtype, workspace, trained, device):
     assert used.largest <= workspace
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("workspace", [17, 20, 24, 32, 128, 132, 144])
+def test_memory_of_what_is_kept(dtype, workspace, device):
+    """However many groups are kept, of one block or of several, they and a group's gradient fit the workspace, which is put to use."""
+    rows, width, vocabulary = (
+        1024,
+        8,
+        2048 if workspace < 64 else 16384,
+    )  # 16 or 128 MiB of float32 logits, twice included
+    model, other = pair(rows, (width, 4), vocabulary, dtype=dtype, device=device, bias=False)
+    p = op_module._plan(model.hidden, model.weight, workspace * MIB, True)
+    assert p.group == p.block * (1 if workspace < 64 or device != "cpu" else 4)
+    assert p.kept == len(p.groups()) or p.kept >= (workspace / 2) // (2 * rows * p.group * 4 / MIB)
+    with watched() as used:
+        values, _ = graph(kl_divergence, model, other, (0, 1), workspace=workspace * MIB)
+        values.sum().backward()
+    answers = sum(t.numel() * (2 * t.element_size() + 4) for t in model[:2])
+    outside = answers + rows * 4 * (24 + 2 * width) + MIB // 4
+    copies = (
+        4 * 8 * MIB if _backend.kernels_for(model.hidden) == "reference" else 0
+    )  # plain torch makes them of a block
+    assert used.peak <= workspace * MIB + outside + copies, (used.peak, p)
+
+
+def test_products_of_whole_groups(device, backend, monkeypatch):
+    """The gradient's products are made of a group of blocks at a time, so the hidden one is a sum of few."""
+    model, other = pair(3, (8, 5), 50257, device=device, bias=False)  # blocks of 8192 columns, groups of four or eight
+    sums, add_product = [], op_module.add_product
+    monkeypatch.setattr(op_module, "add_product", lambda out, a, b: sums.append(a.shape[1]) or add_product(out, a, b))
+    evaluate(kl_divergence, model, other)
+    group = op_module._plan(model.hidden, model.weight, None, True).group
+    assert sums == [min(group, 50257 - first) for first in range(0, 50257, group)]
+    assert group >= 4 * 8192
+
+
 def test_opcheck(device):
     """torch.library must find schema, fake kernels and autograd of both ops in order."""
     op, back = torch.ops.pyunlearn.kl_divergence.default, torch.ops.pyunlearn.kl_divergence_backward.default

@@ -79,15 +79,10 @@ def kl_divergence(
     if (theirs[0].dtype is torch.float64) != (hidden.dtype is torch.float64):
         theirs = (theirs[0].to(real_of(hidden)), theirs[1].to(real_of(hidden)))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    flat, t, ignore = (
-        hidden.reshape(-1, hidden.shape[-1]),
-        marks.reshape(-1).long(),
-        ignored(None if targets is None else ignore_index),
-    )
-    rows, count = None, len(t)
-    if host_may_wait(
-        flat
-    ):  # as in linear_log_likelihood: only rows that count share the workspace, and backward does not ask for them
+    flat, t = hidden.reshape(-1, hidden.shape[-1]), marks.reshape(-1).long()
+    ignore, rows, count = ignored(None if targets is None else ignore_index), None, len(t)
+    if host_may_wait(flat):
+        # as in linear_log_likelihood: the rows that count share the workspace, and backward need not ask again which they are
         check_targets(t, len(weight), ignore)
         rows, ignore = live_rows(t, ignore), NOTHING
     if rows is not None:
@@ -118,11 +113,18 @@ LIBRARY.define(
 
 
 def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> Plan:
-    """For twice the rows, and leaving room for one block's gradient."""
-    allowed = (
-        default_workspace(hidden.device.type) if workspace is None else workspace
-    )  # None: the op was called by its own name
-    return plan(2 * hidden.shape[0], weight.shape[0], real_of(hidden), hidden.device.type, allowed * 4 // 5, keep)
+    """For twice the rows. What is kept serves every backward pass, so a group's gradient lies beside it, not in its place."""
+    real, device = real_of(hidden), hidden.device.type
+    allowed = default_workspace(device) if workspace is None else workspace  # None: the op was called by its own name
+    p = plan(2 * hidden.shape[0], weight.shape[0], real, device, allowed, False)
+    if not keep:
+        return p
+    rows, groups = max(1, hidden.shape[0]), len(p.groups())
+    column, gradient = 2 * rows * real.itemsize, rows * hidden.dtype.itemsize * p.group
+    if column * weight.shape[0] + gradient <= allowed:
+        return p._replace(kept=groups)
+    kept = (allowed - column * p.block - gradient) // (column * p.group)
+    return p._replace(kept=max(0, min(kept, groups - 1)))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -222,23 +224,24 @@ def _backward(
         if bias is None
         else new(bias.shape if needs[2] else (0,), dtype=pair.real, device=bias.device)
     )
-    buffer = pair.h.new_empty((n * p.block,))
+    buffer = pair.h.new_empty((n * p.group,))
     for first, end in p.groups() if n else []:
+        d_logits = buffer[: n * (end - first)].view(n, end - first)
         for i, b, e in p.blocks_of(first, end):
             if i < len(kept):
                 x, y = pair.laid(b, e, kept[i])
             else:
                 x, y = pair.products(b, e, None)
-            d_logits = buffer[: n * (e - b)].view(n, e - b)
             _backend.kl_gradient(
-                x, y, b, pair.biases_of(b, e), logit_scale, softcap, pair.targets, target_shift, tops, totals, c, d_logits
+                x, y, b, pair.biases_of(b, e), logit_scale, softcap, pair.targets, target_shift, tops, totals, c,
+                d_logits[:, b - first : e - first],
             )  # fmt: skip
-            if needs[1]:
-                torch.mm(d_logits.T, pair.h, out=d_weight[b:e])
-            if needs[2]:
-                torch.sum(d_logits, dim=0, dtype=pair.real, out=d_bias[b:e])
-            if needs[0]:
-                add_product(d_h, d_logits, weight[b:e])
+        if needs[1]:
+            torch.mm(d_logits.T, pair.h, out=d_weight[first:end])
+        if needs[2]:
+            torch.sum(d_logits, dim=0, dtype=pair.real, out=d_bias[first:end])
+        if needs[0]:
+            add_product(d_h, d_logits, weight[first:end])
     d_hidden = nothing
     if needs[0]:
         d_hidden = d_h.to(hidden.dtype)
