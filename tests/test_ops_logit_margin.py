@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from heads import Allocations, assert_agree, assert_equal, error, make
+from heads import Allocations, assert_agree, assert_equal, error, make, on_a_card
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend, logit_margin, reference
@@ -144,3 +145,56 @@ def test_memory(softcap, device):
     assert workspace // 8 < used.largest <= workspace
     copies = 6 * workspace if softcap or _backend.kernels_for(case.hidden) == "reference" else workspace
     assert used.peak <= workspace + copies
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_share_their_argmax(dtype, device):
+    """Their pulls are added in float32, in the order of the rows, and rounded once: the bits of a loop over rows, on a card up to its own order."""
+    case = make(300, 24, 11, dtype=dtype, device=device)
+    leaves = [t.clone().requires_grad_() for t in case[:3]]
+    margin = logit_margin(*leaves[:2], bias=leaves[2])
+    c = torch.linspace(-1, 2, 300, device=device)
+    d_weight, d_bias = torch.autograd.grad(margin, leaves[1:], c)
+    first = (case.hidden.float() @ case.weight.float().T + case.bias.float()).argmax(dim=1)
+    pulled, sums = c[:, None] * case.hidden.float(), torch.zeros(11, 24, device=device)
+    biases = (-c.sum() / 11).repeat(11)
+    for n, v in enumerate(first.tolist()):
+        sums[v] += pulled[n]
+        biases[v] += c[n]
+    wanted = (sums - pulled.sum(dim=0) / 11).to(dtype)
+    if device == "cpu":
+        assert_equal([d_weight, d_bias], [wanted, biases.to(dtype)])
+    assert_agree([d_weight, d_bias], [wanted, biases.to(dtype)], 1e-6 if dtype is torch.float32 else 8e-3)
+
+
+class Questions(TorchDispatchMode):
+    """Refuses what a card would have to be waited for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in (
+            torch.ops.aten.nonzero, torch.ops.aten._unique2, torch.ops.aten._local_scalar_dense, torch.ops.aten.bincount
+        )  # fmt: skip
+        return function(*args, **(kwargs or {}))
+
+
+@every_softcap
+def test_asks_nothing(softcap, device):
+    """Neither forward nor backward looks at a number: on a card that would stop the queue."""
+    case = make(20, 8, 70, device=device)
+    with Questions():
+        evaluate(logit_margin, case, softcap=softcap)
+
+
+@on_a_card
+def test_on_a_card(device):
+    """Many rows on few tokens: the same bits in every run, and nobody waits."""
+    case = make(4000, 64, 50, device=device)
+    wanted = evaluate(logit_margin, case)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [evaluate(logit_margin, case) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for again in found:
+        assert_equal(again, wanted)

@@ -123,19 +123,28 @@ def _plain(hidden: Tensor, weight: Tensor, first: Tensor, c: Tensor, needs: tupl
     d_hidden = (weight[first].to(real) - weight.mean(dim=0, dtype=real)) * c[:, None] if needs[0] else None
     if not (needs[1] or needs[2]):
         return d_hidden, None, None
-    places, which = torch.unique(first, return_inverse=True)
     rest = -c.sum() / size
-    d_bias = rest.expand(size).index_add(0, first, c) if needs[2] else None
+    d_bias = _add_rows(rest.repeat(size), first, c) if needs[2] else None
     if not needs[1]:
         return d_hidden, None, d_bias
     pulled = c[:, None] * hidden.to(real)
     everywhere = -pulled.sum(dim=0) / size
-    sums = pulled.new_zeros((len(places), hidden.shape[1])).index_add(
-        0, which, pulled
-    )  # before they are rounded to 16 bits
+    # the rows of one argmax meet, before anything is rounded to 16 bits, at the place where it first stands among the sorted ones: how many
+    # different ones there are is never asked, for a card would have to be waited for
+    meeting = torch.searchsorted(first.sort().values, first)
+    sums = _add_rows(torch.zeros_like(pulled), meeting, pulled)
     d_weight = everywhere.to(weight.dtype).repeat(size, 1)
-    d_weight[places] = (sums + everywhere).to(weight.dtype)
+    d_weight.index_copy_(0, first, (sums[meeting] + everywhere).to(weight.dtype))  # rows of one argmax bring the same
     return d_hidden, d_weight, d_bias
+
+
+def _add_rows(out: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+    """out[at[n]] += rows[n], those of one place always in the same order.
+
+    On a card index_add takes them as they come, and accumulating index_put_ sorts them first, without waiting; on the CPU it is index_add that
+    goes through them one by one, and index_put_ whose threads add as they come.
+    """
+    return out.index_put_((at,), rows, accumulate=True) if out.is_cuda else out.index_add_(0, at, rows)
 
 
 def _capped(hidden: Tensor, head: Head, first: Tensor, c: Tensor, p: Plan, needs: tuple[bool, ...]) -> Three:
