@@ -162,10 +162,12 @@ def _forward(
     rows = live_rows(targets, ignore_index)
     h, t = take(rows, hidden, targets)
     head, real, n = Head(weight, bias_beside(h, bias), logit_scale, softcap), real_of(h), h.shape[0]
-    if _hopper_use.serves(hidden, weight):
-        found = _hopper.token_statistics(h, head, t, _threshold(h, head, t, 8))  # the tensor cores truncate their sums
-        return _for_all(found, rows, targets, ignore_index)
-    sums = _Sums(h, t, _threshold(h, head, t))
+    fused = _hopper_use.serves(hidden, weight)
+    # the tensor cores, which cuBLAS uses for 16-bit operands too, truncate their sums
+    threshold = _threshold(h, head, t, 8 if fused or (h.is_cuda and h.dtype.itemsize == 2) else 1)
+    if fused:
+        return _for_all(_hopper.token_statistics(h, head, t, threshold), rows, targets, ignore_index)
+    sums = _Sums(h, t, threshold)
     p = plan(n, weight.shape[0], h.dtype, h.device.type, workspace, False)
     logits, scratch = Logits(h, real), h.new_empty((n * p.block,), dtype=real)
     for first, end in p.groups() if n else []:
