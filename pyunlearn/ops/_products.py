@@ -68,6 +68,8 @@ def product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a @ b for a gradient, in the operands' dtype or wider."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
+    elif a.is_cuda and _HAS_OUT_DTYPE:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         add_product(out.zero_(), a, b)
 
