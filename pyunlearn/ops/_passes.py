@@ -23,7 +23,11 @@ def real_of(x: Tensor) -> torch.dtype:
 
 
 def live_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
-    """Indices of the rows that count, or None for all. One host sync on a card, none where nothing is ignored or inside a CUDA graph."""
+    """Indices of the rows that count, or None for all.
+
+    On a card the host waits once for the answer, also for the answer that nothing is ignored. Not asked: with NOTHING as ignore_index, and while a
+    CUDA graph is captured, where all rows are taken and the caller sees to what the ignored ones make.
+    """
     if ignore_index == NOTHING:
         return None
     if targets.is_cuda and torch.cuda.is_current_stream_capturing():

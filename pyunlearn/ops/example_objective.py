@@ -74,14 +74,15 @@ def example_objective(
             the largest example_index + 1, rounded up to whole groups.
         group_size: so many neighbouring examples stay together.
         likeliest: the share of each example's tokens that count, those of the smallest loss, one at least: the loss selection of arXiv 2406.09179.
-            The others have no part in sums, counts and gradient, and cost the gradient's products nothing.
+            The others have no part in sums, counts and gradient: their coefficient is 0 (see negligible).
         weights: (N,), floating point, without gradient of their own: factors on the log-likelihoods in the sums. counts and likeliest know nothing of
             them. Default: 1.
         bias, logit_scale, softcap, ignore_index: as in linear_log_likelihood. A temperature T is logit_scale / T and softcap / T.
         workspace: bytes for scratch and logits (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free).
         negligible: rows whose target has 1 - p below this may leave the gradient's products: a text that is known by heart consists of such. What each
-            row's gradient for its logits loses sums to 2 |coefficient * logit_scale| negligible in magnitude at most. 0: only rows with coefficient 0,
-            which is exact.
+            row's gradient for its logits loses sums to 2 |coefficient * logit_scale| negligible in magnitude at most. So may rows with coefficient 0,
+            which is exact; on a card only where negligible is above 0, for to count them it has to be waited for, and never where the kernels
+            for H100 and H200 run. Rows leave where moving the others together costs less than the products saved.
 
     Returns:
         ExampleObjective(loss, losses, log_likelihood, counts).

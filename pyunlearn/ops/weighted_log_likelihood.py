@@ -47,7 +47,7 @@ def weighted_log_likelihood(
         hidden, weight, targets: as in linear_log_likelihood, (..., D), (V, D) and (...).
         coefficients: (...), floating point, without gradient of their own.
         bias, logit_scale, softcap, ignore_index: as in linear_log_likelihood.
-        workspace, negligible: as in example_objective; rows with coefficient 0 leave the gradient's products in any case.
+        workspace, negligible: as in example_objective, which says when rows with coefficient 0 leave the gradient's products.
 
     Returns:
         (), float32 (float64 for float64 inputs); differentiable in hidden, weight and bias, as often as the graph is kept.
