@@ -124,13 +124,25 @@ def test_likeliest_rows(groups, share):
         assert not len(part[~mine]) or float(part[~mine].max()) <= float(part[mine].min())
 
 
-@given(rows=st.lists(st.booleans(), min_size=1, max_size=300), width=st.integers(1, 9))
-def test_squeeze(rows, width):
-    """Moving rows together in place must leave exactly those rows, in order."""
+@given(rows=st.lists(st.booleans(), min_size=1, max_size=300), width=st.integers(1, 9), at_a_time=st.integers(1, 100))
+def test_squeeze(rows, width, at_a_time):
+    """Moving rows together in place, any number at a time, must leave exactly those rows, in order."""
     matrix = torch.arange(len(rows) * width, dtype=torch.float32).view(len(rows), width)
     places = torch.tensor(rows).nonzero().squeeze(1)
     wanted = matrix[places]
-    assert torch.equal(_passes.squeeze(matrix, places), wanted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_passes, "MIB", at_a_time * width)  # a quarter of the bytes of so many rows
+        assert torch.equal(_passes.squeeze(matrix, places), wanted)
+
+
+@pytest.mark.parametrize("shape", [(4096, 700), (6, 3 << 20)])
+def test_squeeze_takes_a_few_mib(shape):
+    """Rows move about 4 MiB at a time on the CPU, however long they are, and one at least."""
+    matrix = torch.zeros(shape)
+    with Allocations() as used:
+        _passes.squeeze(matrix, torch.arange(1, shape[0]))
+    row = shape[1] * 4
+    assert used.largest == max(1, (4 << 20) // row) * row
 
 
 def pulled(case, coefficients, op, **options):

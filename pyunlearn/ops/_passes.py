@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyunlearn.ops import _backend, _hopper
 from pyunlearn.ops._check import NOTHING
-from pyunlearn.ops._plan import Plan, balance
+from pyunlearn.ops._plan import MIB, Plan, balance
 from pyunlearn.ops._products import Logits, add_product, product
 from pyunlearn.ops._types import Gradients as Gradients
 from pyunlearn.ops._types import Head as Head
@@ -151,11 +151,14 @@ def rows_that_pull(
 
 
 def squeeze(matrix: Tensor, rows: Tensor) -> Tensor:
-    """Those rows of a contiguous matrix (n, v), in ascending order, moved together where it lies: its first len(rows) rows."""
+    """Those rows of a contiguous matrix (n, v), in ascending order, moved together where it lies: its first len(rows) rows.
+
+    They go by the chunk, which is copied out in whole before it is copied in. Every row moves up or stays, so a chunk overwrites none that comes
+    after it. Each takes two calls, and memory beside the workspace, so they are of a few MiB.
+    """
     packed = matrix.view(-1)[: len(rows) * matrix.shape[1]].view(len(rows), matrix.shape[1])
-    for first in range(
-        0, len(rows), 64
-    ):  # every row moves up or stays, so nothing is overwritten that is still to be read
-        some = rows[first : first + 64]
+    most = max(1, (32 * MIB if matrix.is_cuda else 4 * MIB) // max(1, matrix.shape[1] * matrix.element_size()))
+    for first in range(0, len(rows), most):
+        some = rows[first : first + most]
         packed[first : first + len(some)] = matrix.index_select(0, some)
     return packed
