@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import (
     _backend,
+    _one_pass,
     _passes,
     _plan,
     example_objective,
@@ -308,6 +309,7 @@ def test_nothing_ignored(op, device, backend, monkeypatch):
     """With ignore_index=None every row counts, the answer is the same, and nobody asks which rows do: on a card that would stop the queue."""
     case = make(13, 20, 203, device=device)
     monkeypatch.setattr(_passes, "rows_that_pull", lambda *_, **__: None)  # never asked on a card
+    monkeypatch.setattr(_one_pass, "_known_to_be_one", lambda *_: False)  # nor is this
 
     def run(ignore_index):
         leaves = [t.detach().clone().requires_grad_() for t in case[:2]]
@@ -345,8 +347,9 @@ class Card:
 def test_workspace_of_a_card(free, unused, wanted, monkeypatch):
     """By default a card gives half of what is free, the allocator's own blocks included, and 2 GiB at most; what was asked for stays."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free << 30, 80 << 30))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: (unused + 3) << 30)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3 << 30)
+    held = {"reserved_bytes": (unused + 3) << 30, "allocated_bytes": 3 << 30}
+    stats = {name: {"all": {"current": n}} for name, n in held.items()}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: stats)
     monkeypatch.setattr(_plan, "host_may_wait", lambda x: True)
     assert _plan.allowance(None, Card(), 8192, 128256) == wanted
     assert _plan.allowance(7, Card(), 8192, 128256) == 7

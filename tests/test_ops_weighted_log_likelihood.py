@@ -24,6 +24,7 @@ from heads import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend, linear_log_likelihood, reference, weighted_log_likelihood
@@ -348,6 +349,24 @@ def test_upstream_factor(held, factor, device, backend, chunks):
     found = evaluate(weighted_log_likelihood, case, factor=factor, workspace=held_by(held, case))
     value, *gradients = truth(case)
     assert_agree(found, [value, *(factor * g for g in gradients)], 4e-6)
+
+
+@pytest.mark.parametrize(("factor", "wanted"), [(1.0, 0), (2.0, 1)])
+def test_a_factor_of_1_moves_nothing(factor, wanted):
+    """loss.backward() takes the gradients as they lie, without another read and write of the weight's."""
+    case, scaled = make(9, 8, 50, bias=False), []
+
+    class Scalings(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.mul_.Tensor and args[0].shape == case.weight.shape:
+                scaled.append(function)
+            return function(*args, **(kwargs or {}))
+
+    weight = case.weight.clone().requires_grad_()
+    value = weighted_log_likelihood(case.hidden, weight, case.targets, torch.ones(9))
+    with Scalings():
+        value.backward(torch.tensor(factor))
+    assert len(scaled) == wanted
 
 
 @any_workspace

@@ -89,9 +89,16 @@ class _Gradients(torch.autograd.Function):
         gradients, made.gradients = made.gradients, None
         if gradients is None:
             gradients = _run(made.work, hidden, weight, bias, made.needs)[1]
+        if _known_to_be_one(d_value):
+            return tuple(gradients)
         return tuple(None if d is None else d.mul_(d_value) for d in gradients)
 
     backward = staticmethod(NO_GRADIENT_OF_GRADIENT)
+
+
+def _known_to_be_one(factor: Tensor) -> bool:
+    """Whether to multiply with it would read and write the weight's gradient for nothing, as after loss.backward(). A card is not asked."""
+    return factor.device.type == "cpu" and bool(factor == 1)
 
 
 def _run(

@@ -141,7 +141,9 @@ def allowance(workspace: int | None, x: torch.Tensor, rows: int, vocabulary: int
     if not x.is_cuda or rows * vocabulary * x.element_size() <= 256 * MIB or not host_may_wait(x):
         return usual
     free = torch.cuda.mem_get_info(x.device)[0]
-    unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+    # once, and as it is: memory_reserved and memory_allocated each flatten and sort all of it
+    held = torch.cuda.memory_stats_as_nested_dict(x.device)
+    unused = held["reserved_bytes"]["all"]["current"] - held["allocated_bytes"]["all"]["current"]
     return min(usual, (free + unused) // 2)
 
 
