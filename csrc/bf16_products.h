@@ -24,4 +24,21 @@ const char* bf16_products();
 // Returns null, or a sentence that says what it cannot do.
 const char* bf16_product_cpu(const Bf16Product&, int threads);
 
+// The products of a gradient, whose sums run along the rows of b:
+//
+//     out[j, c] = sum over r of a[j, r] * b[r, c], or a[r, j] if it is transposed        j < rows, c < columns, r < depth
+//
+// With AMX alone ("amx_bf16"): torch's own are as fast elsewhere.
+struct Bf16Gradient {
+  const uint16_t *a, *b;  // (rows, depth), or (depth, rows) if it is transposed; (depth, columns)
+  int64_t a_stride, b_stride;
+  bool transposed;
+  void* out;  // (rows, columns): bfloat16 if `rounds`, otherwise float32, to which it is added if `adds`
+  int64_t out_stride;
+  bool rounds, adds;
+  int64_t rows, columns, depth;
+};
+
+const char* bf16_gradient_cpu(const Bf16Gradient&, int threads);
+
 }  // namespace pyunlearn

@@ -108,6 +108,14 @@ void bf16_product(Address a, int64_t a_stride, Address b, int64_t b_stride, Addr
                             threads));
 }
 
+void bf16_gradient(Address a, int64_t a_stride, bool transposed, Address b, int64_t b_stride, Address result, int64_t result_stride, bool rounds,
+                   bool adds, int64_t rows, int64_t columns, int64_t depth, int threads) {
+  const py::gil_scoped_release release;
+  raise_if(bf16_gradient_cpu({static_cast<const uint16_t*>(in(a)), static_cast<const uint16_t*>(in(b)), a_stride, b_stride, transposed, out(result),
+                              result_stride, rounds, adds, rows, columns, depth},
+                             threads));
+}
+
 // The kernels of compute capability 9.0, on a stream. Where they were not built, the call says so.
 #ifdef PYUNLEARN_HOPPER
 #define PYUNLEARN_HOPPER_RUN(call)           \
@@ -233,6 +241,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("kl_statistics", &kl_statistics);
   m.def("kl_gradient", &kl_gradient);
   m.def("bf16_product", &bf16_product);
+  m.def("bf16_gradient", &bf16_gradient);
   m.def("hopper_unavailable", &hopper_unavailable_here);
   m.def("hopper_workspace_bytes", &hopper_workspace);
   m.def("hopper_statistics", &hopper_statistics_at);

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
+from heads import error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyunlearn.ops import _backend
+from pyunlearn.ops import _backend, _products
 from pyunlearn.ops._products import Logits
 
 KERNEL = _backend.build_info().get("bf16_products") if _backend.on_cpu().kernels == "cpu" else None
@@ -92,6 +93,58 @@ def test_no_operands_are_widened():
     assert logits.wide is a
     assert not logits.buffer.numel()
     assert largest_error(out, a, b) <= 1e-6
+
+
+@pytest.fixture
+def with_amx():
+    if KERNEL != "amx_bf16":
+        pytest.skip("needs AMX")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("depth", [1, 2, 31, 32, 33, 100, 1025, 3000])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (31, 33), (32, 64), (33, 31), (65, 100), (300, 72)])
+def test_gradient(rows, columns, depth, transposed, with_amx):
+    """A product whose sums run along the rows, rounded, in float32, or added; nothing beside the result is written, for any shape and whatever stood there before."""
+    a, b = operands(rows, columns, depth)
+    left, right = (x.T.clone(memory_format=torch.contiguous_format) for x in (a, b))
+    left = left.T if transposed else a
+    memory = torch.full((rows + 1, columns + 3), torch.nan)
+    out = memory[:rows, :columns]
+    assert _backend.multiplies_bf16_gradient(out, left, right)
+    _products.product(out, left, right)
+    assert largest_error(out, a, b) <= 2e-6
+    twice = out.clone()
+    _products.add_product(twice, left, right)
+    assert largest_error(twice / 2, a, b) <= 2e-6
+    narrow = torch.full_like(memory, torch.nan, dtype=torch.bfloat16)
+    _products.product(narrow[:rows, :columns], left, right)
+    assert error(narrow[:rows, :columns], out) <= 2**-8
+    for edge in (memory, narrow):
+        assert edge[rows].isnan().all()
+        assert edge[:, columns:].isnan().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_gradient_of_views(threads, with_amx):
+    """Whatever the number of threads; NaN and Inf stay in their column, or in their row of the other side."""
+    a, b = torch.randn(50, 700).bfloat16(), torch.randn(50, 90).bfloat16()
+    a[3, 207], b[7, 11] = torch.nan, torch.inf
+    given, other, out = a[:, 100:600], b[:, 3:80], torch.empty(500, 77)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        _products.product(out, given.T, other)
+    finally:
+        torch.set_num_threads(before)
+    assert out[107].isnan().all()
+    assert not out[:, 8].isfinite().any()
+    given, other = given.clone(), other.clone()
+    given[3, 107], other[7, 8] = 0, 0
+    fine = torch.ones(500, 77, dtype=torch.bool)
+    fine[107], fine[:, 8] = False, False
+    wanted = given.double().T @ other.double()
+    assert (out.double() - wanted)[fine].abs().max() <= 1e-4
 
 
 def test_without_amx():

@@ -1,11 +1,8 @@
 // What both kernels of bf16_products.h share: some columns of b, laid out so that a vector holds one pair of neighbouring numbers of 16 columns.
 // Included by files with AVX-512 flags only.
 #pragma once
-#include <immintrin.h>
-
-#include <memory>
-
 #include "../bf16_products.h"
+#include "avx512_tools.h"
 #include "parallel.h"
 
 namespace pyunlearn {
@@ -27,52 +24,9 @@ struct Parts {
   int64_t length(int64_t part) const { return pairs - part * depth < depth ? pairs - part * depth : depth; }
 };
 
-// Memory that begins at a cache line, and stays for the next call.
-template <class T> class AlignedMemory {
- public:
-  T* room(int64_t count) {
-    if (count > size_) {
-      memory_.reset(new char[count * sizeof(T) + 63]);
-      size_ = count;
-    }
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t{63});
-  }
-
- private:
-  std::unique_ptr<char[]> memory_;
-  int64_t size_ = 0;
-};
-
 inline Packed* panel_of_thread() {
   static thread_local AlignedMemory<Packed> memory;
   return memory.room(kVectors);
-}
-
-inline __mmask32 numbers(int64_t left) { return left >= 32 ? ~__mmask32{0} : left <= 0 ? __mmask32{0} : (__mmask32{1} << left) - 1; }
-
-inline __mmask16 lanes(int64_t columns, int vector) {
-  const int64_t left = columns - 16 * vector;
-  return left >= 16 ? __mmask16(0xffff) : left <= 0 ? __mmask16(0) : __mmask16((1u << left) - 1);
-}
-
-inline void transpose(__m512i (&x)[16]) {  // of 32-bit numbers
-  __m512i y[16];
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
-      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
-    }
-  for (int i = 0; i < 4; ++i) {
-    const __m512i a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), b = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
-    const __m512i c = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd), d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
-    y[i] = _mm512_shuffle_i32x4(a, b, 0x88), y[i + 8] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    y[i + 4] = _mm512_shuffle_i32x4(c, d, 0x88), y[i + 12] = _mm512_shuffle_i32x4(c, d, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) x[i] = y[i];
 }
 
 // packed[vector][k] = pair first + k of each of its 16 columns, in whole steps; what is beyond the columns or the width is zero.
@@ -82,7 +36,7 @@ inline void pack(const Bf16Product& p, int64_t first_column, int64_t columns, in
       __m512i x[16];
       for (int j = 0; j < 16; ++j) {
         const int64_t column = 16 * vector + j, at = 2 * (first + k);
-        x[j] = column < columns ? _mm512_maskz_loadu_epi16(numbers(p.width - at), p.b + (first_column + column) * p.b_stride + at)
+        x[j] = column < columns ? _mm512_maskz_loadu_epi16(first32(p.width - at), p.b + (first_column + column) * p.b_stride + at)
                                 : _mm512_setzero_si512();
       }
       transpose(x);

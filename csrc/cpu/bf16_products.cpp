@@ -17,7 +17,10 @@
 
 namespace pyunlearn {
 
-namespace amx { void product(const Bf16Product&, int threads); }
+namespace amx {
+void product(const Bf16Product&, int threads);
+void gradient(const Bf16Gradient&, int threads);
+}  // namespace amx
 namespace avx512bf16 { void product(const Bf16Product&, int threads); }
 
 namespace {
@@ -25,6 +28,7 @@ namespace {
 struct Kernel {
   const char* name = nullptr;
   void (*product)(const Bf16Product&, int threads) = nullptr;
+  void (*gradient)(const Bf16Gradient&, int threads) = nullptr;
 };
 
 #if defined(PYUNLEARN_AMX)
@@ -41,7 +45,7 @@ Kernel find() {
 #if defined(PYUNLEARN_AMX)
   const char* wanted = std::getenv("PYUNLEARN_CPU");
   const bool tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx >> 22 & 1 && edx >> 24 & 1;  // AMX-BF16, AMX-TILE
-  if (tiles && !(wanted && *wanted) && may_use_tiles()) return {"amx_bf16", amx::product};
+  if (tiles && !(wanted && *wanted) && may_use_tiles()) return {"amx_bf16", amx::product, amx::gradient};
 #endif
   if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1) return {"avx512_bf16", avx512bf16::product};
 #endif
@@ -63,6 +67,16 @@ const char* bf16_product_cpu(const Bf16Product& p, int threads) {
   if (!p.rows || !p.columns) return nullptr;
   if (!p.a || !p.b || !p.out) return "a, b and out must not be null";
   kernel().product(p, threads);
+  return nullptr;
+}
+
+const char* bf16_gradient_cpu(const Bf16Gradient& p, int threads) {
+  if (!kernel().gradient) return "this machine, or this build, has no AMX";
+  if (p.rows < 0 || p.columns < 0 || p.depth < 0) return "rows, columns and depth must not be negative";
+  if (p.rounds && p.adds) return "sums are added to float32 numbers only";
+  if (!p.rows || !p.columns) return nullptr;
+  if ((p.depth && (!p.a || !p.b)) || !p.out) return "a, b and out must not be null";
+  kernel().gradient(p, threads);
   return nullptr;
 }
 

@@ -1,8 +1,7 @@
-// The kernel of bf16_products.h with AMX tiles: 32 rows of a past 32 columns of b, in four tiles of sums. Both operands are laid out anew, a tile after
-// the other, for tiles whose rows lie apart load at half the speed.
+// The kernel of bf16_products.h with AMX: the rows of a are laid out in tiles once, the columns of b panel by panel.
 #if defined(__AMX_BF16__)
+#include "amx_tiles.h"
 #include "bf16_panel.h"
-#include "parallel.h"
 
 namespace pyunlearn {
 namespace amx {
@@ -10,17 +9,7 @@ namespace {
 
 constexpr int64_t kRows = 32;
 constexpr int64_t kNumbers = 2 * kStep;                // of a row, in one tile
-constexpr int64_t kTile = 16 * kNumbers;               // numbers of a tile
 constexpr int64_t kMostNumbers = int64_t{1} << 21;     // of a that are laid out at a time: 4 MiB
-
-struct alignas(64) TileConfiguration {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The compiler does not know that loading a tile reads memory, and might write later what stands before.
-inline void written() { __asm__ volatile("" ::: "memory"); }
 
 int64_t steps_of(int64_t pairs) { return (pairs + kStep - 1) / kStep; }
 
@@ -29,52 +18,27 @@ void pack_rows(const Bf16Product& p, int64_t r, uint16_t* to) {
   for (int64_t i = 0; i < kRows; ++i)
     for (int64_t k = 0; k < p.width; k += kNumbers)
       _mm512_store_si512(to + k / kNumbers * 2 * kTile + i * kNumbers,
-                         r + i < p.rows ? _mm512_maskz_loadu_epi16(numbers(p.width - k), p.a + (r + i) * p.a_stride + k) : _mm512_setzero_si512());
-}
-
-// Writes a tile of sums that was stored aside, or adds it.
-void put(const float (&sums)[16][16], float* out, int64_t stride, int64_t rows, __mmask16 columns, bool add) {
-  for (int64_t i = 0; i < rows && i < 16; ++i) {
-    const __m512 sum = _mm512_load_ps(sums[i]), before = add ? _mm512_maskz_loadu_ps(columns, out + i * stride) : _mm512_setzero_ps();
-    _mm512_mask_storeu_ps(out + i * stride, columns, _mm512_add_ps(before, sum));
-  }
+                         r + i < p.rows ? _mm512_maskz_loadu_epi16(first32(p.width - k), p.a + (r + i) * p.a_stride + k) : _mm512_setzero_si512());
 }
 
 // `rows` rows and `columns` columns of out, 32 of each at most, from `steps` steps of both operands: += to what is there, or =.
-void block(const uint16_t* a, const Packed& b, const Packed& b_right, int64_t steps, float* out, int64_t stride, int64_t rows, int64_t columns, bool add) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t s = 0; s < steps; ++s) {
-    _tile_loadd(6, b + s * kStep, 64);
-    _tile_loadd(4, a + s * 2 * kTile, 64);
-    _tile_loadd(7, b_right + s * kStep, 64);
-    _tile_loadd(5, a + s * 2 * kTile + kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  if (!add && rows >= kRows && columns >= 32) {
-    _tile_stored(0, out, stride * 4);
-    _tile_stored(1, out + 16, stride * 4);
-    _tile_stored(2, out + 16 * stride, stride * 4);
-    _tile_stored(3, out + 16 * stride + 16, stride * 4);
-    return;
-  }
-  alignas(64) float sums[4][16][16];
-  _tile_stored(0, sums[0], 64);
-  _tile_stored(1, sums[1], 64);
-  _tile_stored(2, sums[2], 64);
-  _tile_stored(3, sums[3], 64);
-  for (int i = 0; i < 4; ++i) put(sums[i], out + i / 2 * 16 * stride + i % 2 * 16, stride, rows - i / 2 * 16, lanes(columns, i % 2), add);
+void block(const uint16_t* a, const Packed& left, const Packed& right, int64_t steps, float* out, int64_t stride, int64_t rows, int64_t columns, bool add) {
+  sum_tiles(a, reinterpret_cast<const uint16_t*>(left), reinterpret_cast<const uint16_t*>(right), kTile, steps);
+  if (!add && rows >= kRows && columns >= 32) return store_tiles(out, stride);
+  alignas(64) float sums[kRows][32];
+  store_tiles(sums[0], 32);
+  for (int64_t i = 0; i < rows && i < kRows; ++i)
+    for (int half = 0; half < 2; ++half) {
+      float* to = out + i * stride + 16 * half;
+      const __mmask16 which = first16(columns - 16 * half);
+      const __m512 before = add ? _mm512_maskz_loadu_ps(which, to) : _mm512_setzero_ps();
+      _mm512_mask_storeu_ps(to, which, _mm512_add_ps(before, _mm512_load_ps(sums[i] + 16 * half)));
+    }
 }
 
 // Columns first .. first + columns - 1, a panel at most, of rows that are laid out in `a`.
 void columns_of(const Bf16Product& p, const uint16_t* a, int64_t first, int64_t columns) {
-  static const TileConfiguration configuration;
-  _tile_loadconfig(&configuration);
+  const Tiles tiles;
   Packed* packed = panel_of_thread();
   const Parts parts(p.width);
   for (int64_t part = 0; part < parts.count; ++part) {
@@ -87,7 +51,6 @@ void columns_of(const Bf16Product& p, const uint16_t* a, int64_t first, int64_t 
         block(rows, packed[v], packed[v + 1], steps_of(pairs), p.out + r * p.out_stride + first + 16 * v, p.out_stride, p.rows - r, columns - 16 * v, before > 0);
     }
   }
-  _tile_release();
 }
 
 void product_of(const Bf16Product& p, int threads) {  // as many rows as are laid out at a time

@@ -37,8 +37,8 @@ template <int Rows> void tile(const Bf16Product& p, int64_t r, int64_t first_col
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kVectors; ++v) {
       float* to = out + i * p.out_stride + 16 * v;
-      const __m512 before = first ? _mm512_maskz_loadu_ps(lanes(columns, v), to) : _mm512_setzero_ps();
-      _mm512_mask_storeu_ps(to, lanes(columns, v), _mm512_add_ps(before, sum[i][v]));
+      const __m512 before = first ? _mm512_maskz_loadu_ps(first16(columns - 16 * v), to) : _mm512_setzero_ps();
+      _mm512_mask_storeu_ps(to, first16(columns - 16 * v), _mm512_add_ps(before, sum[i][v]));
     }
 }
 

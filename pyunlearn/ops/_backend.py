@@ -189,6 +189,19 @@ def multiplies_bf16(x: Tensor) -> bool:
     return x.dtype is torch.bfloat16 and kernels_for(x) == "cpu" and bool(build_info()["bf16_products"])
 
 
+def multiplies_bf16_gradient(out: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether our own product a @ b, into float32 or bfloat16, serves these: csrc/bf16_products.h. It lays b out anew, if out is bfloat16 all of it."""
+    return (
+        a.dtype is b.dtype is torch.bfloat16
+        and out.dtype in (torch.bfloat16, torch.float32)
+        and kernels_for(a) == "cpu"
+        and build_info()["bf16_products"] == "amx_bf16"
+        and 1 in a.stride()
+        and b.stride(1) == out.stride(1) == 1
+        and (out.dtype is torch.float32 or b.numel() <= 1 << 22)
+    )
+
+
 def _chosen(kernel: Callable[..., None]) -> Callable[..., None]:
     """The kernel on the backend that serves its first tensor."""
 
@@ -205,3 +218,4 @@ token_statistics = _chosen(_kernels.token_statistics)
 kl_statistics = _chosen(_kernels.kl_statistics)
 kl_gradient = _chosen(_kernels.kl_gradient)
 bf16_product = partial(_kernels.bf16_product, _C)
+bf16_gradient = partial(_kernels.bf16_gradient, _C)

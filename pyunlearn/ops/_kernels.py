@@ -84,6 +84,14 @@ def bf16_product(run: Any, out: Tensor, a: Tensor, b: Tensor) -> None:
     run.bf16_product(*addresses, *out.shape, a.shape[1], torch.get_num_threads())
 
 
+def bf16_gradient(run: Any, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out (v, d) = or += a (v, n) @ b (n, d) of bfloat16 numbers on a CPU with AMX, a transposed or not; csrc/bf16_products.h."""
+    transposed = a.stride(1) != 1
+    of_a = (a.data_ptr(), a.stride(1 if transposed else 0), transposed)
+    of_out = (out.data_ptr(), out.stride(0), out.dtype is torch.bfloat16, add)
+    run.bf16_gradient(*of_a, b.data_ptr(), b.stride(0), *of_out, *out.shape, a.shape[1], torch.get_num_threads())
+
+
 def _call(kernel: Any, x: Tensor, *arguments: Any) -> None:
     """Calls into the extension where x lies: tensors as addresses, then a stream or a number of threads."""
     plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]

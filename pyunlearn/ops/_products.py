@@ -53,7 +53,9 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
     There are a few products for each sum, so this costs no more than the one rounding at the end, and saves float32 copies of both operands.
     """
-    if a.dtype == out.dtype:
+    if out.dtype is torch.float32 and _backend.multiplies_bf16_gradient(out, a, b):
+        _backend.bf16_gradient(out, a, b, True)
+    elif a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out)
     elif a.is_cuda and _HAS_OUT_DTYPE:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -66,7 +68,9 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a @ b for a gradient, in the operands' dtype or wider."""
-    if a.dtype == out.dtype:
+    if _backend.multiplies_bf16_gradient(out, a, b):
+        _backend.bf16_gradient(out, a, b, False)
+    elif a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda and _HAS_OUT_DTYPE:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
