@@ -250,6 +250,32 @@ def test_rank_of_an_impossible_target(watched):
     assert found.variance.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize(("width", "offset"), [(1, 0), (72, 0), (75, 0), (72, 1)])
+def test_rows_of_equal_targets(width, offset, softcap, dtype, watched):
+    """Targets that occur once, 16, 128 and 300 times get the sum of their rows; a row with coefficient 0 is not read; other targets change nothing."""
+    where = torch.device(PLACE["device"])
+    times = {2: 1, 3: 16, 5: 128, 8: 300, -100: 7, 11: 2, -1: 1}
+    targets = torch.tensor([t for t, n in times.items() for _ in range(n)], device=where)
+    targets = targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).to(where)]
+    n = len(targets)
+    room = torch.randn(n, width + 8, device=where).to(dtype)
+    hidden, d_weight = room[:, offset : offset + width], torch.randn(11, width, device=where)
+    coefficients, value = unit(n), -torch.rand(n, device=where)
+    unread = (targets == 8).nonzero()[::7, 0]
+    coefficients[unread], hidden[unread] = 0, torch.nan
+    maximum, total = torch.randn(n, device=where), 1 + torch.rand(n, device=where)
+    slope = (1 - ((value + total.log() + maximum) / 4).double() ** 2).clamp(min=0) if softcap else 1
+    b = coefficients.double() * 0.5 * -torch.expm1(value.double()) * slope
+    inside = (targets >= 0) & (targets < 11) & (coefficients != 0)
+    wanted = d_weight.double().index_add(0, targets[inside], b[inside, None] * hidden[inside].double())
+    rows = (n, width, 11, 0.5, softcap, targets, coefficients, coefficients, value, maximum, total)
+    matrices = (*_hopper._matrix(hidden), *torch.sort(targets, stable=True), *_hopper._matrix(d_weight))
+    _hopper._run("kept_add_targets", *rows, *matrices)
+    assert_agree([d_weight], [wanted], 2e-6)
+
+
 # ---------------------------------------------------------------- how the ops use them
 
 

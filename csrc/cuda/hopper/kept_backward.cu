@@ -10,8 +10,9 @@ namespace {
 
 constexpr int N = 8;         // columns that a thread takes at a time
 constexpr int kThreads = 64, kRowsABlock = 4;  // elementwise kernels: threads to a row, rows to a block
-constexpr int kSlice = 128;  // threads of a block that sums rows: one slice of N * kSlice columns
-constexpr int kBatch = 8;    // rows whose loads are under way at a time
+constexpr int kSlice = 128;  // threads of a block that sums rows: one slice of N * kSlice columns; also how many rows it looks up at a time
+constexpr int64_t kMostColumns = int64_t(65535) * N * kSlice;  // slices are the second dimension of a grid
+template <class T> constexpr int kBatch = 32 / (int)sizeof(T);  // rows whose loads are under way at a time
 
 struct Rows {  // KeptRows with its numbers in the kernels' types
   int64_t n, v;
@@ -21,10 +22,15 @@ struct Rows {  // KeptRows with its numbers in the kernels' types
   const float *coefficients, *factor, *log_likelihood, *maximum, *total;
 
   __device__ float for_product(int64_t row) const { return -coefficients[row] * scale * factor[row]; }
-  __device__ float for_target(int64_t row) const {
-    const float value = log_likelihood[row], at_target = coefficients[row] * scale * -expm1f(value);
+  struct OfTarget {  // what the factor of a target's row is made from: all of it is asked for before any of it is used
+    float coefficient, log_likelihood, maximum, total;
+  };
+  __device__ OfTarget of_target(int64_t row) const { return {coefficients[row], log_likelihood[row], maximum[row], total[row]}; }
+  __device__ float for_target(const OfTarget& row) const {
+    if (row.coefficient == 0.f) return 0.f;
+    const float at_target = row.coefficient * scale * -expm1f(row.log_likelihood);
     if (inverse_cap == 0.f) return at_target;
-    const float t = (value + logf(total[row]) + maximum[row]) * inverse_cap;
+    const float t = (row.log_likelihood + logf(row.total) + row.maximum) * inverse_cap;
     return at_target * fmaxf(fmaf(-t, t, 1.f), 0.f);
   }
 };
@@ -56,7 +62,7 @@ hidden_gradient(const __grid_constant__ Rows rows, const __grid_constant__ Matri
   if (r >= rows.n) return;
   const int64_t target = rows.targets[r];
   const bool nothing = rows.coefficients[r] == 0.f, known = !nothing && target >= 0 && target < rows.v;
-  const float a = nothing ? 0.f : rows.for_product(r), b = known ? rows.for_target(r) : 0.f;
+  const float a = nothing ? 0.f : rows.for_product(r), b = known ? rows.for_target(rows.of_target(r)) : 0.f;
   const AnyRow<N> from = row_of(product, r, rows.d), of_target = row_of(weight, known ? target : 0, rows.d), to(out, r, rows.d, 0);
   for (int at = threadIdx.x * N; at < rows.d; at += kThreads * N) {
     float x[N] = {}, w[N] = {};
@@ -68,51 +74,69 @@ hidden_gradient(const __grid_constant__ Rows rows, const __grid_constant__ Matri
   }
 }
 
-// Where the run of equal values that begins at `first` ends. Most targets stand alone, so the search starts small.
-__device__ __forceinline__ int64_t end_of_run(const int64_t* sorted, int64_t first, int64_t n) {
-  const int64_t value = sorted[first];
-  int64_t in = first, step = 1;
-  while (in + step < n && sorted[in + step] == value) in += step, step *= 2;
-  int64_t out = in + step < n ? in + step : n;  // in: inside the run, out: outside
-  while (out - in > 1) {
-    const int64_t middle = in + (out - in) / 2;
-    if (sorted[middle] == value) in = middle;
-    else out = middle;
+// sum += factor * row, row after row of those that a block has looked up, for this thread's columns at .. at + N - 1, W of them to a load. The loads of a
+// batch are all under way before the first is used. A row whose factor is 0 is not read.
+template <class T, int W>
+__device__ __forceinline__ void add_rows(const MatrixIn& m, int at, int columns, const int (&row)[kSlice], const float (&factor)[kSlice], float (&sum)[N]) {
+  constexpr int U = kBatch<T>;
+  for (int begin = 0; begin < kSlice && row[begin] >= 0; begin += U) {
+#pragma unroll
+    for (int c = 0; c < N; c += W) {
+      if (at + c >= columns) break;
+      Pack<T, W> x[U];
+#pragma unroll
+      for (int k = 0; k < U; ++k) {
+        x[k] = {};
+        if (factor[begin + k] != 0.f) x[k] = *(const Pack<T, W>*)((const T*)m.data + row[begin + k] * m.stride + at + c);
+      }
+#pragma unroll
+      for (int k = 0; k < U; ++k)
+#pragma unroll
+        for (int i = 0; i < W; ++i) sum[c + i] = fmaf(factor[begin + k], to_float(x[k].at[i]), sum[c + i]);
+    }
   }
-  return out;
+}
+template <class T>
+__device__ __forceinline__ void add_rows(const MatrixIn& m, int at, int columns, const int (&row)[kSlice], const float (&factor)[kSlice], float (&sum)[N]) {
+  const bool aligned = ((uintptr_t)m.data | (uintptr_t)(m.stride * (int64_t)sizeof(T))) % 16 == 0;
+  if (aligned && at + N <= columns) add_rows<T, N>(m, at, columns, row, factor, sum);
+  else add_rows<T, 1>(m, at, columns, row, factor, sum);
 }
 
-// Block (i, slice) adds up the run of equal targets that begins at position i; the blocks of other positions have nothing to do.
+// Block (i, slice) adds up the run of equal targets that begins at position i; the blocks of other positions have nothing to do. Most targets stand
+// alone, so what counts is how often the block waits for memory: for the positions, for the rows' numbers, for the rows, each time for as many as there
+// are threads, and for the next positions while it adds.
 __global__ void __launch_bounds__(kSlice) add_targets(const __grid_constant__ Rows rows, const __grid_constant__ MatrixIn hidden, const int64_t* sorted,
                                                       const int64_t* order, const __grid_constant__ MatrixOut d_weight) {
-  const int64_t first = blockIdx.x, target = sorted[first];
-  if (target < 0 || target >= rows.v || (first > 0 && sorted[first - 1] == target)) return;
-  const int at = (blockIdx.y * kSlice + threadIdx.x) * N;
-  if (at >= rows.d) return;
-  const int64_t end = end_of_run(sorted, first, rows.n);
+  __shared__ int row_at[kSlice];  // -1 beyond the run
+  __shared__ float factor_at[kSlice];
+  const int64_t first = blockIdx.x, target = sorted[first], target_before = first > 0 ? sorted[first - 1] : -1;
+  int64_t i = first + threadIdx.x, its_target = i < rows.n ? sorted[i] : -1, row = i < rows.n ? order[i] : 0;
+  if (target < 0 || target >= rows.v || target == target_before) return;
 
-  float sum[N] = {};
-  for (int64_t begin = first; begin < end; begin += kBatch) {
-    float b[kBatch], x[kBatch][N];
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const int64_t r = begin + k < end ? order[begin + k] : -1;
-      const bool something = r >= 0 && rows.coefficients[r] != 0.f;
-      b[k] = something ? rows.for_target(r) : 0.f;
-#pragma unroll
-      for (int i = 0; i < N; ++i) x[k][i] = 0.f;
-      if (something) row_of(hidden, r, rows.d).load(at, x[k]);
-    }
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k)
-#pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] = fmaf(b[k], x[k][i], sum[i]);
-  }
+  const int at = (blockIdx.y * kSlice + threadIdx.x) * N;
   const AnyRow<N> to(d_weight, target, rows.d, 0);
-  float before[N];
-  to.load(at, before);
+  float sum[N] = {}, before[N];
+  for (bool more = true; more;) {
+    const bool inside = its_target == target;
+    Rows::OfTarget of_target{};
+    if (inside) of_target = rows.of_target(row);
+    if (i == first + threadIdx.x) to.load(at, before);  // here, beside those numbers
+    __syncthreads();  // whoever still adds the rows before
+    row_at[threadIdx.x] = inside ? (int)row : -1;
+    factor_at[threadIdx.x] = rows.for_target(of_target);
+    more = __syncthreads_or(inside && threadIdx.x == kSlice - 1);
+    if (more) {
+      i += kSlice;
+      its_target = i < rows.n ? sorted[i] : -1, row = i < rows.n ? order[i] : 0;
+    }
+    if (at >= rows.d) continue;
+    if (hidden.dtype == Dtype::bfloat16) add_rows<__nv_bfloat16>(hidden, at, rows.d, row_at, factor_at, sum);
+    else if (hidden.dtype == Dtype::float16) add_rows<__half>(hidden, at, rows.d, row_at, factor_at, sum);
+    else add_rows<float>(hidden, at, rows.d, row_at, factor_at, sum);
+  }
 #pragma unroll
-  for (int i = 0; i < N; ++i) sum[i] += before[i];
+  for (int c = 0; c < N; ++c) sum[c] += before[c];
   to.store(at, sum);
 }
 
@@ -120,7 +144,7 @@ __global__ void __launch_bounds__(kSlice) add_targets(const __grid_constant__ Ro
 
 template <class... Matrix> const char* cannot(const KeptRows& rows, const Matrix&... matrices) {
   if (((matrices.dtype == Dtype::float64) || ...)) return "float64 runs on the reference backend";
-  if (rows.d > 1 << 30) return "a hidden size above 2^30";
+  if (rows.d > kMostColumns) return "a hidden size above 65535 * 1024";
   if (rows.n > (int64_t(1) << 31) - 1) return "more than 2^31 - 1 rows in one call";
   return nullptr;
 }
