@@ -1,15 +1,15 @@
 // The vocabulary product fused with its row statistics, for compute capability 9.0 (H100, H200): the logits live in registers only.
 // What is computed is defined in log_likelihood.h; here x = hidden . weight is made inside, in fp32, and z, dz/du follow from it as there.
 //
-// All functions return null, or a sentence that says what they cannot do (nothing was launched then). They launch on `stream` of the
-// current device, never synchronise, use no atomics, repeat bit for bit, and may be captured into a CUDA graph.
+// All functions return null, or a sentence that says what they cannot do (nothing was launched then), or CUDA's own words for a launch that failed. They
+// launch on `stream` of the current device, never synchronise, use no atomics, repeat bit for bit, and may be captured into a CUDA graph.
 #pragma once
 #include "dtype.h"
 
 namespace pyunlearn {
 
 // hidden and weight: bfloat16 or float16, both alike; 16-byte aligned, strides (elements between rows) multiples of 8 and at least d.
-// d: a multiple of 8. n, v: anything up to 2^30. bias: float32 or the dtype of weight. A target may be any number. A row whose largest logit is beyond
+// d: a multiple of 8, at most 2^25. n, v: anything up to 2^30. bias: float32 or the dtype of weight. A target may be any number. A row whose largest logit is beyond
 // 7e8 in size, or whose logits are all -inf, gets NaN.
 struct HopperInput {
   const void *hidden, *weight;  // (n, d), (v, d)

@@ -250,6 +250,52 @@ def test_rank_of_an_impossible_target(watched):
     assert found.variance.isfinite().all()
 
 
+@pytest.mark.parametrize("kernel", ["hopper_statistics", "hopper_statistics_kept", "hopper_gradient"])
+def test_what_is_refused_is_refused_before_anything_is_launched(kernel, emulated):
+    """Memory, strides and sizes that they do not take are a sentence, and nothing was written; they are all looked at first."""
+    case = head(40, 16, 300, bias=False)
+    room, memory, rank = torch.empty(5, 40), torch.empty(1 << 16), torch.empty(40, dtype=torch.int64)
+    kept = torch.empty(40, 304, dtype=torch.bfloat16)
+    given = {
+        "hidden": case.hidden,
+        "weight": case.weight,
+        "dtype": 1,
+        "n": 40,
+        "d": 16,
+        "v": 300,
+        "hidden_stride": 16,
+        "weight_stride": 16,
+    }
+    given |= {"bias": None, "bias_dtype": 0, "scale": 1.0, "softcap": 3.0, "targets": case.targets}
+    if kernel == "hopper_gradient":
+        given |= {"first_column": 0, "coefficients": unit(40)}
+    given |= {"log_likelihood": room[0], "maximum": room[1], "total": room[2]}
+    if kernel == "hopper_statistics":
+        given |= {"entropy": room[3], "variance": room[4], "rank": rank, "threshold": None, "workspace": memory}
+    elif kernel == "hopper_statistics_kept":
+        given |= {"kept": kept, "kept_stride": 304, "factor": room[3], "workspace": memory}
+    else:
+        given |= {"result": kept, "kept_stride": 304}
+    changes = [
+        ("d", 12),
+        ("d", 1 << 26),
+        ("v", 0),
+        ("dtype", 0),
+        ("weight", case.weight.flatten()[1:]),
+        ("hidden_stride", 20),
+    ]
+    changes += [("kept_stride", 296), ("kept_stride", 301), ("workspace", memory[1:])]
+    for tensor in (room, memory, rank, kept):
+        tensor.fill_(7)
+    for name, value in changes:
+        if name in given:
+            with pytest.raises(RuntimeError):
+                _hopper._run(kernel, *(given | {name: value}).values())
+        assert all((tensor == 7).all() for tensor in (room, memory, rank, kept)), name
+    _hopper._run(kernel, *given.values())
+    assert not (kept == 7).all() or not (rank == 7).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [0.0, 4.0])
 @pytest.mark.parametrize(("width", "offset"), [(1, 0), (72, 0), (75, 0), (72, 1)])

@@ -23,6 +23,7 @@ def serves(hidden: Tensor, weight: Tensor) -> bool:
         hidden.dtype in (torch.bfloat16, torch.float16)
         and weight.dtype is hidden.dtype
         and hidden.shape[1] % 8 == 0
+        and hidden.shape[1] <= 1 << 25
         and max(*hidden.shape, *weight.shape) <= 1 << 30
         and weight.stride(1) == 1
         and weight.stride(0) >= weight.shape[1]

@@ -19,8 +19,9 @@ __global__ void finish_kernel(const __grid_constant__ Pointers at, const __grid_
     const float entropy = (float)kLn2 * (log2f(sums.sum) - mean);
     if (to.entropy) to.entropy[row] = entropy < 0.f ? 0.f : entropy;  // below 0 by rounding only; NaN stays
     if (to.variance) to.variance[row] = variance < 0.f ? 0.f : (float)(kLn2 * kLn2) * variance;
-    const bool itself = target.rounded > at.threshold_of(row);  // counted, and does not count
-    if (to.rank) to.rank[row] = target.valid ? (int64_t)sums.above - itself : -1;
+    if (!to.rank) return;
+    const bool itself = target.valid && target.rounded > at.threshold_of(row);  // counted, and does not count
+    to.rank[row] = target.valid ? (int64_t)sums.above - itself : -1;
   }
 }
 
@@ -42,24 +43,23 @@ int64_t hopper_workspace_bytes(int64_t n) { return n * (clusters_on_device() * 2
 const char* hopper_statistics(const HopperInput& in, const HopperStatistics& to, void* workspace, void* stream_) {
   if (const char* why = cannot(in)) return why;
   if (in.n == 0) return nullptr;
+  if (const char* why = cannot_use(workspace)) return why;
+  const bool more = to.entropy || to.variance || to.rank;
+  Sweep sweep;
+  if (const char* why = more ? prepare<Task::all_statistics>(sweep, in) : prepare<Task::statistics>(sweep, in)) return why;
   const cudaStream_t stream = (cudaStream_t)stream_;
-  const Plan plan = make_plan(in.n, in.v, 0);
-  Pointers at = make_pointers(in);
+  Pointers& at = sweep.at;
+  const Plan& plan = sweep.plan;
   use_workspace(at, plan, workspace);
   at.threshold = to.threshold;
-  const unsigned blocks = (unsigned)((in.n + 63) / 64);
-  const bool more = to.entropy || to.variance || to.rank;
   if (more || headed(in)) {  // the rank needs the target's logit before the sweep; a plain head's targets are taken during the sweep
     if (in.dtype == Dtype::bfloat16) find_targets<__nv_bfloat16>(at, plan, stream);
     else find_targets<__half>(at, plan, stream);
   }
-  if (!more) {
-    if (const char* why = launch<Task::statistics>(in, nullptr, at, plan, stream)) return why;
-    finish_kernel<Task::statistics><<<blocks, 64, 0, stream>>>(at, plan, to);
-  } else {
-    if (const char* why = launch<Task::all_statistics>(in, nullptr, at, plan, stream)) return why;
-    finish_kernel<Task::all_statistics><<<blocks, 64, 0, stream>>>(at, plan, to);
-  }
+  if (const char* why = sweep.run(stream)) return why;
+  const unsigned blocks = (unsigned)((in.n + 63) / 64);
+  if (more) finish_kernel<Task::all_statistics><<<blocks, 64, 0, stream>>>(at, plan, to);
+  else finish_kernel<Task::statistics><<<blocks, 64, 0, stream>>>(at, plan, to);
   return launched();
 }
 

@@ -8,7 +8,9 @@
 
 namespace pyunlearn {
 
-// hopper_gradient.cu: writes exp(z - maximum) / total dz/du, and 0 at the target, for the row pairs that repair names. For hopper_kept.cu.
+// hopper_gradient.cu: writes exp(z - maximum) / total dz/du, and 0 at the target, for the row pairs that repair names. For hopper_kept.cu, which
+// asks before its own launches whether that can be done.
+const char* hopper_cannot_repair(const HopperInput& in, void* kept, int64_t kept_stride);
 const char* hopper_repair_kept(const HopperInput& in, const float* maximum, const float* total, const int* repair, void* kept,
                                int64_t kept_stride, void* stream);
 
@@ -28,12 +30,16 @@ inline const char* launched() {
   return e == cudaSuccess ? nullptr : cudaGetErrorString(e);
 }
 
+inline const char* cannot_use(const void* workspace) {
+  return (uintptr_t)workspace % 16 ? "the workspace needs to be 16-byte aligned" : nullptr;
+}
+
 inline const char* cannot(const HopperInput& in) {
   if (const char* why = hopper_unavailable()) return why;
   if (in.dtype != Dtype::bfloat16 && in.dtype != Dtype::float16) return "hidden and weight need to be bfloat16 or float16";
   if (in.bias && in.bias_dtype != Dtype::float32 && in.bias_dtype != in.dtype) return "bias needs to be float32 or of weight's type";
   const int64_t limit = 1 << 30;
-  if (in.d <= 0 || in.d > limit || in.d % 8) return "the hidden size needs to be a multiple of 8";
+  if (in.d <= 0 || in.d > limit / 32 || in.d % 8) return "the hidden size needs to be a multiple of 8, at most 2^25";
   if (in.v <= 0 || in.v > limit || in.n < 0 || in.n > limit) return "a vocabulary of 1 to 2^30 entries and at most 2^30 rows are possible";
   return nullptr;
 }
@@ -88,32 +94,49 @@ inline const char* allow_shared(const void* kernel, int bytes, std::atomic<uint6
   return nullptr;
 }
 
-template <class T, Task task, int Depth, bool Headed>
-const char* launch(const HopperInput& in, const CUtensorMap* map_out, const Pointers& at, Plan plan, cudaStream_t stream) {
-  CUtensorMap map_h, map_w;
-  if (const char* why = tensor_map(&map_h, in.hidden, in.dtype, in.n, in.d, in.hidden_stride, kRows, Depth)) return why;
-  if (const char* why = tensor_map(&map_w, in.weight, in.dtype, in.v, in.d, in.weight_stride, kColumns / kCluster, Depth)) return why;
-  plan.k_steps = (int)((in.d + Depth - 1) / Depth);
+// A launch of logit_kernel. Whatever can be refused was refused when `prepare` made it, so the launches before it may begin.
+struct Sweep {
+  CUtensorMap map_h, map_w, map_out;
+  void (*kernel)(CUtensorMap, CUtensorMap, CUtensorMap, Pointers, Plan);
+  int bytes;
+  Pointers at;
+  Plan plan;
+
+  const char* run(cudaStream_t stream) const {
+    kernel<<<plan.clusters * kCluster, kThreads, bytes, stream>>>(map_h, map_w, map_out, at, plan);
+    return launched();
+  }
+};
+
+template <class T, Task task, int Depth, bool Headed> const char* choose_kernel(Sweep& sweep, const HopperInput& in) {
+  if (const char* why = tensor_map(&sweep.map_h, in.hidden, in.dtype, in.n, in.d, in.hidden_stride, kRows, Depth)) return why;
+  if (const char* why = tensor_map(&sweep.map_w, in.weight, in.dtype, in.v, in.d, in.weight_stride, kColumns / kCluster, Depth)) return why;
+  sweep.plan.k_steps = (int)((in.d + Depth - 1) / Depth);
+  sweep.kernel = logit_kernel<T, task, Depth, Headed>;
+  sweep.bytes = Pipeline<task, Depth>::shared;
   static std::atomic<uint64_t> devices{0};
-  constexpr int bytes = Pipeline<task, Depth>::shared;
-  const auto kernel = logit_kernel<T, task, Depth, Headed>;
-  if (const char* why = allow_shared((const void*)kernel, bytes, devices)) return why;
-  kernel<<<plan.clusters * kCluster, kThreads, bytes, stream>>>(map_h, map_w, map_out ? *map_out : map_h, at, plan);
-  return launched();
+  return allow_shared((const void*)sweep.kernel, sweep.bytes, devices);
 }
 
-template <class T, Task task>
-const char* launch(const HopperInput& in, const CUtensorMap* map_out, const Pointers& at, const Plan& plan, cudaStream_t stream) {
+template <class T, Task task> const char* choose_kernel(Sweep& sweep, const HopperInput& in) {
   constexpr bool always = task == Task::all_statistics;  // where the head is a matter of one branch a tile, one kernel does for both
   const bool shallow = in.d <= kShallow;
-  if (always || headed(in))
-    return shallow ? launch<T, task, 32, true>(in, map_out, at, plan, stream) : launch<T, task, 64, true>(in, map_out, at, plan, stream);
-  return shallow ? launch<T, task, 32, always>(in, map_out, at, plan, stream) : launch<T, task, 64, always>(in, map_out, at, plan, stream);
+  if (always || headed(in)) return shallow ? choose_kernel<T, task, 32, true>(sweep, in) : choose_kernel<T, task, 64, true>(sweep, in);
+  return shallow ? choose_kernel<T, task, 32, always>(sweep, in) : choose_kernel<T, task, 64, always>(sweep, in);
 }
 
-template <Task task>
-const char* launch(const HopperInput& in, const CUtensorMap* map_out, const Pointers& at, const Plan& plan, cudaStream_t stream) {
-  return in.dtype == Dtype::bfloat16 ? launch<__nv_bfloat16, task>(in, map_out, at, plan, stream) : launch<__half, task>(in, map_out, at, plan, stream);
+// out (n, v): where the tasks that write tiles write them. What a task needs beside it, the caller sets in sweep.at.
+template <Task task> const char* prepare(Sweep& sweep, const HopperInput& in, int64_t first_column = 0, void* out = nullptr, int64_t out_stride = 0) {
+  sweep.plan = make_plan(in.n, in.v, first_column);
+  sweep.at = make_pointers(in);
+  if constexpr (writes_tiles(task)) {
+    if (const char* why = tensor_map(&sweep.map_out, out, in.dtype, in.n, in.v, out_stride, 64, 64)) return why;
+  } else {
+    sweep.map_out = {};
+  }
+  if constexpr (task != Task::kept_statistics)
+    if (in.dtype == Dtype::float16) return choose_kernel<__half, task>(sweep, in);
+  return choose_kernel<__nv_bfloat16, task>(sweep, in);
 }
 
 }  // namespace

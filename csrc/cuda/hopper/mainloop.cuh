@@ -24,7 +24,8 @@ struct Pointers {
   __nv_bfloat16* kept;
   int64_t ld_kept;
 
-  // Not below what stands for -inf, so that columns beyond v and impossible tokens never count.
+  // For rows whose target is in the vocabulary: the others have neither a threshold nor a rank. Not below what stands for -inf, so that columns
+  // beyond v and impossible tokens never count.
   __device__ __forceinline__ float threshold_of(int row) const { return fmaxf(threshold ? threshold[row] : target_exact[row], kUnset); }
 };
 
@@ -137,8 +138,8 @@ __device__ __forceinline__ void sum_rows(int wg, const CUtensorMap& map_out, con
     const TwoRows rows(at, plan, block + my_row);
     Row sums0, sums1;
     if constexpr (task == Task::all_statistics) {
-      if (rows.live0) sums0.threshold = at.threshold_of(rows.row0);
-      if (rows.live1) sums1.threshold = at.threshold_of(rows.row1);
+      if (rows.target0 >= 0) sums0.threshold = at.threshold_of(rows.row0);
+      if (rows.target1 >= 0) sums1.threshold = at.threshold_of(rows.row1);
     }
     float kept0 = 0.f, kept1 = 0.f;
     if constexpr (task == Task::kept_statistics) {
