@@ -10,7 +10,7 @@ namespace pyunlearn {
 namespace {
 
 constexpr int kHeld = 32;    // logits that a thread holds at a time
-constexpr int kNarrow = 32 * kHeld, kWide = 256 * kHeld;  // columns up to which a warp, a block can hold a row
+constexpr int kNarrow = 32 * kHeld, kMiddle = 128 * kHeld, kWide = 256 * kHeld;  // columns up to which a warp, a small block, a block can hold a row
 
 struct Statistics {
   float *maximum, *sum, *target_logit, *block_maximum;
@@ -31,8 +31,15 @@ template <int N> __device__ __forceinline__ void keep(const Head& head, const fl
   }
 }
 
-__device__ __forceinline__ void merge_into_row(const Statistics& to, int64_t row, float maximum, float sum) {
-  const OnlineSoftmax<float> both = merge<float>({to.maximum[row], to.sum[row]}, {maximum, sum});
+// What the blocks before this one left of a row. Asked for before the last reduction, which takes as long; when the row begins, registers are short.
+__device__ __forceinline__ OnlineSoftmax<float> so_far(const Statistics& to, int64_t row, int lane) {
+  OnlineSoftmax<float> before;
+  if (lane == 0) before = {to.maximum[row], to.sum[row]};
+  return before;
+}
+
+__device__ __forceinline__ void merge_into_row(const Statistics& to, int64_t row, const OnlineSoftmax<float>& before, float maximum, float sum) {
+  const OnlineSoftmax<float> both = merge<float>(before, {maximum, sum});
   to.maximum[row] = both.maximum;
   to.sum[row] = both.sum;
   if (to.block_maximum) to.block_maximum[row] = maximum;
@@ -40,7 +47,7 @@ __device__ __forceinline__ void merge_into_row(const Statistics& to, int64_t row
 
 // Any number of columns, read once; a second time if the exponentials are kept.
 template <class In, int Threads, bool Keep>
-__global__ void __launch_bounds__(Threads == 32 ? kBlock : Threads) streaming_statistics(const Block block, const Statistics to) {
+__global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 64>) streaming_statistics(const Block block, const Statistics to) {
   constexpr int N = kPack<In>, U = kHeld / 2 / N;
   const int64_t r = row_of_thread<Threads>();
   if (r >= block.rows) return;
@@ -48,9 +55,9 @@ __global__ void __launch_bounds__(Threads == 32 ? kBlock : Threads) streaming_st
   const PackedRow<In> row(block.data, r * block.stride, block.columns);
 
   float maximum = -INFINITY, sum = 0.f;
-  for (int64_t p = lane; p < row.packs; p += U * Threads) {
+  for (int p = lane; p < row.packs; p += U * Threads) {
     float z[U][N], top = maximum;
-    load_logits(block, row, row.column((int)p), Threads * N, target, to.target_logit + r, z);  // packs beyond the row: -inf
+    load_logits(block, row, row.column(p), Threads * N, target, to.target_logit + r, z);  // packs beyond the row: -inf
 #pragma unroll
     for (int u = 0; u < U; ++u)
 #pragma unroll
@@ -63,9 +70,10 @@ __global__ void __launch_bounds__(Threads == 32 ? kBlock : Threads) streaming_st
       for (int i = 0; i < N; ++i) sum += fast_exp(z[u][i] - shift);
     maximum = top;
   }
+  const OnlineSoftmax<float> before = so_far(to, r, lane);
   const float top = reduce_row<Threads>(maximum, Larger()), shift = softmax_shift(top);
   sum = reduce_row<Threads>(sum * expf(maximum - shift), Plus());
-  if (lane == 0) merge_into_row(to, r, top, sum);
+  if (lane == 0) merge_into_row(to, r, before, top, sum);
 
   if constexpr (Keep) {
     const AnyRow<N> out(to.kept, r, block.columns, row.start);
@@ -80,7 +88,7 @@ __global__ void __launch_bounds__(Threads == 32 ? kBlock : Threads) streaming_st
 
 // Up to Threads * kHeld columns, read once and held in registers until the maximum is known.
 template <class In, int Threads>
-__global__ void __launch_bounds__(Threads == 32 ? kBlock : Threads) held_statistics(const Block block, const Statistics to) {
+__global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 80>) held_statistics(const Block block, const Statistics to) {
   constexpr int N = kPack<In>, U = kHeld / N;
   const int64_t r = row_of_thread<Threads>();
   if (r >= block.rows) return;
@@ -98,12 +106,14 @@ __global__ void __launch_bounds__(Threads == 32 ? kBlock : Threads) held_statist
   const AnyRow<N> out(to.kept, r, block.columns, row.start);
 #pragma unroll
   for (int u = 0; u < U; ++u) {
+    if (u * Threads >= row.packs) break;
     float kept[N];
     keep(block.head, z[u], shift, kept, sum);
     out.store(row.column(u * Threads + lane), kept);
   }
+  const OnlineSoftmax<float> before = so_far(to, r, lane);
   sum = reduce_row<Threads>(sum, Plus());
-  if (lane == 0) merge_into_row(to, r, top, sum);
+  if (lane == 0) merge_into_row(to, r, before, top, sum);
 }
 
 // blockDim.x threads to a row, blockDim.y rows to a block, gridDim.y blocks share the columns.
@@ -122,7 +132,7 @@ template <class In, bool IsKept> __global__ void __launch_bounds__(kBlock) logit
   const bool nothing = from.coefficients[r] == 0.f;
 
   for (int64_t p = (int64_t)blockIdx.y * blockDim.x + threadIdx.x; p < row.packs; p += (int64_t)gridDim.y * blockDim.x) {
-    const int at = row.column((int)p);
+    const int at = row.column(p);
     float g[N] = {};
     if (!nothing) {
       row.load(at, g);
@@ -142,10 +152,10 @@ template <class In, bool IsKept> __global__ void __launch_bounds__(kBlock) logit
 // ------------------------------------------------------------------------------------------------------------- launchers
 
 template <class In, int Threads, bool Keep> void stream_rows(const Block& block, const Statistics& to, cudaStream_t stream) {
-  streaming_statistics<In, Threads, Keep><<<grid_over_rows<Threads>(block.rows), Threads == 32 ? kBlock : Threads, 0, stream>>>(block, to);
+  streaming_statistics<In, Threads, Keep><<<grid_over_rows<Threads>(block.rows), kThreadsABlock<Threads>, 0, stream>>>(block, to);
 }
 template <class In, int Threads> void hold_rows(const Block& block, const Statistics& to, cudaStream_t stream) {
-  held_statistics<In, Threads><<<grid_over_rows<Threads>(block.rows), Threads == 32 ? kBlock : Threads, 0, stream>>>(block, to);
+  held_statistics<In, Threads><<<grid_over_rows<Threads>(block.rows), kThreadsABlock<Threads>, 0, stream>>>(block, to);
 }
 
 }  // namespace
@@ -159,16 +169,16 @@ const char* log_likelihood_statistics_cuda(const StatisticsArguments& a, void* s
   const cudaStream_t stream = (cudaStream_t)stream_;
   with_type(a.block.dtype, [&](auto type) {
     using In = typename decltype(type)::type;
+    if (!a.kept.data) {
+      with_threads(block.columns, [&](auto count) { stream_rows<In, decltype(count)::threads, false>(block, to, stream); });
+      return;
+    }
     const bool aligned = (uintptr_t)block.data % 16 == 0 && block.stride % kPack<In> == 0;
     const int held = block.columns + (aligned ? 0 : kPack<In> - 1);  // a row that is not aligned begins inside its first pack
-    if (!a.kept.data) {
-      if (held <= kNarrow) stream_rows<In, 32, false>(block, to, stream);
-      else stream_rows<In, 512, false>(block, to, stream);
-    } else {
-      if (held <= kNarrow) hold_rows<In, 32>(block, to, stream);
-      else if (held <= kWide) hold_rows<In, 256>(block, to, stream);
-      else stream_rows<In, 512, true>(block, to, stream);
-    }
+    if (held <= kNarrow) hold_rows<In, 32>(block, to, stream);
+    else if (held <= kMiddle) hold_rows<In, 128>(block, to, stream);
+    else if (held <= kWide) hold_rows<In, 256>(block, to, stream);
+    else stream_rows<In, 512, true>(block, to, stream);
   });
   return launched();
 }

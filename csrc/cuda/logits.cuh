@@ -67,37 +67,58 @@ struct Block {  // LogitBlock with its numbers in the kernels' types
   }
 };
 
-// U packs of logits, `apart` columns apart; what lies outside the row is -inf, set after the softcap. The thread that holds the target's
-// logit writes it down.
+// From raw products to logits, of U packs, `apart` columns apart; what lies outside the row is -inf, set after the softcap.
 template <class In, int U>
-__device__ __forceinline__ void load_logits(const Block& block, const PackedRow<In>& row, int first, int apart, int target, float* target_logit,
-                                            float (&z)[U][kPack<In>]) {
-  constexpr int N = kPack<In>;
-  row.load(first, apart, z);
+__device__ __forceinline__ void to_logits(const Block& block, const PackedRow<In>& row, int first, int apart, float (&z)[U][kPack<In>]) {
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int at = first + u * apart;
     block.head.logits(z[u], at, row.columns);
-    if (!row.whole(at)) {
+    if (row.inside(at)) continue;
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (at + i < 0 || at + i >= row.columns) z[u][i] = -INFINITY;
-    }
-    if (target >= at && target < at + N) {
-#pragma unroll
-      for (int i = 0; i < N; ++i)
-        if (at + i == target) *target_logit = z[u][i];
-    }
+    for (int i = 0; i < kPack<In>; ++i)
+      if (at + i < 0 || at + i >= row.columns) z[u][i] = -INFINITY;
   }
 }
 
+// The same from memory. The thread that holds the target's logit writes it down.
+template <class In, int U>
+__device__ __forceinline__ void load_logits(const Block& block, const PackedRow<In>& row, int first, int apart, int target, float* target_logit,
+                                            float (&z)[U][kPack<In>]) {
+  row.load(first, apart, z);
+  to_logits(block, row, first, apart, z);
+#pragma unroll
+  for (int u = 0; u < U; ++u)
+#pragma unroll
+    for (int i = 0; i < kPack<In>; ++i)
+      if (first + u * apart + i == target) *target_logit = z[u][i];
+}
+
+template <int Threads> constexpr int kThreadsABlock = Threads == 32 ? 128 : Threads;  // a row has a warp, or a block
+// Blocks of so many threads that a multiprocessor shall hold, so that a thread has Registers of its 65536 registers. Left to itself, ptxas spills for the
+// sake of more blocks.
+template <int Threads, int Registers> constexpr int kBlocks = 65536 / Registers / kThreadsABlock<Threads>;
+
 template <int Threads> __device__ __forceinline__ int64_t row_of_thread() {
-  return Threads == 32 ? (int64_t)blockIdx.x * (kBlock / 32) + threadIdx.x / 32 : blockIdx.x;
+  constexpr int rows_a_block = kThreadsABlock<Threads> / Threads;
+  return (int64_t)blockIdx.x * rows_a_block + threadIdx.x / Threads;
 }
 
 // ------------------------------------------------------------------------------------------------------------- launchers
 
 template <class T> struct Type { using type = T; };
+
+// f with the threads that share a row: as few as give every one of them its 16 logits at a time, in few turns, with little left over. Narrow blocks come
+// with many rows, so the card is full either way (pyunlearn/ops/_plan.py).
+template <int N> struct Count {
+  static constexpr int threads = N;
+};
+
+template <class F> void with_threads(int columns, F&& f) {
+  if (columns <= 1024) f(Count<32>());
+  else if (columns <= 6144) f(Count<128>());
+  else f(Count<512>());
+}
 
 template <class F> void with_type(Dtype dtype, F&& f) {
   if (dtype == Dtype::bfloat16) f(Type<__nv_bfloat16>());
@@ -124,7 +145,7 @@ const char* launched() {
 }
 
 template <int Threads> dim3 grid_over_rows(int64_t rows) {
-  constexpr int rows_a_block = Threads == 32 ? kBlock / 32 : 1;
+  constexpr int rows_a_block = kThreadsABlock<Threads> / Threads;
   return dim3((unsigned)((rows + rows_a_block - 1) / rows_a_block));
 }
 

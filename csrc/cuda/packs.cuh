@@ -28,16 +28,22 @@ template <class T> struct PackedRow {
   static constexpr int N = kPack<T>;
   const T* data;
   int columns, start, packs;  // start: the column of pack 0, in (-N, 0]
+  bool aligned = true;
 
   __device__ PackedRow(const void* matrix, int64_t offset, int columns_) : data((const T*)matrix + offset), columns(columns_) {
     start = -(int)((uintptr_t)data % 16 / sizeof(T));
     packs = (columns - start + N - 1) / N;
   }
+  // In packs of the same columns as those of another row; element by element if its addresses do not allow that.
+  __device__ PackedRow(const void* matrix, int64_t offset, const PackedRow& other) : PackedRow(matrix, offset, other.columns) {
+    aligned = start == other.start;
+    start = other.start, packs = other.packs;
+  }
   __device__ int column(int pack) const { return start + pack * N; }
-  __device__ bool whole(int at) const { return at >= 0 && at + N <= columns; }
+  __device__ bool inside(int at) const { return at >= 0 && at + N <= columns; }
 
   __device__ void load(int at, float (&x)[N]) const {  // from column `at`; what lies outside the row is 0
-    if (whole(at)) {
+    if (aligned && inside(at)) {
       const Pack<T, N> pack = *(const Pack<T, N>*)(data + at);
 #pragma unroll
       for (int i = 0; i < N; ++i) x[i] = to_float(pack.at[i]);
@@ -47,12 +53,18 @@ template <class T> struct PackedRow {
     }
   }
 
-  // U packs, `apart` columns apart; all loads are under way before the first is used
+  // U packs, `apart` columns apart, those beyond the row too; all loads are under way before the first is used
   template <int U> __device__ __forceinline__ void load(int at, int apart, float (&x)[U][N]) const {
-    if (at >= 0 && at + (U - 1) * apart + N <= columns) {
+    bool split = at < 0 || !aligned;  // only the first and the last pack of a row can stick out of it
+#pragma unroll
+    for (int u = 0; u < U; ++u) split |= at + u * apart < columns && at + u * apart + N > columns;
+    if (!split) {
       Pack<T, N> packs[U];
 #pragma unroll
-      for (int u = 0; u < U; ++u) packs[u] = *(const Pack<T, N>*)(data + at + u * apart);
+      for (int u = 0; u < U; ++u) {
+        packs[u] = {};
+        if (at + u * apart < columns) packs[u] = *(const Pack<T, N>*)(data + at + u * apart);
+      }
 #pragma unroll
       for (int u = 0; u < U; ++u)
 #pragma unroll
@@ -125,22 +137,35 @@ template <int N> struct AnyRow {
   }
 };
 
-// The sum, maximum, ... of one value of each of the Threads threads that share a row (a warp, or the whole block), for all of them.
-// The order is fixed, so it repeats bit for bit.
-template <int Threads, class Combine> __device__ __forceinline__ float reduce_row(float x, Combine combine) {
+// The sums, maxima, ... of Values values of each of the Threads threads that share a row (a warp, or the whole block), for all of them, between two
+// barriers. The order is fixed, so they repeat bit for bit.
+template <int Threads, int Values, class Combine> __device__ __forceinline__ void reduce_row(float (&x)[Values], Combine combine) {
 #pragma unroll
-  for (int offset = 16; offset; offset >>= 1) x = combine(x, __shfl_xor_sync(~0u, x, offset));
+  for (int offset = 16; offset; offset >>= 1)
+#pragma unroll
+    for (int v = 0; v < Values; ++v) x[v] = combine(x[v], __shfl_xor_sync(~0u, x[v], offset));
   if constexpr (Threads > 32) {
     constexpr int warps = Threads / 32;
-    __shared__ float of_warp[warps];
+    __shared__ float of_warp[Values][warps];
     __syncthreads();  // whoever still reads the reduction before
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = of_warp[threadIdx.x % warps];
+    if (threadIdx.x % 32 == 0) {
 #pragma unroll
-    for (int offset = warps / 2; offset; offset >>= 1) x = combine(x, __shfl_xor_sync(~0u, x, offset));
+      for (int v = 0; v < Values; ++v) of_warp[v][threadIdx.x / 32] = x[v];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int v = 0; v < Values; ++v) x[v] = of_warp[v][threadIdx.x % warps];
+#pragma unroll
+    for (int offset = warps / 2; offset; offset >>= 1)
+#pragma unroll
+      for (int v = 0; v < Values; ++v) x[v] = combine(x[v], __shfl_xor_sync(~0u, x[v], offset));
   }
-  return x;
+}
+
+template <int Threads, class Combine> __device__ __forceinline__ float reduce_row(float x, Combine combine) {
+  float one[1] = {x};
+  reduce_row<Threads>(one, combine);
+  return one[0];
 }
 
 struct Larger { __device__ float operator()(float a, float b) const { return fmaxf(a, b); } };  // passes NaN over

@@ -35,7 +35,7 @@ struct Moments {
 };
 
 template <class In, int Threads>
-__global__ void __launch_bounds__(Threads == 32 ? kBlock : Threads) streaming_token_statistics(const Block block, const Running to) {
+__global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 64>) streaming_token_statistics(const Block block, const Running to) {
   constexpr int N = kPack<In>, U = 16 / N;
   const int64_t r = row_of_thread<Threads>();
   if (r >= block.rows) return;
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(Threads == 32 ? kBlock : Threads) streaming_to
 
   Moments mine;
   float above = 0.f;  // at most 2^24: exact
-  for (int64_t p = lane; p < row.packs; p += U * Threads) {
-    const int first = row.column((int)p);
+  for (int p = lane; p < row.packs; p += U * Threads) {
+    const int first = row.column(p);
     float z[U][N], top = mine.maximum;
     load_logits(block, row, first, Threads * N, target, to.target_logit + r, z);  // packs beyond the row: -inf
 #pragma unroll
@@ -63,13 +63,15 @@ __global__ void __launch_bounds__(Threads == 32 ? kBlock : Threads) streaming_to
         above += z[u][i] > threshold && first + u * Threads * N + i != target ? 1.f : 0.f;
       }
   }
+  Moments all;  // the blocks before this one: asked for before the reductions, which take as long
+  int64_t rank = 0;
+  if (lane == 0) all = {to.maximum[r], to.sum[r], to.first[r], to.second[r]}, rank = to.rank[r];
   const float top = reduce_row<Threads>(mine.maximum, Larger());
   mine.move_to(top);
-  const float sum = reduce_row<Threads>(mine.sum, Plus()), first = reduce_row<Threads>(mine.first, Plus());
-  const float second = reduce_row<Threads>(mine.second, Plus());
-  above = reduce_row<Threads>(above, Plus());
+  float sums[4] = {mine.sum, mine.first, mine.second, above};
+  reduce_row<Threads>(sums, Plus());
   if (lane == 0) {
-    Moments all{to.maximum[r], to.sum[r], to.first[r], to.second[r]}, block_moments{top, sum, first, second};
+    Moments block_moments{top, sums[0], sums[1], sums[2]};
     const float highest = fmaxf(all.maximum, top);
     all.move_to(highest);
     block_moments.move_to(highest);
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(Threads == 32 ? kBlock : Threads) streaming_to
     to.sum[r] = all.sum + block_moments.sum;
     to.first[r] = all.first + block_moments.first;
     to.second[r] = all.second + block_moments.second;
-    to.rank[r] += (int64_t)above;
+    to.rank[r] = rank + (int64_t)sums[3];
   }
 }
 
@@ -91,8 +93,10 @@ const char* token_statistics_cuda(const TokenStatisticsArguments& a, void* strea
   const cudaStream_t stream = (cudaStream_t)stream_;
   with_type(a.block.dtype, [&](auto type) {
     using In = typename decltype(type)::type;
-    if (block.columns <= 1024) streaming_token_statistics<In, 32><<<grid_over_rows<32>(block.rows), kBlock, 0, stream>>>(block, to);
-    else streaming_token_statistics<In, 512><<<grid_over_rows<512>(block.rows), 512, 0, stream>>>(block, to);
+    with_threads(block.columns, [&](auto count) {
+      constexpr int T = decltype(count)::threads;
+      streaming_token_statistics<In, T><<<grid_over_rows<T>(block.rows), kThreadsABlock<T>, 0, stream>>>(block, to);
+    });
   });
   return launched();
 }
