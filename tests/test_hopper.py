@@ -19,6 +19,7 @@ from pyunlearn.ops import (
     _hopper,
     _hopper_trial,
     _hopper_use,
+    _kernels,
     _plan,
     example_objective,
     linear_log_likelihood,
@@ -544,7 +545,7 @@ def test_a_trial_is_a_process_of_its_own(on_card_0, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5, "softcap": 3.0}])
 @pytest.mark.parametrize("workspace", [0, None])
-@pytest.mark.parametrize(("rows", "vocabulary"), [(3, 1), (9, 1003), (2, 9001)])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(3, 1), (9, 1003), (3, 2500), (2, 9001)])
 def test_portable_kernels(rows, vocabulary, workspace, options, dtype, emulated, monkeypatch):
     """Narrow and wide rows, any alignment: values, gradients and statistics agree with float64."""
     monkeypatch.setattr(_hopper_use, "run_on", lambda device: False)
@@ -559,6 +560,43 @@ def test_portable_kernels(rows, vocabulary, workspace, options, dtype, emulated,
     assert_agree([statistics[i] for i in (0, 2, 3)], [right_ones[i] for i in (0, 2, 3)], 2e-5)
     assert (statistics.rank == right_ones[1]).all()
     assert emulated.calls["statistics"] * emulated.calls["gradient"] * emulated.calls["token_statistics"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.0, 2.0, torch.inf])
+@pytest.mark.parametrize(("offset", "other_offset"), [(0, 0), (1, 1), (0, 3)])
+@pytest.mark.parametrize(("rows", "columns"), [(3, 1), (9, 1003), (3, 2500), (2, 9001)])
+def test_portable_kl_kernels(rows, columns, offset, other_offset, shift, dtype, emulated):
+    """Narrow and wide rows, of one alignment or two, impossible tokens on either side: sums and gradients agree with float64, twice to the bit."""
+    x, y = torch.randn(2, rows, columns + 8)
+    x, y = x[:, offset : offset + columns], y[:, other_offset : other_offset + columns]
+    if columns > 1:
+        y[:, 5], x[:, 7], y[:, 7], y[1, columns - 2] = -torch.inf, -torch.inf, -torch.inf, -torch.inf
+    x[rows - 1, columns // 2] = torch.nan
+    biases = torch.randn(columns), torch.randn(columns)
+    targets = torch.arange(rows) * (columns // rows)
+    rest = (0.7, 3.0, targets, shift)
+
+    def found(run, x, y, biases, out):
+        maximum, total = x.new_full((2, rows), -torch.inf), x.new_zeros(2, rows)
+        cross = x.new_zeros(rows)
+        for begin, end in ((0, columns // 3), (columns // 3, columns)) if columns > 3 else ((0, columns),):
+            parts = [t[:, begin:end] for t in (x, y)], [t[begin:end] for t in biases]
+            _kernels.kl_statistics(run, *parts[0], begin, parts[1], *rest, maximum, total, cross)
+        _kernels.kl_gradient(run, x, y, 0, biases, *rest, maximum, total, unit(rows).to(x.dtype), out)
+        return [maximum[:, :-1], total[:, :-1], (cross / total[1])[:-1], out[:-1]], [maximum, total, cross, out]
+
+    wide = [t.double() for t in (x, y, *biases)]
+    wanted = found(reference, *wide[:2], wide[2:], torch.empty(rows, columns, dtype=torch.float64))[0]
+    twice = [found(emulated.module, x, y, biases, torch.empty(rows, columns, dtype=dtype)) for _ in range(2)]
+    assert_equal(*([t.nan_to_num(nan=7) for t in each[1]] for each in twice))
+    assert twice[0][1][1][0, -1].isnan()
+    if columns > 1 or shift != torch.inf:  # otherwise the reference has no mass at all
+        assert all(
+            torch.allclose(f.double(), w, rtol=2e-5, atol=2e-5)
+            for f, w in zip(twice[0][0][:3], wanted[:3], strict=True)
+        )
+        assert_agree(twice[0][0][3:], wanted[3:], 1e-5 if dtype is torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,5 @@
-// The contract of kl_divergence.h for any NVIDIA GPU, on float32 products: each pair of logits is read once; a row belongs to one thread block.
+// The contract of kl_divergence.h for any NVIDIA GPU, on float32 products: each pair of logits is read once; a row belongs to one warp (narrow blocks) or
+// to one thread block.
 #include "../kl_divergence.h"
 
 #include "../online_softmax.h"
@@ -7,23 +8,35 @@
 namespace pyunlearn {
 namespace {
 
-constexpr int kPairs = 8;  // pairs of logits that a thread holds at a time
+constexpr int N = kPack<float>, U = 2;  // a thread holds U packs of N pairs of logits at a time
 
 struct Pair {
   Block model, reference;
   float target_shift;
+};
 
-  // The logits of column `at`; -inf beyond the row.
-  __device__ __forceinline__ void load(int64_t row, int at, int target, float& z, float& y) const {
-    float x[1] = {-INFINITY}, v[1] = {-INFINITY};
-    if (at < model.columns) {
-      x[0] = ((const float*)model.data)[row * model.stride + at];
-      v[0] = ((const float*)reference.data)[row * reference.stride + at];
-      model.head.logits(x, at, model.columns);
-      reference.head.logits(v, at, reference.columns);
-      if (at == target && target_shift != 0.f) v[0] -= target_shift;
-    }
-    z = x[0], y = v[0];
+// One row of both blocks, in packs of the same columns.
+struct PairOfRows {
+  const Pair& pair;
+  const PackedRow<float> model, reference;
+  const int target;
+
+  __device__ PairOfRows(const Pair& p, int64_t row)
+      : pair(p), model(p.model.data, row * p.model.stride, p.model.columns), reference(p.reference.data, row * p.reference.stride, model),
+        target(p.model.target_column(row)) {}
+
+  // The logits of U packs, `apart` columns apart; -inf beyond the row.
+  __device__ __forceinline__ void load(int first, int apart, float (&z)[U][N], float (&y)[U][N]) const {
+    model.load(first, apart, z);
+    reference.load(first, apart, y);
+    to_logits(pair.model, model, first, apart, z);
+    to_logits(pair.reference, reference, first, apart, y);
+    if (pair.target_shift == 0.f) return;
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (first + u * apart + i == target) y[u][i] -= pair.target_shift;
   }
 };
 
@@ -50,28 +63,37 @@ struct Crossed {
   }
 };
 
-__global__ void __launch_bounds__(kBlock) streaming_kl_statistics(const Pair pair, const Running to) {
-  const int64_t r = blockIdx.x;
-  const int columns = pair.model.columns, target = pair.model.target_column(r);
+template <int Threads>
+__global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 64>) streaming_kl_statistics(const Pair pair, const Running to) {
+  const int64_t r = row_of_thread<Threads>();
+  if (r >= pair.model.rows) return;
+  const int lane = threadIdx.x % Threads;
+  const PairOfRows row(pair, r);
   Crossed mine;
-  for (int64_t begin = threadIdx.x; begin < columns; begin += kPairs * kBlock) {
-    float z[kPairs], y[kPairs], top = mine.maximum, reference_top = mine.reference_maximum;
+  for (int p = lane; p < row.model.packs; p += U * Threads) {
+    float z[U][N], y[U][N], top = mine.maximum, reference_top = mine.reference_maximum;
+    row.load(row.model.column(p), Threads * N, z, y);
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) pair.load(r, (int)begin + i * kBlock, target, z[i], y[i]);
+    for (int u = 0; u < U; ++u)
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) top = fmaxf(top, z[i]), reference_top = fmaxf(reference_top, y[i]);
+      for (int i = 0; i < N; ++i) top = fmaxf(top, z[u][i]), reference_top = fmaxf(reference_top, y[u][i]);
     mine.move_to(top, reference_top);
     const float shift = softmax_shift(top), reference_shift = softmax_shift(reference_top);
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) mine.add(z[i], y[i], shift, reference_shift);
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int i = 0; i < N; ++i) mine.add(z[u][i], y[u][i], shift, reference_shift);
   }
-  const float top = reduce_row<kBlock>(mine.maximum, Larger()), reference_top = reduce_row<kBlock>(mine.reference_maximum, Larger());
-  mine.move_to(top, reference_top);
-  Crossed block{top, reduce_row<kBlock>(mine.sum, Plus()), reference_top, reduce_row<kBlock>(mine.reference_sum, Plus()),
-                reduce_row<kBlock>(mine.cross, Plus())};
-  if (threadIdx.x == 0) {
-    Crossed all{to.maximum[r], to.sum[r], to.reference_maximum[r], to.reference_sum[r], to.cross[r]};
-    const float highest = fmaxf(all.maximum, top), reference_highest = fmaxf(all.reference_maximum, reference_top);
+  Crossed all;  // the blocks before this one: asked for before the reductions, which take as long
+  if (lane == 0) all = {to.maximum[r], to.sum[r], to.reference_maximum[r], to.reference_sum[r], to.cross[r]};
+  float tops[2] = {mine.maximum, mine.reference_maximum};
+  reduce_row<Threads>(tops, Larger());
+  mine.move_to(tops[0], tops[1]);
+  float sums[3] = {mine.sum, mine.reference_sum, mine.cross};
+  reduce_row<Threads>(sums, Plus());
+  if (lane == 0) {
+    Crossed block{tops[0], sums[0], tops[1], sums[1], sums[2]};
+    const float highest = fmaxf(all.maximum, tops[0]), reference_highest = fmaxf(all.reference_maximum, tops[1]);
     all.move_to(highest, reference_highest);
     block.move_to(highest, reference_highest);
     to.maximum[r] = highest;
@@ -87,23 +109,30 @@ struct From {
   MatrixOut out;
 };
 
-// gridDim.y blocks share the columns of a row.
+// blockDim.x threads to a row, blockDim.y rows to a block, gridDim.y blocks share the columns.
 __global__ void __launch_bounds__(kBlock) kl_gradient(const Pair pair, const From from) {
-  const int64_t r = blockIdx.x;
-  const int columns = pair.model.columns, target = pair.model.target_column(r);
+  const int64_t r = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+  if (r >= pair.model.rows) return;
+  const PairOfRows row(pair, r);
   const Head& head = pair.model.head;
-  const AnyRow<1> out(from.out, r, columns, 0);
+  const AnyRow<N> out(from.out, r, pair.model.columns, row.model.start);
   const float coefficient = from.coefficients[r] * head.scale, factor = coefficient / from.sum[r], reference_factor = coefficient / from.reference_sum[r];
   const float shift = softmax_shift(from.maximum[r]), reference_shift = softmax_shift(from.reference_maximum[r]);
   const bool nothing = from.coefficients[r] == 0.f;
-  for (int64_t at = (int64_t)blockIdx.y * kBlock + threadIdx.x; at < columns; at += (int64_t)gridDim.y * kBlock) {
-    float g[1] = {0.f};
+  const int threads = (int)blockDim.x;
+  for (int p = (int)blockIdx.y * U * threads + (int)threadIdx.x; p < row.model.packs; p += (int)gridDim.y * U * threads) {
+    const int first = row.model.column(p), apart = threads * N;
+    float z[U][N] = {}, y[U][N] = {};
     if (!nothing) {
-      float z, y;
-      pair.load(r, (int)at, target, z, y);
-      g[0] = (fast_exp(z - shift) * factor - fast_exp(y - reference_shift) * reference_factor) * head.slope(z);
+      row.load(first, apart, z, y);
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+          z[u][i] = (fast_exp(z[u][i] - shift) * factor - fast_exp(y[u][i] - reference_shift) * reference_factor) * head.slope(z[u][i]);
     }
-    out.store((int)at, g);
+#pragma unroll
+    for (int u = 0; u < U; ++u) out.store(first + u * apart, z[u]);
   }
 }
 
@@ -124,7 +153,10 @@ const char* kl_statistics_cuda(const KlStatisticsArguments& a, void* stream) {
   if (const char* why = cannot_pair(a.pair)) return why;
   if (a.pair.model.rows == 0) return nullptr;
   const Running to{(float*)a.maximum, (float*)a.sum, (float*)a.reference_maximum, (float*)a.reference_sum, (float*)a.cross};
-  streaming_kl_statistics<<<(unsigned)a.pair.model.rows, kBlock, 0, (cudaStream_t)stream>>>(device_pair(a.pair), to);
+  with_threads((int)a.pair.model.columns, [&](auto count) {
+    constexpr int T = decltype(count)::threads;
+    streaming_kl_statistics<T><<<grid_over_rows<T>(a.pair.model.rows), kThreadsABlock<T>, 0, (cudaStream_t)stream>>>(device_pair(a.pair), to);
+  });
   return launched();
 }
 
@@ -134,9 +166,10 @@ const char* kl_gradient_cuda(const KlGradientArguments& a, void* stream) {
   if (a.pair.model.rows == 0 || a.pair.model.columns == 0) return nullptr;
   const From from{(const float*)a.maximum, (const float*)a.sum, (const float*)a.reference_maximum, (const float*)a.reference_sum,
                   (const float*)a.coefficients, a.out};
-  const int64_t shares = (a.pair.model.columns + 8 * kBlock - 1) / (8 * kBlock);
-  const dim3 grid((unsigned)a.pair.model.rows, (unsigned)(shares < 65535 ? shares : 65535));
-  kl_gradient<<<grid, kBlock, 0, (cudaStream_t)stream>>>(device_pair(a.pair), from);
+  const dim3 threads = a.pair.model.columns <= 1024 ? dim3(32, kBlock / 32) : dim3(kBlock);
+  const int64_t share = 2 * U * N * threads.x, shares = (a.pair.model.columns + share - 1) / share;  // 2 turns a thread
+  const dim3 grid((unsigned)((a.pair.model.rows + threads.y - 1) / threads.y), (unsigned)(shares < 65535 ? shares : 65535));
+  kl_gradient<<<grid, threads, 0, (cudaStream_t)stream>>>(device_pair(a.pair), from);
   return launched();
 }
 
