@@ -6,7 +6,19 @@ import sys
 
 import pytest
 import torch
-from heads import Allocations, Case, assert_agree, assert_equal, cast, elsewhere, ids, make, on_a_card, products
+from heads import (
+    Allocations,
+    Case,
+    assert_agree,
+    assert_equal,
+    cast,
+    elsewhere,
+    ids,
+    make,
+    on_a_card,
+    products,
+    saved_elsewhere,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -331,6 +343,25 @@ def test_second_backward(workspace, device, backend):
     assert_equal(torch.autograd.grad(values.sum(), leaves), copies)
 
 
+@pytest.mark.parametrize("workspace", [0, 30_000, None])
+@pytest.mark.parametrize("itself", [False, True])
+def test_saved_elsewhere(itself, workspace, device, backend):
+    """Saved tensors that come back from other memory must change no gradient, the model being its own reference too."""
+    model, other = pair(11, (16, 8), 900, device=device, masked=0.3)
+
+    def gradients():
+        leaves = [t.clone().requires_grad_() for t in model[:3]]
+        theirs = [t.detach() for t in leaves] if itself else other[:3]
+        values = kl_divergence(
+            *leaves[:2], *theirs[:2], model.targets, bias=leaves[2], reference_bias=theirs[2], target_shift=2.0, workspace=workspace
+        )  # fmt: skip
+        return torch.autograd.grad(values, leaves, coefficients_of(values))
+
+    wanted = gradients()
+    with saved_elsewhere():
+        assert_equal(gradients(), wanted)
+
+
 def test_second_derivative():
     """A gradient of the gradient is refused in words."""
     values, (hidden, *_) = graph(kl_divergence, *pair(3, (4, 5), 10))
@@ -412,7 +443,8 @@ def test_masked_rows_take_no_workspace(reference, device, backend):
     other = model if reference == "itself" else other
     live, workspace = int((model.targets >= 0).sum()), 240_000
     plans = [
-        op_module._plan(model.hidden.new_empty(n, 20), model.weight, workspace, True) for n in (live, len(model.hidden))
+        op_module._plan(model.hidden.new_empty(n, 20), model.weight, workspace, True, False)
+        for n in (live, len(model.hidden))
     ]
     assert [p.kept == len(p.groups()) for p in plans] == [True, False]
 
@@ -498,7 +530,7 @@ def test_memory_of_what_is_kept(dtype, workspace, device):
         2048 if workspace < 64 else 16384,
     )  # 16 or 128 MiB of float32 logits, twice included
     model, other = pair(rows, (width, 4), vocabulary, dtype=dtype, device=device, bias=False)
-    p = op_module._plan(model.hidden, model.weight, workspace * MIB, True)
+    p = op_module._plan(model.hidden, model.weight, workspace * MIB, True, False)
     assert p.group == p.block * (1 if workspace < 64 or device != "cpu" else 4)
     assert p.kept == len(p.groups()) or p.kept >= (workspace / 2) // (2 * rows * p.group * 4 / MIB)
     with watched() as used:
@@ -518,7 +550,7 @@ def test_products_of_whole_groups(device, backend, monkeypatch):
     sums, add_product = [], op_module.add_product
     monkeypatch.setattr(op_module, "add_product", lambda out, a, b: sums.append(a.shape[1]) or add_product(out, a, b))
     evaluate(kl_divergence, model, other)
-    group = op_module._plan(model.hidden, model.weight, None, True).group
+    group = op_module._plan(model.hidden, model.weight, None, True, False).group
     assert sums == [min(group, 50257 - first) for first in range(0, 50257, group)]
     assert group >= 4 * 8192
 
@@ -528,11 +560,12 @@ def test_opcheck(device):
     op, back = torch.ops.pyunlearn.kl_divergence.default, torch.ops.pyunlearn.kl_divergence_backward.default
     model, other = pair(4, (8, 5), 90, device=device)
     leaves = [t.clone().requires_grad_() for t in model[:3]]
-    torch.library.opcheck(op, (*leaves, *other[:3], model.targets, 0.5, 3.0, 2.0, -100, None, True))
-    torch.library.opcheck(op, (*model[:2], None, *other[:2], None, model.targets, 1.0, 0.0, 0.0, -100, 0, False))
+    torch.library.opcheck(op, (*leaves, *other[:3], model.targets, 0.5, 3.0, 2.0, False, -100, None, True))
+    torch.library.opcheck(op, (*leaves, *model[:3], model.targets, 0.5, 3.0, 2.0, True, -100, None, True))
+    torch.library.opcheck(op, (*model[:2], None, *other[:2], None, model.targets, 1.0, 0.0, 0.0, False, -100, 0, False))
     static = ("test_schema", "test_faketensor")  # it has no gradient of its own
-    for needs in ([True, True, True], [True, False, False], [False, True, False]):
-        rest = (*model[:3], *other[:3], model.targets, 0.5, 3.0, 2.0, -100, 20000)
+    for needs, itself in (([True, True, True], False), ([True, False, False], True), ([False, True, False], False)):
+        rest = (*model[:3], *(model if itself else other)[:3], model.targets, 0.5, 3.0, 2.0, itself, -100, 20000)
         kl, maximum, total, kept = op(*rest, True)
         torch.library.opcheck(back, (torch.ones_like(kl), maximum, total, kept, *rest, needs), test_utils=static)
 

@@ -50,6 +50,27 @@ def test_the_margin_is_its_definition(device, dtype, options, bias):
         assert (f.double() - w).abs().max() <= digits * w.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_layouts(device, dtype, softcap):
+    """Hidden states and heads that are slices or transposed give the bits of their copies."""
+    case = make(9, 32, 300, dtype=dtype, device=device)
+    turned = case._replace(hidden=case.hidden.T.contiguous().T, weight=case.weight.T.contiguous().T)
+    sliced = case._replace(
+        hidden=case.hidden.repeat_interleave(2, 1)[:, ::2], weight=case.weight.repeat_interleave(2, 0)[::2]
+    )
+
+    def found(shown):
+        leaves = [shown.hidden.detach().requires_grad_(), shown.weight.detach().requires_grad_()]
+        margin = logit_margin(*leaves, softcap=softcap)
+        return [margin.detach(), *torch.autograd.grad(margin.sum(), leaves)]
+
+    wanted = found(case._replace(hidden=case.hidden.clone(), weight=case.weight.clone()))
+    for layout in (turned, sliced):
+        assert_agree(found(layout), wanted, 1e-5 if dtype is torch.float32 else 1e-2)
+        assert_equal(found(layout)[:1], wanted[:1])
+
+
 def test_a_frozen_head_s_margin_costs_no_product_in_backward():
     """And no gradient of the head."""
     case = make(5, 8, 100, bias=False)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from heads import TOLERANCE, assert_agree, bytes_of, cast, error, make, plain, products, watch_chunks
+from heads import TOLERANCE, assert_agree, assert_equal, bytes_of, cast, error, make, plain, products, watch_chunks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -89,6 +89,22 @@ def test_reference_is_the_definition(group_size):
     found = reference.token_objective(*given, group_size=group_size, **options)
     wanted = truth(case, index, extra, group_size, logit_scale=0.5, softcap=3.0)[0].sum()
     assert_agree([found, token_objective(*given, group_size=group_size, **options).loss], [wanted, wanted], 1e-12)
+
+
+@pytest.mark.parametrize("held", [None, 10])
+def test_two_runs(held, backend, chunks):
+    """The same inputs must give the same bits again, and so must backward again over a retained graph."""
+    case, index, extra = problem(masked=0.3)
+    found = []
+    for _ in range(2):
+        leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
+        loss = token_objective(
+            *leaves[:2], case.targets, index, function, extra.float(), examples=len(LENGTHS), bias=leaves[2],
+            workspace=bytes_of(held, case) if held else None,
+        ).loss  # fmt: skip
+        found += [[loss.detach(), *torch.autograd.grad(loss, leaves, retain_graph=True)] for _ in range(2)]
+    for again in found[1:]:
+        assert_equal(again, found[0])
 
 
 def smooth(x, example, counts):

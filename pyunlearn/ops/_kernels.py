@@ -79,7 +79,7 @@ def kl_gradient(
 
 def bf16_product(run: Any, out: Tensor, a: Tensor, b: Tensor) -> None:
     """out (n, v) float32 = a (n, d) @ b (v, d).T of bfloat16 numbers on the CPU; csrc/bf16_products.h."""
-    b = b if b.stride(1) == 1 else b.contiguous()
+    a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
     addresses = (a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0))
     run.bf16_product(*addresses, *out.shape, a.shape[1], torch.get_num_threads())
 

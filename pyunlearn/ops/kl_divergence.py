@@ -88,14 +88,14 @@ def kl_divergence(
     if rows is not None:
         flat, t = flat.index_select(0, rows), t.index_select(0, rows)
     if itself:
-        their_flat = flat.detach()  # the same memory, by which the op knows that one product serves both
+        their_flat = flat.detach()  # not looked at: one product serves both
     else:
         their_flat = theirs[0].reshape(-1, theirs[0].shape[-1])
         their_flat = their_flat if rows is None else their_flat.index_select(0, rows)
-    workspace = allowance(workspace, flat, 2 * len(t), len(weight))
+    workspace = allowance(workspace, flat, (1 if itself else 2) * len(t), len(weight))
     found: Tensor = torch.ops.pyunlearn.kl_divergence(
         flat, weight, bias, their_flat, theirs[1], None if reference_bias is None else reference_bias.detach(), t, logit_scale,
-        softcap or 0.0, target_shift, ignore, workspace, keep,
+        softcap or 0.0, target_shift, itself, ignore, workspace, keep,
     )[0]  # fmt: skip
     if rows is not None:
         found = found.new_zeros((count,)).index_copy(0, rows, found)
@@ -104,7 +104,7 @@ def kl_divergence(
 
 _GIVEN = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor reference_hidden, Tensor reference_weight, Tensor? reference_bias, Tensor targets, "
-    "float logit_scale, float softcap, float target_shift, int ignore_index, int? workspace"
+    "float logit_scale, float softcap, float target_shift, bool itself, int ignore_index, int? workspace"
 )
 LIBRARY.define(f"kl_divergence({_GIVEN}, bool keep) -> (Tensor, Tensor, Tensor, Tensor[])")
 LIBRARY.define(
@@ -112,15 +112,15 @@ LIBRARY.define(
 )
 
 
-def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> Plan:
-    """For twice the rows. What is kept serves every backward pass, so a group's gradient lies beside it, not in its place."""
-    real, device = real_of(hidden), hidden.device.type
+def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool, itself: bool) -> Plan:
+    """For the rows of both. What is kept serves every backward pass, so a group's gradient lies beside it, not in its place."""
+    real, device, sides = real_of(hidden), hidden.device.type, 1 if itself else 2
     allowed = default_workspace(device) if workspace is None else workspace  # None: the op was called by its own name
-    p = plan(2 * hidden.shape[0], weight.shape[0], real, device, allowed, False)
+    p = plan(sides * hidden.shape[0], weight.shape[0], real, device, allowed, False)
     if not keep:
         return p
     rows, groups = max(1, hidden.shape[0]), len(p.groups())
-    column, gradient = 2 * rows * real.itemsize, rows * hidden.dtype.itemsize * p.group
+    column, gradient = sides * rows * real.itemsize, rows * hidden.dtype.itemsize * p.group
     if column * weight.shape[0] + gradient <= allowed:
         return p._replace(kept=groups)
     kept = (allowed - column * p.block - gradient) // (column * p.group)
@@ -137,9 +137,9 @@ class _Pair:
 
     def __init__(
         self, rows: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hidden: Tensor,
-        reference_weight: Tensor, reference_bias: Tensor | None, targets: Tensor, p: Plan,
+        reference_weight: Tensor, reference_bias: Tensor | None, targets: Tensor, itself: bool, p: Plan,
     ) -> None:  # fmt: skip
-        self.itself = _same(hidden, reference_hidden) and _same(weight, reference_weight)
+        self.itself = itself
         self.h, self.targets = take(rows, hidden, targets)
         other = self.h if self.itself else take(rows, reference_hidden)[0]
         self.n, self.real, self.p = self.h.shape[0], real_of(hidden), p
@@ -151,10 +151,10 @@ class _Pair:
         self.scratch: Tensor | None = None
 
     def products(self, b: int, e: int, into: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x and y of columns [b, e), written into memory (2, n * columns) or more, or into scratch."""
+        """x and y of columns [b, e), written into memory (2, n * columns) or more, or (1, ...) for one product, or into scratch."""
         if into is None:
             if self.scratch is None:
-                self.scratch = self.h.new_empty((2, self.n * self.p.block), dtype=self.real)
+                self.scratch = self.h.new_empty((1 if self.itself else 2, self.n * self.p.block), dtype=self.real)
             into = self.scratch
         x, y = self.laid(b, e, into)
         self.logits[0].into(x, self.weights[0][b:e])
@@ -164,28 +164,30 @@ class _Pair:
 
     def laid(self, b: int, e: int, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Where x and y of columns [b, e) lie in such memory."""
-        x, y = (m[: self.n * (e - b)].view(self.n, e - b) for m in memory)
-        return x, x if self.itself else y
+        x, *y = (m[: self.n * (e - b)].view(self.n, e - b) for m in memory)
+        return x, y[0] if y else x
 
     def biases_of(self, b: int, e: int) -> tuple[Tensor | None, Tensor | None]:
         mine, theirs = (None if bias is None else bias[b:e] for bias in self.biases)
         return mine, theirs
 
 
-def _kept_blocks(hidden: Tensor, p: Plan) -> list[Tensor]:
-    """The products of both, (2, N * columns), for each block of the kept groups."""
+def _kept_blocks(hidden: Tensor, p: Plan, itself: bool) -> list[Tensor]:
+    """The products of both, (2, N * columns), or (1, ...) if one serves both, for each block of the kept groups."""
     spans = [s for g in p.groups()[: p.kept] for s in p.blocks_of(*g)]
-    return [hidden.new_empty((2, hidden.shape[0] * (e - b)), dtype=real_of(hidden)) for _, b, e in spans]
+    return [
+        hidden.new_empty((1 if itself else 2, hidden.shape[0] * (e - b)), dtype=real_of(hidden)) for _, b, e in spans
+    ]
 
 
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hidden: Tensor, reference_weight: Tensor, reference_bias: Tensor | None,
-    targets: Tensor, logit_scale: float, softcap: float, target_shift: float, ignore_index: int, workspace: int | None, keep: bool,
+    targets: Tensor, logit_scale: float, softcap: float, target_shift: float, itself: bool, ignore_index: int, workspace: int | None, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     check_targets(targets, weight.shape[0], ignore_index)
-    p, rows = _plan(hidden, weight, workspace, keep), live_rows(targets, ignore_index)
-    pair = _Pair(rows, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, targets, p)
-    kept = _kept_blocks(hidden, p)
+    p, rows = _plan(hidden, weight, workspace, keep, itself), live_rows(targets, ignore_index)
+    pair = _Pair(rows, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, targets, itself, p)
+    kept = _kept_blocks(hidden, p, itself)
     maximum = hidden.new_full((2, pair.n), -torch.inf, dtype=pair.real)
     total, cross = torch.zeros_like(maximum), hidden.new_zeros((pair.n,), dtype=pair.real)
     for first, end in p.groups() if pair.n else []:
@@ -208,10 +210,10 @@ def _forward(
 def _backward(
     d_kl: Tensor, maximum: Tensor, total: Tensor, kept: list[Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None,
     reference_hidden: Tensor, reference_weight: Tensor, reference_bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
-    target_shift: float, ignore_index: int, workspace: int | None, needs: list[bool],
+    target_shift: float, itself: bool, ignore_index: int, workspace: int | None, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    p, rows = _plan(hidden, weight, workspace, True), live_rows(targets, ignore_index)
-    pair = _Pair(rows, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, targets, p)
+    p, rows = _plan(hidden, weight, workspace, True, itself), live_rows(targets, ignore_index)
+    pair = _Pair(rows, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, targets, itself, p)
     if rows is None and targets.is_cuda:
         d_kl = torch.where(targets == ignore_index, 0.0, d_kl)
     c, tops, totals = take(rows, d_kl.to(pair.real), maximum.T, total.T)
@@ -250,10 +252,15 @@ def _backward(
 
 
 def _fake_forward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    *_, targets, _scale, _softcap, _shift, _ignore, workspace, keep = rest
+    *_, targets, _scale, _softcap, _shift, itself, _ignore, workspace, keep = rest
     kl = hidden.new_empty(targets.shape, dtype=real_of(hidden))
     both = hidden.new_empty((2, *targets.shape), dtype=real_of(hidden))
-    return kl, both, torch.empty_like(both), _kept_blocks(hidden, _plan(hidden, weight, workspace, keep))
+    return (
+        kl,
+        both,
+        torch.empty_like(both),
+        _kept_blocks(hidden, _plan(hidden, weight, workspace, keep, itself), itself),
+    )
 
 
 def _fake_backward(
@@ -280,8 +287,8 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    *tensors, scale, softcap, shift, ignore, workspace, _keep = inputs
-    ctx.options = (scale, softcap, shift, ignore, workspace)
+    *tensors, scale, softcap, shift, itself, ignore, workspace, _keep = inputs
+    ctx.options = (scale, softcap, shift, itself, ignore, workspace)
     _kl, maximum, total, kept = output
     ctx.save_for_backward(*tensors, maximum, total, *kept)
     ctx.mark_non_differentiable(maximum, total, *kept)
@@ -291,11 +298,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 def _autograd(ctx: Any, d_kl: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
     if d_kl is None or not any(needs):
-        return (None,) * 13
+        return (None,) * 14
     *tensors, maximum, total = ctx.saved_tensors[:9]
     kept = list(ctx.saved_tensors[9:])
     found = torch.ops.pyunlearn.kl_divergence_backward(d_kl, maximum, total, kept, *tensors, *ctx.options, needs)
-    return (*(d if need else None for d, need in zip(found, needs, strict=True)), *(None,) * 10)
+    return (*(d if need else None for d, need in zip(found, needs, strict=True)), *(None,) * 11)
 
 
 LIBRARY.impl("kl_divergence", on_its_device(_forward), "CompositeExplicitAutograd")
