@@ -12,14 +12,24 @@ small=$(mktemp --suffix=.py)
 trap 'rm -f "$small"' EXIT
 cat > "$small" <<'PY'
 import torch
-from pyunlearn.ops import linear_log_likelihood, token_statistics
+from pyunlearn.ops import kl_divergence, linear_log_likelihood, log_likelihood, logit_margin, token_statistics, weighted_log_likelihood
 
-hidden = torch.randn(300, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-weight = torch.randn(1003, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-targets = torch.randint(1003, (300,), device="cuda")
-for workspace in (None, 0):
-    linear_log_likelihood(hidden, weight, targets, workspace=workspace).sum().backward()
-print(token_statistics(hidden, weight, targets).entropy.mean())
+targets, c = torch.randint(1003, (300,), device="cuda"), torch.linspace(-1, 1, 300, device="cuda")
+masked = targets.where(targets % 5 > 0, -100)
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    hidden, other = torch.randn(2, 300, 72, device="cuda", dtype=dtype).unbind()
+    weight, head = (torch.randn(1003, 72, device="cuda", dtype=dtype) * 0.1 for _ in range(2))
+    bias = torch.randn(1003, device="cuda", dtype=dtype)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    for workspace in (None, 0):
+        for options in ({}, {"bias": bias, "softcap": 4.0, "logit_scale": 0.5}):
+            options["workspace"] = workspace
+            linear_log_likelihood(hidden, weight, targets, **options).sum().backward()
+            weighted_log_likelihood(hidden, weight, masked, c, **options).backward()
+            kl_divergence(hidden, weight, other, head, masked, **options).sum().backward()
+            logit_margin(hidden, weight, **options).sum().backward()
+            print(dtype, token_statistics(hidden, weight, masked, **options).entropy.mean().item())
+    log_likelihood((hidden @ weight.T), masked, bias=bias, softcap=4.0).sum().backward()
 PY
 failed=()
 for hopper in 0 1; do

@@ -78,6 +78,13 @@ void token_statistics(bool cuda, PYUNLEARN_BLOCK, Address threshold, Address max
   run<TokenStatisticsArguments>(cuda, a, where, PYUNLEARN_BOTH(token_statistics));
 }
 
+void target_products(bool cuda, Address hidden, Address weight, int dtype, int64_t rows, int64_t width, int64_t vocabulary, int64_t hidden_stride,
+                     int64_t weight_stride, Address targets, Address sum, Address size, Address where) {
+  const TargetProductsArguments a{in(hidden), in(weight), Dtype(dtype), rows, width, vocabulary, hidden_stride, weight_stride,
+                                  static_cast<const int64_t*>(in(targets)), static_cast<double*>(out(sum)), static_cast<double*>(out(size))};
+  run<TargetProductsArguments>(cuda, a, where, PYUNLEARN_BOTH(target_products));
+}
+
 LogitPair logit_pair(PYUNLEARN_PAIR) {
   return {logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets),
           logit_block(other, dtype, other_stride, rows, columns, first_column, other_bias, other_bias_dtype, scale, softcap, targets), target_shift};
@@ -238,6 +245,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("statistics", &statistics);
   m.def("gradient", &gradient);
   m.def("token_statistics", &token_statistics);
+  m.def("target_products", &target_products);
   m.def("kl_statistics", &kl_statistics);
   m.def("kl_gradient", &kl_gradient);
   m.def("bf16_product", &bf16_product);

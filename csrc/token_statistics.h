@@ -18,8 +18,29 @@ struct TokenStatisticsArguments {
   int64_t* rank;                                          // (rows,), updated in place
 };
 
+// What the threshold is made of: the raw product of each row's target, which has to be known before the vocabulary is gone through, and how far a
+// float32 product of it may be off.
+//     sum = sum_k hidden[r, k] weight[target_r, k],   size = sum_k |hidden[r, k] weight[target_r, k]|,   in float64
+struct TargetProductsArguments {
+  const void *hidden, *weight;  // (rows, width), (vocabulary, width), contiguous columns
+  Dtype dtype;
+  int64_t rows, width, vocabulary, hidden_stride, weight_stride;
+  const int64_t* targets;  // (rows,): one outside the vocabulary is taken for its nearest entry
+  double *sum, *size;      // (rows,)
+
+#ifdef __CUDACC__
+  __host__ __device__
+#endif
+  int64_t row_of_weight(int64_t row) const {
+    const int64_t target = targets[row];
+    return target < 0 ? 0 : target < vocabulary ? target : vocabulary - 1;
+  }
+};
+
 // Each returns null, or a sentence that says what it cannot do.
 const char* token_statistics_cpu(const TokenStatisticsArguments&, int threads);
 const char* token_statistics_cuda(const TokenStatisticsArguments&, void* stream);
+const char* target_products_cpu(const TargetProductsArguments&, int threads);
+const char* target_products_cuda(const TargetProductsArguments&, void* stream);  // not float64
 
 }  // namespace pyunlearn

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops import _backend, logit_margin, reference
+from pyunlearn.ops import logit_margin, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SMALL = 9 * 64 * 4  # a workspace of one block
@@ -158,14 +158,13 @@ def test_equal_logits(device, backend):
 @every_softcap
 def test_memory(softcap, device):
     """Nothing of N * V may be allocated: no tensor but the weight's gradient is larger than the workspace."""
-    rows, width, vocabulary, workspace = 1024, 8, 8192, 1 << 20  # 32 MiB of logits
+    rows, width, vocabulary, workspace = 1024, 8, 8192, 4 << 20  # 32 MiB of logits
     case = make(rows, width, vocabulary, device=device)
     leaf = case.hidden.clone().requires_grad_()
     with Allocations() as used:
         logit_margin(leaf, case.weight, softcap=softcap, workspace=workspace).sum().backward()
-    assert workspace // 8 < used.largest <= workspace
-    copies = 6 * workspace if softcap or _backend.kernels_for(case.hidden) == "reference" else workspace
-    assert used.peak <= workspace + copies
+    assert workspace // 16 < used.largest <= workspace
+    assert used.peak <= workspace
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

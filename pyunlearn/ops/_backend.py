@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache, partial, wraps
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ except ImportError as error:  # a source tree that was not built, or a platform 
             f"pyunlearn's compiled kernels are not here ({_missing}); plain PyTorch runs instead, slower. `pip install .` builds them.",
             stacklevel=2,
         )
+
+
+Result = TypeVar("Result")
 
 
 class Choice(NamedTuple):
@@ -167,7 +170,7 @@ def _self_test(run: Any, x: Tensor, y: Tensor) -> Tensor:
     found += [largest, sums, again, kept.flatten()]
     moments, rank = torch.zeros(2, 5, device=x.device), torch.zeros(5, dtype=torch.int64, device=x.device)
     on_x(_kernels.token_statistics)(target_logit, maximum[1], total[1], moments, target_logit, rank)
-    found += [total[1], moments.flatten(), rank]
+    found += [total[1], moments.flatten(), rank, _kernels.target_products(run, x, y.to(x.dtype), targets).flatten()]
     cross = torch.zeros(5, device=x.device)
     tops, totals = torch.full_like(maximum, -torch.inf), torch.zeros_like(total)
     on_both(_kernels.kl_statistics)(tops, totals, cross)
@@ -202,12 +205,12 @@ def multiplies_bf16_gradient(out: Tensor, a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _chosen(kernel: Callable[..., None]) -> Callable[..., None]:
+def _chosen(kernel: Callable[..., Result]) -> Callable[..., Result]:
     """The kernel on the backend that serves its first tensor."""
 
     @wraps(kernel)
-    def call(x: Tensor, *arguments: Any) -> None:
-        kernel(reference if kernels_for(x) == "reference" else _C, x, *arguments)
+    def call(x: Tensor, *arguments: Any) -> Result:
+        return kernel(reference if kernels_for(x) == "reference" else _C, x, *arguments)
 
     return call
 
@@ -215,6 +218,7 @@ def _chosen(kernel: Callable[..., None]) -> Callable[..., None]:
 statistics = _chosen(_kernels.statistics)
 gradient = _chosen(_kernels.gradient)
 token_statistics = _chosen(_kernels.token_statistics)
+target_products = _chosen(_kernels.target_products)
 kl_statistics = _chosen(_kernels.kl_statistics)
 kl_gradient = _chosen(_kernels.kl_gradient)
 bf16_product = partial(_kernels.bf16_product, _C)

@@ -52,6 +52,16 @@ def token_statistics(
         _call(run.token_statistics, x, *_block(x, *head), *per_row)
 
 
+def target_products(run: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """(2, n) float64: the product of each row of h (n, d) with its target's row of the weight, and its summands' magnitudes; csrc/token_statistics.h."""
+    if run is reference or weight.stride(1) != 1:
+        return reference.target_products(h, weight, targets)
+    found = h.new_empty((2, len(h)), dtype=torch.float64)
+    sizes = (*h.shape, len(weight), h.stride(0), weight.stride(0))
+    _call(run.target_products, h, h, weight, DTYPES[h.dtype], *sizes, targets, *found)
+    return found
+
+
 def kl_statistics(
     run: Any, x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float, softcap: float,
     targets: Tensor, target_shift: float, maximum: Tensor, total: Tensor, cross: Tensor,

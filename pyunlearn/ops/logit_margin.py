@@ -73,7 +73,8 @@ class _LogitMargin(torch.autograd.Function):
         workspace: int,
     ) -> Tensor:
         head, real = Head(weight, bias, logit_scale, softcap), real_of(hidden)
-        p = plan(len(hidden), len(weight), hidden.dtype, hidden.device.type, workspace, False)
+        allowed = workspace // 2 if softcap else workspace  # a block's tanh and slopes are copies of it
+        p = plan(len(hidden), len(weight), hidden.dtype, hidden.device.type, allowed, False)
         largest, total = (
             hidden.new_full((len(hidden),), -torch.inf, dtype=real),
             hidden.new_zeros((len(hidden),), dtype=real),

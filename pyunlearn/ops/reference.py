@@ -158,6 +158,18 @@ def gradient(
     out.copy_(torch.where(coefficients[:, None] == 0, 0.0, g))
 
 
+def target_products(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """(2, n) float64: sum_k h[r, k] weight[target_r, k], and sum_k |h[r, k] weight[target_r, k]|; 2 MiB of products at a time."""
+    found = h.new_empty((2, len(h)), dtype=torch.float64)
+    at, step = targets.clamp(0, len(weight) - 1), max(1, (1 << 18) // max(1, h.shape[1]))
+    for r in range(0, len(h), step):
+        rows = slice(r, r + step)
+        products = h[rows].double() * weight[at[rows]]  # the wider of the two
+        torch.sum(products, dim=1, out=found[0, rows])
+        torch.sum(products.abs_(), dim=1, out=found[1, rows])
+    return found
+
+
 def token_statistics(
     x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor, threshold: Tensor,
     maximum: Tensor, total: Tensor, moments: Tensor, target_logit: Tensor, rank: Tensor,

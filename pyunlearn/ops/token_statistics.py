@@ -183,15 +183,12 @@ def _threshold(h: Tensor, head: Head, targets: Tensor, times: float = 1) -> Tens
 
     It has to be there before the vocabulary is gone through, for the block that holds the target may come last.
     """
-    real, found = real_of(h), []
-    at = targets.clamp(0, head.weight.shape[0] - 1)
-    for rows in torch.arange(h.shape[0], device=h.device).split(1024):
-        products = h[rows].double() * head.weight[at[rows]].double()
-        bias = None if head.bias is None else head.bias[at[rows]].double()
-        z = reference.logits_of(products.sum(dim=1), bias, head.logit_scale, head.softcap)
-        size = products.abs().sum(dim=1) + (0 if bias is None else bias.abs())
-        found.append(_above(z, times * torch.finfo(real).eps * (abs(head.logit_scale) * size + 2 * z.abs())))
-    return torch.cat(found).to(real) if found else h.new_empty((0,), dtype=real)
+    real = real_of(h)
+    product, size = _backend.target_products(h, head.weight, targets)
+    bias = None if head.bias is None else head.bias[targets.clamp(0, len(head.bias) - 1)].double()
+    z = reference.logits_of(product, bias, head.logit_scale, head.softcap)
+    size = size if bias is None else size + bias.abs()
+    return _above(z, times * torch.finfo(real).eps * (abs(head.logit_scale) * size + 2 * z.abs())).to(real)
 
 
 def _above(z: Tensor, by: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ const char* cpu_variant() { return "emulated"; }
 const char* log_likelihood_statistics_cpu(const StatisticsArguments& a, int) { return log_likelihood_statistics_cuda(a, nullptr); }
 const char* log_likelihood_gradient_cpu(const GradientArguments& a, int) { return log_likelihood_gradient_cuda(a, nullptr); }
 const char* token_statistics_cpu(const TokenStatisticsArguments& a, int) { return token_statistics_cuda(a, nullptr); }
+const char* target_products_cpu(const TargetProductsArguments& a, int) { return target_products_cuda(a, nullptr); }
 const char* kl_statistics_cpu(const KlStatisticsArguments& a, int) { return kl_statistics_cuda(a, nullptr); }
 const char* kl_gradient_cpu(const KlGradientArguments& a, int) { return kl_gradient_cuda(a, nullptr); }
 
