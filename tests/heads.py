@@ -162,13 +162,17 @@ def watch_chunks(monkeypatch, module):
 
 def products(case, function):
     """How many products of all live rows with the whole head the call makes, torch's and ours."""
-    live, mine, original = int((case.targets != -100).sum()), [], _backend.bf16_product
+    live, mine = int((case.targets != -100).sum()), []
 
-    def counted(out, a, b):
-        mine.append(2 * out.numel() * a.shape[1])
-        original(out, a, b)
+    def counted(original):
+        def product(out, a, b, *rest):
+            mine.append(2 * out.numel() * a.shape[1])
+            original(out, a, b, *rest)
+
+        return product
 
     with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
-        patch.setattr(_backend, "bf16_product", counted)
+        for name in ("bf16_product", "bf16_gradient"):
+            patch.setattr(_backend, name, counted(getattr(_backend, name)))
         function()
     return (counter.get_total_flops() + sum(mine)) / (2 * live * case.weight.numel())

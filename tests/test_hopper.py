@@ -621,5 +621,5 @@ def test_the_portable_self_test_passes_and_can_fail(emulated, monkeypatch):
         if arguments[5] == 9001:  # columns; then targets at 11, maximum at 12, sum at 13
             (ctypes.c_float * 5).from_address(arguments[13])[3] *= 1.01
 
-    monkeypatch.setattr(_backend, "_C", SimpleNamespace(**{n: getattr(emulated.module, n) for n in ("gradient", "token_statistics", "kl_statistics", "kl_gradient")}, statistics=wrong_where_wide))  # fmt: skip
+    monkeypatch.setattr(_backend, "_C", SimpleNamespace(**{n: getattr(emulated.module, n) for n in ("gradient", "token_statistics", "target_products", "kl_statistics", "kl_gradient")}, statistics=wrong_where_wide))  # fmt: skip
     assert "wrong numbers" in _backend._wrong_on(torch.device("cpu"))

@@ -147,13 +147,15 @@ def test_gradient_of_views(threads, with_amx):
     assert (out.double() - wanted)[fine].abs().max() <= 1e-4
 
 
-def test_without_amx():
+def test_without_amx(tmp_path):
     """PYUNLEARN_CPU=avx512 takes the other kernel, which passes the same tests."""
     if KERNEL != "amx_bf16":
         pytest.skip("no AMX here: the tests above ran on the other kernel")
     environment = os.environ | {"PYUNLEARN_CPU": "avx512"}
     ask = "from pyunlearn.ops import _backend; print(_backend.build_info()['bf16_products'])"
-    done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ask], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     if done.stdout.strip() != "avx512_bf16":
         pytest.skip("AMX without AVX512-BF16")
-    subprocess.run([sys.executable, "-m", "pytest", "-q", "-n0", __file__], env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-n0", __file__], env=environment, cwd=tmp_path, check=True)

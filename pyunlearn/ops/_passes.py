@@ -41,6 +41,13 @@ def take(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:
     return [(t if rows is None else t.index_select(0, rows)).contiguous() for t in tensors]
 
 
+def quieted(h: Tensor, targets: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
+    """h (n, D) with zeros in ignored rows that could not be dropped, as in a CUDA graph: times their coefficient 0, a NaN there would still be one."""
+    if rows is not None or ignore_index == NOTHING or not h.is_cuda:
+        return h
+    return h.masked_fill((targets == ignore_index)[:, None], 0)
+
+
 def score(
     h: Tensor, head: Head, targets: Tensor, p: Plan, kept: list[Tensor], block_maximum: Tensor | None
 ) -> Statistics:

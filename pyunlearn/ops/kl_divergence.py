@@ -11,7 +11,7 @@ from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend
 from pyunlearn.ops._check import NOTHING, check, check_head, check_reference, check_targets, ignored, in_one_dtype
 from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, host_may_wait, on_its_device
-from pyunlearn.ops._passes import live_rows, real_of, take
+from pyunlearn.ops._passes import live_rows, quieted, real_of, take
 from pyunlearn.ops._plan import Plan, allowance, default_workspace, plan
 from pyunlearn.ops._products import Logits, add_product
 
@@ -186,6 +186,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     check_targets(targets, weight.shape[0], ignore_index)
     p, rows = _plan(hidden, weight, workspace, keep, itself), live_rows(targets, ignore_index)
+    hidden, reference_hidden = (quieted(h, targets, rows, ignore_index) for h in (hidden, reference_hidden))
     pair = _Pair(rows, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, targets, itself, p)
     kept = _kept_blocks(hidden, p, itself)
     maximum = hidden.new_full((2, pair.n), -torch.inf, dtype=pair.real)
@@ -213,6 +214,7 @@ def _backward(
     target_shift: float, itself: bool, ignore_index: int, workspace: int | None, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     p, rows = _plan(hidden, weight, workspace, True, itself), live_rows(targets, ignore_index)
+    hidden, reference_hidden = (quieted(h, targets, rows, ignore_index) for h in (hidden, reference_hidden))
     pair = _Pair(rows, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, targets, itself, p)
     if rows is None and targets.is_cuda:
         d_kl = torch.where(targets == ignore_index, 0.0, d_kl)

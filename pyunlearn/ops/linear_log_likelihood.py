@@ -10,7 +10,7 @@ from torch import Tensor
 from pyunlearn.ops import _hopper_use
 from pyunlearn.ops._check import NOTHING, check, check_head, check_targets, ignored, in_one_dtype
 from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, host_may_wait, on_its_device
-from pyunlearn.ops._passes import Gradients, Head, Statistics, differentiate, live_rows, real_of, score, take
+from pyunlearn.ops._passes import Gradients, Head, Statistics, differentiate, live_rows, quieted, real_of, score, take
 from pyunlearn.ops._plan import Plan, allowance, plan
 
 
@@ -102,7 +102,7 @@ def _forward(
     check_targets(targets, weight.shape[0], ignore_index)
     real, p = real_of(hidden), _plan(hidden, weight, workspace, keep)
     rows = live_rows(targets, ignore_index)
-    h, t = take(rows, hidden, targets)
+    h, t = take(rows, quieted(hidden, targets, rows, ignore_index), targets)
     kept = _kept_buffers(hidden, p)
     block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
     head = Head(weight, bias_beside(hidden, bias), logit_scale, softcap)
@@ -131,6 +131,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     real, p = real_of(hidden), _plan(hidden, weight, workspace, True)
     rows = live_rows(targets, ignore_index)
+    hidden = quieted(hidden, targets, rows, ignore_index)
     if rows is None and targets.is_cuda:
         d_log_likelihood = torch.where(targets == ignore_index, 0.0, d_log_likelihood)
     h, t, *per_row, c = take(rows, hidden, targets, log_likelihood, maximum, total, d_log_likelihood.to(real))
