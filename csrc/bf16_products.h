@@ -2,7 +2,7 @@
 //
 //     out[r, j] = sum over k of a[r, k] * b[j, k]        r < rows, j < columns, k < width
 //
-// Sums are float32, a few hundred pairs of k at a time, always in the same order. The instructions take denormal bfloat16 numbers for zero. Torch has no
+// Sums are float32, a few hundred pairs of k at a time, always in the same order. The instructions take denormal numbers for zero. Torch has no
 // such product on the CPU: its own rounds the result to bfloat16, and float32 products of widened operands take several times as long.
 #pragma once
 #include <cstdint>
@@ -28,7 +28,7 @@ const char* bf16_product_cpu(const Bf16Product&, int threads);
 //
 //     out[j, c] = sum over r of a[j, r] * b[r, c], or a[r, j] if it is transposed        j < rows, c < columns, r < depth
 //
-// With AMX alone ("amx_bf16"): torch's own are as fast elsewhere.
+// Sums are float32, of 1024 numbers at a time, or of all of them if the result is rounded. With AMX alone ("amx_bf16"): torch's own are as fast elsewhere.
 struct Bf16Gradient {
   const uint16_t *a, *b;  // (rows, depth), or (depth, rows) if it is transposed; (depth, columns)
   int64_t a_stride, b_stride;

@@ -215,9 +215,11 @@ void kept_add_targets_at(PYUNLEARN_ROWS, Address hidden, int hidden_dtype, int64
                                         matrix(d_weight, d_weight_dtype, d_weight_stride), out(stream)));
 }
 
+py::object name_of_bf16_products() { return bf16_products() ? py::object(py::str(bf16_products())) : py::none(); }
+
 py::dict build_info() {
   py::dict info;
-  info["bf16_products"] = bf16_products() ? py::object(py::str(bf16_products())) : py::none();
+  info["bf16_products"] = name_of_bf16_products();
   info["cpu_variant"] = cpu_variant();
 #ifdef PYUNLEARN_HOPPER
   info["hopper"] = true;
@@ -248,6 +250,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("target_products", &target_products);
   m.def("kl_statistics", &kl_statistics);
   m.def("kl_gradient", &kl_gradient);
+  m.def("bf16_products", &name_of_bf16_products);
   m.def("bf16_product", &bf16_product);
   m.def("bf16_gradient", &bf16_gradient);
   m.def("hopper_unavailable", &hopper_unavailable_here);

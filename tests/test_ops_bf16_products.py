@@ -147,6 +147,35 @@ def test_gradient_of_views(threads, with_amx):
     assert (out.double() - wanted)[fine].abs().max() <= 1e-4
 
 
+def test_dtypes_that_do_not_fit(with_amx):
+    """Ops called by their own names, with a head of another dtype, say so, and read nothing that is not there."""
+    hidden, weight, targets = torch.randn(4, 16), torch.randn(90, 16), torch.arange(4)
+    for h, w in ((hidden.bfloat16(), weight), (hidden, weight.bfloat16())):
+        with pytest.raises(RuntimeError, match="dtype"):
+            torch.ops.pyunlearn.token_statistics(h, w, None, targets, 1.0, 0.0, -100, None)
+
+
+def test_out_of_memory(with_amx, tmp_path):
+    """Where there is no room to lay an operand out, the call says so, and the next one that fits works."""
+    script = """
+import resource, torch
+from pyunlearn.ops import _backend
+torch.set_num_threads(1)
+a, few, out = torch.ones(1024, 1).bfloat16(), torch.ones(1024, 64).bfloat16(), torch.zeros(1, 1 << 20)
+many = torch.ones(1, 1 << 20).bfloat16().expand(1024, -1)  # 2 GiB when laid out
+_backend.bf16_gradient(out[:, :64], a.T, few, False)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
+try:
+    _backend.bf16_gradient(out, a.T, many, False)
+except MemoryError:
+    _backend.bf16_gradient(out[:, :64], a.T, few, False)
+    print(out[0, 63].item())
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1024.0"
+
+
 def test_without_amx(tmp_path):
     """PYUNLEARN_CPU=avx512 takes the other kernel, which passes the same tests."""
     if KERNEL != "amx_bf16":

@@ -36,6 +36,7 @@ template <class T> class AlignedMemory {
  public:
   T* room(int64_t count) {
     if (count > size_) {
+      size_ = 0;  // if there is no memory, the next call asks again
       memory_.reset();
       memory_.reset(new char[count * sizeof(T) + 63]);
       size_ = count;

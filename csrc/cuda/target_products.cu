@@ -11,7 +11,7 @@ __device__ __forceinline__ double sum_of_warp(double x) {
   return x;
 }
 
-template <class T> __global__ void __launch_bounds__(kBlock) multiply_targets(const TargetProductsArguments a) {
+template <class T> __global__ void __launch_bounds__(kThreadsABlock<32>) multiply_targets(const TargetProductsArguments a) {
   const int64_t r = row_of_thread<32>();
   if (r >= a.rows) return;
   const T* hidden = (const T*)a.hidden + r * a.hidden_stride;
@@ -34,7 +34,7 @@ const char* target_products_cuda(const TargetProductsArguments& a, void* stream)
   if (!a.rows) return nullptr;
   with_type(a.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    multiply_targets<T><<<grid_over_rows<32>(a.rows), kBlock, 0, (cudaStream_t)stream>>>(a);
+    multiply_targets<T><<<grid_over_rows<32>(a.rows), kThreadsABlock<32>, 0, (cudaStream_t)stream>>>(a);
   });
   return launched();
 }

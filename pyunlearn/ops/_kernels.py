@@ -54,7 +54,7 @@ def token_statistics(
 
 def target_products(run: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """(2, n) float64: the product of each row of h (n, d) with its target's row of the weight, and its summands' magnitudes; csrc/token_statistics.h."""
-    if run is reference or weight.stride(1) != 1:
+    if run is reference or weight.stride(1) != 1 or weight.dtype is not h.dtype:
         return reference.target_products(h, weight, targets)
     found = h.new_empty((2, len(h)), dtype=torch.float64)
     sizes = (*h.shape, len(weight), h.stride(0), weight.stride(0))

@@ -34,7 +34,7 @@ class Logits:
 
     def into(self, out: Tensor, weight: Tensor) -> None:
         """out = hidden @ weight.T for some rows of the weight."""
-        if self.ours:
+        if self.ours and weight.dtype is self.hidden.dtype:
             _backend.bf16_product(out, self.hidden, weight)
         elif self.widens:
             if self.buffer.numel() < weight.numel():
@@ -49,7 +49,7 @@ class Logits:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b for a gradient, where out is float32 for 16-bit operands: the sum stays so, but on the CPU each bfloat16 product is rounded before it is added.
+    """out += a @ b for a gradient, where out is float32 for 16-bit operands: the sum stays so, but on a CPU without AMX each bfloat16 product is rounded before it is added.
 
     There are a few products for each sum, so this costs no more than the one rounding at the end, and saves float32 copies of both operands.
     """

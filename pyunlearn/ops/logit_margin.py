@@ -39,7 +39,7 @@ def logit_margin(
         workspace: bytes for scratch (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free).
 
     Returns:
-        (...), float32 (float64 for float64 inputs), 0 or more.
+        (...), float32 (float64 for float64 inputs), 0 or more up to rounding.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit.
