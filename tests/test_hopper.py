@@ -166,7 +166,7 @@ def test_any_order_gives_the_same_bits(processors, seed, emulated, extension):
     assert_equal(evaluate(linear_log_likelihood, case, unit(270)), wanted)
 
 
-@pytest.mark.parametrize("offset", [-160.0, 160.0, 1e4])
+@pytest.mark.parametrize("offset", [-1e4, -160.0, 160.0, 1e4])
 @pytest.mark.parametrize("workspace", [0, None])
 def test_common_offset(offset, workspace, watched):
     """A constant on all logits costs neither values nor gradients a digit that float32 products have."""
