@@ -3,7 +3,7 @@
 //     out[r, j] = sum over k of a[r, k] * b[j, k]        r < rows, j < columns, k < width
 //
 // Sums are float32, a few hundred pairs of k at a time, always in the same order. The instructions take denormal numbers for zero. Torch has no
-// such product on the CPU: its own rounds the result to bfloat16, and float32 products of widened operands take several times as long.
+// such product on the CPU: its own rounds the result to bfloat16, and float32 products of widened operands take about twice as long.
 #pragma once
 #include <cstdint>
 
