@@ -24,9 +24,10 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "backend on the CPU": f"{cpu.kernels} ({built['cpu_variant']} kernels{', bfloat16 products with ' + built['bf16_products'] if built['bf16_products'] else ''})"
+        "backend on the CPU": f"{cpu.kernels} ({built['cpu_variant']} kernels)"
         if cpu.kernels == "cpu"
         else cpu.kernels,
+        "bfloat16 products on the CPU": (cpu.kernels == "cpu" and built["bf16_products"]) or "PyTorch's",
         "backend on CUDA": card.kernels,
         "why": cpu.why if cpu.why == card.why else f"CPU: {cpu.why}; CUDA: {card.why}",
         "Hopper kernels": _hopper_use.status(),

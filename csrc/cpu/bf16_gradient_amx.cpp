@@ -10,7 +10,6 @@ namespace pyunlearn {
 namespace amx {
 namespace {
 
-constexpr int64_t kSide = 32;                        // of a block of out, and of a step along the sums
 constexpr int64_t kDepth = 1024;                     // of the sums, before they are added to float32 numbers
 constexpr int64_t kPanelNumbers = int64_t{1} << 17;  // of a that a thread lays out at a time: 256 KiB, which the level-2 cache holds beside a stripe of b
 
@@ -31,9 +30,7 @@ inline void pairs_of(const uint16_t* from, int64_t stride, int64_t rows, int64_t
   }
 }
 
-// A stripe of an operand, 32 of its columns or rows from `first` on: a pair of tiles for each 32 numbers of the sums.
-
-// Columns; turned: they are the tiles' rows.
+// Columns `first` .. first + 31 of a matrix as a stripe (amx_tiles.h). Turned: they are the tiles' rows.
 template <bool Turned> void lay_out_columns(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, int64_t first, uint16_t* to) {
   for (int64_t r = 0; r < rows; r += kSide, to += 2 * kTile) {
     __m512i pairs[2][16];
@@ -45,29 +42,13 @@ template <bool Turned> void lay_out_columns(const uint16_t* from, int64_t stride
   }
 }
 
-void lay_out_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, int64_t first, uint16_t* to) {
-  for (int64_t k = 0; k < columns; k += kSide, to += 2 * kTile)
-    for (int64_t i = 0; i < kSide; ++i)
-      _mm512_store_si512(to + i * kSide, first + i < rows ? _mm512_maskz_loadu_epi16(first32(columns - k), from + (first + i) * stride + k)
-                                                          : _mm512_setzero_si512());
-}
-
 // Sums of 32 rows and 32 columns, as far as there are so many, into out.
-void put(const float (&sums)[kSide][32], const Bf16Gradient& p, int64_t row, int64_t column) {
-  const int64_t rows = p.rows - row, columns = p.columns - column;
-  for (int64_t i = 0; i < rows && i < kSide; ++i) {
-    const __m512 left = _mm512_load_ps(sums[i]), right = _mm512_load_ps(sums[i] + 16);
-    const int64_t at = (row + i) * p.out_stride + column;
-    if (p.rounds) {
-      _mm512_mask_storeu_epi16(static_cast<uint16_t*>(p.out) + at, first32(columns), (__m512i)_mm512_cvtne2ps_pbh(right, left));
-      continue;
-    }
-    float* to = static_cast<float*>(p.out) + at;
-    const __mmask16 l = first16(columns), r = first16(columns - 16);
-    const __m512 zero = _mm512_setzero_ps();
-    _mm512_mask_storeu_ps(to, l, _mm512_add_ps(p.adds ? _mm512_maskz_loadu_ps(l, to) : zero, left));
-    _mm512_mask_storeu_ps(to + 16, r, _mm512_add_ps(p.adds ? _mm512_maskz_loadu_ps(r, to + 16) : zero, right));
-  }
+void put(const float (&sums)[kSide][kSide], const Bf16Gradient& p, int64_t row, int64_t column) {
+  const int64_t rows = p.rows - row, columns = p.columns - column, at = row * p.out_stride + column;
+  if (!p.rounds) return put_sums(sums, static_cast<float*>(p.out) + at, p.out_stride, rows, columns, p.adds);
+  uint16_t* to = static_cast<uint16_t*>(p.out) + at;
+  for (int64_t i = 0; i < rows && i < kSide; ++i, to += p.out_stride)
+    _mm512_mask_storeu_epi16(to, first32(columns), (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums[i] + 16), _mm512_load_ps(sums[i])));
 }
 
 void gradient_of(const Bf16Gradient& p, int threads) {  // all of its depth at a time
@@ -94,7 +75,7 @@ void gradient_of(const Bf16Gradient& p, int threads) {  // all of its depth at a
       for (int64_t c = 0; c < across; ++c)
         for (int64_t s = 0; s < here; ++s) {
           sum_tiles(a + s * stripe, b + c * stripe, b + c * stripe + kTile, 2 * kTile, steps);
-          alignas(64) float sums[kSide][32];
+          alignas(64) float sums[kSide][kSide];
           store_tiles(sums[0], 32);
           put(sums, p, (i + s) * kSide, c * kSide);
         }

@@ -7,33 +7,17 @@ namespace pyunlearn {
 namespace amx {
 namespace {
 
-constexpr int64_t kRows = 32;
-constexpr int64_t kNumbers = 2 * kStep;                // of a row, in one tile
-constexpr int64_t kMostNumbers = int64_t{1} << 21;     // of a that are laid out at a time: 4 MiB
+constexpr int64_t kMostNumbers = int64_t{1} << 21;  // of a that are laid out at a time: 4 MiB
 
 int64_t steps_of(int64_t pairs) { return (pairs + kStep - 1) / kStep; }
-
-// Rows r .. r + 31 of a: for each step the tile of the upper 16 and that of the lower 16. What is beyond the rows or the width is zero.
-void pack_rows(const Bf16Product& p, int64_t r, uint16_t* to) {
-  for (int64_t i = 0; i < kRows; ++i)
-    for (int64_t k = 0; k < p.width; k += kNumbers)
-      _mm512_store_si512(to + k / kNumbers * 2 * kTile + i * kNumbers,
-                         r + i < p.rows ? _mm512_maskz_loadu_epi16(first32(p.width - k), p.a + (r + i) * p.a_stride + k) : _mm512_setzero_si512());
-}
 
 // `rows` rows and `columns` columns of out, 32 of each at most, from `steps` steps of both operands: += to what is there, or =.
 void block(const uint16_t* a, const Packed& left, const Packed& right, int64_t steps, float* out, int64_t stride, int64_t rows, int64_t columns, bool add) {
   sum_tiles(a, reinterpret_cast<const uint16_t*>(left), reinterpret_cast<const uint16_t*>(right), kTile, steps);
-  if (!add && rows >= kRows && columns >= 32) return store_tiles(out, stride);
-  alignas(64) float sums[kRows][32];
-  store_tiles(sums[0], 32);
-  for (int64_t i = 0; i < rows && i < kRows; ++i)
-    for (int half = 0; half < 2; ++half) {
-      float* to = out + i * stride + 16 * half;
-      const __mmask16 which = first16(columns - 16 * half);
-      const __m512 before = add ? _mm512_maskz_loadu_ps(which, to) : _mm512_setzero_ps();
-      _mm512_mask_storeu_ps(to, which, _mm512_add_ps(before, _mm512_load_ps(sums[i] + 16 * half)));
-    }
+  if (!add && rows >= kSide && columns >= kSide) return store_tiles(out, stride);
+  alignas(64) float sums[kSide][kSide];
+  store_tiles(sums[0], kSide);
+  put_sums(sums, out, stride, rows, columns, add);
 }
 
 // Columns first .. first + columns - 1, a panel at most, of rows that are laid out in `a`.
@@ -45,8 +29,8 @@ void columns_of(const Bf16Product& p, const uint16_t* a, int64_t first, int64_t 
     const int64_t before = part * parts.depth, pairs = parts.length(part);
     pack(p, first, columns, before, pairs, packed);
     written();
-    for (int64_t r = 0; r < p.rows; r += kRows) {
-      const uint16_t* rows = a + r / kRows * steps_of(parts.pairs) * 2 * kTile + before / kStep * 2 * kTile;
+    for (int64_t r = 0; r < p.rows; r += kSide) {
+      const uint16_t* rows = a + r / kSide * steps_of(parts.pairs) * 2 * kTile + before / kStep * 2 * kTile;
       for (int v = 0; 16 * v < columns; v += 2)
         block(rows, packed[v], packed[v + 1], steps_of(pairs), p.out + r * p.out_stride + first + 16 * v, p.out_stride, p.rows - r, columns - 16 * v, before > 0);
     }
@@ -54,11 +38,11 @@ void columns_of(const Bf16Product& p, const uint16_t* a, int64_t first, int64_t 
 }
 
 void product_of(const Bf16Product& p, int threads) {  // as many rows as are laid out at a time
-  const int64_t steps = steps_of((p.width + 1) / 2), blocks = (p.rows + kRows - 1) / kRows, size = steps * 2 * kTile;
+  const int64_t steps = steps_of((p.width + 1) / 2), blocks = (p.rows + kSide - 1) / kSide, size = steps * 2 * kTile;
   static thread_local AlignedMemory<uint16_t> memory;
   uint16_t* a = memory.room(blocks * size);
   parallel_rows(blocks, size, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) pack_rows(p, i * kRows, a + i * size);
+    for (int64_t i = begin; i < end; ++i) lay_out_rows(p.a, p.a_stride, p.rows, p.width, i * kSide, a + i * size);
   });
   parallel_panels(p, threads, [&](int64_t first, int64_t columns) { columns_of(p, a, first, columns); });
 }
@@ -66,7 +50,7 @@ void product_of(const Bf16Product& p, int threads) {  // as many rows as are lai
 }  // namespace
 
 void product(const Bf16Product& p, int threads) {
-  const int64_t blocks = kMostNumbers / (steps_of((p.width + 1) / 2) * 2 * kTile + 1), most = kRows * (blocks > 1 ? blocks : 1);
+  const int64_t blocks = kMostNumbers / (steps_of((p.width + 1) / 2) * 2 * kTile + 1), most = kSide * (blocks > 1 ? blocks : 1);
   for (int64_t r = 0; r < p.rows; r += most) {
     Bf16Product some = p;
     some.a += r * p.a_stride, some.out += r * p.out_stride, some.rows = p.rows - r < most ? p.rows - r : most;

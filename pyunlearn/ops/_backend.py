@@ -135,9 +135,8 @@ def _wrong_on(device: torch.device) -> str | None:
     try:
         for (dtype, tolerance), columns in product(dtypes, (1024, 2005, 7003, 9001)):
             x = torch.randn(5, columns, generator=generator).to(device, dtype)
-            y = torch.randn(5, columns + 1, generator=generator).to(device)[
-                :, 1:
-            ]  # most rows not aligned as those of x
+            wide = torch.randn(5, columns + 1, generator=generator).to(device)
+            y = wide[:, 1:]  # most of its rows are not aligned as those of x
             found = [_self_test(run, x, y) for run in (_C, reference)]
             if not torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance):
                 return "they gave wrong numbers in a self-test on this card (please report it, with `pyunlearn info`)"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyunlearn.ops import _backend, _hopper
-from pyunlearn.ops._check import NOTHING
+from pyunlearn.ops._check import NOTHING, check_targets
+from pyunlearn.ops._library import host_may_wait
 from pyunlearn.ops._plan import MIB, Plan, balance
 from pyunlearn.ops._products import Logits, add_product, product
 from pyunlearn.ops._types import Gradients as Gradients
@@ -34,6 +35,17 @@ def live_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
         return None
     rows = (targets != ignore_index).nonzero().squeeze(1)
     return None if rows.numel() == targets.numel() else rows
+
+
+def settle_rows(hidden: Tensor, targets: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor | None, int]:
+    """live_rows before an op is called, and what it is to ignore then: the rows that count share the workspace, and backward need not ask again.
+
+    Where the host may not wait, the op sees to it. Raises ArgumentError on the CPU for a target outside [0, vocabulary).
+    """
+    if not host_may_wait(hidden):
+        return None, ignore_index
+    check_targets(targets, vocabulary, ignore_index)
+    return live_rows(targets, ignore_index), NOTHING
 
 
 def take(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:

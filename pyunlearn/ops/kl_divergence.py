@@ -9,11 +9,11 @@ from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend
-from pyunlearn.ops._check import NOTHING, check, check_head, check_reference, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, host_may_wait, on_its_device
-from pyunlearn.ops._passes import live_rows, quieted, real_of, take
+from pyunlearn.ops._check import check, check_head, check_reference, check_targets, ignored, in_one_dtype
+from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, on_its_device
+from pyunlearn.ops._passes import live_rows, quieted, real_of, settle_rows, take
 from pyunlearn.ops._plan import Plan, allowance, default_workspace, plan
-from pyunlearn.ops._products import Logits, add_product
+from pyunlearn.ops._products import Logits, add_product, product
 
 
 def kl_divergence(
@@ -80,11 +80,8 @@ def kl_divergence(
         theirs = (theirs[0].to(real_of(hidden)), theirs[1].to(real_of(hidden)))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     flat, t = hidden.reshape(-1, hidden.shape[-1]), marks.reshape(-1).long()
-    ignore, rows, count = ignored(None if targets is None else ignore_index), None, len(t)
-    if host_may_wait(flat):
-        # as in linear_log_likelihood: the rows that count share the workspace, and backward need not ask again which they are
-        check_targets(t, len(weight), ignore)
-        rows, ignore = live_rows(t, ignore), NOTHING
+    count, ignore = len(t), ignored(None if targets is None else ignore_index)
+    rows, ignore = settle_rows(flat, t, len(weight), ignore)
     if rows is not None:
         flat, t = flat.index_select(0, rows), t.index_select(0, rows)
     if itself:
@@ -241,7 +238,7 @@ def _backward(
                 d_logits[:, b - first : e - first],
             )  # fmt: skip
         if needs[1]:
-            torch.mm(d_logits.T, pair.h, out=d_weight[first:end])
+            product(d_weight[first:end], d_logits.T, pair.h)
         if needs[2]:
             torch.sum(d_logits, dim=0, dtype=pair.real, out=d_bias[first:end])
         if needs[0]:

@@ -8,9 +8,20 @@ import torch
 from torch import Tensor
 
 from pyunlearn.ops import _hopper_use
-from pyunlearn.ops._check import NOTHING, check, check_head, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, host_may_wait, on_its_device
-from pyunlearn.ops._passes import Gradients, Head, Statistics, differentiate, live_rows, quieted, real_of, score, take
+from pyunlearn.ops._check import check, check_head, check_targets, ignored, in_one_dtype
+from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, on_its_device
+from pyunlearn.ops._passes import (
+    Gradients,
+    Head,
+    Statistics,
+    differentiate,
+    live_rows,
+    quieted,
+    real_of,
+    score,
+    settle_rows,
+    take,
+)
 from pyunlearn.ops._plan import Plan, allowance, plan
 
 
@@ -57,12 +68,7 @@ def linear_log_likelihood(
     hidden, weight = in_one_dtype(hidden, weight)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     flat, t, ignore = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long(), ignored(ignore_index)
-    rows, count = None, len(t)
-    if host_may_wait(
-        flat
-    ):  # the workspace is then divided among the rows that count, and backward need not ask again which they are
-        check_targets(t, len(weight), ignore)
-        rows, ignore = live_rows(t, ignore), NOTHING
+    count, (rows, ignore) = len(t), settle_rows(flat, t, len(weight), ignore)
     if rows is not None:
         flat, t = flat.index_select(0, rows), t.index_select(0, rows)
     workspace = allowance(workspace, flat, len(t), len(weight))

@@ -12,7 +12,7 @@ from pyunlearn.ops import reference
 from pyunlearn.ops._check import check, check_head, in_one_dtype
 from pyunlearn.ops._passes import real_of
 from pyunlearn.ops._plan import Plan, allowance, plan
-from pyunlearn.ops._products import Logits, add_product
+from pyunlearn.ops._products import Logits, add_product, product
 from pyunlearn.ops._types import Head
 
 
@@ -161,7 +161,7 @@ def _capped(hidden: Tensor, head: Head, first: Tensor, c: Tensor, p: Plan, needs
             d_bias[b:e] = g.sum(dim=0)
         narrow = g.to(hidden.dtype)
         if d_weight is not None:
-            torch.mm(narrow.T, hidden, out=d_weight[b:e])
+            product(d_weight[b:e], narrow.T, hidden)
         if d_hidden is not None:
             add_product(d_hidden, narrow, head.weight[b:e])
     return d_hidden, d_weight, d_bias
