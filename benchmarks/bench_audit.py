@@ -22,7 +22,7 @@ from rich.table import Table
 import pyunlearn
 from benchmarks.harness import card, save
 from pyunlearn import models
-from pyunlearn.auditing import METRICS
+from pyunlearn.auditing.api import METRICS
 from pyunlearn.data import TokenBatch, batches, encode, padding_id, read_examples
 from pyunlearn.probes import without_prompt
 
@@ -54,7 +54,7 @@ def subjects() -> dict[str, Callable[[], tuple[Any, Any]]]:
     def tiny() -> tuple[Any, Any]:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        from pyunlearn.demo import model_file
+        from pyunlearn.cli.demo import model_file
 
         tokenizer = models.load_tokenizer(model_file().parent, gguf_file=model_file().name)
         torch.manual_seed(0)
@@ -69,7 +69,7 @@ def subjects() -> dict[str, Callable[[], tuple[Any, Any]]]:
         return LlamaForCausalLM(config).eval(), tokenizer
 
     def smollm2() -> tuple[Any, Any]:
-        from pyunlearn.demo import model_file
+        from pyunlearn.cli.demo import model_file
 
         return models.load(model_file())
 

@@ -26,7 +26,8 @@ import torch
 from rich.console import Console
 
 import pyunlearn
-from pyunlearn import demo, models
+from pyunlearn import models
+from pyunlearn.cli import demo
 from pyunlearn.comparing import Comparison, Row, Standing, comparison_table
 from pyunlearn.data import Tokens, batches, encode, padding_id, read_examples
 from pyunlearn.methods import METHODS

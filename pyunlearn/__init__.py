@@ -1,19 +1,23 @@
 """pyunlearn: remove chosen training examples from a language model, and measure that they are gone."""
 
-from pyunlearn.audit_result import Audit, AuditedExample
-from pyunlearn.auditing import audit
-from pyunlearn.comparing import Comparison, compare
-from pyunlearn.errors import (
-    ArgumentError,
-    DataError,
-    DependencyError,
-    ModelError,
-    OutputError,
-    PyunlearnError,
-    TrainingError,
-)
-from pyunlearn.result import ExampleResult, Result, Utility
-from pyunlearn.unlearn import unlearn
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # loaded at first use: the command line prints its help without torch
+    from pyunlearn.auditing import Audit, AuditedExample, audit
+    from pyunlearn.comparing import Comparison, compare
+    from pyunlearn.errors import (
+        ArgumentError,
+        DataError,
+        DependencyError,
+        ModelError,
+        OutputError,
+        PyunlearnError,
+        TrainingError,
+    )
+    from pyunlearn.unlearning import ExampleResult, Result, Utility, unlearn
 
 __version__ = "0.1.0"
 
@@ -35,3 +39,20 @@ __all__ = [
     "compare",
     "unlearn",
 ]
+
+_HOMES = {
+    "auditing": ("Audit", "AuditedExample", "audit"),
+    "comparing": ("Comparison", "compare"),
+    "unlearning": ("ExampleResult", "Result", "Utility", "unlearn"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = next((package for package, names in _HOMES.items() if name in names), "errors")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -119,7 +119,7 @@ def poisoned():
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     """call(*arguments) -> (exit code, standard output, standard error) of `pyunlearn ...`, run in an empty folder."""
-    from pyunlearn import cli
+    from pyunlearn.cli import main as cli
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")

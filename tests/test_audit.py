@@ -11,10 +11,10 @@ import torch
 from test_probes_teacher_forced import KINDS, counted, directly, made
 
 import pyunlearn
-from pyunlearn.auditing import METRICS
+from pyunlearn.auditing.api import METRICS
+from pyunlearn.auditing.redaction import MASK, masked, recited
 from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError, ModelError
-from pyunlearn.masking import MASK, masked, recited
 from pyunlearn.metrics import SIGNIFICANT, tpr_at_fpr
 
 FAST = [name for name in METRICS if name != "continuations"]
@@ -288,7 +288,7 @@ def test_an_interrupted_audit_goes_on(tmp_path, monkeypatch, at):
             raise Stopped
 
     with monkeypatch.context() as patched:
-        patched.setattr("pyunlearn._progress.Progress.advance", advance)
+        patched.setattr("pyunlearn.progress.Progress.advance", advance)
         with pytest.raises(Stopped):
             pyunlearn.audit(t[0], tiny.sentences(24, 1), cache=tmp_path, **options)
     assert list(tmp_path.rglob("*.npz"))

@@ -13,7 +13,8 @@ import typer
 from transformers import LlamaModel, ViTConfig
 
 import pyunlearn
-from pyunlearn import cli, models
+from pyunlearn import models
+from pyunlearn.cli import main as cli
 from pyunlearn.methods import METHODS
 from pyunlearn.ops import _backend
 
@@ -330,7 +331,7 @@ def test_it_runs_as_a_program():
     """In a process of its own, without importing what it does not need."""
     environment = os.environ | {"PYUNLEARN_BACKEND": "reference"}
     done = subprocess.run(
-        [sys.executable, "-m", "pyunlearn.cli", "info", "--json"],
+        [sys.executable, "-m", "pyunlearn", "info", "--json"],
         capture_output=True,
         text=True,
         timeout=120,

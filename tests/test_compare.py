@@ -11,8 +11,8 @@ import tiny
 import torch
 
 import pyunlearn
-from pyunlearn.comparing import Comparison, _method, comparison_plot, comparison_table
-from pyunlearn.comparing._drawing import _spread
+from pyunlearn.comparing import Comparison, comparison_plot, comparison_table, trial
+from pyunlearn.comparing.plots import _spread, save_plots
 from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError, ModelError, OutputError
 from pyunlearn.methods import METHODS
@@ -170,7 +170,7 @@ def test_a_method_that_breaks_does_not_lose_the_others(trained, monkeypatch, tmp
 
 def test_an_interrupted_comparison_goes_on(trained, monkeypatch, tmp_path):
     """What was finished is not done again; the rows are those of an uninterrupted comparison, and the model is as it came."""
-    done, real, before = [], _method.unlearn, copy.deepcopy(trained.model.state_dict())
+    done, real, before = [], trial.unlearn, copy.deepcopy(trained.model.state_dict())
 
     def unlearn(model, forget, *, method, **options):
         result = real(model, forget, method=method, **options)
@@ -179,7 +179,7 @@ def test_an_interrupted_comparison_goes_on(trained, monkeypatch, tmp_path):
             result.stopped = "interrupted"  # as the loop reports a Ctrl-C
         return result
 
-    monkeypatch.setattr(_method, "unlearn", unlearn)
+    monkeypatch.setattr(trial, "unlearn", unlearn)
     with pytest.raises(KeyboardInterrupt):
         compare(trained, output_dir=tmp_path / "c")
     assert [r.method for r in Comparison.read(tmp_path / "c").rows] == ["ga"]
@@ -251,6 +251,7 @@ def test_a_utility_of_zero_is_refused(trained):
 def test_what_is_saved_reads_back(found, tmp_path):
     """result.json whole and without a text, a table with a line for each method, two pictures."""
     found.save(tmp_path / "c")
+    save_plots(found, tmp_path / "c")
     read = Comparison.read(tmp_path / "c")
     assert read.to_dict() == found.to_dict()
     assert read.rows == found.rows
@@ -355,7 +356,7 @@ def test_the_command_that_is_interrupted_says_how_to_go_on(call, folder, tmp_pat
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_method, "unlearn", interrupt)
+    monkeypatch.setattr(trial, "unlearn", interrupt)
     code, out, err = call(
         "compare", folder / "model-1.5", "--forget", folder / "forget.jsonl", "--holdout", folder / "holdout.jsonl", "--out", "c"
     )  # fmt: skip

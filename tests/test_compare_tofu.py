@@ -45,7 +45,7 @@ def test_it_learns_compares_and_goes_on(benchmark, data, tmp_path, capsys, monke
         assert found.original.verdicts["still exposed"] == 2
         assert "fine-tuning, epoch" in capsys.readouterr().err
         monkeypatch.setattr(benchmark, "_train", None)
-        monkeypatch.setattr("pyunlearn.comparing._method.unlearn", None)
+        monkeypatch.setattr("pyunlearn.comparing.trial.unlearn", None)
         again = benchmark.main([*map(str, arguments), "--methods", "ga"])
         assert [r.status for r in again.rows] == ["done", "done"]
         assert (tmp_path / "table.md").read_text() == table

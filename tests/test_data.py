@@ -18,17 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from pyunlearn import errors
-from pyunlearn.data import (
-    Example,
-    Message,
-    TokenBatch,
-    Tokens,
-    batches,
-    collate,
-    encode,
-    padding_id,
-    read_examples,
-)
+from pyunlearn.data import Example, Message, TokenBatch, Tokens, batches, collate, encode, padding_id, read_examples
 from pyunlearn.errors import ArgumentError, DataError, DependencyError, PyunlearnError, nearest
 
 SENTENCES = [

@@ -9,7 +9,7 @@ import torch
 
 from pyunlearn.data import encode, read_examples
 from pyunlearn.edits import dampening, selective_synaptic_dampening, task_vector
-from pyunlearn.edits._edited import Editing
+from pyunlearn.edits.base import Editing
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
 from pyunlearn.models import unwrapped
 

@@ -9,9 +9,9 @@ from test_edits_influence import ROWS, flat, small  # noqa: F401
 from test_edits_prune import as_rows, linear_layers, t5
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pyunlearn.edits import _fisher, ekfac, ekfac_step, fisher, fisher_step, woodfisher_step
-from pyunlearn.edits._curvature import Curvature
-from pyunlearn.edits._edited import Editing
+from pyunlearn.edits import ekfac, ekfac_step, fisher, fisher_information, fisher_step, woodfisher_step
+from pyunlearn.edits.base import Editing
+from pyunlearn.edits.curvature import Curvature
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
 from pyunlearn.metrics import generalized_exposure
 
@@ -77,7 +77,7 @@ def test_labels_are_drawn_from_the_model_and_their_squares_are_the_gauss_newton_
 def test_drawn_labels_have_the_model_s_probabilities(monkeypatch):
     """Each by its probability, and another seed draws others."""
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).repeat(4000, 1).double().requires_grad_()
-    monkeypatch.setattr(_fisher, "wide_logits", lambda *_: logits)
+    monkeypatch.setattr(fisher_information, "wide_logits", lambda *_: logits)
 
     class Batch:
         counts, example = torch.tensor([4000]), torch.zeros(4000, dtype=torch.int64)
@@ -85,7 +85,7 @@ def test_drawn_labels_have_the_model_s_probabilities(monkeypatch):
     counted = []
     for seed in (0, 1):
         logits.grad = None
-        _fisher.drawn_loss(None, Batch, torch.Generator().manual_seed(seed)).backward()
+        fisher_information.drawn_loss(None, Batch, torch.Generator().manual_seed(seed)).backward()
         p = logits.detach()[0].softmax(-1)
         labels = ((p - logits.grad * 4000**0.5) > 0.5).double()  # the gradient is (p - one hot) / sqrt(T)
         assert bool((labels.sum(1) == 1).all())

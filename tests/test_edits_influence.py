@@ -8,9 +8,9 @@ from torch.func import functional_call, grad, jacfwd
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyunlearn.edits import first_order_influence, second_order_influence
-from pyunlearn.edits._curvature import Curvature
-from pyunlearn.edits._edited import Editing
-from pyunlearn.edits._solvers import conjugate_gradients, lissa
+from pyunlearn.edits.base import Editing
+from pyunlearn.edits.curvature import Curvature
+from pyunlearn.edits.solvers import conjugate_gradients, lissa
 from pyunlearn.errors import ArgumentError, TrainingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

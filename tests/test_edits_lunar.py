@@ -10,13 +10,13 @@ import tiny
 import torch
 from test_layers import made
 
-from pyunlearn import layers
 from pyunlearn.data import Tokens, collate, encode, read_examples
 from pyunlearn.edits import EDITS, lunar
-from pyunlearn.edits._registry import options_of
 from pyunlearn.edits.lunar import UNANSWERABLE
+from pyunlearn.edits.registry import options_of
 from pyunlearn.errors import ArgumentError, DataError, ModelError
 from pyunlearn.methods import resolve
+from pyunlearn.models import hidden_states
 
 _BLOCKS = {
     "llama": ("model.layers.{}", "mlp.down_proj"), "gpt2": ("transformer.h.{}", "mlp.c_proj"), "neox": ("gpt_neox.layers.{}", "mlp.dense_4h_to_h"),
@@ -225,7 +225,7 @@ def test_a_model_without_one_plain_matrix_is_refused(kind, message):
     with pytest.raises(ModelError, match=message):
         lunar(model, FORGET, retain=RETAIN, unanswerable=UNKNOWN, tokenizer=tokenizer, progress=False)
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in layers.blocks(model).modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in hidden_states.blocks(model).modules())
 
 
 def test_on_the_command_line_the_questions_come_from_a_file(tmp_path):
@@ -255,9 +255,9 @@ def test_a_norm_behind_the_mlp_is_seen_in_every_precision(dtype):
     batch = collate([Tokens((5, 6, 7, 8, 9), 1), Tokens((11, 12, 13), 1)], pad_id=0)
     with torch.no_grad():
         for kind in ("llama", "gpt2", "neox", "qwen2"):
-            layers.DownProjection(made(kind).to(dtype), 2).require_plain(batch)
+            hidden_states.DownProjection(made(kind).to(dtype), 2).require_plain(batch)
         with pytest.raises(ModelError, match="normalises behind the MLP"):
-            layers.DownProjection(made("gemma2").to(dtype), 2).require_plain(batch)
+            hidden_states.DownProjection(made("gemma2").to(dtype), 2).require_plain(batch)
 
 
 def test_a_bfloat16_model_is_edited(modest):
@@ -280,7 +280,7 @@ def test_a_bfloat16_model_is_edited(modest):
 def test_the_last_token_of_each_prompt_is_found_in_a_padded_batch():
     """The direction and the shift "last" read the end of each prompt, not of the batch."""
     model = made("llama")
-    down = layers.DownProjection(model, 2)
+    down = hidden_states.DownProjection(model, 2)
     tokens = [Tokens((5, 6, 7, 8, 9), 1), Tokens((11, 12, 13), 1)]
     with torch.no_grad():
         together = down.reads(collate(tokens, pad_id=0))

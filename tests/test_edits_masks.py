@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from test_edits import adapted, bits, encoded, gpt2, llama, mean_loss, same, weights
 
 import pyunlearn
-from pyunlearn import _state
 from pyunlearn.edits import saliency_mask
-from pyunlearn.edits._masks import digest_of, mask_of
-from pyunlearn.edits._ranking import largest
+from pyunlearn.edits.masks import digest_of, mask_of
+from pyunlearn.edits.weight_scores import largest
 from pyunlearn.errors import ArgumentError, DataError, TrainingError
 from pyunlearn.methods import METHODS
+from pyunlearn.unlearning import optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,7 +125,7 @@ def test_momentum_and_decay_do_not_move_what_the_mask_holds(story, kind, monkeyp
     before = weights(model)
     torch.manual_seed(0)
     mask = {n: torch.rand(p.shape) < 0.5 for n, p in model.named_parameters() if n != "model.norm.weight"}
-    monkeypatch.setattr(_state, "_adam", restless)
+    monkeypatch.setattr(optimizer, "_adam", restless)
     result = run(story, model=model, mask=mask, learning_rate=1e-3, max_steps=2, utility_budget=10)
     assert True in [r["kept"] for r in result.history if "kept" in r]
     check_held({n: m for n, m in mask.items() if n in before}, before, weights(model))

@@ -6,12 +6,12 @@ import tiny
 import torch
 
 import pyunlearn
-from pyunlearn._emphasis import importance, in_order, scaled
 from pyunlearn.data import Tokens, encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import ksd_difficulty
 from pyunlearn.probes import representations
+from pyunlearn.unlearning.token_weights import importance, in_order, scaled
 
 WEIGHTED = [name for name, method in METHODS.items() if method.weighted]
 

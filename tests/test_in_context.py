@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.in_context import InContextSelection, break_even_inferences, holistic_cost, retrain_bound
+from pyunlearn.unlearning.in_context import InContextSelection, break_even_inferences, holistic_cost, retrain_bound
 
 
 def blobs(n, d, k, seed, spread=0.08):

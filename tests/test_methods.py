@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pyunlearn import methods
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import ALIASES, METHODS, OF_THE_LOOP, SYNONYMS, ga, npo, resolve, simnpo
-from pyunlearn.methods._options import options_of
+from pyunlearn.methods.options import options_of
 
 FLOATS = {"allow_nan": False, "allow_infinity": False}
 rows = st.lists(

@@ -10,11 +10,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import pyunlearn
-from pyunlearn import references
 from pyunlearn.data import Example, encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import METHODS
-from pyunlearn.references import alternates, preferred
+from pyunlearn.models import sampling
+from pyunlearn.models.sampling import alternates, preferred
 
 BETA = 0.3
 
@@ -145,9 +145,9 @@ def test_what_recites_the_forget_set_is_no_alternate(story, monkeypatch):
     good = copy.copy(alternates(story.model, story.tokenizer, tokens, count=1)[0])
     reciting = [tokens[0]] * 2
     answers = iter([reciting, [good, tokens[0]], reciting, reciting])
-    monkeypatch.setattr(references, "_sample", lambda *args: next(answers))
+    monkeypatch.setattr(sampling, "_sample", lambda *args: next(answers))
     assert alternates(story.model, story.tokenizer, tokens, count=2) == [good, good]
-    monkeypatch.setattr(references, "_sample", lambda *args: reciting)
+    monkeypatch.setattr(sampling, "_sample", lambda *args: reciting)
     with pytest.raises(DataError, match="recites the forget set whenever it is to answer forget example 1"):
         alternates(story.model, story.tokenizer, tokens, count=2)
 
@@ -183,7 +183,7 @@ def test_a_resumed_run_takes_its_alternates_from_the_checkpoint(story, tmp_path,
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, "altpo", METHODS["altpo"]._replace(loss=cut))
         assert run(story, "altpo", **options, output_dir=tmp_path / "out").stopped == "interrupted"
-    monkeypatch.setattr(references, "alternates", lambda *args, **kwargs: pytest.fail("sampled again"))
+    monkeypatch.setattr(sampling, "alternates", lambda *args, **kwargs: pytest.fail("sampled again"))
     resumed = run(story, "altpo", **options, output_dir=tmp_path / "out", resume=True)
     assert timeless(resumed) == timeless(whole)
     assert resumed.examples == whole.examples

@@ -6,12 +6,12 @@ import pytest
 import tiny
 import torch
 
-from pyunlearn._distributions import Distributions, Head
-from pyunlearn._kept import Kept
 from pyunlearn.data import Tokens, collate
 from pyunlearn.errors import ArgumentError, OutputError
 from pyunlearn.methods import METHODS, Multiplier, ceu, kl, pdu, undial
 from pyunlearn.models import Likelihood
+from pyunlearn.models.distributions import Distributions, Head
+from pyunlearn.unlearning.hidden_cache import Kept
 
 TEXTS = [Tokens((5, 6, 7, 8, 9), 2), Tokens((3, 4, 12, 30, 31, 32, 33), 4), Tokens((9, 1, 2), 1), Tokens((4, 8), 1)]
 
@@ -281,6 +281,6 @@ def test_what_is_kept_comes_back_by_place_from_memory_or_a_file(tmp_path, monkey
             assert torch.equal(kept.at([7], torch.device("cpu")).head.weight, moved)
             head.weight.data = moved
             assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("pyunlearn._kept.shutil.disk_usage", lambda _: type("Usage", (), {"free": 3}))
+    monkeypatch.setattr("pyunlearn.unlearning.hidden_cache.shutil.disk_usage", lambda _: type("Usage", (), {"free": 3}))
     with pytest.raises(OutputError, match=r"states of these texts take 0.0 GB, and .* has 0.0 GB: give fewer"):
         Kept(iter([([7], Distributions(states[:2], head))]), sizes, 0)

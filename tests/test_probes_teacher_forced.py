@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyunlearn._cache import Cache, weights_digest
 from pyunlearn.data import Tokens, encode, padding_id, read_examples
 from pyunlearn.errors import OutputError
 from pyunlearn.models import Likelihood
 from pyunlearn.probes import greedy_continuations, teacher_forced, without_prompt
+from pyunlearn.probes.cache import Cache, weights_digest
 from pyunlearn.probes.decoding import FIELDS as DECODED
 from pyunlearn.probes.teacher_forced import FIELDS
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import pyunlearn
-from pyunlearn import demo, models
+from pyunlearn import models
+from pyunlearn.cli import demo
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]  # a minute and a half where nothing else runs

@@ -302,7 +302,7 @@ def test_an_interrupted_command_says_how_to_go_on(call, folder, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("pyunlearn._progress.Progress.advance", stop)
+        patched.setattr("pyunlearn.progress.Progress.advance", stop)
         code, _, err = call(*arguments)
     assert code == 130
     assert "run the same command again" in err

@@ -11,16 +11,16 @@ import pytest
 import tiny
 import typer.testing
 
-from pyunlearn import cli
+from pyunlearn.cli import main as cli
 from pyunlearn.errors import ArgumentError, DataError, OutputError
 from pyunlearn.metrics import StepsToForget, generalized_exposure
+from pyunlearn.models.from_scratch import train_tokenizer
 from pyunlearn.study import PRESETS, claims, outcomes, run_study, statistics, study, training
 from pyunlearn.study import runs as study_runs
 from pyunlearn.study.claims import CLAIMS
 from pyunlearn.study.config import configured, parsed
 from pyunlearn.study.corpus import read_corpus, synthetic
 from pyunlearn.study.folder import Folder
-from pyunlearn.study.models import train_tokenizer
 from pyunlearn.study.sets import ForgetSet, Sets, make_sets
 
 pytest.importorskip("jinja2")

@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pyunlearn
 from pyunlearn import models
-from pyunlearn._interrupt import Interruptible
-from pyunlearn._run import Run
-from pyunlearn._state import MasterWeights, State
 from pyunlearn.data import Tokens, encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError, ModelError, OutputError, TrainingError
 from pyunlearn.methods import METHODS, npo
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
-from pyunlearn.references import COUNT, sampled
+from pyunlearn.models.sampling import COUNT, sampled
+from pyunlearn.unlearning.interrupt import Interruptible
+from pyunlearn.unlearning.optimizer import MasterWeights, State
+from pyunlearn.unlearning.setup import Run
 
 STEP = {"step", "round", "examples", "forget_loss", "retain_nll", "gradient_norm", "learning_rate", "seconds"}
 ROUND = {"kept", "objection", "active", "utility_rise", "mean_log_likelihood", "exposure"}

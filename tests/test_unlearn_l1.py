@@ -5,8 +5,8 @@ import torch
 from test_edits import weights
 from test_edits_masks import check_held, run
 
-from pyunlearn._state import State
 from pyunlearn.errors import ArgumentError
+from pyunlearn.unlearning.optimizer import State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,10 @@ import torch
 from test_unlearn import Interrupted, run, same, timeless, weights
 
 from pyunlearn import models
-from pyunlearn._run import Run
 from pyunlearn.errors import DataError
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+from pyunlearn.unlearning.setup import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

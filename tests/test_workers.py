@@ -11,13 +11,13 @@ import tiny
 import torch
 
 import pyunlearn
-from pyunlearn._workers import Workers
 from pyunlearn.errors import ArgumentError
+from pyunlearn.unlearning.distributed import Workers
 
 METHODS = {"ga": {"mask": "saliency"}, "pdu+kl": {}}
 BOTH = """
 import sys
-from pyunlearn import cli
+from pyunlearn.cli import main as cli
 for arguments in " ".join(sys.argv[1:]).split(" , "):
     sys.argv[1:] = arguments.split()
     try:

@@ -1,9 +1,9 @@
 """Methods side by side: each from the same weights, brought to equal utility by mixing, then measured."""
 
-from pyunlearn.comparing._compare import compare
-from pyunlearn.comparing._comparison import Comparison, Row, Standing
-from pyunlearn.comparing._drawing import comparison_plot, comparison_table, require_plot_package
-from pyunlearn.comparing._yardstick import UTILITY_METRICS
+from pyunlearn.comparing.api import compare
+from pyunlearn.comparing.measurement import UTILITY_METRICS
+from pyunlearn.comparing.plots import comparison_plot, comparison_table, require_plot_package
+from pyunlearn.comparing.result import Comparison, Row, Standing
 
 __all__ = [
     "UTILITY_METRICS",

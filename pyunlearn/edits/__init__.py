@@ -1,7 +1,6 @@
 """Unlearning by editing weights, without the ascent: one paper per file, one signature for all, and each can be undone."""
 
-from pyunlearn.edits._edited import Edited
-from pyunlearn.edits._registry import EDITS, Edit
+from pyunlearn.edits.base import Edited
 from pyunlearn.edits.dampening import selective_synaptic_dampening
 from pyunlearn.edits.ekfac import ekfac_step
 from pyunlearn.edits.fisher import fisher_step
@@ -9,6 +8,7 @@ from pyunlearn.edits.influence import first_order_influence, second_order_influe
 from pyunlearn.edits.lunar import lunar
 from pyunlearn.edits.mixing import Mixed, calibrate_by_mixing
 from pyunlearn.edits.prune import Pruned, prune
+from pyunlearn.edits.registry import EDITS, Edit
 from pyunlearn.edits.saliency import saliency_mask
 from pyunlearn.edits.smoothing import zero_shot_smoothing
 from pyunlearn.edits.task_vector import task_vector

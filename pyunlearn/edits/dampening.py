@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyunlearn.data import Tokens
-from pyunlearn.edits._edited import Edited, Editing, require_positive, require_retain, wide
-from pyunlearn.probes._scoring import batches_on, measuring
+from pyunlearn.edits.base import Edited, Editing, require_positive, require_retain, wide
+from pyunlearn.models.scoring import batches_on, evaluation_mode
 from pyunlearn.probes.gradients import visited
 
 
@@ -70,7 +70,7 @@ def squared_gradients(edit: Editing, tokens: Sequence[Tokens]) -> dict[str, Tens
     def visit(name: str, gradient: Tensor) -> None:
         found[name].addcmul_(gradient.float(), gradient.float(), value=1 / number)
 
-    with measuring(edit.model), visited(edit.parameters, visit):
+    with evaluation_mode(edit.model), visited(edit.parameters, visit):
         for places, batch in batches_on(edit.model, tokens, edit.batch_size):
             share = 1 / len(places)
             edit.likelihood.objective(batch, lambda sums, counts, share=share: -share * sums / counts).loss.backward()

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyunlearn.edits._curvature import norm, widened
-from pyunlearn.edits._edited import Edited, Editing, require_positive, require_retain, wide
-from pyunlearn.edits._fisher import DAMPING, direction, drawn_loss
-from pyunlearn.edits._layers import LinearLayer, even_batches, layers_of
+from pyunlearn.edits.base import Edited, Editing, require_positive, require_retain, wide
+from pyunlearn.edits.curvature import norm, widened
+from pyunlearn.edits.fisher_information import DAMPING, direction, drawn_loss
+from pyunlearn.edits.linear_layers import LinearLayer, even_batches, layers_of
 from pyunlearn.errors import TrainingError
-from pyunlearn.probes._scoring import measuring
+from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.probes.gradients import visited
 
 Take = Callable[[LinearLayer, Tensor, Tensor], None]
@@ -148,7 +148,7 @@ def _backward(
 
     handles = [layer.module.register_forward_hook(hook(layer)) for layer in layers]
     try:
-        with measuring(edit.model), visited(edit.parameters, lambda *_: None):
+        with evaluation_mode(edit.model), visited(edit.parameters, lambda *_: None):
             for _ in range(samples):
                 for places, batch in even_batches(edit, edit.tokens["retain"]):
                     drawn_loss(edit, batch, generator).backward()  # type: ignore[no-untyped-call]

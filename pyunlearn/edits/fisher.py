@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyunlearn.edits._curvature import norm, widened
-from pyunlearn.edits._edited import Edited, Editing, require_positive, require_retain, wide
-from pyunlearn.edits._fisher import DAMPING, direction, drawn_loss
+from pyunlearn.edits.base import Edited, Editing, require_positive, require_retain, wide
+from pyunlearn.edits.curvature import norm, widened
+from pyunlearn.edits.fisher_information import DAMPING, direction, drawn_loss
 from pyunlearn.errors import TrainingError
-from pyunlearn.probes._scoring import batches_on, measuring
+from pyunlearn.models.scoring import batches_on, evaluation_mode
 from pyunlearn.probes.gradients import visited
 
 
@@ -79,7 +79,7 @@ def _diagonal(edit: Editing, samples: int, seed: int) -> dict[str, Tensor]:
         found[name].addcmul_(gradient, gradient, value=1 / (len(tokens) * samples))
 
     edit.progress.begin("Fisher information", len(tokens) * samples)
-    with measuring(edit.model), visited(edit.parameters, visit):
+    with evaluation_mode(edit.model), visited(edit.parameters, visit):
         for _ in range(samples):
             for _, batch in batches_on(edit.model, tokens, 1):  # one text each: squares of sums are no sums of squares
                 drawn_loss(edit, batch, generator).backward()  # type: ignore[no-untyped-call]

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from pyunlearn.data import Tokens
-from pyunlearn.edits._curvature import Curvature, Vector, largest_eigenvalue, norm, widened
-from pyunlearn.edits._edited import Edited, Editing, require_positive, require_retain, wide
-from pyunlearn.edits._solvers import Solution, conjugate_gradients, lissa
+from pyunlearn.edits.base import Edited, Editing, require_positive, require_retain, wide
+from pyunlearn.edits.curvature import Curvature, Vector, largest_eigenvalue, norm, widened
+from pyunlearn.edits.solvers import Solution, conjugate_gradients, lissa
 from pyunlearn.errors import ArgumentError
 from pyunlearn.probes.gradients import mean_gradient
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pyunlearn.data import Tokens, read_examples
-from pyunlearn.edits._edited import Edited, Editing, require_positive, require_retain, wide
+from pyunlearn.edits.base import Edited, Editing, require_positive, require_retain, wide
 from pyunlearn.errors import ArgumentError, DataError, ModelError, TrainingError
-from pyunlearn.layers import DownProjection, blocks
 from pyunlearn.methods import REFUSALS
-from pyunlearn.probes._scoring import batches_on, measuring
+from pyunlearn.models.hidden_states import DownProjection, blocks
+from pyunlearn.models.scoring import batches_on, evaluation_mode
 
 
 def lunar(
@@ -90,7 +90,7 @@ def lunar(
         raise ModelError(
             f"{down.name} must train to be edited, and is frozen or has an adapter: merge the adapter, or set requires_grad"
         )
-    with edit, measuring(edit.model), torch.no_grad():
+    with edit, evaluation_mode(edit.model), torch.no_grad():
         edit.progress.begin("activations", len(unknown) + 2 * len(ours) + len(kept))
         down.require_plain(next(batches_on(edit.model, ours[:1], 1))[1])
         v = last_hidden(edit, down, unknown).mean(dim=0) - last_hidden(edit, down, ours).mean(dim=0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyunlearn.edits._edited import Edited, Kept, keep_difference, put_back, wide
+from pyunlearn.edits.base import Edited, Kept, keep_difference, put_back, wide
 from pyunlearn.errors import ArgumentError, ModelError
 
 _GRID = (0.25, 0.5, 0.75, 1.0)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pyunlearn.data import Tokens
-from pyunlearn.edits._edited import Edited, Editing, require_retain, wide
-from pyunlearn.edits._layers import LinearLayer, by_block, even_batches, forward, layers_of
-from pyunlearn.edits._ranking import largest
+from pyunlearn.edits.base import Edited, Editing, require_retain, wide
+from pyunlearn.edits.linear_layers import LinearLayer, by_block, even_batches, forward, layers_of
+from pyunlearn.edits.weight_scores import largest
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
-from pyunlearn.probes._scoring import measuring
+from pyunlearn.models.scoring import evaluation_mode
 
 SCORES = ("magnitude", "wanda", "forget-aware")
 GROUPS = ("row", "layer", "model")
@@ -195,7 +195,7 @@ def input_norms(edit: Editing, tokens: Sequence[Tokens], block: Sequence[LinearL
     hooks = [layer.module.register_forward_pre_hook(lambda _, given, at=layer: take(at, given)) for layer in block]
     hooks.append(edit.model.get_submodule(block[0].block).register_forward_hook(enough))
     try:
-        with measuring(edit.model):
+        with evaluation_mode(edit.model):
             for _, batch in even_batches(edit, tokens):
                 with suppress(_Enough):
                     forward(edit, batch)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pyunlearn.data import Tokens
-from pyunlearn.edits._edited import Editing
-from pyunlearn.edits._ranking import largest
+from pyunlearn.edits.base import Editing
+from pyunlearn.edits.weight_scores import largest
 from pyunlearn.errors import ArgumentError, TrainingError
 from pyunlearn.probes.gradients import mean_gradient
 

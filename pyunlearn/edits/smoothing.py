@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from pyunlearn import models
 from pyunlearn.data import TokenBatch
-from pyunlearn.edits._curvature import wide_logits, widened
-from pyunlearn.edits._edited import Edited, Editing, require_positive, wide
-from pyunlearn.edits._layers import even_batches
+from pyunlearn.edits.base import Edited, Editing, require_positive, wide
+from pyunlearn.edits.curvature import wide_logits, widened
+from pyunlearn.edits.linear_layers import even_batches
 from pyunlearn.errors import ArgumentError, TrainingError
-from pyunlearn.probes._scoring import measuring
+from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.probes.gradients import visited
 
 
@@ -68,7 +68,7 @@ def zero_shot_smoothing(
         )
         edit.progress.begin("smoothing", int(passes) * len(edit.tokens["forget"]))
         edit.hold()
-        with widened(edit.model), measuring(edit.model):
+        with widened(edit.model), evaluation_mode(edit.model):
             for _ in range(int(passes)):
                 for places, batch in even_batches(edit, edit.tokens["forget"]):
                     gradient: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pyunlearn.data import Tokens
-from pyunlearn.edits._edited import Edited, Editing, gradients_of, require_positive, wide
+from pyunlearn.edits.base import Edited, Editing, gradients_of, require_positive, wide
 from pyunlearn.errors import ArgumentError
 
 Train = Callable[[Any, Sequence[Tokens]], object]

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyunlearn.edits._curvature import norm, widened
-from pyunlearn.edits._edited import Edited, Editing, require_positive, require_retain, wide
-from pyunlearn.edits._fisher import DAMPING, direction
-from pyunlearn.edits._solvers import conjugate_gradients
+from pyunlearn.edits.base import Edited, Editing, require_positive, require_retain, wide
+from pyunlearn.edits.curvature import norm, widened
+from pyunlearn.edits.fisher_information import DAMPING, direction
+from pyunlearn.edits.solvers import conjugate_gradients
 from pyunlearn.errors import TrainingError
-from pyunlearn.probes._scoring import batches_on, measuring
+from pyunlearn.models.scoring import batches_on, evaluation_mode
 from pyunlearn.probes.gradients import gradient_inner_products, gradient_norms, visited
 
 
@@ -92,7 +92,7 @@ def _combined(edit: Editing, c: Tensor) -> dict[str, Tensor]:
     def visit(name: str, gradient: Tensor) -> None:
         found[name].add_(gradient)
 
-    with measuring(edit.model), visited(edit.parameters, visit):
+    with evaluation_mode(edit.model), visited(edit.parameters, visit):
         for places, batch in batches_on(edit.model, edit.tokens["retain"], edit.batch_size):
             mine = c[places].float().to(batch.ids.device)
             edit.likelihood.objective(batch, lambda sums, counts, c: -c * sums / counts, mine).loss.backward()

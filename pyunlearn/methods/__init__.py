@@ -1,7 +1,5 @@
 """The methods: each a plain function of log-likelihoods, one paper per file."""
 
-from pyunlearn.methods._refusals import REFUSALS
-from pyunlearn.methods._registry import ALIASES, METHODS, OF_THE_LOOP, SYNONYMS, Method, resolve
 from pyunlearn.methods.adaptive_rmu import adaptive_rmu
 from pyunlearn.methods.ceu import ceu
 from pyunlearn.methods.dpo import dpo
@@ -13,6 +11,8 @@ from pyunlearn.methods.kl import kl
 from pyunlearn.methods.kto import kto
 from pyunlearn.methods.npo import npo
 from pyunlearn.methods.pdu import Multiplier, pdu
+from pyunlearn.methods.refusals import REFUSALS
+from pyunlearn.methods.registry import ALIASES, METHODS, OF_THE_LOOP, SYNONYMS, Method, resolve
 from pyunlearn.methods.rmu import rmu
 from pyunlearn.methods.satimp import satimp
 from pyunlearn.methods.simnpo import simnpo

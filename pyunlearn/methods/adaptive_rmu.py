@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pyunlearn.methods._reduction import reduced, token_means
+from pyunlearn.methods.reduction import reduced, token_means
 
 
 def adaptive_rmu(

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from pyunlearn._distributions import Distributions
 from pyunlearn.errors import ArgumentError
-from pyunlearn.methods._reduction import reduced, token_means
+from pyunlearn.methods.reduction import reduced, token_means
+from pyunlearn.models.distributions import Distributions
 
 
 def ceu(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.methods._reduction import reduced
+from pyunlearn.methods.reduction import reduced
 
 
 def flat(winner: Tensor, loser: Tensor, *, divergence: str = "kl", reduction: str = "mean") -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyunlearn.methods._reduction import reduced
+from pyunlearn.methods.reduction import reduced
 
 
 def hinge(forget: Tensor, lengths: Tensor, *, delta: float | None = None, reduction: str = "mean") -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pyunlearn.methods._reduction import reduced
+from pyunlearn.methods.reduction import reduced
 
 
 def idk(refusal: Tensor, lengths: Tensor, *, reduction: str = "mean") -> Tensor:

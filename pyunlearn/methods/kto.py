@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyunlearn.methods._reduction import reduced
+from pyunlearn.methods.reduction import reduced
 
 
 def kto(forget: Tensor, reference: Tensor, *, beta: float = 0.1, divergence: float = 0.0, reduction: str = "mean") -> Tensor:  # fmt: skip

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyunlearn.methods._reduction import reduced
+from pyunlearn.methods.reduction import reduced
 
 
 def npo(forget: Tensor, reference: Tensor, *, beta: float = 0.1, reduction: str = "mean") -> Tensor:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pyunlearn._distributions import Distributions
 from pyunlearn.errors import ArgumentError
-from pyunlearn.methods._reduction import reduced, token_means
+from pyunlearn.methods.reduction import reduced, token_means
+from pyunlearn.models.distributions import Distributions
 
 
 def pdu(model: Distributions, example: Tensor, counts: Tensor, *, reduction: str = "mean") -> Tensor:

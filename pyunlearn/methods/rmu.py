@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pyunlearn.methods._reduction import reduced, token_means
+from pyunlearn.methods.reduction import reduced, token_means
 
 
 def rmu(

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyunlearn.methods._reduction import reduced
+from pyunlearn.methods.reduction import reduced
 
 
 def simnpo(

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from pyunlearn._distributions import Distributions
-from pyunlearn.methods._reduction import reduced, token_means
+from pyunlearn.methods.reduction import reduced, token_means
+from pyunlearn.models.distributions import Distributions
 
 
 def undial(

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyunlearn._cache import Shelf
 from pyunlearn.data import Tokens, padding_id
 from pyunlearn.models import decoder_start_id, is_encoder_decoder, unwrapped
+from pyunlearn.models.generation import generate
+from pyunlearn.probes.cache import Shelf
 
 FIELDS = ("ids",)
 
@@ -65,13 +66,7 @@ def greedy_continuations(
 
 
 def _decode(inner: Any, tokenizer: Any, group: Sequence[Tokens], new: int) -> list[list[int]]:
-    from transformers import GenerationConfig
-
-    both, eos, pad = is_encoder_decoder(inner), tokenizer.eos_token_id, padding_id(tokenizer)
-    config = GenerationConfig(
-        do_sample=False, num_beams=1, use_cache=True, max_new_tokens=new, eos_token_id=eos, pad_token_id=pad,
-        bos_token_id=tokenizer.bos_token_id, decoder_start_token_id=decoder_start_id(inner) if both else None,
-    )  # fmt: skip
+    both, pad = is_encoder_decoder(inner), padding_id(tokenizer)
     ids, mask = _padded([_read(t) for t in group], pad, inner.device, left=not both)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if both:
@@ -79,13 +74,7 @@ def _decode(inner: Any, tokenizer: Any, group: Sequence[Tokens], new: int) -> li
         begun = [(start, *t.written[: t.first]) for t in group]
         inputs["decoder_input_ids"], inputs["decoder_attention_mask"] = _padded(begun, pad, inner.device, left=True)
     before = inputs["decoder_input_ids" if both else "input_ids"].shape[1]
-    # generate fills what a config leaves unset from the model's own, a repetition penalty for one: ours stands in its place
-    own, inner.generation_config = inner.generation_config, config
-    try:
-        rows = inner.generate(**inputs, generation_config=config)[:, before:].tolist()
-    finally:
-        inner.generation_config = own
-    return [row[: row.index(eos) + 1] if eos is not None and eos in row else row for row in rows]
+    return generate(inner, tokenizer, inputs, prompt_length=before, pad_id=pad, max_new_tokens=new, do_sample=False)
 
 
 def _read(t: Tokens) -> tuple[int, ...]:

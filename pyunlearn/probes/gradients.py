@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyunlearn import models
 from pyunlearn.data import Tokens
 from pyunlearn.errors import ArgumentError, ModelError
-from pyunlearn.probes._scoring import batches_on, measuring
+from pyunlearn.models.scoring import batches_on, evaluation_mode
 
 Floats = NDArray[np.float64]
 Visit = Callable[[str, Tensor], None]
@@ -112,7 +112,7 @@ def mean_gradient(
     def visit(name: str, gradient: Tensor) -> None:
         found[name].add_(gradient, alpha=1 / len(tokens))
 
-    with measuring(model), visited(parameters, visit):
+    with evaluation_mode(model), visited(parameters, visit):
         for _, batch in batches_on(model, tokens, batch_size):
             likelihood.objective(batch, loss).loss.backward()
     return found
@@ -163,7 +163,7 @@ def _each(
     def visit(name: str, gradient: Tensor) -> None:
         parts[name] = number(name, gradient)
 
-    with measuring(model), visited(parameters, visit):
+    with evaluation_mode(model), visited(parameters, visit):
         for (i,), batch in batches_on(model, tokens, 1):
             (-likelihood(batch).mean()).backward()  # type: ignore[no-untyped-call]
             yield i, parts

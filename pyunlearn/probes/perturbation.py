@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyunlearn import models
 from pyunlearn.data import Tokens
 from pyunlearn.errors import ArgumentError
-from pyunlearn.probes._scoring import batches_on, by_example, measuring
+from pyunlearn.models.scoring import batches_on, by_example, evaluation_mode
 
 Floats = NDArray[np.float64]
 
@@ -56,7 +56,7 @@ def noisy_log_likelihoods(
                 found[i] = part.double().cpu().numpy()
         return found
 
-    with measuring(model):
+    with evaluation_mode(model):
         plain, noisy = score(), []
         for draw in range(draws):
             with perturbed(model, sigma=sigma, seed=seed, draw=draw):

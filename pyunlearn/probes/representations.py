@@ -13,8 +13,8 @@ from torch import nn
 from pyunlearn import models
 from pyunlearn.data import Tokens
 from pyunlearn.errors import ModelError
+from pyunlearn.models.scoring import batches_on, by_example, evaluation_mode
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
-from pyunlearn.probes._scoring import batches_on, by_example, measuring
 
 Floats = NDArray[np.float64]
 
@@ -55,7 +55,7 @@ def representations(
     likelihood = models.Likelihood(model, workspace=workspace)
     rows: list[list[Floats]] = [[], []]
     order: list[int] = []
-    with measuring(model):
+    with evaluation_mode(model):
         for places, batch in batches_on(model, tokens, batch_size):
             with torch.no_grad():
                 states, head = likelihood.hidden(batch)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pyunlearn import models
 from pyunlearn.data import Tokens
 from pyunlearn.errors import ArgumentError
-from pyunlearn.probes._scoring import batches_on, by_example, measuring
+from pyunlearn.models.scoring import batches_on, by_example, evaluation_mode
 
 Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
@@ -109,7 +109,7 @@ def score_models(
 def _score(model: Any, examples: Sequence[Tokens], batch_size: int, number: int) -> tuple[Floats, Floats]:
     accuracy, log_likelihood = np.zeros(len(examples)), np.zeros(len(examples))
     likelihood = models.Likelihood(model)
-    with measuring(model):
+    with evaluation_mode(model):
         for places, batch in batches_on(model, examples, batch_size):
             statistics = likelihood.statistics(batch)
             for values, into in (((statistics.rank == 0), accuracy), (statistics.log_likelihood, log_likelihood)):

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pyunlearn._cache import Shelf
 from pyunlearn.data import Tokens, batches
 from pyunlearn.models import Likelihood, decoder_start_id, is_encoder_decoder
+from pyunlearn.probes.cache import Shelf
 
 Floats = NDArray[np.float64]
 FIELDS = ("log_likelihood", "rank", "entropy", "variance")

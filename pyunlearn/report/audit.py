@@ -10,13 +10,13 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from pyunlearn.audit_result import Audit, AuditedExample
+from pyunlearn.auditing.redaction import masked
+from pyunlearn.auditing.result import Audit, AuditedExample
 from pyunlearn.errors import OutputError
-from pyunlearn.masking import masked
+from pyunlearn.output import check_output
 from pyunlearn.report import sentences
 from pyunlearn.report.html import audit_page
 from pyunlearn.report.table import COLOURS, SHOWN, beginning, narrow_table
-from pyunlearn.result import check_output
 
 
 def audit_table(audit: Audit, *, show_text: bool = False) -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pyunlearn.audit_result import Audit, Writing
+from pyunlearn.auditing.result import Audit, Writing
 from pyunlearn.metrics import SIGNIFICANT, Interval
 
 MEANINGS = {

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pyunlearn.edits import Edited
-from pyunlearn.result import Result
+from pyunlearn.unlearning.result import Result
 
 COLOURS = {"forgotten": "green", "not memorized": "cyan", "still exposed": "yellow", "over-unlearned": "red"}
 SHOWN = 30

@@ -7,8 +7,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from pyunlearn.data.examples import Example, read_examples
 from pyunlearn.errors import ArgumentError, DataError
-from pyunlearn.text import Example, read_examples
 
 _PASSAGE = 24  # words of a plain text that make one example; the first third is its prompt
 _WORDS = {

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pyunlearn import models
+from pyunlearn.models.from_scratch import untrained_llama, untrained_t5
 from pyunlearn.study.config import SIZES, Config
-
-
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """Byte-pair encoding of the corpus, split at spaces and punctuation, with <pad>, </s> and <unk>; </s> ends every text."""
-    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
-    from tokenizers.models import BPE
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "</s>", "<unk>"]
-    tokenizer = Tokenizer(BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def new_model(config: Config, tokenizer: Any, device: str) -> Any:
@@ -36,33 +19,16 @@ def new_model(config: Config, tokenizer: Any, device: str) -> Any:
     if config.checkpoint is not None:
         return models.load(config.checkpoint, tokenizer=tokenizer, dtype=torch.float32)[0].to(device)
     width, inner, layers, heads = SIZES[config.size]
-    common: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "tie_word_embeddings": True,
-    }
+    size: dict[str, Any] = {"width": width, "feed_forward": inner, "heads": heads, "dropout": config.dropout}
     if config.setup == "translation":
-        from transformers import T5Config, T5ForConditionalGeneration
-
-        return T5ForConditionalGeneration(T5Config(
-            d_model=width, d_kv=width // heads, d_ff=inner, num_layers=layers, num_heads=heads, dropout_rate=config.dropout,
-            feed_forward_proj="gated-gelu", decoder_start_token_id=0, **common,
-        )).to(device)  # fmt: skip
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(
-        hidden_size=width, intermediate_size=inner, num_hidden_layers=2 * layers, num_attention_heads=heads, bos_token_id=1,
-        attention_dropout=config.dropout, max_position_embeddings=2 * config.max_tokens, **common,
-    )).to(device)  # fmt: skip
+        return untrained_t5(len(tokenizer), layers=layers, **size).to(device)
+    context = 2 * config.max_tokens
+    return untrained_llama(len(tokenizer), layers=2 * layers, context=context, **size).to(device)
 
 
 def load_model(path: Path, device: str) -> Any:
     """A model of the study, as it was saved."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(path).is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_pretrained(path, dtype=torch.float32).to(device).eval()
+    return models.load_weights(path).to(device).eval()
 
 
 def optimizer_of(model: Any, config: Config) -> torch.optim.Optimizer:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pyunlearn.data import Tokens, encode
+from pyunlearn.data.examples import Example, read_examples
 from pyunlearn.errors import DataError
 from pyunlearn.metrics import make_canaries
 from pyunlearn.probes import subset_masks
 from pyunlearn.study.config import Config
-from pyunlearn.text import Example, read_examples
 
 _RARE = 2000  # the least frequent words, of which canaries are made
 _WORDS = 4  # of them in one canary

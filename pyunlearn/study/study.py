@@ -6,27 +6,28 @@ import hashlib
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import pyunlearn
-from pyunlearn._progress import Progress
+from pyunlearn import __version__
+from pyunlearn.data.examples import Example
 from pyunlearn.errors import ArgumentError
+from pyunlearn.models.from_scratch import train_tokenizer
+from pyunlearn.progress import Progress
 from pyunlearn.report import require_page_packages
 from pyunlearn.study.claims import Claim, findings_of, judged
 from pyunlearn.study.config import Config, configured
 from pyunlearn.study.corpus import read_corpus, synthetic
 from pyunlearn.study.figures import draw_all
 from pyunlearn.study.folder import Folder
-from pyunlearn.study.models import train_tokenizer
 from pyunlearn.study.outcomes import examples_of, outcomes_of, tables
 from pyunlearn.study.page import write_page
 from pyunlearn.study.reference_models import score_all, train_all
 from pyunlearn.study.runs import run_all
 from pyunlearn.study.sets import make_sets
-from pyunlearn.text import Example
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,9 @@ def _evaluate(folder: Folder, config: Config, tokenizer: Any, sets: Any) -> Stud
 
 def environment(device: str) -> dict[str, Any]:
     """Versions and hardware: what the numbers may depend on beside the configuration."""
-    import transformers
-
     card = torch.cuda.get_device_name() if device.startswith("cuda") else None
     return {
-        "pyunlearn": pyunlearn.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+        "pyunlearn": __version__, "torch": torch.__version__, "transformers": version("transformers"), "python": platform.python_version(),
         "platform": platform.platform(), "device": device, "card": card, "threads": torch.get_num_threads(),
     }  # fmt: skip
 

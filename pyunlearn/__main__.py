@@ -1,0 +1,5 @@
+"""Run the command line: `python -m pyunlearn`."""
+
+from pyunlearn.cli.main import main
+
+main()

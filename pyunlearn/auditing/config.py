@@ -1,0 +1,52 @@
+"""The settings of an audit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyunlearn.options import Choice, Config, Flag, Number, Several, Whole, option
+from pyunlearn.unlearning.config import MEAN_OF_NON_MEMBERS, MEMORIZED
+
+METRICS = ("answer_prior", "continuations", "membership")
+"""What can be left out of an audit; likelihood, exposure, memorization and the verdicts are always there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditConfig(Config):
+    """The settings of `pyunlearn.audit`.
+
+    >>> AuditConfig(metrics=["membership"]).metrics
+    ('membership',)
+    """
+
+    metrics: tuple[str, ...] = option(
+        METRICS,
+        Several(Choice(METRICS), empty=True),
+        "Measures in addition to likelihood, exposure and memorization: answer_prior (each answer once more without its "
+        "prompt), continuations (greedy decoding, the slow part), membership (attack scores).",
+        group="Method",
+    )
+    budget: int | None = option(
+        None,
+        Whole(1),
+        "Decode at most this many continuations, of the texts that are most likely recited. All texts are read. "
+        "Default: all.",
+        group="Method",
+    )
+    target_exposure: float = option(
+        MEAN_OF_NON_MEMBERS,
+        Number(0, below=round(MEMORIZED, 2)),
+        "A memorized text counts as forgotten at or below this anchored exposure, in bits.",
+        group="Method",
+    )
+    batch_size: int = option(32, Whole(1), "Texts in one forward pass.", group="Model")
+    truncate: bool = option(
+        False, Flag(), "Cut texts that are longer than the model's context, instead of refusing them.", group="Data"
+    )
+    workspace: int | None = option(
+        None,
+        Whole(0),
+        "Bytes for cached logits: more memory for less time, with the same result. Default: chosen from what is free.",
+        group="Model",
+    )
+    seed: int = option(0, Whole(0), "Seed of sampling and bootstrap: the same seed gives the same audit.")

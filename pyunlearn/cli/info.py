@@ -1,0 +1,41 @@
+"""What `pyunlearn info` shows: versions, the backend that runs and why, what was compiled in, the devices."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+
+def collect() -> dict[str, Any]:
+    """Everything that a bug report should hold."""
+    import torch
+
+    import pyunlearn
+    from pyunlearn.ops import _backend, _hopper_use
+
+    cpu, built = _backend.on_cpu(), _backend.build_info()
+    card = _backend.on_card(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    driver = built.get("cuda_driver")
+    return {
+        "pyunlearn": pyunlearn.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "backend on the CPU": f"{cpu.kernels} ({built['cpu_variant']} kernels)"
+        if cpu.kernels == "cpu"
+        else cpu.kernels,
+        "bfloat16 products on the CPU": (cpu.kernels == "cpu" and built["bf16_products"]) or "PyTorch's",
+        "backend on CUDA": card.kernels,
+        "why": cpu.why if cpu.why == card.why else f"CPU: {cpu.why}; CUDA: {card.why}",
+        "Hopper kernels": _hopper_use.status(),
+        "CPU threads": torch.get_num_threads(),
+        "compiled CUDA architectures": built.get("cuda_architectures") or "none",
+        "CUDA driver": f"{driver // 1000}.{driver % 1000 // 10}" if driver else "none",
+        "CUDA devices": [
+            f"{d.name}, compute capability {d.major}.{d.minor}, {d.total_memory >> 20} MiB" for d in devices
+        ]
+        or "none",
+    }

@@ -1,0 +1,17 @@
+"""What a user has -> examples -> tokens -> batches."""
+
+from pyunlearn.data.batching import TokenBatch, batches, collate
+from pyunlearn.data.examples import Example, Message, read_examples
+from pyunlearn.data.tokens import Tokens, encode, padding_id
+
+__all__ = [
+    "Example",
+    "Message",
+    "TokenBatch",
+    "Tokens",
+    "batches",
+    "collate",
+    "encode",
+    "padding_id",
+    "read_examples",
+]

@@ -1,0 +1,91 @@
+"""Padded batches of tokens: Tokens -> TokenBatch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyunlearn.data.tokens import Tokens
+from pyunlearn.errors import ArgumentError
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """B examples, padded on the right, and the n scored tokens among them, ordered by example, then by position.
+
+    ids, attention_mask  (B, T) int64
+    rows                 (n,) int64: the position whose output predicts the token, in the flattened (B * T), or with an
+                         encoder-decoder model in the decoder's (B * T')
+    targets              (n,) int64: the token to score there
+    example              (n,) int64: whose it is, 0 to B - 1
+    counts               (B,) int64: scored tokens of each example, at least 1
+    decoder_ids          (B, T') int64: the decoder's input, already shifted right; None for a causal model
+    """
+
+    ids: Tensor
+    attention_mask: Tensor
+    rows: Tensor
+    targets: Tensor
+    example: Tensor
+    counts: Tensor
+    decoder_ids: Tensor | None = None
+
+    def to(self, device: torch.device | str | int) -> TokenBatch:
+        """The same batch on `device`; it does not wait for the copy, except on the way back to the CPU."""
+        ahead = torch.device(device).type != "cpu"
+        present = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return replace(self, **{name: tensor.to(device, non_blocking=ahead) for name, tensor in present.items()})
+
+
+def collate(tokens: Sequence[Tokens], *, pad_id: int, decoder_start_id: int | None = None) -> TokenBatch:
+    """Pads on the right and lists the scored tokens.
+
+    `decoder_start_id` (config.decoder_start_token_id) goes with an encoder-decoder model, and only with one.
+    """
+    if not tokens:
+        raise ArgumentError("a batch must hold at least one example, and holds none.")
+    if {t.decoder is not None for t in tokens} != {decoder_start_id is not None}:
+        raise ArgumentError(
+            "decoder_start_id must be given with tokens of encode(encoder_decoder=True), and no others."
+        )
+    ids, attention_mask = _padded([t.ids for t in tokens], pad_id)
+    decoder_ids, width, shift = None, ids.shape[1], 1  # causal: position j - 1 predicts token j
+    if decoder_start_id is not None:  # decoder: its input is shifted, so position j predicts token j
+        decoder_ids, _ = _padded([(decoder_start_id, *t.written[:-1]) for t in tokens], pad_id)
+        width, shift = decoder_ids.shape[1], 0
+    counts = torch.tensor([len(t.scored) for t in tokens])
+    return TokenBatch(
+        ids=ids,
+        attention_mask=attention_mask,
+        rows=torch.cat([torch.arange(t.first, len(t.written)) + (b * width - shift) for b, t in enumerate(tokens)]),
+        targets=torch.cat([torch.tensor(t.scored) for t in tokens]),
+        example=torch.arange(len(tokens)).repeat_interleave(counts),
+        counts=counts,
+        decoder_ids=decoder_ids,
+    )
+
+
+def batches(
+    tokens: Sequence[Tokens], batch_size: int, *, pad_id: int, decoder_start_id: int | None = None
+) -> Iterator[tuple[list[int], TokenBatch]]:
+    """(indices into `tokens`, their batch), for evaluation.
+
+    Of like length, so that little is padding; the longest first, so that running out of memory shows at once.
+    """
+    if batch_size < 1:
+        raise ArgumentError(f"batch_size must be at least 1, and is {batch_size}.")
+    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # stable, so every run has the same batches
+    groups = (order[at : at + batch_size] for at in range(0, len(order), batch_size))
+    return ((g, collate([tokens[i] for i in g], pad_id=pad_id, decoder_start_id=decoder_start_id)) for g in groups)
+
+
+def _padded(sequences: Sequence[tuple[int, ...]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(B, T) ids and their attention mask."""
+    shape = len(sequences), max(map(len, sequences))
+    ids, mask = torch.full(shape, pad_id, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    for b, sequence in enumerate(sequences):
+        ids[b, : len(sequence)], mask[b, : len(sequence)] = torch.tensor(sequence), 1
+    return ids, mask

@@ -1,0 +1,230 @@
+"""Examples -> Tokens -> TokenBatch: what a model reads, and which tokens of it are scored.
+
+`read_examples` (in text.py) turns anything a user has into Examples, `encode` turns these into Tokens, `collate` and
+`batches` into tensors. Which positions are scored is decided here, on the CPU, from lengths alone: never from
+`ids == pad`, so a pad token that is also the end of text does no harm, and no mask is ever searched on the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+from pyunlearn.data.examples import Example
+from pyunlearn.errors import ArgumentError, DataError
+
+__all__ = ["Tokens", "encode", "padding_id"]
+
+Tokenizer: TypeAlias = Any  # a tokenizer of transformers
+Split = tuple[list[int], list[int]]  # the ids of what is only read, the ids of what is scored
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One example as token ids. Scored is one run up to the end: of `decoder` if there is one, and else of `ids`.
+
+    ids      what the model reads; with an encoder-decoder model, what its encoder reads
+    first    the index of the first scored token; a causal model cannot score index 0, which nothing predicts
+    decoder  what the decoder of an encoder-decoder model writes, not shifted; None for a causal model
+    """
+
+    ids: tuple[int, ...]
+    first: int
+    decoder: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        lowest, length = int(self.decoder is None), len(self.written)
+        if not self.ids or not lowest <= self.first < length:
+            span = f"from {lowest} to {length - 1}"
+            raise DataError(f"no token is scored: `first` must be {span} in {length} tokens, and is {self.first}.")
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """The sequence that `first` counts in."""
+        return self.ids if self.decoder is None else self.decoder
+
+    @property
+    def scored(self) -> tuple[int, ...]:
+        """The tokens whose likelihood counts, in order."""
+        return self.written[self.first :]
+
+    def __len__(self) -> int:
+        """Positions that the model computes."""
+        return len(self.ids) + len(self.decoder or ())
+
+
+# ---------------------------------------------------------------- Example -> Tokens
+
+
+def encode(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    role: str,
+    max_length: int | None,
+    encoder_decoder: bool = False,
+    truncate: bool = False,
+) -> list[Tokens]:
+    """Tokenizes each example; only its completion is scored.
+
+    Causal: prompt + completion are tokenized as the one text that they are, and a token that reaches over the seam
+    counts as completion. What the tokenizer puts before a text (BOS) is put there; a plain text without it is scored
+    from its second token, since nothing predicts the first. After a prompt's completion comes the end of text, scored,
+    for the end of an answer is part of it; a plain text may be a fragment and gets none.
+
+    Chat: with a chat template, that renders `messages`, special tokens and all, and the last turn is scored up to its
+    closing token.
+
+    Encoder-decoder: the encoder reads the prompt as the tokenizer makes it (of a plain text, which has none, the end of
+    text alone); the decoder writes completion and end of text.
+
+    Arguments
+        role        "forget", "retain" or "holdout": the errors name it
+        max_length  the most tokens that the model takes, encoder and decoder each; None for no limit
+        truncate    cut a longer example instead of raising: the prompt loses its beginning, but not BOS, until half of
+                    max_length is left of it, and then the completion loses its end
+    """
+    if max_length is not None and max_length < 2:
+        raise ArgumentError(f"max_length must be at least 2, one token and what predicts it, and is {max_length}.")
+    if not examples:
+        return []
+    wheres = [f"{role} example {number} ({_excerpt(example)})" for number, example in enumerate(examples, 1)]
+    texts = [_render(example, tokenizer, where) for example, where in zip(examples, wheres, strict=True)]
+    splits = _apart(texts, tokenizer) if encoder_decoder else _jointly(texts, tokenizer)
+    usual, none = _special(tokenizer, texts[0].completion[:64]), _Special([], [], [])
+    assemble = _encoder_decoder if encoder_decoder else _causal
+    tokens = []
+    for text, split, where in zip(texts, splits, wheres, strict=True):
+        if not split[1]:
+            raise DataError(f"{where} has no token to score: the tokenizer makes none of it; give another text.")
+        fit = _Fit(max_length, truncate, tokenizer.bos_token_id, where)
+        tokens.append(assemble(split, none if text.templated else usual, fit, bool(text.prompt), padding_id(tokenizer)))
+    return tokens
+
+
+def padding_id(tokenizer: Tokenizer) -> int:
+    """The pad token, or else the end of text, or else 0: padding is neither attended to nor scored, so any will do."""
+    known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
+    return int(next(known, 0))
+
+
+class _Text(NamedTuple):
+    prompt: str
+    completion: str
+    templated: bool  # by the chat template, which writes every special token itself
+
+
+class _Special(NamedTuple):
+    before: list[int]  # what the tokenizer puts before a text
+    after: list[int]  # and after it
+    end: list[int]  # what closes an answer: `after`, or else the end of text
+
+
+def _render(example: Example, tokenizer: Tokenizer, where: str) -> _Text:
+    if example.messages is None or not getattr(tokenizer, "chat_template", None):
+        return _Text(example.prompt, example.completion, False)
+    messages = [message._asdict() for message in example.messages]
+    mend = "give it as prompt and completion, or set tokenizer.chat_template = None"
+    try:
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program: it raises what it likes
+        raise DataError(f"{where} is refused by the tokenizer's chat template: {error}; {mend}.") from error
+    if not whole.startswith(prompt) or whole == prompt:
+        fault = "the tokenizer's chat template does not write the prompt alone as it writes it before the answer"
+        raise DataError(f"{where} cannot be parted into prompt and answer, because {fault}; {mend}.")
+    if whole.rstrip().endswith(tuple(tokenizer.all_special_tokens)):  # "<|im_end|>\n": nobody generates that newline
+        whole = whole.rstrip()
+    return _Text(prompt, whole[len(prompt) :], True)
+
+
+def _apart(texts: list[_Text], tokenizer: Tokenizer) -> list[Split]:
+    prompts = _tokenize(tokenizer, [text.prompt.strip() for text in texts])["input_ids"]
+    completions = _tokenize(tokenizer, [text.completion.strip() for text in texts])["input_ids"]
+    return list(zip(prompts, completions, strict=True))
+
+
+def _jointly(texts: list[_Text], tokenizer: Tokenizer) -> list[Split]:
+    wholes = [text.prompt + text.completion for text in texts]
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    out = _tokenize(tokenizer, wholes, **({"return_offsets_mapping": True} if fast else {}))
+    splits = []
+    for number, ids in enumerate(out["input_ids"]):
+        prompt, whole = texts[number].prompt, wholes[number]
+        ends = [end for _, end in out["offset_mapping"][number]] if fast else []
+        if not prompt:
+            seam = 0
+        elif ends and max(ends) >= len(whole.rstrip()):
+            seam = next((at for at, end in enumerate(ends) if end > len(prompt)), len(ids))
+        else:  # no offsets, or broken ones (some tokenizers have them): as far as the prompt alone gives the same ids
+            alone = _tokenize(tokenizer, [prompt])["input_ids"][0]
+            shared = min(len(alone), len(ids))
+            seam = next((at for at in range(shared) if alone[at] != ids[at]), shared)
+        splits.append((ids[:seam], ids[seam:]))
+    return splits
+
+
+def _tokenize(tokenizer: Tokenizer, texts: list[str], **options: Any) -> Any:
+    return tokenizer(texts, add_special_tokens=False, verbose=False, **options)  # quiet: we check lengths ourselves
+
+
+def _special(tokenizer: Tokenizer, text: str) -> _Special:
+    """Looks at what the tokenizer does to a text: there is no attribute for it that holds for all of them."""
+    inner, outer = _tokenize(tokenizer, [text])["input_ids"][0], list(tokenizer(text)["input_ids"])
+    starts = range(len(outer) - len(inner) + 1)
+    at = next((at for at in starts if outer[at : at + len(inner)] == inner), None)
+    before, after = ([], []) if at is None else (outer[:at], outer[at + len(inner) :])
+    eos = tokenizer.eos_token_id
+    return _Special(before, after, after or ([] if eos is None else [eos]))
+
+
+def _causal(split: Split, special: _Special, fit: _Fit, prompted: bool, _: int) -> Tokens:
+    prompt, completion = split
+    head, tail = special.before + prompt, _closed(completion, special.end) if prompted else completion
+    if not head:
+        head, tail = tail[:1], tail[1:]
+    if not tail:
+        fault = "it is one token, with nothing before it that predicts it"
+        raise DataError(f"{fit.where} has no token to score: {fault}; give a longer text, or a prompt.")
+    head, tail = fit(head, tail)
+    return Tokens((*head, *tail), len(head))
+
+
+def _encoder_decoder(split: Split, special: _Special, fit: _Fit, _: bool, pad_id: int) -> Tokens:
+    prompt, completion = split
+    read, end = fit(special.before + prompt, special.after)
+    begun, written = fit(special.before, _closed(completion, special.end))
+    return Tokens((*read, *end) or tuple(special.end) or (pad_id,), len(begun), (*begun, *written))
+
+
+def _closed(completion: list[int], end: list[int]) -> list[int]:
+    return completion if completion[len(completion) - len(end) :] == end else completion + end
+
+
+class _Fit(NamedTuple):
+    """(what is only read, what is scored) -> the same within the limit."""
+
+    limit: int | None
+    truncate: bool
+    bos: int | None
+    where: str
+
+    def __call__(self, head: list[int], tail: list[int]) -> Split:
+        length = len(head) + len(tail)
+        if self.limit is None or length <= self.limit:
+            return head, tail
+        if not self.truncate:
+            mend = "shorten it, or have it cut with truncate=True (--truncate)"
+            raise DataError(f"{self.where} has {length} tokens where the limit is {self.limit}: {mend}.")
+        kept = min(len(head), max(self.limit - len(tail), self.limit // 2))
+        bos = int(kept > 1 and head[0] == self.bos)
+        return head[:bos] + head[len(head) - (kept - bos) :], tail[: self.limit - kept]
+
+
+def _excerpt(example: Example) -> str:
+    text = " ".join((example.prompt + example.completion)[:200].split())
+    return f'"{text}"' if len(text) <= 40 else f'"{text[:37]}..."'
+
+
+# ---------------------------------------------------------------- Tokens -> TokenBatch

@@ -1,0 +1,24 @@
+"""The settings that every edit shares; each edit's own are the keywords of its function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyunlearn.options import Config, Flag, Whole, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig(Config):
+    """The shared settings of the functions in `pyunlearn.edits`."""
+
+    batch_size: int = option(8, Whole(1), "Texts in one forward pass.", group="Model")
+    truncate: bool = option(
+        False, Flag(), "Cut texts that are longer than the model's context, instead of refusing them.", group="Data"
+    )
+    workspace: int | None = option(
+        None,
+        Whole(0),
+        "Bytes for cached logits: more memory for less time, with the same result. Default: chosen from what is free.",
+        group="Model",
+    )
+    seed: int = option(0, Whole(0), "Seed of what is drawn: the same seed gives the same edit.", group="Method")

@@ -1,0 +1,67 @@
+"""Text generation with our settings alone: nothing of the model's own generation_config gets in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyunlearn.models.inspection import decoder_start_id, is_encoder_decoder
+
+ScoreHook = Callable[[Tensor, Tensor], Tensor]  # (input ids (B, T), scores (B, V)) -> scores
+
+
+@torch.no_grad()
+def generate(
+    inner: Any,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    *,
+    prompt_length: int,
+    pad_id: int,
+    max_new_tokens: int,
+    score_hook: ScoreHook | None = None,
+    **options: Any,
+) -> list[list[int]]:
+    """Generate one continuation for each row of a batch of prompts.
+
+    Args:
+        inner: the transformers model, unwrapped, in evaluation mode.
+        tokenizer: the model's, for the ids of beginning and end of text.
+        inputs: what `generate` of transformers takes: input_ids, attention_mask, ...
+        prompt_length: columns of its output that are prompt.
+        pad_id: the id of padding.
+        max_new_tokens: the most tokens generated.
+        score_hook: changes the scores of each step.
+        options: more fields of GenerationConfig: do_sample, temperature, ...
+
+    Returns:
+        B lists of token ids, each cut after the end of text.
+    """
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+    class Hook(LogitsProcessor):  # type: ignore[misc]
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            return scores if score_hook is None else score_hook(input_ids, scores)
+
+    eos = tokenizer.eos_token_id
+    config = GenerationConfig(
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos,
+        pad_token_id=pad_id,
+        bos_token_id=tokenizer.bos_token_id,
+        decoder_start_token_id=decoder_start_id(inner) if is_encoder_decoder(inner) else None,
+        **options,
+    )
+    hooks = LogitsProcessorList([] if score_hook is None else [Hook()])
+    # transformers fills what a config leaves unset from the model's own, a repetition penalty for one
+    own, inner.generation_config = inner.generation_config, config
+    try:
+        rows = inner.generate(**inputs, generation_config=config, logits_processor=hooks)[:, prompt_length:].tolist()
+    finally:
+        inner.generation_config = own
+    return [row[: row.index(eos) + 1] if eos is not None and eos in row else row for row in rows]

@@ -1,0 +1,126 @@
+"""A language model and all that is known of it: made once at each entry point, then passed on whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyunlearn.data import Example, TokenBatch, Tokens, batches, collate, encode
+from pyunlearn.data.tokens import padding_id
+from pyunlearn.errors import ModelError
+from pyunlearn.models import inspection
+from pyunlearn.models.likelihood import Likelihood
+from pyunlearn.models.loading import load, tokenizer_of
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal or encoder-decoder language model of transformers, its tokenizer, and the facts derived from both.
+
+    `module`               the model as it is called and trained: perhaps in a PEFT, DDP or torch.compile wrapper
+    `inner`                the transformers model inside
+    `tokenizer`            the model's own; None where no text is encoded or generated
+    `is_encoder_decoder`   True for T5 and its like
+    `context_length`       positions of the longest sequence, or None without a limit
+    `pad_id`               the id that pads batches; padding is neither attended to nor scored
+    `decoder_start_id`     the id that a decoder starts from; None for a causal model
+    `vocabulary`           rows of the input embedding
+    `workspace`            bytes for cached logits, see `pyunlearn.ops.linear_log_likelihood`
+    """
+
+    module: Any
+    inner: Any
+    tokenizer: Any
+    is_encoder_decoder: bool
+    context_length: int | None
+    pad_id: int
+    decoder_start_id: int | None
+    vocabulary: int
+    workspace: int | None = None
+
+    @classmethod
+    def of(
+        cls, model: Any, tokenizer: Any = None, *, workspace: int | None = None, needs_tokenizer: bool = True
+    ) -> LanguageModel:
+        """Take a model as a user has it: an object, a path or a name to load from, or a LanguageModel already.
+
+        Args:
+            model: a transformers language model, a folder, a .gguf file, a name on the Hugging Face hub.
+            tokenizer: the model's, or where it is; default: where the model came from.
+            workspace: bytes for cached logits.
+            needs_tokenizer: False where nothing is going to be encoded or generated.
+
+        Raises ModelError where it has no language-model head, or no tokenizer can be found.
+        """
+        if isinstance(model, LanguageModel):
+            return model
+        if isinstance(model, (str, Path)):
+            model, tokenizer = load(model, tokenizer=tokenizer)
+        inspection.require_language_model(model)
+        inner = inspection.unwrapped(model)
+        if needs_tokenizer:
+            tokenizer = tokenizer_of(inner, tokenizer)
+        both = inspection.is_encoder_decoder(inner)
+        return cls(
+            module=model,
+            inner=inner,
+            tokenizer=tokenizer,
+            is_encoder_decoder=both,
+            context_length=inspection.context_length(inner),
+            pad_id=0 if tokenizer is None else padding_id(tokenizer),
+            decoder_start_id=inspection.decoder_start_id(inner) if both else None,
+            vocabulary=int(inner.get_input_embeddings().weight.shape[0]),
+            workspace=workspace,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are now."""
+        device: torch.device = next(self.inner.parameters()).device
+        return device
+
+    @property
+    def name(self) -> str:
+        """The name of its class, for messages."""
+        return type(self.inner).__name__
+
+    @cached_property
+    def likelihood(self) -> Likelihood:
+        """Token log-likelihoods under this model: made at first use, since making it settles the backend."""
+        return Likelihood(self.module, workspace=self.workspace)
+
+    def encode(self, examples: Mapping[str, Sequence[Example]], *, truncate: bool = False) -> dict[str, list[Tokens]]:
+        """Tokenize examples by role ("forget", "retain", ...). Raises DataError as `pyunlearn.data.encode` does."""
+        return {
+            role: encode(
+                each,
+                self.tokenizer,
+                role=role,
+                max_length=self.context_length,
+                encoder_decoder=self.is_encoder_decoder,
+                truncate=truncate,
+            )
+            for role, each in examples.items()
+        }
+
+    def collate(self, tokens: Sequence[Tokens], indices: Iterable[int] | None = None) -> TokenBatch:
+        """Pad the tokens at `indices` (default: all) into one batch on the model's device."""
+        chosen = tokens if indices is None else [tokens[i] for i in indices]
+        batch = collate(chosen, pad_id=self.pad_id, decoder_start_id=self.decoder_start_id)
+        return batch.to(self.device)
+
+    def batches(self, tokens: Sequence[Tokens], batch_size: int) -> Iterator[tuple[list[int], TokenBatch]]:
+        """Yield (indices into `tokens`, their batch on the model's device), texts of like length together."""
+        device = self.device
+        for indices, batch in batches(tokens, batch_size, pad_id=self.pad_id, decoder_start_id=self.decoder_start_id):
+            yield indices, batch.to(device)
+
+    def require_vocabulary(self, other: LanguageModel, name: str) -> None:
+        """Raise ModelError unless another model, `name` in the message, reads as many token ids as this one."""
+        if other.vocabulary != self.vocabulary:
+            raise ModelError(f"{name} has another vocabulary than the model: give one of the same family")

@@ -1,0 +1,129 @@
+"""Score texts under a model: the one loop over batches that gives a number for each text or each token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pyunlearn.data import TokenBatch, Tokens
+from pyunlearn.errors import ArgumentError
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.likelihood import Likelihood
+
+Floats = NDArray[np.float64]
+
+
+class Processes(Protocol):
+    """The processes that share the work, as seen from one of them."""
+
+    rank: int
+    count: int
+
+    def sum_array(self, values: Floats) -> Floats:
+        """Return the sum over all processes."""
+
+
+class OneProcess:
+    """The identity: all batches are scored here."""
+
+    rank = 0
+    count = 1
+
+    def sum_array(self, values: Floats) -> Floats:
+        """Return the values as they are."""
+        return values
+
+
+class Scorer:
+    """Log-likelihoods and greedy matches of texts under one model.
+
+    Args:
+        lm: the model.
+        batch_size: texts in one forward pass.
+        autocast: opens the context of mixed precision around each pass.
+        processes: those that share the work; each scores its own batches, and every one gets all numbers.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        batch_size: int,
+        *,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        processes: Processes | None = None,
+    ) -> None:
+        self.lm, self.batch_size, self.autocast = lm, batch_size, autocast
+        self.processes = OneProcess() if processes is None else processes
+
+    def batches(self, tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], TokenBatch]]:
+        """Yield (indices into `tokens`, their batch) for this process's share, texts of like length together."""
+        if not tokens:
+            raise ArgumentError("tokens must hold at least one example, and are empty")
+        return islice(self.lm.batches(tokens, self.batch_size), self.processes.rank, None, self.processes.count)
+
+    @torch.no_grad()
+    def mean_log_likelihood(self, tokens: Sequence[Tokens], likelihood: Likelihood | None = None) -> Floats:
+        """Return (len(tokens),) mean log-likelihoods per scored token, nats; under another model's `likelihood`, if given."""
+        return self._means(tokens, likelihood or self.lm.likelihood)
+
+    @torch.no_grad()
+    def greedy_match(self, tokens: Sequence[Tokens]) -> Floats:
+        """Return (len(tokens),) shares of each text's scored tokens that are the model's first choice, 0 to 1."""
+        return self._means(tokens, lambda batch: self.lm.likelihood.greedy_matches(batch).float())
+
+    @torch.no_grad()
+    def token_log_likelihood(self, tokens: Sequence[Tokens], likelihood: Likelihood | None = None) -> list[Floats]:
+        """Return (T,) log-likelihoods of each text's scored tokens, nats."""
+        score = likelihood or self.lm.likelihood
+        ends = np.cumsum([len(t.scored) for t in tokens])
+        out = np.zeros(int(ends[-1]))
+        for indices, batch in self.batches(tokens):
+            with self.autocast():
+                values = score(batch)
+            for i, part in zip(indices, by_example(values, tokens, indices), strict=True):
+                out[ends[i] - len(part) : ends[i]] = part.double().cpu().numpy()
+        return np.split(self.processes.sum_array(out), ends[:-1])
+
+    def _means(self, tokens: Sequence[Tokens], score: Callable[[TokenBatch], Tensor]) -> Floats:
+        out = np.zeros(len(tokens))
+        for indices, batch in self.batches(tokens):
+            with self.autocast():
+                values = score(batch)  # (n,)
+            # a sum for each text, no atomics: the same bits every time
+            sums = torch.stack([part.sum() for part in by_example(values, tokens, indices)])
+            out[indices] = sums.double().cpu().numpy() / scored_tokens(tokens, indices)
+        return self.processes.sum_array(out)
+
+
+def by_example(values: Tensor, tokens: Sequence[Tokens], indices: Sequence[int]) -> list[Tensor]:
+    """Split the values of a batch's scored tokens (n, ...) into one tensor for each example."""
+    return list(values.split(scored_tokens(tokens, indices)))
+
+
+def scored_tokens(tokens: Sequence[Tokens], indices: Sequence[int]) -> list[int]:
+    """Return the number of scored tokens of each text at `indices`, without asking the GPU."""
+    return [len(tokens[i].scored) for i in indices]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def batches_on(model: object, tokens: Sequence[Tokens], batch_size: int) -> Iterator[tuple[list[int], TokenBatch]]:
+    """Yield (indices into `tokens`, their batch on the model's device)."""
+    return Scorer(LanguageModel.of(model, needs_tokenizer=False), batch_size).batches(tokens)
