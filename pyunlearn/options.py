@@ -77,7 +77,7 @@ class Number(Kind):
     def wanted(self) -> str:
         low = f"{self.minimum:g} or more" if math.isfinite(self.minimum) else ""
         low = f"above {self.above:g}" if math.isfinite(self.above) else low
-        high = f"{self.maximum:g} at most" if math.isfinite(self.maximum) else ""
+        high = f"at most {self.maximum:g}" if math.isfinite(self.maximum) else ""
         high = f"below {self.below:g}" if math.isfinite(self.below) else high
         bounds = " and ".join(part for part in (low, high) if part)
         return f"a number{', ' if bounds else ''}{bounds}"
@@ -208,7 +208,9 @@ class Option:
             return None
         if not self.kind.accepts(value):
             alternative = " or None" if self.optional and default is not None else ""
-            mend = f": leave it out for the default, {default!r}" if default is not MISSING else ""
+            mend = "" if default is MISSING else ": leave it out for the default"
+            if default is not MISSING and default is not None:
+                mend += f", {default!r}"
             if isinstance(value, str) and isinstance(self.kind, Choice):
                 mend = f": {nearest(value, self.kind.names)}"
             raise ArgumentError(f"{name} must be {self.kind.wanted}{alternative}, got {reprlib.repr(value)}{mend}")

@@ -10,25 +10,17 @@ from typing import Any
 
 import torch
 
-from pyunlearn import models
 from pyunlearn.errors import OutputError
+from pyunlearn.models.language_model import LanguageModel
 
 
 def model_name(model: Any) -> str | None:
     """How a report calls a model: not where it lies on this machine, for reports are passed on."""
     if model is None:
         return None
-    inner = None if isinstance(model, (str, Path)) else models.unwrapped(model)
+    inner = None if isinstance(model, (str, Path)) else LanguageModel.of(model, needs_tokenizer=False).inner
     where = str(model) if inner is None else str(getattr(inner, "name_or_path", "") or type(inner).__name__)
     return Path(where).name if Path(where).is_absolute() else where
-
-
-def shown(value: Any) -> Any:
-    """An argument as JSON shows it: its value, the beginning of a long text, or the name of its type."""
-    if isinstance(value, (str, Path)):
-        text = str(value)
-        return text if len(text) <= 200 else text[:200] + "..."
-    return value if isinstance(value, (int, float, bool, dict, type(None))) else type(value).__name__
 
 
 def versions() -> dict[str, str]:

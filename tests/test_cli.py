@@ -129,7 +129,7 @@ def test_unlearn_that_is_interrupted_returns_130_and_goes_on_with_resume(unlearn
     """What is left is a checkpoint, and what comes of it is what an uninterrupted run gives."""
     calls = []
 
-    def loss(forget, lengths, reference):
+    def loss(forget, lengths, **_):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -137,7 +137,7 @@ def test_unlearn_that_is_interrupted_returns_130_and_goes_on_with_resume(unlearn
 
     assert unlearn("--out", "whole")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "ga", METHODS["ga"]._replace(loss=loss))
+        patch.setitem(METHODS, "ga", tiny.with_loss("ga", loss))
         code, out, err = unlearn("--out", "new")
     assert (code, out) == (130, "")
     assert "--resume" in err

@@ -11,7 +11,8 @@ from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import ksd_difficulty
 from pyunlearn.probes import representations
-from pyunlearn.unlearning.token_weights import importance, in_order, scaled
+from pyunlearn.unlearning.schedule import in_order
+from pyunlearn.unlearning.token_weights import importance, scaled
 
 WEIGHTED = [name for name, method in METHODS.items() if method.weighted]
 
@@ -189,14 +190,14 @@ def test_secrets_are_forgotten_by_their_important_tokens(story, method, share):
     ("options", "message"),
     [
         ({"method": "idk", "token_weights": "importance"}, "method 'idk' reads none: choose from ga, npo"),
-        ({"token_weights": "loss"}, 'must be "importance", "reference", a list of numbers for each forget example or None, got \'loss\''),
+        ({"token_weights": "loss"}, "must be 'importance', 'reference' or a list of numbers for each forget example, got 'loss'"),
         ({"token_weights": "reference"}, "pass reference_model="),
         ({"token_weights": [[1.0]]}, "must be 2 lists, one for each forget example, got 1"),
         ({"token_weights": [[1.0], [1.0]]}, r"of forget example 1 must be \d+ numbers, 0 or more, one for each of its scored tokens"),
         ({"token_share": 0.5}, "token_share keeps the tokens of the largest weight: pass token_weights="),
-        ({"token_weights": "importance", "token_share": 0.0}, "token_share must be above 0 and at most 1, got 0.0"),
-        ({"order": "hardest"}, "order must be 'random', 'easy_first', 'hard_first', got 'hardest'"),
-        ({"order": "easy_first", "difficulty": "mrd"}, 'difficulty must be "nll", "ksd" or a list'),
+        ({"token_weights": "importance", "token_share": 0.0}, "token_share must be a number, above 0 and at most 1, got 0.0"),
+        ({"order": "hardest"}, "order must be one of random, easy_first, hard_first, got 'hardest'"),
+        ({"order": "easy_first", "difficulty": "mrd"}, "difficulty must be 'nll', 'ksd' or a list"),
         ({"order": "easy_first", "difficulty": "ksd"}, "pass some of it as retain="),
         ({"order": "easy_first", "difficulty": [1.0]}, "difficulty must be 2 numbers, one for each forget example"),
     ],
@@ -214,14 +215,14 @@ def test_other_weights_do_not_go_on_from_a_checkpoint(story, tmp_path, monkeypat
     options = {"max_steps": 3, "batch_size": 1, "output_dir": tmp_path / "out", "token_weights": weights_like(tokens)}
     calls = []
 
-    def loss(forget, lengths, reference, **_):
+    def loss(forget, lengths, **_):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return forget / lengths
 
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "ga", METHODS["ga"]._replace(loss=loss))
+        patch.setitem(METHODS, "ga", tiny.with_loss("ga", loss))
         assert run(story, **options).stopped == "interrupted"
     for changes in ({"token_weights": weights_like(tokens, 1)}, {"token_weights": None}):
         with pytest.raises(DataError, match="another model or token weights"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pyunlearn import methods
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import ALIASES, METHODS, OF_THE_LOOP, SYNONYMS, ga, npo, resolve, simnpo
-from pyunlearn.methods.options import options_of
+from pyunlearn.methods.options import parse_options
 
 FLOATS = {"allow_nan": False, "allow_infinity": False}
 rows = st.lists(
@@ -44,6 +44,11 @@ def softplus(x):
 
 def gradient(loss, x):
     return torch.autograd.grad(loss, x)[0].tolist()
+
+
+def loss_of(method, forget, lengths, reference):
+    """(B,) losses of a method on summed log-likelihoods."""
+    return method.loss({"forget": forget, "lengths": lengths, "reference": reference}, {})
 
 
 @given(rows)
@@ -109,11 +114,11 @@ def test_no_method_minds_the_order_and_each_makes_text_less_likely(batch, name):
     """Each example by itself, with a gradient that is never negative: to minimise is to ascend."""
     forget, reference, lengths = tensors(batch)
     method = METHODS[name]
-    losses = method.loss(forget, lengths, reference)
+    losses = loss_of(method, forget, lengths, reference)
     assert losses.shape == forget.shape
     assert all(g >= 0 for g in gradient(losses.sum(), forget))
     for i in range(len(batch)):
-        assert method.loss(*(x[i : i + 1] for x in (forget, lengths, reference))).item() == pytest.approx(
+        assert loss_of(method, *(x[i : i + 1] for x in (forget, lengths, reference))).item() == pytest.approx(
             losses[i].item(), rel=1e-12
         )
 
@@ -123,7 +128,7 @@ def test_no_method_overflows():
     for far in (-1e4, 1e4):
         forget = torch.tensor([-2e4 + far], requires_grad=True)
         for method in (METHODS[n] for n in ("ga", "npo", "simnpo", "kto", "hinge")):
-            loss = method.loss(forget, torch.tensor([500]), torch.tensor([-2e4]))
+            loss = loss_of(method, forget, torch.tensor([500]), torch.tensor([-2e4]))
             assert torch.isfinite(loss)
             assert math.isfinite(gradient(loss, forget)[0])
 
@@ -191,14 +196,14 @@ def test_a_typo_gets_the_nearest_name(name, nearest):
         ("kl", "auto", False, {}, "'kl' compares the model with itself here, .*: pass reference_model="),
         ("kl", "kl", True, {}, "'kl' compares the model with itself here"),
         ("kl", "auto", True, {"direction": "toward"}, "'kl' compares the model with itself here"),
-        ("ga", "auto", True, {"beta": 1.0}, "method 'ga' has no option 'beta'; it has temperature, likeliest"),
+        ("ga", "auto", True, {"beta": 1.0}, "method 'ga' has no option 'beta'; it has temperature, top_fraction"),
         ("npo", "auto", True, {"gamma": 1.0}, "method 'npo' has no option 'gamma'; it has beta"),
         (
             "simnpo+nll",
             "auto",
             True,
             {"gamma": 1.0},
-            "method 'simnpo' has no option 'gamma'; it has beta, delta, temperature, likeliest",
+            "method 'simnpo' has no option 'gamma'; it has beta, delta, temperature, top_fraction",
         ),
     ],
 )
@@ -218,11 +223,20 @@ def test_an_option_that_is_a_number_is_checked_before_anything_happens(name, opt
     """Not a word, a list, NaN, true; no sign that would turn forgetting into learning, and no 0 to divide by; whole numbers do as well."""
     signed = option == "retain_tolerance" or (name, option) == ("simnpo", "delta")
     divides = option == "temperature" or (option == "beta" and METHODS[name].kind == "example")
-    refused = ["hot", [1], math.nan, math.inf, True] + [-1] * (not signed) + [0] * divides
+    refused = (
+        ["hot", [1], math.nan, math.inf, True] + [-1] * (not signed) + [0] * divides + [2] * (option == "top_fraction")
+    )
     for value in refused:
-        with pytest.raises(ArgumentError, match=rf"^{option} must be a number.*, got {re.escape(repr(value))}$"):
+        with pytest.raises(
+            ArgumentError, match=rf"^{option} must be a number.*, got {re.escape(repr(value))}: leave it out"
+        ):
             resolve(name, "auto", True, {option: value}, True)
-    for value in [1, 0.5] + [-1] * signed + [0] * (not divides) + [None] * (name == "hinge" and option == "delta"):
+    for value in (
+        [1, 0.5]
+        + [-1] * signed
+        + [0] * (not divides and option != "top_fraction")
+        + [None] * (name == "hinge" and option == "delta")
+    ):
         resolve(name, "auto", True, {option: value}, True)
 
 
@@ -271,11 +285,11 @@ def test_the_document_and_the_command_list_every_method_as_it_is(call):
 )
 def test_words_become_options(word, value):
     """Numbers, lists, true, false and null as JSON has them, all else as text; the value may hold an equals sign."""
-    assert options_of([word]) == {"x": value}
+    assert parse_options([word]) == {"x": value}
 
 
 @pytest.mark.parametrize("word", ["x", "=3", "x=", " = "])
 def test_a_word_without_name_or_value_is_refused(word):
     """One sentence that quotes it."""
     with pytest.raises(ArgumentError, match="set as name=value, got "):
-        options_of([word])
+        parse_options([word])

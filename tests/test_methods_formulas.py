@@ -10,6 +10,7 @@ import torch
 from pyunlearn.data import Tokens, collate
 from pyunlearn.methods import METHODS
 from pyunlearn.models import Likelihood
+from pyunlearn.unlearning.objectives import example_tensors, token_tensors
 
 TEXTS = [Tokens((5, 6, 7, 8, 9), 2), Tokens((3, 4, 12, 30, 31, 32, 33), 4), Tokens((9, 1, 2), 1), Tokens((4, 8, 15), 2)]
 
@@ -76,7 +77,11 @@ def test_a_loss_is_its_formula(name, side):
     )  # rotary angles are float32: a text moved to the right is not quite the same
     given = torch.cat(references) if method.token else torch.stack([r.sum() for r in references])
     call = likelihood.token_objective if method.token else likelihood.objective
-    found = call(batch, method.loss, given, group_size=len(method.reads))
+
+    def loss(*tensors):
+        return method.loss(token_tensors(*tensors) if method.token else example_tensors(method, *tensors), {})
+
+    found = call(batch, loss, given, group_size=len(method.reads))
     assert likelihood.fused
     assert found.loss.item() == pytest.approx(right.item(), rel=digits)
     found = torch.autograd.grad(found.loss, list(model.parameters()))

@@ -14,7 +14,10 @@ from pyunlearn.data import Example, encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import METHODS
 from pyunlearn.models import sampling
-from pyunlearn.models.sampling import alternates, preferred
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.sampling import sample_alternates
+from pyunlearn.unlearning import setup
+from pyunlearn.unlearning.preferences import with_winners
 
 BETA = 0.3
 
@@ -85,7 +88,7 @@ def test_a_winner_is_read_from_every_form_of_text():
     ]
     examples = read_examples(rows, role="forget")
     assert [e.winner for e in examples] == ["three"] * 4
-    said = preferred(examples, None)
+    said = with_winners(examples, None)
     assert [e.prompt + e.completion for e in said] == [
         "one three",
         "one?\nthree",
@@ -94,7 +97,7 @@ def test_a_winner_is_read_from_every_form_of_text():
     ]
     assert said[2].messages[-1].content == "three"
     assert read_examples([{"text": "one", "winner": None}], role="forget")[0].winner is None
-    assert preferred([Example("a ", "b")], ["c"])[0].completion == "c"
+    assert with_winners([Example("a ", "b")], ["c"])[0].completion == "c"
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_refusals_that_are_no_texts_are_refused(story, refusals):
 def test_alternates_answer_the_same_prompts_otherwise(story):
     """So many for each text, seeded; none begins as the text does, all of it is scored, and the global generator is left alone."""
     tokens, state = tokens_of(story, story.forget), torch.get_rng_state()
-    found = alternates(story.model, story.tokenizer, tokens, count=3)
+    found = sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert len(found) == 6
     for i, t in enumerate(found):
@@ -133,29 +136,29 @@ def test_alternates_answer_the_same_prompts_otherwise(story):
         assert t.scored[0] != source.scored[0]
         assert 2 <= len(t.scored) <= len(source.scored)
     assert len(set(found)) > 3
-    assert alternates(story.model, story.tokenizer, tokens, count=3) == found
-    assert alternates(story.model, story.tokenizer, tokens, count=3, seed=1) != found
+    assert sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=3) == found
+    assert sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=3, seed=1) != found
     with pytest.raises(ArgumentError, match="alternates must be a whole number, 1 or more, got 0"):
-        alternates(story.model, story.tokenizer, tokens, count=0)
+        run(story, "altpo", method_options={"alternates": 0})
 
 
 def test_what_recites_the_forget_set_is_no_alternate(story, monkeypatch):
     """It is drawn again; what is found comes round, and where nothing is, one sentence says so."""
     tokens = tokens_of(story, story.forget)[:1]
-    good = copy.copy(alternates(story.model, story.tokenizer, tokens, count=1)[0])
+    good = copy.copy(sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=1)[0])
     reciting = [tokens[0]] * 2
     answers = iter([reciting, [good, tokens[0]], reciting, reciting])
     monkeypatch.setattr(sampling, "_sample", lambda *args: next(answers))
-    assert alternates(story.model, story.tokenizer, tokens, count=2) == [good, good]
+    assert sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=2) == [good, good]
     monkeypatch.setattr(sampling, "_sample", lambda *args: reciting)
     with pytest.raises(DataError, match="recites the forget set whenever it is to answer forget example 1"):
-        alternates(story.model, story.tokenizer, tokens, count=2)
+        sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=2)
 
 
 def test_altpo_is_dpo_against_each_alternate_in_turn(story, other):
     """Two steps at a rate too small to matter: the losses are those of the first alternates, then of the second ones."""
     losers = tokens_of(story, story.forget)
-    found = alternates(story.model, story.tokenizer, losers, count=2)
+    found = sample_alternates(LanguageModel.of(story.model, story.tokenizer), losers, count=2)
     result = run(
         story, "altpo", reference_model=other, learning_rate=1e-9, method_options={"beta": BETA, "alternates": 2}
     )
@@ -179,11 +182,11 @@ def test_a_resumed_run_takes_its_alternates_from_the_checkpoint(story, tmp_path,
             raise KeyboardInterrupt
         return loss(*args, **kwargs)
 
-    loss = METHODS["altpo"].loss
+    loss = METHODS["altpo"].function
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "altpo", METHODS["altpo"]._replace(loss=cut))
+        patch.setitem(METHODS, "altpo", tiny.with_loss("altpo", cut))
         assert run(story, "altpo", **options, output_dir=tmp_path / "out").stopped == "interrupted"
-    monkeypatch.setattr(sampling, "alternates", lambda *args, **kwargs: pytest.fail("sampled again"))
+    monkeypatch.setattr(setup, "sample_alternates", lambda *args, **kwargs: pytest.fail("sampled again"))
     resumed = run(story, "altpo", **options, output_dir=tmp_path / "out", resume=True)
     assert timeless(resumed) == timeless(whole)
     assert resumed.examples == whole.examples

@@ -123,7 +123,7 @@ def test_a_step_is_the_formula_s_gradient(answerer, method):
         model = answerer.fresh()
         result = run(
             answerer, forget, model=model, retain=retain, method=method, method_options=options, max_steps=steps, max_grad_norm=1e9,
-            learning_rate=1e-3, until=0.0, utility_budget=9.0,
+            learning_rate=1e-3, target_exposure=0.0, utility_budget=9.0,
         )  # fmt: skip
         loss, drift, wanted = directly(start, answerer, forget, retain, method, options)
         assert len(result.history) == steps
@@ -252,7 +252,7 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(story, tmp_path, monke
     options = {"method": "adaptive_rmu", "method_options": QUICK, "learning_rate": 3e-3, "max_steps": 6}
     whole, out, model = run(story, **options), tmp_path / "out", story.fresh()
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "adaptive_rmu", METHODS["adaptive_rmu"]._replace(loss=Interrupted("adaptive_rmu", 3)))
+        patch.setitem(METHODS, "adaptive_rmu", tiny.with_loss("adaptive_rmu", Interrupted("adaptive_rmu", 3)))
         broken = run(story, model=model, output_dir=out, **options)
     assert broken.stopped == "interrupted"
     assert len(broken.history) == 3

@@ -11,7 +11,7 @@ from pyunlearn.errors import ArgumentError, OutputError
 from pyunlearn.methods import METHODS, Multiplier, ceu, kl, pdu, undial
 from pyunlearn.models import Likelihood
 from pyunlearn.models.distributions import Distributions, Head
-from pyunlearn.unlearning.hidden_cache import Kept
+from pyunlearn.unlearning.hidden_cache import HiddenStateCache
 
 TEXTS = [Tokens((5, 6, 7, 8, 9), 2), Tokens((3, 4, 12, 30, 31, 32, 33), 4), Tokens((9, 1, 2), 1), Tokens((4, 8), 1)]
 
@@ -91,6 +91,12 @@ def on_the_left(batch):
     return type(batch)(**{**vars(batch), "ids": ids, "attention_mask": mask, "rows": batch.rows + moves[batch.example]})
 
 
+def loss_of(name, model, reference, batch):
+    """(B,) losses of a method on whole distributions."""
+    tensors = {"model": model, "reference": reference, "targets": batch.targets}
+    return METHODS[name].loss(tensors | {"example": batch.example, "counts": batch.counts}, {})
+
+
 @pytest.mark.parametrize("kind", ["right", "left", "encoder_decoder", "own_logits"])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_loss_is_its_formula(name, kind):
@@ -110,7 +116,7 @@ def test_a_loss_is_its_formula(name, kind):
     else:
         found = likelihood.distributions(batch), Likelihood(other).distributions(batch)
     assert likelihood.fused is (kind != "own_logits")
-    losses = METHODS[name].loss(*found, batch.targets, batch.example, batch.counts)
+    losses = loss_of(name, *found, batch)
     assert losses.shape == (len(texts),)
     digits = (
         1e-4 if kind == "left" else 1e-10
@@ -136,7 +142,7 @@ def test_divergences_are_not_averaged_over_padding_and_prompts():
         def losses(texts, name=name):
             batch = collate(texts, pad_id=0)
             found = Likelihood(model).distributions(batch), Likelihood(other).distributions(batch)
-            return METHODS[name].loss(*found, batch.targets, batch.example, batch.counts)
+            return loss_of(name, *found, batch)
 
         beside = losses([*TEXTS, long])
         torch.testing.assert_close(beside[:-1], losses(TEXTS), rtol=1e-6, atol=0.0)
@@ -157,7 +163,7 @@ def test_the_flattened_logits_are_those_that_predict_the_forget_tokens():
     t = Tokens(tuple(range(20)), 12)
     z = model(torch.tensor([t.ids])).logits[0]
     batch = collate([t], pad_id=0)
-    loss = METHODS["pdu"].loss(Likelihood(model).distributions(batch), None, batch.targets, batch.example, batch.counts)
+    loss = loss_of("pdu", Likelihood(model).distributions(batch), None, batch)
     margins = (z.amax(-1) - z.mean(-1)).square()
     assert loss.item() == pytest.approx(margins[11:19].mean().item(), rel=1e-9)
     assert abs(loss.item() - margins[12:20].mean().item()) > 1e-3
@@ -271,7 +277,7 @@ def test_what_is_kept_comes_back_by_place_from_memory_or_a_file(tmp_path, monkey
                     ([3], Distributions(states[2:3], head)),
                 ]
             )
-            kept = Kept(parts, sizes, in_memory)
+            kept = HiddenStateCache(parts, sizes, in_memory)
             found = kept.at([3, 5], torch.device("cpu"))
             assert torch.equal(found.states, states[2:])
             assert torch.equal(kept.at([7], torch.device("cpu")).states, states[:2])
@@ -283,4 +289,4 @@ def test_what_is_kept_comes_back_by_place_from_memory_or_a_file(tmp_path, monkey
             assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("pyunlearn.unlearning.hidden_cache.shutil.disk_usage", lambda _: type("Usage", (), {"free": 3}))
     with pytest.raises(OutputError, match=r"states of these texts take 0.0 GB, and .* has 0.0 GB: give fewer"):
-        Kept(iter([([7], Distributions(states[:2], head))]), sizes, 0)
+        HiddenStateCache(iter([([7], Distributions(states[:2], head))]), sizes, 0)

@@ -22,13 +22,14 @@ from pyunlearn.data import Tokens, encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError, ModelError, OutputError, TrainingError
 from pyunlearn.methods import METHODS, npo
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
-from pyunlearn.models.sampling import COUNT, sampled
-from pyunlearn.unlearning.interrupt import Interruptible
-from pyunlearn.unlearning.optimizer import MasterWeights, State
-from pyunlearn.unlearning.setup import Run
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.sampling import COUNT, sample_non_members
+from pyunlearn.unlearning.interrupt import DeferredInterrupt
+from pyunlearn.unlearning.optimizer import MasterWeights, TrainedWeights
+from pyunlearn.unlearning.stopping import StoppingRule
 
 STEP = {"step", "round", "examples", "forget_loss", "retain_nll", "gradient_norm", "learning_rate", "seconds"}
-ROUND = {"kept", "objection", "active", "utility_rise", "mean_log_likelihood", "exposure"}
+ROUND = {"accepted", "rejection_reason", "active", "utility_rise", "mean_log_likelihood", "exposure"}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,22 +189,22 @@ def test_references_of_plain_texts_are_sampled_from_the_beginning_of_text(story)
     """As many and as long as asked for, all of it scored; the seed decides, and the global generator is left alone."""
     tokens = encode(read_examples(story.forget, role="x"), story.tokenizer, role="x", max_length=None)
     state = torch.get_rng_state()
-    found = sampled(story.model, story.tokenizer, tokens)
+    found = sample_non_members(LanguageModel.of(story.model, story.tokenizer), tokens)
     assert torch.equal(torch.get_rng_state(), state)
     assert len(found) == COUNT
     length = sorted(len(t.scored) for t in tokens)[1]
     assert {(t.ids[0], t.first, len(t.scored)) for t in found} == {(story.tokenizer.bos_token_id, 1, length)}
     assert len(set(found)) > COUNT / 2
-    assert sampled(story.model, story.tokenizer, tokens) == found
-    assert sampled(story.model, story.tokenizer, tokens, seed=1) != found
-    assert len(sampled(story.model, story.tokenizer, tokens, count=5)) == 5
+    assert sample_non_members(LanguageModel.of(story.model, story.tokenizer), tokens) == found
+    assert sample_non_members(LanguageModel.of(story.model, story.tokenizer), tokens, seed=1) != found
+    assert len(sample_non_members(LanguageModel.of(story.model, story.tokenizer), tokens, count=5)) == 5
 
 
 @pytest.mark.parametrize("scored", [3, 20, 60])
 def test_references_are_as_long_as_the_forget_texts_within_8_to_48(story, scored):
     """The median of theirs."""
     tokens = [Tokens(tuple(range(10, 11 + n)), 1) for n in (2, scored, 70)]
-    found = sampled(story.model, story.tokenizer, tokens, count=3)
+    found = sample_non_members(LanguageModel.of(story.model, story.tokenizer), tokens, count=3)
     assert {len(t.scored) for t in found} == {min(48, max(8, scored))}
 
 
@@ -215,7 +216,7 @@ def test_references_of_prompts_depart_from_the_memorized_answer(kind, request):
     tokens = encode(
         read_examples(trained.forget, role="x"), trained.tokenizer, role="x", max_length=None, encoder_decoder=both
     )  # fmt: skip
-    found = sampled(trained.model, trained.tokenizer, tokens)
+    found = sample_non_members(LanguageModel.of(trained.model, trained.tokenizer), tokens)
     assert len(found) == COUNT
     for t, source in zip(found, [tokens[0]] * (COUNT // 2) + [tokens[1]] * (COUNT // 2), strict=True):
         prompt = source.ids if both else source.ids[: source.first]
@@ -224,14 +225,14 @@ def test_references_of_prompts_depart_from_the_memorized_answer(kind, request):
         assert t.written[t.first - 1] != source.scored[0]
         assert 1 <= len(t.scored) <= 48
         assert trained.tokenizer.eos_token_id not in t.scored[:-1]
-    assert sampled(trained.model, trained.tokenizer, tokens) == found
-    assert sampled(trained.model, trained.tokenizer, tokens, seed=1) != found
+    assert sample_non_members(LanguageModel.of(trained.model, trained.tokenizer), tokens) == found
+    assert sample_non_members(LanguageModel.of(trained.model, trained.tokenizer), tokens, seed=1) != found
 
 
 def test_references_stay_within_the_model_s_context(answers):
     """A long prompt beside long answers: together they would run past GPT-2's last position."""
     long_prompt, long_answer = Tokens((9,) * 60, 56), Tokens((9,) * 60, 2)
-    found = sampled(answers.model, answers.tokenizer, [long_prompt, long_answer], count=4)
+    found = sample_non_members(LanguageModel.of(answers.model, answers.tokenizer), [long_prompt, long_answer], count=4)
     assert len(found) == 4
     assert all(len(t) <= 64 for t in found)
     assert all(t.scored for t in found)
@@ -254,7 +255,7 @@ class Interrupted:
     """A method whose loss, at its `at`-th call, does as Ctrl-C does."""
 
     def __init__(self, method, at):
-        self.loss, self.left = METHODS[method].loss, at
+        self.loss, self.left = METHODS[method].function, at
 
     def __call__(self, *args, **options):
         self.left -= 1
@@ -281,11 +282,11 @@ def test_an_interrupted_run_goes_on_with_the_numbers_of_an_uninterrupted_one(sto
     whole = run(story, forget, **options, model=model)
     assert len(whole.history) > at
     if setting == "steps taken back":
-        assert not whole.history[0]["kept"]
+        assert not whole.history[0]["accepted"]
 
     model.load_state_dict(start)
     out = tmp_path / "out"
-    cut = METHODS["ga"]._replace(loss=Interrupted("ga", at))
+    cut = tiny.with_loss("ga", Interrupted("ga", at))
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, "ga", cut)
         broken = run(story, forget, **options, model=model, output_dir=out)
@@ -294,7 +295,7 @@ def test_an_interrupted_run_goes_on_with_the_numbers_of_an_uninterrupted_one(sto
     assert (tmp_path / "out.checkpoint.pt").exists()
     assert timeless(broken.history) == timeless(whole.history)[: len(broken.history)]
     assert len(broken.history) <= at
-    assert not broken.history or "kept" in broken.history[-1]
+    assert not broken.history or "accepted" in broken.history[-1]
 
     model.load_state_dict(start)
     resumed = run(story, forget, **options, model=model, output_dir=out, resume=True)
@@ -315,8 +316,8 @@ def test_a_signal_never_falls_into_the_middle_of_a_step(story, tmp_path, monkeyp
     whole = run(story, **options, model=model)
     model.load_state_dict(start)
     owner, name = {
-        "keep": (State, "_keep_moments"),
-        "measure": (Run, "objection"),
+        "keep": (TrainedWeights, "_copy_moments"),
+        "measure": (StoppingRule, "rejection_reason"),
         "step": (torch.optim.AdamW, "step"),
     }[within]
     original, calls = getattr(owner, name), []
@@ -342,10 +343,10 @@ def test_a_signal_never_falls_into_the_middle_of_a_step(story, tmp_path, monkeyp
 
 def test_a_second_signal_interrupts_at_once():
     """Whoever presses Ctrl-C twice does not want to wait."""
-    with pytest.raises(KeyboardInterrupt), Interruptible() as interrupt:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), DeferredInterrupt() as interrupt:  # noqa: PT012
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
-        assert interrupt.asked
+        assert interrupt.pending
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         pytest.fail("the second signal was not heard")
@@ -353,7 +354,7 @@ def test_a_second_signal_interrupts_at_once():
 
 def test_an_interrupted_run_leaves_the_last_good_weights_in_the_model(story, tmp_path, monkeypatch):
     """The steps since the last evaluation are taken back, and their counts with them."""
-    cut = METHODS["ga"]._replace(loss=Interrupted("ga", 1))
+    cut = tiny.with_loss("ga", Interrupted("ga", 1))
     monkeypatch.setitem(METHODS, "ga", cut)
     broken = run(story, batch_size=1, output_dir=tmp_path / "out")
     assert broken.stopped == "interrupted"
@@ -372,7 +373,7 @@ def test_a_checkpoint_of_something_else_is_refused(story, tmp_path, monkeypatch)
     """Other texts, another model, other settings, or no word of resuming: one sentence each, and model and checkpoint stay as they are."""
     out, checkpoint = tmp_path / "out", tmp_path / "out.checkpoint.pt"
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "ga", METHODS["ga"]._replace(loss=Interrupted("ga", 1)))
+        patch.setitem(METHODS, "ga", tiny.with_loss("ga", Interrupted("ga", 1)))
         assert run(story, output_dir=out).stopped == "interrupted"
     before, other = checkpoint.read_bytes(), story.fresh()
     with torch.no_grad():
@@ -390,7 +391,7 @@ def test_a_checkpoint_of_something_else_is_refused(story, tmp_path, monkeypatch)
         with pytest.raises(DataError, match=message):
             run(story, **changes, model=model, output_dir=out, resume=True)
         assert all(torch.equal(w, start[name]) for name, w in model.state_dict().items())
-    with pytest.raises(ArgumentError, match="holds an interrupted run: go on from it with resume=True"):
+    with pytest.raises(ArgumentError, match="holds an interrupted run: continue it with resume=True"):
         run(story, output_dir=out)
     assert checkpoint.read_bytes() == before
 
@@ -399,10 +400,10 @@ def test_samples_are_the_models_own_whatever_its_generation_config_says(story):
     """A penalty, a temperature, a top-p that a model was saved with would make references that it does not typically write."""
     tokens = encode(read_examples(story.forget, role="forget"), story.tokenizer, role="forget", max_length=None)
     model = story.fresh()
-    plain = sampled(model, story.tokenizer, tokens, count=20)
+    plain = sample_non_members(LanguageModel.of(model, story.tokenizer), tokens, count=20)
     config = model.generation_config
     config.update(repetition_penalty=1.5, no_repeat_ngram_size=1, temperature=0.3, top_p=0.5, do_sample=True)
-    assert sampled(model, story.tokenizer, tokens, count=20) == plain
+    assert sample_non_members(LanguageModel.of(model, story.tokenizer), tokens, count=20) == plain
     assert model.generation_config is config
 
 
@@ -434,11 +435,11 @@ def test_a_run_never_spends_more_than_its_utility_budget(story, budget):
     )
     assert (after - before) / max(before, 1.0) <= budget + 1e-6
     assert result.utility.nll_after == pytest.approx(after, rel=1e-5)
-    refused = [record for record in result.history if record.get("objection")]
+    refused = [record for record in result.history if record.get("rejection_reason")]
     assert len(refused) == 7
     assert all(record["utility_rise"] > budget for record in refused)
     assert [record["learning_rate"] for record in refused] == pytest.approx([1e-3 / 2**i for i in range(7)])
-    if all(record.get("kept") is not True for record in result.history):
+    if all(record.get("accepted") is not True for record in result.history):
         assert same(result.model, story.model)
         assert {e.steps for e in result.examples} == {0}
 
@@ -448,7 +449,7 @@ def test_a_run_never_spends_more_than_its_utility_budget(story, budget):
 def test_a_learning_rate_far_too_high_never_over_unlearns(story, learning_rate, method):
     """Every step that goes too far is taken back: it ends finite, within the budget, and not below unseen text."""
     result = run(story, story.forget + story.unseen, learning_rate=learning_rate, method=method)
-    assert any(record.get("objection") for record in result.history)
+    assert any(record.get("rejection_reason") for record in result.history)
     assert "over-unlearned" not in {e.verdict for e in result.examples}
     assert all(e.upper_exposure_after < SIGNIFICANT for e in result.examples)
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
@@ -461,13 +462,13 @@ def test_a_learning_rate_far_too_high_never_over_unlearns(story, learning_rate, 
 
 def test_a_step_that_is_not_finite_is_taken_back(story, monkeypatch):
     """After all halvings the weights are the first ones, bit for bit, and the record is still JSON."""
-    poisoned = METHODS["ga"]._replace(loss=lambda forget, lengths, reference: forget * math.nan)
+    poisoned = tiny.with_loss("ga", lambda forget, lengths, **_: forget * math.nan)
     monkeypatch.setitem(METHODS, "ga", poisoned)
     for model in (story.fresh(), story.fresh().bfloat16()):
         start = weights(model)
         result = run(story, model=model)
         assert result.stopped == "not finite"
-        assert {record["objection"] for record in result.history} == {"not finite"}
+        assert {record["rejection_reason"] for record in result.history} == {"not finite"}
         assert same(result.model, start)
         assert {(e.verdict, e.steps) for e in result.examples} == {("still exposed", 0)}
         json.dumps(result.to_dict(), allow_nan=False)
@@ -477,14 +478,14 @@ def test_one_poisoned_step_does_no_harm(story, monkeypatch):
     """The run goes on from the last good state, at half the learning rate."""
     calls = []
 
-    def loss(forget, lengths, reference):
+    def loss(forget, lengths, **_):
         calls.append(1)
         return forget / lengths * (math.nan if len(calls) == 2 else 1.0)
 
-    monkeypatch.setitem(METHODS, "ga", METHODS["ga"]._replace(loss=loss))
+    monkeypatch.setitem(METHODS, "ga", tiny.with_loss("ga", loss))
     result = run(story)
     check_forgotten(result, story)
-    assert [record["objection"] for record in result.history][:3] == [None, "not finite", None]
+    assert [record["rejection_reason"] for record in result.history][:3] == [None, "not finite", None]
     assert [record["learning_rate"] for record in result.history][:3] == [3e-4, 3e-4, 1.5e-4]
 
 
@@ -506,8 +507,8 @@ def test_a_model_that_is_broken_from_the_start_is_refused(story):
         ({"batch_size": "8"}, "batch_size must be a whole number, 1 or more, got '8'"),
         ({"max_steps": -1}, "max_steps must be a whole number, 0 or more, got -1"),
         ({"utility_budget": math.nan}, "utility_budget must be a number, 0 or more, got nan"),
-        ({"learning_rate": 0}, "learning_rate must lie between 0 and 1, got 0"),
-        ({"learning_rate": 3.0}, "learning_rate must lie between 0 and 1, got 3.0"),
+        ({"learning_rate": 0}, "learning_rate must be a number, above 0 and below 1, got 0"),
+        ({"learning_rate": 3.0}, "learning_rate must be a number, above 0 and below 1, got 3.0"),
         ({"method": "npoo"}, "no method 'npoo'; did you mean \"npo\""),
         ({"method": "graddiff", "retain": None}, "needs text to keep: pass retain="),
         ({"method_options": {"beta": 1.0}}, "'ga' has no option 'beta'"),
@@ -557,13 +558,13 @@ def test_16_bit_weights_are_trained_through_float32_copies():
 def test_a_state_goes_back_to_what_it_kept(story):
     """Weights and their float32 copies, bit for bit; the optimizer forgets the way."""
     for model in (story.fresh(), story.fresh().bfloat16()):
-        state, start = State(model, 1e-3), weights(model)
+        state, start = TrainedWeights(model, 1e-3), weights(model)
         for _ in range(3):
             for p in model.parameters():
                 p.grad = torch.ones_like(p)
             state.optimizer.step()
         assert not same(model, start)
-        state.go_back()
+        state.rollback()
         assert same(model, start)
         assert not state._adam.state
         state.set_learning_rate(0.25)
@@ -643,13 +644,13 @@ def test_npo_compares_with_the_reference_model(story):
 def test_the_history_has_one_record_a_step_and_the_state_after_each_round(story):
     """Every field that is documented, in every record; and all of it is JSON."""
     result = run(story, story.forget + story.unseen, batch_size=1, learning_rate=1e-3)
-    rounds = [record for record in result.history if "kept" in record]
+    rounds = [record for record in result.history if "accepted" in record]
     assert all(record.keys() in (STEP, STEP | ROUND) for record in result.history)
     assert [record["step"] for record in result.history] == list(range(1, len(result.history) + 1))
     assert result.history[-1] is rounds[-1]
     assert [record["round"] for record in rounds] == list(range(len(rounds)))
     assert all(len(record["exposure"]) == len(record["mean_log_likelihood"]) == 4 for record in rounds)
-    last = [record for record in rounds if record["kept"]][-1]
+    last = [record for record in rounds if record["accepted"]][-1]
     assert last["active"] == 0
     assert last["exposure"] == [e.exposure_after for e in result.examples]
     assert last["mean_log_likelihood"] == [e.log_likelihood_after for e in result.examples]
@@ -657,11 +658,11 @@ def test_the_history_has_one_record_a_step_and_the_state_after_each_round(story)
     low, high = result.utility.interval
     assert low <= result.utility.relative_rise <= high
     then, now = (tiny.negative_log_likelihoods(story, story.holdout, m) for m in (story.model, result.model))
-    assert result.utility.reference_drift == pytest.approx((now - then).mean(), abs=1e-5) != 0
+    assert result.utility.non_member_drift == pytest.approx((now - then).mean(), abs=1e-5) != 0
 
     data = result.to_dict()
     assert json.loads(json.dumps(data, allow_nan=False)) == json.loads(json.dumps(data))
-    assert data.keys() == {"forgotten", "stopped", "reference_scores", "utility", "examples", "settings", "history"}
+    assert data.keys() == {"forgotten", "stopped", "non_member_scores", "utility", "examples", "settings", "history"}
     assert data["examples"][0] == {**asdict(result.examples[0]), "forgotten": True}
     assert data["settings"]["pyunlearn"] == pyunlearn.__version__
     assert (data["settings"]["method"], data["settings"]["learning_rate"], data["settings"]["seed"]) == ("ga", 1e-3, 0)

@@ -6,7 +6,7 @@ from test_edits import weights
 from test_edits_masks import check_held, run
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.unlearning.optimizer import State
+from pyunlearn.unlearning.optimizer import TrainedWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -17,7 +17,7 @@ def test_a_step_of_the_penalty_ends_at_zero(dtype):
     model = torch.nn.Linear(3, 1, bias=False).to(dtype)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, -0.5, 0.001]]))
-    state = State(model, 1e-3)
+    state = TrainedWeights(model, 1e-3)
     for _ in range(10):
         state.shrink(0.5)
     wanted = torch.tensor([[0.995, -0.495, 0.0]])
@@ -32,8 +32,8 @@ def test_a_step_of_the_penalty_ends_at_zero(dtype):
 
 def test_the_penalty_falls_in_a_line_to_zero(story, monkeypatch):
     """From its strength at the first step to strength / max_steps at the last."""
-    seen, real = [], State.shrink
-    monkeypatch.setattr(State, "shrink", lambda self, strength: (seen.append(strength), real(self, strength)))
+    seen, real = [], TrainedWeights.shrink
+    monkeypatch.setattr(TrainedWeights, "shrink", lambda self, strength: (seen.append(strength), real(self, strength)))
     run(story, l1=2.0, max_steps=4, learning_rate=1e-5, batch_size=1)
     assert seen == pytest.approx([2.0, 1.5, 1.0, 0.5])
 

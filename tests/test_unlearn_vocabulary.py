@@ -11,9 +11,17 @@ from pyunlearn import models
 from pyunlearn.errors import DataError
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
-from pyunlearn.unlearning.setup import Run
+from pyunlearn.unlearning import api
+from pyunlearn.unlearning.objectives import RetainTerm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sessions_of(monkeypatch):
+    """A list that every run's session is added to."""
+    sessions, setup = [], api.setup
+    monkeypatch.setattr(api, "setup", lambda *args, **kwargs: sessions.append(setup(*args, **kwargs)) or sessions[-1])
+    return sessions
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +85,13 @@ def test_an_adapter_forgets_with_no_copy_of_the_head(story, monkeypatch):
     )
     torch.manual_seed(0)
     model = peft.get_peft_model(story.fresh(), config)
-    runs, take = [], Run.take_fingerprint
-    monkeypatch.setattr(Run, "take_fingerprint", lambda self, settings: runs.append(self) or take(self, settings))
+    sessions = sessions_of(monkeypatch)
     result = run(story, model=model, method="undial+kl", learning_rate=3e-3)
     assert result.stopped == "forgotten"
     assert result.utility.relative_rise <= 0.05
     head = models.unwrapped(model).get_output_embeddings().weight
-    assert [kept.head.weight.data_ptr() for kept in runs[0].kept.values()] == [head.data_ptr()] * 2
+    reference = sessions[0].forget_term.reference
+    assert [c.head.weight.data_ptr() for c in (reference.forget, reference.retain)] == [head.data_ptr()] * 2
 
 
 def test_a_model_s_own_logits_serve_where_its_head_cannot_be_read(story):
@@ -125,13 +133,13 @@ def test_micro_batches_take_the_same_steps(story, method):
 
 def test_only_what_the_steps_will_read_is_kept(story, monkeypatch):
     """Of a retain set that is larger than the run, as many examples as its steps take; those are the ones that it takes."""
-    seen, runs = [], []
-    places, take = Run.retain_places, Run.take_fingerprint
-    monkeypatch.setattr(Run, "take_fingerprint", lambda self, settings: runs.append(self) or take(self, settings))
-    monkeypatch.setattr(Run, "retain_places", lambda self, step: seen.append((step, places(self, step))) or seen[-1][1])
+    seen, sessions = [], sessions_of(monkeypatch)
+    taken = RetainTerm.batch
+    monkeypatch.setattr(RetainTerm, "batch", lambda self, indices: seen.append(indices) or taken(self, indices))
     run(story, method="ga+kl", batch_size=4, max_steps=3, learning_rate=1e-6)
-    assert set(runs[0].kept["retain"].ends) == {i for step, chosen in seen for i in chosen}
-    assert len(runs[0].kept["retain"].ends) == 12
+    cache = sessions[0].retain_term.reference.retain
+    assert set(cache.ends) == {i for indices in seen for i in indices}
+    assert len(cache.ends) == 12
 
 
 # ---------------------------------------------------------------- PDU's multiplier
@@ -158,11 +166,11 @@ def test_the_multiplier_rises_where_the_constraint_is_broken_and_falls_where_it_
 def test_a_round_that_is_taken_back_takes_the_multiplier_back(story):
     """It is what it was before the round, as the weights are."""
     result = run(story, method="pdu", learning_rate=5e-3, batch_size=1)
-    rounds = [r for r in result.history if "kept" in r]
-    assert not all(r["kept"] for r in rounds)
+    rounds = [r for r in result.history if "accepted" in r]
+    assert not all(r["accepted"] for r in rounds)
     first = {r["round"]: r["multiplier"] for r in reversed(result.history)}
     for r in rounds:
-        if not r["kept"] and r["round"] + 1 in first:
+        if not r["accepted"] and r["round"] + 1 in first:
             assert first[r["round"] + 1] == first[r["round"]]
 
 
@@ -175,7 +183,7 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(story, clean, tmp_path
     assert len(whole.history) == 6
     name, out = method.partition("+")[0], tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, name, METHODS[name]._replace(loss=Interrupted(name, at)))
+        patch.setitem(METHODS, name, tiny.with_loss(name, Interrupted(name, at)))
         broken = run(story, **options, output_dir=out)
     assert broken.stopped == "interrupted"
     resumed = run(story, **options, output_dir=out, resume=True)
@@ -184,7 +192,7 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(story, clean, tmp_path
     assert same(resumed.model, whole.model)
     if method == "undial+kl":
         with monkeypatch.context() as patch:
-            patch.setitem(METHODS, name, METHODS[name]._replace(loss=Interrupted(name, at)))
+            patch.setitem(METHODS, name, tiny.with_loss(name, Interrupted(name, at)))
             run(story, **options, output_dir=tmp_path / "new")
         with pytest.raises(DataError, match="made with another model or reference_model"):
             run(story, **options, output_dir=tmp_path / "new", resume=True, reference_model=clean)

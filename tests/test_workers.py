@@ -12,7 +12,7 @@ import torch
 
 import pyunlearn
 from pyunlearn.errors import ArgumentError
-from pyunlearn.unlearning.distributed import Workers
+from pyunlearn.unlearning.distributed import Processes
 
 METHODS = {"ga": {"mask": "saliency"}, "pdu+kl": {}}
 BOTH = """
@@ -71,7 +71,7 @@ def test_two_processes_give_the_run_of_one(launched, method, one_thread):
     assert len(printed(said)) == len(METHODS)  # each printed once
     found = printed(said)[list(METHODS).index(method)]
     assert found["stopped"] == alone.stopped == "forgotten"
-    assert found["reference_scores"] == pytest.approx(alone.reference_scores, abs=1e-4)
+    assert found["non_member_scores"] == pytest.approx(alone.non_member_scores, abs=1e-4)
     assert [r["examples"] for r in found["history"]] == [r["examples"] for r in alone.history]
     for name in (
         "forget_loss",
@@ -94,15 +94,15 @@ def test_two_processes_give_the_run_of_one(launched, method, one_thread):
 def test_a_model_in_pieces_is_refused(kind):
     """One sentence that names the launch and the mend."""
     with pytest.raises(ArgumentError, match=f"hold the whole model .* this launch is {kind}: .* adapter"):
-        Workers(types.SimpleNamespace(distributed_type=kind, process_index=0, num_processes=2))
+        Processes(types.SimpleNamespace(distributed_type=kind, process_index=0, num_processes=2))
 
 
 def test_shares_cover_everything_once():
     """Whatever the number of processes, and also when there are fewer items than processes."""
     for count in (1, 2, 5):
         every = [
-            Workers(types.SimpleNamespace(distributed_type="MULTI_CPU", process_index=i, num_processes=count))
+            Processes(types.SimpleNamespace(distributed_type="MULTI_CPU", process_index=i, num_processes=count))
             for i in range(count)
         ]
-        assert sorted(x for w in every for x in w.share(range(3))) == [0, 1, 2]
-        assert [w.leads for w in every] == [True] + [False] * (count - 1)
+        assert sorted(x for w in every for x in w.shard(range(3))) == [0, 1, 2]
+        assert [w.is_main for w in every] == [True] + [False] * (count - 1)

@@ -3,7 +3,7 @@
 import copy
 import functools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from pyunlearn.data import batches, encode, padding_id, read_examples
+from pyunlearn.methods import METHODS, Method
 from pyunlearn.models import Likelihood, decoder_start_id, is_encoder_decoder
 
 SUBJECTS = ["the cat", "a dog", "my aunt", "the king", "one boy", "our boat", "the moon", "a ship"]
@@ -30,6 +31,11 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def with_loss(name: str, loss: Any) -> Method:
+    """The method of that name with another loss, which is called with the same tensors and options."""
+    return replace(METHODS[name], function=functools.wraps(METHODS[name].function)(loss))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from pyunlearn.data import Tokens, padding_id
 from pyunlearn.errors import ModelError
 from pyunlearn.metrics import audit_within, verbatim_match, zlib_score
 from pyunlearn.models import vocabulary_of
-from pyunlearn.models.sampling import sampled
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.sampling import sample_non_members
 from pyunlearn.probes import TeacherForced, decoding, greedy_continuations, teacher_forced
 from pyunlearn.probes.cache import Cache, Shelf
 from pyunlearn.probes.teacher_forced import FIELDS
@@ -104,7 +105,7 @@ class Asker:
             training = self.model.training
             self.model.eval()
             try:
-                found = sampled(self.model, self.tokenizer, forget, seed=seed)
+                found = sample_non_members(LanguageModel.of(self.model, self.tokenizer), forget, seed=seed)
             finally:
                 self.model.train(training)
             if not self.cache.folder:

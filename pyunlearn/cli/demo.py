@@ -149,7 +149,7 @@ def _spoken(name: str, continuations: dict[str, str]) -> str:
 def _survivors(before: dict[str, Scored], after: dict[str, Scored], result: Result) -> dict[str, dict[str, float]]:
     """What became of each text that had to survive, as data."""
     exposures = [
-        generalized_exposure([s.nll for s in found.values()], result.reference_scores).lower
+        generalized_exposure([s.nll for s in found.values()], result.non_member_scores).lower
         for found in (before, after)
     ]
     return {

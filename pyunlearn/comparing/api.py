@@ -22,9 +22,11 @@ from pyunlearn.comparing.trial import Restored, run_method
 from pyunlearn.data.examples import read_examples
 from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError, nearest
 from pyunlearn.methods import ALIASES, METHODS
+from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.loading import encoded
-from pyunlearn.models.sampling import require_enough, sampled
-from pyunlearn.output import model_name, shown, versions
+from pyunlearn.models.sampling import require_enough, sample_non_members
+from pyunlearn.options import shown
+from pyunlearn.output import model_name, versions
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning.api import unlearn
 
@@ -119,7 +121,9 @@ def compare(
         try:
             bar.say("measuring the original")
             tokens = encoded(model, tokenizer, examples, options["truncate"])
-            references = tokens.get("holdout") or sampled(model, tokenizer, tokens["forget"], seed=options["seed"])
+            references = tokens.get("holdout") or sample_non_members(
+                LanguageModel.of(model, tokenizer), tokens["forget"], seed=options["seed"]
+            )
             require_enough(references, holdout=holdout is not None)
             yardstick = Yardstick(
                 model, tokenizer, tokens["forget"], tokens.get("retain") or references, references, metric=metric,

@@ -1,13 +1,16 @@
 """Direct preference optimization: another answer instead of the forget text."""
 
+from typing import Annotated
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyunlearn.methods.reduction import reduced
+from pyunlearn.options import Number
 
 
 def dpo(
-    winner: Tensor, winner_reference: Tensor, loser: Tensor, loser_reference: Tensor, *, beta: float = 0.1, reduction: str = "mean"
+    winner: Tensor, winner_reference: Tensor, loser: Tensor, loser_reference: Tensor, *, beta: Annotated[float, Number(above=0)] = 0.1, reduction: str = "mean"
 ) -> Tensor:  # fmt: skip
     """Prefers the winner, another answer, to the loser, the forget text.
 

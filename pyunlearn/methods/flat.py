@@ -10,7 +10,9 @@ from pyunlearn.errors import ArgumentError
 from pyunlearn.methods.reduction import reduced
 
 
-def flat(winner: Tensor, loser: Tensor, *, divergence: str = "kl", reduction: str = "mean") -> Tensor:
+def flat(
+    winner_probability: Tensor, loser_probability: Tensor, *, divergence: str = "kl", reduction: str = "mean"
+) -> Tensor:
     """Raises the mean probability of the refusal's tokens, w, and lowers that of the forget text's, f.
 
         kl       -w + exp(f - 1)
@@ -19,7 +21,7 @@ def flat(winner: Tensor, loser: Tensor, *, divergence: str = "kl", reduction: st
         js       log(1 + exp(-w)) + f + log(1 + exp(-f)) - 2 log 2
 
     Args:
-        winner, loser: (B,) mean probabilities of the tokens of refusal and forget text: of real tokens, not of padding.
+        winner_probability, loser_probability: (B,) mean probabilities of the tokens of refusal and forget text: of real tokens, not of padding.
         divergence: "kl", "tv", "pearson" or "js".
         reduction: "mean", or "none" for the losses themselves.
 
@@ -31,6 +33,7 @@ def flat(winner: Tensor, loser: Tensor, *, divergence: str = "kl", reduction: st
 
     Source: Wang et al. 2024, arXiv 2410.11143.
     """
+    winner, loser = winner_probability, loser_probability
     if divergence == "kl":
         losses = -winner + (loser - 1).exp()
     elif divergence == "tv":

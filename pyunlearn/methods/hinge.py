@@ -1,12 +1,17 @@
 """Gradient ascent that ends at a given likelihood: likelihood capping."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from pyunlearn.methods.reduction import reduced
+from pyunlearn.options import Number
 
 
-def hinge(forget: Tensor, lengths: Tensor, *, delta: float | None = None, reduction: str = "mean") -> Tensor:
+def hinge(
+    forget: Tensor, lengths: Tensor, *, delta: Annotated[float | None, Number(0)] = None, reduction: str = "mean"
+) -> Tensor:
     """Ascends on the whole text until its negative log-likelihood is delta, and then has no gradient.
 
         loss_i = max(0, delta + forget_i)

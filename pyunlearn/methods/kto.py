@@ -1,12 +1,15 @@
 """Kahneman-Tversky optimization, with nothing but undesirable texts."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from pyunlearn.methods.reduction import reduced
+from pyunlearn.options import Number
 
 
-def kto(forget: Tensor, reference: Tensor, *, beta: float = 0.1, divergence: float = 0.0, reduction: str = "mean") -> Tensor:  # fmt: skip
+def kto(forget: Tensor, reference: Tensor, *, beta: Annotated[float, Number(above=0)] = 0.1, divergence: float = 0.0, reduction: str = "mean") -> Tensor:  # fmt: skip
     """Lets go of an example that is far below its reference, and hardly pulls at one that is far above.
 
         loss_i = 1/beta (1 - sigmoid(beta (divergence - (forget_i - reference_i))))

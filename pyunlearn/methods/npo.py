@@ -1,12 +1,17 @@
 """Negative preference optimization."""
 
+from typing import Annotated
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyunlearn.methods.reduction import reduced
+from pyunlearn.options import Number
 
 
-def npo(forget: Tensor, reference: Tensor, *, beta: float = 0.1, reduction: str = "mean") -> Tensor:
+def npo(
+    forget: Tensor, reference: Tensor, *, beta: Annotated[float, Number(above=0)] = 0.1, reduction: str = "mean"
+) -> Tensor:
     """Gradient ascent that lets go of an example as it becomes less likely than under the reference model.
 
         loss_i = -2/beta log sigmoid(-beta (forget_i - reference_i))

@@ -1,13 +1,21 @@
 """SimNPO: negative preference optimization without a reference model."""
 
+from typing import Annotated
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyunlearn.methods.reduction import reduced
+from pyunlearn.options import Number
 
 
 def simnpo(
-    forget: Tensor, lengths: Tensor, *, beta: float = 2.5, delta: float = 0.0, reduction: str = "mean"
+    forget: Tensor,
+    lengths: Tensor,
+    *,
+    beta: Annotated[float, Number(above=0)] = 2.5,
+    delta: Annotated[float, Number()] = 0.0,
+    reduction: str = "mean",
 ) -> Tensor:
     """Lets go of an example as its likelihood per token falls below a margin.
 

@@ -8,19 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyunlearn.models.inspection import decoder_start_id, is_encoder_decoder
+from pyunlearn.models.language_model import LanguageModel
 
 ScoreHook = Callable[[Tensor, Tensor], Tensor]  # (input ids (B, T), scores (B, V)) -> scores
 
 
 @torch.no_grad()
 def generate(
-    inner: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     inputs: dict[str, Tensor],
     *,
     prompt_length: int,
-    pad_id: int,
     max_new_tokens: int,
     score_hook: ScoreHook | None = None,
     **options: Any,
@@ -28,11 +26,9 @@ def generate(
     """Generate one continuation for each row of a batch of prompts.
 
     Args:
-        inner: the transformers model, unwrapped, in evaluation mode.
-        tokenizer: the model's, for the ids of beginning and end of text.
+        lm: the model, in evaluation mode, with its tokenizer.
         inputs: what `generate` of transformers takes: input_ids, attention_mask, ...
         prompt_length: columns of its output that are prompt.
-        pad_id: the id of padding.
         max_new_tokens: the most tokens generated.
         score_hook: changes the scores of each step.
         options: more fields of GenerationConfig: do_sample, temperature, ...
@@ -46,15 +42,15 @@ def generate(
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             return scores if score_hook is None else score_hook(input_ids, scores)
 
-    eos = tokenizer.eos_token_id
+    inner, eos = lm.inner, lm.tokenizer.eos_token_id
     config = GenerationConfig(
         num_beams=1,
         use_cache=True,
         max_new_tokens=max_new_tokens,
         eos_token_id=eos,
-        pad_token_id=pad_id,
-        bos_token_id=tokenizer.bos_token_id,
-        decoder_start_token_id=decoder_start_id(inner) if is_encoder_decoder(inner) else None,
+        pad_token_id=lm.pad_id,
+        bos_token_id=lm.tokenizer.bos_token_id,
+        decoder_start_token_id=lm.decoder_start_id,
         **options,
     )
     hooks = LogitsProcessorList([] if score_hook is None else [Hook()])

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from pyunlearn.data import TokenBatch
 from pyunlearn.errors import ArgumentError, ModelError
-from pyunlearn.models.inspection import unwrapped
+from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import inputs_of
 
 _DOWN = ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "c_proj", "wo", "w2")
 _ATTENTION = re.compile(r"att(e?n|ention)", re.IGNORECASE)
 
 
-def blocks(model: nn.Module) -> nn.ModuleList:
+def blocks(model: Any) -> nn.ModuleList:
     """The layers that write the text, in order: with an encoder-decoder model the decoder's. Raises ModelError where there is no list of them."""
-    inner = unwrapped(model)
+    inner = LanguageModel.of(model, needs_tokenizer=False).inner
     stack: Any = (inner.get_decoder() if hasattr(inner, "get_decoder") else None) or inner
     lists = [m for m in stack.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
@@ -56,7 +56,7 @@ class Layer:
             raise ArgumentError(
                 f"layer must be a whole number from 0 to {len(every) - 1} with this model, got {index!r}"
             )
-        self.model, self.index, self.block = unwrapped(model), index, every[index]
+        self.model, self.index, self.block = LanguageModel.of(model, needs_tokenizer=False).inner, index, every[index]
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         """(n, D) hidden states, in the model's dtype, in the order of batch.rows."""
@@ -100,7 +100,8 @@ class DownProjection(Layer):
                 "merge an adapter first; a mixture of experts cannot be edited this way"
             )
         weight = getattr(self.module, "weight", None)
-        self.name = next(n for n, p in model.named_parameters() if p is weight)
+        module = LanguageModel.of(model, needs_tokenizer=False).module
+        self.name = next(n for n, p in module.named_parameters() if p is weight)
 
     def oriented(self, matrix: Tensor) -> Tensor:
         """(D, I) as the module keeps it: GPT-2 keeps its transpose."""
@@ -136,7 +137,7 @@ class DownProjection(Layer):
 
 
 def trainable(
-    model: nn.Module, layer: int, *, layers: Sequence[int] | None = None, patterns: Sequence[str] | str | None = None
+    model: Any, layer: int, *, layers: Sequence[int] | None = None, patterns: Sequence[str] | str | None = None
 ) -> dict[str, nn.Parameter]:
     """name -> parameter: those that a method on the hidden states of `layer` trains, out of those that require a gradient.
 
@@ -145,9 +146,10 @@ def trainable(
 
     Raises ArgumentError where nothing is left to train, or something that the hidden states do not depend on.
     """
-    every = blocks(model)
+    lm = LanguageModel.of(model, needs_tokenizer=False)
+    every = blocks(lm)
     home = {p: i for i, block in enumerate(every) for p in block.parameters()}
-    live = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    live = {n: p for n, p in lm.module.named_parameters() if p.requires_grad}
     if patterns is not None:
         wanted = [patterns] if isinstance(patterns, str) else list(patterns)
         for pattern in wanted:
@@ -165,15 +167,15 @@ def trainable(
             )
         inside = {n: p for n, p in live.items() if home.get(p) in wanted_layers}
         chosen = {n: p for n, p in inside.items() if down_projection(n)}
-        if not chosen and hasattr(model, "peft_config"):
+        if not chosen and hasattr(lm.module, "peft_config"):
             chosen = inside
         if not chosen:
             raise ArgumentError(
                 f"none of the parameters that require a gradient is a down projection of layers {', '.join(map(str, wanted_layers))}: "
                 "say which to train with trainable=, by name or pattern"
             )
-    head = unwrapped(model).get_output_embeddings()
-    if head is not None and head.weight is not unwrapped(model).get_input_embeddings().weight:
+    head = lm.inner.get_output_embeddings()
+    if head is not None and head.weight is not lm.inner.get_input_embeddings().weight:
         home |= dict.fromkeys(head.parameters(), len(every))
     if late := next((n for n, p in chosen.items() if home.get(p, -1) > layer), None):
         raise ArgumentError(

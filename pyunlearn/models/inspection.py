@@ -56,15 +56,18 @@ def context_length(model: nn.Module) -> int | None:
     return None
 
 
-def require_language_model(model: nn.Module) -> None:
-    """Raises ModelError unless the model is a transformers one with a language-model head."""
-    inner = unwrapped(model)
+def require_language_model(model: Any, name: str = "model") -> None:
+    """Raise ModelError unless the model is one of transformers with a language-model head; `name` is the argument's."""
+    inner = unwrapped(model) if isinstance(model, nn.Module) else model
     if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
-        raise ModelError(f"model must be a transformers language model, a path or a name, got {type(model).__name__}")
+        raise ModelError(
+            f"{name} must be a transformers language model, a path or a name, got {type(model).__name__}: load it with "
+            "AutoModelForCausalLM or AutoModelForSeq2SeqLM"
+        )
     if inner.get_output_embeddings() is None:
         raise ModelError(
-            f"{type(inner).__name__} has no language-model head, so it gives text no probability: load it with AutoModelForCausalLM "
-            "or AutoModelForSeq2SeqLM instead"
+            f"{type(inner).__name__} has no language-model head, so it gives text no probability: load it with "
+            "AutoModelForCausalLM or AutoModelForSeq2SeqLM instead"
         )
 
 

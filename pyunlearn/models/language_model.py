@@ -124,3 +124,24 @@ class LanguageModel:
         """Raise ModelError unless another model, `name` in the message, reads as many token ids as this one."""
         if other.vocabulary != self.vocabulary:
             raise ModelError(f"{name} has another vocabulary than the model: give one of the same family")
+
+
+def require_model(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raise ModelError unless a value is a language model of transformers, or a path or name to load one from."""
+    if (value is None and optional) or isinstance(value, LanguageModel):
+        return
+    if isinstance(value, (str, Path)):
+        if not str(value).strip() or "\0" in str(value):
+            raise ModelError(f"{name} must be the path or name of a model, got {str(value)!r}: give a folder")
+        return
+    inspection.require_language_model(value, name)
+
+
+def require_tokenizer(value: Any) -> None:
+    """Raise ModelError unless a value is None, a tokenizer of transformers, or a path or name to load one from."""
+    if value is None or isinstance(value, (str, Path)) or (callable(value) and hasattr(value, "eos_token_id")):
+        return
+    raise ModelError(
+        f"tokenizer must be a tokenizer of transformers, a path or a name, got {type(value).__name__}: give the one the "
+        "model was trained with"
+    )

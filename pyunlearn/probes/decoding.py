@@ -11,6 +11,7 @@ import torch
 from pyunlearn.data import Tokens, padding_id
 from pyunlearn.models import decoder_start_id, is_encoder_decoder, unwrapped
 from pyunlearn.models.generation import generate
+from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes.cache import Shelf
 
 FIELDS = ("ids",)
@@ -74,7 +75,8 @@ def _decode(inner: Any, tokenizer: Any, group: Sequence[Tokens], new: int) -> li
         begun = [(start, *t.written[: t.first]) for t in group]
         inputs["decoder_input_ids"], inputs["decoder_attention_mask"] = _padded(begun, pad, inner.device, left=True)
     before = inputs["decoder_input_ids" if both else "input_ids"].shape[1]
-    return generate(inner, tokenizer, inputs, prompt_length=before, pad_id=pad, max_new_tokens=new, do_sample=False)
+    lm = LanguageModel.of(inner, tokenizer)
+    return generate(lm, inputs, prompt_length=before, max_new_tokens=new, do_sample=False)
 
 
 def _read(t: Tokens) -> tuple[int, ...]:

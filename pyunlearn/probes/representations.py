@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from pyunlearn import models
 from pyunlearn.data import Tokens
@@ -29,7 +28,7 @@ class Representations(NamedTuple):
 
 
 def representations(
-    model: nn.Module, tokens: Sequence[Tokens], *, batch_size: int = 8, workspace: int | None = None
+    model: Any, tokens: Sequence[Tokens], *, batch_size: int = 8, workspace: int | None = None
 ) -> Representations:
     """The mean last hidden state of each example and the mean Stein score there.
 

@@ -84,7 +84,7 @@ def utility_line(result: Result) -> str:
     low, high = u.interval
     return (
         f"utility ({u.measured_on}, {u.sequences} texts): {u.nll_before:.3f} → {u.nll_after:.3f} nats a token, {u.relative_rise:+.1%} "
-        f"(95 % interval {low:+.1%} to {high:+.1%}) of {u.budget:.0%} allowed; references drifted by {u.reference_drift:+.3f} nats a token"
+        f"(95 % interval {low:+.1%} to {high:+.1%}) of {u.budget:.0%} allowed; non-members drifted by {u.non_member_drift:+.3f} nats a token"
     )
 
 

@@ -18,6 +18,7 @@ from pyunlearn.study.folder import Folder
 from pyunlearn.study.models import load_model
 from pyunlearn.study.reference_models import score, translate
 from pyunlearn.study.sets import ForgetSet, Sets
+from pyunlearn.unlearning.objectives import example_tensors, token_tensors
 
 _DESTROYED = 5.0  # nats by which the test NLL may rise before a run ends
 
@@ -120,8 +121,9 @@ def _ascend(model: Any, config: Config, tokenizer: Any, sets: Sets, job: Job) ->
 def _step(method: Method, likelihood: Likelihood, batch: TokenBatch, reference: Tensor, optimizer: Any) -> None:
     count = len(batch.counts)
 
-    def loss(*given: Tensor) -> Tensor:
-        return method.loss(*given) / count
+    def loss(*tensors: Tensor) -> Tensor:
+        named = token_tensors(*tensors) if method.token else example_tensors(method, *tensors)
+        return method.loss(named, {}) / count
 
     objective = likelihood.token_objective if method.token else likelihood.objective
     optimizer.zero_grad()

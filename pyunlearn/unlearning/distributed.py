@@ -1,7 +1,7 @@
-"""Several processes, each with the whole model (accelerate launch, torchrun): what each takes on, and how the shares come together.
+"""Data parallelism: sharding, reductions, broadcasts, over processes that each hold the whole model.
 
-The gradients are summed here and not by a DDP wrapper: the fused head is not called through the model's forward, shares may be empty, and the model
-must come back as the user gave it.
+The gradients are summed here and not by a DDP wrapper: the fused head is not called through the model's forward, shards
+may be empty, and the model must come back as the user gave it.
 """
 
 from __future__ import annotations
@@ -19,65 +19,69 @@ from pyunlearn.errors import ArgumentError
 _SERVED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
 
-class Workers:
+class Processes:
     """The processes of a run, as seen from one of them. Alone, everything here is the identity.
 
-    Raises ArgumentError where the processes hold the model in pieces (FSDP, DeepSpeed, tensor parallel).
+    Raises ArgumentError where the processes hold the model in parts (FSDP, DeepSpeed, tensor parallel).
     """
 
     def __init__(self, accelerator: Any) -> None:
         kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
         if kind not in _SERVED:
             raise ArgumentError(
-                f"unlearn runs on one process, or on several that each hold the whole model (DDP), and this launch is {kind}: "
-                "launch it without, and train an adapter (peft) if the model is too large"
+                f"unlearn runs on one process, or on several that each hold the whole model (DDP), and this launch is "
+                f"{kind}: launch it without, and train an adapter (peft) if the model is too large"
             )
         self._accelerator = accelerator
         self.rank, self.count = int(accelerator.process_index), int(accelerator.num_processes)
-        self.leads = self.rank == 0
 
-    def share(self, items: Any) -> Any:
-        """This process's part of a sequence."""
+    @property
+    def is_main(self) -> bool:
+        """True in the main process, which samples, prints and saves."""
+        return self.rank == 0
+
+    def shard(self, items: Any) -> Any:
+        """Return this process's part of a sequence."""
         return items[self.rank :: self.count]
 
     def sum(self, value: float) -> float:
-        """The sum of one number over all processes."""
+        """Return the sum of one number over all processes."""
         return value if self.count == 1 else float(self.sum_array(np.array([value]))[0])
 
     def sum_array(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The sum of an array over all processes."""
+        """Return the sum of an array over all processes."""
         if self.count == 1:
             return values
-        found = torch.as_tensor(values, device=self._accelerator.device)
-        total: NDArray[np.float64] = self._accelerator.reduce(found, "sum").cpu().numpy()
+        mine = torch.as_tensor(values, device=self._accelerator.device)
+        total: NDArray[np.float64] = self._accelerator.reduce(mine, "sum").cpu().numpy()
         return total
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Every gradient becomes its sum over all processes; one that is missing counts as zero."""
+        """Replace every gradient by its sum over all processes; one that is missing counts as zero."""
         if self.count == 1:
             return
         for p in parameters:
             p.grad = self._accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
 
     @torch.no_grad()
-    def same_weights(self, model: nn.Module) -> None:
-        """Gives every process the first one's parameters and buffers."""
+    def broadcast_weights(self, model: nn.Module) -> None:
+        """Give every process the main process's parameters and buffers."""
         if self.count > 1:
             from accelerate.utils import broadcast
 
             for p in [*model.parameters(), *model.buffers()]:
                 p.copy_(broadcast(p.detach().clone(), from_process=0))
 
-    def same_masks(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The first process's boolean tensors, everywhere; names and shapes are the same already."""
+    def broadcast_masks(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the main process's boolean tensors in every process; names and shapes are the same already."""
         if self.count == 1:
             return masks
         from accelerate.utils import broadcast
 
         return {name: broadcast(m.to(torch.uint8), from_process=0).bool() for name, m in masks.items()}
 
-    def same_objects(self, items: Sequence[Any]) -> list[Any]:
-        """The first process's items, everywhere."""
+    def broadcast_objects(self, items: Sequence[Any]) -> list[Any]:
+        """Return the main process's items in every process."""
         if self.count == 1:
             return list(items)
         from accelerate.utils import broadcast_object_list
@@ -86,7 +90,19 @@ class Workers:
         broadcast_object_list(box, from_process=0)
         return box[0]
 
-    def wait(self) -> None:
-        """Until all have come here."""
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
         if self.count > 1:
             self._accelerator.wait_for_everyone()
+
+
+def make_accelerator(module: nn.Module) -> Any:
+    """Make an Accelerator; on a GPU that has bfloat16, float32 weights compute in it. An earlier one's state is reused."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if AcceleratorState._shared_state:
+        return Accelerator()
+    is_float32 = next(module.parameters()).dtype == torch.float32
+    mixed = is_float32 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return Accelerator(mixed_precision="bf16" if mixed else "no")

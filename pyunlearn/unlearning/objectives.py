@@ -1,130 +1,278 @@
-"""The two terms of one optimizer step: what it makes less likely, and what it keeps. Each leaves its gradient and drops its graph."""
+"""The two terms of the loss in one optimizer step: the forget term and the retain term."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyunlearn.methods import OF_THE_LOOP
-from pyunlearn.unlearning.setup import Run, sizes
+from pyunlearn.data import TokenBatch, Tokens
+from pyunlearn.methods import Method, Multiplier
+from pyunlearn.methods.reduction import token_means
+from pyunlearn.methods.retain import retain_hold, retain_kl, retain_nll, retain_representation
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.scoring import scored_tokens
+from pyunlearn.unlearning.reference import Reference
+from pyunlearn.unlearning.representation import RepresentationTarget
+
+Floats = NDArray[np.float64]
 
 
-def forget_step(run: Run, chosen: NDArray[np.int64]) -> float:
-    """Leaves the gradient of this process's share of the examples; returns the mean loss of all."""
-    value = 0.0
-    for mine in run.pieces(run.workers.share(chosen)):
-        with run.accelerator.autocast():
-            total = _FORGET[run.method.kind](run, mine) / len(chosen)
-        run.accelerator.backward(total)
-        value += total.item()
-    return run.workers.sum(value)
+class ForgetTerm:
+    """The forget loss of a method: `term(indices)` -> () the sum of those examples' losses.
 
-
-def _of_log_likelihoods(run: Run, mine: list[int]) -> Tensor:
-    """() the sum of the examples' losses, for methods that see them by their summed or their single log-likelihoods."""
-    method = run.method
-    shown = {k: v for k, v in run.options.items() if k in ("temperature", "likeliest")}
-
-    def loss(*given: Tensor) -> Tensor:
-        return method.loss(*given, **_own_options(run))
-
-    batch, reference = run.forget_batch(mine)
-    weights, together = run.forget_weights(mine), len(method.reads)
-    if method.token:
-        each = (reference,) if weights is None else (reference, weights)
-        return run.likelihood.token_objective(batch, loss, *each, group_size=together, **shown).loss
-    return run.likelihood.objective(batch, loss, reference, group_size=together, weights=weights, **shown).loss
-
-
-def _of_the_vocabulary(run: Run, mine: list[int]) -> Tensor:
-    """() the sum of the examples' losses, for methods that see whole distributions."""
-    batch = run.collate(run.forget, mine)
-    reference = run.kept["forget"].at(mine, run.device) if "forget" in run.kept else None
-    model = run.likelihood.distributions(batch)
-    return run.method.loss(model, reference, batch.targets, batch.example, batch.counts, **_own_options(run)).sum()
-
-
-def _of_hidden_states(run: Run, mine: list[int]) -> Tensor:
-    """() the sum of the examples' losses, for methods on the hidden states of one layer."""
-    assert run.steering is not None
-    return run.steering.forget_term(mine)
-
-
-_FORGET = {
-    "example": _of_log_likelihoods, "token": _of_log_likelihoods, "vocabulary": _of_the_vocabulary, "hidden": _of_hidden_states,
-}  # fmt: skip
-
-
-def _own_options(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in run.options.items() if k not in OF_THE_LOOP}
-
-
-def retain_step(run: Run, step: int, weight: float) -> dict[str, float | None]:
-    """Adds the retain term's gradient to what the forget term left; returns what the history says of it.
-
-    That is `retain_nll`, the mean negative log-likelihood a token, or None where the term does not say; `retain_kl`, the mean divergence a token, or
-    `retain_drift`, the mean squared distance of the hidden states from where they were, where that is the term; and the `multiplier` that the term had.
+    Args:
+        lm: the model.
+        method: the method.
+        options: what the user set of its options.
+        texts: role -> the texts that it reads: "forget", and "refusal", "winner" or "alternate".
+        reference: the reference model's numbers.
+        weights: (T,) token weights of each forget text, or None.
+        target: the layer, for methods on hidden states.
+        visits: (B,) steps that took each example so far; counted up by the loop, they say whose turn an alternate has.
     """
-    multiplier = run.multiplier
-    if not run.retain or not (weight or multiplier):
-        return {"retain_nll": None}
-    weight = weight if multiplier is None else weight * multiplier.value
-    chosen = run.retain_places(step)
-    tokens = sum(sizes(run.retain, chosen))
-    total = 0.0
-    for mine in run.pieces(run.workers.share(chosen)):
-        with run.accelerator.autocast():
-            loss, part = _RETAIN[run.retain_loss or "nll"](run, mine, weight, tokens, len(chosen))
-        run.accelerator.backward(loss)
-        total += part
-    if run.retain_loss == "representation":
-        return {"retain_nll": None, "retain_drift": finite(run.workers.sum(total) / len(chosen))}
-    mean = run.workers.sum(total) / tokens
-    said: dict[str, float | None] = {"retain_nll": finite(mean)}
-    if run.retain_loss == "kl":
-        said = {"retain_nll": None, "retain_kl": finite(mean)}
-    if multiplier is not None:
-        said["multiplier"] = multiplier.value
-        multiplier.update(mean)
-    return said
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        method: Method,
+        options: Mapping[str, Any],
+        texts: Mapping[str, list[Tokens]],
+        *,
+        reference: Reference,
+        weights: Sequence[Floats] | None = None,
+        target: RepresentationTarget | None = None,
+        visits: NDArray[np.int64],
+    ) -> None:
+        self.lm, self.method, self.options, self.texts = lm, method, options, texts
+        self.reference, self.weights, self.target, self.visits = reference, weights, target, visits
+        loss = {"vocabulary": self._on_distributions, "hidden": self._on_hidden_states}
+        self._loss: Callable[[list[int]], Tensor] = loss.get(method.kind, self._on_log_likelihoods)
+
+    def __call__(self, indices: list[int]) -> Tensor:
+        """Return () the sum of the losses of the forget examples at `indices`, differentiable."""
+        return self._loss(indices)
+
+    def _on_log_likelihoods(self, indices: list[int]) -> Tensor:
+        """Handle methods on summed log-likelihoods, or on those of single tokens."""
+        method, device = self.method, self.lm.device
+        reads = [(role, self._index(role, i)) for i in indices for role in method.reads]
+        tokens = [self.texts[role][i] for role, i in reads]
+        batch = self.lm.collate(tokens)
+        reference = self.reference.gather(reads)
+        if reference is None:
+            reference = np.zeros(sum(len(t.scored) for t in tokens) if method.token else len(tokens))
+        reference_values = torch.as_tensor(reference, dtype=torch.float32, device=device)
+        weights = self._weights(reads, tokens)
+        selection = {k: v for k, v in self.options.items() if k in ("temperature", "top_fraction")}
+        group_size = len(method.reads)
+        likelihood = self.lm.likelihood
+
+        if method.token:
+
+            def token_loss(*tensors: Tensor) -> Tensor:
+                return method.loss(token_tensors(*tensors), self.options)
+
+            per_token = (reference_values,) if weights is None else (reference_values, weights)
+            return likelihood.token_objective(batch, token_loss, *per_token, group_size=group_size, **selection).loss
+
+        def loss(*tensors: Tensor) -> Tensor:
+            return method.loss(example_tensors(method, *tensors), self.options)
+
+        return likelihood.objective(
+            batch, loss, reference_values, group_size=group_size, weights=weights, **selection
+        ).loss
+
+    def _on_distributions(self, indices: list[int]) -> Tensor:
+        """Handle methods on whole next-token distributions."""
+        batch = self.lm.collate(self.texts["forget"], indices)
+        cache = self.reference.forget
+        tensors = {
+            "model": self.lm.likelihood.distributions(batch),
+            "reference": None if cache is None else cache.at(indices, self.lm.device),
+            "targets": batch.targets,
+            "example": batch.example,
+            "counts": batch.counts,
+        }
+        return self.method.loss(tensors, self.options).sum()
+
+    def _on_hidden_states(self, indices: list[int]) -> Tensor:
+        """Handle methods on the hidden states of one layer."""
+        assert self.target is not None
+        return self.target.forget_loss(indices)
+
+    def _weights(self, reads: Sequence[tuple[str, int]], tokens: Sequence[Tokens]) -> Tensor | None:
+        """Return (n,) token weights of the texts read, 1 in all but the forget texts; None where none are weighted."""
+        if self.weights is None:
+            return None
+        own = self.weights
+        each = [
+            own[i] if role == "forget" else np.ones(len(t.scored)) for (role, i), t in zip(reads, tokens, strict=True)
+        ]
+        return torch.as_tensor(np.concatenate(each), dtype=torch.float32, device=self.lm.device)
+
+    def _index(self, role: str, i: int) -> int:
+        """Return where in `texts[role]` the example's text is; its alternates take turns."""
+        if role != "alternate":
+            return i
+        count = len(self.texts[role]) // len(self.texts["forget"])
+        return i * count + int(self.visits[i]) % count
 
 
-# each: (the weighted loss, the sum over tokens of what is reported) of the retain examples `mine`, of `size` that have so many tokens together
+def example_tensors(method: Method, forget: Tensor, lengths: Tensor, reference: Tensor) -> dict[str, Tensor]:
+    """Name the tensors of a loss on summed log-likelihoods, (B,), or (B, 2) for the two texts of a pair."""
+    if not method.pairs:
+        return {method.reads[0]: forget, "lengths": lengths, "reference": reference}
+    return {
+        "winner": forget[:, 0],
+        "winner_reference": reference[:, 0],
+        "loser": forget[:, 1],
+        "loser_reference": reference[:, 1],
+    }
 
 
-def _likelihood_kept(run: Run, mine: list[int], weight: float, tokens: int, size: int) -> tuple[Tensor, float]:
-    assert run.retain is not None
-
-    def loss(sums: Tensor, counts: Tensor, held: Tensor | None = None) -> Tensor:
-        return -weight / tokens * sums if held is None else weight / size * torch.relu(-sums / counts - held)
-
-    held = [] if run.held is None else [torch.as_tensor(run.held[mine], dtype=torch.float32, device=run.device)]
-    found = run.likelihood.objective(run.collate(run.retain, mine), loss, *held)
-    return found.loss, -found.log_likelihood.sum().item()
+def token_tensors(
+    log_likelihood: Tensor, example: Tensor, counts: Tensor, reference: Tensor, weights: Tensor | None = None
+) -> Mapping[str, Any]:
+    """Name the tensors of a loss on single tokens."""
+    tensors = {"log_likelihood": log_likelihood, "example": example, "counts": counts, "reference": reference}
+    return _TokenTensors(tensors | ({} if weights is None else {"weights": weights}))
 
 
-def _distributions_kept(run: Run, mine: list[int], weight: float, tokens: int, size: int) -> tuple[Tensor, float]:
-    assert run.retain is not None
-    batch = run.collate(run.retain, mine)
-    before = run.kept["retain"].at(mine, run.device)
-    divergence = run.likelihood.distributions(batch).kl_from(before, batch.targets).sum()
-    return weight / tokens * divergence, divergence.item()
+class _TokenTensors(dict[str, Any]):
+    """Computes the mean token probabilities of a pair where a loss asks for them."""
+
+    def __missing__(self, name: str) -> Tensor:
+        index = ("winner_probability", "loser_probability").index(name)
+        probabilities = token_means(
+            self["log_likelihood"].exp(), self["example"], self["counts"], self.get("weights")
+        ).view(-1, 2)
+        self["winner_probability"], self["loser_probability"] = probabilities[:, 0], probabilities[:, 1]
+        return probabilities[:, index]
 
 
-def _states_kept(run: Run, mine: list[int], weight: float, tokens: int, size: int) -> tuple[Tensor, float]:
-    assert run.steering is not None
-    drift = run.steering.retain_term(mine)
-    return weight * run.steering.alpha / size * drift, drift.item()
+class RetainBatch(NamedTuple):
+    """The retain examples of one optimizer step."""
+
+    indices: list[int]
+    tokens: int  # scored tokens of all of them
 
 
-_RETAIN = {"nll": _likelihood_kept, "hold": _likelihood_kept, "kl": _distributions_kept, "representation": _states_kept}
+class RetainTerm:
+    """The retain loss: `term(micro_batch, step_batch)` -> (() its share of the loss, the sum that the history reports).
+
+    Args:
+        lm: the model.
+        loss: "nll", "hold", "kl" or "representation"; None where there is no retain loss.
+        weight: factor on the loss.
+        retain: the retain texts, or None.
+        initial_nll: (R,) negative log-likelihoods a token before the run, for "hold".
+        reference: the reference model's numbers, for "kl".
+        target: the layer, for "representation".
+        multiplier: PDU's, which takes the place of a constant weight.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        loss: str | None,
+        weight: float,
+        retain: list[Tokens] | None,
+        *,
+        initial_nll: Floats | None = None,
+        reference: Reference,
+        target: RepresentationTarget | None = None,
+        multiplier: Multiplier | None = None,
+    ) -> None:
+        self.lm, self.loss, self._weight, self.retain = lm, loss, weight, retain or []
+        self.initial_nll, self.reference, self.target, self.multiplier = initial_nll, reference, target, multiplier
+        terms = {"kl": self._kl, "representation": self._representation}
+        self._term = terms.get(loss or "nll", self._nll)
+
+    @property
+    def active(self) -> bool:
+        """True where a step has a retain term."""
+        return bool(self.retain and (self._weight or self.multiplier))
+
+    @property
+    def weight(self) -> float:
+        """The factor on the loss in this step."""
+        return self._weight if self.multiplier is None else self._weight * self.multiplier.value
+
+    def batch(self, indices: list[int]) -> RetainBatch:
+        """Return the step's retain examples with the number of their scored tokens."""
+        return RetainBatch(indices, sum(scored_tokens(self.retain, indices)))
+
+    def __call__(self, indices: list[int], step: RetainBatch) -> tuple[Tensor, float]:
+        """Return the loss of a micro-batch of the step, and the sum over its tokens (or examples) for the history."""
+        return self._term(indices, step)
+
+    def report(self, total: float, step: RetainBatch | None) -> dict[str, float | None]:
+        """Return what the history says of a step, and update the multiplier.
+
+        That is `retain_nll`, the mean negative log-likelihood a token, `retain_kl`, the mean divergence a token, or
+        `retain_drift`, the mean squared distance of the hidden states from where they were; and the `multiplier`.
+        """
+        if step is None:
+            return {"retain_nll": None}
+        if self.loss == "representation":
+            return {"retain_nll": None, "retain_drift": finite(total / len(step.indices))}
+        mean = total / step.tokens
+        report: dict[str, float | None] = {"retain_nll": finite(mean)}
+        if self.loss == "kl":
+            report = {"retain_nll": None, "retain_kl": finite(mean)}
+        if self.multiplier is not None:
+            report["multiplier"] = self.multiplier.value
+            self.multiplier.update(mean)
+        return report
+
+    def _nll(self, indices: list[int], step: RetainBatch) -> tuple[Tensor, float]:
+        def loss(log_likelihood: Tensor, lengths: Tensor, initial: Tensor | None = None) -> Tensor:
+            if initial is None:
+                return retain_nll(log_likelihood, self.weight, step.tokens)
+            return retain_hold(log_likelihood, lengths, initial, self.weight, len(step.indices))
+
+        initial = []
+        if self.initial_nll is not None:
+            initial = [torch.as_tensor(self.initial_nll[indices], dtype=torch.float32, device=self.lm.device)]
+        objective = self.lm.likelihood.objective(self._collate(indices), loss, *initial)
+        return objective.loss, -objective.log_likelihood.sum().item()
+
+    def _kl(self, indices: list[int], step: RetainBatch) -> tuple[Tensor, float]:
+        assert self.reference.retain is not None
+        batch = self._collate(indices)
+        reference = self.reference.retain.at(indices, self.lm.device)
+        divergence = self.lm.likelihood.distributions(batch).kl_from(reference, batch.targets)  # (n,)
+        return retain_kl(divergence, self.weight, step.tokens), divergence.sum().item()
+
+    def _representation(self, indices: list[int], step: RetainBatch) -> tuple[Tensor, float]:
+        assert self.target is not None
+        drift = self.target.retain_drift(indices)  # (b,)
+        loss = retain_representation(drift, self.weight, self.target.alpha, len(step.indices))
+        return loss, drift.sum().item()
+
+    def _collate(self, indices: list[int]) -> TokenBatch:
+        return self.lm.collate(self.retain, indices)
+
+
+def multiplier_of(
+    settings: Mapping[str, Any], retain_loss: str | None, utility: Sequence[Tokens], utility_nll: Floats
+) -> Multiplier:
+    """Return PDU's multiplier, which bounds the retain loss a little above where it begins.
+
+    It begins at the mean NLL a token of the utility set, for retain_loss "kl" at 0.
+    """
+    lengths = [len(t.scored) for t in utility]
+    begins = 0.0 if retain_loss == "kl" else float(np.average(utility_nll, weights=lengths))
+    bound = begins + settings["retain_tolerance"] * max(begins, 1.0)
+    return Multiplier(settings["multiplier"], settings["multiplier_step_size"], bound, settings["multiplier_warmup"])
 
 
 def finite(x: float) -> float | None:
-    """The number, or None where it is none: JSON has neither NaN nor Inf."""
+    """Return the number, or None where it is NaN or infinite, which JSON has not."""
     return float(x) if math.isfinite(x) else None

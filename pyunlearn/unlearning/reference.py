@@ -1,136 +1,103 @@
-"""What a run takes once, before the first step, beside its measures: what the method compares with, alternates, token weights, difficulties."""
+"""Precomputed inputs from the reference model: log-likelihoods and hidden states, read once before the first step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pyunlearn import models
-from pyunlearn.data import Tokens, batches
-from pyunlearn.errors import ModelError
-from pyunlearn.methods import Multiplier
-from pyunlearn.metrics.stein import ksd_difficulty
-from pyunlearn.models import Likelihood, sampling
+from pyunlearn.data import Tokens
+from pyunlearn.methods import Method
 from pyunlearn.models.distributions import Distributions
-from pyunlearn.probes.representations import representations
-from pyunlearn.unlearning.hidden_cache import Kept
-from pyunlearn.unlearning.token_weights import beyond, given, importance, ranks, scaled
-
-if TYPE_CHECKING:
-    from pyunlearn.unlearning.setup import Run
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.likelihood import Likelihood
+from pyunlearn.models.scoring import Scorer
+from pyunlearn.unlearning.hidden_cache import HiddenStateCache
 
 Floats = NDArray[np.float64]
-_CORPUS = 256  # retain examples that the Stein discrepancy is taken to
 
 
-def alternates_of(run: Run) -> list[Tokens]:
-    """So many for each forget example, one after the other; kept for a checkpoint, for sampling need not give the same twice."""
-    count = (run.method.options | run.options)["alternates"]
-    known = [Tokens(tuple(i), first, d and tuple(d)) for i, first, d in run.cached.get("alternates", [])]
-    vocabulary = run.inner.get_input_embeddings().weight.shape[0]
-    if known and len(known) == count * len(run.forget) and all(max(*t.ids, *t.written) < vocabulary for t in known):
-        return known
-    run.bar.say("sampling what the model would say instead")
-    alone: list[Tokens] = []
-    if run.workers.leads:
-        alone = sampling.alternates(run.inner, run.tokenizer, run.forget, count=count, seed=run.seed)
-    found = run.workers.same_objects(alone)
-    run.cached["alternates"] = [(list(t.ids), t.first, t.decoder and list(t.decoder)) for t in found]
-    return found
+class Reference:
+    """What the reference model gives the texts of a run.
 
+    `log_likelihood`   role -> for each text (T,) of its tokens, or (1,) their sum, nats; empty where none is needed
+    `forget`           distributions of the forget texts, for methods on the whole vocabulary
+    `retain`           distributions of the retain texts that the run comes to, for retain_loss "kl"
+    """
 
-def token_weights_of(run: Run, reference: Likelihood) -> list[Floats] | None:
-    """(T,) of each forget example's tokens, or None where none are weighted."""
-    kind, share = run.emphasis.token_weights, run.emphasis.token_share
-    if kind is None:
-        return None
+    def __init__(self) -> None:
+        self.log_likelihood: dict[str, list[Floats]] = {}
+        self.forget: HiddenStateCache | None = None
+        self.retain: HiddenStateCache | None = None
 
-    def score(tokens: Sequence[Tokens]) -> list[Floats]:
-        return run.token_log_likelihood(tokens, run.likelihood)
+    def read_log_likelihoods(
+        self,
+        scorer: Scorer,
+        likelihood: Likelihood,
+        method: Method,
+        texts: dict[str, list[Tokens]],
+        weights: Sequence[Floats] | None,
+    ) -> None:
+        """Score what the method reads, by role; as sums (times the token weights) where it sees whole texts."""
+        for role in method.reads:
+            tokens = scorer.token_log_likelihood(texts[role], likelihood)
+            if not method.token:
+                weighted = (
+                    [x * w for x, w in zip(tokens, weights, strict=True)] if weights and role == "forget" else tokens
+                )
+                tokens = [x.sum(keepdims=True) for x in weighted]
+            self.log_likelihood[role] = tokens
 
-    run.bar.say("weighing the tokens")
-    if not isinstance(kind, str):
-        own = given(kind, run.forget)
-        return own if share == 1 else scaled(own, share)
-    if kind == "importance":
-        return scaled(importance(run.forget, score, mask_id=run.tokenizer.mask_token_id, seed=run.seed), share)
-    return scaled(beyond(score(run.forget), run.token_log_likelihood(run.forget, reference)), share)
+    def gather(self, reads: Sequence[tuple[str, int]]) -> Floats | None:
+        """Return the log-likelihoods of texts (role, index), one after the other; None where none are needed."""
+        if not self.log_likelihood:
+            return None
+        return np.concatenate([self.log_likelihood[role][i] for role, i in reads])
 
-
-def difficulty_of(run: Run, reference: Likelihood) -> Floats | None:
-    """(B,) high = hard, or None where no order asks for it."""
-    kind = run.emphasis.difficulty
-    if run.emphasis.order == "random":
-        return None
-    run.bar.say("ranking the examples")
-    if not isinstance(kind, str):
-        return ranks(kind, len(run.forget))
-    if kind == "nll":
-        return -run.mean_log_likelihood(run.forget, reference)
-    assert run.retain is not None
-    step = -(-len(run.retain) // _CORPUS)
-    mine, corpus = (
-        representations(run.inner, x, batch_size=run.micro_batch_size) for x in (run.forget, run.retain[::step])
-    )
-    return ksd_difficulty(*mine, *corpus)
+    def fingerprint(self, forget: int, first_retain: Sequence[int]) -> dict[str, Floats]:
+        """Return numbers by which a resumed run recognizes the reference model; later retain steps may differ."""
+        scores = {f"{role}s": np.array([x.sum() for x in each]) for role, each in self.log_likelihood.items()}
+        if self.forget is not None:
+            scores["reference_model"] = self.forget.magnitudes(range(forget))
+        elif self.retain is not None and self.retain.states is not None:
+            scores["reference_model"] = self.retain.magnitudes(first_retain)
+        return scores
 
 
 @contextmanager
-def reference_of(run: Run, model: Any) -> Iterator[Likelihood]:
-    """Log-likelihoods under the reference model, which is on the device while it lasts, or under the run's own as it came."""
-    if model is None:
-        yield run.likelihood
+def reference_likelihood(lm: LanguageModel, reference_model: Any) -> Iterator[Likelihood]:
+    """Provide log-likelihoods under the reference model, on the device for a while, or under the run's own as it came.
+
+    Raises ModelError where it has another vocabulary.
+    """
+    if reference_model is None:
+        yield lm.likelihood
         return
-    if isinstance(model, (str, Path)):
-        model, _ = models.load(model, tokenizer=run.tokenizer)
-    if model.get_input_embeddings().weight.shape[0] != run.inner.get_input_embeddings().weight.shape[0]:
-        raise ModelError("reference_model has another vocabulary than the model: give one of the same family")
-    home = model.device
+    reference = LanguageModel.of(
+        reference_model, lm.tokenizer, workspace=lm.likelihood.workspace, needs_tokenizer=False
+    )
+    lm.require_vocabulary(reference, "reference_model")
+    home = reference.device
     try:
-        yield Likelihood(model.to(run.device).eval(), workspace=run.likelihood.workspace)
+        yield Likelihood(reference.module.to(lm.device).eval(), workspace=lm.likelihood.workspace)
     finally:
-        model.to(home)
-
-
-def compare_with(run: Run, reference: Likelihood, max_steps: int) -> None:
-    """Reads what the method and the retain term compare with, once."""
-    if "reference" in run.method.needs and run.method.kind == "vocabulary":
-        run.kept["forget"] = _kept(run, run.forget, range(len(run.forget)), reference)
-    elif "reference" in run.method.needs:
-        for role in run.method.reads:
-            found = run.token_log_likelihood(run.read[role], reference)
-            if not run.method.token:
-                found = [run.weighed(role, i, x).sum(keepdims=True) for i, x in enumerate(found)]
-            run.reference[role] = found
-    if run.retain_loss == "kl" and run.retain is not None:
-        run.kept["retain"] = _kept(run, run.retain, run.retain_ahead(max_steps), reference)
+        reference.module.to(home)
 
 
 @torch.no_grad()
-def _kept(run: Run, tokens: list[Tokens], places: Sequence[int], likelihood: Likelihood) -> Kept:
-    """The distributions of those texts, in every process: which of them it will want is not known yet."""
-    size = 2 * min(run.batch_size, run.micro_batch_size)
+def cached_states(
+    scorer: Scorer, likelihood: Likelihood, tokens: Sequence[Tokens], indices: Sequence[int], batch_size: int
+) -> HiddenStateCache:
+    """Read the distributions of some texts, in every process: which of them it will need is not known yet."""
 
     def parts() -> Iterator[tuple[list[int], Distributions]]:
-        chosen = [tokens[i] for i in places]
-        for at, batch in batches(chosen, size, pad_id=run.pad, decoder_start_id=run.start):
-            with run.accelerator.autocast():
-                found = likelihood.distributions(batch.to(run.device))
-            yield [places[i] for i in at], found
+        for within, batch in scorer.lm.batches([tokens[i] for i in indices], batch_size):
+            with scorer.autocast():
+                distributions = likelihood.distributions(batch)
+            yield [indices[i] for i in within], distributions
 
-    return Kept(parts(), {i: len(tokens[i].scored) for i in places})
-
-
-def multiplier_of(run: Run) -> Multiplier:
-    """PDU's, bounding the retain loss a little above where it begins: NLL at the watched text's mean a token, KL at 0."""
-    o = run.method.options | run.options
-    n = [len(t.scored) for t in run.watch]
-    begins = 0.0 if run.retain_loss == "kl" else float(np.average(run.watched_before, weights=n))
-    bound = begins + o["retain_tolerance"] * max(begins, 1.0)
-    return Multiplier(o["multiplier"], o["multiplier_step_size"], bound, o["multiplier_warmup"])
+    return HiddenStateCache(parts(), {i: len(tokens[i].scored) for i in indices})

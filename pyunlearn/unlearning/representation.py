@@ -1,57 +1,80 @@
-"""The loop's part of the methods that work on the hidden states of one layer: what they train, what they compare with, their two terms."""
+"""Methods on the hidden states of one layer (RMU): what they train, compare with, and their two losses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyunlearn.data import Tokens, batches
+from pyunlearn.data import Tokens
 from pyunlearn.errors import ArgumentError
+from pyunlearn.methods import Method
 from pyunlearn.methods.rmu import representation_drift, steering_direction
 from pyunlearn.models.hidden_states import Layer, blocks, trainable
+from pyunlearn.models.scoring import Scorer
 
-if TYPE_CHECKING:
-    from pyunlearn.unlearning.setup import Run
-
-_USUAL = 7  # the layer that RMU's authors chose of 32
+_USUAL_LAYER = 7  # the layer that RMU's authors chose of 32
 
 
-class Steering:
-    """The layer, the parameters that are trained, the random direction, and what the layer gave out before the first step.
+class RepresentationTarget:
+    """One layer of the model: its trained parameters, the random direction, and its output before the first step.
 
-    keep: the retain examples that the run may come to, whose hidden states are kept in main memory.
-    keeps: whether the retain term is that they stay as they are.
+    Args:
+        scorer: of the model, for batches.
+        method: rmu, adaptive_rmu or their like.
+        options: what the user set of the method's options.
+        forget: the forget texts, whose mean hidden-state norms are measured.
+        retain: the retain texts.
+        retain_indices: those of them that the run may come to; their hidden states are cached in main memory.
+        keeps_retain: True where retain_loss is "representation".
+        batch_size: texts in one forward pass.
+        seed: of the direction.
 
     Raises ArgumentError for an option that cannot be, before anything is changed.
     """
 
-    def __init__(self, run: Run, keep: Iterable[int], *, keeps: bool) -> None:
-        o: dict[str, Any] = run.method.options | run.options
-        index = min(_USUAL, (len(blocks(run.inner)) - 1) // 2) if o["layer"] is None else o["layer"]
-        self.run, self.layer = run, Layer(run.model, index)
-        self.parameters = trainable(run.model, index, layers=o["layers"], patterns=o["trainable"])
-        if "alpha" in run.options and not keeps:
+    def __init__(
+        self,
+        scorer: Scorer,
+        method: Method,
+        options: Mapping[str, Any],
+        forget: Sequence[Tokens],
+        retain: Sequence[Tokens],
+        *,
+        retain_indices: Sequence[int],
+        keeps_retain: bool,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        settings = method.options | dict(options)
+        lm, index = scorer.lm, settings["layer"]
+        if index is None:
+            index = min(_USUAL_LAYER, (len(blocks(lm)) - 1) // 2)
+        self.scorer, self.lm, self.method, self.batch_size = scorer, lm, method, batch_size
+        self.layer = Layer(lm, index)
+        self.parameters = trainable(lm, index, layers=settings["layers"], patterns=settings["trainable"])
+        if "alpha" in options and not keeps_retain:
             raise ArgumentError(
-                'alpha is the weight of the retain term "representation", which this run does not have: leave alpha out, or pass retain= without another retain_loss'
+                'alpha is the weight of the retain term "representation", which this run does not have: leave alpha '
+                "out, or pass retain= without another retain_loss"
             )
-        self.alpha, self.keeps = float(o["alpha"]), keeps
-        self.options = {k: v for k, v in run.options.items() if k in ("beta", "coefficient")}
+        self.alpha, self.options = float(settings["alpha"]), dict(options)
+        self.forget, self.retain = forget, retain
         norms, size = {}, 0
-        for i, h in self._read(run.forget, range(len(run.forget))):
-            norms[i], size = h.float().norm(dim=-1).mean(), h.shape[-1]
-        self.norms = torch.stack([norms[i] for i in range(len(norms))]).to(run.device)
-        self.direction = steering_direction(size, run.seed).to(run.device)
-        self.retained = dict(self._read(run.retain or [], list(keep)))
+        for i, hidden in self._read(forget, range(len(forget))):
+            norms[i], size = hidden.float().norm(dim=-1).mean(), hidden.shape[-1]
+        self.norms = torch.stack([norms[i] for i in range(len(norms))]).to(lm.device)  # (B,)
+        self.direction = steering_direction(size, seed).to(lm.device)  # (D,)
+        self.retained = dict(self._read(retain, retain_indices))
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """While it lasts nothing else requires a gradient, so none is computed for the rest."""
+    def freeze_rest(self) -> Iterator[None]:
+        """Let nothing else require a gradient for a while, so none is computed for it."""
         chosen = set(self.parameters.values())
-        others = [p for p in self.run.model.parameters() if p.requires_grad and p not in chosen]
+        others = [p for p in self.lm.module.parameters() if p.requires_grad and p not in chosen]
         for p in others:
             p.requires_grad_(False)
         try:
@@ -60,28 +83,30 @@ class Steering:
             for p in others:
                 p.requires_grad_(True)
 
-    def forget_term(self, mine: Sequence[int]) -> Tensor:
-        """() the sum of those forget examples' losses."""
-        run = self.run
-        batch = run.collate(run.forget, mine)
-        hidden, norms = self.layer(batch).float(), self.norms[torch.as_tensor(mine, device=run.device)]
-        return run.method.loss(hidden, batch.example, batch.counts, self.direction, norms, **self.options).sum()
+    def forget_loss(self, indices: Sequence[int]) -> Tensor:
+        """Return () the sum of those forget examples' losses."""
+        batch = self.lm.collate(self.forget, indices)
+        tensors = {
+            "hidden": self.layer(batch).float(),  # (n, D)
+            "norms": self.norms[torch.as_tensor(indices, device=self.lm.device)],  # (b,)
+            "direction": self.direction,
+            "example": batch.example,
+            "counts": batch.counts,
+        }
+        return self.method.loss(tensors, self.options).sum()
 
-    def retain_term(self, mine: Sequence[int]) -> Tensor:
-        """() the sum over those retain examples of how far their hidden states have drifted, without alpha."""
-        run = self.run
-        batch = run.collate(run.retain or [], mine)
-        before = torch.cat([self.retained[int(i)] for i in mine]).to(run.device, torch.float32)
-        drift = representation_drift(self.layer(batch).float(), before, batch.example, batch.counts, reduction="none")
-        return drift.sum()
+    def retain_drift(self, indices: Sequence[int]) -> Tensor:
+        """Return (b,) mean squared distances of those retain examples' hidden states from where they were."""
+        batch = self.lm.collate(self.retain, indices)
+        initial = torch.cat([self.retained[int(i)] for i in indices]).to(self.lm.device, torch.float32)
+        hidden = self.layer(batch).float()
+        return representation_drift(hidden, initial, batch.example, batch.counts, reduction="none")
 
     @torch.no_grad()
-    def _read(self, tokens: Sequence[Tokens], places: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """(place, (T, D) what the layer gives out at that text's scored rows, in main memory), in every process: which it will want is not known yet."""
-        run, chosen = self.run, [tokens[i] for i in places]
-        for at, batch in (
-            batches(chosen, 2 * run.batch_size, pad_id=run.pad, decoder_start_id=run.start) if chosen else ()
-        ):
-            with run.accelerator.autocast():
-                hidden = self.layer(batch.to(run.device)).cpu()
-            yield from zip((places[i] for i in at), hidden.split(batch.counts.tolist()), strict=True)
+    def _read(self, tokens: Sequence[Tokens], indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index, (T, D) the layer's output at that text's scored rows, on the CPU), in every process."""
+        chosen = [tokens[i] for i in indices]
+        for within, batch in self.lm.batches(chosen, self.batch_size) if chosen else ():
+            with self.scorer.autocast():
+                hidden = self.layer(batch).cpu()
+            yield from zip((indices[i] for i in within), hidden.split(batch.counts.tolist()), strict=True)

@@ -1,351 +1,254 @@
-"""What stays the same during a run: the texts, the yardsticks under the original model, and how to measure against them."""
+"""Set a run up: score every text under the original model, and make the parts that the loop works with."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import islice
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from pyunlearn import models
-from pyunlearn.data import TokenBatch, Tokens, batches, collate, padding_id
+from pyunlearn.data import Tokens
 from pyunlearn.errors import TrainingError
-from pyunlearn.methods import Method, Multiplier
-from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
-from pyunlearn.models.sampling import require_enough, sampled
+from pyunlearn.methods import Method
+from pyunlearn.metrics.stein import ksd_difficulty
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.likelihood import Likelihood
+from pyunlearn.models.sampling import require_enough, sample_alternates, sample_non_members
+from pyunlearn.models.scoring import Scorer
+from pyunlearn.probes.representations import representations
 from pyunlearn.progress import Progress
-from pyunlearn.unlearning.distributed import Workers
-from pyunlearn.unlearning.hidden_cache import Kept
-from pyunlearn.unlearning.reference import (
-    alternates_of,
-    compare_with,
-    difficulty_of,
-    multiplier_of,
-    reference_of,
-    token_weights_of,
-)
-from pyunlearn.unlearning.representation import Steering
-from pyunlearn.unlearning.result import ExampleResult, Utility
-from pyunlearn.unlearning.token_weights import Emphasis, in_order
+from pyunlearn.unlearning.checkpoint import LoopState
+from pyunlearn.unlearning.config import LoopConfig
+from pyunlearn.unlearning.distributed import Processes
+from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, multiplier_of
+from pyunlearn.unlearning.preferences import alternates_of
+from pyunlearn.unlearning.reference import Reference, cached_states, reference_likelihood
+from pyunlearn.unlearning.representation import RepresentationTarget
+from pyunlearn.unlearning.schedule import Schedule, check_difficulty
+from pyunlearn.unlearning.stopping import StoppingRule
+from pyunlearn.unlearning.token_weights import token_weights_of
 
 Floats = NDArray[np.float64]
-_WATCHED_TOKENS = 1024  # of the retain set, or of the references, at each evaluation
+_UTILITY_TOKENS = 1024  # scored tokens of the utility set, at each evaluation
+_CORPUS = 256  # retain examples that the Stein discrepancy is taken to
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The whole state of forgetting and utility at one moment."""
+class Texts(NamedTuple):
+    """The tokenized texts of a run."""
 
-    forget: Floats  # (B,) mean log-likelihood a token, nats
-    lower: Floats  # (B,) anchored exposure, bits
-    upper: Floats
-    watched: Floats  # (W,) mean negative log-likelihood a token of each watched sequence
-    utility: float  # relative rise
+    forget: list[Tokens]
+    retain: list[Tokens] | None
+    non_members: list[Tokens]  # the holdout, or sampled from the model
+    utility: list[Tokens]  # what the utility budget is measured on
+    utility_source: str
 
 
-class Run:
-    """What stays the same during a run: the texts, the yardsticks under the original model, and how to measure against them."""
+class Session(NamedTuple):
+    """The parts of one run."""
 
-    def __init__(
-        self, model: Any, tokenizer: Any, method: Method, options: dict[str, Any], forget: list[Tokens], retain: list[Tokens] | None,
-        holdout: list[Tokens] | None, *, instead: list[Tokens] | None, reference_model: Any, retain_loss: str | None, emphasis: Emphasis,
-        cached: dict[str, Any] | None, batch_size: int, micro_batch_size: int | None, max_steps: int, until: float, budget: float,
-        workspace: int | None, seed: int, progress: bool | None,
-    ) -> None:  # fmt: skip
-        from accelerate import Accelerator
+    accelerator: Any
+    processes: Processes
+    scorer: Scorer
+    texts: Texts
+    stopping: StoppingRule
+    schedule: Schedule
+    forget_term: ForgetTerm
+    retain_term: RetainTerm
+    state: LoopState
+    target: RepresentationTarget | None
+    greedy_before: Floats  # (B,) share of each forget text's tokens that were the first choice
+    sampled: dict[str, Any]  # texts that a checkpoint has to store, by name
+    scores: dict[str, Floats]  # numbers in which a resumed run must agree, by what they are of
 
-        self.accelerator = _accelerator(Accelerator, model)
-        self.workers, self.device = Workers(self.accelerator), self.accelerator.device
-        self.model = model.to(self.device)
-        self.inner = self.accelerator.unwrap_model(self.model)
-        self.workers.same_weights(self.model)
-        self.model.eval()  # no dropout: the same weights always give the same log-likelihoods
-        self.adapted = hasattr(self.inner, "peft_config")
-        self.likelihood = models.Likelihood(self.model, workspace=workspace)
-        self.tokenizer, self.method, self.options = tokenizer, method, options
-        self.forget, self.retain, self.seed, self.batch_size = forget, retain, seed, batch_size
-        self.until, self.budget, self.retain_loss = until, budget, retain_loss
-        self.read = {"forget": forget} | dict.fromkeys(("refusal", "winner"), instead or [])
-        self.cached = cached or {}  # by name: what was sampled before the first step of the run that is gone on with
-        self.emphasis, self.micro_batch_size = emphasis, micro_batch_size or batch_size
-        self.weights: list[Floats] | None = None  # (T,) of each forget example's tokens
-        self.difficulty: Floats | None = None  # (B,)
-        self.pad, self.start = (
-            padding_id(tokenizer),
-            models.decoder_start_id(model) if models.is_encoder_decoder(model) else None,
+
+def setup(
+    lm: LanguageModel,
+    config: LoopConfig,
+    method: Method,
+    options: dict[str, Any],
+    retain_loss: str | None,
+    tokens: dict[str, list[Tokens]],
+    *,
+    reference_model: Any,
+    sampled: dict[str, Any],
+    accelerator: Any,
+    processes: Processes,
+    bar: Progress,
+) -> Session:
+    """Score the original model and make the parts of a run; the weights are not changed.
+
+    Args:
+        lm: the model, on its device, in evaluation mode.
+        config: the settings.
+        method, options, retain_loss: as `methods.resolve` returned them.
+        tokens: role -> texts: forget; retain, holdout, refusal, winner where there are some.
+        reference_model: an object or a path; None: the model as it is.
+        sampled: texts that the run which is resumed has sampled, by name.
+        accelerator, processes: of accelerate, and the processes that share the work.
+        bar: names the present stage.
+    """
+    micro_batch_size = config.micro_batch_size or config.batch_size
+    scoring_batch = 2 * min(config.batch_size, micro_batch_size)
+    scorer = Scorer(lm, scoring_batch, autocast=accelerator.autocast, processes=processes)
+    forget, retain = tokens["forget"], tokens.get("retain")
+
+    bar.say("scoring the forget set")
+    forget_scores = scorer.mean_log_likelihood(forget)
+    if not np.isfinite(forget_scores).all():
+        raise TrainingError(
+            "the model gives NaN or Inf for the forget set before the first step: it cannot be trained from here"
         )
-        self.steering: Steering | None = None
-        self.held: Floats | None = None  # (R,) negative log-likelihoods that the retain set is held at
-        self.kept: dict[str, Kept] = {}  # by role: whole distributions under the reference
-        self.multiplier: Multiplier | None = None
-        self.bar = Progress(progress if self.workers.leads else False)
-        try:
-            self._begin(holdout, reference_model, max_steps)
-        except BaseException:
-            self.bar.close()
-            raise
-
-    def _begin(self, holdout: list[Tokens] | None, reference_model: Any, max_steps: int) -> None:
-        """Takes every measure of the original model."""
-        forget, retain = self.forget, self.retain
-        self.bar.say("scoring the forget set")
-        self.original = self.mean_log_likelihood(forget)
-        if not np.isfinite(self.original).all():
-            raise TrainingError(
-                "the model gives NaN or Inf for the forget set before the first step: it cannot be trained from here"
-            )
-        self.greedy_before = self.greedy_match()
-        self.bar.say("sampling text the model would typically write" if holdout is None else "scoring the holdout")
-        self.references = holdout or []
-        if holdout is None:
-            alone = sampled(self.inner, self.tokenizer, forget, seed=self.seed) if self.workers.leads else []
-            self.references = self.workers.same_objects(alone)
-        require_enough(self.references, holdout=holdout is not None)
-        if "alternates" in self.method.needs:
-            self.read["alternate"] = alternates_of(self)
-        self.reference_scores = -self.mean_log_likelihood(self.references)
-        self.watch = _within(self.references if retain is None else retain, _WATCHED_TOKENS)
-        self.watched_on = (
-            "retain set" if retain is not None else "holdout" if holdout is not None else "text sampled from the model"
-        )
-        self.watched_before = -self.mean_log_likelihood(self.watch)
-        self.significant = SIGNIFICANT - 1e-9  # 19 references reach it exactly
-        self.reference: dict[str, list[Floats]] = {}  # by role: under the reference, each token, or each text's sum
-        compares = "reference" in self.method.needs or self.retain_loss == "kl" or self.emphasis.compares
-        with reference_of(self, reference_model if compares else None) as reference:
-            self.weights = token_weights_of(self, reference)
-            compare_with(self, reference, max_steps)
-            self.difficulty = difficulty_of(self, reference)
-        if self.retain_loss == "hold" and retain is not None:
-            self.held = -self.mean_log_likelihood(retain)
-        if "retain" in self.method.needs:
-            self.multiplier = multiplier_of(self)
-        if self.method.kind == "hidden":
-            self.bar.say("reading the hidden states")
-            keeps = self.retain_loss == "representation"
-            self.steering = Steering(self, self.retain_ahead(max_steps) if keeps else (), keeps=keeps)
-        self.start_state = self._measured(self.original, self.watched_before)
-        self.memorized = self.start_state.lower >= self.significant
-        self.now = self.start_state
-        self.steps = np.zeros(len(forget), dtype=np.int64)
-
-    def take_fingerprint(self, settings: dict[str, Any]) -> None:
-        """What a run resumed from this one's checkpoint must agree in: settings, and the scores of every text under the original model."""
-        scores = {"forget set": self.original, "holdout": self.reference_scores, "retain set": self.watched_before}
-        for role, found in self.reference.items():
-            scores[f"{role}s"] = np.array([x.sum() for x in found])
-        scores["token weights"] = np.concatenate(self.weights or [np.empty(0)])
-        scores["difficulty"] = np.empty(0) if self.difficulty is None else self.difficulty
-        if "forget" in self.kept:
-            scores["reference_model"] = self.kept["forget"].magnitudes(range(len(self.forget)))
-        elif self.kept and self.kept["retain"].states is not None:  # later steps may be others in a longer run
-            scores["reference_model"] = self.kept["retain"].magnitudes(self.retain_places(0))
-        self.fingerprint = settings | {name: values.tolist() for name, values in scores.items()}
-
-    def retain_places(self, step: int) -> list[int]:
-        """The retain examples of a step: all of them, shuffled, then shuffled anew."""
-        assert self.retain is not None
-        n, size = len(self.retain), min(self.batch_size, len(self.retain))
-        order = np.random.default_rng((self.seed, 1, step * size // n)).permutation(n)
-        return [int(order[(step * size + i) % n]) for i in range(size)]
-
-    def retain_ahead(self, max_steps: int) -> list[int]:
-        """The retain examples that so many steps come to."""
-        assert self.retain is not None
-        once = -(-len(self.retain) // min(self.batch_size, len(self.retain)))  # steps that see all of it
-        return sorted({i for step in range(min(max_steps, once)) for i in self.retain_places(step)})
-
-    def position(self) -> tuple[NDArray[np.int64], dict[str, Any]]:
-        """Beside the weights, what a step changes and a taken-back one must change back."""
-        return self.steps.copy(), {} if self.multiplier is None else asdict(self.multiplier)
-
-    def return_to(self, position: tuple[Any, dict[str, Any]]) -> None:
-        """Goes back to what `position` gave."""
-        self.steps[:] = position[0]
-        if self.multiplier is not None:
-            self.multiplier = replace(self.multiplier, **position[1])
-
-    # -- measuring
-
-    def collate(self, tokens: Sequence[Tokens], places: Iterable[int]) -> TokenBatch:
-        """Those of the tokens as a batch on the model's device."""
-        chosen = [tokens[i] for i in places]
-        return collate(chosen, pad_id=self.pad, decoder_start_id=self.start).to(self.device)
-
-    def batches(self, tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], TokenBatch]]:
-        """This process's length-bucketed batches on the model's device, with their places in `tokens`."""
-        every = batches(
-            tokens, 2 * min(self.batch_size, self.micro_batch_size), pad_id=self.pad, decoder_start_id=self.start
-        )
-        for places, batch in islice(every, self.workers.rank, None, self.workers.count):
-            yield places, batch.to(self.device)
-
-    @torch.no_grad()
-    def mean_log_likelihood(self, tokens: Sequence[Tokens], likelihood: models.Likelihood | None = None) -> Floats:
-        """(len(tokens),) mean log-likelihood per scored token, nats."""
-        out = np.zeros(len(tokens))
-        for places, batch in self.batches(tokens):
-            with self.accelerator.autocast():
-                found = (likelihood or self.likelihood)(batch)
-            out[places] = _means(found, sizes(tokens, places))
-        return self.workers.sum_array(out)
-
-    @torch.no_grad()
-    def token_log_likelihood(self, tokens: Sequence[Tokens], likelihood: models.Likelihood) -> list[Floats]:
-        """(T,) log-likelihoods of each one's scored tokens, nats."""
-        ends = np.cumsum([len(t.scored) for t in tokens])
-        out = np.zeros(int(ends[-1]))
-        for places, batch in self.batches(tokens):
-            with self.accelerator.autocast():
-                found = likelihood(batch)
-            for i, part in zip(places, found.split(sizes(tokens, places)), strict=True):
-                out[ends[i] - len(part) : ends[i]] = part.double().cpu().numpy()
-        return np.split(self.workers.sum_array(out), ends[:-1])
-
-    def forget_batch(self, places: Iterable[int]) -> tuple[TokenBatch, Tensor]:
-        """What the method reads of these examples, a refusal before its forget text, and the reference's log-likelihoods (zeros where it needs none)."""
-        reads = [(role, self._place(role, i)) for i in places for role in self.method.reads]
-        tokens = [self.read[role][i] for role, i in reads]
-        if self.reference:
-            given = np.concatenate([self.reference[role][i] for role, i in reads])
-        else:
-            given = np.zeros(sum(len(t.scored) for t in tokens) if self.method.token else len(tokens))
-        return self.collate(tokens, range(len(tokens))), torch.as_tensor(given, dtype=torch.float32, device=self.device)
-
-    def forget_weights(self, places: Iterable[int]) -> Tensor | None:
-        """The weights of the tokens of `forget_batch`, (n,): 1 in what is read beside the forget texts; None where none are weighted."""
-        if self.weights is None:
-            return None
-        reads = [(role, i, self.read[role][self._place(role, i)]) for i in places for role in self.method.reads]
-        each = [self.weighed(role, i, np.ones(len(t.scored))) for role, i, t in reads]
-        return torch.as_tensor(np.concatenate(each), dtype=torch.float32, device=self.device)
-
-    def weighed(self, role: str, i: int, values: Floats) -> Floats:
-        """(T,) the values of one text's tokens times its weights; what is read beside the forget texts has none."""
-        return values if self.weights is None or role != "forget" else self.weights[i] * values
-
-    def pieces(self, places: Iterable[int]) -> list[list[int]]:
-        """Examples in groups that go through the model together, and leave their gradients one group after the other."""
-        every, size = [int(i) for i in places], self.micro_batch_size
-        return [every[i : i + size] for i in range(0, len(every), size)]
-
-    @torch.no_grad()
-    def greedy_match(self) -> Floats:
-        """(B,) share of each forget example's tokens that are the model's first choice."""
-        out = np.zeros(len(self.forget))
-        for places, batch in self.batches(self.forget):
-            with self.accelerator.autocast():
-                found = self.likelihood.greedy_matches(batch)
-            out[places] = _means(found.float(), sizes(self.forget, places))
-        return self.workers.sum_array(out)
-
-    def measure(self) -> Measured:
-        """Scores everything that is watched, under the present weights."""
-        return self._measured(self.mean_log_likelihood(self.forget), -self.mean_log_likelihood(self.watch))
-
-    def _measured(self, forget: Floats, watched: Floats) -> Measured:
-        if not (np.isfinite(forget).all() and np.isfinite(watched).all()):
-            bad = np.full(len(forget), np.nan)
-            return Measured(forget, bad, bad, watched, math.nan)
-        exposure = generalized_exposure(-forget, self.reference_scores)
-        rise = (watched.mean() - self.watched_before.mean()) / max(self.watched_before.mean(), 1.0)
-        return Measured(forget, exposure.lower, exposure.upper, watched, float(rise))
-
-    def active(self) -> NDArray[np.int64]:
-        """Indices of the examples that are still to be forgotten."""
-        return np.flatnonzero(self.memorized & (self.now.lower > self.until))
-
-    def in_order(self, round_number: int) -> NDArray[np.int64]:
-        """Those still to be forgotten, in the order in which a round takes them."""
-        return in_order(self.active(), self.emphasis.order, self.difficulty, (self.seed, round_number))
-
-    def objection(self, found: Measured) -> str | None:
-        """Why a state may not be kept, or None."""
-        if not math.isfinite(found.utility):
-            return "not finite"
-        if found.utility > self.budget:
-            return "utility budget"
-        over = (found.upper >= self.significant) & (self.start_state.upper < self.significant)
-        return "over-unlearning" if over.any() else None
-
-    def _place(self, role: str, i: int) -> int:
-        """Where in `read[role]` the example's text stands; of its alternates each has its turn."""
-        if role != "alternate":
-            return i
-        count = len(self.read[role]) // len(self.forget)
-        return i * count + int(self.steps[i]) % count
-
-    # -- reporting
-
-    def verdicts(self, texts: Sequence[str]) -> list[ExampleResult]:
-        """One for each forget example."""
-        greedy = self.greedy_match() if self.steps.any() else self.greedy_before
-        return [
-            ExampleResult(
-                i, texts[i], len(t.scored), float(self.original[i]), float(self.now.forget[i]), float(self.start_state.lower[i]),
-                float(self.now.lower[i]), float(self.now.upper[i]), float(self.greedy_before[i]), float(greedy[i]), int(self.steps[i]),
-                self._verdict(i),
-            )
-            for i, t in enumerate(self.forget)
-        ]  # fmt: skip
-
-    def _verdict(self, i: int) -> str:
-        if self.now.upper[i] >= self.significant > self.start_state.upper[i]:
-            return "over-unlearned"
-        if not self.memorized[i]:
-            return "not memorized"
-        return "forgotten" if self.now.lower[i] <= self.until else "still exposed"
-
-    def utility(self) -> Utility:
-        """What the run has cost the watched text."""
-        before, after = self.watched_before, self.now.watched
-        rng = np.random.default_rng(self.seed)
-        draws = rng.integers(0, len(before), (2000, len(before)))
-        rises = (after[draws].mean(1) - before[draws].mean(1)) / np.maximum(before[draws].mean(1), 1.0)
-        low, high = np.quantile(rises, [0.025, 0.975])
-        return Utility(
-            self.watched_on, len(before), float(before.mean()), float(after.mean()), self.now.utility, (float(low), float(high)),
-            self.budget, self._drift(),
+    greedy_before = scorer.greedy_match(forget)
+    non_members = _non_members(lm, forget, tokens.get("holdout"), config.seed, processes, bar)
+    reads = tokens | {"forget": forget}
+    if "alternates" in method.needs:
+        count = (method.options | options)["alternates"]
+        reads["alternate"], sampled["alternates"] = alternates_of(
+            sampled.get("alternates", []), forget, count, lm.vocabulary, _alternate_sampler(lm, forget, count, config.seed, processes, bar),
         )  # fmt: skip
+    non_member_scores = -scorer.mean_log_likelihood(non_members)
+    utility = evenly_spaced(non_members if retain is None else retain, _UTILITY_TOKENS)
+    source = "retain set" if retain is not None else "holdout" if "holdout" in tokens else "text sampled from the model"
+    utility_nll = -scorer.mean_log_likelihood(utility)
+    texts = Texts(forget, retain, non_members, utility, source)
+    stopping = StoppingRule(
+        forget_scores, non_member_scores, utility_nll,
+        target_exposure=config.target_exposure, utility_budget=config.utility_budget,
+    )  # fmt: skip
 
-    def _drift(self) -> float:
-        """How much less likely the references have become, nats a token: the yardsticks stay where they were, so whoever reads an exposure wants to know."""
-        if not self.steps.any():
-            return 0.0
-        return float((-self.mean_log_likelihood(self.references) - self.reference_scores).mean())
+    ahead = _schedule(config, retain, None).retain_ahead(config.max_steps)
+    reference = Reference()
+    compares = uses_reference(config, method, retain_loss)
+    with reference_likelihood(lm, reference_model if compares else None) as likelihood:
+        if config.token_weights is not None:
+            bar.say("weighing the tokens")
+        weights = token_weights_of(
+            config.token_weights, config.token_share, forget, scorer, likelihood, seed=config.seed
+        )
+        if "reference" in method.needs and method.kind == "vocabulary":
+            reference.forget = cached_states(scorer, likelihood, forget, range(len(forget)), scoring_batch)
+        elif "reference" in method.needs:
+            reference.read_log_likelihoods(scorer, likelihood, method, reads, weights)
+        if retain_loss == "kl" and retain is not None:
+            reference.retain = cached_states(scorer, likelihood, retain, ahead, scoring_batch)
+        if config.order != "random":
+            bar.say("ranking the examples")
+        difficulty = _difficulty(config, texts, scorer, likelihood, micro_batch_size)
+
+    initial_nll = -scorer.mean_log_likelihood(retain) if retain_loss == "hold" and retain is not None else None
+    multiplier = None
+    if method.needs_retain:
+        multiplier = multiplier_of(method.options | options, retain_loss, utility, utility_nll)
+    target = None
+    if method.kind == "hidden":
+        bar.say("reading the hidden states")
+        keeps = retain_loss == "representation"
+        target = RepresentationTarget(
+            scorer, method, options, forget, retain or [], retain_indices=ahead if keeps else (), keeps_retain=keeps,
+            batch_size=2 * config.batch_size, seed=config.seed,
+        )  # fmt: skip
+    schedule = _schedule(config, retain, difficulty)
+    state = LoopState(np.zeros(len(forget), dtype=np.int64), multiplier)
+    first_retain = schedule.retain_indices(0) if retain else []
+    scores = {
+        "forget set": forget_scores,
+        "holdout": non_member_scores,
+        "retain set": utility_nll,
+        "token weights": np.concatenate(weights or [np.empty(0)]),
+        "difficulty": np.empty(0) if difficulty is None else difficulty,
+    } | reference.fingerprint(len(forget), first_retain)
+    return Session(
+        accelerator=accelerator,
+        processes=processes,
+        scorer=scorer,
+        texts=texts,
+        stopping=stopping,
+        schedule=schedule,
+        forget_term=ForgetTerm(
+            lm, method, options, reads, reference=reference, weights=weights, target=target, visits=state.visits
+        ),
+        retain_term=RetainTerm(
+            lm, retain_loss, config.retain_weight if retain_loss else 0.0, retain,
+            initial_nll=initial_nll, reference=reference, target=target, multiplier=multiplier,
+        ),
+        state=state,
+        target=target,
+        greedy_before=greedy_before,
+        sampled=sampled,
+        scores=scores,
+    )  # fmt: skip
 
 
-def sizes(tokens: Sequence[Tokens], places: Iterable[int]) -> list[int]:
-    """Scored tokens of each: known here without asking the card."""
-    return [len(tokens[i].scored) for i in places]
+def uses_reference(config: LoopConfig, method: Method, retain_loss: str | None) -> bool:
+    """Return whether a run reads anything under a reference model."""
+    by_difficulty = config.order != "random" and isinstance(config.difficulty, str) and config.difficulty == "nll"
+    by_weights = isinstance(config.token_weights, str) and config.token_weights == "reference"
+    return "reference" in method.needs or retain_loss == "kl" or by_difficulty or by_weights
 
 
-def _means(values: Tensor, sizes: list[int]) -> Floats:
-    """(B,) means of values (n,), which stand example by example: no atomics, so the same bits every time."""
-    sums = torch.stack([part.sum() for part in values.split(sizes)])
-    means: Floats = sums.double().cpu().numpy() / sizes
-    return means
-
-
-def _within(tokens: list[Tokens], budget: int) -> list[Tokens]:
-    """Evenly spaced sequences whose scored tokens fit the budget, one at least."""
+def evenly_spaced(tokens: list[Tokens], limit: int) -> list[Tokens]:
+    """Return evenly spaced texts whose scored tokens are about `limit`, one text at least."""
     total = sum(len(t.scored) for t in tokens)
-    count = max(1, min(len(tokens), len(tokens) * budget // max(total, 1)))
+    count = max(1, min(len(tokens), len(tokens) * limit // max(total, 1)))
     return tokens if count == len(tokens) else [tokens[i * len(tokens) // count] for i in range(count)]
 
 
-def _accelerator(kind: Any, model: Any) -> Any:
-    """An Accelerator; on a card that has bfloat16, float32 weights compute in it."""
-    from accelerate.state import AcceleratorState
+def _non_members(
+    lm: LanguageModel,
+    forget: list[Tokens],
+    holdout: list[Tokens] | None,
+    seed: int,
+    processes: Processes,
+    bar: Progress,
+) -> list[Tokens]:
+    """Return the holdout, or texts that the main process samples from the model."""
+    if holdout is None:
+        bar.say("sampling text that the model typically writes")
+        own = sample_non_members(lm, forget, seed=seed) if processes.is_main else []
+        non_members = processes.broadcast_objects(own)
+    else:
+        bar.say("scoring the holdout")
+        non_members = holdout
+    require_enough(non_members, holdout=holdout is not None)
+    return non_members
 
-    if AcceleratorState._shared_state:
-        return kind()
-    wide = next(models.unwrapped(model).parameters()).dtype == torch.float32
-    mixed = wide and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return kind(mixed_precision="bf16" if mixed else "no")
+
+def _alternate_sampler(
+    lm: LanguageModel, forget: list[Tokens], count: int, seed: int, processes: Processes, bar: Progress
+) -> Any:
+    def sample() -> list[Tokens]:
+        bar.say("sampling other answers of the model's own")
+        own = sample_alternates(lm, forget, count=count, seed=seed) if processes.is_main else []
+        return processes.broadcast_objects(own)
+
+    return sample
+
+
+def _schedule(config: LoopConfig, retain: Sequence[Tokens] | None, difficulty: Floats | None) -> Schedule:
+    return Schedule(
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        retain_examples=len(retain or ()),
+        order=config.order,
+        difficulty=difficulty,
+        seed=config.seed,
+    )
+
+
+def _difficulty(
+    config: LoopConfig, texts: Texts, scorer: Scorer, reference: Likelihood, batch_size: int
+) -> Floats | None:
+    """Return (B,) difficulties, high = hard, or None where no order asks for them."""
+    if config.order == "random":
+        return None
+    if not isinstance(config.difficulty, str):
+        return check_difficulty(config.difficulty, len(texts.forget))
+    if config.difficulty == "nll":
+        return -scorer.mean_log_likelihood(texts.forget, reference)
+    assert texts.retain is not None
+    step = -(-len(texts.retain) // _CORPUS)
+    own, corpus = (
+        representations(scorer.lm, each, batch_size=batch_size) for each in (texts.forget, texts.retain[::step])
+    )
+    return ksd_difficulty(*own, *corpus)

@@ -1,0 +1,174 @@
+"""The training loop: ascend on memorized examples and stop each at the level of text that was not trained on.
+
+A round takes every active example once (16 optimizer steps at most), then scores the forget set and the utility set. A
+round that breaks the utility budget or drives an example too far is rolled back, and the learning rate halved.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyunlearn.progress import Progress
+from pyunlearn.unlearning.checkpoint import Checkpoint
+from pyunlearn.unlearning.config import LoopConfig
+from pyunlearn.unlearning.interrupt import DeferredInterrupt
+from pyunlearn.unlearning.objectives import finite
+from pyunlearn.unlearning.optimizer import TrainedWeights
+from pyunlearn.unlearning.setup import Session
+from pyunlearn.unlearning.stopping import Measurement
+
+Indices = NDArray[np.int64]
+
+MAX_HALVINGS = 6
+"""Halvings of the learning rate before a run gives up."""
+CHECKPOINT_SECONDS = 300
+
+
+def ascend(
+    session: Session,
+    weights: TrainedWeights,
+    optimizer: Any,
+    config: LoopConfig,
+    checkpoint: Checkpoint,
+    interrupt: DeferredInterrupt,
+    bar: Progress,
+) -> str:
+    """Run rounds until every memorized example is forgotten, a limit is reached, or Ctrl-C.
+
+    The model ends with the best state within the budget; `session.state.history` has one record a step.
+
+    Returns why it ended: one of `Result.stopped`.
+    """
+    state, stopping, schedule = session.state, session.stopping, session.schedule
+    learning_rate = config.learning_rate or 0.0
+    weights.set_learning_rate(learning_rate / 2**state.halvings)
+    rejection_reason: str | None = None
+    last_saved = time.monotonic()
+    snapshot = state.snapshot()
+    try:
+        while state.step < config.max_steps and state.halvings <= MAX_HALVINGS:
+            round_batches = schedule.round_batches(stopping.active, state.round_number, config.max_steps - state.step)
+            if not round_batches:
+                break
+            records: list[dict[str, Any]] = []
+            snapshot = state.snapshot()
+            for forget_indices in round_batches:
+                step = state.step + len(records)
+                started = time.perf_counter()
+                record = optimizer_step(session, optimizer, weights, forget_indices, step, config)
+                state.visits[forget_indices] += 1
+                interrupt.check()
+                records.append({
+                    "step": step + 1,
+                    "round": state.round_number,
+                    "examples": [int(i) for i in forget_indices],
+                    **record,
+                    "learning_rate": learning_rate / 2**state.halvings,
+                    "seconds": time.perf_counter() - started,
+                })  # fmt: skip
+
+            measurement = measure(session)
+            rejection_reason = stopping.rejection_reason(measurement)
+            if rejection_reason is None:
+                weights.accept()
+                stopping.current = measurement
+            else:
+                weights.rollback()
+                state.halvings += 1
+                weights.set_learning_rate(learning_rate / 2**state.halvings)
+                state.restore(snapshot)
+            records[-1] |= _round_record(session, measurement, rejection_reason)
+            state.step, state.round_number = state.step + len(records), state.round_number + 1
+            state.history += records
+            snapshot = state.snapshot()
+            _show(session, bar)
+            if session.processes.is_main and time.monotonic() - last_saved > CHECKPOINT_SECONDS:
+                checkpoint.save(weights, state)
+                last_saved = time.monotonic()
+            interrupt.check()
+    except KeyboardInterrupt:
+        weights.rewind()
+        state.restore(snapshot)
+        if session.processes.is_main:
+            checkpoint.save(weights, state)
+        return "interrupted"
+    if not stopping.memorized.any():
+        return "nothing memorized"
+    if not stopping.active.size:
+        return "forgotten"
+    return rejection_reason if state.halvings > MAX_HALVINGS and rejection_reason else "max_steps"
+
+
+def optimizer_step(
+    session: Session,
+    optimizer: Any,
+    weights: TrainedWeights,
+    forget_indices: Indices,
+    step: int,
+    config: LoopConfig,
+) -> dict[str, float | None]:
+    """Take one optimizer step on some forget examples and the retain examples of step `step`; return its losses."""
+    forget_term, retain_term, schedule = session.forget_term, session.retain_term, session.schedule
+    accelerator, processes = session.accelerator, session.processes
+    # ------------------------------------------------------------------------------------------------
+    optimizer.zero_grad()
+
+    # the forget term, gradients accumulated over micro-batches; before the retain term, so one graph is alive
+    forget_loss = 0.0
+    for micro_batch in schedule.micro_batches(processes.shard(forget_indices)):
+        with accelerator.autocast():
+            loss = forget_term(micro_batch) / len(forget_indices)
+        accelerator.backward(loss)
+        forget_loss += loss.item()
+
+    # the retain term
+    retain_batch, retain_total = None, 0.0
+    if retain_term.active:
+        retain_batch = retain_term.batch(schedule.retain_indices(step))
+        for micro_batch in schedule.micro_batches(processes.shard(retain_batch.indices)):
+            with accelerator.autocast():
+                loss, amount = retain_term(micro_batch, retain_batch)
+            accelerator.backward(loss)
+            retain_total += amount
+
+    # the update: gradients summed over processes, masked, clipped; l1 decays linearly to 0
+    processes.sum_gradients(weights.parameters.values())
+    weights.mask_gradients()
+    gradient_norm = accelerator.clip_grad_norm_(weights.parameters.values(), config.max_grad_norm)
+    optimizer.step()
+    weights.shrink(config.l1 * (1 - step / config.max_steps))
+    weights.restore_masked()
+    # ------------------------------------------------------------------------------------------------
+    losses = {"forget_loss": finite(processes.sum(forget_loss))}
+    losses |= retain_term.report(processes.sum(retain_total), retain_batch)
+    return losses | {"gradient_norm": finite(float(gradient_norm))}
+
+
+def measure(session: Session) -> Measurement:
+    """Score the forget set and the utility set under the present weights."""
+    scorer, texts = session.scorer, session.texts
+    log_likelihood = scorer.mean_log_likelihood(texts.forget)
+    return session.stopping.measurement(log_likelihood, -scorer.mean_log_likelihood(texts.utility))
+
+
+def _round_record(session: Session, measurement: Measurement, rejection_reason: str | None) -> dict[str, Any]:
+    """Return what the history says at the end of a round."""
+    return {
+        "accepted": rejection_reason is None,
+        "rejection_reason": rejection_reason,
+        "active": len(session.stopping.active),
+        "utility_rise": finite(measurement.utility_rise),
+        "mean_log_likelihood": [finite(x) for x in measurement.log_likelihood],
+        "exposure": [finite(x) for x in measurement.exposure],
+    }
+
+
+def _show(session: Session, bar: Progress) -> None:
+    state, stopping = session.state, session.stopping
+    memorized, active = int(stopping.memorized.sum()), len(stopping.active)
+    rise, budget = stopping.current.utility_rise, stopping.utility_budget
+    bar.update(state.step, memorized, active, rise, budget, state.halvings)

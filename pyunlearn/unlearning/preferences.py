@@ -1,0 +1,102 @@
+"""Texts that are read in place of the forget texts: refusals, preferred answers, answers of the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pyunlearn.data import Example, Tokens
+from pyunlearn.errors import ArgumentError, DataError
+from pyunlearn.methods import REFUSALS, Method
+
+
+def substitutes_for(
+    forget: Sequence[Example], method: Method, options: Mapping[str, Any], seed: int
+) -> dict[str, list[Example]]:
+    """Return role ("refusal" or "winner") -> a text for each forget example, where the method reads one.
+
+    Raises ArgumentError for an option `refusals` or `winners` that cannot be; DataError where there is no prompt.
+    """
+    if "refusals" in method.needs:
+        texts = options.get("refusals")
+        texts = REFUSALS if texts is None else texts
+        return {"refusal": with_refusals(forget, texts, seed, alone="forget" not in method.reads)}
+    if "winners" in method.needs:
+        return {"winner": with_winners(forget, options.get("winners"))}
+    return {}
+
+
+def with_refusals(forget: Sequence[Example], texts: Sequence[str], seed: int, *, alone: bool) -> list[Example]:
+    """Return each forget example with one of the texts, drawn at random, in place of its completion.
+
+    Args:
+        forget: the examples.
+        texts: refusals to draw from.
+        seed: of the draw.
+        alone: True where nothing else is trained on.
+
+    Raises ArgumentError unless the texts are a list of some; DataError where, alone, an example has no prompt.
+    """
+    if not texts or not _are_texts(texts):
+        raise ArgumentError(f"refusals must be a list of one text or more, got {texts!r}")
+    for number, example in enumerate(forget, 1):
+        if alone and not example.prompt:
+            raise DataError(
+                f"forget example {number} has no prompt that could be refused: give prompt and completion, or use "
+                "idkdpo"
+            )
+    drawn = np.random.default_rng((seed, 2)).integers(len(texts), size=len(forget))
+    return [_with_completion(example, texts[i]) for example, i in zip(forget, drawn, strict=True)]
+
+
+def with_winners(forget: Sequence[Example], winners: Sequence[str] | None) -> list[Example]:
+    """Return each forget example with its winner in place of its completion: of the list, or else the example's own.
+
+    Raises ArgumentError unless there is one for each.
+    """
+    if winners is not None and (not _are_texts(winners) or len(winners) != len(forget)):
+        got = f"{len(winners)} entries" if _are_texts(winners) else repr(winners)
+        raise ArgumentError(f"winners must be a list of {len(forget)} texts, one for each forget example, got {got}")
+    texts = [example.winner for example in forget] if winners is None else winners
+    for number, text in enumerate(texts, 1):
+        if text is None:
+            raise ArgumentError(
+                f"dpo prefers another answer to each forget text, and forget example {number} has none: give each a "
+                '"winner", pass method_options={"winners": [...]}, or let the model write some with altpo'
+            )
+    return [_with_completion(example, str(text)) for example, text in zip(forget, texts, strict=True)]
+
+
+def alternates_of(
+    stored: Sequence[Any], forget: Sequence[Tokens], count: int, vocabulary: int, sample: Callable[[], list[Tokens]]
+) -> tuple[list[Tokens], list[Any]]:
+    """Return `count` alternates for each forget example, one after the other, and the same as a checkpoint stores them.
+
+    Sampling need not give the same twice, so those of a checkpoint are used where they fit.
+
+    Args:
+        stored: what the checkpoint of an interrupted run holds, or an empty list.
+        forget: the forget texts.
+        count: alternates for each.
+        vocabulary: token ids that the model reads.
+        sample: draws them where there are none.
+    """
+    alternates = [Tokens(tuple(ids), first, decoder and tuple(decoder)) for ids, first, decoder in stored]
+    complete = len(alternates) == count * len(forget)
+    if not alternates or not complete or not all(max(*t.ids, *t.written) < vocabulary for t in alternates):
+        alternates = sample()
+    return alternates, [(list(t.ids), t.first, t.decoder and list(t.decoder)) for t in alternates]
+
+
+def _are_texts(values: Any) -> bool:
+    """Return whether it is a list of texts that are not blank."""
+    return isinstance(values, (list, tuple)) and all(isinstance(x, str) and bool(x.strip()) for x in values)
+
+
+def _with_completion(example: Example, text: str) -> Example:
+    """Return the example with that text in place of its completion."""
+    messages = example.messages and (*example.messages[:-1], example.messages[-1]._replace(content=text))
+    seam = example.completion[: len(example.completion) - len(example.completion.lstrip())]
+    return Example(example.prompt, seam + text.lstrip(), messages or None)

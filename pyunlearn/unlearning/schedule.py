@@ -1,0 +1,93 @@
+"""The schedule: which examples an optimizer step takes, in which order, in which micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyunlearn.errors import ArgumentError
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+STEPS_PER_ROUND = 16
+"""Optimizer steps between two evaluations, at most."""
+
+
+class Schedule:
+    """The order of a run's examples, drawn from its seed: a resumed run takes the same ones.
+
+    Args:
+        batch_size: forget examples in one optimizer step.
+        micro_batch_size: examples that go through the model together; None: all of a step.
+        retain_examples: size of the retain set, 0 without one.
+        order: "random", "easy_first" or "hard_first".
+        difficulty: (B,) high = hard; None for random order.
+        seed: of every shuffle.
+
+    >>> schedule = Schedule(batch_size=2, micro_batch_size=None, retain_examples=3, seed=0)
+    >>> [len(batch) for batch in schedule.round_batches(np.arange(5), round_number=0, steps_left=99)]
+    [2, 2, 1]
+    >>> sorted(schedule.retain_indices(0) + schedule.retain_indices(1))[:3]
+    [0, 1, 2]
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        micro_batch_size: int | None,
+        retain_examples: int,
+        order: str = "random",
+        difficulty: Floats | None = None,
+        seed: int,
+    ) -> None:
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
+        self.retain_examples, self.order, self.difficulty, self.seed = retain_examples, order, difficulty, seed
+
+    def round_batches(self, active: Indices, round_number: int, steps_left: int) -> list[Indices]:
+        """Return the forget examples of each step of a round; a round takes each active example once at most."""
+        ordered = in_order(active, self.order, self.difficulty, (self.seed, round_number))
+        steps = [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
+        return steps[: min(STEPS_PER_ROUND, steps_left)]
+
+    def retain_indices(self, step: int) -> list[int]:
+        """Return the retain examples of a step: an epoch takes each once, shuffled again for the next."""
+        n = self.retain_examples
+        size = min(self.batch_size, n)
+        epoch = np.random.default_rng((self.seed, 1, step * size // n)).permutation(n)
+        return [int(epoch[(step * size + i) % n]) for i in range(size)]
+
+    def retain_ahead(self, max_steps: int) -> list[int]:
+        """Return the retain examples that a run of `max_steps` steps takes, sorted."""
+        if not self.retain_examples:
+            return []
+        one_epoch = -(-self.retain_examples // min(self.batch_size, self.retain_examples))
+        return sorted({i for step in range(min(max_steps, one_epoch)) for i in self.retain_indices(step)})
+
+    def micro_batches(self, indices: Iterable[int]) -> list[list[int]]:
+        """Split a step's examples into groups that go through the model together (gradient accumulation)."""
+        every, size = [int(i) for i in indices], self.micro_batch_size
+        return [every[i : i + size] for i in range(0, len(every), size)]
+
+
+def in_order(active: Indices, order: str, difficulty: Floats | None, seed: tuple[int, ...]) -> Indices:
+    """Return the indices shuffled, or sorted by their difficulty, equals as they stand."""
+    if order == "random" or difficulty is None:
+        return np.random.default_rng(seed).permutation(active)
+    sign = 1.0 if order == "easy_first" else -1.0
+    return active[np.argsort(sign * difficulty[active], kind="stable")]
+
+
+def check_difficulty(values: Any, examples: int) -> Floats:
+    """Return (examples,) difficulties as numbers. Raises ArgumentError unless there is a finite one for each example."""
+    try:
+        difficulty = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        difficulty = np.array(np.nan)
+    if difficulty.shape != (examples,) or not np.isfinite(difficulty).all():
+        raise ArgumentError(f"difficulty must be {examples} numbers, one for each forget example, got {values!r}")
+    return difficulty
