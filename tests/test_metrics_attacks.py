@@ -11,7 +11,6 @@ from scipy import stats
 
 from pyunlearn.metrics import (
     auc,
-    gradient_norm_score,
     lira,
     logit_score,
     loss_score,
@@ -34,7 +33,6 @@ def test_every_score_is_lower_for_a_text_that_is_better_known():
         reference_score(means, [-2.0, -2.0]),
         min_k([known, unknown]),
         min_k_plus_plus([known, unknown], *statistics),
-        gradient_norm_score([[0.1, 0.2], [3.0, 4.0]]),
         logit_score(means),
         lira(means[::-1], np.tile(np.arange(5.0) - 3, (2, 1))),
         lira([-2.0, 1.0], [[1.0, 1.5, 0.5]] * 2, [[-2.0, -1.5, -2.5]] * 2),
@@ -94,12 +92,6 @@ def test_a_certain_token_has_a_least_variance():
     """p = 1: 0 / 0 otherwise; and a nearly certain one does not outweigh all others."""
     assert min_k_plus_plus([0.0, 0.0], [0.0, 0.0], [0.0, 0.0])[0] == 0
     assert min_k_plus_plus([-0.001], [0.0], [1e-12])[0] == pytest.approx(1.0)
-
-
-def test_gradient_norms_count_tensor_by_tensor():
-    """The mean over tensors, or the one norm of each text."""
-    assert gradient_norm_score([[1.0, 3.0], [0.0, 0.0]]).tolist() == [2.0, 0.0]
-    assert gradient_norm_score([1.0, 3.0]).tolist() == [1.0, 3.0]
 
 
 # ---------------------------------------------------------------- LiRA
@@ -180,7 +172,6 @@ def test_lira_finds_members_and_stays_finite_far_out():
             "texts must be a list of 1 strings, one for each log-likelihood, got one string",
         ),
         (lambda: reference_score([-1.0], [1.0, 2.0]), "same texts, got 1 and 2"),
-        (lambda: gradient_norm_score([-1.0]), "norms must be finite and 0 or more"),
         (lambda: logit_score([0.5]), "log_likelihood must be 0 or less, got 0.5: pass the logarithm, not the loss"),
         (lambda: lira([1.0], [[1.0]]), "out_scores must come from two models or more .*with one, use reference_score"),
         (lambda: lira([1.0], [1.0, 2.0]), r"out_scores must have shape \(1, models\), finite or NaN, got shape \(2,\)"),

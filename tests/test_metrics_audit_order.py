@@ -1,6 +1,7 @@
 """The order of an audit: its formula, what it learns, and that it finds more than chance in a model that was partly unlearned."""
 
 import random
+import zlib
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from pyunlearn.data import collate, encode, read_examples
 from pyunlearn.errors import ArgumentError
-from pyunlearn.metrics import audit_order, audit_within, extraction_strength, found_curve, zlib_ratio
+from pyunlearn.metrics import audit_within, extraction_strength
+from pyunlearn.metrics.audit_order import audit_order
 from pyunlearn.models import Likelihood
 
 
@@ -43,7 +45,13 @@ def half_unlearned(seed, count=96):
         optimizer.step()
     strength, now = look()
     texts = [row["question"] + row["answer"] for row in rows]
-    return strength, np.column_stack([now, before, zlib_ratio(texts), [len(t.scored) for t in tokens]])
+    ratio = [len(zlib.compress(text.encode())) / len(text.encode()) for text in texts]
+    return strength, np.column_stack([now, before, ratio, [len(t.scored) for t in tokens]])
+
+
+def found_curve(exposed, order):
+    """(k + 1,) number of exposed examples among the first 0, 1, 2, ... of an order."""
+    return np.concatenate([[0], np.cumsum(np.asarray(exposed)[order])])
 
 
 def area(exposed, order):
@@ -131,12 +139,6 @@ def test_a_budget_is_kept_and_nothing_is_audited_twice(budget, batch, calls):
     np.testing.assert_allclose(found.values, np.sin(found.places))
 
 
-def test_found_curve_counts():
-    """From 0, one more at each exposed example."""
-    assert found_curve([1, 0, 1, 0], [0, 1, 3, 2]).tolist() == [0, 1, 1, 1, 2]
-    assert found_curve([1, 0], []).tolist() == [0]
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -147,7 +149,6 @@ def test_found_curve_counts():
         (lambda x: audit_order(x, [1], [1.0], ridge=0), "above 0"),
         (lambda x: audit_within(lambda p: [1.0], x, 0), "at least 1"),
         (lambda x: audit_within(lambda p: [1.0], x, 3), "3 and 1"),
-        (lambda x: found_curve([True], [1]), "from 0 to 0"),
     ],
 )
 def test_places_and_values_that_do_not_fit_are_refused(call, message):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pyunlearn.metrics import auc, example_epsilon, privleak, privleak_interval, tpr_at_fpr
+from pyunlearn.metrics import auc, privleak, privleak_interval, tpr_at_fpr
 from pyunlearn.metrics.privacy import _areas
 
 few = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=9)
@@ -171,55 +171,6 @@ def test_a_draw_without_privleak_leaves_it_open_above():
     assert np.isnan(privleak_interval([1.0], k, [5.0], k)[1:]).all()
 
 
-# ---------------------------------------------------------------- epsilon
-
-
-def test_epsilon_of_randomised_response_is_its_log_odds():
-    """Scores that tell the truth with probability 3/4: exactly ln 3, by rates that are exact."""
-    unlearned, retrained = np.array([1.0] * 3 + [0.0]), np.array([0.0] * 3 + [1.0])
-    assert example_epsilon(unlearned, retrained)[0] == pytest.approx(math.log(3))
-    assert example_epsilon(-unlearned, -retrained)[0] == pytest.approx(math.log(3))
-    assert example_epsilon(unlearned, retrained, delta=0.25)[0] == pytest.approx(math.log(2))
-    assert example_epsilon(unlearned, unlearned)[0] == 0
-
-
-def by_hand(u, r, delta):
-    """Every threshold, both directions."""
-    best = 0.0
-    for sign in (1, -1):
-        for t in np.concatenate([u, r]):
-            fnr, fpr = np.mean(sign * u > sign * t), np.mean(sign * r <= sign * t)
-            if fnr == fpr == 0:
-                return math.inf
-            if fnr and fpr:
-                for a, b in ((fpr, fnr), (fnr, fpr)):
-                    best = max(best, math.log((1 - delta - a) / b) if 1 - delta - a > 0 else 0)
-    return best
-
-
-@given(few, few, st.sampled_from([0.0, 0.1]))
-def test_epsilon_is_the_best_of_all_thresholds(u, r, delta):
-    """Against loops; infinite where some threshold parts them."""
-    u, r = np.array(u), np.array(r)
-    assert example_epsilon(u, r, delta=delta)[0] == pytest.approx(by_hand(u, r, delta))
-
-
-def test_the_lower_bound_of_epsilon_holds_and_closes_in():
-    """Randomised response, 300 times: above ln 3 in at most 5 %; within a third of it with 10,000 models; 0 where nothing differs, almost always."""
-    rng = np.random.default_rng(0)
-    u = (rng.random((300, 200)) < 0.75).astype(float)
-    r = (rng.random((300, 200)) < 0.25).astype(float)
-    bound = example_epsilon(u, r, confidence=0.95)
-    assert (bound > math.log(3)).mean() <= 0.05
-    assert bound.mean() > 0.5
-    many = (rng.random((2, 10_000)) < np.array([[0.75], [0.25]])).astype(float)
-    assert math.log(3) * 0.9 < example_epsilon(many[0], many[1], confidence=0.95)[0] < math.log(3)
-    alike = rng.normal(size=(2, 100, 60))
-    assert (example_epsilon(alike[0], alike[1], confidence=0.95) > 0).mean() <= 0.05
-    assert example_epsilon(np.zeros(50), np.ones(50), confidence=0.95)[0] < math.log(50)
-    assert example_epsilon(np.zeros(50), np.ones(50))[0] == math.inf
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -236,10 +187,6 @@ def test_the_lower_bound_of_epsilon_holds_and_closes_in():
         (lambda: privleak_interval([1, 2], [], draws=9), "holdout must hold 1 numbers or more, got 0"),
         (lambda: privleak(1.2), "auc must lie from 0 to 1, got 1.2"),
         (lambda: privleak(0.5, 1.0), "auc_retrained must be below 1, got 1: .*never saw it"),
-        (lambda: example_epsilon([[1.0]], [[1.0], [2.0]]), "of the same n examples, got"),
-        (lambda: example_epsilon([1.0], [math.inf]), "must be finite, got NaN or Inf"),
-        (lambda: example_epsilon([1.0], [1.0], delta=1), "delta must be from 0 to below 1, got 1"),
-        (lambda: example_epsilon([1.0], [1.0], confidence=95), "confidence must lie between 0 and 1, got 95"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(call, message):

@@ -1,25 +1,9 @@
 """The metrics: pure functions, numbers in, numbers out."""
 
 from pyunlearn.metrics._skew_normal import SkewNormalFit
-from pyunlearn.metrics.attacks import (
-    gradient_norm_score,
-    lira,
-    logit_score,
-    loss_score,
-    min_k,
-    min_k_plus_plus,
-    reference_score,
-    zlib_score,
-)
-from pyunlearn.metrics.audit_order import Audited, audit_order, audit_within, found_curve
-from pyunlearn.metrics.canaries import (
-    ALPHABETS,
-    Canaries,
-    InsertedCanaries,
-    canary_exposure,
-    insert_canaries,
-    make_canaries,
-)
+from pyunlearn.metrics.attacks import lira, logit_score, loss_score, min_k, min_k_plus_plus, reference_score, zlib_score
+from pyunlearn.metrics.audit_order import Audited, audit_within
+from pyunlearn.metrics.canaries import Canaries, InsertedCanaries, insert_canaries, make_canaries
 from pyunlearn.metrics.confidence import (
     Interval,
     PairedDifference,
@@ -27,19 +11,7 @@ from pyunlearn.metrics.confidence import (
     bootstrap_interval,
     paired_difference,
 )
-from pyunlearn.metrics.difficulty import (
-    GEffect,
-    StepsToForget,
-    difficulty,
-    el2n,
-    entanglement,
-    g_effect,
-    grand,
-    mean_relative_difference,
-    median_steps,
-    steps_to_forget,
-)
-from pyunlearn.metrics.distribution import density_bound, knn_radius, out_of_distribution, zlib_ratio
+from pyunlearn.metrics.distribution import knn_radius, out_of_distribution
 from pyunlearn.metrics.exposure import (
     NULL_MEAN,
     SIGNIFICANT,
@@ -49,26 +21,9 @@ from pyunlearn.metrics.exposure import (
     generalized_exposure,
 )
 from pyunlearn.metrics.exposure_tests import ExposureTest, exposure_null_test, exposure_two_sample_test, reference_drift
-from pyunlearn.metrics.extraction import (
-    GreedyExtraction,
-    VerbatimMatch,
-    extraction_likelihood,
-    extraction_probability,
-    extraction_strength_by_bisection,
-    extraction_strength_by_scan,
-    log_queries_to_extract,
-    rouge_l,
-    verbatim_match,
-)
-from pyunlearn.metrics.memorization import (
-    counterfactual_memorization,
-    discoverable_extraction,
-    exact_memorization,
-    extraction_strength,
-    memorization_accuracy,
-    simplicity,
-)
-from pyunlearn.metrics.privacy import TruePositiveRate, auc, example_epsilon, privleak, privleak_interval, tpr_at_fpr
+from pyunlearn.metrics.extraction import VerbatimMatch, extraction_probability, rouge_l, verbatim_match
+from pyunlearn.metrics.memorization import counterfactual_memorization, exact_memorization, extraction_strength
+from pyunlearn.metrics.privacy import TruePositiveRate, auc, privleak, privleak_interval, tpr_at_fpr
 from pyunlearn.metrics.quality import (
     UTILITY_PARTS,
     AnswerPrior,
@@ -81,22 +36,12 @@ from pyunlearn.metrics.quality import (
     option_probability,
     truth_ratio,
 )
-from pyunlearn.metrics.stein import ksd_difficulty, ksd_ranking, ksd_self, stein_kernel
-from pyunlearn.metrics.utility import (
-    COLLAPSED,
-    bleu,
-    chrf,
-    collapsed,
-    distinct_n,
-    perplexity,
-    repetition,
-    task_accuracy,
-)
+from pyunlearn.metrics.stein import ksd_difficulty
+from pyunlearn.metrics.steps_to_forget import StepsToForget, median_steps, steps_to_forget
+from pyunlearn.metrics.utility import bleu, collapsed, distinct_n, perplexity, repetition
 from pyunlearn.metrics.verdict import Bounds, Verdict, exposure_interval, verdict
 
 __all__ = [
-    "ALPHABETS",
-    "COLLAPSED",
     "NULL_MEAN",
     "SIGNIFICANT",
     "UTILITY_PARTS",
@@ -107,8 +52,6 @@ __all__ = [
     "Exposure",
     "ExposureTest",
     "ForgetQuality",
-    "GEffect",
-    "GreedyExtraction",
     "InsertedCanaries",
     "Interval",
     "PairedDifference",
@@ -121,51 +64,30 @@ __all__ = [
     "aggregate_interval",
     "answer_prior",
     "auc",
-    "audit_order",
     "audit_within",
     "bleu",
     "bootstrap_interval",
     "calibrated_scores",
-    "canary_exposure",
-    "chrf",
     "collapsed",
     "counterfactual_memorization",
-    "density_bound",
-    "difficulty",
-    "discoverable_extraction",
     "distinct_n",
-    "el2n",
-    "entanglement",
     "exact_memorization",
-    "example_epsilon",
     "exposure",
     "exposure_interval",
     "exposure_null_test",
     "exposure_two_sample_test",
-    "extraction_likelihood",
     "extraction_probability",
     "extraction_strength",
-    "extraction_strength_by_bisection",
-    "extraction_strength_by_scan",
     "forget_quality",
-    "found_curve",
-    "g_effect",
     "generalized_exposure",
-    "gradient_norm_score",
-    "grand",
     "insert_canaries",
     "knn_radius",
     "ksd_difficulty",
-    "ksd_ranking",
-    "ksd_self",
     "lira",
-    "log_queries_to_extract",
     "logit_score",
     "loss_score",
     "make_canaries",
-    "mean_relative_difference",
     "median_steps",
-    "memorization_accuracy",
     "min_k",
     "min_k_plus_plus",
     "model_utility",
@@ -180,14 +102,10 @@ __all__ = [
     "reference_score",
     "repetition",
     "rouge_l",
-    "simplicity",
-    "stein_kernel",
     "steps_to_forget",
-    "task_accuracy",
     "tpr_at_fpr",
     "truth_ratio",
     "verbatim_match",
     "verdict",
-    "zlib_ratio",
     "zlib_score",
 ]

@@ -105,23 +105,6 @@ def min_k_plus_plus(
     return np.array([_lowest(x, k) for x in z])
 
 
-def gradient_norm_score(norms: ArrayLike) -> Floats:
-    """Mean over the parameters of ||gradient of the negative log-likelihood||, (n,), 0 and up: GradNorm, as open-unlearning has it.
-
-    A text at a minimum that training reached has a small gradient. The norms of large and small tensors count alike.
-
-    Args:
-        norms: (n, P), one for each text and parameter tensor; or (n,) of the whole gradient.
-
-    Raises:
-        ArgumentError: a negative norm or one that is not finite.
-    """
-    x = np.asarray(norms, dtype=np.float64)
-    if x.ndim not in (1, 2) or not np.isfinite(x).all() or (x < 0).any():
-        raise ArgumentError(f"norms must be finite and 0 or more, of shape (n,) or (n, P), got shape {x.shape}")
-    return x if x.ndim == 1 else x.mean(1)
-
-
 def logit_score(log_likelihood: ArrayLike) -> Floats:
     """ln((1 - p) / p), (n,), p = exp(log_likelihood): LiRA's statistic, nearly normal over shadow models, where the loss is skewed (arXiv 2112.03570).
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.metrics._arrays import Booleans, Floats, Integers, finite, same_length
+from pyunlearn.metrics._arrays import Floats, Integers, finite, same_length
 
 
 class Audited(NamedTuple):
@@ -96,23 +96,3 @@ def audit_within(
         places += chosen
         values += found.tolist()
     return Audited(np.array(places), np.array(values))
-
-
-def found_curve(exposed: ArrayLike, places: ArrayLike) -> Integers:
-    """How many exposed examples have been found after 0, 1, 2, ... audits in an order.
-
-    Args:
-        exposed: (n,) true where an example is exposed, known afterwards.
-        places: (k,) the order.
-
-    Returns:
-        (k + 1,), rising from 0. High = a good order; its mean over that of the best order is 1 at most.
-
-    Raises:
-        ArgumentError: a place that does not exist.
-    """
-    truth: Booleans = np.asarray(exposed, dtype=np.bool_)
-    order = np.asarray(places, dtype=np.int64)
-    if (order < 0).any() or (order >= truth.size).any():
-        raise ArgumentError(f"places must be from 0 to {truth.size - 1}, and are {order.tolist()}.")
-    return np.concatenate([[0], np.cumsum(truth[order])])

@@ -12,12 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from pyunlearn.errors import ArgumentError, nearest
-from pyunlearn.metrics._check import numbers
-from pyunlearn.metrics.exposure import Exposure, exposure
 
 ALPHABETS: Mapping[str, str] = {
     "digits": string.digits,
@@ -147,36 +142,6 @@ def insert_canaries(
         if owner[j] >= 0:
             positions[owner[j]].append(place)
     return InsertedCanaries([texts[j] if owner[j] < 0 else secrets[owner[j]] for j in order], positions)
-
-
-def canary_exposure(
-    canaries: Canaries, secret_scores: ArrayLike, reference_scores: ArrayLike, method: str = "rank"
-) -> Exposure:
-    """The exposure of each inserted secret among the references of its format, in bits; see `exposure`.
-
-    Never more than log2 of the space: a fitted law that says more is cut there. The Secret Sharer's score is the *sum* of the negative
-    log-likelihoods of what follows the prefix: secrets of one format may have different numbers of tokens.
-
-    Args:
-        canaries: from make_canaries.
-        secret_scores: (secrets,), low where a secret is likely.
-        reference_scores: (references,).
-        method: "rank", at most log2(references + 1); "sampling"; or "skewnorm", which goes on beyond it.
-
-    Returns:
-        Exposure(lower, upper, extrapolated, fit); `lower` is the exposure.
-
-    Raises:
-        ArgumentError: numbers of scores that are not those of the canaries; as exposure.
-    """
-    s, r = numbers("secret_scores", secret_scores), numbers("reference_scores", reference_scores)
-    if (len(s), len(r)) != (len(canaries.secrets), len(canaries.references)):
-        raise ArgumentError(
-            f"canary_exposure takes {len(canaries.secrets)} secret and {len(canaries.references)} reference scores, one for each canary, got {len(s)} and {len(r)}"
-        )
-    found = exposure(s, r, method)
-    most = canaries.space_bits
-    return found._replace(lower=np.minimum(found.lower, most), upper=np.minimum(found.upper, most))
 
 
 class _Part(NamedTuple):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.spatial.distance import cdist
@@ -43,63 +40,6 @@ def knn_radius(examples: ArrayLike, corpus: ArrayLike, *, neighbours: int = 10, 
     return np.concatenate(parts)
 
 
-def density_bound(
-    examples: ArrayLike, corpus: ArrayLike, *, radius: float, length_scale: float, noise: float = 0.1
-) -> Floats:
-    """An upper bound of how little a Gaussian process that saw the corpus would know at each example, as a share of its prior.
-
-        1 - k(rho)^2 / (k(0) (k(0) + noise^2 / |B|)),    k(r) = exp(-r^2 / (2 length_scale^2)),  k(0) = 1
-
-    |B| is how many of the corpus lie within the radius rho; where none do, 1.
-
-    Args:
-        examples, corpus: (n, D) and (m, D) representations by the same model.
-        radius: rho; the median of `knn_radius` of held-out text is a start.
-        length_scale: of the kernel, in the same unit.
-        noise: standard deviation of an observation, in units of the prior's.
-
-    Returns:
-        (n,), 0 to 1. High = out of distribution. A bound on the posterior variance, not the variance: loose where rho is large against
-        length_scale.
-
-    Raises:
-        ArgumentError: widths that differ, values that are not finite, a radius, length scale or noise that is not above 0.
-
-    Source: Lederer et al. 2020, arXiv 2005.12062, and its companion on posterior variance; derived anew by conditioning on the mean
-    of the |B| observations.
-    """
-    x, y = _points(examples, corpus)
-    if not (radius > 0 and length_scale > 0 and noise > 0):
-        raise ArgumentError(
-            f"radius, length_scale and noise must be above 0, and are {radius}, {length_scale} and {noise}."
-        )
-    step = max(1, _CHUNK // y.shape[0])
-    near = np.concatenate([(cdist(x[i : i + step], y) <= radius).sum(axis=1) for i in range(0, x.shape[0], step)])
-    at_radius = np.exp(-((radius / length_scale) ** 2))  # k(rho)^2
-    return np.where(near == 0, 1.0, 1 - at_radius / (1 + noise**2 / np.maximum(near, 1)))
-
-
-def zlib_ratio(texts: Sequence[str]) -> Floats:
-    """Compressed over plain size of each text, in UTF-8 bytes: how little of it repeats itself.
-
-    Args:
-        texts: n texts, none empty.
-
-    Returns:
-        (n,), above 0. High = dense and irregular, as random strings are; low = repetitive. zlib's own 8 bytes or more make texts of a few
-        words exceed 1: compare texts of like length.
-
-    Raises:
-        ArgumentError: an empty text.
-
-    Source: the zlib term of Carlini et al. 2021, arXiv 2012.07805, by itself.
-    """
-    plain = [text.encode() for text in texts]
-    if not plain or not all(plain):
-        raise ArgumentError("texts must be one or more, none of them empty.")
-    return np.array([len(zlib.compress(text)) / len(text) for text in plain])
-
-
 def out_of_distribution(scores: ArrayLike, held_out_scores: ArrayLike, *, quantile: float = 0.95) -> Booleans:
     """Whether each example lies further out than a share `quantile` of held-out text of the training distribution does.
 
@@ -108,7 +48,7 @@ def out_of_distribution(scores: ArrayLike, held_out_scores: ArrayLike, *, quanti
     Held-out text must not have been trained on: text that was lies nearer, and too many examples would come out as OOD.
 
     Args:
-        scores: (n,) high = far out: `knn_radius`, `density_bound`, or the NLL under a model without the example.
+        scores: (n,) high = far out: `knn_radius`, or the NLL under a model without the example.
         held_out_scores: (m,) the same score of held-out text, at least 1 / (1 - quantile) of it.
         quantile: above 0 and below 1; so 1 - quantile of in-distribution text is called OOD by mistake.
 

@@ -195,66 +195,6 @@ def privleak_interval(
     return Interval(estimate, low, high)
 
 
-def example_epsilon(
-    unlearned: ArrayLike, retrained: ArrayLike, *, delta: float = 0.0, confidence: float | None = None
-) -> Floats:
-    """The epsilon of (epsilon, delta)-unlearning that attacks show for each example, (n,), nats; 0 and up, high = not unlearned.
-
-        max over thresholds, in both directions, of max(ln((1 - delta - FPR) / FNR), ln((1 - delta - FNR) / FPR))
-
-    FPR and FNR are the error rates of "this model was unlearned, not retrained" by the example's score, over models of different seeds (Triantafillou
-    et al. 2024, arXiv 2406.09073, the metric of the NeurIPS 2023 challenge). A threshold where one rate is 0 is left out; where both are, epsilon is
-    infinite. So the plain estimate of few models is infinite where they happen to separate, and above 0 by chance where nothing differs.
-    `confidence` mends both: the rates become Clopper-Pearson upper limits, shared out over all thresholds, both rates and both directions, and
-    the result a lower bound of epsilon that holds with that probability; never above about ln N.
-
-    Args:
-        unlearned: (N,) scores of one example under N unlearned models, or (n, N).
-        retrained: (M,) under M retrained models, or (n, M).
-        delta: from 0 to below 1.
-        confidence: between 0 and 1; None for the plain rates.
-
-    Raises:
-        ArgumentError: shapes that do not fit, a score that is not finite, a delta outside [0, 1).
-    """
-    u, r = (np.atleast_2d(np.asarray(x, dtype=np.float64)) for x in (unlearned, retrained))
-    if u.ndim != 2 or r.ndim != 2 or len(u) != len(r) or 0 in (*u.shape, *r.shape):
-        raise ArgumentError(
-            f"unlearned and retrained must have shape (models,) or (n, models) of the same n examples, got {u.shape} and {r.shape}"
-        )
-    if not (np.isfinite(u).all() and np.isfinite(r).all()):
-        raise ArgumentError("unlearned and retrained must be finite, got NaN or Inf")
-    if not 0 <= delta < 1:
-        raise ArgumentError(f"delta must be from 0 to below 1, got {delta!r}")
-    if confidence is not None:
-        between("confidence", confidence, 0, 1)
-    return np.array(
-        [max(_epsilon(a, b, delta, confidence), _epsilon(-a, -b, delta, confidence)) for a, b in zip(u, r, strict=True)]
-    )
-
-
-def _epsilon(u: Floats, r: Floats, delta: float, confidence: float | None) -> float:
-    """Of the attack that calls scores up to a threshold unlearned."""
-    thresholds = np.unique(np.concatenate([u, r]))
-    false_negatives = (u[:, None] > thresholds).sum(0)
-    false_positives = (r[:, None] <= thresholds).sum(0)
-    if confidence is None:
-        fnr, fpr = false_negatives / u.size, false_positives / r.size
-        if ((fnr == 0) & (fpr == 0)).any():
-            return np.inf
-        kept = (fnr > 0) & (fpr > 0)
-        fnr, fpr = fnr[kept], fpr[kept]
-    else:
-        each = 1 - (1 - confidence) / (
-            2 * thresholds.size
-        )  # two directions, two rates: a quarter of it in each upper tail
-        fnr = clopper_pearson(false_negatives, u.size, each)[1]
-        fpr = clopper_pearson(false_positives, r.size, each)[1]
-    with np.errstate(divide="ignore"):  # nothing left above: ln 0, which is no evidence
-        bounds = [np.log(np.maximum(1 - delta - a, 0)) - np.log(b) for a, b in ((fpr, fnr), (fnr, fpr))]
-    return float(max(0.0, *(b.max(initial=0.0) for b in bounds)))
-
-
 def _areas(
     forget: Floats, holdout: Floats, forget_times: NDArray[np.int64], holdout_times: NDArray[np.int64]
 ) -> Floats:

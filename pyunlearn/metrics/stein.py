@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.metrics._arrays import Floats, Integers, finite
+from pyunlearn.metrics._arrays import Floats, finite
 
 
 def stein_kernel(
@@ -44,27 +44,6 @@ def stein_kernel(
     return np.exp(-squared / (2 * bandwidth)) * (s @ t.T + along / bandwidth + trace)
 
 
-def ksd_self(scores: ArrayLike, *, bandwidth: float) -> Floats:
-    """Each example's kernel with itself: kappa(z, z) = ||s||^2 + p / sigma.
-
-    Args:
-        scores: (n, p) Stein scores.
-        bandwidth: sigma.
-
-    Returns:
-        (n,), above 0. High = badly fitted. With this kernel it ranks by the norm of the score alone, whatever the bandwidth.
-
-    Raises:
-        ArgumentError: scores that are not finite, a bandwidth that is not above 0.
-
-    Source: the data-debugging rank of arXiv 2403.15576.
-    """
-    s = finite(scores, "scores", dimensions=2)
-    if not bandwidth > 0:
-        raise ArgumentError(f"bandwidth must be above 0, and is {bandwidth}.")
-    return np.asarray((s**2).sum(axis=1) + s.shape[1] / bandwidth)
-
-
 def ksd_difficulty(
     points: ArrayLike, scores: ArrayLike, corpus_points: ArrayLike, corpus_scores: ArrayLike, *,
     bandwidth: float | None = None,
@@ -97,15 +76,6 @@ def ksd_difficulty(
         for i in range(0, len(z), step)
     ]
     return np.concatenate(parts)
-
-
-def ksd_ranking(difficulties: ArrayLike) -> Integers:
-    """The examples' places, the most supported (hardest) first; equals stay in order. (n,) from `ksd_difficulty` or `ksd_self`.
-
-    Raises:
-        ArgumentError: values that are not finite.
-    """
-    return np.argsort(-finite(difficulties, "difficulties", dimensions=1), kind="stable")
 
 
 def _pair(points: ArrayLike, scores: ArrayLike, name: str, other: str) -> tuple[Floats, Floats]:

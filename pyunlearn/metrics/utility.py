@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ from numpy.typing import ArrayLike
 
 from pyunlearn.errors import ArgumentError, DependencyError
 from pyunlearn.metrics._arrays import log_likelihoods, same_length
-from pyunlearn.metrics.extraction import n_grams
 
 COLLAPSED = 0.5
 """Share of repeated 4-grams above which a text counts as collapsed. Human text has about 0.006 in the source's table; sampled text comes near it."""
@@ -61,23 +60,6 @@ def bleu(written: Sequence[str], truth: Sequence[str | Sequence[str]]) -> float:
     return float(_sacrebleu("bleu").corpus_bleu(list(written), _streams(written, truth)).score)
 
 
-def chrf(written: Sequence[str], truth: Sequence[str | Sequence[str]]) -> float:
-    """Corpus chrF (character 6-grams, beta 2) of what a model wrote, by sacrebleu. It needs no word boundaries.
-
-    Args:
-        written, truth: as in `bleu`.
-
-    Returns:
-        0 to 100. High = like the truth. With an interval: `aggregate_interval(chrf, written, truth)`.
-
-    Raises:
-        ArgumentError, DependencyError: as `bleu`.
-
-    Source: Popovic 2015; sacrebleu, arXiv 1804.08771.
-    """
-    return float(_sacrebleu("chrf").corpus_chrf(list(written), _streams(written, truth)).score)
-
-
 def _sacrebleu(name: str) -> Any:
     try:
         import sacrebleu
@@ -95,6 +77,13 @@ def _streams(written: Sequence[str], truth: Sequence[str | Sequence[str]]) -> li
     if not every or not all(every):
         raise ArgumentError("truth must have at least one reference for each of one or more texts.")
     return [[t[k] if k < len(t) else None for t in every] for k in range(max(map(len, every)))]
+
+
+def n_grams(tokens: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
+    """Every run of n tokens, in order, as often as it stands there. Raises ArgumentError when n is below 1."""
+    if n < 1:
+        raise ArgumentError(f"n must be at least 1 token, and is {n}.")
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
 def distinct_n(tokens: Sequence[Hashable], *, n: int = 4) -> float:
@@ -153,51 +142,3 @@ def collapsed(tokens: Sequence[Hashable], *, n: int = 4, threshold: float = COLL
     Source: the measure from arXiv 1908.04319 (its numbers as remembered); the threshold is ours.
     """
     return repetition(tokens, n=n) > threshold
-
-
-def task_accuracy(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    metric: str = "acc",
-    limit: int | None = None,
-    batch_size: int = 8,
-    **options: Any,
-) -> dict[str, float]:
-    """Accuracy on benchmark tasks, by EleutherAI's lm-evaluation-harness.
-
-    Args:
-        model, tokenizer: a transformers causal language model and its tokenizer.
-        tasks: names that the harness knows ("arc_easy", "hellaswag"). It fetches their data on first use.
-        metric: "acc", or another that the tasks report, as "acc_norm".
-        limit: examples of each task; None for all.
-        batch_size: sequences in a forward pass.
-        options: passed on to lm_eval.simple_evaluate (num_fewshot, task_manager, ...).
-
-    Returns:
-        The accuracy of each task, 0 to 1. High = good.
-
-    Raises:
-        ArgumentError: a task that does not report the metric; the error lists what it reports.
-        DependencyError: lm-eval is not installed.
-    """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise DependencyError(
-            "task_accuracy needs lm-evaluation-harness, which is not installed: pip install 'lm-eval[hf]'."
-        ) from error
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    results = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, **options)["results"]
-    return {task: _accuracy(results.get(task, {}), task, metric) for task in tasks}
-
-
-def _accuracy(found: Mapping[str, Any], task: str, metric: str) -> float:
-    """The value under "metric,filter", whatever the filter."""
-    for key, value in found.items():
-        if key.partition(",")[0] == metric:
-            return float(value)
-    names = sorted({key.partition(",")[0] for key in found if "," in key and "stderr" not in key})
-    raise ArgumentError(f"task {task!r} reports no {metric!r}; it has {', '.join(names) or 'no metric at all'}.")
