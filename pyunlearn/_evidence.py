@@ -208,7 +208,7 @@ class Evidence:
         texts = [e.completion for e in (self.examples if role == "forget" else self.holdout)]
         found = {
             "loss": metrics.loss_score(forced.mean_log_likelihood), "zlib": metrics.zlib_score(forced.mean_log_likelihood, texts),
-            "min_k": metrics.min_k(log_likelihood, k=_K), "min_k_plus_plus": metrics.min_k_plus_plus(log_likelihood, entropy, variance, k=_K),
+            "min_k": metrics.min_k_score(log_likelihood, k=_K), "min_k_plus_plus": metrics.min_k_plus_plus_score(log_likelihood, entropy, variance, k=_K),
         }  # fmt: skip
         if self.retrained is not None and asked is not self.retrained:
             base = self.retrained.forced[role].mean_log_likelihood

@@ -1,7 +1,31 @@
-"""The metrics: pure functions, numbers in, numbers out."""
+"""Metrics: pure functions of arrays, numbers in, numbers out.
+
+One law for names and directions. A suffix or word stands for one direction in the whole package:
+
+- `*_score`, `*_scores` and every argument of that name: LOW where the model finds a text likely, so low = more likely
+  a member of the training set. Attacks (`loss_score`, `zlib_score`, `reference_score`, `min_k_score`,
+  `min_k_plus_plus_score`, `logit_score`, `lira_score`), exposures, `auc` and `tpr_at_fpr` all read scores this way.
+  For scores of other code, where high means member, `auc`, `tpr_at_fpr`, `privleak_interval` and `lira_score` take
+  `members="high"`.
+- `*exposure*`, `*memorization`, `*extraction*`, `verbatim_match`, `rouge_l`, `auc`, `tpr_at_fpr`: HIGH = memorized.
+- `*_difficulty`, `*steps*`: HIGH = hard to unlearn.
+- `*_quality`, `*_utility`: HIGH = good. `perplexity`, `repetition`: HIGH = bad.
+- `*_difference`, `*_drift`: after minus before; 0 = nothing changed.
+- `*_test`: a statistic and a p-value; LOW statistic, HIGH p-value = no difference seen.
+- `*_interval`: the estimate with the ends of its confidence interval.
+- `log_likelihood`: nats, 0 or less, HIGH = likely. Exposures are in bits.
+"""
 
 from pyunlearn.metrics._skew_normal import SkewNormalFit
-from pyunlearn.metrics.attacks import lira, logit_score, loss_score, min_k, min_k_plus_plus, reference_score, zlib_score
+from pyunlearn.metrics.attacks import (
+    lira_score,
+    logit_score,
+    loss_score,
+    min_k_plus_plus_score,
+    min_k_score,
+    reference_score,
+    zlib_score,
+)
 from pyunlearn.metrics.audit_order import Audited, audit_within
 from pyunlearn.metrics.canaries import Canaries, InsertedCanaries, insert_canaries, make_canaries
 from pyunlearn.metrics.confidence import (
@@ -83,13 +107,13 @@ __all__ = [
     "insert_canaries",
     "knn_radius",
     "ksd_difficulty",
-    "lira",
+    "lira_score",
     "logit_score",
     "loss_score",
     "make_canaries",
     "median_steps",
-    "min_k",
-    "min_k_plus_plus",
+    "min_k_plus_plus_score",
+    "min_k_score",
     "model_utility",
     "model_utility_interval",
     "option_probability",

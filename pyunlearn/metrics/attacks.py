@@ -57,7 +57,7 @@ def reference_score(log_likelihood: ArrayLike, reference_log_likelihood: ArrayLi
     return base - x
 
 
-def min_k(log_likelihoods: Sequence[ArrayLike] | ArrayLike, k: float = 0.2) -> Floats:
+def min_k_score(log_likelihoods: Sequence[ArrayLike] | ArrayLike, k: float = 0.2) -> Floats:
     """-mean of the lowest k of a text's token log-likelihoods, (n,), nats; 0 and up: Min-K% (Shi et al. 2023, arXiv 2310.16789).
 
     The lowest max(1, floor(k T)) of T tokens. k is 0.2 in the paper and 0.4 in MUSE and TOFU. floor is taken of the product as written: 0.29 of
@@ -73,7 +73,7 @@ def min_k(log_likelihoods: Sequence[ArrayLike] | ArrayLike, k: float = 0.2) -> F
     return np.array([_lowest(x, k) for x in texts_of_tokens("log_likelihoods", log_likelihoods)])
 
 
-def min_k_plus_plus(
+def min_k_plus_plus_score(
     log_likelihoods: Sequence[ArrayLike] | ArrayLike,
     entropy: Sequence[ArrayLike] | ArrayLike,
     variance: Sequence[ArrayLike] | ArrayLike,
@@ -90,7 +90,7 @@ def min_k_plus_plus(
         k: share of the tokens, above 0 and at most 1; the lowest max(1, floor(k T)).
 
     Raises:
-        ArgumentError: as min_k; numbers of tokens that differ; a negative variance.
+        ArgumentError: as min_k_score; numbers of tokens that differ; a negative variance.
     """
     names = ("log_likelihoods", "entropy", "variance")
     tables = [texts_of_tokens(n, v) for n, v in zip(names, (log_likelihoods, entropy, variance), strict=True)]
@@ -120,7 +120,7 @@ def logit_score(log_likelihood: ArrayLike) -> Floats:
     return np.log(-np.expm1(x)) - x
 
 
-def lira(
+def lira_score(
     scores: ArrayLike,
     out_scores: ArrayLike,
     in_scores: ArrayLike | None = None,

@@ -110,7 +110,7 @@ def privleak(auc: float, auc_retrained: float = 0.5) -> float:
 
     Trap: MUSE's area is that of the forget set being the *less* exposed, one minus ours (1 = given away) and minus most people's. About 0 = as
     retrained; -100 = under-unlearned (auc 1); above 0 = over-unlearned, up to 100 auc_retrained / (1 - auc_retrained), 100 at 0.5. MUSE's attack
-    is min_k with k = 0.4.
+    is min_k_score with k = 0.4.
 
     `privleak_interval` takes the scores themselves and gives an interval with it.
 
