@@ -27,8 +27,8 @@ from pyunlearn.metrics import (
     auc,
     exposure_null_test,
     generalized_exposure,
+    non_member_drift,
     paired_difference,
-    reference_drift,
     verdict,
 )
 from pyunlearn.metrics._binomial import clopper_pearson
@@ -58,7 +58,7 @@ class Evidence:
 
     def audit(self) -> Audit:
         """Everything."""
-        found = verdict(self.scores_before, self.scores, self.reference_scores, until=self.until)
+        found = verdict(self.scores_before, self.scores, self.reference_scores, target_exposure=self.until)
         now, before = self._measures(self.now), None if self.before is None else self._measures(self.before)
         audited = []
         for i, e in enumerate(self.examples):
@@ -139,7 +139,7 @@ class Evidence:
         drift = None
         if self.before is not None:
             after = -self.now.forced["references"].mean_log_likelihood
-            drift = reference_drift(self.reference_scores, after, seed=self.seed)
+            drift = non_member_drift(self.reference_scores, after, seed=self.seed)
         source = (
             "holdout"
             if self.holdout

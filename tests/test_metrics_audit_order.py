@@ -69,8 +69,8 @@ def test_it_finds_more_than_chance_in_a_model_that_was_partly_unlearned():
         audited = audit_within(lambda places, s=strength: s[places], features, len(strength))
         rng = np.random.default_rng(seed)
         chance = np.mean([area(exposed, rng.permutation(len(exposed))) for _ in range(200)])
-        found.append(area(exposed, audited.places))
-        early.append(found_curve(exposed, audited.places)[len(exposed) // 4] / exposed.sum())
+        found.append(area(exposed, audited.indices))
+        early.append(found_curve(exposed, audited.indices)[len(exposed) // 4] / exposed.sum())
         assert found[-1] > chance + 0.1
     assert np.mean(found) > 0.75
     assert np.mean(early) > 0.5
@@ -84,7 +84,7 @@ def test_it_learns_what_the_prior_has_wrong():
         values = features[:, 2] + 0.3 * np.random.default_rng(seed + 50).normal(size=200)
         exposed = values > np.quantile(values, 0.8)
         audited = audit_within(lambda places, v=values: v[places], features, 200)
-        areas.append((area(exposed, audited.places), area(exposed, np.argsort(features[:, 0]))))
+        areas.append((area(exposed, audited.indices), area(exposed, np.argsort(features[:, 0]))))
     learned, prior = np.mean(areas, axis=0)
     assert learned > 0.85
     assert prior < 0.65
@@ -135,8 +135,8 @@ def test_a_budget_is_kept_and_nothing_is_audited_twice(budget, batch, calls):
 
     found = audit_within(measure, np.random.default_rng(2).normal(size=(12, 2)), budget, batch=batch)
     assert asked == calls
-    assert len(set(found.places.tolist())) == len(found.places) == min(budget, 12)
-    np.testing.assert_allclose(found.values, np.sin(found.places))
+    assert len(set(found.indices.tolist())) == len(found.indices) == min(budget, 12)
+    np.testing.assert_allclose(found.values, np.sin(found.indices))
 
 
 @pytest.mark.parametrize(

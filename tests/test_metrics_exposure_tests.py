@@ -11,7 +11,7 @@ from pyunlearn.metrics import (
     exposure_null_test,
     exposure_two_sample_test,
     generalized_exposure,
-    reference_drift,
+    non_member_drift,
 )
 
 
@@ -69,13 +69,13 @@ def test_extrapolated_exposures_count_as_the_largest_and_others_must_fit_m():
     e = np.array([6.0, 2.0, 0.0, 1.0])
     beyond = np.array([30.0, 2.0, 0.0, 1.0])
     assert exposure_null_test(beyond, 63)[:2] == exposure_null_test(e, 63)[:2]
-    with pytest.raises(ValueError, match="must be those of 63 references"):
+    with pytest.raises(ValueError, match="must be those of 63 non_members"):
         exposure_null_test([1.4427], 63)
-    with pytest.raises(ValueError, match="must be those of 63 references"):
+    with pytest.raises(ValueError, match="must be those of 63 non_members"):
         exposure_null_test([-0.1], 63)
     with pytest.raises(ValueError, match="exposures must hold 1 numbers or more, got 0"):
         exposure_null_test([], 63)
-    with pytest.raises(ValueError, match="references must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="non_members must be 1 or more, got 0"):
         exposure_null_test([1.0], 0)
 
 
@@ -126,8 +126,8 @@ def test_the_drift_is_the_mean_rise_of_the_references_with_an_interval_that_cove
     for i in range(400):
         before = rng.gamma(4, size=40)
         after = before + rng.normal(0.1, 0.5, size=40)
-        drift = reference_drift(before, after, confidence=0.9, seed=i)
+        drift = non_member_drift(before, after, confidence=0.9, seed=i)
         assert drift.estimate == pytest.approx((after - before).mean())
         held += drift.low <= 0.1 <= drift.high
     assert held / 400 == pytest.approx(0.89, abs=0.05)
-    assert reference_drift([1.0, 2.0], [1.0, 2.0]) == (0, 0, 0)
+    assert non_member_drift([1.0, 2.0], [1.0, 2.0]) == (0, 0, 0)

@@ -43,18 +43,18 @@ def test_a_text_near_the_threshold_is_not_certain():
 
 
 @given(st.lists(st.tuples(st.floats(-30, 130), st.floats(-30, 130)), min_size=1, max_size=30), st.floats(0, 5))
-def test_verdicts_agree_with_the_loop_s(pairs, until):
+def test_verdicts_agree_with_the_loop_s(pairs, target_exposure):
     """The rules written out once more, text by text."""
     before, after = np.array(pairs).T
     b, a = generalized_exposure(before, REFERENCES), generalized_exposure(after, REFERENCES)
-    found = verdict(before, after, REFERENCES, until=until)
+    found = verdict(before, after, REFERENCES, target_exposure=target_exposure)
     for i, name in enumerate(found.verdict):
         if a.upper[i] >= SIGNIFICANT - 1e-9 > b.upper[i]:
             assert name == "over-unlearned"
         elif b.lower[i] < SIGNIFICANT - 1e-9:
             assert name == "not memorized"
         else:
-            assert name == ("forgotten" if a.lower[i] <= until else "still exposed")
+            assert name == ("forgotten" if a.lower[i] <= target_exposure else "still exposed")
     assert (found.low <= found.high).all()
 
 
@@ -94,7 +94,7 @@ def test_no_reference_can_say_how_exposed_the_likeliest_text_is():
     ("arguments", "options", "message"),
     [
         (([1.0, 2.0], [1.0], [1.0]), {}, "of the same texts, got 2 and 1"),
-        (([1.0], [1.0], [1.0]), {"until": -1}, "until must be 0 bits or more, got -1"),
+        (([1.0], [1.0], [1.0]), {"target_exposure": -1}, "target_exposure must be 0 bits or more, got -1"),
         (([1.0], [1.0], [1.0]), {"confidence": 95}, "confidence must lie between 0 and 1, got 95"),
         (([1.0], [math.nan], [1.0]), {}, "finite scores"),
         (([1.0], [1.0], []), {}, "at least one reference score"),

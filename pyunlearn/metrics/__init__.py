@@ -44,7 +44,12 @@ from pyunlearn.metrics.exposure import (
     exposure,
     generalized_exposure,
 )
-from pyunlearn.metrics.exposure_tests import ExposureTest, exposure_null_test, exposure_two_sample_test, reference_drift
+from pyunlearn.metrics.exposure_tests import (
+    ExposureTest,
+    exposure_null_test,
+    exposure_two_sample_test,
+    non_member_drift,
+)
 from pyunlearn.metrics.extraction import VerbatimMatch, extraction_probability, rouge_l, verbatim_match
 from pyunlearn.metrics.memorization import counterfactual_memorization, exact_memorization, extraction_strength
 from pyunlearn.metrics.privacy import TruePositiveRate, auc, privleak, privleak_interval, tpr_at_fpr
@@ -116,13 +121,13 @@ __all__ = [
     "min_k_score",
     "model_utility",
     "model_utility_interval",
+    "non_member_drift",
     "option_probability",
     "out_of_distribution",
     "paired_difference",
     "perplexity",
     "privleak",
     "privleak_interval",
-    "reference_drift",
     "reference_score",
     "repetition",
     "rouge_l",

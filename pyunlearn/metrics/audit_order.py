@@ -15,7 +15,7 @@ from pyunlearn.metrics._arrays import Floats, Integers, finite, same_length
 class Audited(NamedTuple):
     """What a budget bought."""
 
-    places: Integers
+    indices: Integers
     """(budget,) the examples, in the order in which they were audited."""
     values: Floats
     """(budget,) what the measurement gave for each."""

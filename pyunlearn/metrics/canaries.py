@@ -29,13 +29,13 @@ Alphabet = str | Sequence[str]
 
 @dataclass(frozen=True)
 class Canaries:
-    """Secrets and references of one format: uniform draws from its space, all different."""
+    """Secrets and non_members of one format: uniform draws from its space, all different."""
 
     template: str
     prefix: str
     """What stands before the first slot, the same in all: it need not be scored."""
     secrets: tuple[str, ...]
-    references: tuple[str, ...]
+    non_members: tuple[str, ...]
     space_bits: float
     """log2 of the number of texts that the template has: the largest exposure there can be."""
 
@@ -57,12 +57,12 @@ class InsertedCanaries(NamedTuple):
 def make_canaries(
     template: str,
     secrets: int = 1,
-    references: int = 255,
+    non_members: int = 255,
     *,
     slots: Mapping[str, Alphabet | tuple[Alphabet, int]] | None = None,
     seed: int = 0,
 ) -> Canaries:
-    """Secrets and references from a template such as "My number is {digits:6}": uniform, all different, none in both.
+    """Secrets and non_members from a template such as "My number is {digits:6}": uniform, all different, none in both.
 
     A slot {name:length} is filled with `length` symbols (1 if it says nothing), each drawn alone, also where a name comes twice. Symbols of an
     alphabet that is one string stand side by side, words of a list are parted by spaces. Literal braces are written {{ and }}. Since both kinds come
@@ -71,22 +71,22 @@ def make_canaries(
     Args:
         template: text with one slot or more; names are those of ALPHABETS (digits, hex, lower, upper, letters, alphanumeric) or of `slots`.
         secrets: how many to make for insertion, 1 or more.
-        references: how many to make for comparison; log2(references + 1) bits are the most that counting can show.
+        non_members: how many to make for comparison; log2(non_members + 1) bits are the most that counting can show.
         slots: name -> alphabet: a string of characters, or a list of words; or (alphabet, length).
         seed: the same seed gives the same canaries.
 
     Raises:
         ArgumentError: an unknown alphabet, an alphabet with a symbol twice, no slot, a space too small for that many, or fillings that give the same text.
     """
-    for name, value in (("secrets", secrets), ("references", references)):
+    for name, value in (("secrets", secrets), ("non_members", non_members)):
         if value < 1:
             raise ArgumentError(f"{name} must be 1 or more, got {value}")
     parts = _parse(template, slots or {})
     space = math.prod(len(p.symbols) ** p.length for p in parts)
-    wanted = secrets + references
+    wanted = secrets + non_members
     if space < wanted:
         raise ArgumentError(
-            f"the template {template!r} has {space} different texts, and {secrets} secrets with {references} references need {wanted}: "
+            f"the template {template!r} has {space} different texts, and {secrets} secrets with {non_members} non_members need {wanted}: "
             f"lengthen a slot, or ask for fewer"
         )
     rng = random.Random(seed)
@@ -119,7 +119,7 @@ def insert_canaries(
         ArgumentError: a secret or reference that the texts already hold, as many numbers of repeats as secrets are wanted, a negative one.
     """
     secrets = canaries.secrets if isinstance(canaries, Canaries) else tuple(canaries)
-    references = canaries.references if isinstance(canaries, Canaries) else ()
+    non_members = canaries.non_members if isinstance(canaries, Canaries) else ()
     if isinstance(texts, str) or isinstance(canaries, str):
         raise ArgumentError("texts and canaries must be lists of strings, got one string")
     times = [repeats] * len(secrets) if isinstance(repeats, int) else list(repeats)
@@ -128,7 +128,7 @@ def insert_canaries(
             f"repeats must be 0 or more, one number or {len(secrets)}, one for each secret, got {repeats!r}"
         )
     everything = "\0".join(texts)
-    for kind, group in (("secret", secrets), ("reference", references)):
+    for kind, group in (("secret", secrets), ("reference", non_members)):
         for text in group:
             if text in everything:
                 raise ArgumentError(

@@ -42,8 +42,8 @@ class Exposure(NamedTuple):
         return np.maximum(0.0, np.maximum(self.lower, self.upper) - 1)
 
 
-def generalized_exposure(scores: ArrayLike, reference_scores: ArrayLike, *, extrapolate: bool = False) -> Exposure:
-    """The generalized exposure of scores (n,) among reference_scores (m,), or (n, m) with a row of its own for each text; both sides, in bits.
+def generalized_exposure(scores: ArrayLike, non_member_scores: ArrayLike, *, extrapolate: bool = False) -> Exposure:
+    """The generalized exposure of scores (n,) among non_member_scores (m,), or (n, m) with a row of its own for each text; both sides, in bits.
 
         lower = log2(m + 1) - log2(1 + #{j : reference_j <= score}),   upper likewise with >=
 
@@ -59,7 +59,7 @@ def generalized_exposure(scores: ArrayLike, reference_scores: ArrayLike, *, extr
 
     Args:
         scores: (n,), low where a text is likely, raw or calibrated (then calibrate the references too).
-        reference_scores: (m,) shared by all texts, or (n, m).
+        non_member_scores: (m,) shared by all texts, or (n, m).
         extrapolate: beyond log2(m + 1), where a text lies outside all its references, read the exposure off the tail of a skew-normal law fitted
             to them, and mark it `extrapolated`. A model of a tail, not a measurement: look at `fit`.
 
@@ -69,7 +69,7 @@ def generalized_exposure(scores: ArrayLike, reference_scores: ArrayLike, *, extr
     Raises:
         ArgumentError: no references, a score that is not finite or has 16 bits, shapes that do not fit.
     """
-    s, r = _scores("generalized_exposure", scores, reference_scores)
+    s, r = _scores("generalized_exposure", scores, non_member_scores)
     as_likely, as_unlikely = _counts(s, r)
     m = r.shape[-1]
     lower, upper = (math.log2(m + 1) - np.log2(1 + count) for count in (as_likely, as_unlikely))
@@ -86,7 +86,7 @@ def generalized_exposure(scores: ArrayLike, reference_scores: ArrayLike, *, extr
     )
 
 
-def exposure(score: ArrayLike, reference_scores: ArrayLike, method: str = "rank") -> Exposure:
+def exposure(score: ArrayLike, non_member_scores: ArrayLike, method: str = "rank") -> Exposure:
     """The exposure of a secret in the space that its references stand for, in bits (Carlini et al. 2019, arXiv 1802.08232, section 4).
 
         "rank"      log2 |R| - log2 rank. The references are all other secrets of the space, |R| = m + 1, rank = 1 + #{j : reference_j <= score}
@@ -100,7 +100,7 @@ def exposure(score: ArrayLike, reference_scores: ArrayLike, method: str = "rank"
 
     Args:
         score: of the secret, low where it is likely; one number or (n,).
-        reference_scores: (m,) of other secrets of the same format, without the secret itself; or (n, m).
+        non_member_scores: (m,) of other secrets of the same format, without the secret itself; or (n, m).
         method: "rank", "sampling" or "skewnorm".
 
     Returns:
@@ -112,8 +112,8 @@ def exposure(score: ArrayLike, reference_scores: ArrayLike, method: str = "rank"
     """
     one_of("method", method, ("rank", "sampling", "skewnorm"))
     if method == "rank":
-        return generalized_exposure(score, reference_scores)
-    s, r = _scores("exposure", score, reference_scores)
+        return generalized_exposure(score, non_member_scores)
+    s, r = _scores("exposure", score, non_member_scores)
     as_likely, as_unlikely = _counts(s, r)
     m = r.shape[-1]
     if method == "sampling":
@@ -140,17 +140,17 @@ def calibrated_scores(scores: ArrayLike, reference_model_scores: ArrayLike) -> F
     return s - base
 
 
-def _scores(function: str, scores: ArrayLike, reference_scores: ArrayLike) -> tuple[Floats, Floats]:
+def _scores(function: str, scores: ArrayLike, non_member_scores: ArrayLike) -> tuple[Floats, Floats]:
     """(n,) and (m,) or (n, m), checked."""
-    _require_wide(scores, reference_scores)
+    _require_wide(scores, non_member_scores)
     s = np.asarray(scores, dtype=np.float64).reshape(-1)
-    r = np.asarray(reference_scores, dtype=np.float64)
+    r = np.asarray(non_member_scores, dtype=np.float64)
     r = r if r.ndim == 2 else r.reshape(-1)
     if r.shape[-1] == 0:
         raise ArgumentError(f"{function} needs at least one reference score, got none")
     if r.ndim == 2 and len(r) != len(s):
         raise ArgumentError(
-            f"{function} needs reference_scores of shape (m,), or ({len(s)}, m) with a row for each score, got {r.shape}"
+            f"{function} needs non_member_scores of shape (m,), or ({len(s)}, m) with a row for each score, got {r.shape}"
         )
     if not (np.isfinite(s).all() and np.isfinite(r).all()):
         raise ArgumentError(f"{function} needs finite scores, got NaN or Inf")

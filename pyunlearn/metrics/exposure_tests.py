@@ -1,4 +1,4 @@
-"""Whether a whole set looks like unseen text: tests of its exposures against their null and against a retrained model, and the references' drift."""
+"""Whether a whole set looks like unseen text: tests of its exposures against their null and against a retrained model, and the non_members' drift."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ class ExposureTest(NamedTuple):
     pvalue: float
     """Share of the null's statistics at least as large; never 0, at least 1 / (draws + 1)."""
     mean: float
-    """Mean exposure of the set, bits; 1.443 for unseen text and many references."""
+    """Mean exposure of the set, bits; 1.443 for unseen text and many non_members."""
     n: int
     """Texts in the set: with few, only a large distance can show."""
     mean_interval: Interval
-    """The mean with a bootstrap interval over the texts, 95 %; what the choice of references leaves open is not in it."""
+    """The mean with a bootstrap interval over the texts, 95 %; what the choice of non_members leaves open is not in it."""
 
 
 def exposure_null_test(
-    exposures: ArrayLike, references: int, *, shared: bool = True, draws: int = 2000, seed: int = 0
+    exposures: ArrayLike, non_members: int, *, shared: bool = True, draws: int = 2000, seed: int = 0
 ) -> ExposureTest:
     """Whether the exposures of a set could be those of unseen text.
 
         statistic = sup over k of |share of exposures >= k - 2^-k|
 
-    the Kolmogorov-Smirnov distance from Exponential(rate ln 2), the law of exposure among endless references. Among m references exposure takes
-    only the m + 1 values log2((m + 1) / rank), and texts that share their references rise and fall together, so the usual p-value would be wrong
-    twice. Here the null is simulated: ranks of n texts among m references when all n + m are draws of one law, whatever that is (shared), or n
-    independent uniform ranks (each text with its own references). The p-value is exact up to its draws, for scores without ties.
+    the Kolmogorov-Smirnov distance from Exponential(rate ln 2), the law of exposure among endless non_members. Among m non_members exposure takes
+    only the m + 1 values log2((m + 1) / rank), and texts that share their non_members rise and fall together, so the usual p-value would be wrong
+    twice. Here the null is simulated: ranks of n texts among m non_members when all n + m are draws of one law, whatever that is (shared), or n
+    independent uniform ranks (each text with its own non_members). The p-value is exact up to its draws, for scores without ties.
 
     Mean exposure alone is no sign of health: after a model collapses it comes back to 1.1 to 1.6. Nor does this test suit texts that a loop drove
     until each reached 1.443 bits: they gather there, where unseen text would spread. Then compare with a retrained model.
 
     Args:
         exposures: (n,) bits, `lower` or `upper` of generalized_exposure; extrapolated ones count as log2(m + 1).
-        references: m, the references that each exposure was taken among.
-        shared: all texts had the same references; False: each had its own.
+        non_members: m, the non_members that each exposure was taken among.
+        shared: all texts had the same non_members; False: each had its own.
         draws: simulations, and resamples for the interval of the mean.
         seed: the same seed gives the same p-value.
 
     Raises:
-        ArgumentError: no exposures, one that m references cannot give, a number below 1.
+        ArgumentError: no exposures, one that m non_members cannot give, a number below 1.
     """
     e = numbers("exposures", exposures, least=1)
-    _at_least_one(references=references, draws=draws)
-    exact = (references + 1) * 2.0**-e
+    _at_least_one(non_members=non_members, draws=draws)
+    exact = (non_members + 1) * 2.0**-e
     ranks = np.maximum(np.rint(exact), 1)  # extrapolated: beyond rank 1
-    if (ranks > references + 1).any() or (np.abs(ranks - exact) > 1e-6 * np.maximum(ranks, 1))[exact >= 1].any():
+    if (ranks > non_members + 1).any() or (np.abs(ranks - exact) > 1e-6 * np.maximum(ranks, 1))[exact >= 1].any():
         raise ArgumentError(
-            f"exposures must be those of {references} references, log2({references + 1}) - log2(rank): give the number of references they were taken among"
+            f"exposures must be those of {non_members} non_members, log2({non_members + 1}) - log2(rank): give the number of non_members they were taken among"
         )
-    counts = np.bincount(ranks.astype(np.int64) - 1, minlength=references + 1)
+    counts = np.bincount(ranks.astype(np.int64) - 1, minlength=non_members + 1)
     statistic = float(_distance(counts[None], e.size)[0])
-    pvalue = _share(statistic, _null(e.size, references, shared, draws, seed))
+    pvalue = _share(statistic, _null(e.size, non_members, shared, draws, seed))
     return ExposureTest(statistic, pvalue, float(e.mean()), e.size, bootstrap_interval(e, seed=seed, draws=draws))
 
 
@@ -113,20 +113,20 @@ def exposure_two_sample_test(
     )
 
 
-def reference_drift(before: ArrayLike, after: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """mean(after - before) over the references' scores, with a bootstrap interval: the collateral damage of unlearning to text of the same kind.
+def non_member_drift(before: ArrayLike, after: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """mean(after - before) over the non_members' scores, with a bootstrap interval: the collateral damage of unlearning to text of the same kind.
 
     Unit of the scores (nats a token for mean negative log-likelihood); 0 = unharmed, above 0 = text that must survive became less likely. Where
-    it is large, exposure taken among the current references says little, and anchored exposure is the one to read.
+    it is large, exposure taken among the current non_members says little, and anchored exposure is the one to read.
 
     Args:
-        before: (m,) scores of the references under the original model.
-        after: (m,) of the same references under the unlearned model.
+        before: (m,) scores of the non_members under the original model.
+        after: (m,) of the same non_members under the unlearned model.
         confidence: between 0 and 1.
         seed: the same seed gives the same interval.
 
     Raises:
-        ArgumentError: different lengths, no references, a score that is not finite.
+        ArgumentError: different lengths, no non_members, a score that is not finite.
     """
     b, a = numbers("before", before, least=1), numbers("after", after, least=1)
     same_length("before", b, "after", a)
@@ -134,7 +134,7 @@ def reference_drift(before: ArrayLike, after: ArrayLike, *, confidence: float = 
 
 
 def _null(n: int, m: int, shared: bool, draws: int, seed: int) -> Floats:
-    """(draws,) statistics of n unseen texts among m references."""
+    """(draws,) statistics of n unseen texts among m non_members."""
     rng, out = np.random.default_rng(seed), []
     for start in range(0, draws, step := max(1, _AT_ONCE // (m + 1))):
         size = (min(step, draws - start), m + 1)

@@ -44,7 +44,7 @@ class Verdict(NamedTuple):
 
 
 def exposure_interval(
-    scores: ArrayLike, reference_scores: ArrayLike, *, confidence: float = 0.95, side: str = "lower"
+    scores: ArrayLike, non_member_scores: ArrayLike, *, confidence: float = 0.95, side: str = "lower"
 ) -> Bounds:
     """How well m references know the exposure of each text, in bits.
 
@@ -57,7 +57,7 @@ def exposure_interval(
 
     Args:
         scores: (n,), low where a text is likely.
-        reference_scores: (m,) or (n, m).
+        non_member_scores: (m,) or (n, m).
         confidence: between 0 and 1.
         side: "lower" (memorized is high) or "upper" (over-unlearned is high).
 
@@ -66,7 +66,7 @@ def exposure_interval(
     """
     between("confidence", confidence, 0, 1)
     one_of("side", side, ("lower", "upper"))
-    s, r = _scores("exposure_interval", scores, reference_scores)
+    s, r = _scores("exposure_interval", scores, non_member_scores)
     count, m = _counts(s, r)[side == "upper"], r.shape[-1]
     least, most = clopper_pearson(count, m, confidence)
     with np.errstate(divide="ignore"):  # no reference is as likely: no upper end
@@ -76,47 +76,51 @@ def exposure_interval(
 def verdict(
     scores_before: ArrayLike,
     scores_after: ArrayLike,
-    reference_scores: ArrayLike,
+    non_member_scores: ArrayLike,
     *,
-    until: float = NULL_MEAN,
+    target_exposure: float = NULL_MEAN,
     confidence: float = 0.95,
 ) -> Verdict:
     """The verdict on each text, by the rules of the unlearning loop, with the interval of the exposure that decided.
 
         over-unlearned  upper exposure after at least 4.32 bits (SIGNIFICANT), and not so before
         not memorized   lower exposure before below 4.32 bits
-        forgotten       lower exposure after at most `until`
+        forgotten       lower exposure after at most `target_exposure`
         still exposed   else
 
     in this order. Exposures are anchored: the same references, under the original model, before and after. With fewer than 19 references no
-    text can be memorized or over-unlearned. A text stopped at `until` stands near the threshold by design, and few such verdicts are `certain`.
+    text can be memorized or over-unlearned. A text stopped at `target_exposure` stands near the threshold by design, and few such verdicts are `certain`.
 
     Args:
         scores_before: (n,) under the original model, low where a text is likely.
         scores_after: (n,) of the same texts under the unlearned model.
-        reference_scores: (m,) or (n, m), under the original model.
-        until: bits; 1.443 (NULL_MEAN), the mean of unseen text, unless told otherwise.
+        non_member_scores: (m,) or (n, m), under the original model.
+        target_exposure: bits; 1.443 (NULL_MEAN), the mean of unseen text, unless told otherwise.
         confidence: of the intervals.
 
     Raises:
-        ArgumentError: as generalized_exposure; different lengths; a negative `until`; a confidence outside (0, 1).
+        ArgumentError: as generalized_exposure; different lengths; a negative `target_exposure`; a confidence outside (0, 1).
     """
-    if not until >= 0:
-        raise ArgumentError(f"until must be 0 bits or more, got {until!r}")
-    before = generalized_exposure(scores_before, reference_scores)
-    after = generalized_exposure(scores_after, reference_scores)
+    if not target_exposure >= 0:
+        raise ArgumentError(f"target_exposure must be 0 bits or more, got {target_exposure!r}")
+    before = generalized_exposure(scores_before, non_member_scores)
+    after = generalized_exposure(scores_after, non_member_scores)
     if len(before.lower) != len(after.lower):
         raise ArgumentError(
             f"scores_before and scores_after must be of the same texts, got {len(before.lower)} and {len(after.lower)}"
         )
     significant = SIGNIFICANT - _ROUNDING
     over = (after.upper >= significant) & (before.upper < significant)
-    unseen, forgotten = before.lower < significant, after.lower <= until
+    unseen, forgotten = before.lower < significant, after.lower <= target_exposure
     name = np.select([over, unseen, forgotten], ["over-unlearned", "not memorized", "forgotten"], "still exposed")
 
-    of_before = exposure_interval(scores_before, reference_scores, confidence=confidence)
-    of_lower = exposure_interval(scores_after, reference_scores, confidence=confidence)
-    of_upper = exposure_interval(scores_after, reference_scores, confidence=confidence, side="upper")
+    of_before = exposure_interval(scores_before, non_member_scores, confidence=confidence)
+    of_lower = exposure_interval(scores_after, non_member_scores, confidence=confidence)
+    of_upper = exposure_interval(scores_after, non_member_scores, confidence=confidence, side="upper")
     low, high = (np.select([over, unseen], [u, b], x) for u, b, x in zip(of_upper, of_before, of_lower, strict=True))
-    certain = np.select([over, unseen, forgotten], [low >= significant, high < significant, high <= until], low > until)
+    certain = np.select(
+        [over, unseen, forgotten],
+        [low >= significant, high < significant, high <= target_exposure],
+        low > target_exposure,
+    )
     return Verdict(name, before, after, low, high, certain)
