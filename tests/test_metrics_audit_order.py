@@ -142,12 +142,12 @@ def test_a_budget_is_kept_and_nothing_is_audited_twice(budget, batch, calls):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: audit_order(x, [0, 0], [1.0, 2.0]), "different places from 0 to 4"),
-        (lambda x: audit_order(x, [5], [1.0]), "different places from 0 to 4"),
+        (lambda x: audit_order(x, [0, 0], [1.0, 2.0]), "different indices from 0 to 4"),
+        (lambda x: audit_order(x, [5], [1.0]), "different indices from 0 to 4"),
         (lambda x: audit_order(x, [1], [1.0, 2.0]), "1 and 2"),
         (lambda x: audit_order(x, [1], [np.nan]), "finite"),
         (lambda x: audit_order(x, [1], [1.0], ridge=0), "above 0"),
-        (lambda x: audit_within(lambda p: [1.0], x, 0), "at least 1"),
+        (lambda x: audit_within(lambda p: [1.0], x, 0), "budget must be 1 or more, got 0"),
         (lambda x: audit_within(lambda p: [1.0], x, 3), "3 and 1"),
     ],
 )

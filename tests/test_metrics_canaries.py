@@ -130,7 +130,7 @@ def test_the_set_is_shuffled_throughout():
     [
         ((["a"], ["s", "t"], [1]), r"repeats must be 0 or more, one number or 2, one for each secret, got \[1\]"),
         ((["a"], ["s"], -1), "repeats must be 0 or more"),
-        ((["a secret here"], ["secret"], 1), "the secret 'secret' already stands in the texts: make the canaries with another seed"),
+        ((["a secret here"], ["secret"], 1), "the texts already contain the secret 'secret': make the canaries with another seed"),
         (("abc", ["s"], 1), "lists of strings, got one string"),
         ((["abc"], "s", 1), "lists of strings, got one string"),
     ],
@@ -140,7 +140,7 @@ def test_an_insertion_that_would_spoil_the_measure_is_refused(arguments, message
     with pytest.raises(ValueError, match=message):
         insert_canaries(*arguments)
     canaries = make_canaries("{digits:3}", 1, 9)
-    with pytest.raises(ValueError, match=r"the reference .* already stands in the texts"):
+    with pytest.raises(ValueError, match=r"the texts already contain the non-member"):
         insert_canaries([f"call {canaries.non_members[4]} now"], canaries, 1)
 
 

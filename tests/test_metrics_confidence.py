@@ -77,7 +77,7 @@ def test_one_value_has_no_interval_and_equal_values_one_of_no_width():
 @pytest.mark.parametrize(
     ("x", "options", "message"),
     [
-        ([], {}, "values must hold 1 numbers or more, got 0"),
+        ([], {}, "values must hold at least one number, got none"),
         ([1.0, math.nan], {}, "values must be finite"),
         ([[1.0], [2.0]], {}, r"shape \(n,\), got shape \(2, 1\)"),
         (["a"], {}, "values must be numbers, one for each text, got list"),
@@ -157,7 +157,7 @@ def test_nothing_changed_is_a_p_value_of_one():
 def test_unpaired_numbers_are_refused():
     """Different lengths, an unknown alternative."""
     with pytest.raises(
-        ValueError, match="before and after must hold one number for each of the same texts, got 2 and 3"
+        ValueError, match="before and after must hold one entry for each of the same texts, got 2 and 3"
     ):
         paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="alternative must be 'two-sided', 'greater' or 'less', got 'more'"):
@@ -240,7 +240,7 @@ def test_an_infinite_aggregate_stays_infinite_and_is_not_nan():
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ([], {}, "sets must say of each of one or more columns which texts it is of, got 0 for 0 columns"),
+        ([], {}, "sets must name the set of texts of each of one or more columns, got 0 for 0 columns"),
         ([[1, 2]], {"sets": (0, 1)}, "got 2 for 1 columns"),
         (["ab"], {}, r"columns\[0\] must be a list or an array of one entry for each text, got one str"),
         ([[1], 2.0], {}, r"columns\[1\] must be .* got one float"),
@@ -249,7 +249,7 @@ def test_an_infinite_aggregate_stays_infinite_and_is_not_nan():
         ([[1, 2], [1, 2, 3]], {}, r"must be equally long, got 3 entries in columns\[1\] and 2 before it"),
         ([[1, 2]], {"draws": 0}, "draws must be 1 or more, got 0"),
         ([[1, 2]], {"confidence": 95}, "confidence must lie between 0 and 1, got 95"),
-        ([[1, 2]], {}, "statistic must give one number, got list"),
+        ([[1, 2]], {}, "statistic must return one number, got list"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused(columns, options, message):

@@ -136,7 +136,7 @@ def test_ties_count_against_the_text_on_either_side():
 @pytest.mark.parametrize(
     ("x", "references", "message"),
     [
-        ([1.0], [], "at least one reference score, got none"),
+        ([1.0], [], "at least one non-member score, got none"),
         ([math.nan], [1.0], "finite scores, got NaN or Inf"),
         ([1.0], [1.0, math.inf], "finite scores, got NaN or Inf"),
         ([-math.inf], [1.0], "finite scores, got NaN or Inf"),

@@ -69,11 +69,11 @@ def test_extrapolated_exposures_count_as_the_largest_and_others_must_fit_m():
     e = np.array([6.0, 2.0, 0.0, 1.0])
     beyond = np.array([30.0, 2.0, 0.0, 1.0])
     assert exposure_null_test(beyond, 63)[:2] == exposure_null_test(e, 63)[:2]
-    with pytest.raises(ValueError, match="must be those of 63 non_members"):
+    with pytest.raises(ValueError, match="must be those among 63 non-members"):
         exposure_null_test([1.4427], 63)
-    with pytest.raises(ValueError, match="must be those of 63 non_members"):
+    with pytest.raises(ValueError, match="must be those among 63 non-members"):
         exposure_null_test([-0.1], 63)
-    with pytest.raises(ValueError, match="exposures must hold 1 numbers or more, got 0"):
+    with pytest.raises(ValueError, match="exposures must hold at least one number, got none"):
         exposure_null_test([], 63)
     with pytest.raises(ValueError, match="non_members must be 1 or more, got 0"):
         exposure_null_test([1.0], 0)

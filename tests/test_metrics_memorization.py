@@ -56,7 +56,7 @@ def test_masks_and_scores_that_do_not_fit_are_refused():
     mask, scores = subsets(4, 3, 0)
     with pytest.raises(ArgumentError, match=r"\(4, 3\), \(4, 2\)"):
         counterfactual_memorization(mask, scores[:, :2])
-    with pytest.raises(ArgumentError, match="finite, and holds 1 NaN"):
+    with pytest.raises(ArgumentError, match="finite, got 1 NaN"):
         counterfactual_memorization(mask, np.where(np.arange(12).reshape(4, 3) == 5, np.nan, scores))
     with pytest.raises(ArgumentError, match="true and false"):
         counterfactual_memorization(mask * 0.5, scores)

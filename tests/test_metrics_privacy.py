@@ -174,19 +174,19 @@ def test_a_draw_without_privleak_leaves_it_open_above():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: auc([], [1.0]), "forget must hold 1 numbers or more, got 0"),
+        (lambda: auc([], [1.0]), "forget must hold at least one number, got none"),
         (lambda: auc([1.0], [math.nan]), "holdout must be finite"),
         (lambda: auc([1.0], [1.0], members="up"), "members must be 'low' or 'high', got 'up'"),
         (lambda: tpr_at_fpr([1.0], [1.0], 1.0), "fpr must lie between 0 and 1, got 1.0"),
-        (lambda: privleak_interval([1], [2], [1]), "must be given both or neither, got one of them"),
+        (lambda: privleak_interval([1], [2], [1]), "must be passed both or neither, got one of them"),
         (
             lambda: privleak_interval([1, 2], [2, 3], [1], [2, 3]),
             "forget and forget_retrained must hold .*, got 2 and 1",
         ),
         (lambda: privleak_interval([1, 2], [2, 3], draws=0), "draws must be 1 or more, got 0"),
-        (lambda: privleak_interval([1, 2], [], draws=9), "holdout must hold 1 numbers or more, got 0"),
+        (lambda: privleak_interval([1, 2], [], draws=9), "holdout must hold at least one number, got none"),
         (lambda: privleak(1.2), "auc must lie from 0 to 1, got 1.2"),
-        (lambda: privleak(0.5, 1.0), "auc_retrained must be below 1, got 1: .*never saw it"),
+        (lambda: privleak(0.5, 1.0), "auc_retrained must be below 1, got 1: .*never saw them"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(call, message):

@@ -185,10 +185,10 @@ def test_an_answer_that_needs_no_prompt_gains_nothing_from_it():
         (lambda: truth_ratio([2.0], [[-1.0]]), "must be 0 or less, got 2.0: pass the mean log-likelihood per token, not the loss"),
         (lambda: truth_ratio([-2.0], [-1.0]), r"must have shape \(1, wrong answers\), a row for each correct one, got \(1,\)"),
         (lambda: truth_ratio([-2.0], [[math.nan]]), "wrong_log_likelihoods must be finite"),
-        (lambda: truth_ratio([], np.zeros((0, 2))), "correct_log_likelihood must hold 1 numbers or more, got 0"),
+        (lambda: truth_ratio([], np.zeros((0, 2))), "correct_log_likelihood must hold at least one number, got none"),
         (lambda: truth_ratio([-2.0], [[-1.0]], "closer"), "aggregate must be 'closer_to_1_better', 'true_better' or 'prob_mean', got 'closer'"),
         (lambda: truth_ratio([-2.0], [[-1.0]], mean="harmonic"), "mean must be 'geometric' or 'arithmetic', got 'harmonic'"),
-        (lambda: forget_quality([1.0], []), "truth_ratios_retrained must hold 1 numbers or more"),
+        (lambda: forget_quality([1.0], []), "truth_ratios_retrained must hold at least one number"),
         (lambda: answer_prior([-1.0], [-1.0, -2.0]), "same texts, got 1 and 2"),
     ],
 )  # fmt: skip

@@ -18,9 +18,9 @@ def test_steps_to_forget_is_the_first_time_and_says_what_never_came():
     assert found.steps.tolist() == [1, 3, 0, 2]
     assert found.censored.tolist() == [False, True, False, False]
     assert steps_to_forget(exposures, 2, steps=[0, 16, 32, 40]).steps.tolist() == [16, 40, 0, 32]
-    with pytest.raises(ArgumentError, match="must rise"):
+    with pytest.raises(ArgumentError, match="must ascend"):
         steps_to_forget(exposures, 2, steps=[0, 2, 2, 3])
-    with pytest.raises(ArgumentError, match="4 and 3"):
+    with pytest.raises(ArgumentError, match="4 rows of exposures, got 3"):
         steps_to_forget(exposures, 2, steps=[0, 1, 2])
 
 

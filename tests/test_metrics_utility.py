@@ -74,7 +74,7 @@ def test_references_belong_to_their_text_and_may_be_several():
     assert bleu([first, second], [[second], [first]]) < 60
     with pytest.raises(ArgumentError, match="1 and 2"):
         bleu([first], [first, second])
-    with pytest.raises(ArgumentError, match="at least one reference"):
+    with pytest.raises(ArgumentError, match="at least one text"):
         bleu([first], [[]])
 
 

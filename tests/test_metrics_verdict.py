@@ -97,7 +97,7 @@ def test_no_reference_can_say_how_exposed_the_likeliest_text_is():
         (([1.0], [1.0], [1.0]), {"target_exposure": -1}, "target_exposure must be 0 bits or more, got -1"),
         (([1.0], [1.0], [1.0]), {"confidence": 95}, "confidence must lie between 0 and 1, got 95"),
         (([1.0], [math.nan], [1.0]), {}, "finite scores"),
-        (([1.0], [1.0], []), {}, "at least one reference score"),
+        (([1.0], [1.0], []), {}, "at least one non-member score"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(arguments, options, message):

@@ -7,12 +7,13 @@ One law for names and directions. A suffix or word stands for one direction in t
   `min_k_plus_plus_score`, `logit_score`, `lira_score`), exposures, `auc` and `tpr_at_fpr` all read scores this way.
   For scores of other code, where high means member, `auc`, `tpr_at_fpr`, `privleak_interval` and `lira_score` take
   `members="high"`.
-- `*exposure*`, `*memorization`, `*extraction*`, `verbatim_match`, `rouge_l`, `auc`, `tpr_at_fpr`: HIGH = memorized.
+- `*exposure*`, `*memorization`, `*extraction*`, `verbatim_match`, `rouge_l`, `auc`, `tpr_at_fpr`: HIGH = memorized
+  (`Exposure.upper`: HIGH = driven below unseen text).
 - `*_difficulty`, `*steps*`: HIGH = hard to unlearn.
 - `*_quality`, `*_utility`: HIGH = good. `perplexity`, `repetition`: HIGH = bad.
 - `*_difference`, `*_drift`: after minus before; 0 = nothing changed.
 - `*_test`: a statistic and a p-value; LOW statistic, HIGH p-value = no difference seen.
-- `*_interval`: the estimate with the ends of its confidence interval.
+- `*_interval`: the ends of a confidence interval, with the estimate where it is one number.
 - `log_likelihood`: nats, 0 or less, HIGH = likely. Exposures are in bits.
 """
 
