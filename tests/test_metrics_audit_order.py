@@ -1,4 +1,4 @@
-"""The order of an audit: its formula, what it learns, and that it finds more than chance in a model that was partly unlearned."""
+"""Order of an audit: the regression agrees with its formula, and finds exposed examples earlier than chance."""
 
 import random
 import zlib
@@ -16,7 +16,7 @@ from pyunlearn.models import Likelihood
 
 
 def half_unlearned(seed, count=96):
-    """A model trained on facts, some of them often, and then taken up the gradient until three in ten can still be extracted.
+    """Train a model on facts, some of them often, and unlearn by gradient ascent until three in ten can be extracted.
 
     Returns each fact's extraction strength, and its cheap features: NLL now, NLL before, zlib ratio, length.
     """
@@ -29,9 +29,9 @@ def half_unlearned(seed, count=96):
     whole, likelihood = collate(tokens, pad_id=2), Likelihood(model)
 
     def look():
-        found, sizes = likelihood.statistics(whole), [len(t.scored) for t in tokens]
-        strength = [extraction_strength(part.numpy()) for part in (found.rank == 0).split(sizes)]
-        return np.array(strength), np.array([-part.mean().item() for part in found.log_likelihood.split(sizes)])
+        result, sizes = likelihood.statistics(whole), [len(t.scored) for t in tokens]
+        strength = [extraction_strength(part.numpy()) for part in (result.rank == 0).split(sizes)]
+        return np.array(strength), np.array([-part.mean().item() for part in result.log_likelihood.split(sizes)])
 
     _, before = look()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03)
@@ -50,40 +50,41 @@ def half_unlearned(seed, count=96):
 
 
 def found_curve(exposed, order):
-    """(k + 1,) number of exposed examples among the first 0, 1, 2, ... of an order."""
+    """Count the exposed examples among the first 0, 1, 2, ... of an order, (k + 1,)."""
     return np.concatenate([[0], np.cumsum(np.asarray(exposed)[order])])
 
 
 def area(exposed, order):
-    """Mean of the curve of what is found, as a share of the best order's."""
+    """Compute the mean of found_curve as a share of the best order's."""
     best = np.minimum(np.arange(1, len(exposed) + 1), exposed.sum())
     return found_curve(exposed, order)[1:].mean() / best.mean()
 
 
 def test_it_finds_more_than_chance_in_a_model_that_was_partly_unlearned():
-    """Over three models: 1 is the best order there is, 0.55 a random one; each run is well above chance, and a quarter finds half."""
-    found, early = [], []
+    """Each of three runs is well above chance (0.55; the best order is 1), and a quarter of the audits finds half of
+    the exposed."""
+    result, early = [], []
     for seed in range(3):
         strength, features = half_unlearned(seed)
         exposed = strength >= 0.5
-        audited = audit_within(lambda places, s=strength: s[places], features, len(strength))
+        audited = audit_within(lambda indices, s=strength: s[indices], features, len(strength))
         rng = np.random.default_rng(seed)
         chance = np.mean([area(exposed, rng.permutation(len(exposed))) for _ in range(200)])
-        found.append(area(exposed, audited.indices))
+        result.append(area(exposed, audited.indices))
         early.append(found_curve(exposed, audited.indices)[len(exposed) // 4] / exposed.sum())
-        assert found[-1] > chance + 0.1
-    assert np.mean(found) > 0.75
+        assert result[-1] > chance + 0.1
+    assert np.mean(result) > 0.75
     assert np.mean(early) > 0.5
 
 
 def test_it_learns_what_the_prior_has_wrong():
-    """Where the NLL says nothing and the third feature everything, it soon finds what an order by NLL does not."""
+    """The regression outruns an order by NLL where the third feature decides and the NLL does not."""
     areas = []
     for seed in range(5):
         features = np.random.default_rng(seed).normal(size=(200, 4))
         values = features[:, 2] + 0.3 * np.random.default_rng(seed + 50).normal(size=200)
         exposed = values > np.quantile(values, 0.8)
-        audited = audit_within(lambda places, v=values: v[places], features, 200)
+        audited = audit_within(lambda indices, v=values: v[indices], features, 200)
         areas.append((area(exposed, audited.indices), area(exposed, np.argsort(features[:, 0]))))
     learned, prior = np.mean(areas, axis=0)
     assert learned > 0.85
@@ -91,7 +92,7 @@ def test_it_learns_what_the_prior_has_wrong():
 
 
 def test_it_is_ridge_regression_about_its_prior():
-    """Against a minimiser that knows nothing of the closed form."""
+    """The order agrees with a numerical minimiser of the loss."""
     from scipy.optimize import minimize
 
     rng = np.random.default_rng(0)
@@ -109,15 +110,15 @@ def test_it_is_ridge_regression_about_its_prior():
     assert audit_order(features, audited, values, ridge=2.5).tolist() == expected
 
 
-def test_before_anything_is_known_the_likeliest_comes_first():
-    """And when all that was found is the same; a feature that never varies does no harm."""
+def test_before_any_audit_the_most_likely_text_comes_first():
+    """The prior decides also while all measured values are equal; a constant feature does no harm."""
     features = np.column_stack([[3.0, 1.0, 2.0, 1.0], np.full(4, 7.0)])
     assert audit_order(features, [], []).tolist() == [1, 3, 2, 0]
     assert audit_order(features, [3], [0.5]).tolist() == [1, 2, 0]
 
 
 def test_the_units_of_the_features_do_not_matter():
-    """Bits or nats, metres or miles."""
+    """Shifting and scaling the features does not change the order."""
     rng = np.random.default_rng(1)
     features, values = rng.normal(size=(20, 3)), rng.normal(size=6)
     order = audit_order(features, range(6), values).tolist()
@@ -125,18 +126,18 @@ def test_the_units_of_the_features_do_not_matter():
 
 
 @pytest.mark.parametrize(("budget", "batch", "calls"), [(10, 4, [4, 4, 2]), (99, 8, [8, 4]), (1, 8, [1])])
-def test_a_budget_is_kept_and_nothing_is_audited_twice(budget, batch, calls):
-    """In batches; a budget beyond the set is the set."""
-    asked = []
+def test_a_budget_is_spent_and_nothing_is_audited_twice(budget, batch, calls):
+    """Batches add up to the budget; a budget beyond the set audits the whole set."""
+    sizes = []
 
-    def measure(places):
-        asked.append(len(places))
-        return np.sin(places)
+    def measure(indices):
+        sizes.append(len(indices))
+        return np.sin(indices)
 
-    found = audit_within(measure, np.random.default_rng(2).normal(size=(12, 2)), budget, batch=batch)
-    assert asked == calls
-    assert len(set(found.indices.tolist())) == len(found.indices) == min(budget, 12)
-    np.testing.assert_allclose(found.values, np.sin(found.indices))
+    result = audit_within(measure, np.random.default_rng(2).normal(size=(12, 2)), budget, batch=batch)
+    assert sizes == calls
+    assert len(set(result.indices.tolist())) == len(result.indices) == min(budget, 12)
+    np.testing.assert_allclose(result.values, np.sin(result.indices))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_a_budget_is_kept_and_nothing_is_audited_twice(budget, batch, calls):
         (lambda x: audit_within(lambda p: [1.0], x, 3), "3 and 1"),
     ],
 )
-def test_places_and_values_that_do_not_fit_are_refused(call, message):
-    """A short answer would silently shift every value to another example."""
+def test_indices_and_values_that_do_not_fit_are_refused(call, message):
+    """A short result would silently shift every value to another example."""
     with pytest.raises(ArgumentError, match=message):
         call(np.arange(10.0).reshape(5, 2))

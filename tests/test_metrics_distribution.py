@@ -1,4 +1,4 @@
-"""In or out of distribution: distances by hand, a bound against the exact Gaussian process, and the split's error rate."""
+"""In or out of distribution: distances agree with sorting, and the split has its nominal error rate."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def points(n, m, seed, width=3):
 
 @given(st.integers(1, 6), st.integers(2, 9), st.integers(0, 1000), st.data())
 def test_knn_radius_is_the_distance_to_the_nth_nearest(n, m, seed, data):
-    """Sorted by hand, whatever the chunks; of the corpus's own rows, without themselves."""
+    """The distance agrees with sorting all distances; the corpus's own rows do not count themselves."""
     x, y = points(n, m, seed)
     k = data.draw(st.integers(1, m))
     expected = [sorted(np.linalg.norm(a - b) for b in y)[k - 1] for a in x]
@@ -27,7 +27,7 @@ def test_knn_radius_is_the_distance_to_the_nth_nearest(n, m, seed, data):
 
 
 def test_chunks_change_nothing(monkeypatch):
-    """Two rows at a time."""
+    """Two rows per chunk return the same distances."""
     x, y = points(11, 5, 0)
     whole = knn_radius(x, y, neighbours=2)
     monkeypatch.setattr(distribution, "_CHUNK", 10)
@@ -35,14 +35,14 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 def test_near_vectors_of_large_norm_keep_their_distance():
-    """From ||a||^2 + ||b||^2 - 2 a.b nothing would be left of it."""
+    """Near vectors of norm 1e8 keep their distance, which ||a||^2 + ||b||^2 - 2 a.b would lose."""
     far = np.full((1, 4), 1e8)
     assert knn_radius(far + np.array([1e-3, 0, 0, 0]), far, neighbours=1)[0] == pytest.approx(1e-3, rel=1e-4)
 
 
 @pytest.mark.parametrize("quantile", [0.8, 0.95])
 def test_the_split_calls_few_of_its_own_kind_out(quantile):
-    """At most 1 - quantile of exchangeable text, within what 20 splits of 400 can tell; and all of what is far away."""
+    """At most 1 - quantile of exchangeable text counts as out, and all of distant text does."""
     rng = np.random.default_rng(0)
     shares = [
         out_of_distribution(rng.normal(size=400), rng.normal(size=400), quantile=quantile).mean() for _ in range(20)
@@ -52,7 +52,7 @@ def test_the_split_calls_few_of_its_own_kind_out(quantile):
 
 
 def test_the_split_is_strict():
-    """What lies exactly where held-out text does is in."""
+    """A score equal to the quantile of held-out text counts as in."""
     assert out_of_distribution([3.0, 4.0, 4.1], [1, 2, 3, 4], quantile=0.7).tolist() == [False, False, True]
 
 
@@ -69,6 +69,6 @@ def test_the_split_is_strict():
     ],
 )
 def test_what_has_no_answer_is_refused(call, message):
-    """Widths, ranks beyond the corpus, too little held-out text."""
+    """Different widths, a rank beyond the corpus and too little held-out text are refused."""
     with pytest.raises(ArgumentError, match=message):
         call()

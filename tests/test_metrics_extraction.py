@@ -1,4 +1,4 @@
-"""Extraction: decoding against its definition, probabilities against exact arithmetic, and what public code gets wrong."""
+"""Extraction: probabilities agree with exact arithmetic, matches with their definitions."""
 
 import math
 import sys
@@ -21,21 +21,22 @@ texts = st.lists(st.integers(0, 3), max_size=12)
 
 @given(st.floats(-200, 0, exclude_max=True), st.integers(0, 30))
 def test_extraction_probability_keeps_its_digits(log_likelihood, exponent):
-    """Against 400-digit arithmetic: 1 - (1 - p)^n, from p near 1 to p = e^-200, n up to 10^30."""
+    """1 - (1 - p)^n agrees with 400-digit arithmetic, from p near 1 to p = e^-200 and n up to 10^30."""
     n = 10**exponent
     miss = (1 - Decimal(log_likelihood).exp()).ln() * n
     assert float(extraction_probability(log_likelihood, n)) == pytest.approx(float(1 - miss.exp()), rel=1e-9)
 
 
 def test_what_is_certain_and_what_is_hopeless():
-    """p_s = 1 takes one query, p_s = 0 any number; e^-800, which underflows, still has a probability."""
+    """A sure text needs one query, an impossible one is never sampled, and e^-800, which underflows, still has a
+    probability."""
     assert extraction_probability([0.0, -np.inf], 1).tolist() == [1.0, 0.0]
     assert float(extraction_probability(-800.0, 1e300)) == pytest.approx(math.exp(300 * math.log(10) - 800), rel=1e-9)
     assert extraction_probability([[-1.0], [-2.0]], [1, 2, 3]).shape == (2, 3)
 
 
 def test_one_query_is_the_likelihood_itself_and_more_are_never_fewer():
-    """n = 1 gives p_s; the probability rises with n."""
+    """One query returns the likelihood, and the probability rises with n."""
     x = -np.logspace(-12, 2.5, 40)
     np.testing.assert_allclose(extraction_probability(x, 1), np.exp(x), rtol=1e-9)
     assert (np.diff(extraction_probability(-9.0, np.arange(1, 5000))) > 0).all()
@@ -50,7 +51,7 @@ def test_one_query_is_the_likelihood_itself_and_more_are_never_fewer():
     ],
 )
 def test_probabilities_that_cannot_be_are_refused(call, message):
-    """A perplexity in place of a log-likelihood, no query, certainty."""
+    """A perplexity in place of a log-likelihood, NaN and no query are refused."""
     with pytest.raises(ArgumentError, match=message):
         call()
 
@@ -60,7 +61,7 @@ def test_probabilities_that_cannot_be_are_refused(call, message):
 
 @given(texts, texts)
 def test_verbatim_match_is_the_longest_common_run_and_prefix(a, b):
-    """By trying every run; the same with the texts swapped."""
+    """The longest run and prefix agree with trying every run, and do not depend on the order of the texts."""
     runs = {tuple(b[i:j]) for i in range(len(b) + 1) for j in range(i, len(b) + 1)}
     longest = max(j - i for i in range(len(a) + 1) for j in range(i, len(a) + 1) if tuple(a[i:j]) in runs)
     prefix = max(k for k in range(min(len(a), len(b)) + 1) if a[:k] == b[:k])
@@ -68,7 +69,7 @@ def test_verbatim_match_is_the_longest_common_run_and_prefix(a, b):
 
 
 def test_a_run_is_contiguous_where_a_subsequence_is_not():
-    """Every other word right: ROUGE-L sees half the text, the run is one word."""
+    """With every other word right ROUGE-L is one half, and the longest run one word."""
     truth, written = ["a", "b", "c", "d", "e", "f", "g", "h"], ["a", "x", "c", "x", "e", "x", "g", "x"]
     assert verbatim_match(written, truth) == (1, 1)
     pytest.importorskip("rouge_score")
@@ -88,7 +89,7 @@ words = st.lists(st.sampled_from(["aa", "bb", "cc", "dd"]), min_size=1, max_size
 
 @given(words, words)
 def test_rouge_l_is_the_longest_common_subsequence_over_the_truth(written, truth):
-    """Recall over the words of the truth, and not over those written: rouge-score takes the truth first."""
+    """Recall divides by the words of the truth, not by those written, although rouge-score takes the truth first."""
     pytest.importorskip("rouge_score")
     length = lcs(written, truth)
     pair = [" ".join(written)], [" ".join(truth)]
@@ -97,7 +98,7 @@ def test_rouge_l_is_the_longest_common_subsequence_over_the_truth(written, truth
 
 
 def test_the_stemmer_compares_stems():
-    """TOFU's way; MUSE's does not."""
+    """The stemmer, used by TOFU and not by MUSE, makes different forms of a word equal."""
     pytest.importorskip("rouge_score")
     pair = ["he was running"], ["he was runs"]
     assert rouge_l(*pair)[0] == pytest.approx(2 / 3)
@@ -105,7 +106,7 @@ def test_the_stemmer_compares_stems():
 
 
 def test_a_truth_that_rouge_cannot_see_is_refused():
-    """It drops all but Latin letters and digits: a perfect echo in Chinese would score 0, as if forgotten."""
+    """A truth in Chinese is refused: rouge-score ignores it, and a perfect copy would score 0, as if forgotten."""
     pytest.importorskip("rouge_score")
     with pytest.raises(ArgumentError, match="truth 1 has no Latin letter"):
         rouge_l(["a", "你好"], ["a", "你好"])
@@ -116,7 +117,7 @@ def test_a_truth_that_rouge_cannot_see_is_refused():
 
 
 def test_without_rouge_score_one_sentence_says_how_to_get_it(monkeypatch):
-    """Not a traceback about a module."""
+    """The error says how to install rouge-score."""
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(DependencyError, match=r"pip install 'pyunlearn\[metrics\]'"):
         rouge_l(["a"], ["a"])

@@ -1,4 +1,4 @@
-"""Memorization: each number against its definition, and what public code gets wrong."""
+"""Memorization: each number agrees with its definition, and avoids the known mistakes of public code."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ matches = st.lists(st.booleans(), min_size=1, max_size=14)
 
 
 def subsets(models, examples, seed):
-    """A mask in which every example is in and out at least once, and accuracies."""
+    """Draw a mask in which every example is in and out at least once, and accuracies."""
     rng = np.random.default_rng(seed)
     mask = rng.random((models, examples)) < 0.5
     mask[0], mask[1] = True, False
@@ -21,7 +21,7 @@ def subsets(models, examples, seed):
 
 @given(st.integers(2, 7), st.integers(1, 6), st.integers(0, 1000))
 def test_counterfactual_memorization_is_in_minus_out(models, examples, seed):
-    """The mean over the models with the example minus the mean over those without, from -1 to 1 for accuracies."""
+    """The result is the mean over models with the example minus the mean over those without, from -1 to 1."""
     mask, scores = subsets(models, examples, seed)
     memorization = counterfactual_memorization(mask.astype(int), scores)
     for i in range(examples):
@@ -32,14 +32,14 @@ def test_counterfactual_memorization_is_in_minus_out(models, examples, seed):
 
 
 def test_an_example_that_only_its_own_models_know_is_memorized():
-    """1 for that example, 0 for one that every model knows and for one that no model knows."""
+    """The result is 1 for that example, and 0 for one that every model knows or no model knows."""
     mask = np.array([[1, 0, 1], [0, 1, 0], [1, 1, 0]])
     scores = np.column_stack([mask[:, 0], np.ones(3), np.zeros(3)])
     assert counterfactual_memorization(mask, scores).tolist() == [1, 0, 0]
 
 
 def test_an_example_that_all_models_or_none_trained_on_is_refused():
-    """Public code divides by zero there; the error says which examples."""
+    """The error names the examples, where public code divides by zero."""
     mask, scores = subsets(4, 9, 0)
     never, always = mask.copy(), mask.copy()
     never[:, [2, 5]], always[:, 7] = False, True
@@ -52,7 +52,7 @@ def test_an_example_that_all_models_or_none_trained_on_is_refused():
 
 
 def test_masks_and_scores_that_do_not_fit_are_refused():
-    """Shapes, NaN, and a mask of fractions."""
+    """Different shapes, NaN and a mask of fractions are refused."""
     mask, scores = subsets(4, 3, 0)
     with pytest.raises(ArgumentError, match=r"\(4, 3\), \(4, 2\)"):
         counterfactual_memorization(mask, scores[:, :2])
@@ -65,26 +65,26 @@ def test_masks_and_scores_that_do_not_fit_are_refused():
 
 
 @given(matches)
-def test_exact_memorization_is_the_share_of_matches(found):
+def test_exact_memorization_is_the_share_of_matches(result):
     """Every scored token counts once."""
-    assert exact_memorization(found) == pytest.approx(sum(found) / len(found))
+    assert exact_memorization(result) == pytest.approx(sum(result) / len(result))
 
 
-def by_definition(found):
-    """1 - min{k : all of found[k:]} / n, where k = n, giving everything away, always serves."""
-    n = len(found)
-    return 1 - min(k for k in range(n + 1) if all(found[k:])) / n
+def by_definition(result):
+    """Compute 1 - min{k : all of matches[k:]} / n; k = n always qualifies."""
+    n = len(result)
+    return 1 - min(k for k in range(n + 1) if all(result[k:])) / n
 
 
 @given(matches)
-def test_extraction_strength_is_its_definition(found):
-    """Prefix by prefix."""
-    assert extraction_strength(found) == pytest.approx(by_definition(found))
+def test_extraction_strength_is_its_definition(result):
+    """The strength agrees with a search prefix by prefix."""
+    assert extraction_strength(result) == pytest.approx(by_definition(result))
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_no_match_has_strength_0_and_not_one_token_s_worth(n):
-    """Public code leaves its loop at k = n - 1 and reports 1 / n."""
+    """A last token that does not match makes 0, where public code leaves its loop early and reports 1 / n."""
     assert extraction_strength([False] * n) == 0
     assert extraction_strength([True] * (n - 1) + [False]) == 0
     assert extraction_strength([False] * (n - 1) + [True]) == pytest.approx((n > 1) / n + (n == 1))
@@ -93,7 +93,7 @@ def test_no_match_has_strength_0_and_not_one_token_s_worth(n):
 
 @pytest.mark.parametrize("metric", [exact_memorization, extraction_strength])
 def test_no_token_and_no_truth_value_are_refused(metric):
-    """A log-likelihood in place of a match would silently count as true."""
+    """Empty input and numbers are refused: a log-likelihood in place of a match would silently count as true."""
     with pytest.raises(ArgumentError, match="not empty"):
         metric([])
     with pytest.raises(ArgumentError, match="true and false"):
