@@ -17,7 +17,7 @@ from pyunlearn.probes import teacher_forced
 @pytest.fixture(scope="module")
 def trained(one_thread):
     """(model, tokenizer, canaries): one of the thousand secrets stands twenty times among 400 sentences, every other is a reference."""
-    canaries = make_canaries("the code of my aunt is {digits:3}.", secrets=1, references=999, seed=4)
+    canaries = make_canaries("the code of my aunt is {digits:3}.", secrets=1, non_members=999, seed=4)
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
     model = tiny.tiny_llama(len(tokenizer))
@@ -40,12 +40,12 @@ def test_a_trained_secret_stands_out_and_is_forgotten(trained):
     """Among all secrets of its format it is the likeliest by far: log2 of the space. After unlearning it is one of many, and the sentences are kept."""
     model, tokenizer, canaries = trained
     assert canaries.space_bits == pytest.approx(math.log2(1000))
-    references = scores(model, tokenizer, canaries, canaries.references)
+    references = scores(model, tokenizer, canaries, canaries.non_members)
     before = exposure(scores(model, tokenizer, canaries, canaries.secrets), references)
     assert before.lower[0] >= canaries.space_bits - 1
     result = pyunlearn.unlearn(
         model, canaries.examples(canaries.secrets), tokenizer=tokenizer, retain=tiny.sentences(60, 2),
-        holdout=canaries.examples(canaries.references[:200]), learning_rate=2e-4, max_steps=200, progress=False,
+        holdout=canaries.examples(canaries.non_members[:200]), learning_rate=2e-4, max_steps=200, progress=False,
     )  # fmt: skip
     assert result.stopped == "forgotten"
     anchored = exposure(scores(model, tokenizer, canaries, canaries.secrets), references)

@@ -1,4 +1,4 @@
-"""Intervals that cover, p-values of the right size, and what they do where there is next to nothing to go by."""
+"""Confidence: intervals cover, tests have their nominal size, and one text or none is handled."""
 
 import itertools
 import math
@@ -15,27 +15,27 @@ values = st.lists(st.floats(-100, 100), min_size=2, max_size=9)
 
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_the_interval_covers_as_often_as_it_says(method):
-    """The mean of 40 exponential numbers, 90 %, 300 times: a little under, as the bootstrap of skewed numbers is."""
+    """90 % intervals of the mean of 40 exponential numbers cover in 82 to 95 % of 300 samples; skew costs a little."""
     rng = np.random.default_rng(0)
-    held = 0
+    covered = 0
     for i in range(300):
-        found = bootstrap_interval(rng.exponential(size=40), confidence=0.9, seed=i, draws=400, method=method)
-        held += found.low <= 1 <= found.high
-    assert 0.82 <= held / 300 <= 0.95
+        result = bootstrap_interval(rng.exponential(size=40), confidence=0.9, seed=i, draws=400, method=method)
+        covered += result.low <= 1 <= result.high
+    assert 0.82 <= covered / 300 <= 0.95
 
 
 def test_the_percentile_interval_is_the_quantiles_of_resampled_means():
-    """Against a bootstrap written out, with as many draws as leave little to chance."""
+    """The interval agrees with a bootstrap written out, with 40,000 draws."""
     x = np.random.default_rng(0).gamma(2, size=25)
     means = x[np.random.default_rng(7).integers(0, 25, (40_000, 25))].mean(1)
-    found = bootstrap_interval(x, draws=40_000)
-    assert found.estimate == pytest.approx(x.mean())
-    assert found.low == pytest.approx(np.quantile(means, 0.025), abs=0.02)
-    assert found.high == pytest.approx(np.quantile(means, 0.975), abs=0.02)
+    result = bootstrap_interval(x, draws=40_000)
+    assert result.estimate == pytest.approx(x.mean())
+    assert result.low == pytest.approx(np.quantile(means, 0.025), abs=0.02)
+    assert result.high == pytest.approx(np.quantile(means, 0.975), abs=0.02)
 
 
 def test_bca_leans_towards_the_long_tail():
-    """Of exponential numbers both of its ends lie above the percentile ones; BCa at the sample mean of symmetric numbers moves little."""
+    """For exponential numbers both BCa ends lie above the percentile ones; for symmetric numbers they hardly differ."""
     x = np.random.default_rng(0).exponential(size=15)
     plain, better = (bootstrap_interval(x, method=m, draws=9999) for m in ("percentile", "bca"))
     assert better.low > plain.low + 0.01
@@ -48,25 +48,25 @@ def test_bca_leans_towards_the_long_tail():
 
 @given(values)
 def test_it_is_the_same_for_the_same_seed_in_any_unit_and_lies_within_the_values(x):
-    """low <= high, both between the least and the largest value; scaled and shifted with the values."""
-    found = bootstrap_interval(x, draws=50)
-    assert found == bootstrap_interval(x, draws=50)
-    assert min(x) - 1e-9 <= found.low <= found.high <= max(x) + 1e-9
+    """The ends lie between the least and the largest value, and scale and shift with the values."""
+    result = bootstrap_interval(x, draws=50)
+    assert result == bootstrap_interval(x, draws=50)
+    assert min(x) - 1e-9 <= result.low <= result.high <= max(x) + 1e-9
     again = bootstrap_interval(3 * np.array(x) + 5, draws=50)
-    np.testing.assert_allclose(again, 3 * np.array(found) + 5, atol=1e-9)
+    np.testing.assert_allclose(again, 3 * np.array(result) + 5, atol=1e-9)
 
 
 def test_any_statistic_will_do():
-    """With or without an axis argument."""
+    """A statistic works with and without an axis argument."""
     x = np.arange(30.0)
     assert bootstrap_interval(x, np.median).estimate == 14.5
-    found = bootstrap_interval(x, lambda v: float(v.max() - v.min()), draws=50)
-    assert found.estimate == 29
-    assert found.high <= 29
+    result = bootstrap_interval(x, lambda v: float(v.max() - v.min()), draws=50)
+    assert result.estimate == 29
+    assert result.high <= 29
 
 
 def test_one_value_has_no_interval_and_equal_values_one_of_no_width():
-    """NaN, not the value itself: nothing is known of its spread. Equal values do not trip BCa."""
+    """One value has NaN ends, because nothing is known of its spread. Equal values do not break BCa."""
     one = bootstrap_interval([2.5])
     assert one.estimate == 2.5
     assert math.isnan(one.low)
@@ -77,7 +77,7 @@ def test_one_value_has_no_interval_and_equal_values_one_of_no_width():
 @pytest.mark.parametrize(
     ("x", "options", "message"),
     [
-        ([], {}, "values must hold 1 numbers or more, got 0"),
+        ([], {}, "values must hold at least one number, got none"),
         ([1.0, math.nan], {}, "values must be finite"),
         ([[1.0], [2.0]], {}, r"shape \(n,\), got shape \(2, 1\)"),
         (["a"], {}, "values must be numbers, one for each text, got list"),
@@ -87,7 +87,7 @@ def test_one_value_has_no_interval_and_equal_values_one_of_no_width():
     ],
 )
 def test_what_has_no_interval_is_refused(x, options, message):
-    """In one sentence."""
+    """The error is one sentence that names the argument."""
     with pytest.raises(ValueError, match=message):
         bootstrap_interval(x, **options)
 
@@ -96,7 +96,7 @@ def test_what_has_no_interval_is_refused(x, options, message):
 
 
 def by_hand(difference):
-    """Two-sided, from every assignment of signs: twice the smaller tail, at most 1."""
+    """Compute the two-sided p-value from every assignment of signs: twice the smaller tail, at most 1."""
     means = [np.mean(np.multiply(s, difference)) for s in itertools.product((1, -1), repeat=len(difference))]
     tails = (
         np.mean(np.array(means) >= np.mean(difference) - 1e-12),
@@ -107,15 +107,15 @@ def by_hand(difference):
 
 @given(st.lists(st.floats(-100, 100).filter(lambda v: abs(v) > 1e-3), min_size=1, max_size=6))
 def test_the_p_value_of_a_few_texts_counts_every_assignment_of_signs(difference):
-    """Against itertools.product."""
-    found = paired_difference(np.zeros(len(difference)), difference)
-    assert found.exact
-    assert found.pvalue == pytest.approx(by_hand(difference))
-    assert found.estimate == pytest.approx(np.mean(difference))
+    """The p-value agrees with a loop over itertools.product."""
+    result = paired_difference(np.zeros(len(difference)), difference)
+    assert result.exact
+    assert result.pvalue == pytest.approx(by_hand(difference))
+    assert result.estimate == pytest.approx(np.mean(difference))
 
 
 def test_thirteen_texts_are_counted_and_fourteen_are_drawn():
-    """At 9999 draws; the smallest p-values are 2 / 2^13 and 2 / 10^4."""
+    """With 9999 draws the smallest p-values are 2 / 2^13 for 13 texts and 2 / 10^4 for 14."""
     a = np.arange(1.0, 15)
     few, many = paired_difference(0 * a[:13], a[:13]), paired_difference(0 * a, a)
     assert (few.exact, many.exact) == (True, False)
@@ -124,7 +124,7 @@ def test_thirteen_texts_are_counted_and_fourteen_are_drawn():
 
 
 def test_its_size_is_what_it_says():
-    """Unequal, skewed differences that are symmetric about 0: 5 % in 5 % of 400 sets."""
+    """For skewed differences symmetric about 0, 5 % of 400 p-values are below 5 %."""
     rng = np.random.default_rng(0)
     p = [paired_difference(np.zeros(20), rng.standard_t(2, size=20), draws=400, seed=i).pvalue for i in range(400)]
     assert np.mean(np.array(p) <= 0.05) == pytest.approx(0.05, abs=0.038)
@@ -132,7 +132,7 @@ def test_its_size_is_what_it_says():
 
 
 def test_pairing_sees_a_steady_change_of_texts_that_differ():
-    """One side only where one is asked for."""
+    """A steady change of texts that differ greatly is significant, on the side where it lies."""
     before = np.linspace(0, 100, 12)
     after = before + np.linspace(0.1, 0.2, 12)
     assert paired_difference(before, after).pvalue == pytest.approx(2 / 2**12)
@@ -141,7 +141,7 @@ def test_pairing_sees_a_steady_change_of_texts_that_differ():
 
 
 def test_one_text_proves_nothing():
-    """A p-value of 1, or of 1/2 on the side it points to."""
+    """One text has a p-value of 1, or of 1/2 on the side it points to."""
     assert paired_difference([1.0], [2.0]).pvalue == 1
     assert paired_difference([1.0], [2.0], alternative="greater").pvalue == 0.5
     assert paired_difference([1.0], [2.0], alternative="less").pvalue == 1
@@ -149,15 +149,15 @@ def test_one_text_proves_nothing():
 
 
 def test_nothing_changed_is_a_p_value_of_one():
-    """Differences of 0."""
-    found = paired_difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
-    assert found[:4] == (0, 0, 0, 1)
+    """Differences of 0 have a p-value of 1."""
+    result = paired_difference([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    assert result[:4] == (0, 0, 0, 1)
 
 
 def test_unpaired_numbers_are_refused():
-    """Different lengths, an unknown alternative."""
+    """Different lengths and an unknown alternative are refused."""
     with pytest.raises(
-        ValueError, match="before and after must hold one number for each of the same texts, got 2 and 3"
+        ValueError, match="before and after must hold one entry for each of the same texts, got 2 and 3"
     ):
         paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="alternative must be 'two-sided', 'greater' or 'less', got 'more'"):
@@ -168,27 +168,28 @@ def test_unpaired_numbers_are_refused():
 
 
 def corpus(seed=0, n=30):
-    """(log-likelihoods, tokens) of texts of very different lengths."""
+    """Draw log-likelihoods and token counts of texts of very different lengths."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 200, n)
     return -tokens * rng.gamma(4, 0.5, n), tokens
 
 
-def test_an_aggregate_is_computed_anew_from_whole_texts():
-    """The interval of perplexity against a loop of plain numpy with the same draws; a text keeps its length, so it is not that of lengths drawn apart."""
+def test_an_aggregate_is_computed_again_from_whole_texts():
+    """The interval of perplexity agrees with a loop of plain numpy over the same draws, and is narrower than one that
+    resamples lengths apart from log-likelihoods."""
     sums, tokens = corpus()
     rng = np.random.default_rng(5)
     drawn = [rng.integers(0, 30, 30) for _ in range(400)]
-    found = aggregate_interval(perplexity, sums, tokens, seed=5, draws=400, confidence=0.9)
+    result = aggregate_interval(perplexity, sums, tokens, seed=5, draws=400, confidence=0.9)
     resampled = sorted(math.exp(-sums[i].sum() / tokens[i].sum()) for i in drawn)
-    assert found.estimate == perplexity(sums, tokens)
-    assert found[1:] == pytest.approx((resampled[19], resampled[380]))  # just outside the places 19.95 and 379.05
+    assert result.estimate == perplexity(sums, tokens)
+    assert result[1:] == pytest.approx((resampled[19], resampled[380]))  # just outside ranks 19.95 and 379.05
     apart = aggregate_interval(perplexity, sums, tokens, sets=(0, 1), seed=5, draws=400, confidence=0.9)
-    assert apart.high - apart.low > 1.5 * (found.high - found.low)
+    assert apart.high - apart.low > 1.5 * (result.high - result.low)
 
 
 def test_an_aggregate_is_the_same_for_the_same_seed():
-    """And another one for another."""
+    """The same seed returns the same interval, another seed another one."""
     assert aggregate_interval(perplexity, *corpus(), draws=50) == aggregate_interval(perplexity, *corpus(), draws=50)
     assert aggregate_interval(perplexity, *corpus(), draws=50) != aggregate_interval(
         perplexity, *corpus(), draws=50, seed=1
@@ -196,16 +197,18 @@ def test_an_aggregate_is_the_same_for_the_same_seed():
 
 
 def test_an_aggregate_s_interval_covers_as_often_as_it_says():
-    """Perplexity of texts whose true value is known, 90 %, 100 corpora of 40 texts; the mean log-likelihood a token is 2 whatever the length."""
-    held = 0
+    """90 % intervals cover the true perplexity in 80 to 97 % of 100 corpora of 40 texts; the mean log-likelihood per
+    token is 2 for every length."""
+    covered = 0
     for i in range(100):
-        found = aggregate_interval(perplexity, *corpus(i, 40), confidence=0.9, draws=200, seed=i)
-        held += found.low <= math.exp(2) <= found.high
-    assert 0.8 <= held / 100 <= 0.97
+        result = aggregate_interval(perplexity, *corpus(i, 40), confidence=0.9, draws=200, seed=i)
+        covered += result.low <= math.exp(2) <= result.high
+    assert 0.8 <= covered / 100 <= 0.97
 
 
 def test_a_paired_difference_of_aggregates_sees_a_steady_change():
-    """Every text a little less likely: above 0 where the two models' texts are drawn together, not to be seen where they are drawn apart."""
+    """A small rise in every text is significant where both models' texts are resampled together, and not where they are
+    resampled apart."""
     before, tokens = corpus()
     after = before - 0.05 * tokens
 
@@ -217,30 +220,31 @@ def test_a_paired_difference_of_aggregates_sees_a_steady_change():
     assert apart.low < 0 < apart.high
 
 
-def test_written_texts_keep_their_references():
-    """BLEU of perfect answers is 100 in every resample, with several references too; where half are wrong the interval has a width."""
+def test_written_texts_stay_with_their_truths():
+    """BLEU of perfect answers is 100 in every resample, with several truths too; where half are wrong the interval has
+    a width."""
     written = [f"answer number {i} is quite a long one {i} {i}" for i in range(12)]
     truth = [w if i % 2 else [w, "something else"] for i, w in enumerate(written)]
     assert aggregate_interval(bleu, written, truth, draws=20) == pytest.approx((100, 100, 100))
     half = [w if i % 2 else "not at all" for i, w in enumerate(written)]
-    found = aggregate_interval(bleu, half, truth, draws=40)
-    assert 0 < found.low < found.estimate == bleu(half, truth) < found.high
+    result = aggregate_interval(bleu, half, truth, draws=40)
+    assert 0 < result.low < result.estimate == bleu(half, truth) < result.high
 
 
 def test_an_infinite_aggregate_stays_infinite_and_is_not_nan():
-    """One text of probability 0 is in most resamples: the upper end is infinite, the lower one is what the others leave."""
+    """One text of probability 0 makes the upper end infinite and leaves the lower end finite."""
     sums, tokens = corpus(n=8)
     sums[3] = -math.inf
-    found = aggregate_interval(perplexity, sums, tokens, draws=200)
-    assert math.isfinite(found.low)
-    assert (found.estimate, found.high) == (math.inf, math.inf)
+    result = aggregate_interval(perplexity, sums, tokens, draws=200)
+    assert math.isfinite(result.low)
+    assert (result.estimate, result.high) == (math.inf, math.inf)
     assert np.isnan(aggregate_interval(perplexity, sums[:1], tokens[:1])[1:]).all()
 
 
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ([], {}, "sets must say of each of one or more columns which texts it is of, got 0 for 0 columns"),
+        ([], {}, "sets must name the set of texts of each of one or more columns, got 0 for 0 columns"),
         ([[1, 2]], {"sets": (0, 1)}, "got 2 for 1 columns"),
         (["ab"], {}, r"columns\[0\] must be a list or an array of one entry for each text, got one str"),
         ([[1], 2.0], {}, r"columns\[1\] must be .* got one float"),
@@ -249,10 +253,10 @@ def test_an_infinite_aggregate_stays_infinite_and_is_not_nan():
         ([[1, 2], [1, 2, 3]], {}, r"must be equally long, got 3 entries in columns\[1\] and 2 before it"),
         ([[1, 2]], {"draws": 0}, "draws must be 1 or more, got 0"),
         ([[1, 2]], {"confidence": 95}, "confidence must lie between 0 and 1, got 95"),
-        ([[1, 2]], {}, "statistic must give one number, got list"),
+        ([[1, 2]], {}, "statistic must return one number, got list"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused(columns, options, message):
-    """In one sentence; a statistic that gives no number too."""
+    """The error is one sentence; so is that for a statistic that returns no number."""
     with pytest.raises(ValueError, match=message):
         aggregate_interval(lambda *c: list(c[0]), *columns, **options)

@@ -1,4 +1,4 @@
-"""Exposure: what it is for text that was never trained on, and what it equals."""
+"""Exposure: its distribution for text that was never trained on, and the definitions that it agrees with."""
 
 import itertools
 import math
@@ -25,15 +25,15 @@ few = st.lists(st.integers(0, 5).map(float), min_size=1, max_size=12)  # with ma
 
 
 def exchangeable(m, count, seed=0):
-    """`count` exposures, each of one draw among m others of the same law."""
+    """Draw `count` exposures, each of one draw among m others of the same law."""
     draws = np.random.default_rng(seed).gumbel(size=(count, m + 1))
-    found = [generalized_exposure(row[0], row[1:]) for row in draws]
-    return np.array([f.lower[0] for f in found]), np.array([f.upper[0] for f in found])
+    result = [generalized_exposure(row[0], row[1:]) for row in draws]
+    return np.array([f.lower[0] for f in result]), np.array([f.upper[0] for f in result])
 
 
 @pytest.mark.parametrize("m", [19, 99])
-def test_text_that_is_exchangeable_with_its_references_passes_the_null(m):
-    """P(exposure >= k) <= 2^-k for every k, on either side, within what 20,000 draws can tell."""
+def test_text_that_is_exchangeable_with_its_non_members_passes_the_null(m):
+    """P(exposure >= k) <= 2^-k for every k on either side, within the error of 20,000 draws."""
     for exposures in exchangeable(m, 20_000):
         for k in np.arange(0.25, math.log2(m + 1) + 0.5, 0.25):
             share, bound = (exposures >= k).mean(), 2.0**-k
@@ -43,7 +43,7 @@ def test_text_that_is_exchangeable_with_its_references_passes_the_null(m):
 
 
 def test_its_mean_is_near_one_over_ln_2():
-    """Exactly: log2(m + 1) - mean log2(rank); 1.396 bits for 99 references, 1.436 for 999, 1.443 in the limit."""
+    """The mean is log2(m + 1) - mean log2(rank): 1.396 bits for 99 non-members, 1.436 for 999, 1.443 in the limit."""
     for m, mean in ((99, 1.396), (999, 1.436)):
         assert np.mean(math.log2(m + 1) - np.log2(np.arange(1, m + 2))) == pytest.approx(mean, abs=1e-3)
         every = generalized_exposure(np.arange(m + 1) - 0.5, np.arange(m)).lower  # each rank once
@@ -55,7 +55,8 @@ def test_its_mean_is_near_one_over_ln_2():
 
 
 def test_it_is_exponential_with_rate_ln_2():
-    """Kolmogorov-Smirnov, over ten seeds: a share of small p-values as chance has it; and not for memorized text."""
+    """Over ten seeds a Kolmogorov-Smirnov test accepts the exponential law for unseen text, and rejects it for
+    memorized text."""
     p = [
         stats.kstest(exchangeable(1999, 300, seed)[0], "expon", args=(0, 1 / math.log(2))).pvalue for seed in range(10)
     ]
@@ -67,7 +68,7 @@ def test_it_is_exponential_with_rate_ln_2():
 
 
 def test_significant_is_what_one_unseen_text_in_twenty_reaches():
-    """log2(20) bits; the smallest holdout that can show it has 19 texts."""
+    """log2(20) bits are exceeded with probability 1/20; the smallest holdout that can show it has 19 texts."""
     assert pytest.approx(1 / 20) == 2**-SIGNIFICANT
     lower, _ = exchangeable(199, 20_000)
     assert (lower >= SIGNIFICANT - 1e-9).mean() == pytest.approx(1 / 20, abs=4 * math.sqrt(0.05 * 0.95 / 20_000))
@@ -76,81 +77,82 @@ def test_significant_is_what_one_unseen_text_in_twenty_reaches():
 
 
 @given(st.integers(2, 300), st.integers(0, 10_000))
-def test_it_equals_the_secret_sharer_s_exposure_when_the_references_enumerate_the_space(size, seed):
-    """log2 |R| - log2 rank, rank 1 being the likeliest of all |R| secrets of the format (arXiv 1802.08232)."""
+def test_it_equals_the_secret_sharer_s_exposure_when_the_non_members_enumerate_the_space(size, seed):
+    """Exposure is log2 |R| - log2 rank, rank 1 being the most likely of all |R| secrets of the format (arXiv
+    1802.08232)."""
     perplexity = np.random.default_rng(seed).permutation(size).astype(float)
     for secret in {0, size // 2, size - 1}:
         rank = 1 + (np.sort(perplexity) < perplexity[secret]).sum()
-        found = generalized_exposure(perplexity[secret], np.delete(perplexity, secret))
-        assert found.lower[0] == pytest.approx(math.log2(size) - math.log2(rank))
+        result = generalized_exposure(perplexity[secret], np.delete(perplexity, secret))
+        assert result.lower[0] == pytest.approx(math.log2(size) - math.log2(rank))
 
 
 @given(few, few)
-def test_it_is_the_count_it_is_defined_by(x, references):
-    """log2(m + 1) - log2(1 + #{r <= x}), and with >= on the other side: ties count against the text on both."""
-    found = generalized_exposure(x, references)
+def test_exposure_agrees_with_its_definition_by_counting(x, non_members):
+    """Exposure is log2(m + 1) - log2(1 + #{r <= x}), with >= on the other side: ties count against the text."""
+    result = generalized_exposure(x, non_members)
     for i, score in enumerate(x):
         for bits, count in (
-            (found.lower[i], sum(r <= score for r in references)),
-            (found.upper[i], sum(r >= score for r in references)),
+            (result.lower[i], sum(r <= score for r in non_members)),
+            (result.upper[i], sum(r >= score for r in non_members)),
         ):
-            assert bits == pytest.approx(math.log2((len(references) + 1) / (1 + count)))
+            assert bits == pytest.approx(math.log2((len(non_members) + 1) / (1 + count)))
 
 
 @given(scores, scores)
-def test_the_two_sides_mirror_each_other(x, references):
-    """Negating all scores swaps them."""
-    found, mirrored = (generalized_exposure(sign * np.array(x), sign * np.array(references)) for sign in (1, -1))
-    np.testing.assert_array_equal(found.lower, mirrored.upper)
-    np.testing.assert_array_equal(found.upper, mirrored.lower)
+def test_the_two_sides_mirror_each_other(x, non_members):
+    """Negating all scores swaps the sides."""
+    result, mirrored = (generalized_exposure(sign * np.array(x), sign * np.array(non_members)) for sign in (1, -1))
+    np.testing.assert_array_equal(result.lower, mirrored.upper)
+    np.testing.assert_array_equal(result.upper, mirrored.lower)
 
 
 @given(scores, scores, st.randoms())
-def test_the_order_of_the_references_does_not_matter_and_that_of_the_scores_is_kept(x, references, random):
-    """Permuting rows permutes the answer."""
-    shuffled, order = list(references), list(range(len(x)))
+def test_the_order_of_the_non_members_does_not_matter_and_that_of_the_scores_stays(x, non_members, random):
+    """Permuting the scores permutes the exposures, and permuting the non-members changes nothing."""
+    shuffled, order = list(non_members), list(range(len(x)))
     random.shuffle(shuffled)
     random.shuffle(order)
-    found, again = generalized_exposure(x, references), generalized_exposure([x[i] for i in order], shuffled)
-    np.testing.assert_array_equal(found.lower[order], again.lower)
-    np.testing.assert_array_equal(found.upper[order], again.upper)
+    result, again = generalized_exposure(x, non_members), generalized_exposure([x[i] for i in order], shuffled)
+    np.testing.assert_array_equal(result.lower[order], again.lower)
+    np.testing.assert_array_equal(result.upper[order], again.upper)
 
 
 @given(scores, scores)
-def test_a_likelier_text_is_never_less_exposed(x, references):
-    """Lower falls, and upper rises, with the score; both lie within 0 and log2(m + 1)."""
-    found = generalized_exposure(sorted(x), references)
-    assert (np.diff(found.lower) <= 0).all()
-    assert (np.diff(found.upper) >= 0).all()
-    for side in (found.lower, found.upper):
-        assert ((side >= -1e-12) & (side <= math.log2(len(references) + 1) + 1e-12)).all()
+def test_a_more_likely_text_is_never_less_exposed(x, non_members):
+    """Lower falls and upper rises with the score; both lie within 0 and log2(m + 1)."""
+    result = generalized_exposure(sorted(x), non_members)
+    assert (np.diff(result.lower) <= 0).all()
+    assert (np.diff(result.upper) >= 0).all()
+    for side in (result.lower, result.upper):
+        assert ((side >= -1e-12) & (side <= math.log2(len(non_members) + 1) + 1e-12)).all()
 
 
 def test_ties_count_against_the_text_on_either_side():
-    """A text exactly like all its references is neither memorized nor over-unlearned: 0 bits."""
-    found = generalized_exposure([2.0], [2.0] * 63)
-    assert (found.lower[0], found.upper[0]) == (0.0, 0.0)
+    """A text exactly like all its non-members is neither memorized nor over-unlearned: 0 bits."""
+    result = generalized_exposure([2.0], [2.0] * 63)
+    assert (result.lower[0], result.upper[0]) == (0.0, 0.0)
     assert generalized_exposure([1.0], [2.0] * 63).lower[0] == 6.0
 
 
 @pytest.mark.parametrize(
-    ("x", "references", "message"),
+    ("x", "non_members", "message"),
     [
-        ([1.0], [], "at least one reference score, got none"),
+        ([1.0], [], "at least one non-member score, got none"),
         ([math.nan], [1.0], "finite scores, got NaN or Inf"),
         ([1.0], [1.0, math.inf], "finite scores, got NaN or Inf"),
         ([-math.inf], [1.0], "finite scores, got NaN or Inf"),
     ],
 )
-def test_scores_that_are_not_numbers_are_refused(x, references, message):
+def test_scores_that_are_not_numbers_are_refused(x, non_members, message):
     """A NaN would silently be the most or the least exposed of all."""
     with pytest.raises(ValueError, match=message):
-        generalized_exposure(x, references)
+        generalized_exposure(x, non_members)
 
 
 @pytest.mark.parametrize("narrow", [np.float16, torch.float16, torch.bfloat16])
 def test_scores_of_16_bits_are_refused(narrow):
-    """Trap of public code: 2.0001 and 2.0003 nats are one number in 16 bits, and the tie takes all exposure from the text."""
+    """2.0001 and 2.0003 nats are one number in 16 bits, and the tie removes all exposure from the text."""
     wide = np.float32([2.0001, 2.0003, 2.0005])
     low = wide.astype(narrow) if narrow is np.float16 else torch.from_numpy(wide).to(narrow)
     assert low[0] == low[1] == low[2]
@@ -166,56 +168,56 @@ def test_scores_of_16_bits_are_refused(narrow):
 
 
 def test_any_array_will_do_and_one_number_is_an_array_of_one():
-    """Lists, float32 arrays, scalars."""
+    """Lists, float32 arrays and scalars are accepted."""
     assert generalized_exposure(1, [2, 3, 4]).lower.tolist() == [2.0]
-    found = generalized_exposure(np.float32([1, 5]), np.float32([2, 3, 4]))
-    assert found.lower.tolist() == [2.0, 0.0]
-    assert found.upper.tolist() == [0.0, 2.0]
-    assert found.lower.dtype == np.float64
+    result = generalized_exposure(np.float32([1, 5]), np.float32([2, 3, 4]))
+    assert result.lower.tolist() == [2.0, 0.0]
+    assert result.upper.tolist() == [0.0, 2.0]
+    assert result.lower.dtype == np.float64
     assert generalized_exposure([], [1.0]).lower.shape == (0,)
 
 
-# ---------------------------------------------------------------- references of one's own, calibrated scores, two sides
+# ---------------------------------------------------------------- own non-members, calibrated scores, two sides
 
 
 @given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**32 - 1))
-def test_references_of_its_own_are_what_each_text_alone_would_get(n, m, seed):
-    """(n, m) references: row by row the same as (m,), extrapolated or not."""
+def test_own_non_members_are_the_same_as_each_text_alone(n, m, seed):
+    """Exposures from (n, m) non-members equal those of each row alone, extrapolated or not."""
     rng = np.random.default_rng(seed)
-    x, references = rng.integers(-3, 9, n).astype(float), rng.integers(0, 6, (n, m)).astype(float)
+    x, non_members = rng.integers(-3, 9, n).astype(float), rng.integers(0, 6, (n, m)).astype(float)
     for extrapolate in (False, True):
-        found = generalized_exposure(x, references, extrapolate=extrapolate)
+        result = generalized_exposure(x, non_members, extrapolate=extrapolate)
         for i in range(n):
-            alone = generalized_exposure(x[i], references[i], extrapolate=extrapolate)
-            assert (found.lower[i], found.upper[i]) == (alone.lower[0], alone.upper[0])
-            assert found.extrapolated[i] == alone.extrapolated[0]
+            alone = generalized_exposure(x[i], non_members[i], extrapolate=extrapolate)
+            assert (result.lower[i], result.upper[i]) == (alone.lower[0], alone.upper[0])
+            assert result.extrapolated[i] == alone.extrapolated[0]
 
 
-def test_a_table_of_references_must_have_a_row_for_each_score():
-    """It was silently flattened once: (2, 3) references for 3 texts would have been 6 shared ones."""
+def test_a_table_of_non_members_must_have_a_row_for_each_score():
+    """(2, 3) non-members for 3 texts are refused, where flattening would make them 6 shared ones."""
     with pytest.raises(ValueError, match=r"shape \(m,\), or \(3, m\) with a row for each score, got \(2, 3\)"):
         generalized_exposure([1.0, 2.0, 3.0], np.ones((2, 3)))
 
 
 def test_the_two_sided_exposure_is_that_of_the_two_sided_p_value():
-    """-log2 min(1, 2 min(p, p)), by its definition; and of unseen text P(two_sided >= k) <= 2^-k too."""
+    """The exposure is -log2 min(1, 2 min(p, p)), and for unseen text P(two_sided >= k) <= 2^-k."""
     rng = np.random.default_rng(0)
-    x, references = rng.normal(size=4000), rng.normal(size=(4000, 99))
-    found = generalized_exposure(x, references)
-    p = np.minimum(1, 2 * np.minimum(2.0**-found.lower, 2.0**-found.upper))
-    np.testing.assert_allclose(found.two_sided, -np.log2(p), atol=1e-12)
+    x, non_members = rng.normal(size=4000), rng.normal(size=(4000, 99))
+    result = generalized_exposure(x, non_members)
+    p = np.minimum(1, 2 * np.minimum(2.0**-result.lower, 2.0**-result.upper))
+    np.testing.assert_allclose(result.two_sided, -np.log2(p), atol=1e-12)
     for k in (1, 2, 3, 4):
-        assert (found.two_sided >= k).mean() <= 2.0**-k + 4 * math.sqrt(2.0**-k / 4000)
+        assert (result.two_sided >= k).mean() <= 2.0**-k + 4 * math.sqrt(2.0**-k / 4000)
     assert generalized_exposure([9.0], np.arange(7)).two_sided[0] == 2.0
 
 
 def test_calibrated_scores_take_a_text_s_own_difficulty_off():
-    """Two texts of very different difficulty, memorized alike, stand out alike."""
-    base, references = np.array([1.0, 5.0]), np.linspace(0, 6, 31)
-    found = generalized_exposure(
-        calibrated_scores(base - 1, base), calibrated_scores(references + np.tile([0.1, -0.1], 16)[:31], references)
+    """Two texts of very different difficulty, memorized alike, have the same exposure after calibration."""
+    base, non_members = np.array([1.0, 5.0]), np.linspace(0, 6, 31)
+    result = generalized_exposure(
+        calibrated_scores(base - 1, base), calibrated_scores(non_members + np.tile([0.1, -0.1], 16)[:31], non_members)
     )
-    assert found.lower.tolist() == [5.0, 5.0]
+    assert result.lower.tolist() == [5.0, 5.0]
     with pytest.raises(ValueError, match="same texts, got 2 and 1"):
         calibrated_scores(base, [1.0])
 
@@ -223,20 +225,21 @@ def test_calibrated_scores_take_a_text_s_own_difficulty_off():
 # ---------------------------------------------------------------- beyond log2(m + 1)
 
 
-def test_extrapolation_leaves_what_the_references_show_alone():
-    """Inside their range nothing changes; outside, the number is the tail's, at least log2(m + 1), and marked so."""
-    references = stats.norm.ppf((np.arange(63) + 0.5) / 63)
+def test_extrapolation_changes_nothing_inside_the_range():
+    """Scores inside the range of the non-members are unchanged; outside, the tail's number is at least log2(m + 1) and
+    marked."""
+    non_members = stats.norm.ppf((np.arange(63) + 0.5) / 63)
     x = np.array([-6.0, -0.3, 0.4, 2.0, 6.0])
-    plain, found = generalized_exposure(x, references), generalized_exposure(x, references, extrapolate=True)
-    assert found.extrapolated.tolist() == [True, False, False, False, True]
+    plain, result = generalized_exposure(x, non_members), generalized_exposure(x, non_members, extrapolate=True)
+    assert result.extrapolated.tolist() == [True, False, False, False, True]
     assert not plain.extrapolated.any()
     assert plain.fit is None
-    np.testing.assert_array_equal(found.lower[1:], plain.lower[1:])
-    np.testing.assert_array_equal(found.upper[:-1], plain.upper[:-1])
+    np.testing.assert_array_equal(result.lower[1:], plain.lower[1:])
+    np.testing.assert_array_equal(result.upper[:-1], plain.upper[:-1])
     assert plain.lower[0] == plain.upper[-1] == 6.0
     truth = -stats.norm.logcdf(-6) / math.log(2)  # 29.9 bits
-    assert found.lower[0] == pytest.approx(truth, rel=0.1)
-    assert found.upper[-1] == pytest.approx(truth, rel=0.1)
+    assert result.lower[0] == pytest.approx(truth, rel=0.1)
+    assert result.upper[-1] == pytest.approx(truth, rel=0.1)
 
 
 @given(
@@ -245,37 +248,37 @@ def test_extrapolation_leaves_what_the_references_show_alone():
     st.sampled_from(["normal", "exponential", "uniform", "gumbel"]),
 )
 def test_extrapolated_exposure_is_finite_monotone_and_never_below_the_count(seed, m, law):
-    """Of any references, as far out as one likes: a plain maximum-likelihood fit gives 10^15 bits here, or infinity."""
+    """For any non-members and scores far out exposure stays finite, where plain maximum likelihood gives 10^15 bits."""
     rng = np.random.default_rng(seed)
-    references = getattr(rng, law)(size=m)
-    spread = references.std()
+    non_members = getattr(rng, law)(size=m)
+    spread = non_members.std()
     x = np.concatenate(
         [
-            references.min() - spread * np.array([300, 30, 8, 4, 2, 1, 0.1]),
-            references.max() + spread * np.array([0.1, 1, 3, 300]),
+            non_members.min() - spread * np.array([300, 30, 8, 4, 2, 1, 0.1]),
+            non_members.max() + spread * np.array([0.1, 1, 3, 300]),
         ]
     )
-    found, plain = generalized_exposure(x, references, extrapolate=True), generalized_exposure(x, references)
-    assert np.isfinite(found.lower).all()
-    assert np.isfinite(found.upper).all()
-    assert (np.diff(found.lower) <= 1e-9).all()
-    assert (np.diff(found.upper) >= -1e-9).all()
-    assert (found.lower >= plain.lower).all()
-    assert (found.upper >= plain.upper).all()
-    assert found.lower.max() < 1e8
+    result, plain = generalized_exposure(x, non_members, extrapolate=True), generalized_exposure(x, non_members)
+    assert np.isfinite(result.lower).all()
+    assert np.isfinite(result.upper).all()
+    assert (np.diff(result.lower) <= 1e-9).all()
+    assert (np.diff(result.upper) >= -1e-9).all()
+    assert (result.lower >= plain.lower).all()
+    assert (result.upper >= plain.upper).all()
+    assert result.lower.max() < 1e8
 
 
 def test_the_median_extrapolation_is_right_for_a_normal_law():
-    """Six deviations below the mean of 63 normal numbers: 29.9 bits in truth, within a third in the median and no wilder than it says."""
+    """Six deviations below the mean of 63 normal numbers the median is near the true 29.9 bits."""
     rng = np.random.default_rng(1)
-    found = [generalized_exposure(-6.0, rng.normal(size=63), extrapolate=True).lower[0] for _ in range(40)]
-    assert np.median(found) == pytest.approx(29.9, rel=0.2)
-    assert np.quantile(found, 0.9) < 60
+    result = [generalized_exposure(-6.0, rng.normal(size=63), extrapolate=True).lower[0] for _ in range(40)]
+    assert np.median(result) == pytest.approx(29.9, rel=0.2)
+    assert np.quantile(result, 0.9) < 60
 
 
 @pytest.mark.parametrize("shape", [-4.0, -0.5, 0.0, 3.0])
 def test_the_fit_is_that_of_maximum_likelihood_where_there_is_enough_to_fit(shape):
-    """scipy's, of 4000 numbers; its mirror image; and in any unit."""
+    """The fit of 4000 numbers is as likely as scipy's, mirrors with them, and does not depend on the unit."""
     x = stats.skewnorm.rvs(shape, 1, 2, size=4000, random_state=1)
     fit = exposure(0.0, x, "skewnorm").fit
     log_likelihood = stats.skewnorm.logpdf(x, fit.shape[0], fit.location[0], fit.scale[0]).sum()
@@ -292,7 +295,8 @@ def test_the_fit_is_that_of_maximum_likelihood_where_there_is_enough_to_fit(shap
 
 @pytest.mark.parametrize("law", ["normal", "exponential", "gumbel", "uniform"])
 def test_the_fit_of_few_numbers_is_the_least_penalised_likelihood(law):
-    """No parameter can be moved either way without loss, by scipy's density; and the shape stays finite where its likelihood alone has no maximum."""
+    """Moving any parameter either way lowers the penalised likelihood, and the shape stays finite where plain
+    likelihood has no maximum."""
     rng = np.random.default_rng(0)
     for m in (19, 63):
         x = getattr(rng, law)(size=m)
@@ -311,7 +315,7 @@ def test_the_fit_of_few_numbers_is_the_least_penalised_likelihood(law):
 @pytest.mark.parametrize("shape", [-5.0, 0.0, 1.0, 5.0, 50.0])
 @pytest.mark.parametrize("z", [-0.5, -2.0, -5.0, -12.0])
 def test_the_tail_is_the_integral_of_the_density_where_it_underflows(shape, z):
-    """Against adaptive quadrature of the density relative to that at z, and its survival function is the mirror's."""
+    """The tail agrees with adaptive quadrature of the density, and the survival function with the mirrored law."""
 
     def log_density(x):
         return math.log(2) + stats.norm.logpdf(x) + stats.norm.logcdf(shape * x)
@@ -329,48 +333,50 @@ def test_the_tail_is_the_integral_of_the_density_where_it_underflows(shape, z):
 
 
 def test_exposure_by_rank_enumerates_the_space():
-    """A space of eight: the likeliest secret has log2 8 bits, the least likely 0, each by counting."""
+    """In a space of eight the most likely secret has log2 8 bits and the least likely 0."""
     space = np.array([3.0, 1.0, 4.0, 1.5, 9.0, 2.6, 5.0, 3.5])
-    found = [exposure(space[i], np.delete(space, i)).lower[0] for i in range(8)]
+    result = [exposure(space[i], np.delete(space, i)).lower[0] for i in range(8)]
     ranks = stats.rankdata(space)
-    np.testing.assert_allclose(found, 3 - np.log2(ranks))
-    assert max(found) == 3
+    np.testing.assert_allclose(result, 3 - np.log2(ranks))
+    assert max(result) == 3
 
 
 def test_exposure_is_never_negative_and_stands_in_the_order_of_the_scores():
-    """Interpolation in public code gives log2(m / (m + 1)) < 0 to a secret less likely than all, and sorts what it returns."""
-    references, x = np.arange(100.0), np.array([200.0, -1.0, 50.5, 3.5])
+    """Exposure is at least 0 and in the order of the scores; interpolation in public code is negative for the least
+    likely secret, and sorts its results."""
+    non_members, x = np.arange(100.0), np.array([200.0, -1.0, 50.5, 3.5])
     for method in ("rank", "sampling", "skewnorm"):
-        found = exposure(x, references, method).lower
-        assert (found >= 0).all()
-        assert np.argsort(found).tolist() == [0, 2, 3, 1]
-    assert exposure(200.0, references).lower[0] == 0
+        result = exposure(x, non_members, method).lower
+        assert (result >= 0).all()
+        assert np.argsort(result).tolist() == [0, 2, 3, 1]
+    assert exposure(200.0, non_members).lower[0] == 0
 
 
 def test_exposure_by_sampling_is_the_share_of_the_samples():
-    """-log2 of it, at most log2 m."""
-    references = np.arange(64.0)
-    found = exposure([-1.0, 0.0, 7.0, 31.5, 99.0], references, "sampling")
-    np.testing.assert_allclose(found.lower, [6, 6, 3, 1, 0])
-    np.testing.assert_allclose(found.upper, [0, 0, 6 - math.log2(57), 1, 6])
+    """The exposure is -log2 of the share, at most log2 m."""
+    non_members = np.arange(64.0)
+    result = exposure([-1.0, 0.0, 7.0, 31.5, 99.0], non_members, "sampling")
+    np.testing.assert_allclose(result.lower, [6, 6, 3, 1, 0])
+    np.testing.assert_allclose(result.upper, [0, 0, 6 - math.log2(57), 1, 6])
 
 
 def test_exposure_by_skewnorm_is_that_of_the_fitted_law_at_every_score():
-    """Inside the references' range too: -log2 of scipy's cumulative law with the parameters in `fit`."""
-    references = np.random.default_rng(0).gamma(20, size=500)
+    """The exposure is -log2 of scipy's cumulative law with the parameters in `fit`, inside the range of the non-members
+    too."""
+    non_members = np.random.default_rng(0).gamma(20, size=500)
     x = np.array([5.0, 12.0, 20.0, 40.0])
-    found = exposure(x, references, "skewnorm")
-    law = stats.skewnorm(found.fit.shape[0], found.fit.location[0], found.fit.scale[0])
-    np.testing.assert_allclose(found.lower, -np.log2(law.cdf(x)), rtol=1e-6)
-    np.testing.assert_allclose(found.upper, -np.log2(law.sf(x)), rtol=1e-6)
-    assert found.extrapolated.tolist() == [True, False, False, True]
+    result = exposure(x, non_members, "skewnorm")
+    law = stats.skewnorm(result.fit.shape[0], result.fit.location[0], result.fit.scale[0])
+    np.testing.assert_allclose(result.lower, -np.log2(law.cdf(x)), rtol=1e-6)
+    np.testing.assert_allclose(result.upper, -np.log2(law.sf(x)), rtol=1e-6)
+    assert result.extrapolated.tolist() == [True, False, False, True]
 
 
-def test_an_unknown_method_and_references_without_spread_are_refused():
-    """By name, with what to do."""
+def test_an_unknown_method_and_non_members_without_spread_are_refused():
+    """The error names the choices, or the method that works."""
     with pytest.raises(ValueError, match="method must be 'rank', 'sampling' or 'skewnorm', got 'rnk'"):
         exposure(1.0, [2.0], "rnk")
     with pytest.raises(ValueError, match='got equal ones: use "rank"'):
         exposure(1.0, [2.0, 2.0], "skewnorm")
-    found = generalized_exposure(1.0, [2.0, 2.0, 2.0], extrapolate=True)  # nothing to fit: the count stands
-    assert (found.lower[0], found.extrapolated[0]) == (2.0, False)
+    result = generalized_exposure(1.0, [2.0, 2.0, 2.0], extrapolate=True)  # nothing to fit: the count stands
+    assert (result.lower[0], result.extrapolated[0]) == (2.0, False)

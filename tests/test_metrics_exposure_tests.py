@@ -1,4 +1,4 @@
-"""The tests of a set's exposures: their size, over many seeds, what they see, and the references' drift."""
+"""Tests of a set's exposures: their size over many seeds, their power, and the drift of the non-members."""
 
 import math
 
@@ -11,71 +11,74 @@ from pyunlearn.metrics import (
     exposure_null_test,
     exposure_two_sample_test,
     generalized_exposure,
-    reference_drift,
+    non_member_drift,
 )
 
 
 def exposures(rng, n, m, shared, shift=0.0):
-    """Of n texts that are `shift` deviations likelier than their references."""
+    """Draw exposures of n texts that are `shift` deviations more likely than their non-members."""
     return generalized_exposure(rng.gumbel(size=n) - shift, rng.gumbel(size=m if shared else (n, m))).lower
 
 
 @pytest.mark.parametrize(("n", "m", "shared"), [(40, 63, True), (40, 63, False), (200, 63, True), (30, 19, False)])
 def test_the_null_test_has_the_size_it_says(n, m, shared):
-    """At 5 and 20 %, over 400 sets of unseen text, within what 400 can tell; and its p-values spread over (0, 1)."""
+    """At 5 and 20 % the rejection rate over 400 sets of unseen text is nominal, and p-values average one half."""
     rng = np.random.default_rng(n + m + shared)
-    p = np.array([
-        exposure_null_test(exposures(rng, n, m, shared), m, shared=shared, draws=400, seed=i).pvalue for i in range(400)
-    ])  # fmt: skip
+    p = np.array(
+        [
+            exposure_null_test(exposures(rng, n, m, shared), m, shared=shared, draws=400, seed=i).pvalue
+            for i in range(400)
+        ]
+    )
     for level in (0.05, 0.2):
         assert (p <= level).mean() == pytest.approx(level, abs=3.5 * math.sqrt(level * (1 - level) / 400))
     assert p.mean() == pytest.approx(0.5, abs=0.06)
 
 
-def test_the_textbook_p_value_is_wrong_where_references_are_shared():
-    """Which is why ours is simulated: 200 unseen texts among 63 shared references fail the usual test far too often."""
+def test_the_textbook_p_value_is_wrong_where_non_members_are_shared():
+    """200 unseen texts among 63 shared non-members fail the usual test far too often, so ours simulates its null."""
     rng = np.random.default_rng(0)
     p = [stats.kstest(exposures(rng, 200, 63, True), "expon", args=(0, 1 / math.log(2))).pvalue for _ in range(200)]
     assert np.mean(np.array(p) <= 0.05) > 0.3
 
 
 def test_memorized_and_collapsed_sets_are_seen():
-    """Texts one deviation likelier than their references, and as many on either side with a mean near the null's."""
+    """The test rejects memorized texts, and a set of extremes whose mean is near the null's."""
     rng = np.random.default_rng(0)
     assert exposure_null_test(exposures(rng, 100, 99, True, shift=1.2), 99).pvalue < 0.01
     odd = generalized_exposure(np.repeat([-9.0, 9.0], [22, 78]), rng.normal(size=99)).lower
-    found = exposure_null_test(odd, 99)
-    assert found.mean == pytest.approx(1.46, abs=0.01)
-    assert found.pvalue < 0.01
+    result = exposure_null_test(odd, 99)
+    assert result.mean == pytest.approx(1.46, abs=0.01)
+    assert result.pvalue < 0.01
 
 
 def test_the_statistic_is_the_distance_from_the_exponential_law():
-    """scipy's Kolmogorov-Smirnov distance, for the same exposures."""
+    """The statistic agrees with scipy's Kolmogorov-Smirnov distance for the same exposures."""
     rng = np.random.default_rng(3)
     for m in (7, 63, 999):
         e = exposures(rng, 25, m, True)
         assert exposure_null_test(0 * e, m, draws=10).statistic == 1  # no exposure at all reaches any k
-        found = exposure_null_test(e, m, draws=10)
+        result = exposure_null_test(e, m, draws=10)
         p = 2.0**-e  # scipy's distance of the p-values: the same sup on a monotone scale
-        assert found.statistic == pytest.approx(stats.kstest(p, "uniform").statistic, abs=1e-12)
-        assert found.mean == pytest.approx(e.mean())
-        assert found.mean_interval == bootstrap_interval(e, draws=10)
-        assert found.n == 25
-        assert found.pvalue >= 1 / 11
+        assert result.statistic == pytest.approx(stats.kstest(p, "uniform").statistic, abs=1e-12)
+        assert result.mean == pytest.approx(e.mean())
+        assert result.mean_interval == bootstrap_interval(e, draws=10)
+        assert result.n == 25
+        assert result.pvalue >= 1 / 11
 
 
 def test_extrapolated_exposures_count_as_the_largest_and_others_must_fit_m():
-    """30 bits among 63 references is rank 1; exposures of other references are refused, not rounded."""
+    """30 bits among 63 non-members is rank 1; exposures among another number of them are refused, not rounded."""
     e = np.array([6.0, 2.0, 0.0, 1.0])
     beyond = np.array([30.0, 2.0, 0.0, 1.0])
     assert exposure_null_test(beyond, 63)[:2] == exposure_null_test(e, 63)[:2]
-    with pytest.raises(ValueError, match="must be those of 63 references"):
+    with pytest.raises(ValueError, match="must be those among 63 non-members"):
         exposure_null_test([1.4427], 63)
-    with pytest.raises(ValueError, match="must be those of 63 references"):
+    with pytest.raises(ValueError, match="must be those among 63 non-members"):
         exposure_null_test([-0.1], 63)
-    with pytest.raises(ValueError, match="exposures must hold 1 numbers or more, got 0"):
+    with pytest.raises(ValueError, match="exposures must hold at least one number, got none"):
         exposure_null_test([], 63)
-    with pytest.raises(ValueError, match="references must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="non_members must be 1 or more, got 0"):
         exposure_null_test([1.0], 0)
 
 
@@ -84,7 +87,7 @@ def test_extrapolated_exposures_count_as_the_largest_and_others_must_fit_m():
 
 @pytest.mark.parametrize("paired", [True, False])
 def test_the_two_sample_test_has_the_size_it_says(paired):
-    """At 5 and 20 % over 400 pairs of sets that are alike; paired ones share the difficulty of their texts."""
+    """At 5 and 20 % the rejection rate over 400 pairs of alike sets is nominal, paired or not."""
     rng, p = np.random.default_rng(1), []
     for i in range(400):
         difficulty = rng.normal(size=30)
@@ -96,22 +99,22 @@ def test_the_two_sample_test_has_the_size_it_says(paired):
     assert (np.array(p) <= 0.2).mean() > 0.08  # of a statistic with ties, the test is somewhat conservative
 
 
-def test_pairing_sees_what_dealing_anew_cannot():
-    """A small, steady change of texts whose difficulty differs greatly."""
+def test_pairing_sees_what_shuffling_cannot():
+    """Pairing makes a small, steady change of very different texts significant, and shuffling does not."""
     rng = np.random.default_rng(0)
     difficulty = rng.exponential(3, size=60)
-    found = [exposure_two_sample_test(difficulty + 0.8, difficulty, paired=p).pvalue for p in (True, False)]
-    assert found[0] < 0.01
-    assert found[1] > 0.05
+    result = [exposure_two_sample_test(difficulty + 0.8, difficulty, paired=p).pvalue for p in (True, False)]
+    assert result[0] < 0.01
+    assert result[1] > 0.05
 
 
 def test_the_two_sample_statistic_is_the_kolmogorov_smirnov_distance():
-    """scipy's, paired or not, and without pairs of different lengths too."""
+    """The statistic agrees with scipy's, paired or not; paired sets of different sizes are refused."""
     rng = np.random.default_rng(2)
     u, r = rng.exponential(size=40), rng.exponential(size=25) + 0.3
-    found = exposure_two_sample_test(u, r, paired=False)
-    assert found.statistic == pytest.approx(stats.ks_2samp(u, r).statistic, abs=1e-12)
-    assert found.pvalue == pytest.approx(stats.ks_2samp(u, r).pvalue, abs=0.05)
+    result = exposure_two_sample_test(u, r, paired=False)
+    assert result.statistic == pytest.approx(stats.ks_2samp(u, r).statistic, abs=1e-12)
+    assert result.pvalue == pytest.approx(stats.ks_2samp(u, r).pvalue, abs=0.05)
     assert exposure_two_sample_test(u[:25], r).statistic == pytest.approx(stats.ks_2samp(u[:25], r).statistic)
     with pytest.raises(ValueError, match="same texts, got 40 and 25"):
         exposure_two_sample_test(u, r)
@@ -120,14 +123,14 @@ def test_the_two_sample_statistic_is_the_kolmogorov_smirnov_distance():
 # ---------------------------------------------------------------- drift
 
 
-def test_the_drift_is_the_mean_rise_of_the_references_with_an_interval_that_covers():
-    """In 400 sets of 40 references whose scores rise by 0.1 on average, a 90 % interval holds 0.1 in about 90 %."""
-    rng, held = np.random.default_rng(0), 0
+def test_the_drift_is_the_mean_rise_of_the_non_members_with_an_interval_that_covers():
+    """90 % intervals cover the mean rise of 0.1 in about 90 % of 400 sets of 40 non-members."""
+    rng, covered = np.random.default_rng(0), 0
     for i in range(400):
         before = rng.gamma(4, size=40)
         after = before + rng.normal(0.1, 0.5, size=40)
-        drift = reference_drift(before, after, confidence=0.9, seed=i)
+        drift = non_member_drift(before, after, confidence=0.9, seed=i)
         assert drift.estimate == pytest.approx((after - before).mean())
-        held += drift.low <= 0.1 <= drift.high
-    assert held / 400 == pytest.approx(0.89, abs=0.05)
-    assert reference_drift([1.0, 2.0], [1.0, 2.0]) == (0, 0, 0)
+        covered += drift.low <= 0.1 <= drift.high
+    assert covered / 400 == pytest.approx(0.89, abs=0.05)
+    assert non_member_drift([1.0, 2.0], [1.0, 2.0]) == (0, 0, 0)

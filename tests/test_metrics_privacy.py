@@ -1,4 +1,4 @@
-"""The area, the true-positive rate, PrivLeak and epsilon: definitions, intervals that cover, conventions."""
+"""Privacy: area, true-positive rate and PrivLeak agree with their definitions, and their intervals cover."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pyunlearn.metrics import auc, example_epsilon, privleak, privleak_interval, tpr_at_fpr
+from pyunlearn.metrics import auc, privleak, privleak_interval, tpr_at_fpr
 from pyunlearn.metrics.privacy import _areas
 
 few = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=9)
@@ -17,37 +17,37 @@ few = st.lists(st.integers(0, 6).map(float), min_size=1, max_size=9)
 
 @given(few, few)
 def test_the_area_is_the_share_of_pairs_in_order(forget, holdout):
-    """With one half for ties; the other direction is the complement."""
+    """The area agrees with a count of pairs with one half for ties; the other direction is its complement."""
     pairs = [(h > f) + 0.5 * (h == f) for f, h in itertools.product(forget, holdout)]
-    found = auc(forget, holdout)
-    assert found.estimate == pytest.approx(np.mean(pairs))
-    assert 0 <= found.low <= found.estimate + 1e-12
-    assert found.estimate - 1e-12 <= found.high <= 1
-    assert auc(forget, holdout, members="high").estimate == pytest.approx(1 - found.estimate)
-    assert auc(holdout, forget).estimate == pytest.approx(1 - found.estimate)
-    assert auc(np.negative(forget), np.negative(holdout), members="high") == pytest.approx(found)
+    result = auc(forget, holdout)
+    assert result.estimate == pytest.approx(np.mean(pairs))
+    assert 0 <= result.low <= result.estimate + 1e-12
+    assert result.estimate - 1e-12 <= result.high <= 1
+    assert auc(forget, holdout, members="high").estimate == pytest.approx(1 - result.estimate)
+    assert auc(holdout, forget).estimate == pytest.approx(1 - result.estimate)
+    assert auc(np.negative(forget), np.negative(holdout), members="high") == pytest.approx(result)
 
 
 def test_a_memorized_set_has_area_one():
-    """Labels forget 0, holdout 1, higher score = less likely a member: open-unlearning's direction."""
+    """Low scores for the forget set make an area of 1, in the direction of open-unlearning."""
     assert auc([0.1, 0.2], [3.0, 4.0]).estimate == 1
     assert auc([9.0, 8.0], [3.0, 4.0]).estimate == 0
 
 
 @pytest.mark.parametrize(("shift", "n", "m"), [(0.0, 30, 50), (1.0, 30, 50), (2.3, 40, 25)])
 def test_the_interval_of_the_area_covers(shift, n, m):
-    """95 % of 600 intervals hold the area of two normal laws, from chance to 0.95."""
+    """95 % intervals cover the area of two normal laws in 92 to 98 % of 600 samples, from chance to 0.95."""
     rng, truth = np.random.default_rng(0), stats.norm.cdf(shift / math.sqrt(2))
-    found = [auc(rng.normal(size=n), rng.normal(shift, size=m)) for _ in range(600)]
-    held = np.mean([f.low <= truth <= f.high for f in found])
-    assert 0.925 <= held <= 0.985
+    result = [auc(rng.normal(size=n), rng.normal(shift, size=m)) for _ in range(600)]
+    covered = np.mean([f.low <= truth <= f.high for f in result])
+    assert 0.925 <= covered <= 0.985
 
 
 def test_a_perfect_attack_on_few_texts_has_a_wide_interval():
-    """DeLong's variance is 0 there, and its interval says 1 to 1; the least area of which 10 pairs are all in order with 2.5 % is 0.69."""
-    found = auc(np.arange(10.0), np.arange(10.0) + 100)
-    assert (found.estimate, found.high) == (1, 1)
-    assert found.low == pytest.approx(0.025**0.1)
+    """DeLong's interval would be 1 to 1; 10 pairs in order are compatible with an area of 0.69 at 2.5 %."""
+    result = auc(np.arange(10.0), np.arange(10.0) + 100)
+    assert (result.estimate, result.high) == (1, 1)
+    assert result.low == pytest.approx(0.025**0.1)
     low = auc(np.arange(10.0) + 100, np.arange(10.0))
     assert (low.low, low.high) == (0, pytest.approx(1 - 0.025**0.1))
     assert auc([1.0], [2.0, 3.0]).low == pytest.approx(0.025)
@@ -61,22 +61,22 @@ def test_a_perfect_attack_on_few_texts_has_a_wide_interval():
 
 @given(few, few, st.floats(0.01, 0.99))
 def test_the_rate_is_the_best_of_all_thresholds_that_are_allowed(forget, holdout, fpr):
-    """Every threshold tried."""
+    """The rate agrees with a search over every threshold."""
     f, h = np.array(forget), np.array(holdout)
     best = max(
         (f < t).mean()
         for t in [*np.unique(np.concatenate([f, h])), np.inf]
         if (h < t).sum() <= math.floor(fpr * h.size + 1e-9)
     )
-    found = tpr_at_fpr(f, h, fpr)
-    assert found.estimate == best == (f < found.threshold).mean()
-    assert found.fpr == (h < found.threshold).mean() <= fpr
-    assert found.low <= found.estimate <= found.high
-    assert tpr_at_fpr(-f, -h, fpr, members="high")[:3] == found[:3]
+    result = tpr_at_fpr(f, h, fpr)
+    assert result.estimate == best == (f < result.threshold).mean()
+    assert result.fpr == (h < result.threshold).mean() <= fpr
+    assert result.low <= result.estimate <= result.high
+    assert tpr_at_fpr(-f, -h, fpr, members="high")[:3] == result[:3]
 
 
 def test_a_small_holdout_cannot_show_a_small_rate_and_says_so():
-    """One in a thousand among 100 texts is none; among 1000, one."""
+    """One false positive in a thousand cannot be shown by 100 texts, and `resolved` is False; 1000 texts can."""
     holdout = np.arange(1000.0)
     few, many = tpr_at_fpr([-1.0, 0.5], holdout[:100], 0.001), tpr_at_fpr([-1.0, 0.5], holdout, 0.001)
     assert (few.estimate, few.fpr, few.resolved) == (0.5, 0, False)
@@ -84,21 +84,22 @@ def test_a_small_holdout_cannot_show_a_small_rate_and_says_so():
 
 
 def test_chance_finds_as_many_as_it_gets_wrong():
-    """At 1 % and 0.1 % of large samples of one law; and its interval is the binomial one."""
+    """Two samples of one law have the false-positive rate as rate, and its interval is the binomial one."""
     rng = np.random.default_rng(0)
     f, h = rng.normal(size=20_000), rng.normal(size=20_000)
     for fpr in (0.01, 0.001):
-        found = tpr_at_fpr(f, h, fpr)
-        assert found.estimate == pytest.approx(fpr, abs=5 * math.sqrt(2 * fpr / 20_000))
-        exact = stats.binomtest(round(found.estimate * 20_000), 20_000).proportion_ci(0.95, method="exact")
-        assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+        result = tpr_at_fpr(f, h, fpr)
+        assert result.estimate == pytest.approx(fpr, abs=5 * math.sqrt(2 * fpr / 20_000))
+        exact = stats.binomtest(round(result.estimate * 20_000), 20_000).proportion_ci(0.95, method="exact")
+        assert (result.low, result.high) == pytest.approx((exact.low, exact.high))
 
 
 # ---------------------------------------------------------------- PrivLeak
 
 
 def test_privleak_turns_our_area_round_as_muse_does():
-    """-100 for a set that is given away wholly, 0 as retrained, +100 at the other end: with the area as it is the signs would be wrong."""
+    """PrivLeak is -100 for a set wholly identified, 0 as retrained and +100 at the other end; ours and MUSE's areas are
+    complements."""
     assert privleak(1.0) == -100
     assert privleak(0.5) == 0
     assert privleak(0.0) == 100
@@ -108,14 +109,15 @@ def test_privleak_turns_our_area_round_as_muse_does():
 
 
 def sides(rng, n=25, m=40, shift=1.0):
-    """Scores of a forget set and a holdout under the unlearned and the retrained model: a text's own part counts most, and is the same under both."""
+    """Draw scores of forget set and holdout under an unlearned and a retrained model; a text's own part is shared."""
     own = [rng.normal(size=k) for k in (n, m)]
     now, retrained = ([x + 0.3 * rng.normal(size=x.size) for x in own] for _ in range(2))
     return now[0] - shift, now[1], *retrained
 
 
 def test_the_interval_of_privleak_draws_each_text_under_both_models():
-    """Against areas counted pair by pair in a plain loop, ties among them, with draws enough to leave little to chance; drawn apart it is far wider."""
+    """The interval agrees with a plain loop that counts pairs, ties included, and is far narrower than one that
+    resamples the models apart."""
     f, h, g, k = (np.round(x, 1) for x in sides(np.random.default_rng(0)))
 
     def area(f, h):
@@ -123,133 +125,81 @@ def test_the_interval_of_privleak_draws_each_text_under_both_models():
 
     def loop(together, draws=3000):
         rng = np.random.default_rng(1)
-        found = []
+        result = []
         for _ in range(draws):
             i, j, i2, j2 = (rng.integers(0, n, n) for n in (25, 40, 25, 40))
             if together:
                 i2, j2 = i, j
-            found.append(privleak(area(f[i], h[j]), area(g[i2], k[j2])))
-        return np.quantile(found, [0.025, 0.975])
+            result.append(privleak(area(f[i], h[j]), area(g[i2], k[j2])))
+        return np.quantile(result, [0.025, 0.975])
 
-    found = privleak_interval(f, h, g, k, draws=3000)
-    assert found.estimate == pytest.approx(privleak(area(f, h), area(g, k)))
-    np.testing.assert_allclose(found[1:], loop(True), atol=2.5)
+    result = privleak_interval(f, h, g, k, draws=3000)
+    assert result.estimate == pytest.approx(privleak(area(f, h), area(g, k)))
+    np.testing.assert_allclose(result[1:], loop(True), atol=2.5)
     apart = loop(False)
-    assert apart[1] - apart[0] > 1.5 * (found.high - found.low)
-    assert found == privleak_interval(f, h, g, k, draws=3000)
-    assert found != privleak_interval(f, h, g, k, draws=3000, seed=1)
+    assert apart[1] - apart[0] > 1.5 * (result.high - result.low)
+    assert result == privleak_interval(f, h, g, k, draws=3000)
+    assert result != privleak_interval(f, h, g, k, draws=3000, seed=1)
     same = privleak_interval(-f, -h, -g, -k, draws=3000, members="high")
-    np.testing.assert_allclose(same, found)
+    np.testing.assert_allclose(same, result)
 
 
 def test_the_interval_of_privleak_covers_as_often_as_it_says():
-    """The true area of two normal laws one apart, against chance: 90 %, 200 times."""
+    """90 % intervals cover PrivLeak of two normal laws one apart in 82 to 97 % of 200 samples."""
     rng = np.random.default_rng(0)
     truth = privleak(stats.norm.cdf(1 / math.sqrt(2)))
-    held = 0
+    covered = 0
     for i in range(200):
-        found = privleak_interval(rng.normal(-1, 1, 40), rng.normal(0, 1, 60), confidence=0.9, draws=200, seed=i)
-        held += found.low <= truth <= found.high
-    assert 0.82 <= held / 200 <= 0.97
+        result = privleak_interval(rng.normal(-1, 1, 40), rng.normal(0, 1, 60), confidence=0.9, draws=200, seed=i)
+        covered += result.low <= truth <= result.high
+    assert 0.82 <= covered / 200 <= 0.97
 
 
 def test_a_perfect_attack_on_few_texts_leaves_privleak_open():
-    """No resample differs from -100, and yet four texts a side show little: the interval is as wide as that of the area."""
+    """Four texts a side are few: the interval is as wide as the area's, although every resample is -100."""
     f, h = [0.1, 0.2, 0.3, 0.4], [3.0, 4.0, 5.0, 6.0]
-    found = privleak_interval(f, h)
-    assert found[:2] == (-100, -100)
-    assert found.high == pytest.approx(privleak(auc(f, h).low))
-    assert found.high > -30
+    result = privleak_interval(f, h)
+    assert result[:2] == (-100, -100)
+    assert result.high == pytest.approx(privleak(auc(f, h).low))
+    assert result.high > -30
 
 
 def test_a_draw_without_privleak_leaves_it_open_above():
-    """Retrained scores that nearly separate the sides: an area of 1 in some draws, against which nothing can be measured."""
+    """Resamples whose retrained area is 1 have no PrivLeak, and leave the upper end infinite."""
     g, k = [0.0, 1.0, 2.0, 5.0], [4.0, 6.0, 7.0, 8.0]
-    found = privleak_interval([5.0, 5.5, 6.5, 7.5], [4.0, 6.0, 7.0, 8.0], g, k)
-    assert found.high == math.inf
-    assert math.isfinite(found.low)
+    result = privleak_interval([5.0, 5.5, 6.5, 7.5], [4.0, 6.0, 7.0, 8.0], g, k)
+    assert result.high == math.inf
+    assert math.isfinite(result.low)
     assert np.isnan(privleak_interval([1.0], k, [5.0], k)[1:]).all()
-
-
-# ---------------------------------------------------------------- epsilon
-
-
-def test_epsilon_of_randomised_response_is_its_log_odds():
-    """Scores that tell the truth with probability 3/4: exactly ln 3, by rates that are exact."""
-    unlearned, retrained = np.array([1.0] * 3 + [0.0]), np.array([0.0] * 3 + [1.0])
-    assert example_epsilon(unlearned, retrained)[0] == pytest.approx(math.log(3))
-    assert example_epsilon(-unlearned, -retrained)[0] == pytest.approx(math.log(3))
-    assert example_epsilon(unlearned, retrained, delta=0.25)[0] == pytest.approx(math.log(2))
-    assert example_epsilon(unlearned, unlearned)[0] == 0
-
-
-def by_hand(u, r, delta):
-    """Every threshold, both directions."""
-    best = 0.0
-    for sign in (1, -1):
-        for t in np.concatenate([u, r]):
-            fnr, fpr = np.mean(sign * u > sign * t), np.mean(sign * r <= sign * t)
-            if fnr == fpr == 0:
-                return math.inf
-            if fnr and fpr:
-                for a, b in ((fpr, fnr), (fnr, fpr)):
-                    best = max(best, math.log((1 - delta - a) / b) if 1 - delta - a > 0 else 0)
-    return best
-
-
-@given(few, few, st.sampled_from([0.0, 0.1]))
-def test_epsilon_is_the_best_of_all_thresholds(u, r, delta):
-    """Against loops; infinite where some threshold parts them."""
-    u, r = np.array(u), np.array(r)
-    assert example_epsilon(u, r, delta=delta)[0] == pytest.approx(by_hand(u, r, delta))
-
-
-def test_the_lower_bound_of_epsilon_holds_and_closes_in():
-    """Randomised response, 300 times: above ln 3 in at most 5 %; within a third of it with 10,000 models; 0 where nothing differs, almost always."""
-    rng = np.random.default_rng(0)
-    u = (rng.random((300, 200)) < 0.75).astype(float)
-    r = (rng.random((300, 200)) < 0.25).astype(float)
-    bound = example_epsilon(u, r, confidence=0.95)
-    assert (bound > math.log(3)).mean() <= 0.05
-    assert bound.mean() > 0.5
-    many = (rng.random((2, 10_000)) < np.array([[0.75], [0.25]])).astype(float)
-    assert math.log(3) * 0.9 < example_epsilon(many[0], many[1], confidence=0.95)[0] < math.log(3)
-    alike = rng.normal(size=(2, 100, 60))
-    assert (example_epsilon(alike[0], alike[1], confidence=0.95) > 0).mean() <= 0.05
-    assert example_epsilon(np.zeros(50), np.ones(50), confidence=0.95)[0] < math.log(50)
-    assert example_epsilon(np.zeros(50), np.ones(50))[0] == math.inf
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: auc([], [1.0]), "forget must hold 1 numbers or more, got 0"),
+        (lambda: auc([], [1.0]), "forget must hold at least one number, got none"),
         (lambda: auc([1.0], [math.nan]), "holdout must be finite"),
         (lambda: auc([1.0], [1.0], members="up"), "members must be 'low' or 'high', got 'up'"),
         (lambda: tpr_at_fpr([1.0], [1.0], 1.0), "fpr must lie between 0 and 1, got 1.0"),
-        (lambda: privleak_interval([1], [2], [1]), "must be given both or neither, got one of them"),
+        (lambda: privleak_interval([1], [2], [1]), "must be passed both or neither, got one of them"),
         (
             lambda: privleak_interval([1, 2], [2, 3], [1], [2, 3]),
             "forget and forget_retrained must hold .*, got 2 and 1",
         ),
         (lambda: privleak_interval([1, 2], [2, 3], draws=0), "draws must be 1 or more, got 0"),
-        (lambda: privleak_interval([1, 2], [], draws=9), "holdout must hold 1 numbers or more, got 0"),
+        (lambda: privleak_interval([1, 2], [], draws=9), "holdout must hold at least one number, got none"),
         (lambda: privleak(1.2), "auc must lie from 0 to 1, got 1.2"),
-        (lambda: privleak(0.5, 1.0), "auc_retrained must be below 1, got 1: .*never saw it"),
-        (lambda: example_epsilon([[1.0]], [[1.0], [2.0]]), "of the same n examples, got"),
-        (lambda: example_epsilon([1.0], [math.inf]), "must be finite, got NaN or Inf"),
-        (lambda: example_epsilon([1.0], [1.0], delta=1), "delta must be from 0 to below 1, got 1"),
-        (lambda: example_epsilon([1.0], [1.0], confidence=95), "confidence must lie between 0 and 1, got 95"),
+        (lambda: privleak(0.5, 1.0), "auc_retrained must be below 1, got 1: .*never saw them"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(call, message):
-    """In one sentence."""
+    """The error is one sentence that names the argument."""
     with pytest.raises(ValueError, match=message):
         call()
 
 
 def test_a_draw_counts_ties_one_half_as_the_area_itself_does():
-    """With each text drawn once the area of a draw is that of auc, on scores full of ties; drawn twice, a text is two texts."""
+    """With each text drawn once the area equals that of auc, on scores full of ties; a text drawn twice counts as two
+    texts."""
     rng = np.random.default_rng(4)
     f, h = rng.integers(0, 4, 20).astype(float), rng.integers(0, 4, 30).astype(float)
     once = _areas(f, h, np.ones((1, 20), dtype=np.int64), np.ones((1, 30), dtype=np.int64))

@@ -7,12 +7,7 @@ from test_probes_teacher_forced import KINDS, made
 
 from pyunlearn.data import Tokens, padding_id
 from pyunlearn.errors import ArgumentError
-from pyunlearn.metrics import (
-    extraction_likelihood,
-    extraction_strength,
-    extraction_strength_by_bisection,
-    extraction_strength_by_scan,
-)
+from pyunlearn.metrics import extraction_strength
 from pyunlearn.models import Likelihood
 from pyunlearn.probes import greedy_extractor, greedy_rests, teacher_forced
 
@@ -49,19 +44,21 @@ def partly_extractable(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_finds_the_strength_of_one_teacher_forced_pass(kind):
-    """By bisection and by scan, of causal models and encoder-decoders, padded together; some texts are written from the prompt alone, some never."""
+    """Every prefix from the shortest on, of causal models and encoder-decoders, padded together; some texts are written
+    from the prompt alone, some never."""
     model, tokenizer, tokens = partly_extractable(kind)
     passed = teacher_forced(Likelihood(model), tokens, pad_id=padding_id(tokenizer))
     expected = [extraction_strength(part == 0) for part in passed.each(passed.rank)]
     assert len(set(expected)) > 2
     asked = greedy_extractor(model, tokenizer, tokens, batch_size=4)
-    for search in (extraction_strength_by_bisection, extraction_strength_by_scan):
-        assert search(asked, [LENGTH] * len(tokens)).strength.tolist() == pytest.approx(expected)
+    written = np.array([asked(np.full(len(tokens), k)) for k in range(LENGTH + 1)])  # (prefixes, texts)
+    assert (1 - written.argmax(axis=0) / LENGTH).tolist() == pytest.approx(expected)
+    assert (np.diff(written.astype(int), axis=0) >= 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_rests_are_written_token_by_token_from_every_place(kind):
-    """After each number of true tokens the argmax, one at a time and alone; so the extraction likelihood is its definition."""
+    """After each number of true tokens the argmax, one at a time and alone."""
     model, tokenizer, tokens = partly_extractable(kind)
     tokens, n = tokens[:3], 2
     found = greedy_rests(model, tokenizer, tokens, n=n, batch_size=5)
@@ -74,8 +71,8 @@ def test_the_rests_are_written_token_by_token_from_every_place(kind):
                 given.append(step(model, t, given))
             expected.append(tuple(given[k:]))
         assert rests == expected
-    assert extraction_likelihood(tokens[0].scored, found[0], n=n) == 1
-    assert np.mean([extraction_likelihood(t.scored, f, n=n) for t, f in zip(tokens, found, strict=True)]) < 1
+    assert all(rest == tokens[0].scored[k:] for k, rest in enumerate(found[0]))
+    assert any(rest != t.scored[k:] for t, rests in zip(tokens, found, strict=True) for k, rest in enumerate(rests))
 
 
 def test_texts_without_an_n_gram_to_find_are_refused():

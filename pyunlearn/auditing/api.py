@@ -70,7 +70,7 @@ def audit(
         tokenizer: needed when `model` is a model object whose name leads to none.
         metrics: which of METRICS to take beside likelihood, exposure and memorization, which are always taken.
         budget: of how many texts the continuation is written, at most; those that are likely recited, by the original where it is given
-            (`pyunlearn.metrics.audit_order`). All texts are read, and get a verdict. Default: all of them.
+            (`pyunlearn.metrics.audit_within`). All texts are read, and get a verdict. Default: all of them.
         until: bits of anchored exposure at which a memorized text counts as forgotten, as in `pyunlearn.unlearn`.
         batch_size: texts in one pass.
         truncate: cut examples that are longer than the model's context, instead of refusing them.

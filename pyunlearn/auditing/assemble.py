@@ -20,8 +20,8 @@ from pyunlearn.metrics import (
     auc,
     exposure_null_test,
     generalized_exposure,
+    non_member_drift,
     paired_difference,
-    reference_drift,
     verdict,
 )
 from pyunlearn.metrics._binomial import clopper_pearson
@@ -50,7 +50,7 @@ class Evidence:
 
     def audit(self) -> Audit:
         """Everything."""
-        found = verdict(self.scores_before, self.scores, self.reference_scores, until=self.until)
+        found = verdict(self.scores_before, self.scores, self.reference_scores, target_exposure=self.until)
         now, before = self._measures(self.now), None if self.before is None else self._measures(self.before)
         audited = []
         for i, e in enumerate(self.examples):
@@ -131,7 +131,7 @@ class Evidence:
         drift = None
         if self.before is not None:
             after = -self.now.forced["references"].mean_log_likelihood
-            drift = reference_drift(self.reference_scores, after, seed=self.seed)
+            drift = non_member_drift(self.reference_scores, after, seed=self.seed)
         source = (
             "holdout"
             if self.holdout
@@ -200,7 +200,7 @@ class Evidence:
         texts = [e.completion for e in (self.examples if role == "forget" else self.holdout)]
         found = {
             "loss": metrics.loss_score(forced.mean_log_likelihood), "zlib": metrics.zlib_score(forced.mean_log_likelihood, texts),
-            "min_k": metrics.min_k(log_likelihood, k=_K), "min_k_plus_plus": metrics.min_k_plus_plus(log_likelihood, entropy, variance, k=_K),
+            "min_k": metrics.min_k_score(log_likelihood, k=_K), "min_k_plus_plus": metrics.min_k_plus_plus_score(log_likelihood, entropy, variance, k=_K),
         }  # fmt: skip
         if self.retrained is not None and asked is not self.retrained:
             base = self.retrained.forced[role].mean_log_likelihood

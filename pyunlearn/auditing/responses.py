@@ -130,7 +130,7 @@ def likeliest(openings: Sequence[Tokens], texts: Sequence[str], budget: int) -> 
             return [run / min(LONGEST, len(t.scored)) for run, t in zip(runs, chosen, strict=True)]
 
         features = np.column_stack([nll, ratio, np.log(forced["forget"].counts)])
-        return sorted(audit_within(recited, features, budget, batch=asker.batch_size).places.tolist())
+        return sorted(audit_within(recited, features, budget, batch=asker.batch_size).indices.tolist())
 
     return choose
 

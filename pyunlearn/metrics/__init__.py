@@ -1,25 +1,34 @@
-"""The metrics: pure functions, numbers in, numbers out."""
+"""Metrics: pure functions of arrays, numbers in, numbers out.
+
+One law for names and directions. A suffix or word stands for one direction in the whole package:
+
+- `*_score`, `*_scores` and every argument of that name: LOW where the model finds a text likely, so low = more likely
+  a member of the training set. Attacks (`loss_score`, `zlib_score`, `reference_score`, `min_k_score`,
+  `min_k_plus_plus_score`, `logit_score`, `lira_score`), exposures, `auc` and `tpr_at_fpr` all read scores this way.
+  For scores of other code, where high means member, `auc`, `tpr_at_fpr`, `privleak_interval` and `lira_score` take
+  `members="high"`.
+- `*exposure*`, `*memorization`, `*extraction*`, `verbatim_match`, `rouge_l`, `auc`, `tpr_at_fpr`: HIGH = memorized
+  (`Exposure.upper`: HIGH = driven below unseen text).
+- `*_difficulty`, `*steps*`: HIGH = hard to unlearn.
+- `*_quality`, `*_utility`: HIGH = good. `perplexity`, `repetition`: HIGH = bad.
+- `*_difference`, `*_drift`: after minus before; 0 = nothing changed.
+- `*_test`: a statistic and a p-value; LOW statistic, HIGH p-value = no difference seen.
+- `*_interval`: the ends of a confidence interval, with the estimate where it is one number.
+- `log_likelihood`: nats, 0 or less, HIGH = likely. Exposures are in bits.
+"""
 
 from pyunlearn.metrics._skew_normal import SkewNormalFit
 from pyunlearn.metrics.attacks import (
-    gradient_norm_score,
-    lira,
+    lira_score,
     logit_score,
     loss_score,
-    min_k,
-    min_k_plus_plus,
+    min_k_plus_plus_score,
+    min_k_score,
     reference_score,
     zlib_score,
 )
-from pyunlearn.metrics.audit_order import Audited, audit_order, audit_within, found_curve
-from pyunlearn.metrics.canaries import (
-    ALPHABETS,
-    Canaries,
-    InsertedCanaries,
-    canary_exposure,
-    insert_canaries,
-    make_canaries,
-)
+from pyunlearn.metrics.audit_order import Audited, audit_within
+from pyunlearn.metrics.canaries import Canaries, InsertedCanaries, insert_canaries, make_canaries
 from pyunlearn.metrics.confidence import (
     Interval,
     PairedDifference,
@@ -27,19 +36,7 @@ from pyunlearn.metrics.confidence import (
     bootstrap_interval,
     paired_difference,
 )
-from pyunlearn.metrics.difficulty import (
-    GEffect,
-    StepsToForget,
-    difficulty,
-    el2n,
-    entanglement,
-    g_effect,
-    grand,
-    mean_relative_difference,
-    median_steps,
-    steps_to_forget,
-)
-from pyunlearn.metrics.distribution import density_bound, knn_radius, out_of_distribution, zlib_ratio
+from pyunlearn.metrics.distribution import knn_radius, out_of_distribution
 from pyunlearn.metrics.exposure import (
     NULL_MEAN,
     SIGNIFICANT,
@@ -48,27 +45,15 @@ from pyunlearn.metrics.exposure import (
     exposure,
     generalized_exposure,
 )
-from pyunlearn.metrics.exposure_tests import ExposureTest, exposure_null_test, exposure_two_sample_test, reference_drift
-from pyunlearn.metrics.extraction import (
-    GreedyExtraction,
-    VerbatimMatch,
-    extraction_likelihood,
-    extraction_probability,
-    extraction_strength_by_bisection,
-    extraction_strength_by_scan,
-    log_queries_to_extract,
-    rouge_l,
-    verbatim_match,
+from pyunlearn.metrics.exposure_tests import (
+    ExposureTest,
+    exposure_null_test,
+    exposure_two_sample_test,
+    non_member_drift,
 )
-from pyunlearn.metrics.memorization import (
-    counterfactual_memorization,
-    discoverable_extraction,
-    exact_memorization,
-    extraction_strength,
-    memorization_accuracy,
-    simplicity,
-)
-from pyunlearn.metrics.privacy import TruePositiveRate, auc, example_epsilon, privleak, privleak_interval, tpr_at_fpr
+from pyunlearn.metrics.extraction import VerbatimMatch, extraction_probability, rouge_l, verbatim_match
+from pyunlearn.metrics.memorization import counterfactual_memorization, exact_memorization, extraction_strength
+from pyunlearn.metrics.privacy import TruePositiveRate, auc, privleak, privleak_interval, tpr_at_fpr
 from pyunlearn.metrics.quality import (
     UTILITY_PARTS,
     AnswerPrior,
@@ -81,22 +66,12 @@ from pyunlearn.metrics.quality import (
     option_probability,
     truth_ratio,
 )
-from pyunlearn.metrics.stein import ksd_difficulty, ksd_ranking, ksd_self, stein_kernel
-from pyunlearn.metrics.utility import (
-    COLLAPSED,
-    bleu,
-    chrf,
-    collapsed,
-    distinct_n,
-    perplexity,
-    repetition,
-    task_accuracy,
-)
+from pyunlearn.metrics.stein import ksd_difficulty
+from pyunlearn.metrics.steps_to_forget import StepsToForget, median_steps, steps_to_forget
+from pyunlearn.metrics.utility import bleu, collapsed, distinct_n, perplexity, repetition
 from pyunlearn.metrics.verdict import Bounds, Verdict, exposure_interval, verdict
 
 __all__ = [
-    "ALPHABETS",
-    "COLLAPSED",
     "NULL_MEAN",
     "SIGNIFICANT",
     "UTILITY_PARTS",
@@ -107,8 +82,6 @@ __all__ = [
     "Exposure",
     "ExposureTest",
     "ForgetQuality",
-    "GEffect",
-    "GreedyExtraction",
     "InsertedCanaries",
     "Interval",
     "PairedDifference",
@@ -121,73 +94,48 @@ __all__ = [
     "aggregate_interval",
     "answer_prior",
     "auc",
-    "audit_order",
     "audit_within",
     "bleu",
     "bootstrap_interval",
     "calibrated_scores",
-    "canary_exposure",
-    "chrf",
     "collapsed",
     "counterfactual_memorization",
-    "density_bound",
-    "difficulty",
-    "discoverable_extraction",
     "distinct_n",
-    "el2n",
-    "entanglement",
     "exact_memorization",
-    "example_epsilon",
     "exposure",
     "exposure_interval",
     "exposure_null_test",
     "exposure_two_sample_test",
-    "extraction_likelihood",
     "extraction_probability",
     "extraction_strength",
-    "extraction_strength_by_bisection",
-    "extraction_strength_by_scan",
     "forget_quality",
-    "found_curve",
-    "g_effect",
     "generalized_exposure",
-    "gradient_norm_score",
-    "grand",
     "insert_canaries",
     "knn_radius",
     "ksd_difficulty",
-    "ksd_ranking",
-    "ksd_self",
-    "lira",
-    "log_queries_to_extract",
+    "lira_score",
     "logit_score",
     "loss_score",
     "make_canaries",
-    "mean_relative_difference",
     "median_steps",
-    "memorization_accuracy",
-    "min_k",
-    "min_k_plus_plus",
+    "min_k_plus_plus_score",
+    "min_k_score",
     "model_utility",
     "model_utility_interval",
+    "non_member_drift",
     "option_probability",
     "out_of_distribution",
     "paired_difference",
     "perplexity",
     "privleak",
     "privleak_interval",
-    "reference_drift",
     "reference_score",
     "repetition",
     "rouge_l",
-    "simplicity",
-    "stein_kernel",
     "steps_to_forget",
-    "task_accuracy",
     "tpr_at_fpr",
     "truth_ratio",
     "verbatim_match",
     "verdict",
-    "zlib_ratio",
     "zlib_score",
 ]

@@ -1,8 +1,8 @@
-"""The one place where a metric's numbers are checked and brought to float64."""
+"""Checks of the metrics' inputs: conversion to arrays, and one sentence for an input that does not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,57 +10,113 @@ from numpy.typing import ArrayLike, NDArray
 from pyunlearn.errors import ArgumentError
 
 Floats = NDArray[np.float64]
+Booleans = NDArray[np.bool_]
+Integers = NDArray[np.int64]
 
 
-def numbers(name: str, values: ArrayLike, *, least: int = 0) -> Floats:
-    """(n,) finite float64 of anything array-like; one number is an array of one. Raises ArgumentError."""
+def numbers(name: str, values: ArrayLike, *, empty: bool = True) -> Floats:
+    """Return values as (n,) finite float64; one number becomes an array of one.
+
+    Raises:
+        ArgumentError: no numbers, more than one dimension, NaN or Inf, or nothing where `empty` is False.
+    """
     try:
-        found = np.asarray(values, dtype=np.float64)
+        array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise ArgumentError(f"{name} must be numbers, one for each text, got {_say(values)}") from None
-    if found.ndim > 1:
-        raise ArgumentError(f"{name} must be one number for each text, shape (n,), got shape {found.shape}")
-    found = found.reshape(-1)
-    if found.size < least:
-        raise ArgumentError(f"{name} must hold {least} numbers or more, got {found.size}")
-    if not np.isfinite(found).all():
+        got = values if isinstance(values, str) else type(values).__name__
+        raise ArgumentError(f"{name} must be numbers, one for each text, got {got}") from None
+    if array.ndim > 1:
+        raise ArgumentError(f"{name} must be one number for each text, shape (n,), got shape {array.shape}")
+    array = array.reshape(-1)
+    if not empty and array.size == 0:
+        raise ArgumentError(f"{name} must hold at least one number, got none")
+    if not np.isfinite(array).all():
         raise ArgumentError(f"{name} must be finite, got NaN or Inf: leave out the texts that the model cannot score")
-    return found
+    return array
 
 
-def same_length(first: str, a: NDArray[np.float64], second: str, b: NDArray[np.float64]) -> None:
-    """Raises ArgumentError unless both hold one number for each of the same texts."""
+def finite(name: str, values: ArrayLike, *, dimensions: int) -> Floats:
+    """Return values as finite float64 with this number of dimensions.
+
+    Raises:
+        ArgumentError: another number of dimensions, no number, NaN or Inf.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != dimensions:
+        raise ArgumentError(f"{name} must have {dimensions} dimension(s), got shape {array.shape}")
+    if array.size == 0:
+        raise ArgumentError(f"{name} must hold at least one number, got none")
+    if not np.isfinite(array).all():
+        raise ArgumentError(f"{name} must be finite, got {int((~np.isfinite(array)).sum())} NaN or Inf")
+    return array
+
+
+def truths(name: str, values: ArrayLike, *, dimensions: int = 1) -> Booleans:
+    """Return values as booleans; 0 and 1 are accepted.
+
+    Raises:
+        ArgumentError: any other value, another number of dimensions, or no value.
+    """
+    array = np.asarray(values)
+    if array.ndim != dimensions or array.size == 0:
+        raise ArgumentError(f"{name} must be {dimensions}-dimensional and not empty, got shape {array.shape}")
+    if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
+        raise ArgumentError(f"{name} must hold true and false, or 1 and 0, got other values")
+    return array.astype(np.bool_)
+
+
+def log_likelihoods(name: str, values: ArrayLike) -> Floats:
+    """Return values as float64, any shape; -inf, a probability of 0, is accepted.
+
+    Raises:
+        ArgumentError: NaN or a value above 0.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if np.isnan(array).any() or (array > 0).any():
+        raise ArgumentError(f"{name} must be log-likelihoods in nats, 0 or less, got NaN or a value above 0")
+    return array
+
+
+def texts_of_tokens(name: str, values: Sequence[ArrayLike] | ArrayLike) -> list[Floats]:
+    """Return (T_i,) finite float64 for each text; one text alone becomes a list of one.
+
+    Raises:
+        ArgumentError: a text without tokens, NaN or Inf.
+    """
+    rows = list(values) if isinstance(values, Sequence | np.ndarray) else [values]
+    if rows and all(np.ndim(row) == 0 for row in rows):
+        rows = [rows]
+    texts = [numbers(f"{name}[{i}]", row) for i, row in enumerate(rows)]
+    for i, row in enumerate(texts):
+        if row.size == 0:
+            raise ArgumentError(f"{name}[{i}] has no token: leave the text out")
+    return texts
+
+
+def same_length(first: str, a: Sized, second: str, b: Sized) -> None:
+    """Raise ArgumentError unless both have one entry for each of the same texts."""
     if len(a) != len(b):
         raise ArgumentError(
-            f"{first} and {second} must hold one number for each of the same texts, got {len(a)} and {len(b)}"
+            f"{first} and {second} must hold one entry for each of the same texts, got {len(a)} and {len(b)}"
         )
 
 
 def between(name: str, value: float, low: float, high: float) -> None:
-    """Raises ArgumentError unless low < value < high."""
+    """Raise ArgumentError unless low < value < high."""
     if not low < value < high:
         raise ArgumentError(f"{name} must lie between {low:g} and {high:g}, got {value!r}")
 
 
+def at_least_one(**values: int) -> None:
+    """Raise ArgumentError for the first argument that is below 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ArgumentError(f"{name} must be 1 or more, got {value}")
+
+
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises ArgumentError unless value is one of the choices."""
+    """Raise ArgumentError unless value is one of the choices."""
     if value not in choices:
         raise ArgumentError(
             f"{name} must be {', '.join(repr(c) for c in choices[:-1])} or {choices[-1]!r}, got {value!r}"
         )
-
-
-def _say(values: object) -> str:
-    return values if isinstance(values, str) else type(values).__name__
-
-
-def texts_of_tokens(name: str, values: Sequence[ArrayLike] | ArrayLike) -> list[Floats]:
-    """(T_i,) finite float64 for each text; one text alone is a list of one. Raises ArgumentError."""
-    rows = list(values) if isinstance(values, Sequence | np.ndarray) else [values]
-    if rows and all(np.ndim(row) == 0 for row in rows):
-        rows = [rows]
-    found = [numbers(f"{name}[{i}]", row) for i, row in enumerate(rows)]
-    for i, row in enumerate(found):
-        if row.size == 0:
-            raise ArgumentError(f"{name}[{i}] has no token: leave the text out")
-    return found

@@ -1,4 +1,4 @@
-"""The skew-normal law fitted to reference scores, and its tails in logarithms, where probabilities underflow."""
+"""Skew-normal distribution: penalised fit to scores, and tail probabilities in logarithms, which do not underflow."""
 
 from __future__ import annotations
 
@@ -12,53 +12,65 @@ from pyunlearn.metrics._check import Floats
 
 _NODES, _WEIGHTS = special.roots_laguerre(48)
 _PENALTY = 0.87591, 0.85625  # of the shape: see fit
-_CANCELS = 1e-6  # below this scipy's cdf, a difference of numbers near 1, loses its digits
+_CANCELS = 1e-6  # below this, scipy's cdf is a difference of numbers near 1 and loses its digits
 
 
 class SkewNormalFit(NamedTuple):
-    """(k,) each, k = 1 for shared references, else one for each text; NaN where nothing was fitted."""
+    """Skew-normal laws fitted to scores: (k,) each, k = 1 for shared non-members, else one per text; NaN = no fit."""
 
     shape: Floats
-    """0: a normal law; above 0: the long tail is on the right."""
+    """Skewness parameter; 0 = a normal law, above 0 = the long tail is on the right."""
     location: Floats
+    """Location, in the unit of the scores."""
     scale: Floats
+    """Scale, above 0, in the unit of the scores."""
     statistic: Floats
-    """Kolmogorov-Smirnov distance of the references from the fitted law, 0 to 1; low = a good fit."""
+    """Kolmogorov-Smirnov distance of the scores from the fitted law, 0 to 1; low = a good fit."""
     pvalue: Floats
-    """Of that distance; too large, because the law was fitted to the same numbers. Small is bad news all the same."""
+    """P-value of that distance; too large, because the law was fitted to the same scores. A small one still counts."""
 
 
-def fit(references: Floats, wanted: NDArray[np.bool_]) -> SkewNormalFit:
-    """Maximum penalised likelihood for each row of references (k, m) that is wanted and whose numbers are not all equal.
+def fit(scores: Floats, selected: NDArray[np.bool_]) -> SkewNormalFit:
+    """Fit a skew-normal law by penalised maximum likelihood to each selected row whose numbers are not all equal.
 
-    The penalty, 0.876 ln(1 + 0.856 shape^2), is that of Azzalini and Arellano-Valle 2013 (J. Stat. Plan. Inference 143, 419-433). Without it the
-    shape of a few dozen numbers is often infinite, and a tail that ends there gives exposures of 10^15 bits.
+    The penalty is 0.876 ln(1 + 0.856 shape^2). Without it the shape of a few dozen numbers is often infinite, and a
+    tail that ends there gives exposures of 10^15 bits.
+
+    Args:
+        scores: (k, m), finite.
+        selected: (k,) rows to fit.
+
+    Returns:
+        SkewNormalFit, (k,) each; NaN where nothing was fitted.
+
+    Source: Azzalini and Arellano-Valle 2013, J. Stat. Plan. Inference 143, 419-433.
     """
-    found = np.full((5, len(references)), np.nan)
-    for i in np.flatnonzero(wanted & (np.ptp(references, axis=1) > 0)):
-        row = references[i]
+    parameters = np.full((5, len(scores)), np.nan)
+    for i in np.flatnonzero(selected & (np.ptp(scores, axis=1) > 0)):
+        row = scores[i]
         center, spread = row.mean(), row.std()
         standard = (row - center) / spread
         shape, location, scale = _fit_one(standard)
         test = stats.kstest(standard, stats.skewnorm(shape, location, scale).cdf)
-        found[:, i] = shape, center + spread * location, spread * scale, test.statistic, test.pvalue
-    return SkewNormalFit(*found)
+        parameters[:, i] = shape, center + spread * location, spread * scale, test.statistic, test.pvalue
+    return SkewNormalFit(*parameters)
 
 
 def _fit_one(x: Floats) -> tuple[float, float, float]:
-    """Shape, location and scale of numbers of mean 0 and deviation 1."""
+    """Compute shape, location and scale for numbers of mean 0 and standard deviation 1."""
 
     def cost(p: Floats) -> tuple[float, Floats]:
-        """Penalised negative log-likelihood and its gradient by shape, location and ln scale."""
+        """Compute the penalised negative log-likelihood and its gradient by shape, location and ln scale."""
         shape, width = p[0], np.exp(p[2])
         z = (x - p[1]) / width
         hazard = np.exp(stats.norm.logpdf(shape * z) - special.log_ndtr(shape * z))
         value = _PENALTY[0] * np.log1p(_PENALTY[1] * shape**2) + len(x) * p[2] - _log_pdf(z, shape).sum()
         by_shape = 2 * _PENALTY[0] * _PENALTY[1] * shape / (1 + _PENALTY[1] * shape**2)
-        slope = z - shape * hazard  # of -log density, by z
+        slope = z - shape * hazard  # derivative of -log density by z
         return value, np.array([by_shape - z @ hazard, -slope.sum() / width, len(x) - z @ slope])
 
-    # from the law with the numbers' own moments: skewness 0.4292 (delta^2 / (pi / 2 - delta^2))^(3/2), delta = shape / sqrt(1 + shape^2)
+    # Start from the law with the same moments. Its skewness is 0.4292 (delta^2 / (pi / 2 - delta^2))^(3/2)
+    # with delta = shape / sqrt(1 + shape^2).
     skewness = np.clip(np.mean(x**3), -0.9, 0.9)
     ratio = abs(skewness / (2 - np.pi / 2)) ** (2 / 3)
     delta = np.sign(skewness) * np.sqrt(np.pi / 2 * ratio / (1 + ratio))
@@ -68,10 +80,16 @@ def _fit_one(x: Floats) -> tuple[float, float, float]:
     return float(shape), float(location), float(np.exp(log_scale))
 
 
-def log_cdf(x: Floats, law: SkewNormalFit) -> Floats:
-    """ln P(X <= x), (n,), finite however far out; NaN where nothing was fitted.
+def _log_pdf(z: Floats, shape: Floats | float) -> Floats:
+    """Compute the log density of the standard skew-normal law at z."""
+    return np.log(2) + stats.norm.logpdf(z) + special.log_ndtr(shape * z)
 
-    Below cdf 1e-6 it is log pdf(z) + ln of the integral of pdf(z - u) / pdf(z) over u > 0, by Gauss-Laguerre with the slope of log pdf at z as rate.
+
+def log_cdf(x: Floats, law: SkewNormalFit) -> Floats:
+    """Compute ln P(X <= x), (n,), finite however far out; NaN where nothing was fitted.
+
+    Below a cdf of 1e-6 this is log pdf(z) plus the logarithm of the integral of pdf(z - u) / pdf(z) over u > 0, by
+    Gauss-Laguerre quadrature with the slope of log pdf at z as rate.
     """
     z = (x - law.location) / law.scale
     shape = np.broadcast_to(law.shape, z.shape)
@@ -86,9 +104,5 @@ def log_cdf(x: Floats, law: SkewNormalFit) -> Floats:
 
 
 def log_survival(x: Floats, law: SkewNormalFit) -> Floats:
-    """ln P(X >= x), (n,): the same law mirrored."""
+    """Compute ln P(X >= x), (n,), as the cdf of the mirrored law."""
     return log_cdf(-x, law._replace(shape=-law.shape, location=-law.location))
-
-
-def _log_pdf(z: Floats, shape: Floats | float) -> Floats:
-    return np.log(2) + stats.norm.logpdf(z) + special.log_ndtr(shape * z)

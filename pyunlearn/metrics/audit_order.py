@@ -1,65 +1,72 @@
-"""Which examples to audit first, where there are more than time: a small regressor learns from what has been audited."""
+"""Order of an audit: a ridge regression learns from the audited examples which ones to audit next."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.metrics._arrays import Booleans, Floats, Integers, finite, same_length
+from pyunlearn.metrics._check import Floats, Integers, at_least_one, finite, same_length
 
 
 class Audited(NamedTuple):
-    """What a budget bought."""
+    """Examples audited within a budget, and their values."""
 
-    places: Integers
-    """(budget,) the examples, in the order in which they were audited."""
+    indices: Integers
+    """(budget,) index of each audited example, in the order of the audit."""
     values: Floats
-    """(budget,) what the measurement gave for each."""
+    """(budget,) the measured value of each."""
 
 
 def audit_order(features: ArrayLike, audited: Sequence[int], values: ArrayLike, *, ridge: float = 4.0) -> Integers:
-    """The examples that have not been audited, the one that is most likely still exposed first.
+    """Rank the examples that have not been audited, the one most likely still exposed first.
 
-    Ridge regression of the values v on the features x, which are standardised over all examples, drawn to a prior that knows the first alone:
+    Ridge regression of the values v on the features x, standardised over all examples, shrunk towards a prior that
+    uses the first feature alone:
 
-        w = argmin sum over the audited of (v_i - v_mean - w.(x_i - x_mean))^2 + ridge ||w - w_0||^2,   w_0 = (-s, 0, 0, ...)
+        w = argmin sum over the audited of (v_i - v_mean - w.(x_i - x_mean))^2 + ridge ||w - w_0||^2,
+        w_0 = (-s, 0, 0, ...)
 
-    with s the standard deviation of the values, or 1 before there is any. The order is that of w.x, falling.
+    with s the standard deviation of the values, or 1 before there are any. The order is that of w.x, descending.
 
     Args:
-        features: (n, F) cheap numbers of each example: NLL, zlib ratio, length, density, difficulty. The first is the prior's: the lower,
-            the more exposed, so let it be the NLL under the model that is audited.
-        audited: the k places that have been.
-        values: (k,) what was found there; high = exposed (exposure, extraction strength).
+        features: (n, F) cheap numbers of each example: NLL, zlib ratio, length. The first is the prior's, low =
+            exposed: take the NLL under the audited model.
+        audited: k indices of audited examples.
+        values: (k,) their measured values; high = exposed (exposure, extraction strength).
         ridge: above 0; how many examples the prior weighs.
 
     Returns:
-        (n - k,) places; equals stay in order.
+        (n - k,) indices; ties stay in order.
 
     Raises:
-        ArgumentError: features or values that are not finite, a place that does not exist or stands there twice, a ridge not above 0.
+        ArgumentError: NaN or Inf, an index that is out of range or repeated, a ridge that is not above 0.
 
-    Source: a reduced form of learned active learning, Bakker et al. 2023, arXiv 2309.05477: a regressor in place of its neural process.
+    Example:
+        >>> audit_order([[3.0], [1.0], [2.0]], audited=[], values=[]).tolist()
+        [1, 2, 0]
+
+    Source: a reduced form of learned active learning, Bakker et al. 2023, arXiv 2309.05477: a regression in place of
+        its neural process.
     """
-    x = finite(features, "features", dimensions=2)
+    x = finite("features", features, dimensions=2)
     done = np.asarray(audited, dtype=np.int64)
     if len(set(done.tolist())) != done.size or (done < 0).any() or (done >= len(x)).any():
-        raise ArgumentError(f"audited must be different places from 0 to {len(x) - 1}, and is {done.tolist()}.")
+        raise ArgumentError(f"audited must be different indices from 0 to {len(x) - 1}, got {done.tolist()}")
     if not ridge > 0:
-        raise ArgumentError(f"ridge must be above 0, and is {ridge}.")
-    found = finite(values, "values", dimensions=1) if done.size else np.empty(0)
-    same_length(done, found, "audited and values")
+        raise ArgumentError(f"ridge must be above 0, got {ridge!r}")
+    measured = finite("values", values, dimensions=1) if done.size else np.empty(0)
+    same_length("audited", done, "values", measured)
     spread = x.std(axis=0)
-    z = (x - x.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    z = (x - x.mean(axis=0)) / np.where(spread > 0, spread, 1)  # (n, F)
     weights = np.zeros(z.shape[1])
-    weights[0] = -(found.std() if done.size and np.ptp(found) > 0 else 1.0)
+    weights[0] = -(measured.std() if done.size and np.ptp(measured) > 0 else 1.0)
     if done.size:
-        seen = z[done] - z[done].mean(axis=0)
-        surprise = seen.T @ (found - found.mean() - seen @ weights)
+        seen = z[done] - z[done].mean(axis=0)  # (k, F)
+        surprise = seen.T @ (measured - measured.mean() - seen @ weights)
         weights = weights + np.linalg.solve(seen.T @ seen + ridge * np.eye(len(weights)), surprise)
     expected = z @ weights
     rest = np.setdiff1d(np.arange(len(x)), done)
@@ -69,50 +76,38 @@ def audit_order(features: ArrayLike, audited: Sequence[int], values: ArrayLike, 
 def audit_within(
     measure: Callable[[list[int]], ArrayLike], features: ArrayLike, budget: int, *, batch: int = 8, ridge: float = 4.0
 ) -> Audited:
-    """Audits `budget` examples, a batch at a time, each batch chosen by what those before it showed.
+    """Audit `budget` examples in batches, each batch chosen by a regression on the values measured before it.
 
     Args:
-        measure: takes places and returns the value of each, high = exposed: the expensive part, decoding say.
-        features, ridge: as in `audit_order`.
-        budget: examples to audit, 1 or more; more than there are means all.
+        measure: a function of indices that returns the value of each, high = exposed: the expensive part.
+        features: (n, F) cheap numbers of each example, the first low = exposed (NLL), the others of any kind.
+        budget: examples to audit, 1 or more; all of them where there are fewer.
         batch: examples between two fits.
+        ridge: above 0; how many examples the prior, which uses the first feature alone, weighs.
 
     Returns:
-        Audited. What it finds is exposed; what it has not looked at may be as well. Its share of exposed examples is *not* that of the set:
-        they were chosen to be exposed. For that, audit a random sample.
+        Audited(indices, values). Examples that were not audited may be exposed as well. The exposed share of the
+        audited is *not* that of the set, because they were chosen to be exposed: for that, audit a random sample.
 
     Raises:
-        ArgumentError: as `audit_order`; a budget or batch below 1.
+        ArgumentError: NaN or Inf, another number of values than of indices, a budget or batch below 1.
+
+    Example:
+        >>> strength = [0.1, 0.9, 0.5, 0.0]
+        >>> nll = [[3.0], [1.0], [2.0], [4.0]]
+        >>> audit_within(lambda indices: [strength[i] for i in indices], nll, budget=2, batch=1).indices.tolist()
+        [1, 2]
+
+    Source: ours; the order in a batch after Bakker et al. 2023, arXiv 2309.05477.
     """
-    x = finite(features, "features", dimensions=2)
-    if budget < 1 or batch < 1:
-        raise ArgumentError(f"budget and batch must be at least 1 example, and are {budget} and {batch}.")
-    places: list[int] = []
+    x = finite("features", features, dimensions=2)
+    at_least_one(budget=budget, batch=batch)
+    indices: list[int] = []
     values: list[float] = []
-    while len(places) < min(budget, len(x)):
-        chosen = audit_order(x, places, values, ridge=ridge)[: min(batch, budget - len(places))].tolist()
-        found: Any = finite(measure(chosen), "what measure returned", dimensions=1)
-        same_length(chosen, found, "the places measured and the values returned")
-        places += chosen
-        values += found.tolist()
-    return Audited(np.array(places), np.array(values))
-
-
-def found_curve(exposed: ArrayLike, places: ArrayLike) -> Integers:
-    """How many exposed examples have been found after 0, 1, 2, ... audits in an order.
-
-    Args:
-        exposed: (n,) true where an example is exposed, known afterwards.
-        places: (k,) the order.
-
-    Returns:
-        (k + 1,), rising from 0. High = a good order; its mean over that of the best order is 1 at most.
-
-    Raises:
-        ArgumentError: a place that does not exist.
-    """
-    truth: Booleans = np.asarray(exposed, dtype=np.bool_)
-    order = np.asarray(places, dtype=np.int64)
-    if (order < 0).any() or (order >= truth.size).any():
-        raise ArgumentError(f"places must be from 0 to {truth.size - 1}, and are {order.tolist()}.")
-    return np.concatenate([[0], np.cumsum(truth[order])])
+    while len(indices) < min(budget, len(x)):
+        chosen = audit_order(x, indices, values, ridge=ridge)[: min(batch, budget - len(indices))].tolist()
+        measured = finite("the values that measure returns", measure(chosen), dimensions=1)
+        same_length("the indices", chosen, "the values that measure returns", measured)
+        indices += chosen
+        values += measured.tolist()
+    return Audited(np.array(indices), np.array(values))

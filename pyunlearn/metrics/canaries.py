@@ -1,6 +1,6 @@
-"""Canaries: random secrets of a known format, put into a training set on purpose, so that memorization can be measured exactly.
+"""Canaries: random secrets of a known format, inserted into a training set so that memorization is measured exactly.
 
-Carlini et al. 2019 (arXiv 1802.08232, section 4). Out of distribution by design.
+They are out of distribution by design. Source: Carlini et al. 2019, arXiv 1802.08232, section 4.
 """
 
 from __future__ import annotations
@@ -12,12 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from pyunlearn.errors import ArgumentError, nearest
-from pyunlearn.metrics._check import numbers
-from pyunlearn.metrics.exposure import Exposure, exposure
+from pyunlearn.metrics._check import at_least_one
 
 ALPHABETS: Mapping[str, str] = {
     "digits": string.digits,
@@ -27,81 +23,99 @@ ALPHABETS: Mapping[str, str] = {
     "letters": string.ascii_letters,
     "alphanumeric": string.ascii_letters + string.digits,
 }
-"""The alphabets that a template may name without further ado."""
+"""Alphabets that a template may name without defining them."""
 
 Alphabet = str | Sequence[str]
 
 
 @dataclass(frozen=True)
 class Canaries:
-    """Secrets and references of one format: uniform draws from its space, all different."""
+    """Secrets and non-members of one format: uniform draws from its space, all different."""
 
     template: str
     prefix: str
-    """What stands before the first slot, the same in all: it need not be scored."""
+    """The text before the first slot, the same in all: it need not be scored."""
     secrets: tuple[str, ...]
-    references: tuple[str, ...]
+    """Texts to insert into the training set."""
+    non_members: tuple[str, ...]
+    """Texts of the same format that stay out of it."""
     space_bits: float
-    """log2 of the number of texts that the template has: the largest exposure there can be."""
+    """log2 of the number of texts that the template has: the largest exposure possible."""
 
     def examples(self, texts: Sequence[str]) -> list[dict[str, str]]:
-        """The texts as prompt (the prefix) and completion (the rest, which is scored)."""
+        """Split texts of this format into prompt (the prefix) and completion (the rest, which is scored)."""
         n = len(self.prefix)
         return [{"prompt": self.prefix, "completion": text[n:]} for text in texts]
 
 
 class InsertedCanaries(NamedTuple):
-    """See insert_canaries."""
+    """Training set with inserted secrets: the result of insert_canaries."""
 
     texts: list[str]
     """The training set."""
     positions: list[list[int]]
-    """Where each secret stands in it, ascending."""
+    """For each secret, its indices in the training set, ascending."""
 
 
 def make_canaries(
     template: str,
     secrets: int = 1,
-    references: int = 255,
+    non_members: int = 255,
     *,
     slots: Mapping[str, Alphabet | tuple[Alphabet, int]] | None = None,
     seed: int = 0,
 ) -> Canaries:
-    """Secrets and references from a template such as "My number is {digits:6}": uniform, all different, none in both.
+    """Draw secrets and non-members from a template, uniformly and all different.
 
-    A slot {name:length} is filled with `length` symbols (1 if it says nothing), each drawn alone, also where a name comes twice. Symbols of an
-    alphabet that is one string stand side by side, words of a list are parted by spaces. Literal braces are written {{ and }}. Since both kinds come
-    from one law, a secret that was never trained on has the exposure of unseen text: mean 1.443 bits.
+    A slot {name:length} is filled with `length` symbols (default 1), drawn independently, also where a name occurs
+    twice. Symbols of an alphabet that is one string are concatenated, words of a list are separated by spaces. Literal
+    braces are written {{ and }}. Both kinds follow one distribution, so a secret that was never trained on has the
+    exposure of unseen text: mean 1.443 bits.
 
     Args:
-        template: text with one slot or more; names are those of ALPHABETS (digits, hex, lower, upper, letters, alphanumeric) or of `slots`.
-        secrets: how many to make for insertion, 1 or more.
-        references: how many to make for comparison; log2(references + 1) bits are the most that counting can show.
+        template: text with one slot or more, such as "My number is {digits:6}"; names are digits, hex, lower, upper,
+            letters, alphanumeric or those of `slots`.
+        secrets: number of texts to insert, 1 or more.
+        non_members: number of texts to compare with; log2(non_members + 1) bits are the most that counting can show.
         slots: name -> alphabet: a string of characters, or a list of words; or (alphabet, length).
-        seed: the same seed gives the same canaries.
+        seed: the same seed draws the same canaries.
+
+    Returns:
+        Canaries.
 
     Raises:
-        ArgumentError: an unknown alphabet, an alphabet with a symbol twice, no slot, a space too small for that many, or fillings that give the same text.
+        ArgumentError: an unknown alphabet, an alphabet with a repeated symbol, no slot, a space smaller than the number
+            of texts, or different fillings that make the same text.
+
+    Example:
+        >>> canaries = make_canaries("My number is {digits:6}", secrets=2, non_members=100)
+        >>> len(set(canaries.secrets + canaries.non_members)), round(canaries.space_bits, 2)
+        (102, 19.93)
+        >>> canaries.examples(["My number is 123456"])
+        [{'prompt': 'My number is ', 'completion': '123456'}]
+
+    See Also:
+        insert_canaries: puts the secrets into a training set. exposure: their exposure among the non-members.
+
+    Source: Carlini et al. 2019, arXiv 1802.08232, section 4.
     """
-    for name, value in (("secrets", secrets), ("references", references)):
-        if value < 1:
-            raise ArgumentError(f"{name} must be 1 or more, got {value}")
+    at_least_one(secrets=secrets, non_members=non_members)
     parts = _parse(template, slots or {})
     space = math.prod(len(p.symbols) ** p.length for p in parts)
-    wanted = secrets + references
-    if space < wanted:
+    total = secrets + non_members
+    if space < total:
         raise ArgumentError(
-            f"the template {template!r} has {space} different texts, and {secrets} secrets with {references} references need {wanted}: "
-            f"lengthen a slot, or ask for fewer"
+            f"the template {template!r} has {space} different texts, and {secrets} secrets with {non_members} "
+            f"non_members need {total}: lengthen a slot, or take fewer"
         )
     rng = random.Random(seed)
-    drawn: dict[int, None] = {}  # in the order drawn; not a sample of a range, whose length must fit a machine word
-    while len(drawn) < wanted:
+    drawn: dict[int, None] = {}  # ordered set; random.sample(range(space)) fails beyond a machine word
+    while len(drawn) < total:
         drawn[rng.randrange(space)] = None
     texts = tuple(_fill(parts, number) for number in drawn)
-    if len(set(texts)) < wanted:
+    if len(set(texts)) < total:
         raise ArgumentError(
-            f"the template {template!r} gives the same text for different fillings: put something between its slots of words"
+            f"the template {template!r} makes the same text for different fillings: separate its slots of words"
         )
     return Canaries(template, parts[0].before, texts[:secrets], texts[secrets:], math.log2(space))
 
@@ -109,78 +123,58 @@ def make_canaries(
 def insert_canaries(
     texts: Sequence[str], canaries: Canaries | Sequence[str], repeats: int | Sequence[int], seed: int = 0
 ) -> InsertedCanaries:
-    """A training set with each secret `repeats` times among the texts, shuffled throughout.
+    """Insert each secret `repeats` times into a training set and shuffle the whole.
 
     Args:
-        texts: the training texts; they come back too, in another order.
+        texts: the training texts.
         canaries: Canaries, or the secrets alone.
-        repeats: how often each is put in; one number for all, or one for each secret (0 = a control that is never trained on).
-        seed: of the shuffle.
+        repeats: copies of each secret: one number for all, or one for each (0 = a control that is never trained on).
+        seed: seed of the shuffle.
 
     Returns:
         InsertedCanaries(texts, positions).
 
     Raises:
-        ArgumentError: a secret or reference that the texts already hold, as many numbers of repeats as secrets are wanted, a negative one.
+        ArgumentError: a secret or non-member that the texts already contain, another number of repeats than of secrets,
+            a negative one.
+
+    Example:
+        >>> result = insert_canaries(["a", "b", "c"], ["my secret"], repeats=2)
+        >>> sorted(result.texts)
+        ['a', 'b', 'c', 'my secret', 'my secret']
+        >>> [result.texts[i] for i in result.positions[0]]
+        ['my secret', 'my secret']
+
+    Source: Carlini et al. 2019, arXiv 1802.08232, section 4.
     """
     secrets = canaries.secrets if isinstance(canaries, Canaries) else tuple(canaries)
-    references = canaries.references if isinstance(canaries, Canaries) else ()
+    non_members = canaries.non_members if isinstance(canaries, Canaries) else ()
     if isinstance(texts, str) or isinstance(canaries, str):
         raise ArgumentError("texts and canaries must be lists of strings, got one string")
-    times = [repeats] * len(secrets) if isinstance(repeats, int) else list(repeats)
-    if len(times) != len(secrets) or min(times, default=0) < 0:
+    copies = [repeats] * len(secrets) if isinstance(repeats, int) else list(repeats)
+    if len(copies) != len(secrets) or min(copies, default=0) < 0:
         raise ArgumentError(
             f"repeats must be 0 or more, one number or {len(secrets)}, one for each secret, got {repeats!r}"
         )
     everything = "\0".join(texts)
-    for kind, group in (("secret", secrets), ("reference", references)):
+    for kind, group in (("secret", secrets), ("non-member", non_members)):
         for text in group:
             if text in everything:
                 raise ArgumentError(
-                    f"the {kind} {text!r} already stands in the texts: make the canaries with another seed"
+                    f"the texts already contain the {kind} {text!r}: make the canaries with another seed"
                 )
-    owner = [-1] * len(texts) + [i for i, count in enumerate(times) for _ in range(count)]
+    owner = [-1] * len(texts) + [i for i, count in enumerate(copies) for _ in range(count)]
     order = list(range(len(owner)))
     random.Random(seed).shuffle(order)
     positions: list[list[int]] = [[] for _ in secrets]
-    for place, j in enumerate(order):
+    for position, j in enumerate(order):
         if owner[j] >= 0:
-            positions[owner[j]].append(place)
+            positions[owner[j]].append(position)
     return InsertedCanaries([texts[j] if owner[j] < 0 else secrets[owner[j]] for j in order], positions)
 
 
-def canary_exposure(
-    canaries: Canaries, secret_scores: ArrayLike, reference_scores: ArrayLike, method: str = "rank"
-) -> Exposure:
-    """The exposure of each inserted secret among the references of its format, in bits; see `exposure`.
-
-    Never more than log2 of the space: a fitted law that says more is cut there. The Secret Sharer's score is the *sum* of the negative
-    log-likelihoods of what follows the prefix: secrets of one format may have different numbers of tokens.
-
-    Args:
-        canaries: from make_canaries.
-        secret_scores: (secrets,), low where a secret is likely.
-        reference_scores: (references,).
-        method: "rank", at most log2(references + 1); "sampling"; or "skewnorm", which goes on beyond it.
-
-    Returns:
-        Exposure(lower, upper, extrapolated, fit); `lower` is the exposure.
-
-    Raises:
-        ArgumentError: numbers of scores that are not those of the canaries; as exposure.
-    """
-    s, r = numbers("secret_scores", secret_scores), numbers("reference_scores", reference_scores)
-    if (len(s), len(r)) != (len(canaries.secrets), len(canaries.references)):
-        raise ArgumentError(
-            f"canary_exposure takes {len(canaries.secrets)} secret and {len(canaries.references)} reference scores, one for each canary, got {len(s)} and {len(r)}"
-        )
-    found = exposure(s, r, method)
-    most = canaries.space_bits
-    return found._replace(lower=np.minimum(found.lower, most), upper=np.minimum(found.upper, most))
-
-
 class _Part(NamedTuple):
-    """A stretch of text and the slot after it."""
+    """Literal text and the slot after it."""
 
     before: str
     symbols: Sequence[str]
@@ -189,15 +183,15 @@ class _Part(NamedTuple):
 
 
 def _parse(template: str, slots: Mapping[str, Alphabet | tuple[Alphabet, int]]) -> list[_Part]:
-    """The template piece by piece; text after the last slot goes with a slot of no symbols to choose from."""
+    """Split the template into parts; text after the last slot forms a part whose slot has one empty symbol."""
     try:
-        pieces = list(string.Formatter().parse(template))
+        fields = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ArgumentError(
             f"the template {template!r} cannot be read ({error}): write literal braces as {{{{ and }}}}"
         ) from None
     parts, literal = [], ""
-    for before, name, length, _ in pieces:
+    for before, name, length, _ in fields:
         literal += before
         if name is not None:
             parts.append(_part(literal, name, length or "", slots))
@@ -208,6 +202,7 @@ def _parse(template: str, slots: Mapping[str, Alphabet | tuple[Alphabet, int]]) 
 
 
 def _part(before: str, name: str, length: str, slots: Mapping[str, Alphabet | tuple[Alphabet, int]]) -> _Part:
+    """Look up a slot's alphabet and length."""
     if name not in slots and name not in ALPHABETS:
         raise ArgumentError(f"there is no alphabet {name!r}; {nearest(name, [*slots, *ALPHABETS])}")
     alphabet, count = slots.get(name, ALPHABETS.get(name, "")), 1
@@ -226,7 +221,7 @@ def _part(before: str, name: str, length: str, slots: Mapping[str, Alphabet | tu
 
 
 def _fill(parts: Sequence[_Part], number: int) -> str:
-    """The text that a number below the size of the space stands for: its digits, in the base of each alphabet."""
+    """Make the text of a number below the size of the space: its digits, in the base of each alphabet."""
     text = ""
     for part in parts:
         symbols = []

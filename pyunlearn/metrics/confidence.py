@@ -1,4 +1,4 @@
-"""Confidence: an interval on every aggregate, and whether two measurements of the same texts differ."""
+"""Confidence: bootstrap intervals of aggregates, and a paired test of two measurements of the same texts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.metrics._check import Floats, between, numbers, one_of, same_length
+from pyunlearn.metrics._check import Floats, at_least_one, between, numbers, one_of, same_length
 
 _AT_ONCE = 2**22  # resampled numbers in memory at a time
 
 
 class Interval(NamedTuple):
-    """An estimate and the confidence interval around it, in the unit of the values."""
+    """Estimate with its confidence interval, in the unit of the values."""
 
     estimate: float
     low: float
@@ -24,14 +24,14 @@ class Interval(NamedTuple):
 
 
 class PairedDifference(NamedTuple):
-    """after - before over the same texts: see paired_difference."""
+    """Mean of after - before over the same texts, with interval and p-value: the result of paired_difference."""
 
     estimate: float
     low: float
     high: float
     pvalue: float
     exact: bool
-    """The p-value counts every assignment of signs, not a random sample of them."""
+    """True where the p-value counts every assignment of signs, False where it samples them."""
 
 
 def bootstrap_interval(
@@ -42,41 +42,55 @@ def bootstrap_interval(
     draws: int = 2000,
     method: str = "percentile",
 ) -> Interval:
-    """statistic(values) with a bootstrap interval: the texts are drawn again with replacement, `draws` times.
+    """Compute statistic(values) with a bootstrap interval: the texts are resampled with replacement.
 
-    "percentile" takes the quantiles (1 - confidence) / 2 and (1 + confidence) / 2 of the resampled statistics; "bca" shifts them for bias and
-    skewness (Efron 1987, J. Am. Stat. Assoc. 82, 171-185; scipy.stats.bootstrap), which is worth its cost for skewed values. The texts are taken
-    as independent draws from their source: the interval says nothing about another seed of training. Below about 10 texts either is too narrow.
+    "percentile" takes the quantiles (1 - confidence) / 2 and (1 + confidence) / 2 of the resampled statistics; "bca"
+    shifts them for bias and skewness, which is worth its cost for skewed values. The texts count as independent draws
+    from their source: the interval does not cover another seed of training. Below about 10 texts both are too narrow.
 
     Args:
-        values: (n,) one number for each text.
-        statistic: values -> a number; called with `axis` where it has such an argument, as numpy's have.
+        values: (n,) one number per text.
+        statistic: values -> a number; called with `axis` where it has that argument, as numpy's functions have.
         confidence: between 0 and 1.
-        seed: the same seed gives the same interval.
-        draws: resamples.
+        seed: the same seed returns the same interval.
+        draws: number of resamples.
         method: "percentile" or "bca".
 
     Returns:
-        Interval(estimate, low, high). Equal values give an interval of no width. Of one value nothing can be said: low and high are NaN.
+        Interval(estimate, low, high). Equal values have an interval of no width; one value has NaN ends.
 
     Raises:
-        ArgumentError: no values, a value that is not finite, an unknown method, a confidence outside (0, 1).
+        ArgumentError: no values, NaN or Inf, an unknown method, a confidence outside (0, 1), draws below 1.
+
+    Example:
+        >>> estimate, low, high = bootstrap_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+        >>> estimate, low < estimate < high
+        (3.0, True)
+
+    See Also:
+        aggregate_interval: for statistics of several columns. paired_difference: for a change.
+
+    Source: Efron 1987, J. Am. Stat. Assoc. 82, 171-185; scipy.stats.bootstrap.
     """
-    x = numbers("values", values, least=1)
+    x = numbers("values", values, empty=False)
     between("confidence", confidence, 0, 1)
     one_of("method", method, ("percentile", "bca"))
-    if draws < 1:
-        raise ArgumentError(f"draws must be 1 or more, got {draws}")
+    at_least_one(draws=draws)
     estimate = float(statistic(x))
     if x.size == 1:
         return Interval(estimate, np.nan, np.nan)
     if np.ptp(x) == 0:
         return Interval(estimate, estimate, estimate)
-    found = stats.bootstrap(
-        (x,), statistic, confidence_level=confidence, n_resamples=draws, method={"bca": "BCa"}.get(method, method),
-        batch=max(1, _AT_ONCE // x.size), random_state=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
-    return Interval(estimate, float(found.low), float(found.high))
+    interval = stats.bootstrap(
+        (x,),
+        statistic,
+        confidence_level=confidence,
+        n_resamples=draws,
+        method={"bca": "BCa"}.get(method, method),
+        batch=max(1, _AT_ONCE // x.size),
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(estimate, float(interval.low), float(interval.high))
 
 
 def aggregate_interval(
@@ -87,41 +101,70 @@ def aggregate_interval(
     seed: int = 0,
     draws: int = 1000,
 ) -> Interval:
-    """statistic(*columns) with a percentile bootstrap interval, for aggregates that are no mean of one number a text: corpus scores, ratios of sums.
+    """Compute statistic(*columns) with a percentile bootstrap interval, for statistics that are not a per-text mean.
 
-        low, high = quantiles (1 -+ confidence) / 2 of statistic(columns[0][i], columns[1][i], ...) over `draws` draws of the n texts i
+        low, high = quantiles (1 -+ confidence) / 2 of statistic(columns[0][i], columns[1][i], ...)
+                    over `draws` resamples i of the n texts
 
-    Whole texts are drawn again, with replacement, and all their columns with them: a text keeps its reference, its length, its score before. So the
-    difference of two models on the same texts is paired: `aggregate_interval(lambda a, b, n: perplexity(b, n) - perplexity(a, n), before, after, tokens)`.
-    Efron and Tibshirani 1993, chapter 13; of BLEU: Koehn 2004. The ends are resampled values, the outer ones of the two beside each quantile.
-    Range and direction are the statistic's. As for bootstrap_interval, below about 10 texts it is too narrow, and it has no width where no resample
-    differs: a score at its limit for every text.
+    Whole texts are resampled with replacement, all columns of a text together: a text keeps its length, its true
+    answer, its score before. So the difference of two models on the same texts is paired:
+    `aggregate_interval(lambda a, b, n: perplexity(b, n) - perplexity(a, n), before, after, tokens)`. The ends are
+    resampled values, the outer neighbours of each quantile. Range and direction are the statistic's. Below about 10
+    texts it is too narrow, and it has no width where no resample differs: a score at its limit for every text.
 
     Args:
-        statistic: the columns -> a number. It gets what has a shape as an array, any other column as a list.
-        columns: of n texts each, in the same order: arrays of shape (n, ...) or lists (of strings, or of lists of references).
-        sets: for each column the set of texts that it is of, such as (0, 1, 0, 1): sets are drawn independently, columns of one set together, and sets
-            may differ in size. None: all are of the same texts.
+        statistic: the columns -> a number. Array columns arrive as arrays, all others as lists.
+        columns: of n texts each, in the same order: arrays of shape (n, ...) or lists of strings or of lists.
+        sets: for each column the number of its set of texts, such as (0, 1, 0, 1): sets are resampled independently,
+            columns of one set together, and sets may differ in size. None: all columns are of the same texts.
         confidence: between 0 and 1.
-        seed: the same seed gives the same interval.
-        draws: resamples, each of which costs one call of the statistic.
+        seed: the same seed returns the same interval.
+        draws: number of resamples, each of which costs one call of the statistic.
 
     Returns:
-        Interval(estimate, low, high). Where a set is one text nothing can be said: low and high are NaN.
+        Interval(estimate, low, high); NaN ends where a set is one text.
 
     Raises:
-        ArgumentError: no column, an empty one, columns of one set that differ in length, a statistic that gives no number.
+        ArgumentError: no column, an empty one, columns of one set that differ in length, a statistic that returns no
+            number.
+
+    Example:
+        >>> tokens = [10, 20, 30, 40]
+        >>> correct = [9, 15, 30, 20]
+        >>> estimate, low, high = aggregate_interval(lambda c, t: sum(c) / sum(t), correct, tokens, draws=200)
+        >>> estimate, low <= estimate <= high
+        (0.74, True)
+
+    See Also:
+        bootstrap_interval: for a mean of one number per text.
+
+    Source: Efron and Tibshirani 1993, chapter 13; of BLEU: Koehn 2004.
     """
-    of = [0] * len(columns) if sets is None else list(sets)
-    if not columns or len(of) != len(columns):
-        raise ArgumentError(
-            f"sets must say of each of one or more columns which texts it is of, got {len(of)} for {len(columns)} columns"
-        )
+    names = [0] * len(columns) if sets is None else list(sets)
     between("confidence", confidence, 0, 1)
-    if draws < 1:
-        raise ArgumentError(f"draws must be 1 or more, got {draws}")
+    at_least_one(draws=draws)
+    sizes = _sizes(columns, names)
+    estimate = _number(statistic(*columns))
+    if min(sizes.values()) == 1:
+        return Interval(estimate, np.nan, np.nan)
+    rng, resampled = np.random.default_rng(seed), np.empty(draws)
+    for k in range(draws):
+        drawn = {name: rng.integers(0, n, n) for name, n in sizes.items()}
+        resampled[k] = _number(
+            statistic(*(_take(column, drawn[name]) for name, column in zip(names, columns, strict=True)))
+        )
+    return Interval(estimate, *percentiles(resampled, confidence))
+
+
+def _sizes(columns: Sequence[Any], names: Sequence[int]) -> dict[int, int]:
+    """Check that the columns of each set have one length, and return the length of each set."""
+    if not columns or len(names) != len(columns):
+        raise ArgumentError(
+            f"sets must name the set of texts of each of one or more columns, got {len(names)} for {len(columns)} "
+            "columns"
+        )
     sizes: dict[int, int] = {}
-    for i, (name, column) in enumerate(zip(of, columns, strict=True)):
+    for i, (name, column) in enumerate(zip(names, columns, strict=True)):
         if isinstance(column, str) or not hasattr(column, "__len__") or getattr(column, "shape", None) == ():
             raise ArgumentError(
                 f"columns[{i}] must be a list or an array of one entry for each text, got one {type(column).__name__}"
@@ -130,31 +173,27 @@ def aggregate_interval(
             raise ArgumentError(f"columns[{i}] must hold one entry for each of one or more texts, and is empty")
         if len(column) != sizes.setdefault(name, len(column)):
             raise ArgumentError(
-                f"columns of the same texts must be equally long, got {len(column)} entries in columns[{i}] and {sizes[name]} before it"
+                f"columns of the same texts must be equally long, got {len(column)} entries in columns[{i}] and "
+                f"{sizes[name]} before it"
             )
-    estimate = _number(statistic(*columns))
-    if min(sizes.values()) == 1:
-        return Interval(estimate, np.nan, np.nan)
-    rng, found = np.random.default_rng(seed), np.empty(draws)
-    for k in range(draws):
-        drawn = {name: rng.integers(0, n, n) for name, n in sizes.items()}
-        found[k] = _number(statistic(*(_of(column, drawn[name]) for name, column in zip(of, columns, strict=True))))
-    return Interval(estimate, *percentiles(found, confidence))
+    return sizes
 
 
-def percentiles(found: Floats, confidence: float) -> tuple[float, float]:
-    """The ends of a percentile interval: values that were found, so that infinite ones do not make NaN between them."""
-    low = np.quantile(found, (1 - confidence) / 2, method="lower")
-    return float(low), float(np.quantile(found, (1 + confidence) / 2, method="higher"))
+def percentiles(values: Floats, confidence: float) -> tuple[float, float]:
+    """Compute the ends of a percentile interval as two of the values: interpolating infinite ones would make NaN."""
+    low = np.quantile(values, (1 - confidence) / 2, method="lower")
+    return float(low), float(np.quantile(values, (1 + confidence) / 2, method="higher"))
 
 
-def _of(column: Sequence[Any] | NDArray[Any], places: NDArray[np.int64]) -> Any:
-    return column[places] if not isinstance(column, Sequence) else [column[i] for i in places]
+def _take(column: Sequence[Any] | NDArray[Any], indices: NDArray[np.int64]) -> Any:
+    """Select the entries of an array or of a list."""
+    return column[indices] if not isinstance(column, Sequence) else [column[i] for i in indices]
 
 
 def _number(value: Any) -> float:
+    """Return one number as float; raise ArgumentError for anything else."""
     if np.ndim(value) != 0 or isinstance(value, str):
-        raise ArgumentError(f"statistic must give one number, got {type(value).__name__}")
+        raise ArgumentError(f"statistic must return one number, got {type(value).__name__}")
     return float(value)
 
 
@@ -166,41 +205,57 @@ def paired_difference(
     draws: int = 9999,
     alternative: str = "two-sided",
 ) -> PairedDifference:
-    """mean(after - before) over the same texts, with a bootstrap interval and the p-value of a sign-flip permutation test.
+    """Compute mean(after - before) over the same texts, its bootstrap interval and a sign-flip permutation p-value.
 
-    If before and after are exchangeable within each text, every assignment of signs to the n differences is equally likely; the p-value is the
-    share of assignments whose mean is at least as far out. All 2^n are counted where that is at most `draws` + 1 (n up to 13 by default: the
-    smallest two-sided p-value is then 2 / 2^n), else `draws` random ones, and the identity: (1 + #) / (1 + draws), never 0. The interval
-    and the test may disagree at the edge. Texts are the unit: tokens of one text are not independent.
+    If before and after are exchangeable within each text, every assignment of signs to the n differences is equally
+    likely; the p-value is the share of assignments whose mean is at least as extreme. All 2^n are counted where that
+    is at most `draws` + 1 (n up to 13 by default: the smallest two-sided p-value is then 2 / 2^n), else `draws` random
+    ones and the identity: (1 + #) / (1 + draws), never 0. Interval and test may disagree at the edge. Texts are the
+    unit: tokens of one text are not independent.
 
     Args:
-        before: (n,) one number for each text.
+        before: (n,) one number per text.
         after: (n,) the same texts, in the same order.
         confidence: of the interval, between 0 and 1.
-        seed: the same seed gives the same numbers.
+        seed: the same seed returns the same numbers.
         draws: resamples of the interval and random assignments of the test.
-        alternative: "two-sided", or "greater" (after > before) or "less".
+        alternative: "two-sided", "greater" (after > before) or "less".
 
     Returns:
         PairedDifference(estimate, low, high, pvalue, exact), in the unit of the values; above 0: it rose.
 
     Raises:
-        ArgumentError: different lengths, no values, a value that is not finite, an unknown alternative.
+        ArgumentError: different lengths, no values, NaN or Inf, an unknown alternative.
+
+    Example:
+        >>> change = paired_difference([1.0, 2.0, 3.0, 4.0], [1.5, 2.5, 3.5, 4.5])
+        >>> change.estimate, change.pvalue, change.exact
+        (0.5, 0.125, True)
+
+    See Also:
+        bootstrap_interval: the interval used here.
     """
-    a, b = numbers("before", before, least=1), numbers("after", after, least=1)
+    a, b = numbers("before", before, empty=False), numbers("after", after, empty=False)
     same_length("before", a, "after", b)
     one_of("alternative", alternative, ("two-sided", "greater", "less"))
     interval = bootstrap_interval(b - a, confidence=confidence, seed=seed, draws=draws)
     exact = a.size < 63 and 2**a.size <= draws + 1
-    if a.size == 1:  # scipy wants two: of one difference both signs are equally far out
+    if a.size == 1:  # scipy needs two; with one difference both signs are equally extreme
         pvalue = 1.0 if alternative == "two-sided" or (alternative == "greater") != (b > a)[0] else 0.5
     else:
         pvalue = stats.permutation_test(
-            (b, a), _mean_difference, permutation_type="samples", vectorized=True, alternative=alternative,
-            n_resamples=2**a.size if exact else draws, batch=max(1, _AT_ONCE // a.size), random_state=np.random.default_rng(seed),
-        ).pvalue  # fmt: skip
+            (b, a),
+            _mean_difference,
+            permutation_type="samples",
+            vectorized=True,
+            alternative=alternative,
+            n_resamples=2**a.size if exact else draws,
+            batch=max(1, _AT_ONCE // a.size),
+            random_state=np.random.default_rng(seed),
+        ).pvalue
     return PairedDifference(*interval, float(pvalue), exact)
 
 
 def _mean_difference(b: Floats, a: Floats, axis: int) -> Floats:
+    """Compute the mean of b - a along an axis."""
     return np.mean(b - a, axis=axis)

@@ -1,138 +1,89 @@
-"""In or out of distribution: how far an example lies from the text that a model was trained on."""
+"""In or out of distribution: distance of an example from the text that a model was trained on."""
 
 from __future__ import annotations
-
-import zlib
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.spatial.distance import cdist
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.metrics._arrays import Booleans, Floats, finite
+from pyunlearn.metrics._check import Booleans, Floats, between, finite
 
-_CHUNK = 1 << 22  # distances held at a time: 32 MiB
+_CHUNK = 1 << 22  # distances in memory at a time: 32 MiB
 
 
 def knn_radius(examples: ArrayLike, corpus: ArrayLike, *, neighbours: int = 10, among_corpus: bool = False) -> Floats:
-    """The distance from each example to its M-th nearest neighbour in the corpus, its fill radius rho_M.
+    """Compute the distance from each example to its M-th nearest neighbour in the corpus, its fill radius rho_M.
+
+    Distances come from differences, not from norms and products, which would cancel for near vectors of large norm.
 
     Args:
-        examples: (n, D) representations, `probes.representations` for one.
+        examples: (n, D) representations, for instance `probes.representations(...).hidden`.
         corpus: (m, D) representations of text that the model was trained on, by the same model.
         neighbours: M, 1 to m (m - 1 with among_corpus).
-        among_corpus: the examples are themselves rows of the corpus, so each has one neighbour at distance 0 that is itself; it is not
-            counted. Without this an example that was trained on always looks nearer than one that was not.
+        among_corpus: the examples are themselves rows of the corpus, so the neighbour at distance 0 that is the example
+            itself is not counted. Otherwise a trained example always looks nearer than one that was not trained on.
 
     Returns:
-        (n,) Euclidean distances, 0 or more. High = out of distribution. From differences, not from norms and products: the distance
-        between near vectors of large norm would cancel.
+        (n,) Euclidean distances, 0 or more. High = out of distribution.
 
     Raises:
-        ArgumentError: widths that differ, values that are not finite, M out of range.
+        ArgumentError: widths that differ, NaN or Inf, M out of range.
 
-    Source: Lederer et al. 2020, arXiv 2005.12062 (density of data); k nearest neighbours as in Sun et al. 2022, arXiv 2204.06507.
+    Example:
+        >>> knn_radius([[0.0], [10.0]], [[0.0], [1.0], [3.0]], neighbours=2).tolist()
+        [1.0, 9.0]
+
+    See Also:
+        out_of_distribution: the split by the distances of held-out text.
+
+    Source: Lederer et al. 2020, arXiv 2005.12062 (density of data); k nearest neighbours as in Sun et al. 2022,
+        arXiv 2204.06507.
     """
-    x, y = _points(examples, corpus)
-    place, most = neighbours - 1 + among_corpus, y.shape[0] - among_corpus
+    x, y = finite("examples", examples, dimensions=2), finite("corpus", corpus, dimensions=2)
+    if x.shape[1] != y.shape[1]:
+        raise ArgumentError(f"examples and corpus must have the same width, got {x.shape[1]} and {y.shape[1]}")
+    rank, most = neighbours - 1 + among_corpus, y.shape[0] - among_corpus
     if not 1 <= neighbours <= most:
-        raise ArgumentError(f"neighbours must be 1 to {most}, the corpus's size, and is {neighbours}.")
+        raise ArgumentError(f"neighbours must be 1 to {most}, the corpus's size, got {neighbours}")
     step = max(1, _CHUNK // y.shape[0])
-    parts = [np.partition(cdist(x[i : i + step], y), place, axis=1)[:, place] for i in range(0, x.shape[0], step)]
-    return np.concatenate(parts)
-
-
-def density_bound(
-    examples: ArrayLike, corpus: ArrayLike, *, radius: float, length_scale: float, noise: float = 0.1
-) -> Floats:
-    """An upper bound of how little a Gaussian process that saw the corpus would know at each example, as a share of its prior.
-
-        1 - k(rho)^2 / (k(0) (k(0) + noise^2 / |B|)),    k(r) = exp(-r^2 / (2 length_scale^2)),  k(0) = 1
-
-    |B| is how many of the corpus lie within the radius rho; where none do, 1.
-
-    Args:
-        examples, corpus: (n, D) and (m, D) representations by the same model.
-        radius: rho; the median of `knn_radius` of held-out text is a start.
-        length_scale: of the kernel, in the same unit.
-        noise: standard deviation of an observation, in units of the prior's.
-
-    Returns:
-        (n,), 0 to 1. High = out of distribution. A bound on the posterior variance, not the variance: loose where rho is large against
-        length_scale.
-
-    Raises:
-        ArgumentError: widths that differ, values that are not finite, a radius, length scale or noise that is not above 0.
-
-    Source: Lederer et al. 2020, arXiv 2005.12062, and its companion on posterior variance; derived anew by conditioning on the mean
-    of the |B| observations.
-    """
-    x, y = _points(examples, corpus)
-    if not (radius > 0 and length_scale > 0 and noise > 0):
-        raise ArgumentError(
-            f"radius, length_scale and noise must be above 0, and are {radius}, {length_scale} and {noise}."
-        )
-    step = max(1, _CHUNK // y.shape[0])
-    near = np.concatenate([(cdist(x[i : i + step], y) <= radius).sum(axis=1) for i in range(0, x.shape[0], step)])
-    at_radius = np.exp(-((radius / length_scale) ** 2))  # k(rho)^2
-    return np.where(near == 0, 1.0, 1 - at_radius / (1 + noise**2 / np.maximum(near, 1)))
-
-
-def zlib_ratio(texts: Sequence[str]) -> Floats:
-    """Compressed over plain size of each text, in UTF-8 bytes: how little of it repeats itself.
-
-    Args:
-        texts: n texts, none empty.
-
-    Returns:
-        (n,), above 0. High = dense and irregular, as random strings are; low = repetitive. zlib's own 8 bytes or more make texts of a few
-        words exceed 1: compare texts of like length.
-
-    Raises:
-        ArgumentError: an empty text.
-
-    Source: the zlib term of Carlini et al. 2021, arXiv 2012.07805, by itself.
-    """
-    plain = [text.encode() for text in texts]
-    if not plain or not all(plain):
-        raise ArgumentError("texts must be one or more, none of them empty.")
-    return np.array([len(zlib.compress(text)) / len(text) for text in plain])
+    chunks = [np.partition(cdist(x[i : i + step], y), rank, axis=1)[:, rank] for i in range(0, x.shape[0], step)]
+    return np.concatenate(chunks)
 
 
 def out_of_distribution(scores: ArrayLike, held_out_scores: ArrayLike, *, quantile: float = 0.95) -> Booleans:
-    """Whether each example lies further out than a share `quantile` of held-out text of the training distribution does.
+    """Decide whether each example lies further out than a share `quantile` of held-out in-distribution text.
 
         score > quantile(held_out_scores)
 
-    Held-out text must not have been trained on: text that was lies nearer, and too many examples would come out as OOD.
+    Held-out text must not have been trained on: trained text lies nearer, and too many examples would count as out.
 
     Args:
-        scores: (n,) high = far out: `knn_radius`, `density_bound`, or the NLL under a model without the example.
+        scores: (n,) high = far out: `knn_radius`, or the NLL under a model without the example.
         held_out_scores: (m,) the same score of held-out text, at least 1 / (1 - quantile) of it.
-        quantile: above 0 and below 1; so 1 - quantile of in-distribution text is called OOD by mistake.
+        quantile: above 0 and below 1; 1 - quantile of in-distribution text counts as out by mistake.
 
     Returns:
         (n,) true = out of distribution.
 
     Raises:
-        ArgumentError: scores that are not finite, a quantile out of range, too few held-out scores to have it.
+        ArgumentError: NaN or Inf, a quantile out of range, too few held-out scores for it.
 
-    Source: the split by held-out quantiles is ours, for the question of Baluta et al. 2024, arXiv 2411.04388.
+    Example:
+        >>> out_of_distribution([0.5, 9.0], range(5), quantile=0.8).tolist()
+        [False, True]
+
+    See Also:
+        knn_radius: a score of distance.
+
+    Source: ours, for the question of Baluta et al. 2024, arXiv 2411.04388.
     """
-    x, held = finite(scores, "scores", dimensions=1), finite(held_out_scores, "held_out_scores", dimensions=1)
-    if not 0 < quantile < 1:
-        raise ArgumentError(f"quantile must lie between 0 and 1, both left out, and is {quantile}.")
+    x = finite("scores", scores, dimensions=1)
+    typical = finite("held_out_scores", held_out_scores, dimensions=1)
+    between("quantile", quantile, 0, 1)
     needed = int(np.ceil(1 / (1 - quantile) - 1e-9))
-    if held.size < needed:
+    if typical.size < needed:
         raise ArgumentError(
-            f"held_out_scores must be at least {needed} for the quantile {quantile}, and are {held.size}."
+            f"held_out_scores must be at least {needed} for the quantile {quantile}, got {typical.size}"
         )
-    return x > np.quantile(held, quantile, method="higher")
-
-
-def _points(examples: ArrayLike, corpus: ArrayLike) -> tuple[Floats, Floats]:
-    x, y = finite(examples, "examples", dimensions=2), finite(corpus, "corpus", dimensions=2)
-    if x.shape[1] != y.shape[1]:
-        raise ArgumentError(f"examples and corpus must have the same width, and have {x.shape[1]} and {y.shape[1]}.")
-    return x, y
+    return x > np.quantile(typical, quantile, method="higher")

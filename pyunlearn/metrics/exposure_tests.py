@@ -1,4 +1,4 @@
-"""Whether a whole set looks like unseen text: tests of its exposures against their null and against a retrained model, and the references' drift."""
+"""Tests of a whole set: its exposures against unseen text and against a retrained model, and the non-members' drift."""
 
 from __future__ import annotations
 
@@ -8,94 +8,117 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.metrics._check import Floats, numbers, same_length
+from pyunlearn.metrics._check import Floats, at_least_one, numbers, same_length
 from pyunlearn.metrics.confidence import Interval, bootstrap_interval
 
 _AT_ONCE = 2**22  # simulated counts in memory at a time
 
 
 class ExposureTest(NamedTuple):
-    """The outcome of exposure_null_test and exposure_two_sample_test."""
+    """Outcome of exposure_null_test and exposure_two_sample_test."""
 
     statistic: float
     """Kolmogorov-Smirnov distance, 0 to 1; low = alike."""
     pvalue: float
     """Share of the null's statistics at least as large; never 0, at least 1 / (draws + 1)."""
     mean: float
-    """Mean exposure of the set, bits; 1.443 for unseen text and many references."""
+    """Mean exposure of the set, bits; 1.443 for unseen text and many non-members."""
     n: int
-    """Texts in the set: with few, only a large distance can show."""
+    """Texts in the set: with few, only a large distance is significant."""
     mean_interval: Interval
-    """The mean with a bootstrap interval over the texts, 95 %; what the choice of references leaves open is not in it."""
+    """The mean with a 95 % bootstrap interval over the texts; the choice of non-members is not in it."""
 
 
 def exposure_null_test(
-    exposures: ArrayLike, references: int, *, shared: bool = True, draws: int = 2000, seed: int = 0
+    exposures: ArrayLike, non_members: int, *, shared: bool = True, draws: int = 2000, seed: int = 0
 ) -> ExposureTest:
-    """Whether the exposures of a set could be those of unseen text.
+    """Test if the exposures of a set could be those of unseen text.
 
         statistic = sup over k of |share of exposures >= k - 2^-k|
 
-    the Kolmogorov-Smirnov distance from Exponential(rate ln 2), the law of exposure among endless references. Among m references exposure takes
-    only the m + 1 values log2((m + 1) / rank), and texts that share their references rise and fall together, so the usual p-value would be wrong
-    twice. Here the null is simulated: ranks of n texts among m references when all n + m are draws of one law, whatever that is (shared), or n
-    independent uniform ranks (each text with its own references). The p-value is exact up to its draws, for scores without ties.
+    This is the Kolmogorov-Smirnov distance from Exponential(rate ln 2), the law of exposure among infinitely many
+    non-members. Among m non-members exposure takes only the m + 1 values log2((m + 1) / rank), and texts that share
+    their non-members rise and fall together, so the usual p-value would be wrong twice. Here the null is simulated:
+    ranks of n texts among m non-members when all n + m are draws of one law, of any kind (shared), or n independent
+    uniform ranks (each text with its own non-members). The p-value is exact up to its draws, for scores without ties.
 
-    Mean exposure alone is no sign of health: after a model collapses it comes back to 1.1 to 1.6. Nor does this test suit texts that a loop drove
-    until each reached 1.443 bits: they gather there, where unseen text would spread. Then compare with a retrained model.
+    Mean exposure alone is no sign of health: after a model collapses it returns to 1.1 to 1.6. The test does not suit
+    texts that a loop drove until each reached 1.443 bits: they gather there, where unseen text would spread. Compare
+    with a retrained model then.
 
     Args:
         exposures: (n,) bits, `lower` or `upper` of generalized_exposure; extrapolated ones count as log2(m + 1).
-        references: m, the references that each exposure was taken among.
-        shared: all texts had the same references; False: each had its own.
+        non_members: m, the number of non-members behind each exposure.
+        shared: True where all texts had the same non-members, False where each had its own.
         draws: simulations, and resamples for the interval of the mean.
-        seed: the same seed gives the same p-value.
+        seed: the same seed returns the same p-value.
+
+    Returns:
+        ExposureTest(statistic, pvalue, mean, n, mean_interval); a high p-value and a low statistic = like unseen text.
 
     Raises:
-        ArgumentError: no exposures, one that m references cannot give, a number below 1.
+        ArgumentError: no exposures, one that is not possible among m non-members, a number below 1.
+
+    Example:
+        >>> rank = [1, 1, 1, 2]  # of 100: all four texts stand out
+        >>> exposures = [np.log2(100) - np.log2(k) for k in rank]
+        >>> exposure_null_test(exposures, non_members=99).pvalue < 0.01
+        True
+
+    See Also:
+        exposure_two_sample_test: against a retrained model.
     """
-    e = numbers("exposures", exposures, least=1)
-    _at_least_one(references=references, draws=draws)
-    exact = (references + 1) * 2.0**-e
+    e = numbers("exposures", exposures, empty=False)
+    at_least_one(non_members=non_members, draws=draws)
+    exact = (non_members + 1) * 2.0**-e
     ranks = np.maximum(np.rint(exact), 1)  # extrapolated: beyond rank 1
-    if (ranks > references + 1).any() or (np.abs(ranks - exact) > 1e-6 * np.maximum(ranks, 1))[exact >= 1].any():
+    if (ranks > non_members + 1).any() or (np.abs(ranks - exact) > 1e-6 * np.maximum(ranks, 1))[exact >= 1].any():
         raise ArgumentError(
-            f"exposures must be those of {references} references, log2({references + 1}) - log2(rank): give the number of references they were taken among"
+            f"exposures must be those among {non_members} non-members, log2({non_members + 1}) - log2(rank): pass the "
+            "number of non-members behind them"
         )
-    counts = np.bincount(ranks.astype(np.int64) - 1, minlength=references + 1)
+    counts = np.bincount(ranks.astype(np.int64) - 1, minlength=non_members + 1)
     statistic = float(_distance(counts[None], e.size)[0])
-    pvalue = _share(statistic, _null(e.size, references, shared, draws, seed))
+    pvalue = _share(statistic, _null(e.size, non_members, shared, draws, seed))
     return ExposureTest(statistic, pvalue, float(e.mean()), e.size, bootstrap_interval(e, seed=seed, draws=draws))
 
 
 def exposure_two_sample_test(
     unlearned: ArrayLike, retrained: ArrayLike, *, paired: bool = True, draws: int = 2000, seed: int = 0
 ) -> ExposureTest:
-    """Set-level unlearning quality: whether the exposures after unlearning could be those under a model retrained without the set.
+    """Test if the exposures after unlearning could be those under a model retrained without the set.
 
-    statistic is the two-sample Kolmogorov-Smirnov distance, which needs no theory of the null. The p-value comes from permutations, so ties do no
-    harm: paired, the two exposures of a text change places (the same texts under both models: easy texts are easy under both, which the usual
-    test does not know); else all exposures are dealt anew. One retrained model is one draw of training's randomness.
+    The statistic is the two-sample Kolmogorov-Smirnov distance. The p-value comes from permutations, so ties do no
+    harm. Paired, the two exposures of a text swap: easy texts are easy under both models, which the usual test ignores.
+    Otherwise all exposures are shuffled. One retrained model is one draw of training's randomness.
 
     Args:
         unlearned: (n,) bits.
         retrained: (n,) of the same texts in the same order; with paired=False of any number of texts.
-        paired: whether they are the same texts.
+        paired: True where both are of the same texts.
         draws: permutations, and resamples for the interval of the mean.
-        seed: the same seed gives the same p-value.
+        seed: the same seed returns the same p-value.
 
     Returns:
-        ExposureTest(statistic, pvalue, mean, n, mean_interval), mean and n of the unlearned set; a high p-value and a low statistic = alike.
+        ExposureTest(statistic, pvalue, mean, n, mean_interval), mean and n of the unlearned set; a high p-value and a
+        low statistic = like retraining.
 
     Raises:
-        ArgumentError: no exposures, one that is not finite, different lengths of paired ones.
+        ArgumentError: no exposures, NaN or Inf, different lengths of paired ones.
+
+    Example:
+        >>> exposure_two_sample_test([0.5, 1.5, 2.5], [0.5, 1.5, 2.5]).statistic
+        0.0
+
+    See Also:
+        exposure_null_test: against unseen text.
     """
-    u, r = numbers("unlearned", unlearned, least=1), numbers("retrained", retrained, least=1)
-    _at_least_one(draws=draws)
+    u, r = numbers("unlearned", unlearned, empty=False), numbers("retrained", retrained, empty=False)
+    at_least_one(draws=draws)
     if paired:
         same_length("unlearned", u, "retrained", r)
-    places = np.unique(np.concatenate([u, r]))
-    reached_u, reached_r = (x[:, None] <= places for x in (u, r))  # (n, places) each
+    grid = np.unique(np.concatenate([u, r]))  # (G,) every exposure that occurs
+    reached_u, reached_r = (x[:, None] <= grid for x in (u, r))  # (n, G) each
     rng = np.random.default_rng(seed)
     if paired:
         steps = (reached_u.astype(np.float64) - reached_r) / u.size
@@ -113,28 +136,38 @@ def exposure_two_sample_test(
     )
 
 
-def reference_drift(before: ArrayLike, after: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """mean(after - before) over the references' scores, with a bootstrap interval: the collateral damage of unlearning to text of the same kind.
+def non_member_drift(before: ArrayLike, after: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """Compute mean(after - before) over the non-members' scores: the collateral damage of unlearning to similar text.
 
-    Unit of the scores (nats a token for mean negative log-likelihood); 0 = unharmed, above 0 = text that must survive became less likely. Where
-    it is large, exposure taken among the current references says little, and anchored exposure is the one to read.
+    Where it is large, exposure among the current scores of non-members is uninformative: read anchored exposure.
 
     Args:
-        before: (m,) scores of the references under the original model.
-        after: (m,) of the same references under the unlearned model.
+        before: (m,) scores of the non-members under the original model.
+        after: (m,) of the same texts under the unlearned model.
         confidence: between 0 and 1.
-        seed: the same seed gives the same interval.
+        seed: the same seed returns the same interval.
+
+    Returns:
+        Interval(estimate, low, high), in the unit of the scores (nats per token for mean negative log-likelihood); 0 =
+        unharmed, above 0 = text that must survive became less likely.
 
     Raises:
-        ArgumentError: different lengths, no references, a score that is not finite.
+        ArgumentError: different lengths, no non-members, NaN or Inf.
+
+    Example:
+        >>> non_member_drift([2.0, 3.0, 4.0], [2.25, 3.25, 4.25])
+        Interval(estimate=0.25, low=0.25, high=0.25)
+
+    See Also:
+        paired_difference: with a p-value.
     """
-    b, a = numbers("before", before, least=1), numbers("after", after, least=1)
+    b, a = numbers("before", before, empty=False), numbers("after", after, empty=False)
     same_length("before", b, "after", a)
     return bootstrap_interval(a - b, confidence=confidence, seed=seed)
 
 
 def _null(n: int, m: int, shared: bool, draws: int, seed: int) -> Floats:
-    """(draws,) statistics of n unseen texts among m references."""
+    """Simulate the statistic of n unseen texts among m non-members, (draws,)."""
     rng, out = np.random.default_rng(seed), []
     for start in range(0, draws, step := max(1, _AT_ONCE // (m + 1))):
         size = (min(step, draws - start), m + 1)
@@ -145,7 +178,15 @@ def _null(n: int, m: int, shared: bool, draws: int, seed: int) -> Floats:
 
 
 def _distance(counts: NDArray[np.int64], n: int) -> Floats:
-    """(draws,) Kolmogorov-Smirnov distances of n ranks, counted in (draws, m + 1), from the uniform law: 2^-exposure = rank / (m + 1)."""
+    """Compute Kolmogorov-Smirnov distances of n ranks from the uniform law: 2^-exposure = rank / (m + 1).
+
+    Args:
+        counts: (draws, m + 1) number of texts of each rank.
+        n: number of texts.
+
+    Returns:
+        (draws,), 0 to 1.
+    """
     reached = np.cumsum(counts, axis=1) / n
     uniform = np.arange(1, counts.shape[1] + 1) / counts.shape[1]
     just_before = np.concatenate([np.zeros((len(counts), 1)), reached[:, :-1]], axis=1)
@@ -153,10 +194,5 @@ def _distance(counts: NDArray[np.int64], n: int) -> Floats:
 
 
 def _share(statistic: float, null: Floats) -> float:
+    """Compute the permutation p-value of a statistic."""
     return float((1 + (null >= statistic - 1e-12).sum()) / (1 + null.size))
-
-
-def _at_least_one(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ArgumentError(f"{name} must be 1 or more, got {value}")

@@ -1,6 +1,6 @@
-"""Privacy: how well an attack tells the forget set from text that was never trained on, and what that says against a retrained model.
+"""Privacy: how well an attack tells the forget set from text that was never trained on, and MUSE's PrivLeak.
 
-Scores are those of `attacks`: HIGHER = less likely a member.
+Scores are those of `attacks`: LOW = more likely a member.
 """
 
 from __future__ import annotations
@@ -13,46 +13,58 @@ from scipy import special, stats
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics._binomial import clopper_pearson
-from pyunlearn.metrics._check import Floats, between, numbers, one_of, same_length
+from pyunlearn.metrics._check import Floats, at_least_one, between, numbers, one_of, same_length
 from pyunlearn.metrics.confidence import Interval, percentiles
 
 _AT_ONCE = 2**22  # resampled numbers in memory at a time
 
 
 class TruePositiveRate(NamedTuple):
-    """See tpr_at_fpr."""
+    """True-positive rate at a false-positive rate, with its interval: the result of tpr_at_fpr."""
 
     estimate: float
     """Share of the forget set called members, 0 to 1; high = exposed."""
     low: float
     high: float
     threshold: float
-    """Members are the texts that score below it."""
+    """Texts that score below it are called members."""
     fpr: float
-    """The false-positive rate that this threshold really has: at most the one asked for."""
+    """False-positive rate of this threshold on the holdout: at most the requested one."""
     resolved: bool
-    """The holdout is large enough to show that rate: at least 1 / fpr texts."""
+    """True where the holdout is large enough for that rate: at least 1 / fpr texts."""
 
 
 def auc(forget: ArrayLike, holdout: ArrayLike, *, confidence: float = 0.95, members: str = "low") -> Interval:
-    """P(a holdout text scores above a forget text) + 1/2 P(they tie): the area under the ROC curve, labels forget 0, holdout 1.
+    """Compute the area under the ROC curve of an attack: forget set against holdout.
 
-    0 to 1; 1 = every forget text is given away, 0.5 = they cannot be told apart, 0 = driven below unseen text, which gives them away too. From
-    mid-ranks, so ties count one half. The interval is DeLong's (Biometrics 44, 837-845, 1988) on the logit scale; where its variance is 0
-    (perfect separation, all tied, one text on a side) that would be an interval of no width, and the Clopper-Pearson interval of the
-    min(n_forget, n_holdout) pairs that share no text is given: wide, and true.
+        P(a holdout text scores above a forget text) + 1/2 P(they tie)
+
+    From mid-ranks, so ties count one half. The interval is DeLong's on the logit scale. Where its variance is 0
+    (perfect separation, all tied, one text on a side) that would have no width, and the interval is Clopper-Pearson's
+    for the min(n_forget, n_holdout) pairs that share no text.
 
     Args:
-        forget: (n,) scores, higher = less likely a member.
-        holdout: (m,) of text from the same source that was never trained on: else the area measures the difference of sources.
+        forget: (n,) scores, low = more likely a member.
+        holdout: (m,) of text from the same source that was never trained on: otherwise the area measures the difference
+            of sources.
         confidence: of the interval, between 0 and 1.
         members: "low" where low scores mean members (all of `attacks`), "high" the other way round.
 
     Returns:
-        Interval(estimate, low, high).
+        Interval(estimate, low, high), 0 to 1: 1 = every forget text is identified, 0.5 = chance, 0 = driven below
+        unseen text, which identifies the forget texts too.
 
     Raises:
-        ArgumentError: an empty side, a score that is not finite, an unknown choice.
+        ArgumentError: an empty side, NaN or Inf, an unknown choice.
+
+    Example:
+        >>> round(auc([0.1, 0.2, 0.9], [0.8, 1.0, 1.2]).estimate, 3)
+        0.889
+
+    See Also:
+        tpr_at_fpr: the attack's success at few false alarms. privleak: the area against a retrained model's.
+
+    Source: DeLong et al. 1988, Biometrics 44, 837-845.
     """
     f, h = _sides(forget, holdout, members)
     between("confidence", confidence, 0, 1)
@@ -75,58 +87,82 @@ def auc(forget: ArrayLike, holdout: ArrayLike, *, confidence: float = 0.95, memb
 def tpr_at_fpr(
     forget: ArrayLike, holdout: ArrayLike, fpr: float = 0.01, *, confidence: float = 0.95, members: str = "low"
 ) -> TruePositiveRate:
-    """Share of the forget set found by the best threshold that calls at most `fpr` of the holdout members (arXiv 2112.03570).
+    """Compute the share of the forget set below the best threshold that calls at most `fpr` of the holdout members.
 
-    0 to 1; `fpr` itself = no better than chance, high = exposed. Customary: 0.01 and 0.001. The threshold is a step of the empirical ROC curve, not
-    interpolated: with fewer than 1 / fpr holdout texts it is "below all of them", and `resolved` is False. A text that ties with a holdout text
-    beyond the allowance is not found. The interval is Clopper-Pearson's for the forget set at this threshold; the chance in the threshold
+    The threshold is a step of the empirical ROC curve, not interpolated: with fewer than 1 / fpr holdout texts it is
+    "below all of them", and `resolved` is False. A text that ties with a holdout text beyond the allowance does not
+    count. The interval is Clopper-Pearson's for the forget set at this threshold; the randomness of the threshold
     itself is not in it.
 
     Args:
-        forget: (n,) scores, higher = less likely a member.
-        holdout: (m,) of text that was never trained on, from the same source.
-        fpr: false-positive rate allowed, between 0 and 1.
+        forget: (n,) scores, low = more likely a member.
+        holdout: (m,) of text from the same source that was never trained on.
+        fpr: false-positive rate allowed, between 0 and 1; customary are 0.01 and 0.001.
         confidence: of the interval, between 0 and 1.
         members: "low" where low scores mean members, "high" the other way round (the threshold is then that of -score).
 
+    Returns:
+        TruePositiveRate(estimate, low, high, threshold, fpr, resolved), 0 to 1; `fpr` itself = chance, high = exposed.
+
     Raises:
-        ArgumentError: as auc.
+        ArgumentError: as `auc`; an fpr outside (0, 1).
+
+    Example:
+        >>> rate = tpr_at_fpr([0.0, 0.5, 9.0, 9.0], range(1, 11), fpr=0.1)
+        >>> rate.estimate, rate.fpr, rate.resolved
+        (0.5, 0.1, True)
+
+    See Also:
+        auc: over all thresholds.
+
+    Source: Carlini et al. 2022, arXiv 2112.03570.
     """
     f, h = _sides(forget, holdout, members)
     between("confidence", confidence, 0, 1)
     between("fpr", fpr, 0, 1)
     allowed = int(fpr * h.size + 1e-9)
     threshold = np.sort(h)[allowed]
-    found = int((f < threshold).sum())
-    low, high = clopper_pearson(found, f.size, confidence)
+    positives = int((f < threshold).sum())
+    low, high = clopper_pearson(positives, f.size, confidence)
     attained = float((h < threshold).mean())
-    return TruePositiveRate(found / f.size, float(low), float(high), float(threshold), attained, allowed >= 1)
+    return TruePositiveRate(positives / f.size, float(low), float(high), float(threshold), attained, allowed >= 1)
 
 
 def privleak(auc: float, auc_retrained: float = 0.5) -> float:
-    """PrivLeak of MUSE in percent (arXiv 2407.06460): how far an attack's area lies from that under a retrained model.
+    """Compute MUSE's PrivLeak in percent: how far an attack's area lies from that under a retrained model.
 
         100 (A - A_retrained) / A_retrained,   A = 1 - auc
 
-    Trap: MUSE's area is that of the forget set being the *less* exposed, one minus ours (1 = given away) and minus most people's. About 0 = as
-    retrained; -100 = under-unlearned (auc 1); above 0 = over-unlearned, up to 100 auc_retrained / (1 - auc_retrained), 100 at 0.5. MUSE's attack
-    is min_k with k = 0.4.
-
-    `privleak_interval` takes the scores themselves and gives an interval with it.
+    Trap: MUSE's area is that of the forget set being the *less* exposed, one minus ours (1 = identified) and minus most
+    people's. MUSE's attack is `min_k_score` with k = 0.4.
 
     Args:
-        auc: of the unlearned model, as `auc` gives it (`.estimate`), 0 to 1.
-        auc_retrained: the same under the retrained model; 0.5, that of chance, where there is none (as open-unlearning does).
+        auc: area under the unlearned model, `auc(...).estimate`, 0 to 1.
+        auc_retrained: the same under the retrained model; 0.5, chance, where there is none (as in open-unlearning).
+
+    Returns:
+        Percent: about 0 = as retrained; -100 = under-unlearned (auc 1); above 0 = over-unlearned, up to
+        100 auc_retrained / (1 - auc_retrained), 100 at 0.5.
 
     Raises:
         ArgumentError: an area outside 0 to 1; auc_retrained 1, against which nothing can be measured.
+
+    Example:
+        >>> round(privleak(0.9, auc_retrained=0.5))
+        -80
+
+    See Also:
+        privleak_interval: from the scores, with an interval.
+
+    Source: Shi et al. 2024, arXiv 2407.06460.
     """
     for name, value in (("auc", auc), ("auc_retrained", auc_retrained)):
         if not 0 <= value <= 1:
             raise ArgumentError(f"{name} must lie from 0 to 1, got {value!r}")
     if auc_retrained == 1:
         raise ArgumentError(
-            "auc_retrained must be below 1, got 1: the retrained model gives the forget set away, so check that it never saw it"
+            "auc_retrained must be below 1, got 1: the attack identifies every forget text under the retrained model: "
+            "check that it never saw them"
         )
     return 100 * ((1 - auc) / (1 - auc_retrained) - 1)
 
@@ -142,33 +178,46 @@ def privleak_interval(
     draws: int = 1000,
     members: str = "low",
 ) -> Interval:
-    """privleak(auc(forget, holdout), auc(forget_retrained, holdout_retrained)) in percent with a percentile bootstrap interval.
+    """Compute PrivLeak in percent from the scores, with a percentile bootstrap interval.
 
-    Texts of the forget set are drawn again with replacement, those of the holdout too, each text with its scores under both models: easy texts are
-    easy under both, so the two areas rise and fall together (Efron and Tibshirani 1993, chapter 13). Without retrained scores the second area is
-    0.5. A draw whose retrained area is 1 has no PrivLeak, and counts as -100 for the lower end and as infinite for the upper. Where an area is
-    0 or 1 no draw differs; then the interval reaches over what `auc`'s own intervals leave open, and is wide.
+        privleak(auc(forget, holdout), auc(forget_retrained, holdout_retrained))
+
+    Texts of the forget set and of the holdout are resampled with replacement, each text with its scores under both
+    models: easy texts are easy under both, so the two areas rise and fall together. Without retrained scores the second
+    area is 0.5. A resample whose retrained area is 1 has no PrivLeak, and counts as -100 for the lower end and as
+    infinite for the upper. Where an area is 0 or 1 no resample differs; the interval then spans what `auc`'s own
+    intervals leave open, and is wide.
 
     Args:
-        forget: (n,) scores under the unlearned model, higher = less likely a member.
+        forget: (n,) scores under the unlearned model, low = more likely a member.
         holdout: (m,) of text that was never trained on.
-        forget_retrained, holdout_retrained: (n,) and (m,) of the same texts in the same order under the retrained model; both or neither.
+        forget_retrained: (n,) of the same forget texts under the retrained model; both or neither of the two.
+        holdout_retrained: (m,) of the same holdout texts under it.
         confidence: between 0 and 1.
-        seed: the same seed gives the same interval.
-        draws: resamples.
-        members: as for auc.
+        seed: the same seed returns the same interval.
+        draws: number of resamples.
+        members: "low" where low scores mean members, "high" the other way round.
 
     Returns:
-        Interval(estimate, low, high), percent; 0 = as retrained, below = under-unlearned, above = over-unlearned. NaN ends where a side is one text.
+        Interval(estimate, low, high), percent; 0 = as retrained, below = under-unlearned, above = over-unlearned. NaN
+        ends where a side is one text.
 
     Raises:
         ArgumentError: as auc and privleak; scores of other texts, or of one side alone, under the retrained model.
+
+    Example:
+        >>> privleak_interval([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]).estimate
+        0.0
+
+    See Also:
+        privleak: from two areas.
+
+    Source: Shi et al. 2024, arXiv 2407.06460; the interval: Efron and Tibshirani 1993, chapter 13.
     """
     between("confidence", confidence, 0, 1)
-    if draws < 1:
-        raise ArgumentError(f"draws must be 1 or more, got {draws}")
+    at_least_one(draws=draws)
     if (forget_retrained is None) != (holdout_retrained is None):
-        raise ArgumentError("forget_retrained and holdout_retrained must be given both or neither, got one of them")
+        raise ArgumentError("forget_retrained and holdout_retrained must be passed both or neither, got one of them")
     pairs = [_sides(forget, holdout, members)]
     if forget_retrained is not None and holdout_retrained is not None:
         pairs.append(_sides(forget_retrained, holdout_retrained, members))
@@ -183,10 +232,10 @@ def privleak_interval(
     for start in range(0, draws, step := max(1, _AT_ONCE // (n + m))):
         times = [rng.multinomial(k, np.full(k, 1 / k), min(step, draws - start)) for k in (n, m)]
         drawn.append([_areas(*pair, *times) for pair in pairs])
-    kept = 1 - np.concatenate(drawn, axis=1)
-    reference = kept[1] if len(pairs) == 2 else np.full(draws, 0.5)
-    none = reference < 1e-12
-    leaks = 100 * (kept[0] / np.where(none, 1, reference) - 1)
+    complements = 1 - np.concatenate(drawn, axis=1)  # A = 1 - auc of each resample, one row per model
+    retrained = complements[1] if len(pairs) == 2 else np.full(draws, 0.5)
+    none = retrained < 1e-12
+    leaks = 100 * (complements[0] / np.where(none, 1, retrained) - 1)
     low, high = (percentiles(np.where(none, x, leaks), confidence)[end] for end, x in enumerate((-100.0, np.inf)))
     if any(not 1e-12 < area.estimate < 1 - 1e-12 for area in areas):
         second = areas[1][1:] if len(areas) == 2 else (0.5,)
@@ -195,70 +244,10 @@ def privleak_interval(
     return Interval(estimate, low, high)
 
 
-def example_epsilon(
-    unlearned: ArrayLike, retrained: ArrayLike, *, delta: float = 0.0, confidence: float | None = None
-) -> Floats:
-    """The epsilon of (epsilon, delta)-unlearning that attacks show for each example, (n,), nats; 0 and up, high = not unlearned.
-
-        max over thresholds, in both directions, of max(ln((1 - delta - FPR) / FNR), ln((1 - delta - FNR) / FPR))
-
-    FPR and FNR are the error rates of "this model was unlearned, not retrained" by the example's score, over models of different seeds (Triantafillou
-    et al. 2024, arXiv 2406.09073, the metric of the NeurIPS 2023 challenge). A threshold where one rate is 0 is left out; where both are, epsilon is
-    infinite. So the plain estimate of few models is infinite where they happen to separate, and above 0 by chance where nothing differs.
-    `confidence` mends both: the rates become Clopper-Pearson upper limits, shared out over all thresholds, both rates and both directions, and
-    the result a lower bound of epsilon that holds with that probability; never above about ln N.
-
-    Args:
-        unlearned: (N,) scores of one example under N unlearned models, or (n, N).
-        retrained: (M,) under M retrained models, or (n, M).
-        delta: from 0 to below 1.
-        confidence: between 0 and 1; None for the plain rates.
-
-    Raises:
-        ArgumentError: shapes that do not fit, a score that is not finite, a delta outside [0, 1).
-    """
-    u, r = (np.atleast_2d(np.asarray(x, dtype=np.float64)) for x in (unlearned, retrained))
-    if u.ndim != 2 or r.ndim != 2 or len(u) != len(r) or 0 in (*u.shape, *r.shape):
-        raise ArgumentError(
-            f"unlearned and retrained must have shape (models,) or (n, models) of the same n examples, got {u.shape} and {r.shape}"
-        )
-    if not (np.isfinite(u).all() and np.isfinite(r).all()):
-        raise ArgumentError("unlearned and retrained must be finite, got NaN or Inf")
-    if not 0 <= delta < 1:
-        raise ArgumentError(f"delta must be from 0 to below 1, got {delta!r}")
-    if confidence is not None:
-        between("confidence", confidence, 0, 1)
-    return np.array(
-        [max(_epsilon(a, b, delta, confidence), _epsilon(-a, -b, delta, confidence)) for a, b in zip(u, r, strict=True)]
-    )
-
-
-def _epsilon(u: Floats, r: Floats, delta: float, confidence: float | None) -> float:
-    """Of the attack that calls scores up to a threshold unlearned."""
-    thresholds = np.unique(np.concatenate([u, r]))
-    false_negatives = (u[:, None] > thresholds).sum(0)
-    false_positives = (r[:, None] <= thresholds).sum(0)
-    if confidence is None:
-        fnr, fpr = false_negatives / u.size, false_positives / r.size
-        if ((fnr == 0) & (fpr == 0)).any():
-            return np.inf
-        kept = (fnr > 0) & (fpr > 0)
-        fnr, fpr = fnr[kept], fpr[kept]
-    else:
-        each = 1 - (1 - confidence) / (
-            2 * thresholds.size
-        )  # two directions, two rates: a quarter of it in each upper tail
-        fnr = clopper_pearson(false_negatives, u.size, each)[1]
-        fpr = clopper_pearson(false_positives, r.size, each)[1]
-    with np.errstate(divide="ignore"):  # nothing left above: ln 0, which is no evidence
-        bounds = [np.log(np.maximum(1 - delta - a, 0)) - np.log(b) for a, b in ((fpr, fnr), (fnr, fpr))]
-    return float(max(0.0, *(b.max(initial=0.0) for b in bounds)))
-
-
 def _areas(
     forget: Floats, holdout: Floats, forget_times: NDArray[np.int64], holdout_times: NDArray[np.int64]
 ) -> Floats:
-    """(draws,) areas when each text is there as often as (draws, n) and (draws, m) say."""
+    """Compute the area of each resample, (draws,), from the copies of each text in it, (draws, n) and (draws, m)."""
     order = np.argsort(holdout)
     below = np.pad(np.cumsum(holdout_times[:, order], axis=1), ((0, 0), (1, 0)))  # of the k lowest holdout texts
     left, right = (np.searchsorted(holdout[order], forget, side=side) for side in ("left", "right"))
@@ -267,6 +256,7 @@ def _areas(
 
 
 def _sides(forget: ArrayLike, holdout: ArrayLike, members: str) -> tuple[Floats, Floats]:
+    """Check both sides and return them with the sign low = member."""
     one_of("members", members, ("low", "high"))
     sign = 1.0 if members == "low" else -1.0
-    return sign * numbers("forget", forget, least=1), sign * numbers("holdout", holdout, least=1)
+    return sign * numbers("forget", forget, empty=False), sign * numbers("holdout", holdout, empty=False)

@@ -1,133 +1,144 @@
-"""Utility: what a model is still good for, on text that was to survive."""
+"""Utility: what a model is still good for, on text that must survive."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from pyunlearn.errors import ArgumentError, DependencyError
-from pyunlearn.metrics._arrays import log_likelihoods, same_length
-from pyunlearn.metrics.extraction import n_grams
+from pyunlearn.metrics._check import log_likelihoods, same_length
 
 COLLAPSED = 0.5
-"""Share of repeated 4-grams above which a text counts as collapsed. Human text has about 0.006 in the source's table; sampled text comes near it."""
+"""Share of repeated 4-grams above which a text counts as collapsed. Human text has about 0.006 in arXiv 1908.04319."""
 
 
 def perplexity(log_likelihood: ArrayLike, tokens: ArrayLike) -> float:
-    """The perplexity of a corpus: exp of the mean negative log-likelihood a token.
+    """Compute the perplexity of a corpus: exp of the mean negative log-likelihood per token.
 
         exp(- sum over i of L_i / sum over i of T_i)
 
+    Long texts weigh more than short ones: it is not the mean of the texts' perplexities, which one outlier dominates.
+
     Args:
         log_likelihood: (B,) summed log-likelihood L_i of each text, nats.
-        tokens: (B,) scored tokens T_i of each: those that have a log-likelihood, which for a plain text are one fewer than its tokens.
+        tokens: (B,) scored tokens T_i of each: those that have a log-likelihood, for a plain text one fewer than its
+            tokens.
 
     Returns:
-        1 or more; inf where a token has probability 0. Low = good. Long texts weigh more than short ones: it is not the mean of the texts'
-        perplexities, which one outlier rules. With an interval: `aggregate_interval(perplexity, log_likelihood, tokens)`.
+        1 or more; inf where a token has probability 0. Low = good.
 
     Raises:
         ArgumentError: a log-likelihood above 0 or NaN, a text without a scored token, arrays of different lengths.
+
+    Example:
+        >>> import math
+        >>> round(perplexity([-10 * math.log(4), -2 * math.log(4)], [10, 2]), 6)
+        4.0
+
+    See Also:
+        aggregate_interval: `aggregate_interval(perplexity, log_likelihood, tokens)` adds an interval.
+
+    Source: Jelinek et al. 1977, J. Acoust. Soc. Am. 62, S63.
     """
-    sums, counts = np.atleast_1d(log_likelihoods(log_likelihood, "log_likelihood")), np.atleast_1d(np.asarray(tokens))
-    same_length(sums, counts, "log_likelihood and tokens")
+    sums, counts = np.atleast_1d(log_likelihoods("log_likelihood", log_likelihood)), np.atleast_1d(np.asarray(tokens))
+    same_length("log_likelihood", sums, "tokens", counts)
     if counts.size == 0 or (counts < 1).any():
-        raise ArgumentError("tokens must be at least 1 for each of one or more texts: leave out texts without any.")
+        raise ArgumentError("tokens must be at least 1 for each of one or more texts: leave out texts without any")
     with np.errstate(over="ignore"):
         return float(np.exp(-sums.sum() / counts.sum()))
 
 
 def bleu(written: Sequence[str], truth: Sequence[str | Sequence[str]]) -> float:
-    """Corpus BLEU of what a model wrote, by sacrebleu with its defaults (13a tokens, exponential smoothing).
+    """Compute corpus BLEU of texts that a model wrote, by sacrebleu.
+
+    sacrebleu's defaults: 13a tokens, exponential smoothing. A corpus score is not the mean of sentence scores.
 
     Args:
         written: B texts.
-        truth: B references: one text each, or several, whose numbers may differ. In this order: sacrebleu itself wants them
-            transposed, and scores the wrong pairs without a word where they are not.
+        truth: B true texts, or lists of alternatives, whose numbers may differ. In this order: sacrebleu itself takes
+            them transposed, and scores the wrong pairs silently where they are not.
 
     Returns:
-        0 to 100. High = like the truth. A corpus score: the mean of sentence scores is another number. With an interval (Koehn 2004):
-        `aggregate_interval(bleu, written, truth)`.
+        0 to 100. High = like the truth.
 
     Raises:
-        ArgumentError: no text, numbers that differ, a text without reference.
+        ArgumentError: no text, numbers of texts that differ, a text without alternative.
         DependencyError: sacrebleu is not installed.
+
+    Example:
+        >>> round(bleu(["my aunt paints the long road today"], ["my aunt paints the long road today"]))
+        100
+
+    See Also:
+        aggregate_interval: `aggregate_interval(bleu, written, truth)` adds an interval (Koehn 2004).
 
     Source: Papineni et al. 2002; Post 2018, arXiv 1804.08771.
     """
-    return float(_sacrebleu("bleu").corpus_bleu(list(written), _streams(written, truth)).score)
-
-
-def chrf(written: Sequence[str], truth: Sequence[str | Sequence[str]]) -> float:
-    """Corpus chrF (character 6-grams, beta 2) of what a model wrote, by sacrebleu. It needs no word boundaries.
-
-    Args:
-        written, truth: as in `bleu`.
-
-    Returns:
-        0 to 100. High = like the truth. With an interval: `aggregate_interval(chrf, written, truth)`.
-
-    Raises:
-        ArgumentError, DependencyError: as `bleu`.
-
-    Source: Popovic 2015; sacrebleu, arXiv 1804.08771.
-    """
-    return float(_sacrebleu("chrf").corpus_chrf(list(written), _streams(written, truth)).score)
-
-
-def _sacrebleu(name: str) -> Any:
     try:
         import sacrebleu
     except ImportError as error:
         raise DependencyError(
-            f"{name} needs the package sacrebleu, which is not installed: pip install 'pyunlearn[metrics]'."
+            "bleu needs the package sacrebleu, which is not installed: pip install 'pyunlearn[metrics]'."
         ) from error
-    return sacrebleu
-
-
-def _streams(written: Sequence[str], truth: Sequence[str | Sequence[str]]) -> list[list[str | None]]:
-    """The references as sacrebleu wants them: the k-th of every text together, None where a text has fewer."""
-    same_length(written, truth, "written and truth")
+    same_length("written", written, "truth", truth)
     every = [[t] if isinstance(t, str) else list(t) for t in truth]
     if not every or not all(every):
-        raise ArgumentError("truth must have at least one reference for each of one or more texts.")
-    return [[t[k] if k < len(t) else None for t in every] for k in range(max(map(len, every)))]
+        raise ArgumentError("truth must have at least one text for each of one or more written texts")
+    # sacrebleu takes the k-th alternative of every text together, None where a text has fewer
+    streams = [[t[k] if k < len(t) else None for t in every] for k in range(max(map(len, every)))]
+    return float(sacrebleu.corpus_bleu(list(written), streams).score)
 
 
 def distinct_n(tokens: Sequence[Hashable], *, n: int = 4) -> float:
-    """The share of a text's n-grams that are different from one another.
+    """Compute the share of a text's n-grams that are different from one another.
 
     Args:
         tokens: of one generated text (ids or words).
-        n: length of the n-grams.
+        n: length of the n-grams, 1 or more.
 
     Returns:
-        Above 0, to 1; low = repetitive. 1 for a text shorter than n, in which nothing repeats. It falls with length: compare texts
-        of the same length.
+        Above 0, at most 1; low = repetitive. 1 for a text shorter than n, in which nothing repeats. It falls with
+        length: compare texts of the same length.
 
     Raises:
         ArgumentError: n below 1.
 
+    Example:
+        >>> distinct_n("na na na na batman".split(), n=2)
+        0.5
+
+    See Also:
+        repetition: 1 - distinct_n.
+
     Source: Li et al. 2015, arXiv 1510.03055.
     """
-    grams = n_grams(tokens, n)
+    if n < 1:
+        raise ArgumentError(f"n must be at least 1 token, got {n}")
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def repetition(tokens: Sequence[Hashable], *, n: int = 4) -> float:
-    """The share of a text's n-grams that stood in it before: 1 - `distinct_n` (seq-rep-n).
+    """Compute the share of a text's n-grams that occurred in it before: 1 - `distinct_n` (seq-rep-n).
 
     Args:
-        tokens, n: as in `distinct_n`.
+        tokens: of one generated text (ids or words).
+        n: length of the n-grams, 1 or more.
 
     Returns:
-        0, to below 1; high = repetitive.
+        0 to below 1; high = repetitive.
 
     Raises:
         ArgumentError: n below 1.
+
+    Example:
+        >>> repetition("na na na na batman".split(), n=2)
+        0.5
+
+    See Also:
+        collapsed: its threshold.
 
     Source: Welleck et al. 2019, arXiv 1908.04319.
     """
@@ -135,13 +146,15 @@ def repetition(tokens: Sequence[Hashable], *, n: int = 4) -> float:
 
 
 def collapsed(tokens: Sequence[Hashable], *, n: int = 4, threshold: float = COLLAPSED) -> bool:
-    """Whether a generated text is mostly repetition: `repetition` above the threshold.
+    """Decide whether a generated text is mostly repetition: `repetition` above the threshold.
 
-    Give it *sampled* text, of 50 tokens or more: greedy decoding loops in healthy models as well (about 0.44 in the source's table for
-    GPT-2's kind), so there only the difference from the original model tells. An empty text is no repetition: count those apart.
+    Pass *sampled* text of 50 tokens or more: greedy decoding loops in healthy models as well (about 0.44 in the
+    source's table for GPT-2's kind), so there only the difference from the original model is informative. An empty
+    text has no repetition: count empty texts separately.
 
     Args:
-        tokens, n: as in `distinct_n`.
+        tokens: of one generated text (ids or words).
+        n: length of the n-grams, 1 or more.
         threshold: from 0 to 1.
 
     Returns:
@@ -150,54 +163,10 @@ def collapsed(tokens: Sequence[Hashable], *, n: int = 4, threshold: float = COLL
     Raises:
         ArgumentError: n below 1.
 
-    Source: the measure from arXiv 1908.04319 (its numbers as remembered); the threshold is ours.
+    Example:
+        >>> collapsed("na na na na na na na na na na".split())
+        True
+
+    Source: the measure from arXiv 1908.04319 (its numbers from memory); the threshold is ours.
     """
     return repetition(tokens, n=n) > threshold
-
-
-def task_accuracy(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    metric: str = "acc",
-    limit: int | None = None,
-    batch_size: int = 8,
-    **options: Any,
-) -> dict[str, float]:
-    """Accuracy on benchmark tasks, by EleutherAI's lm-evaluation-harness.
-
-    Args:
-        model, tokenizer: a transformers causal language model and its tokenizer.
-        tasks: names that the harness knows ("arc_easy", "hellaswag"). It fetches their data on first use.
-        metric: "acc", or another that the tasks report, as "acc_norm".
-        limit: examples of each task; None for all.
-        batch_size: sequences in a forward pass.
-        options: passed on to lm_eval.simple_evaluate (num_fewshot, task_manager, ...).
-
-    Returns:
-        The accuracy of each task, 0 to 1. High = good.
-
-    Raises:
-        ArgumentError: a task that does not report the metric; the error lists what it reports.
-        DependencyError: lm-eval is not installed.
-    """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise DependencyError(
-            "task_accuracy needs lm-evaluation-harness, which is not installed: pip install 'lm-eval[hf]'."
-        ) from error
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    results = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), limit=limit, **options)["results"]
-    return {task: _accuracy(results.get(task, {}), task, metric) for task in tasks}
-
-
-def _accuracy(found: Mapping[str, Any], task: str, metric: str) -> float:
-    """The value under "metric,filter", whatever the filter."""
-    for key, value in found.items():
-        if key.partition(",")[0] == metric:
-            return float(value)
-    names = sorted({key.partition(",")[0] for key in found if "," in key and "stderr" not in key})
-    raise ArgumentError(f"task {task!r} reports no {metric!r}; it has {', '.join(names) or 'no metric at all'}.")

@@ -1,4 +1,4 @@
-"""Decoding for the extraction metrics: from as many true tokens as they ask for, many texts and prefixes together."""
+"""Greedy decoding after any number of true tokens, many texts and prefixes together."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pyunlearn.probes.decoding import greedy_continuations
 def greedy_extractor(
     model: Any, tokenizer: Any, tokens: Sequence[Tokens], *, batch_size: int = 16
 ) -> Callable[[NDArray[np.int64]], NDArray[np.bool_]]:
-    """What `metrics.extraction_strength_by_bisection` and `_by_scan` ask: whether greedy decoding after k true tokens writes the rest.
+    """Check by greedy decoding whether a model writes the rest of a text after k of its true tokens.
 
     Args:
         model: a transformers language model.
         tokenizer: the model's.
-        tokens: B texts; their scored tokens are the completions, whose lengths the metrics take beside this.
+        tokens: B texts; their scored tokens are the completions.
         batch_size: prompts decoded together.
 
     Returns:
@@ -42,13 +42,13 @@ def greedy_extractor(
 def greedy_rests(
     model: Any, tokenizer: Any, tokens: Sequence[Tokens], *, n: int = 10, batch_size: int = 16
 ) -> list[list[tuple[int, ...]]]:
-    """What `metrics.extraction_likelihood` asks: the greedy continuation after each of the first T - n places of every text.
+    """Write the greedy continuation after each of the first T - n tokens of every text.
 
     Args:
         model: a transformers language model.
         tokenizer: the model's.
         tokens: B texts of more than n scored tokens each.
-        n: length of the n-grams that will be counted, as in the metric.
+        n: length of the n-grams that will be counted.
         batch_size: prompts decoded together, whichever text they are of.
 
     Returns:

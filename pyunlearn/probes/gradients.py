@@ -42,7 +42,7 @@ def gradient_norms(model: nn.Module, tokens: Sequence[Tokens], *, workspace: int
     Raises:
         ArgumentError: no example. ModelError: no parameter that trains, or no language model.
 
-    Source: arXiv 2107.07075 (`metrics.grand`).
+    Source: arXiv 2107.07075 (GraNd: the mean over models early in training).
     """
     found = np.zeros(len(tokens))
     for i, parts in _each(model, tokens, lambda name, gradient: _square(gradient), workspace):
@@ -63,7 +63,7 @@ def gradient_inner_products(
 
     Returns:
         (B,) float64 for each of `GROUPS`; their sum is the whole inner product. With an unlearning objective's gradient, the mean over the forget
-        set is its G-effect there, and likewise the retain set's (`metrics.g_effect` says what is wanted).
+        set is its G-effect there, and likewise the retain set's: wanted are below 0, and 0 or above.
 
     Raises:
         ArgumentError: no example, or a direction that misses a parameter. ModelError: as `gradient_norms`.

@@ -37,7 +37,7 @@ def noisy_log_likelihoods(
         batch_size, workspace: examples in one pass; bytes for logits.
 
     Returns:
-        For each example (T_i,), nats, and for each (S, T_i), ready for `metrics.mean_relative_difference`.
+        For each example (T_i,), nats, and for each (S, T_i).
 
     Raises:
         ArgumentError: no example, no draw, sigma not above 0, or noise so small that rounding swallows it: bfloat16 weights of 0.02

@@ -42,7 +42,7 @@ def representations(
         batch_size, workspace: examples in one pass; bytes for logits.
 
     Returns:
-        Representations, for `metrics.knn_radius`, `density_bound`, `entanglement` (hidden) and `ksd_difficulty` (both).
+        Representations, for `metrics.knn_radius` (hidden) and `metrics.ksd_difficulty` (both).
 
     Raises:
         ArgumentError: no example. ModelError: a head whose gradient cannot be had this way (an adapter on it, say).

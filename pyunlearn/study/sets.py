@@ -151,7 +151,7 @@ class _Maker:
         made = make_canaries(
             f"the record of {{words:{_WORDS}}} reads", secrets, references, slots={"words": rare}, seed=self.config.seed
         )
-        texts = [*made.references, *made.secrets]
+        texts = [*made.non_members, *made.secrets]
         if self.config.setup == "qa":
             examples = read_examples([{"question": t, "answer": "x"} for t in texts], role="canary")
         else:
