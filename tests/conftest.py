@@ -29,16 +29,27 @@ settings.register_profile(
 settings.load_profile("pyunlearn")
 
 
+def _left_out(item, marks):
+    """Return whether an item carries one of the marks, or is a case of a grid outside its covering and "full" is one."""
+    full = item.get_closest_marker("full")
+    outside = "full" in marks and full is not None and not full.kwargs.get("covering")
+    return outside or any(item.get_closest_marker(name) for name in marks - {"full"})
+
+
 def pytest_collection_modifyitems(config, items):
-    """The long files first, so that no process is left alone with one. Left out: cuda without a card, nvcc unless asked for; skipped: real_model without the demo's packages."""
+    """Deselect what this run leaves out, and put the long files first, so that no process is left alone with one.
+
+    Left out: cuda without a GPU; nvcc, and the cases of a grid outside its pairwise covering (tests/coverings.py),
+    unless -m names nvcc or full. Skipped: real_model without the demo's packages.
+    """
     import torch
 
-    left_out = set() if torch.cuda.is_available() else {"cuda"}
-    left_out |= set() if "nvcc" in config.getoption("-m") else {"nvcc"}
-    away = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
-    if away:
-        config.hook.pytest_deselected(items=away)
-        away = set(away)
+    marks = {name for name in ("nvcc", "full") if name not in config.getoption("-m")}
+    marks |= set() if torch.cuda.is_available() else {"cuda"}
+    deselected = [item for item in items if _left_out(item, marks)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        away = set(deselected)
         items[:] = [item for item in items if item not in away]
     place = {f"test_{name}": at for at, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))

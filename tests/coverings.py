@@ -1,0 +1,107 @@
+"""Pairwise coverings of parameter grids: the cases of a grid test that run by default."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+FIXTURES = {"device", "backend"}  # axes of these names go to the fixtures of conftest.py
+BACKENDS = ("compiled", "reference")
+
+
+def pairwise(*corners, **axes):
+    """Return parameter sets in which every pair of values of any two axes occurs, as a list of dicts.
+
+    The sets are the same in every call. `axes` maps each name to its values, or to {id: value}. Each corner, a dict
+    that names values of some axes, occurs in one set at least. The number of sets is near the product of the two
+    longest axes, where the full product multiplies all of them.
+    """
+    values = {name: _values(axis) for name, axis in axes.items()}
+    rows = _cover({name: len(axis) for name, axis in values.items()}, [_places(corner, values) for corner in corners])
+    return [{name: values[name][at] for name, at in row.items()} for row in rows]
+
+
+def grid(*corners, **axes):
+    """Parametrize a test with the full product of `axes`, of which the pairwise covering runs by default.
+
+    Every case carries the mark `full`, by which `pytest -m full` selects it. Those of the covering carry
+    `full(covering=True)`; tests/conftest.py deselects the others unless the run asks for `full`. The covering contains
+    each corner, see `pairwise`. An axis named `device` or `backend` replaces the parameters of that fixture.
+    """
+    values = {name: _values(axis) for name, axis in axes.items()}
+    names = {name: _names(axis) for name, axis in axes.items()}
+    sizes = {name: len(axis) for name, axis in values.items()}
+    covering = {tuple(row.values()) for row in _cover(sizes, [_places(corner, values) for corner in corners])}
+    cases = [
+        pytest.param(
+            *(values[name][at] for name, at in zip(sizes, row, strict=True)),
+            marks=pytest.mark.full(covering=row in covering),
+            id="-".join(names[name][at] for name, at in zip(sizes, row, strict=True)),
+        )
+        for row in itertools.product(*map(range, sizes.values()))
+    ]
+    return pytest.mark.parametrize(list(sizes), cases, indirect=sorted(FIXTURES & set(sizes)))
+
+
+def _values(axis):
+    """Return the values of an axis as a list."""
+    return list(axis.values()) if isinstance(axis, Mapping) else list(axis)
+
+
+def _names(axis):
+    """Return the id of each value of an axis."""
+    return [str(name) for name in axis] if isinstance(axis, Mapping) else [_name(value) for value in axis]
+
+
+def _name(value):
+    """Return a readable id of a value."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={_name(item)}" for key, item in value.items()) or "no_options"
+    if isinstance(value, tuple):
+        return "x".join(map(_name, value)) or "()"
+    return getattr(value, "__name__", None) or str(value)
+
+
+def _places(corner, values):
+    """Return a corner with each value replaced by its index on its axis."""
+    return {name: values[name].index(value) for name, value in corner.items()}
+
+
+def _cover(sizes, corners):
+    """Return rows {axis: index} that cover every pair, made greedily: each row takes the first pair that is missing.
+
+    The other axes of a row are filled one by one with the value that covers most missing pairs; of equal ones, with
+    the one used least so far, so that single values are spread evenly.
+    """
+    missing = dict.fromkeys(
+        frozenset({(a, i), (b, j)})
+        for a, b in itertools.combinations(sizes, 2)
+        for i, j in itertools.product(range(sizes[a]), range(sizes[b]))
+    )
+    used = dict.fromkeys(((name, at) for name, size in sizes.items() for at in range(size)), 0)
+    rows, corners = [], list(corners)
+    if len(sizes) == 1:
+        corners += [{name: at} for name, at in used]
+    while corners or missing:
+        row = dict(corners.pop(0) if corners else sorted(next(iter(missing))))
+        for name in sizes:
+            if name not in row:
+                row[name] = min(range(sizes[name]), key=lambda at, name=name: _rank(row, (name, at), missing, used))
+        for pair in itertools.combinations(row.items(), 2):
+            missing.pop(frozenset(pair), None)
+        for item in row.items():
+            used[item] += 1
+        row = {name: row[name] for name in sizes}
+        if row not in rows:
+            rows.append(row)
+    return rows
+
+
+def _rank(row, item, missing, used):
+    """Return the sort key of a value for an unfilled axis: first the one that covers most missing pairs."""
+    return -sum(frozenset({item, other}) in missing for other in row.items()), used[item], item[1]
