@@ -21,7 +21,7 @@ kl_module = sys.modules["pyunlearn.ops.kl_divergence"]
 statistics_module = sys.modules["pyunlearn.ops.token_statistics"]
 
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-12}
-on_a_card = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)])
+on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)])
 
 
 def plain(hidden, weight, targets, *, workspace=None, **options):
@@ -63,17 +63,17 @@ def cast(case, **to):
     return Case(*moved, case.targets.to(to.get("device", case.targets.device)))
 
 
-def error(found, wanted):
+def error(actual, wanted):
     """The largest difference, in units of the largest wanted number (of 1 if all are smaller and for none)."""
     wanted = wanted.double().cpu()
     size = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
-    return float((found.double().cpu() - wanted).abs().max()) / size if wanted.numel() else 0.0
+    return float((actual.double().cpu() - wanted).abs().max()) / size if wanted.numel() else 0.0
 
 
-def assert_agree(found, wanted, tolerance):
+def assert_agree(actual, wanted, tolerance):
     """Values and gradients differ by no more than the tolerance, and none is NaN."""
-    assert [f.shape for f in found] == [w.shape for w in wanted]
-    errors = [error(f, w) for f, w in zip(found, wanted, strict=True)]
+    assert [f.shape for f in actual] == [w.shape for w in wanted]
+    errors = [error(f, w) for f, w in zip(actual, wanted, strict=True)]
     assert all(e <= tolerance for e in errors), errors
 
 
@@ -82,10 +82,10 @@ def saved_elsewhere():
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
 
 
-def assert_equal(found, wanted):
+def assert_equal(actual, wanted):
     """Bit for bit."""
-    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True)), [
-        error(f, w) for f, w in zip(found, wanted, strict=True)
+    assert all(torch.equal(f, w) for f, w in zip(actual, wanted, strict=True)), [
+        error(f, w) for f, w in zip(actual, wanted, strict=True)
     ]
 
 
@@ -116,7 +116,7 @@ class Allocations(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
                 storage = tensor.untyped_storage()
-                self._held(storage)
+                self._count(storage)
                 self.largest = max(self.largest, storage.nbytes())
                 shape = tuple(tensor.shape)
                 self.shapes[shape] = max(self.shapes.get(shape, 0), storage.nbytes())
@@ -126,7 +126,7 @@ class Allocations(TorchDispatchMode):
             self.peak = max(self.peak, self.bytes)
         return out
 
-    def _held(self, storage):
+    def _count(self, storage):
         self.bytes += storage.nbytes() - self.alive.get(storage._cdata, (None, 0))[1]
         self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
 

@@ -24,10 +24,10 @@ def operands(rows, columns, width, seed=0):
     return a, b
 
 
-def largest_error(found, a, b):
+def largest_error(actual, a, b):
     """In units of the sum of the summands' magnitudes, which is what rounding is relative to."""
     a, b = a.double(), b.double()
-    return float(((found.double() - a @ b.T).abs() / (a.abs() @ b.abs().T + 1e-30)).max())
+    return float(((actual.double() - a @ b.T).abs() / (a.abs() @ b.abs().T + 1e-30)).max())
 
 
 @pytest.mark.parametrize("width", [1, 2, 64, 123, 639, 640, 641, 896, 2304, 4096])
@@ -130,20 +130,20 @@ def test_gradient_of_views(threads, with_amx):
     """Whatever the number of threads; NaN and Inf stay in their column, or in their row of the other side."""
     a, b = torch.randn(50, 700).bfloat16(), torch.randn(50, 90).bfloat16()
     a[3, 207], b[7, 11] = torch.nan, torch.inf
-    given, other, out = a[:, 100:600], b[:, 3:80], torch.empty(500, 77)
+    task, other, out = a[:, 100:600], b[:, 3:80], torch.empty(500, 77)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        _products.product(out, given.T, other)
+        _products.product(out, task.T, other)
     finally:
         torch.set_num_threads(before)
     assert out[107].isnan().all()
     assert not out[:, 8].isfinite().any()
-    given, other = given.clone(), other.clone()
-    given[3, 107], other[7, 8] = 0, 0
+    task, other = task.clone(), other.clone()
+    task[3, 107], other[7, 8] = 0, 0
     fine = torch.ones(500, 77, dtype=torch.bool)
     fine[107], fine[:, 8] = False, False
-    wanted = given.double().T @ other.double()
+    wanted = task.double().T @ other.double()
     assert (out.double() - wanted)[fine].abs().max() <= 1e-4
 
 

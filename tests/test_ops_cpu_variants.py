@@ -40,7 +40,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module", params=["portable", "avx2", "avx512"])
-def found(request, tmp_path_factory):
+def actual(request, tmp_path_factory):
     """By op, of each case what a process of its own finds with that instruction set."""
     if _backend.on_cpu().kernels != "cpu":
         pytest.skip("no compiled kernels here")
@@ -56,25 +56,25 @@ def found(request, tmp_path_factory):
     return results
 
 
-def test_log_likelihood(found):
+def test_log_likelihood(actual):
     """Values to float32, gradients to their own rounding."""
-    for (case, _, options), mine in zip(CASES, found["likelihood"], strict=True):
+    for (case, _, options), mine in zip(CASES, actual["likelihood"], strict=True):
         wanted = likelihood.truth(case, torch.linspace(-1, 2, 7), softcap=options["softcap"])
         assert error(mine[0], wanted[0]) < 4e-6
         assert_agree(mine, wanted, gradients_to(case))
 
 
-def test_kl_divergence(found):
+def test_kl_divergence(actual):
     """Values to float32, gradients to their own rounding."""
-    for (case, other, options), mine in zip(CASES, found["kl"], strict=True):
+    for (case, other, options), mine in zip(CASES, actual["kl"], strict=True):
         wanted = kl.truth(case, other, target_shift=2.0, softcap=options["softcap"])
         assert error(mine[0], wanted[0]) < 4e-6
         assert_agree(mine, wanted, gradients_to(case))
 
 
-def test_token_statistics(found):
+def test_token_statistics(actual):
     """Every field."""
-    for (case, _, options), mine in zip(CASES, found["statistics"], strict=True):
+    for (case, _, options), mine in zip(CASES, actual["statistics"], strict=True):
         statistics.assert_right(TokenStatistics(*mine), case, softcap=options["softcap"])
 
 

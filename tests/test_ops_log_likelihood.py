@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from heads import Allocations, assert_agree, on_a_card, plain_from_logits
+from coverings import BACKENDS, grid
+from heads import Allocations, assert_agree, on_gpu, plain_from_logits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,8 +66,8 @@ def test_no_worse_than_pytorch(dtype, shape, device, backend):
     leaf = logits.clone().requires_grad_()
     values = -torch.nn.functional.cross_entropy(leaf.float(), targets, reduction="none")
     theirs = [values.detach(), *torch.autograd.grad(values, leaf, torch.linspace(-1, 2, shape[0], device=device))]
-    for found, other, right in zip(scored(logits, targets), theirs, wanted, strict=True):
-        far = [(x.double().cpu() - right).abs().max().item() for x in (found, other)]
+    for actual, other, right in zip(scored(logits, targets), theirs, wanted, strict=True):
+        far = [(x.double().cpu() - right).abs().max().item() for x in (actual, other)]
         assert far[0] <= far[1] + 2e-6, far
 
 
@@ -112,9 +113,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("vocabulary", [1, 131])
-@pytest.mark.parametrize("rows", [1, 6])
+@grid(layout=list(LAYOUTS), vocabulary=[1, 131], rows=[1, 6], backend=BACKENDS)
 def test_layouts(layout, vocabulary, rows, device, backend):
     """Logits in any layout must count as the numbers they show, and get a gradient of that shape."""
     logits, targets = some(rows, vocabulary, device=device)
@@ -126,10 +125,10 @@ def test_a_batch_of_sequences(device, backend):
     """Logits (B, T, V) of a model, shifted by a slice, are scored where they lie."""
     logits, _ = some(12, 90, device=device)
     ids = torch.randint(90, (3, 4), device=device)
-    found = log_likelihood(logits.reshape(3, 4, 90)[:, :-1], ids[:, 1:])
+    actual = log_likelihood(logits.reshape(3, 4, 90)[:, :-1], ids[:, 1:])
     right = truth(logits.reshape(3, 4, 90)[:, :-1].reshape(9, 90), ids[:, 1:].reshape(9))[0]
-    assert found.shape == (3, 3)
-    assert_agree([found.flatten()], [right], 4e-6)
+    assert actual.shape == (3, 3)
+    assert_agree([actual.flatten()], [right], 4e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -145,7 +144,7 @@ def test_memory(dtype, device, backend):
     assert logits.nbytes <= used.peak <= logits.nbytes + 256 * 128
 
 
-@on_a_card
+@on_gpu
 def test_past_32_bits(device, backend):
     """Past 2^31 logits indices must not wrap, forward or backward."""
     rows, vocabulary = 16800, 128256

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from heads import Allocations, assert_agree, assert_equal, error, make, on_a_card
+from coverings import grid
+from heads import Allocations, assert_agree, assert_equal, error, make, on_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,9 +27,12 @@ def evaluate(op, case, **options):
     return [margin.detach(), *torch.autograd.grad(margin.square().sum(), leaves)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.3}, {"softcap": 3.0}, {"logit_scale": 2.0, "softcap": 5.0}])
-@pytest.mark.parametrize("bias", [True, False])
+@grid(
+    {"dtype": torch.bfloat16, "options": {"logit_scale": 2.0, "softcap": 5.0}, "bias": True},
+    dtype=[torch.float32, torch.float64, torch.bfloat16],
+    options=[{}, {"logit_scale": 0.3}, {"softcap": 3.0}, {"logit_scale": 2.0, "softcap": 5.0}],
+    bias=[True, False],
+)
 def test_the_margin_is_its_definition(device, dtype, options, bias):
     """Value and gradients in hidden, weight and bias, in blocks of 64 columns, against float64; 16-bit inputs lose what rounding the result loses."""
     case = make(9, 16, 300, dtype=dtype, device=device, bias=bias)
@@ -38,12 +42,12 @@ def test_the_margin_is_its_definition(device, dtype, options, bias):
     z = options["softcap"] * torch.tanh(z / options["softcap"]) if "softcap" in options else z
     wanted = (z.amax(-1) - z.mean(-1)).square()
     mine = [None if x is None else x.detach().requires_grad_() for x in case[:3]]
-    found = logit_margin(*mine[:2], bias=mine[2], workspace=9 * 64 * 4, **options).square()
+    actual = logit_margin(*mine[:2], bias=mine[2], workspace=9 * 64 * 4, **options).square()
     digits = {torch.float32: 1e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2}[dtype]
-    assert found.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
-    pairs = [(found, wanted)]
+    assert actual.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    pairs = [(actual, wanted)]
     pairs += zip(
-        torch.autograd.grad(found.sum(), [x for x in mine if x is not None]),
+        torch.autograd.grad(actual.sum(), [x for x in mine if x is not None]),
         torch.autograd.grad(wanted.sum(), [x for x in leaves if x is not None]), strict=True,
     )  # fmt: skip
     for f, w in pairs:
@@ -60,15 +64,15 @@ def test_layouts(device, dtype, softcap):
         hidden=case.hidden.repeat_interleave(2, 1)[:, ::2], weight=case.weight.repeat_interleave(2, 0)[::2]
     )
 
-    def found(shown):
+    def actual(shown):
         leaves = [shown.hidden.detach().requires_grad_(), shown.weight.detach().requires_grad_()]
         margin = logit_margin(*leaves, softcap=softcap)
         return [margin.detach(), *torch.autograd.grad(margin.sum(), leaves)]
 
-    wanted = found(case._replace(hidden=case.hidden.clone(), weight=case.weight.clone()))
+    wanted = actual(case._replace(hidden=case.hidden.clone(), weight=case.weight.clone()))
     for layout in (turned, sliced):
-        assert_agree(found(layout), wanted, 1e-5 if dtype is torch.float32 else 1e-2)
-        assert_equal(found(layout)[:1], wanted[:1])
+        assert_agree(actual(layout), wanted, 1e-5 if dtype is torch.float32 else 1e-2)
+        assert_equal(actual(layout)[:1], wanted[:1])
 
 
 def test_a_frozen_head_s_margin_costs_no_product_in_backward():
@@ -111,9 +115,9 @@ def test_no_worse_than_pytorch(dtype, softcap, device, backend):
     case, wide = case._replace(hidden=case.hidden[clear]), wide._replace(hidden=wide.hidden[clear])
     wanted = evaluate(definition, wide, softcap=softcap)
     ours, theirs = (evaluate(op, case, softcap=softcap, workspace=SMALL) for op in (logit_margin, definition))
-    for at, (found, other, right) in enumerate(zip(ours, theirs, wanted, strict=True)):
+    for at, (actual, other, right) in enumerate(zip(ours, theirs, wanted, strict=True)):
         allowed = 4e-6 + (torch.finfo(dtype).eps / 2 if at else 0)
-        assert error(found, right.cpu()) <= error(other, right.cpu()) + allowed, at
+        assert error(actual, right.cpu()) <= error(other, right.cpu()) + allowed, at
 
 
 @every_softcap
@@ -205,7 +209,7 @@ def test_asks_nothing(softcap, device):
         evaluate(logit_margin, case, softcap=softcap)
 
 
-@on_a_card
+@on_gpu
 def test_on_a_card(device):
     """Many rows on few tokens: the same bits in every run, and nobody waits."""
     case = make(4000, 64, 50, device=device)
@@ -213,8 +217,8 @@ def test_on_a_card(device):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = [evaluate(logit_margin, case) for _ in range(3)]
+        actual = [evaluate(logit_margin, case) for _ in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for again in found:
+    for again in actual:
         assert_equal(again, wanted)

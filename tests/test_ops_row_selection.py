@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from coverings import BACKENDS, grid
 from heads import (
     TOLERANCE,
     Allocations,
@@ -57,12 +58,12 @@ def curved(sums, counts):
     return (sums / counts.clamp(min=1) + 1.5).square() + 0.1 * counts
 
 
-def selected(found, live, index, examples, share):
+def selected(actual, live, index, examples, share):
     """Which rows are among each example's likeliest, one by one."""
     taken = torch.zeros_like(live)
     for b in range(examples):
-        rows = [n for n in range(len(found)) if live[n] and index[n] == b]
-        rows.sort(key=lambda n: -float(found[n]))
+        rows = [n for n in range(len(actual)) if live[n] and index[n] == b]
+        rows.sort(key=lambda n: -float(actual[n]))
         taken[rows[: max(1, int(share * len(rows) + 1e-9))]] = True
     return taken & live
 
@@ -71,9 +72,9 @@ def by_hand(case, index, share):
     """[loss, losses, sums, counts, gradients] in float64, with autograd and a loop over examples."""
     case = cast(case, dtype=torch.float64, device="cpu")
     leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
-    found, live = plain(*leaves[:2], case.targets, bias=leaves[2]), case.targets != -100
-    taken = selected(found.detach(), live, index, len(LENGTHS), share)
-    sums = torch.stack([found[taken & (index == b)].sum() for b in range(len(LENGTHS))])
+    actual, live = plain(*leaves[:2], case.targets, bias=leaves[2]), case.targets != -100
+    taken = selected(actual.detach(), live, index, len(LENGTHS), share)
+    sums = torch.stack([actual[taken & (index == b)].sum() for b in range(len(LENGTHS))])
     counts = torch.bincount(index[taken], minlength=len(LENGTHS))
     losses = curved(sums, counts)
     gradients = torch.autograd.grad(losses.sum(), leaves)
@@ -84,27 +85,31 @@ def evaluate(case, index, **options):
     """The same from the op."""
     leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
     zeros = torch.zeros(len(LENGTHS), device=index.device)
-    found = example_objective(
+    actual = example_objective(
         *leaves[:2], case.targets, index, lambda sums, counts, _: curved(sums, counts), zeros, bias=leaves[2], **options
     )
-    return [*(x.detach() for x in found), *torch.autograd.grad(found.loss, leaves)]
+    return [*(x.detach() for x in actual), *torch.autograd.grad(actual.loss, leaves)]
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 1.0])
-@pytest.mark.parametrize("masked", [0.0, 0.4])
-@pytest.mark.parametrize("held", [None, 10, 4, 0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_likeliest(share, masked, held, dtype, device, backend, chunks):
+@grid(
+    {"share": 0.1, "masked": 0.4, "capacity": 4, "dtype": torch.bfloat16, "backend": "compiled"},
+    share=[0.1, 0.5, 0.8, 1.0],
+    masked=[0.0, 0.4],
+    capacity=[None, 10, 4, 0],
+    dtype=[torch.float32, torch.float64, torch.bfloat16, torch.float16],
+    backend=BACKENDS,
+)
+def test_likeliest(share, masked, capacity, dtype, device, backend, chunks):
     """Sums, counts, losses and gradients must be those of each example's likeliest tokens alone, chosen one by one in float64."""
     case, index = make(sum(LENGTHS), 20, 203, dtype=dtype, device=device, masked=masked), index_of()
-    workspace = None if held is None else bytes_of(held, case) if held else 0
-    found, wanted = (
+    workspace = None if capacity is None else bytes_of(capacity, case) if capacity else 0
+    actual, wanted = (
         evaluate(case, index.to(device), likeliest=share, workspace=workspace),
         by_hand(case, index, share),
     )
     tolerance = TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps)
-    assert_agree(found[:4], wanted[:4], min(tolerance, 8e-6))
-    assert_agree(found[4:], wanted[4:], 2 * tolerance)
+    assert_agree(actual[:4], wanted[:4], min(tolerance, 8e-6))
+    assert_agree(actual[4:], wanted[4:], 2 * tolerance)
 
 
 @given(
@@ -158,10 +163,14 @@ def in_two_passes(hidden, weight, targets, coefficients, **options):
     return (coefficients * linear_log_likelihood(hidden, weight, targets, **options)).sum()
 
 
-@pytest.mark.parametrize("op", [weighted_log_likelihood, in_two_passes])
-@pytest.mark.parametrize("workspace", [None, 40_000, 0])
-@pytest.mark.parametrize("idle", [0.0, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@grid(
+    {"workspace": 40_000, "idle": 1.0, "dtype": torch.bfloat16, "backend": "compiled"},
+    op=[weighted_log_likelihood, in_two_passes],
+    workspace=[None, 40_000, 0],
+    idle=[0.0, 0.5, 0.9, 1.0],
+    dtype=[torch.float32, torch.bfloat16, torch.float64],
+    backend=BACKENDS,
+)
 def test_coefficient_zero(op, workspace, idle, dtype, device, backend, chunks):
     """Rows with coefficient 0 change no gradient by leaving the products, whether logits are kept, computed again or both."""
     case = make(61, 20, 703, dtype=dtype, device=device, masked=0.2)
@@ -171,8 +180,8 @@ def test_coefficient_zero(op, workspace, idle, dtype, device, backend, chunks):
     leaves = [t.detach().clone().requires_grad_() for t in real[:3]]
     value = (coefficients.cpu().double() * plain(*leaves[:2], real.targets, bias=leaves[2])).sum()
     wanted = [value.detach(), *torch.autograd.grad(value, leaves)]
-    found = pulled(case, coefficients, op, workspace=workspace)
-    assert_agree(found, wanted, TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps))
+    actual = pulled(case, coefficients, op, workspace=workspace)
+    assert_agree(actual, wanted, TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("workspace", [None, 0])
@@ -210,9 +219,12 @@ def certain(device="cpu", dtype=torch.float32):
     return case
 
 
-@pytest.mark.parametrize("op", [weighted_log_likelihood, "objective"])
-@pytest.mark.parametrize("negligible", [0.0, 1e-4, 1e-2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@grid(
+    op=[weighted_log_likelihood, "objective"],
+    negligible=[0.0, 1e-4, 1e-2],
+    dtype=[torch.float32, torch.bfloat16],
+    backend=BACKENDS,
+)
 def test_negligible(op, negligible, dtype, device, backend, chunks):
     """What a row's gradient for its logits loses sums to at most 2 |coefficient * scale| negligible: so do both gradients, through head and hidden."""
     case, scale = certain(device, dtype), 0.9
@@ -234,9 +246,9 @@ def test_negligible(op, negligible, dtype, device, backend, chunks):
     d_hidden, d_weight, d_bias = torch.autograd.grad(value, leaves)
     real = cast(case, dtype=torch.float64, device="cpu")
     full = [t.detach().clone().requires_grad_() for t in real[:3]]
-    found = plain(*full[:2], real.targets, bias=full[2], logit_scale=scale)
-    wanted = torch.autograd.grad((coefficients.cpu().double() * found).sum(), full)
-    left_out = (1 - found.exp()).detach() < negligible
+    actual = plain(*full[:2], real.targets, bias=full[2], logit_scale=scale)
+    wanted = torch.autograd.grad((coefficients.cpu().double() * actual).sum(), full)
+    left_out = (1 - actual.exp()).detach() < negligible
     assert bool(left_out.sum() >= 15) == bool(negligible)  # the case is what it should be
     bound = 2 * scale * negligible * coefficients.cpu().abs().double()
     rounding = 8 * torch.finfo(dtype).eps if dtype is not torch.float32 else 2e-5
@@ -267,8 +279,8 @@ def test_temperature():
     case = make(9, 20, 203)
     z = 3.0 * torch.tanh(0.5 * (case.hidden @ case.weight.T + case.bias) / 3.0)
     wanted = torch.log_softmax(z / 2.0, -1).gather(1, case.targets[:, None]).squeeze(1)
-    found = linear_log_likelihood(*case[:2], case.targets, bias=case.bias, logit_scale=0.25, softcap=1.5)
-    assert_agree([found], [wanted], 4e-6)
+    actual = linear_log_likelihood(*case[:2], case.targets, bias=case.bias, logit_scale=0.25, softcap=1.5)
+    assert_agree([actual], [wanted], 4e-6)
 
 
 @pytest.mark.parametrize("options", [{"likeliest": 0.0}, {"likeliest": 1.5}, {"negligible": -0.1}, {"negligible": 1.0}])
@@ -279,7 +291,7 @@ def test_refused(options):
         evaluate(case, index_of(), **options)
 
 
-class Asked(TorchDispatchMode):
+class Queries(TorchDispatchMode):
     """Counts what a card would have to be waited for."""
 
     def __init__(self):
@@ -317,17 +329,17 @@ def test_nothing_ignored(op, device, backend, monkeypatch):
             weighted_log_likelihood: (case.targets, torch.ones(13, device=device)),
             kl_divergence: (case.hidden * 0.5, case.weight, case.targets),
         }.get(op, (case.targets,))
-        found = op(*leaves, *more, ignore_index=ignore_index)
-        return [*found] if op is token_statistics else [found.detach(), *torch.autograd.grad(found.sum(), leaves)]
+        actual = op(*leaves, *more, ignore_index=ignore_index)
+        return [*actual] if op is token_statistics else [actual.detach(), *torch.autograd.grad(actual.sum(), leaves)]
 
     assert all(torch.equal(a, b) for a, b in zip(run(None), run(-100), strict=True))
     with monkeypatch.context() as patch:  # what the CPU checks, a card does not
         for module in {sys.modules[f"pyunlearn.ops.{op.__name__}"], op_module, statistics_module, _passes}:
             patch.setattr(module, "check_targets", lambda *_: None)
         for ignore_index, least in ((None, 0), (-100, 1)):
-            with Asked() as asked:
+            with Queries() as queries:
                 run(ignore_index)
-            assert min(asked.count, 1) == least
+            assert min(queries.count, 1) == least
     case.targets[3] = -100
     if device == "cpu":
         with pytest.raises(ArgumentError, match=r"targets must lie in \[0, 203\), got -100"):
@@ -347,8 +359,8 @@ class Card:
 def test_workspace_of_a_card(free, unused, wanted, monkeypatch):
     """By default a card gives half of what is free, the allocator's own blocks included, and 2 GiB at most; what was asked for stays."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free << 30, 80 << 30))
-    held = {"reserved_bytes": (unused + 3) << 30, "allocated_bytes": 3 << 30}
-    stats = {name: {"all": {"current": n}} for name, n in held.items()}
+    capacity = {"reserved_bytes": (unused + 3) << 30, "allocated_bytes": 3 << 30}
+    stats = {name: {"all": {"current": n}} for name, n in capacity.items()}
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: stats)
     monkeypatch.setattr(_plan, "host_may_wait", lambda x: True)
     assert _plan.allowance(None, Card(), 8192, 128256) == wanted

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from heads import assert_agree, assert_equal, cast, make, on_a_card
+from heads import assert_agree, assert_equal, cast, make, on_gpu
 
 from pyunlearn.ops import (
     example_objective,
@@ -82,7 +82,7 @@ def test_two_runs(op, device, backend):
     assert_agree(first, values_and_gradients(op, leaves_of(cast(case, dtype=torch.float64, device="cpu"))), 1e-5)
 
 
-@on_a_card
+@on_gpu
 @every_op
 def test_side_stream(op, device):
     """Work goes to the stream that is current, so a call on a busy side stream sees what came before it there."""
@@ -95,12 +95,12 @@ def test_side_stream(op, device):
         torch.cuda._sleep(20_000_000)  # cycles, about 10 ms
         with torch.no_grad():
             late.hidden.copy_(case.hidden)
-        found = values_and_gradients(op, late)
+        actual = values_and_gradients(op, late)
     side.synchronize()
-    assert_equal(found, wanted)
+    assert_equal(actual, wanted)
 
 
-@on_a_card
+@on_gpu
 @pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("objective")])
 def test_cuda_graph(op, device):
     """Forward and backward can be captured in a CUDA graph, and a replay follows new inputs and masks, whatever ignored rows hold."""
@@ -112,7 +112,7 @@ def test_cuda_graph(op, device):
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = values_and_gradients(op, static)
+        actual = values_and_gradients(op, static)
     for seed, masked in ((0, 0.5), (1, 0.0)):
         new = make(60, 32, 5000, masked=masked, seed=seed)
         if op != "logit_margin":  # which has no targets
@@ -121,7 +121,7 @@ def test_cuda_graph(op, device):
             for old, fresh in zip(static, new, strict=True):
                 old.copy_(fresh)
         graph.replay()
-        assert_agree(found, values_and_gradients(op, leaves_of(cast(new, dtype=torch.float64))), 1e-5)
+        assert_agree(actual, values_and_gradients(op, leaves_of(cast(new, dtype=torch.float64))), 1e-5)
 
 
 @pytest.mark.cuda
