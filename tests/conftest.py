@@ -1,4 +1,4 @@
-"""What all tests share: no network, hypothesis's profile, which marked tests run, the devices and the backends."""
+"""Shared settings of all tests: no network, hypothesis profile, which marked tests run, devices and backends."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # pytest -n: the processes share 
 import pytest
 from hypothesis import HealthCheck, settings
 
-# torch and what imports it come with the fixtures: the process that only hands out tests would be five seconds late with it
+# torch is imported inside functions: it would delay the process that only distributes tests by five seconds
 
 # longest first: each takes more than 10 s
 LONG = ["real_model", "unlearn", "hopper", "study", "workers", "methods_equal_steps", "methods_end_to_end"]
@@ -30,7 +30,7 @@ settings.load_profile("pyunlearn")
 
 
 def _left_out(item, marks):
-    """Return whether an item carries one of the marks, or is a case of a grid outside its covering and "full" is one."""
+    """Return whether an item has one of the marks; of `full`, whether it is outside its grid's covering."""
     full = item.get_closest_marker("full")
     outside = "full" in marks and full is not None and not full.kwargs.get("covering")
     return outside or any(item.get_closest_marker(name) for name in marks - {"full"})
@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
-    """Each kind of device that this machine has."""
+    """Each kind of device of this machine."""
     return request.param
 
 
@@ -71,7 +71,7 @@ def backend(request, device, monkeypatch):
     from pyunlearn.ops import _backend
 
     if request.param == "reference":
-        chosen = _backend.Choice("reference", "the test asks for it")
+        chosen = _backend.Choice("reference", "chosen by the test")
         monkeypatch.setattr(_backend, "on_cpu", lambda: chosen)
         monkeypatch.setattr(_backend, "on_card", lambda index: chosen)
     else:
@@ -118,7 +118,7 @@ def t5(one_thread):
 
 @pytest.fixture
 def poisoned():
-    """Memory that nobody has filled reads NaN."""
+    """Fill uninitialized memory with NaN."""
     import torch
 
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

@@ -17,24 +17,34 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def pair(rows, widths, vocabulary, *, theirs=None, **options):
-    """(model, reference): cases of one vocabulary; the targets that count are the model's. theirs: the reference's dtype."""
+    """Return (model, reference), cases of one vocabulary; `theirs` is the reference's dtype."""
     model = make(rows, widths[0], vocabulary, **options)
     other = make(rows, widths[1], vocabulary, **options | {"seed": options.get("seed", 0) + 1})
     return model, other if theirs is None else cast(other, dtype=theirs)
 
 
 def logits_of(hidden, weight, bias, logit_scale, softcap):
-    """The logits, in whole, in their own dtype."""
+    """Return all logits, in their own dtype."""
     z = hidden @ weight.T
     z = (z if bias is None else z + bias) * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 def definition(
-    hidden, weight, reference_hidden, reference_weight=None, targets=None, *, bias=None, reference_bias=None, logit_scale=1.0,
-    softcap=None, target_shift=0.0, workspace=None,
-):  # fmt: skip
-    """The definition, in PyTorch alone; 16-bit logits are compared in float32, as everybody does."""
+    hidden,
+    weight,
+    reference_hidden,
+    reference_weight=None,
+    targets=None,
+    *,
+    bias=None,
+    reference_bias=None,
+    logit_scale=1.0,
+    softcap=None,
+    target_shift=0.0,
+    workspace=None,
+):
+    """Compute the definition in plain PyTorch, 16-bit logits in float32, as is common."""
     if reference_weight is None:
         reference_weight, reference_bias = weight, bias if reference_bias is None else reference_bias
     z = logits_of(hidden, weight, bias, logit_scale, softcap)
@@ -49,33 +59,39 @@ def definition(
 
 
 def coefficients_of(values):
-    """A coefficient for each row, of either sign."""
+    """Return a coefficient for each row, of both signs."""
     return torch.linspace(-1, 2, values.numel(), device=values.device).view(values.shape).to(values)
 
 
 def graph(function, model, other, trained=(0, 1, 2), *, adapter=False, marked=True, **options):
-    """The values, and hidden, weight and, if there is one, bias, of which the trained ones want a gradient."""
+    """Return the values, and hidden, weight and, if there is one, bias; the `trained` ones require a gradient."""
     leaves = [None if t is None else t.detach().clone().requires_grad_(i in trained) for i, t in enumerate(model[:3])]
     head = (None, None) if adapter else (other.weight, other.bias)
     values = function(
-        *leaves[:2], other.hidden, head[0], model.targets if marked else None, bias=leaves[2], reference_bias=head[1], **options
-    )  # fmt: skip
+        *leaves[:2],
+        other.hidden,
+        head[0],
+        model.targets if marked else None,
+        bias=leaves[2],
+        reference_bias=head[1],
+        **options,
+    )
     return values, [leaf for leaf in leaves if leaf is not None]
 
 
 def evaluate(function, model, other, **options):
-    """[values, gradient of a weighted sum of them for hidden, weight and, if there is one, bias]."""
+    """Return [values, gradients of their weighted sum for hidden, weight and, if there is one, bias]."""
     values, leaves = graph(function, model, other, **options)
     return [values.detach(), *torch.autograd.grad(values, leaves, coefficients_of(values))]
 
 
 def truth(model, other, **options):
-    """What `evaluate` should find, from float64."""
+    """Return what `evaluate` should return, computed by the definition in float64."""
     return evaluate(definition, *(cast(c, dtype=torch.float64, device="cpu") for c in (model, other)), **options)
 
 
 def assert_right(model, other, *, workspaces=(0, None), **options):
-    """In any workspace, values are float64's to float32 and gradients to their own rounding."""
+    """Assert that values agree with float64 to float32 rounding, and gradients to their own, in any workspace."""
     wanted = truth(model, other, **options)
     eps = torch.finfo(model.hidden.dtype).eps
     real = torch.float64 if model.hidden.dtype is torch.float64 else torch.float32

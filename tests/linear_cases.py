@@ -12,12 +12,12 @@ from pyunlearn.ops import linear_log_likelihood, log_likelihood
 
 
 def from_logits(hidden, weight, targets, *, workspace=None, **options):
-    """log_likelihood with linear_log_likelihood's signature."""
+    """Call log_likelihood with the signature of linear_log_likelihood."""
     return log_likelihood(hidden @ weight.T, targets, **options)
 
 
 def evaluate(function, case, coefficients=None, **options):
-    """[values, gradient of sum(coefficients * values) for hidden, weight and, if there is one, bias]."""
+    """Return [values, gradients of sum(coefficients * values) for hidden, weight and, if there is one, bias]."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case[:3]]
     values = function(leaves[0], leaves[1], case.targets, bias=leaves[2], **options)
     coefficients = torch.linspace(-1, 2, len(values)) if coefficients is None else coefficients
@@ -26,7 +26,7 @@ def evaluate(function, case, coefficients=None, **options):
 
 
 def truth(case, coefficients=None, **options):
-    """What `evaluate` should find, from float64."""
+    """Return what `evaluate` should return, computed by the definition in float64."""
     return evaluate(plain, cast(case, dtype=torch.float64, device="cpu"), coefficients, **options)
 
 

@@ -15,42 +15,42 @@ TOLERANCE = {torch.float64: 1e-11}  # for the others 4e-6: they are all computed
 
 
 def scored(case, **options):
-    """token_statistics of a case."""
+    """Compute token_statistics of a case."""
     return token_statistics(*case[:2], case.targets, bias=case.bias, **options)
 
 
 def from_logits(hidden, weight, targets, *, workspace=None, **options):
-    """token_statistics_from_logits with token_statistics's signature."""
+    """Call token_statistics_from_logits with the signature of token_statistics."""
     return token_statistics_from_logits(hidden @ weight.T, targets, **options)
 
 
 def logits_of(case, logit_scale=1.0, softcap=None):
-    """The logits, in whole, in the case's dtype."""
+    """Return all logits, in the case's dtype."""
     z = case.hidden @ case.weight.T
     z = (z if case.bias is None else z + case.bias) * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 def exact(case):
-    """The case in float64 on the CPU."""
+    """Return the case in float64 on the CPU."""
     return cast(case, dtype=torch.float64, device="cpu")
 
 
 def definition(logits, targets):
-    """The four fields, 0 in ignored rows."""
+    """Return the four fields, 0 in ignored rows."""
     masked = targets == -100
     return [x.masked_fill(masked, 0) for x in reference.token_statistics_of(logits, targets.masked_fill(masked, 0))]
 
 
 def truth(case, **options):
-    """What `scored` should find, from float64."""
+    """Return what `scored` should return, computed by the definition in float64."""
     return definition(logits_of(exact(case), **options), exact(case).targets)
 
 
 def assert_right(actual, case, **options):
-    """Every field is what the definition says.
+    """Assert that every field agrees with the definition.
 
-    rank: whoever is larger by more than float32 can round away counts, and whoever is not larger never does.
+    rank: a logit larger by more than float32 rounding counts, and a logit that is not larger never does.
     """
     dtype = case.hidden.dtype
     real = dtype if dtype is torch.float64 else torch.float32

@@ -41,11 +41,11 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Small cases take chunks too; the list says which."""
+    """Split small cases into chunks too; return the list that records the rows of each."""
     return watch_chunks(monkeypatch, sys.modules["pyunlearn.ops.example_objective"])
 
 
-# ---------------------------------------------------------------- the answer is right
+# ---------------------------------------------------------------- values and gradients
 
 
 @grid(
@@ -58,7 +58,7 @@ def chunks(monkeypatch):
     backend=BACKENDS,
 )
 def test_every_objective(objective, dtype, masked, ordered, options, device, backend, chunks):
-    """Losses, log-likelihoods, counts and gradients must agree with float64 for every objective, mask, order and number of chunks."""
+    """All results must agree with float64 for every objective, mask, order of rows and number of chunks."""
     task = problem(dtype=dtype, masked=masked, ordered=ordered, device=device)
     wanted, live = truth(task, objective, **options), int((task.case.targets != -100).sum())
     for capacity in CAPACITIES:
@@ -73,7 +73,7 @@ def test_every_objective(objective, dtype, masked, ordered, options, device, bac
 
 @grid(group_size=[1, 2, 4], capacity=[1, 4, 7, 12, 16], backend=BACKENDS)
 def test_groups_stay_together(group_size, capacity, device, backend, chunks):
-    """No group of examples may be cut; a chunk holds as many whole groups as fit, or one that does not."""
+    """A chunk has as many whole groups of examples as fit, or one that does not fit; no group is cut."""
     task = problem(ordered=True, device=device)
     queries = []
 
@@ -98,7 +98,7 @@ def test_groups_stay_together(group_size, capacity, device, backend, chunks):
     backend=BACKENDS,
 )
 def test_examples_without_rows(lengths, bias, dtype, device, backend, chunks):
-    """Before, between and after examples longer than a chunk, examples without a row must count 0 and disturb nothing."""
+    """Examples without a row, anywhere among examples longer than a chunk, count 0 and change nothing."""
     task = problem(lengths=lengths, bias=bias, dtype=dtype, device=device)
     wanted, tolerance = truth(task, OBJECTIVES["npo"]), TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps)
     for capacity in (2, 0, None):
@@ -108,14 +108,14 @@ def test_examples_without_rows(lengths, bias, dtype, device, backend, chunks):
 
 @grid(objective=OBJECTIVES, capacity=[None, 4, 0], dtype=[torch.bfloat16, torch.float16], backend=BACKENDS)
 def test_16_bits(objective, capacity, dtype, device, backend, chunks):
-    """From 16-bit inputs losses must be good to float32 and gradients to their own rounding, in any number of chunks."""
+    """Losses of 16-bit inputs must be right to float32, gradients to their own rounding, in any number of chunks."""
     task = problem(4, 3001, lengths=[6 * n for n in LENGTHS], dtype=dtype, masked=0.3, device=device)
     actual = evaluate(example_objective, task, objective, workspace=workspace_for(capacity, task.case))
     wanted = truth(task, objective)
     assert [f.dtype for f in actual] == [*[torch.float32] * 3, torch.int64, *[dtype] * 3]
     assert_agree(actual[:4], wanted[:4], 4e-6)
     assert_agree(actual, wanted, 2 * torch.finfo(dtype).eps)
-    # float16 waits for the loss scale
+    # float16 gradients wait for the loss scale
     assert [len(sizes) > 1 for sizes in chunks] == ([capacity == 4] if dtype is torch.bfloat16 else [])
 
 
@@ -130,8 +130,7 @@ def test_16_bits(objective, capacity, dtype, device, backend, chunks):
 def test_no_worse_than_pytorch(objective, dtype, shape, capacity, device, backend, chunks):
     """Against float64, losses and gradients must be no further off than PyTorch's in the same dtype.
 
-    Plus 4e-6 of the largest for what is float32 whatever the dtype. For gradients, plus half the dtype's epsilon, to which they are
-    rounded.
+    Added to the tolerance: 4e-6 of the largest, and for gradients half the dtype's epsilon, to which they are rounded.
     """
     task = problem(*shape, dtype=dtype, masked=0.3, device=device)
     wanted = truth(task, objective)
@@ -149,7 +148,7 @@ def test_no_worse_than_pytorch(objective, dtype, shape, capacity, device, backen
     seed=st.integers(0, 2**31),
 )
 def test_chunks_change_nothing(rows, capacity, name, seed, device, backend, chunks):
-    """However rows, masks and examples lie, the answer is the same for any number of chunks."""
+    """The result is the same in any number of chunks, for any layout of rows, masks and examples."""
     case = make(len(rows), 6, 150, seed=seed)
     case.targets[torch.tensor([ignored for _, ignored in rows], dtype=torch.bool)] = -100
     index = torch.tensor([b for b, _ in rows], dtype=torch.int64)
@@ -163,7 +162,7 @@ def test_chunks_change_nothing(rows, capacity, name, seed, device, backend, chun
 
 @given(order=st.randoms(use_true_random=False), capacity=st.sampled_from(CAPACITIES))
 def test_permuted_rows(order, capacity, device, backend, chunks):
-    """In whatever order the rows come, losses stay the same and each row keeps its gradient."""
+    """Permuting the rows changes no loss and permutes their gradients."""
     task = problem(masked=0.3, device=device)
     p = order.sample(range(ROWS), ROWS)
     moved = task._replace(
@@ -177,36 +176,43 @@ def test_permuted_rows(order, capacity, device, backend, chunks):
 
 @grid(objective=OBJECTIVES, capacity=[None, 4, 0], backend=BACKENDS)
 def test_gradcheck(objective, capacity, device, backend, chunks):
-    """The gradients must be those that finite differences find in float64, with bias, scale and softcap."""
+    """The gradients must agree with finite differences in float64, with bias, scale and softcap."""
     task = problem(3, 140, lengths=(2, 0, 5, 3), dtype=torch.float64, masked=0.2, device=device)
     options = {"logit_scale": 0.5, "softcap": 2.0, "workspace": workspace_for(capacity, task.case)}
 
     def function(hidden, weight, bias):
         return example_objective(
-            hidden, weight, task.case.targets, task.index, objective.function, task.before,
-            group_size=objective.group_size, bias=bias, **options,
-        ).loss  # fmt: skip
+            hidden,
+            weight,
+            task.case.targets,
+            task.index,
+            objective.function,
+            task.before,
+            group_size=objective.group_size,
+            bias=bias,
+            **options,
+        ).loss
 
     leaves = [t.requires_grad_() for t in task.case[:3]]
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
 def test_reference_is_the_definition():
-    """pyunlearn.ops.reference must say what PyTorch's cross-entropy says."""
+    """pyunlearn.ops.reference must agree with PyTorch's cross-entropy."""
     (hidden, weight, bias, targets), index, before = problem(dtype=torch.float64, masked=0.3)
     options = {"bias": bias, "logit_scale": 0.5, "softcap": 3.0}
     actual = reference.example_objective(hidden, weight, targets, index, npo, before, examples=len(before), **options)
     assert_agree([actual], definition(hidden, weight, targets, index, npo, before, **options)[:1], 1e-12)
 
 
-# ---------------------------------------------------------------- what is given per example
+# ---------------------------------------------------------------- tensors per example
 
 
 @pytest.mark.parametrize("capacity", [None, 4])
 @pytest.mark.parametrize("group_size", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_per_example(capacity, group_size, dtype, device, backend, chunks):
-    """Any number of tensors per example, of any dtype and further dimensions, must reach the function beside their example."""
+    """Tensors per example, in any number, dtype and shape, must reach the function aligned with their example."""
     task = problem(dtype=dtype, masked=0.2, device=device)
     examples = len(LENGTHS)
     table = torch.arange(6.0 * examples, device=device).view(examples, 2, 3)
@@ -236,7 +242,7 @@ def test_per_example(capacity, group_size, dtype, device, backend, chunks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("group_size", "examples"), [(1, 7), (2, 8), (3, 9)])
 def test_number_of_examples(group_size, examples, dtype, device, backend):
-    """With nothing given per example there are as many as the largest index says, in whole groups."""
+    """Without tensors per example, the largest index determines the number of examples, in whole groups."""
     task = problem(dtype=dtype, device=device)
 
     def function(sums, counts):
@@ -276,8 +282,8 @@ def test_no_rows(examples, group_size, dtype, device, backend):
 
 
 @any_capacity
-def test_what_an_ignored_row_holds(capacity, device, backend, chunks):
-    """NaN and infinity in ignored rows must not matter, and their gradient is 0."""
+def test_contents_of_ignored_rows(capacity, device, backend, chunks):
+    """NaN and infinity in ignored rows must not matter, and the gradient of these rows is 0."""
     task = problem(masked=0.4, device=device)
     wanted = truth(task, OBJECTIVES["npo"])
     ignored = (task.case.targets == -100).nonzero().squeeze(1)
@@ -309,7 +315,7 @@ def test_ignore_index(device, backend):
 
 @any_capacity
 def test_two_runs(capacity, device, backend, chunks):
-    """The same inputs must give the same bits again."""
+    """Two calls with the same inputs must give the same bits."""
     task = problem(33, 1000, masked=0.3, device=device)
     first, second = (
         evaluate(example_objective, task, OBJECTIVES["npo"], workspace=workspace_for(capacity, task.case))
@@ -319,7 +325,7 @@ def test_two_runs(capacity, device, backend, chunks):
 
 
 def test_mixed_dtypes(device, backend, chunks):
-    """Hidden states, head and bias of different dtypes meet in the widest; each gradient comes back in its own."""
+    """Hidden states, head and bias are computed in their widest dtype; each gradient comes back in its own."""
     task = problem(masked=0.2, device=device)
     case = task.case._replace(hidden=task.case.hidden.bfloat16(), bias=task.case.bias.half())
     task = task._replace(case=case)
@@ -332,7 +338,7 @@ def test_mixed_dtypes(device, backend, chunks):
 
 
 def test_autocast(device, backend):
-    """Under autocast the product takes 16-bit operands, and gradients come back in the parameters' own dtype."""
+    """Autocast gives the product 16-bit operands, and gradients come back in the parameters' own dtype."""
     task = problem(masked=0.2, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
         actual = evaluate(example_objective, task, OBJECTIVES["npo"])

@@ -18,17 +18,21 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def broken(**changes):
-    """Valid arguments but for the changes."""
+    """Return valid arguments, overridden by the changes."""
     case = make(4, 4, 10)
     valid = {
-        "hidden": case.hidden, "weight": case.weight, "targets": case.targets, "example_index": torch.tensor([0, 1, 2, 3]),
-        "function": lambda sums, counts, *_: sums, "per_example": (),
-    }  # fmt: skip
+        "hidden": case.hidden,
+        "weight": case.weight,
+        "targets": case.targets,
+        "example_index": torch.tensor([0, 1, 2, 3]),
+        "function": lambda sums, counts, *_: sums,
+        "per_example": (),
+    }
     return valid | changes
 
 
 def call(**task):
-    """example_objective with names for everything."""
+    """Call example_objective with every argument by name."""
     front = [task.pop(name) for name in ("hidden", "weight", "targets", "example_index", "function")]
     return example_objective(*front, *task.pop("per_example"), **task)
 
@@ -82,7 +86,8 @@ def call(**task):
         ({"function": lambda sums, counts: 0.0}, r"a tensor of shape \(4,\), got float: leave the mean out"),
         (
             {"function": lambda sums, counts: sums.detach()},
-            "function must be differentiable in its first argument, and its losses want no gradient: use torch operations",
+            "function must be differentiable in its first argument, and its losses want no gradient: "
+            "use torch operations",
         ),
         ({"targets": ids(3)}, r"one token id for each row of hidden, shape \(4,\), got \(3,\)"),
         ({"targets": torch.tensor([0, -100, 10, 1])}, r"targets must lie in \[0, 10\) or be -100 .*, got 10: "),
@@ -93,7 +98,7 @@ def call(**task):
     ],
 )
 def test_errors(changes, sentence, dtype):
-    """Each wrong argument is named with what was wanted and what came, on both ways through."""
+    """Each wrong argument raises an error that names it, the requirement and the value, in one pass and in two."""
     task = broken(**changes)
     task |= {"hidden": task["hidden"].to(dtype).requires_grad_(), "weight": task["weight"].to(dtype)}
     with pytest.raises(ArgumentError, match=sentence):
@@ -101,12 +106,12 @@ def test_errors(changes, sentence, dtype):
 
 
 def test_valid_arguments():
-    """What the errors above start from is no error."""
+    """The arguments that the errors above start from are valid."""
     assert call(**broken()).losses.shape == (4,)
 
 
-def test_a_tensor_of_the_functions_own_is_refused():
-    """A parameter inside the function would silently get no gradient; one that wants none may be there."""
+def test_parameter_inside_the_function_is_refused():
+    """A parameter inside the function that requires a gradient is an error, since it would get none."""
     beta = torch.tensor(0.1, requires_grad=True)
     task = [torch.randn(4, 3, requires_grad=True), torch.randn(5, 3), torch.arange(4), torch.tensor([0, 0, 1, 1])]
     with pytest.raises(ArgumentError, match="wants a gradient of its own"):

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Small cases take chunks too; the list says which."""
+    """Split small cases into chunks too; return the list that records the rows of each."""
     return watch_chunks(monkeypatch, sys.modules["pyunlearn.ops.example_objective"])
 
 
@@ -49,7 +49,7 @@ def chunks(monkeypatch):
     backend=BACKENDS,
 )
 def test_second_backward(objective, capacity, dtype, device, backend, chunks):
-    """Backward again and again over a retained graph must give the same bits, whatever factor came before, asked for together or apart."""
+    """Repeated backward passes of a retained graph give the same bits after any factor, for all leaves or for one."""
     task = problem(masked=0.3, dtype=dtype, device=device)
     actual, leaves = graph(task, objective, workspace=workspace_for(capacity, task.case))
     first = torch.autograd.grad(4 * actual.loss, leaves, retain_graph=True)
@@ -58,7 +58,7 @@ def test_second_backward(objective, capacity, dtype, device, backend, chunks):
         assert_equal(torch.autograd.grad(4 * actual.loss, leaves, retain_graph=True), copies)
     one = torch.autograd.grad(actual.loss, leaves, retain_graph=True)
     assert_equal([torch.autograd.grad(actual.loss, leaf, retain_graph=True)[0] for leaf in leaves], one)
-    assert_equal(first, copies)  # they were given away, and nobody has written into them
+    assert_equal(first, copies)  # the caller owns them: later passes must not write into them
     tolerance = 2 * torch.finfo(dtype).eps
     assert_agree(one, [g / 4 for g in truth(task, objective, factor=4.0)[4:]], max(tolerance, 4e-6))
 
@@ -77,7 +77,7 @@ def test_accumulation(capacity, device, backend, chunks):
 
 @grid(capacity=CAPACITIES, factor=[0.0, -0.5, 3.0], backend=BACKENDS)
 def test_upstream_factor(capacity, factor, device, backend, chunks):
-    """What the loss is multiplied with must multiply the gradient, and leave the rest."""
+    """A factor on the loss must multiply the gradients and nothing else."""
     task = problem(masked=0.3, device=device)
     options = {"workspace": workspace_for(capacity, task.case), "factor": factor}
     actual, wanted = evaluate(example_objective, task, OBJECTIVES["npo"], **options), truth(task, OBJECTIVES["npo"])
@@ -86,7 +86,7 @@ def test_upstream_factor(capacity, factor, device, backend, chunks):
 
 @grid(capacity=CAPACITIES, trained=[(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], backend=BACKENDS)
 def test_frozen(capacity, trained, device, backend, chunks):
-    """Hidden states, head and bias each get their gradient if they ask for it, whatever else is frozen."""
+    """Hidden states, head and bias each get their gradient if they require one, with any of the others frozen."""
     task = problem(masked=0.3, device=device)
     wanted = truth(task, OBJECTIVES["simnpo"])[4:]
     actual, leaves = graph(task, OBJECTIVES["simnpo"], trained, workspace=workspace_for(capacity, task.case))
@@ -96,7 +96,7 @@ def test_frozen(capacity, trained, device, backend, chunks):
 
 
 def test_second_derivative():
-    """A gradient of the gradient is refused in words, not left out of a sum."""
+    """A gradient of the gradient raises a clear error, instead of missing in a sum."""
     actual, (hidden, _, _) = graph(problem(), OBJECTIVES["npo"])
     (gradient,) = torch.autograd.grad(actual.loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
@@ -105,7 +105,7 @@ def test_second_derivative():
 
 @grid(mode=[torch.no_grad, torch.inference_mode], objective=OBJECTIVES, capacity=[None, 4, 0], backend=BACKENDS)
 def test_no_graph_without_gradients(mode, objective, capacity, device, backend, chunks):
-    """Where no gradient is recorded, the loss has no graph, is the same, and costs one product."""
+    """Without gradient recording, the loss is the same, has no graph, and costs one product."""
     task, actual = problem(masked=0.3, device=device), []
     workspace = workspace_for(capacity, task.case)
 
@@ -119,8 +119,8 @@ def test_no_graph_without_gradients(mode, objective, capacity, device, backend, 
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_constant_function_will_do_without_gradients(mode, device, backend):
-    """Where no gradient is recorded, nobody asks whether the function has one."""
+def test_constant_function_without_gradients(mode, device, backend):
+    """Without gradient recording, a function without a gradient is accepted."""
     task = problem(device=device)
     with mode():
         actual, _ = graph(task, Objective(lambda sums, counts, before: (sums > before).float()))
@@ -130,7 +130,7 @@ def test_a_constant_function_will_do_without_gradients(mode, device, backend):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("objective", [OBJECTIVES["npo"], OBJECTIVES["dpo"]], ids=["npo", "dpo"])
 def test_compile(dynamic, objective, device):
-    """torch.compile(fullgraph=True) must take it without a break and give the eager answer to rounding, at every shape."""
+    """torch.compile(fullgraph=True) must compile it and agree with eager to rounding, at every shape."""
     torch._dynamo.reset()
 
     def function(*args, **options):
@@ -143,8 +143,8 @@ def test_compile(dynamic, objective, device):
         assert_agree(actual, [t.cpu() for t in evaluate(function, task, objective)], 4e-6)
 
 
-def test_compiled_without_anything_per_example(device):
-    """A compiled call cannot count the examples, and says what to give it."""
+def test_compiled_without_tensors_per_example(device):
+    """A compiled call cannot count the examples, and its error names the remedy."""
     torch._dynamo.reset()
     task = problem(device=device)
 
@@ -155,15 +155,15 @@ def test_compiled_without_anything_per_example(device):
         torch.compile(function, fullgraph=True, backend="aot_eager")(task.case.hidden)
 
 
-# ---------------------------------------------------------------- what it costs
+# ---------------------------------------------------------------- cost
 
 
 @pytest.mark.parametrize(("dtype", "vocabulary"), [(torch.float32, 203), (torch.bfloat16, 1501)])
 @pytest.mark.parametrize(("trained", "wanted"), [((0, 1, 2), 3), ((1,), 2), ((0, 2), 2), ((2,), 1)])
 def test_products(dtype, vocabulary, trained, wanted, device, backend, chunks):
-    """Three products are enough, two without the head's gradient or the trunk's, in a workspace of one example as in a large one.
+    """Three products are enough, two with a frozen head or trunk, in a workspace of one example as in a large one.
 
-    In one of none, there is one more.
+    A workspace of 0 bytes costs one more.
     """
     task = problem(4, vocabulary, lengths=(2, 0, 1) * 25, dtype=dtype, masked=0.2, device=device)
     actual = [
@@ -177,8 +177,8 @@ def test_products(dtype, vocabulary, trained, wanted, device, backend, chunks):
     assert [len(sizes) > 1 for sizes in chunks] == [False, True, False]
 
 
-def test_a_long_example_alone_is_made_again(device, backend, chunks):
-    """Of examples of which one is longer than a chunk, that one costs a fourth product, for what does not fit, and the others none."""
+def test_only_a_long_example_is_recomputed(device, backend, chunks):
+    """An example longer than a chunk costs a fourth product for its logits that do not fit; the others do not."""
     task = problem(8, 640, lengths=(4,) * 10 + (40,), device=device)
     cost = products(
         task.case, lambda: graph(task, OBJECTIVES["npo"], workspace=bytes_of(4, task.case))[0].loss.backward()
@@ -190,7 +190,7 @@ def test_a_long_example_alone_is_made_again(device, backend, chunks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cut", [True, False])
 def test_memory(dtype, cut, device, request):
-    """Beyond the gradients, a call must take its workspace and a few numbers a row, and never N * V of anything."""
+    """Beyond the gradients, a call must allocate its workspace and a few numbers a row, never (N, V) of anything."""
     width, vocabulary, workspace = 8, 8192, 4 * MIB
     task = problem(width, vocabulary, lengths=(8,) * 120 + (64,), dtype=dtype, ordered=True, device=device)  # 32 MiB
     chunks = request.getfixturevalue("chunks") if cut else [[1024]]
@@ -203,7 +203,7 @@ def test_memory(dtype, cut, device, request):
     per_row = 1024 * 4 * (24 + vocabulary // 64 + width) + MIB // 4
     temporaries = (
         workspace if _backend.kernels_for(task.case.hidden) == "reference" else 0
-    )  # plain torch makes copies of a block
+    )  # plain PyTorch copies a block
     assert workspace // 8 < used.peak <= workspace + temporaries + answers + per_row
     assert used.largest <= workspace
     assert (len(chunks[0]) > 1) == cut

@@ -31,7 +31,7 @@ from pyunlearn.ops import kl_divergence, linear_log_likelihood, reference
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-# ---------------------------------------------------------------- the answer is right
+# ---------------------------------------------------------------- values and gradients
 
 
 @grid(dtype=DTYPES, vocabulary=[1, 2, 123, 3001], backend=BACKENDS)
@@ -42,7 +42,7 @@ def test_every_shape(dtype, vocabulary, device, backend):
 
 
 def test_large_vocabulary(device, backend):
-    """Hundreds of blocks must add up to what one gives."""
+    """Hundreds of blocks must add up to the result of one."""
     assert_right(*pair(3, (8, 5), 50257, device=device))
 
 
@@ -54,7 +54,7 @@ def test_large_vocabulary(device, backend):
     backend=BACKENDS,
 )
 def test_every_option(dtype, masked, target_shift, device, backend):
-    """Values and gradients must agree with float64 for each mix of dtype, mask, shift, biases, scale and softcap; 0 in ignored rows."""
+    """Values, 0 in ignored rows, and gradients must agree with float64 for each mix of options."""
     model, other = pair(13, (20, 7), 203, dtype=dtype, device=device, masked=masked)
     for mine, theirs, logit_scale, softcap in itertools.product([0, 1], [0, 1], [1.0, 0.0625], [None, 2.5]):
         both = model._replace(bias=model.bias if mine else None), other._replace(bias=other.bias if theirs else None)
@@ -69,7 +69,7 @@ def test_without_targets(device, backend):
 
 
 def test_adapter(device, backend):
-    """Without a head of its own, the reference has the model's, which it holds constant."""
+    """Without a head of its own, the reference uses the model's, as a constant."""
     model, other = pair(7, (8, 8), 150, device=device, masked=0.3)
     assert_right(model, other, adapter=True, target_shift=2.0)
     actual = kl_divergence(*model[:2], other.hidden, bias=model.bias, reference_bias=other.bias)
@@ -99,9 +99,10 @@ def test_workspace_changes_nothing(shape, workspace, target_shift, device, backe
     backend=BACKENDS,
 )
 def test_no_worse_than_pytorch(dtype, shape, softcap, device, backend):
-    """Against float64, values must be no further off than PyTorch's in the same dtype plus 2e-6 and two float32 roundings of the largest.
+    """Against float64, values and gradients must be no further off than PyTorch's in the same dtype.
 
-    Gradients plus 2e-6 and half the dtype's epsilon of the largest, to which they are rounded.
+    Added to the tolerance: 2e-6, and of the largest number two float32 roundings for values, and half the dtype's
+    epsilon, to which they are rounded, for gradients.
     """
     both = pair(shape[0], (507, 64), shape[1], dtype=dtype, device=device, masked=0.3)
     wanted, theirs = truth(*both, softcap=softcap), evaluate(definition, *both, softcap=softcap)
@@ -127,34 +128,43 @@ def test_mixed_dtypes(device, backend):
 
 
 def test_gradcheck(device, backend):
-    """The gradients must be those that finite differences find in float64, with everything that can be given."""
+    """The gradients must agree with finite differences in float64, with every option."""
     model, other = pair(4, (3, 5), 140, dtype=torch.float64, device=device, masked=0.2)
     for target_shift, workspace in itertools.product([0.0, 2.0, math.inf], [0, None]):
 
         def function(hidden, weight, bias, target_shift=target_shift, workspace=workspace):
             return kl_divergence(
-                hidden, weight, other.hidden, other.weight, model.targets, bias=bias, reference_bias=other.bias, logit_scale=0.5,
-                softcap=2.0, target_shift=target_shift, workspace=workspace,
-            )  # fmt: skip
+                hidden,
+                weight,
+                other.hidden,
+                other.weight,
+                model.targets,
+                bias=bias,
+                reference_bias=other.bias,
+                logit_scale=0.5,
+                softcap=2.0,
+                target_shift=target_shift,
+                workspace=workspace,
+            )
 
         assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in model[:3]], fast_mode=True)
 
 
 def test_reference_is_the_definition():
-    """pyunlearn.ops.reference must say what torch.distributions says."""
+    """pyunlearn.ops.reference must agree with torch.distributions."""
     model, other = pair(6, (8, 5), 40, dtype=torch.float64)
     z, y = (c.hidden @ c.weight.T for c in (model, other))
     p, q = (torch.distributions.Categorical(logits=x) for x in (z, y))
     assert_agree([reference.kl_divergence_of(z, y)], [torch.distributions.kl_divergence(q, p)], 1e-12)
 
 
-# ---------------------------------------------------------------- what it means
+# ---------------------------------------------------------------- meaning
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_nothing_between_equals(dtype, softcap, device, backend):
-    """Of a model from itself: 0, with gradients of 0, in any workspace."""
+    """The divergence of a model from itself is 0, with gradients of 0, in any workspace."""
     model, _ = pair(7, (16, 16), 500, dtype=dtype, device=device, masked=0.3)
     for workspace in (0, None):
         values, *gradients = evaluate(kl_divergence, model, model, softcap=softcap, workspace=workspace)
@@ -164,7 +174,7 @@ def test_nothing_between_equals(dtype, softcap, device, backend):
 
 @pytest.mark.parametrize("workspace", [0, None])
 def test_leaving_the_target_out(workspace, device, backend):
-    """From the model itself without the target (CE-U): -log(1 - p[target]), with the gradient of that."""
+    """The divergence from the model itself without the target (CE-U) is -log(1 - p[target]), gradients included."""
     model, _ = pair(9, (16, 16), 300, device=device, masked=0.3)
     actual = evaluate(kl_divergence, model, model, adapter=True, target_shift=math.inf, workspace=workspace)
 
@@ -192,7 +202,7 @@ def test_common_offset(offsets, workspace, device, backend):
 @pytest.mark.parametrize("workspace", [0, None])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_impossible_tokens(workspace, adapter, device, backend):
-    """Tokens, whole blocks of them, that the reference rules out have no mass: neither NaN, nor infinity where the model rules them out too."""
+    """Tokens and whole blocks that the reference rules out add 0: no NaN, no infinity where the model does so too."""
     model, other = pair(6, (8, 8), 500, device=device, masked=0.2)
     bias = other.bias
     bias[:130], bias[200:330], bias[499] = -torch.inf, -torch.inf, -torch.inf
@@ -205,7 +215,7 @@ def test_impossible_tokens(workspace, adapter, device, backend):
 @pytest.mark.parametrize("workspace", [0, None])
 @pytest.mark.parametrize("ruled_out", [slice(3, 4), slice(0, 128), slice(440, 500)])
 def test_infinite(workspace, ruled_out, device, backend):
-    """Where the model rules out what the reference does not, KL is infinite, and the gradient finite."""
+    """A token that the model rules out and the reference does not makes KL infinite, with a finite gradient."""
     model, other = pair(4, (8, 5), 500, device=device)
     model.bias[ruled_out] = -torch.inf
     actual = evaluate(kl_divergence, model, other, workspace=workspace)
@@ -216,7 +226,7 @@ def test_infinite(workspace, ruled_out, device, backend):
 @pytest.mark.parametrize("workspace", [0, None])
 @pytest.mark.parametrize("step", [300.0, 2000.0])
 def test_mass_that_vanishes(workspace, step, device, backend):
-    """What the model rules out and the reference first has mass on, but none beside a later token: never NaN."""
+    """A ruled-out token whose reference mass vanishes next to a later token gives no NaN."""
     weight, reference_weight, bias = torch.zeros(200, 1), torch.zeros(200, 1), torch.zeros(200)
     reference_weight[150], bias[3] = step, -torch.inf
     hidden = torch.ones(1, 1, device=device)
@@ -227,7 +237,7 @@ def test_mass_that_vanishes(workspace, step, device, backend):
 
 
 def test_rows_are_apart(device, backend):
-    """A NaN in a row of either side must stay in that row, and what an ignored row holds must not matter at all."""
+    """A NaN in a row of either side must stay in that row, and the contents of ignored rows must not matter."""
     model, other = pair(6, (8, 5), 200, device=device)
     model.hidden[2], other.hidden[4] = torch.nan, torch.nan
     values, _ = graph(kl_divergence, model, other)
@@ -265,7 +275,7 @@ def test_ignore_index(device, backend):
 
 @pytest.mark.parametrize("workspace", [0, 30_000, None])
 def test_second_backward(workspace, device, backend):
-    """Backward again and again over a retained graph, and another run, must give the same bits, asked for together or apart."""
+    """Repeated backward passes of a retained graph, and another run, give the same bits, for all leaves or for one."""
     both = pair(11, (16, 8), 900, device=device, masked=0.3)
     values, leaves = graph(kl_divergence, *both, target_shift=2.0, workspace=workspace)
     first = torch.autograd.grad(values.sum(), leaves, retain_graph=True)
@@ -281,15 +291,21 @@ def test_second_backward(workspace, device, backend):
 @pytest.mark.parametrize("workspace", [0, 30_000, None])
 @pytest.mark.parametrize("itself", [False, True])
 def test_saved_elsewhere(itself, workspace, device, backend):
-    """Saved tensors that come back from other memory must change no gradient, the model being its own reference too."""
+    """Saved tensors stored in other memory must change no gradient, also where the model is its own reference."""
     model, other = pair(11, (16, 8), 900, device=device, masked=0.3)
 
     def gradients():
         leaves = [t.clone().requires_grad_() for t in model[:3]]
         theirs = [t.detach() for t in leaves] if itself else other[:3]
         values = kl_divergence(
-            *leaves[:2], *theirs[:2], model.targets, bias=leaves[2], reference_bias=theirs[2], target_shift=2.0, workspace=workspace
-        )  # fmt: skip
+            *leaves[:2],
+            *theirs[:2],
+            model.targets,
+            bias=leaves[2],
+            reference_bias=theirs[2],
+            target_shift=2.0,
+            workspace=workspace,
+        )
         return torch.autograd.grad(values, leaves, coefficients_of(values))
 
     wanted = gradients()
@@ -298,7 +314,7 @@ def test_saved_elsewhere(itself, workspace, device, backend):
 
 
 def test_second_derivative():
-    """A gradient of the gradient is refused in words."""
+    """A gradient of the gradient raises a clear error."""
     values, (hidden, *_) = graph(kl_divergence, *pair(3, (4, 5), 10))
     (gradient,) = torch.autograd.grad(values.sum(), hidden, create_graph=True)
     with pytest.raises(NotImplementedError, match="twice"):
@@ -306,7 +322,7 @@ def test_second_derivative():
 
 
 def test_the_reference_is_constant(device, backend):
-    """The reference never gets a gradient, and under no_grad, or if all else is constant, there is no graph."""
+    """The reference never gets a gradient, and under no_grad, or if the model is constant, there is no graph."""
     model, other = pair(5, (8, 8), 90, device=device)
     theirs = [t.requires_grad_() for t in other[:3]]
     task = (theirs[0], theirs[1], model.targets)

@@ -23,11 +23,11 @@ from pyunlearn.ops._plan import MIB
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-# ---------------------------------------------------------------- what it costs, and PyTorch's own checks
+# ---------------------------------------------------------------- cost, and PyTorch's own checks
 
 
 def watched():
-    """Allocations that see into kl_divergence."""
+    """Return Allocations that record inside kl_divergence."""
     used, ops = Allocations(), torch.ops.pyunlearn
     used.inside[ops.kl_divergence.default] = op_module._forward
     used.inside[ops.kl_divergence_backward.default] = op_module._backward
@@ -36,7 +36,7 @@ def watched():
 
 @pytest.mark.parametrize(("trained", "wanted"), [((0, 1, 2), 2), ((0,), 1), ((1,), 1), ((2,), 0)])
 def test_products(trained, wanted, device, backend):
-    """Two products forward, one backward for each of hidden states and head that is trained, and two more where nothing was kept."""
+    """Two products forward, one backward for hidden states and for the head if trained, two to recompute logits."""
     model, other = pair(90, (8, 8), 203, device=device, masked=0.3)
     full = evaluate(kl_divergence, model, other)[1:]
     for workspace, again in ((None, 0), (0, 2)):
@@ -55,7 +55,7 @@ def test_products(trained, wanted, device, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("masked", [0.0, 0.3])
 def test_itself_as_reference_is_one_product(dtype, masked, device, backend):
-    """The model's own tensors as the reference: the same bits as a copy of them, in one product less forward, and one less where nothing was kept."""
+    """The model as its own reference gives the bits of a copy, with one product less forward and to recompute."""
     model, _ = pair(90, (8, 8), 203, dtype=dtype, device=device, masked=masked)
 
     def run(reference, workspace):
@@ -76,7 +76,7 @@ def test_itself_as_reference_is_one_product(dtype, masked, device, backend):
 
 @pytest.mark.parametrize("reference", ["itself", "another"])
 def test_masked_rows_take_no_workspace(reference, device, backend):
-    """A workspace that holds both logits of the rows that count keeps all of them, whatever is masked beside them; nothing is multiplied twice."""
+    """A workspace that fits both logits of the live rows caches all of them, so that no product is computed twice."""
     model, other = pair(64, (20, 8), 703, device=device, masked=0.7)
     other = model if reference == "itself" else other
     live, workspace = int((model.targets >= 0).sum()), 240_000
@@ -98,8 +98,8 @@ def test_masked_rows_take_no_workspace(reference, device, backend):
 
 
 @pytest.mark.parametrize("ignore_index", [None, -100])
-def test_backward_never_asks(ignore_index, device, backend, monkeypatch):
-    """Which rows count is asked once, in forward, and not at all with ignore_index=None: on a card every question stops the queue."""
+def test_backward_counts_no_rows(ignore_index, device, backend, monkeypatch):
+    """Live rows are counted once, in forward, and never with ignore_index=None: on a GPU a count synchronizes."""
     model, other = pair(40, (8, 5), 203, device=device, masked=0.0 if ignore_index is None else 0.4)
     queries, original = [], op_module.live_rows
 
@@ -117,8 +117,8 @@ def test_backward_never_asks(ignore_index, device, backend, monkeypatch):
 
 
 @on_gpu
-def test_backward_never_waits(device, backend):
-    """Once the values are there, nothing waits for the card, with or without ignored rows."""
+def test_backward_never_synchronizes(device, backend):
+    """The backward pass does not synchronize with the GPU, with or without ignored rows."""
     for masked in (0.4, 0.0):
         model, other = pair(40, (8, 5), 203, device=device, masked=masked)
         values, leaves = graph(kl_divergence, model, other)
@@ -133,7 +133,7 @@ def test_backward_never_waits(device, backend):
 
 
 def graph_without(model, other):
-    """The values alone."""
+    """Compute the values alone."""
     with watched():
         graph(kl_divergence, model, other, ())
 
@@ -142,7 +142,7 @@ def graph_without(model, other):
 @pytest.mark.parametrize("workspace", [MIB, 4 * MIB])
 @pytest.mark.parametrize("trained", [True, False])
 def test_memory(dtype, workspace, trained, device):
-    """Beyond the gradients, a call must take its workspace and a few numbers a row, and never N * V of anything."""
+    """Beyond the gradients, a call must allocate its workspace and a few numbers a row, never (N, V) of anything."""
     rows, width, vocabulary = 1024, 8, 8192  # 32 MiB of float32 logits, twice
     model, other = pair(rows, (width, 4), vocabulary, dtype=dtype, device=device)
     with watched() as used:
@@ -152,17 +152,15 @@ def test_memory(dtype, workspace, trained, device):
     leaves = sum(t.numel() * t.element_size() for t in model[:3])
     answers = leaves + (sum(t.numel() * (t.element_size() + 4) for t in model[:3]) if trained else 0)
     per_row = rows * 4 * (24 + 2 * width) + MIB // 4
-    copies = (
-        4 * workspace if _backend.kernels_for(model.hidden) == "reference" else 0
-    )  # plain torch makes them of a block
+    copies = 4 * workspace if _backend.kernels_for(model.hidden) == "reference" else 0  # plain PyTorch copies a block
     assert workspace // 8 < used.peak <= workspace + copies + answers + per_row
     assert used.largest <= workspace
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("workspace", [17, 20, 24, 32, 128, 132, 144])
-def test_memory_of_what_is_kept(dtype, workspace, device):
-    """However many groups are kept, of one block or of several, they and a group's gradient fit the workspace, which is put to use."""
+def test_memory_of_cached_groups(dtype, workspace, device):
+    """Cached groups, of one block or several, and a group's gradient fit the workspace and use at least half of it."""
     rows, width, vocabulary = (
         1024,
         8,
@@ -177,14 +175,12 @@ def test_memory_of_what_is_kept(dtype, workspace, device):
         values.sum().backward()
     answers = sum(t.numel() * (2 * t.element_size() + 4) for t in model[:2])
     outside = answers + rows * 4 * (24 + 2 * width) + MIB // 4
-    copies = (
-        4 * 8 * MIB if _backend.kernels_for(model.hidden) == "reference" else 0
-    )  # plain torch makes them of a block
+    copies = 4 * 8 * MIB if _backend.kernels_for(model.hidden) == "reference" else 0  # plain PyTorch copies a block
     assert used.peak <= workspace * MIB + outside + copies, (used.peak, p)
 
 
 def test_products_of_whole_groups(device, backend, monkeypatch):
-    """The gradient's products are made of a group of blocks at a time, so the hidden one is a sum of few."""
+    """The gradient's products take a group of blocks at a time, so the hidden gradient is a sum of few terms."""
     model, other = pair(3, (8, 5), 50257, device=device, bias=False)  # blocks of 8192 columns, groups of four or eight
     sums, add_product = [], op_module.add_product
     monkeypatch.setattr(op_module, "add_product", lambda out, a, b: sums.append(a.shape[1]) or add_product(out, a, b))
@@ -195,7 +191,7 @@ def test_products_of_whole_groups(device, backend, monkeypatch):
 
 
 def test_opcheck(device):
-    """torch.library must find schema, fake kernels and autograd of both ops in order."""
+    """Schema, fake kernels and autograd of both ops must pass torch.library.opcheck."""
     op, back = torch.ops.pyunlearn.kl_divergence.default, torch.ops.pyunlearn.kl_divergence_backward.default
     model, other = pair(4, (8, 5), 90, device=device)
     leaves = [t.clone().requires_grad_() for t in model[:3]]
@@ -211,7 +207,7 @@ def test_opcheck(device):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic, device):
-    """torch.compile(fullgraph=True) must take it without a break and give the eager answer, at every shape."""
+    """torch.compile(fullgraph=True) must compile it and agree with eager bit for bit, at every shape."""
     torch._dynamo.reset()
 
     def function(*args, **options):
@@ -233,7 +229,10 @@ def test_compile(dynamic, device):
         ({"targets": ids(4)}, r"one token id for each row of hidden, shape \(3,\), got \(4,\)"),
         ({"hidden": ids(3, 4)}, r"hidden must be a float32, .*, got torch\.int64"),
         ({"reference_hidden": ids(3, 5)}, r"reference_hidden must be a floating-point tensor, got torch\.int64"),
-        ({"reference_hidden": torch.ones(4, 5)}, r"must have the rows of hidden, shape \(3, 'D'\) on cpu, got \(4, 5\)"),
+        (
+            {"reference_hidden": torch.ones(4, 5)},
+            r"must have the rows of hidden, shape \(3, 'D'\) on cpu, " r"got \(4, 5\)",
+        ),
         ({"reference_hidden": torch.ones(3, 5, **elsewhere)}, r"must have the rows of hidden, .* got \(3, 5\) on meta"),
         ({"reference_hidden": torch.ones(3, 6)}, r"the reference's weight must have shape \(V, 6\)"),
         ({"reference_weight": torch.ones(11, 5)}, "must have one vocabulary, got 10 and 11 entries"),
@@ -247,9 +246,9 @@ def test_compile(dynamic, device):
         ({"softcap": 0.0}, r"softcap must be positive, got 0\.0"),
         ({"workspace": -1}, "workspace must be a number of bytes, 0 or more, got -1"),
     ],
-)  # fmt: skip
+)
 def test_errors(changes, sentence):
-    """Each wrong argument is named with what was wanted and what came."""
+    """Each wrong argument raises an error that names it, the requirement and the value."""
     model, other = pair(3, (4, 5), 10)
     valid = {"hidden": model.hidden, "weight": model.weight, "reference_hidden": other.hidden}
     with pytest.raises(ArgumentError, match=sentence):

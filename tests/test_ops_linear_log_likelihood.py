@@ -26,13 +26,13 @@ from linear_cases import OPS, both_ops, evaluate, truth
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _hopper_use, _passes, linear_log_likelihood, log_likelihood, reference
 
-# ---------------------------------------------------------------- both ops: the answer is right
+# ---------------------------------------------------------------- both ops: values and gradients
 
 
 @both_ops
 @pytest.mark.parametrize("width", [1, 64, 123, 896, 2304])
 def test_every_width(op, width, device, backend):
-    """Values and gradients must agree with float64 for any hidden size, bias included once."""
+    """Values and gradients must agree with float64 for any hidden size, with the bias counted once."""
     case = make(5, width, 300, device=device)
     assert_agree(evaluate(op, case, workspace=0), truth(case), 4e-6)
 
@@ -47,7 +47,8 @@ def test_every_width(op, width, device, backend):
 def test_every_vocabulary(op, vocabulary, softcap, device, backend):
     """Values and gradients must agree with float64 for any vocabulary, whole blocks or not, padding never counted.
 
-    Plus PyTorch's own error: a float32 sum over so many columns is only as good as the machine's product makes it.
+    PyTorch's own error is added to the tolerance: over this many columns the accuracy of a float32 sum depends on the
+    machine's product.
     """
     case = make(3, 4, vocabulary, device=device)
     wanted = truth(case, softcap=softcap)
@@ -78,7 +79,7 @@ def test_every_option(op, dtype, masked, bias, logit_scale, softcap, device, bac
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 @pytest.mark.parametrize("through", ["bias", "product"])
 def test_common_offset(op, offset, through, device, backend):
-    """Logits that all lie near +-10000 must give what their differences say, to what float32 holds at 10000."""
+    """Logits that all lie near +-10000 give the result of their differences, to float32's spacing at 10000."""
     case = make(6, 16, 500, device=device)
     if through == "bias":
         case = case._replace(bias=case.bias + offset)
@@ -91,7 +92,7 @@ def test_common_offset(op, offset, through, device, backend):
 @pytest.mark.parametrize("workspace", [0, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_exact_common_offset_changes_nothing(op, dtype, workspace, device, backend):
-    """A constant on all logits of a row drops out of the softmax: where adding it is exact, values and gradients keep every bit.
+    """A constant on all logits of a row, where adding it is exact, changes no bit of values and gradients.
 
     Statistics that go through the rounded log of the sum lose as many bits as the offset has: at 65536, all but 7.
     """
@@ -102,14 +103,14 @@ def test_an_exact_common_offset_changes_nothing(op, dtype, workspace, device, ba
     shifted = case._replace(bias=case.bias + 65536)
     actual, wanted = evaluate(op, shifted, workspace=workspace), evaluate(op, case, workspace=workspace)
     if op is linear_log_likelihood and _hopper_use.serves(case.hidden, case.weight):
-        assert_agree(actual, wanted, 4e-3)  # what is kept there is relative to 0, so it is rounded elsewhere
+        assert_agree(actual, wanted, 4e-3)  # stored relative to 0 there, so rounding differs
     else:
         assert_equal(actual, wanted)
 
 
 @both_ops
 def test_certain_target(op, device, backend):
-    """The gradient 1 - p of a nearly certain token must keep its digits, however large the logits."""
+    """The gradient 1 - p of a nearly certain token must have full relative precision, for large logits too."""
     vocabulary, gap = 50, 12.0
     weight = torch.zeros(vocabulary, 1)
     weight[7] = gap
@@ -120,7 +121,7 @@ def test_certain_target(op, device, backend):
     assert actual == pytest.approx(wanted, rel=1e-3)
     logits = case.weight[:, 0] + case.bias
     naive = 1 - (logits[7] - logits.logsumexp(0)).exp().item()
-    assert naive != pytest.approx(wanted, rel=0.1)  # what the test is for
+    assert naive != pytest.approx(wanted, rel=0.1)  # the naive formula fails here
 
 
 @both_ops
@@ -137,7 +138,7 @@ def test_impossible_tokens(op, workspace, device, backend):
 
 @both_ops
 def test_rows_are_apart(op, device, backend):
-    """A NaN in one row must stay in that row, and what an ignored row holds must not matter at all."""
+    """A NaN in one row must stay in that row, and the contents of an ignored row must not matter."""
     case = make(6, 8, 200, device=device)
     wanted = truth(case._replace(targets=torch.tensor([1, 2, -100, 3, 4, 5])))
     case.hidden[2] = torch.nan
@@ -168,7 +169,7 @@ def test_nothing_scored(op, rows, device, backend):
 @both_ops
 @pytest.mark.parametrize("workspace", [0, None])
 def test_second_backward(op, workspace, device, backend):
-    """Backward again and again over a retained graph must give the same gradients, asked for together or apart."""
+    """Repeated backward passes of a retained graph give the same gradients, for all leaves or for one."""
     hidden, weight, bias, targets = make(7, 16, 300, device=device, masked=0.3)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     total = op(hidden, weight, targets, bias=bias, workspace=workspace).sum()
@@ -180,7 +181,7 @@ def test_second_backward(op, workspace, device, backend):
 
 @both_ops
 def test_saved_elsewhere(op, device, backend):
-    """Checkpointing, and saved tensors kept elsewhere, must change no gradient."""
+    """Checkpointing, and saved tensors stored in other memory, must change no gradient."""
     case = make(7, 16, 300, device=device, masked=0.3)
 
     def checkpointed(*args, **options):
@@ -194,7 +195,7 @@ def test_saved_elsewhere(op, device, backend):
 
 @both_ops
 def test_two_runs(op, device, backend):
-    """The same inputs must give the same bits again."""
+    """Two calls with the same inputs must give the same bits."""
     case = make(65, 33, 1000, device=device, masked=0.3)
     assert_equal(evaluate(op, case, softcap=9.0), evaluate(op, case, softcap=9.0))
 
@@ -202,7 +203,7 @@ def test_two_runs(op, device, backend):
 @both_ops
 @pytest.mark.parametrize("wrong", [-1, 100, -101, 2**40])
 def test_target_out_of_range(op, wrong, device, backend, monkeypatch):
-    """A target outside the vocabulary is an error on the CPU; the kernels alone, as on a card, say NaN in its row."""
+    """A target outside the vocabulary is an error on the CPU; the kernels, as on a GPU, give NaN in its row."""
     case = make(4, 8, 100, device=device)
     case.targets[2] = wrong
     if device == "cpu":
@@ -238,7 +239,7 @@ def test_leading_dimensions(op, shape, device, backend):
 
 @both_ops
 def test_layouts(op, device, backend):
-    """Transposed, sliced and expanded inputs must count as the numbers they show."""
+    """Transposed, sliced and expanded inputs must give the result of contiguous copies."""
     case = make(6, 8, 90, device=device)
     wide = torch.full((12,), 3, device=device)
     wide[::2] = case.targets
@@ -246,7 +247,9 @@ def test_layouts(op, device, backend):
     sliced[:, ::2] = case.hidden
     shown = Case(sliced[:, ::2], case.weight.T.contiguous().T, case.bias.repeat_interleave(3)[::3], wide[::2])
     assert not any(t.is_contiguous() for t in shown)
-    hidden, weight, bias = (t.detach().requires_grad_() for t in shown[:3])  # keeps the strides, which clone() mends
+    hidden, weight, bias = (
+        t.detach().requires_grad_() for t in shown[:3]
+    )  # preserves the strides, which clone() would not
     values = op(hidden, weight, shown.targets, bias=bias)
     coefficients = torch.ones((), device=device).expand(6)
     actual = [values.detach(), *torch.autograd.grad(values, (hidden, weight, bias), coefficients)]
@@ -258,7 +261,7 @@ def test_layouts(op, device, backend):
 
 @both_ops
 def test_second_derivative(op):
-    """A gradient of the gradient is refused in words, not given wrong."""
+    """A gradient of the gradient raises a clear error, instead of being wrong."""
     case = make(3, 4, 10)
     hidden = case.hidden.requires_grad_()
     (gradient,) = torch.autograd.grad(op(hidden, case.weight, case.targets).sum(), hidden, create_graph=True)
@@ -268,7 +271,7 @@ def test_second_derivative(op):
 
 @both_ops
 def test_no_graph_without_gradients(op):
-    """Without an input that wants a gradient, or under no_grad, nothing is kept for one."""
+    """Without an input that requires a gradient, or under no_grad, the result has no graph."""
     case = make(3, 4, 10)
     assert not op(*case[:2], case.targets).requires_grad
     with torch.no_grad():
@@ -279,7 +282,7 @@ def test_no_graph_without_gradients(op):
 
 
 def broken(**changes):
-    """Valid arguments but for the changes."""
+    """Return valid arguments, overridden by the changes."""
     case = make(3, 4, 10)
     return {"hidden": case.hidden, "weight": case.weight, "targets": case.targets} | changes
 
@@ -313,13 +316,13 @@ def broken(**changes):
     ],
 )
 def test_errors(changes, sentence):
-    """Each wrong argument is named with what was wanted and what came."""
+    """Each wrong argument raises an error that names it, the requirement and the value."""
     with pytest.raises(ArgumentError, match=sentence):
         linear_log_likelihood(**broken(**changes))
 
 
 def test_reference_is_the_definition():
-    """pyunlearn.ops.reference must say what PyTorch's cross-entropy says."""
+    """pyunlearn.ops.reference must agree with PyTorch's cross-entropy."""
     case = make(9, 16, 70, dtype=torch.float64, masked=0.3)
     options = {"bias": case.bias, "logit_scale": 0.5, "softcap": 3.0}
     actual = reference.linear_log_likelihood(*case[:2], case.targets, **options)

@@ -1,4 +1,4 @@
-"""linear_log_likelihood and log_likelihood on a GPU: CUDA graphs, streams, no synchronization, more than 2^31 logits."""
+"""linear_log_likelihood and log_likelihood on a GPU: CUDA graphs, streams, synchronization, 64-bit indices."""
 
 import pytest
 import torch
@@ -15,8 +15,6 @@ from heads import (
 from linear_cases import both_ops, evaluate, from_logits, truth
 
 from pyunlearn.ops import linear_log_likelihood
-
-# ---------------------------------------------------------------- on a card
 
 
 @on_gpu
@@ -54,7 +52,7 @@ def test_cuda_graph(op, device, backend):
 @on_gpu
 @both_ops
 def test_side_stream(op, device, backend):
-    """Work goes to the stream that is current, so a call on a busy side stream sees what came before it there."""
+    """Work is queued on the current stream, so a call on a busy side stream sees earlier work there."""
     case = make(200, 64, 5000, device=device, masked=0.3)
     wanted = evaluate(op, case)
     late = torch.zeros_like(case.hidden)
@@ -69,8 +67,8 @@ def test_side_stream(op, device, backend):
 
 
 @on_gpu
-def test_no_wait_for_the_card(device, backend):
-    """Nothing waits for the card, forward or backward; but to drop rows linear_log_likelihood waits once, before anything else."""
+def test_no_synchronization(device, backend):
+    """Nothing synchronizes with the GPU, forward or backward, except for dropping ignored rows at the start."""
     case = make(32, 16, 500, device=device, masked=0.3)
     hidden, weight = (t.clone().requires_grad_() for t in case[:2])
     live = case.targets >= 0
@@ -88,7 +86,7 @@ def test_no_wait_for_the_card(device, backend):
 
 @on_gpu
 def test_past_32_bits(device, backend):
-    """Past 2^31 logits indices must not wrap: every row of 20000 x 128256 has the value that it has alone."""
+    """Beyond 2^31 logits indices must not wrap: every row of 20000 x 128256 has the value that it has alone."""
     case = make(20000, 16, 128256, device=device, dtype=torch.bfloat16, bias=False)
     actual = linear_log_likelihood(*case[:2], case.targets)
     some = torch.tensor([0, 1, 9999, 16743, 16744, 19998, 19999])  # 16744 * 128256 > 2^31
@@ -97,10 +95,10 @@ def test_past_32_bits(device, backend):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @both_ops
-def test_another_card(op):
-    """Tensors of the second card are served there while the first is current."""
+def test_second_gpu(op):
+    """Tensors of the second GPU are processed there while the first is current."""
     case = make(20, 16, 500, masked=0.3)
     with torch.cuda.device(0):
         assert_agree(evaluate(op, cast(case, device="cuda:1")), truth(case), 4e-6)

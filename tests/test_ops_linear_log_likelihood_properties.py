@@ -82,7 +82,7 @@ def test_workspace_changes_nothing(shape, workspace, softcap, device, backend):
 @both_ops
 @pytest.mark.parametrize("workspace", [0, None])
 def test_gradcheck(op, workspace, device, backend):
-    """The gradients must be those that finite differences find in float64, with bias, scale and softcap."""
+    """The gradients must agree with finite differences in float64, with bias, scale and softcap."""
     case = make(4, 3, 140, dtype=torch.float64, device=device, masked=0.2)
     options = {"logit_scale": 0.5, "softcap": 2.0, "workspace": workspace}
 
@@ -93,7 +93,7 @@ def test_gradcheck(op, workspace, device, backend):
 
 
 def test_opcheck(device):
-    """torch.library must find schema, fake kernels and autograd of every op in order."""
+    """Schema, fake kernels and autograd of every op must pass torch.library.opcheck."""
     ops, (hidden, weight, bias, targets) = torch.ops.pyunlearn, make(4, 8, 90, device=device)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
     for args in (  # chosen so that all that is allocated is filled, for opcheck compares it
@@ -117,7 +117,7 @@ def test_opcheck(device):
 @both_ops
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(op, dynamic, device):
-    """torch.compile(fullgraph=True) must take it without a break and give the eager answer, at every shape."""
+    """torch.compile(fullgraph=True) must compile it and agree with eager bit for bit, at every shape."""
     torch._dynamo.reset()
 
     def function(hidden, weight, targets, bias):
@@ -144,8 +144,8 @@ def test_compile(op, dynamic, device):
 def test_no_worse_than_pytorch(dtype, shape, softcap, workspace, device, backend):
     """Against float64, values and gradients must be no further off than PyTorch's in the same dtype.
 
-    Plus 2e-6 for values, which are float32 whatever the dtype. For gradients, plus half the dtype's epsilon, to which they
-    are rounded, and 2e-6 for the order of float32 sums.
+    Added to the tolerance: 2e-6 for values, which are float32 in every dtype; for gradients, half the dtype's epsilon,
+    to which they are rounded, and 2e-6 for the order of float32 sums.
     """
     case = make(*shape, dtype=dtype, device=device, masked=0.3)
     wanted = truth(case, softcap=softcap)
@@ -159,7 +159,7 @@ def test_no_worse_than_pytorch(dtype, shape, softcap, workspace, device, backend
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_statistics_are_never_rounded(dtype, device, backend):
-    """From 16-bit inputs values must be good to float32: logits are not rounded on the way (which costs 1e-2)."""
+    """Values of 16-bit inputs must be right to float32: rounding the logits on the way would cost 1e-2."""
     case = make(50, 256, 1000, dtype=dtype, device=device)
     actual = linear_log_likelihood(*case[:2], case.targets, bias=case.bias)
     assert actual.dtype is torch.float32
@@ -167,7 +167,7 @@ def test_statistics_are_never_rounded(dtype, device, backend):
 
 
 def test_mixed_dtypes(device, backend):
-    """Hidden states, head and bias of different dtypes meet in the widest; each gradient comes back in its own."""
+    """Hidden states, head and bias are computed in their widest dtype; each gradient comes back in its own."""
     case = make(9, 16, 200, device=device)
     mixed = Case(case.hidden.bfloat16(), case.weight, case.bias.half(), case.targets)
     actual = evaluate(linear_log_likelihood, mixed)
@@ -177,7 +177,7 @@ def test_mixed_dtypes(device, backend):
 
 
 def test_autocast(device, backend):
-    """Under autocast the product takes 16-bit operands, and gradients come back in the parameters' own dtype."""
+    """Autocast gives the product 16-bit operands, and gradients come back in the parameters' own dtype."""
     case = make(9, 16, 200, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
         actual = evaluate(linear_log_likelihood, case)

@@ -1,4 +1,4 @@
-"""linear_log_likelihood with parts of it frozen, and in any workspace."""
+"""linear_log_likelihood with a frozen head or trunk, and in any workspace."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from pyunlearn.ops._plan import MIB, Plan, default_workspace, plan
 
 @grid(trained=[(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], workspace=[0, None], backend=BACKENDS)
 def test_frozen(trained, workspace, device, backend):
-    """Hidden states, head and bias each get their gradient if they ask for it, whatever else is frozen."""
+    """Hidden states, head and bias each get their gradient if they require one, with any of the others frozen."""
     case = make(7, 16, 300, device=device, masked=0.3)
     wanted = truth(case, torch.ones(7))[1:]
     leaves = [t.clone().requires_grad_(i in trained) for i, t in enumerate(case[:3])]
@@ -68,8 +68,8 @@ def test_sharded_head():
     softcap=[None, 4.0],
     backend=BACKENDS,
 )
-def test_kept_or_recomputed(dtype, group, softcap, device, backend, monkeypatch):
-    """Values and gradients must be the same, bit for bit, whether logits are kept, recomputed, or some of each."""
+def test_cached_or_recomputed(dtype, group, softcap, device, backend, monkeypatch):
+    """Values and gradients have the same bits if logits are cached, recomputed, or some of each."""
     case = make(16, 24, 500, dtype=dtype, device=device, masked=0.4)
     results = []
     for cached in (0, 8 * group, 16 * 300, 16 * 500):
@@ -83,7 +83,7 @@ def test_kept_or_recomputed(dtype, group, softcap, device, backend, monkeypatch)
 
 
 def test_any_large_workspace():
-    """From 128 MiB on, the CPU's answer is the same bit for bit, kept or not."""
+    """Workspaces of 128 MiB or more give the same bits on the CPU, with logits cached or not."""
     case = make(640, 4, 65537, bias=False)  # 160 MiB of logits
     assert plan(640, 65537, torch.float32, "cpu", 128 * MIB, True).kept < len(
         plan(640, 65537, torch.float32, "cpu", None, True).groups()
@@ -95,7 +95,7 @@ def test_any_large_workspace():
 
 @grid(workspace=[0, 1, 1000, 10**5, 10**6, None, 1 << 50], dtype=[torch.float32, torch.bfloat16], backend=BACKENDS)
 def test_any_workspace(workspace, dtype, device, backend):
-    """However few bytes are allowed, the answer is right; the first digits that move are the last ones."""
+    """Any number of bytes gives the right answer; only the last digits change."""
     case = make(30, 16, 1111, dtype=dtype, device=device, masked=0.3)
     actual = evaluate(linear_log_likelihood, case, workspace=workspace)
     wanted = [t.cpu() for t in evaluate(linear_log_likelihood, case)]
@@ -104,7 +104,7 @@ def test_any_workspace(workspace, dtype, device, backend):
 
 
 def test_masked_rows_take_no_workspace(device, backend, monkeypatch):
-    """A workspace that holds the logits of the rows that count keeps all of them, whatever is masked beside them."""
+    """A workspace that fits the logits of the live rows caches all of them, with any number of masked rows."""
     case = make(64, 20, 703, device=device, masked=0.7)
     live, workspace, cached, gradient = int((case.targets >= 0).sum()), 120_000, [], _backend.gradient
     plans = [plan(n, 703, torch.float32, device, workspace, True) for n in (live, 64)]
@@ -126,7 +126,7 @@ sizes = st.integers(0, 1 << 14)
     workspace=st.none() | st.integers(0, 1 << 34),
 )
 def test_plan(rows, vocabulary, dtype, kind, workspace):
-    """Groups and blocks cover the vocabulary once, in order, and what is kept fits in what was allocated for it."""
+    """Groups and blocks cover the vocabulary once, in order, and the cached logits fit the workspace."""
     p = plan(rows, vocabulary, dtype, kind, workspace, True)
     groups = p.groups()
     blocks = [block for first, end in groups for block in p.blocks_of(first, end)]
@@ -144,7 +144,7 @@ def test_plan(rows, vocabulary, dtype, kind, workspace):
 @pytest.mark.parametrize("workspace", [MIB, 4 * MIB])
 @pytest.mark.parametrize("trained", [True, False])
 def test_memory(dtype, workspace, trained, device):
-    """Beyond the gradients, a call must take its workspace and a few numbers a row, and never N * V of anything.
+    """Beyond the gradients, a call must allocate its workspace and a few numbers a row, never (N, V) of anything.
 
     Without gradients it takes one block of logits, a quarter of the workspace.
     """
@@ -155,11 +155,9 @@ def test_memory(dtype, workspace, trained, device):
         values = linear_log_likelihood(hidden, weight, case.targets, bias=bias, workspace=workspace)
         if trained:
             values.sum().backward()
-    answers = sum(t.numel() * (t.element_size() + 4) for t in case[:3]) if trained else 0  # and the float32 behind them
+    answers = sum(t.numel() * (t.element_size() + 4) for t in case[:3]) if trained else 0  # with their float32 sums
     per_row = rows * 4 * (16 + (vocabulary // 64 if trained else 0) + width) + MIB // 4
-    temporaries = (
-        workspace if _backend.kernels_for(case.hidden) == "reference" else 0
-    )  # plain torch makes copies of a block
+    temporaries = workspace if _backend.kernels_for(case.hidden) == "reference" else 0  # plain PyTorch copies a block
     allowed = workspace if trained else workspace // 4
     assert workspace // 8 < used.peak <= allowed + temporaries + answers + per_row
     assert used.largest <= workspace

@@ -1,4 +1,4 @@
-"""Every op on a head where it has to get along with a card: repeated, on other streams, in CUDA graphs, on the second card. Those on one card need one."""
+"""Every op on a head: repeated, on other streams, in CUDA graphs, and on the second GPU."""
 
 import pytest
 import torch
@@ -18,22 +18,22 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def examples(case):
-    """Ten rows an example."""
+    """Return example indices, ten rows an example."""
     return torch.arange(len(case.targets), device=case.targets.device) // 10
 
 
 def loss(sums, counts):
-    """Of an example."""
+    """Compute an example's loss."""
     return (0.01 * sums).exp()
 
 
 def token_loss(values, example, counts):
-    """Of an example, from its tokens."""
+    """Compute each example's loss from its tokens."""
     return values.new_zeros(len(counts)).index_add(0, example, (0.1 * values).exp())
 
 
 def row_weights(case):
-    """(N,) float32."""
+    """Return weights (N,) in float32, of both signs."""
     return torch.linspace(-1, 2, len(case.targets), device=case.targets.device)
 
 
@@ -60,12 +60,12 @@ every_op = pytest.mark.parametrize("op", OPS)
 
 
 def leaves_of(case):
-    """The case with hidden, weight and bias as leaves of a graph."""
+    """Return the case with hidden, weight and bias as leaves of a graph."""
     return case._replace(**{name: getattr(case, name).detach().clone().requires_grad_() for name in case._fields[:3]})
 
 
 def values_and_gradients(op, case):
-    """What an op makes of a case of leaves, and the gradients of a weighted sum of it where it has any."""
+    """Return an op's values for a case of leaves, and the gradients of their weighted sum, if they have any."""
     values = OPS[op](case)
     if not values.requires_grad:
         return [values]
@@ -75,7 +75,7 @@ def values_and_gradients(op, case):
 
 @every_op
 def test_two_runs(op, device, backend):
-    """The same inputs give the same bits again, and those of float64 to float32's rounding."""
+    """Two calls with the same inputs give the same bits, which agree with float64 to float32 rounding."""
     case = make(60, 32, 5000, device=device, masked=0.3)
     first, again = (values_and_gradients(op, leaves_of(case)) for _ in range(2))
     assert_equal(again, first)
@@ -85,7 +85,7 @@ def test_two_runs(op, device, backend):
 @on_gpu
 @every_op
 def test_side_stream(op, device):
-    """Work goes to the stream that is current, so a call on a busy side stream sees what came before it there."""
+    """Work is queued on the current stream, so a call on a busy side stream sees earlier work there."""
     case = make(60, 32, 5000, device=device, masked=0.3)
     wanted = values_and_gradients(op, leaves_of(case))
     late = leaves_of(case._replace(hidden=torch.zeros_like(case.hidden)))
@@ -103,7 +103,7 @@ def test_side_stream(op, device):
 @on_gpu
 @pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("objective")])
 def test_cuda_graph(op, device):
-    """Forward and backward can be captured in a CUDA graph, and a replay follows new inputs and masks, whatever ignored rows hold."""
+    """A CUDA graph of forward and backward follows new inputs and masks, with NaN in ignored rows."""
     static = leaves_of(make(60, 32, 5000, device=device, masked=0.5))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -125,10 +125,10 @@ def test_cuda_graph(op, device):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @every_op
-def test_another_card(op):
-    """Tensors of the second card are served there while the first is current."""
+def test_second_gpu(op):
+    """Tensors of the second GPU are processed there while the first is current."""
     case = make(60, 32, 5000, masked=0.3)
     wanted = values_and_gradients(op, leaves_of(cast(case, dtype=torch.float64)))
     with torch.cuda.device(0):

@@ -18,23 +18,23 @@ LENGTHS = (2, 0, 9, 4, 1, 7, 5, 0)
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Small cases take chunks too; the list says which."""
+    """Split small cases into chunks too; return the list that records the rows of each."""
     return watch_chunks(monkeypatch, sys.modules["pyunlearn.ops.token_objective"])
 
 
 def of_one(x, extra):
-    """One example's loss, nonlinear in every token, with a detached weight: what the function below computes for many."""
+    """Compute one example's loss, nonlinear in every token, with a detached weight."""
     return (x.detach().exp() * x * extra).sum() / max(len(x), 1) + x.exp().sum().square()
 
 
 def function(x, example, counts, extra):
-    """The same, on many."""
+    """Compute the losses of many examples as `of_one` does one."""
     first = x.new_zeros(len(counts)).index_add(0, example, x.detach().exp() * x * extra) / counts.clamp(min=1)
     return first + x.new_zeros(len(counts)).index_add(0, example, x.exp()).square()
 
 
 def of_pairs(x, example, counts, extra):
-    """A product of two neighbours' losses."""
+    """Compute the product of two neighbours' losses."""
     return function(x, example, counts, extra).view(-1, 2).prod(1)
 
 
@@ -46,7 +46,7 @@ def problem(**options):
 
 
 def truth(case, index, extra, group_size=1, **options):
-    """(losses, gradients of hidden, weight, bias) by a loop, in float64."""
+    """Return [losses, gradients of hidden, weight, bias], from a loop in float64."""
     leaves = [t.detach().double().requires_grad_() for t in case[:3]]
     actual = plain(*leaves[:2], case.targets, bias=leaves[2], **options)
     live = case.targets != -100
@@ -70,10 +70,17 @@ def test_every_token_reaches_its_example(dtype, masked, group_size, options, bac
     for capacity in (None, 10, 1, 0):
         leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
         actual = token_objective(
-            *leaves[:2], case.targets, index, function if group_size == 1 else of_pairs,
-            extra.to(torch.promote_types(dtype, torch.float32)), examples=len(LENGTHS), group_size=group_size, bias=leaves[2],
-            workspace=None if capacity is None else bytes_of(capacity, case) if capacity else 0, **options,
-        )  # fmt: skip
+            *leaves[:2],
+            case.targets,
+            index,
+            function if group_size == 1 else of_pairs,
+            extra.to(torch.promote_types(dtype, torch.float32)),
+            examples=len(LENGTHS),
+            group_size=group_size,
+            bias=leaves[2],
+            workspace=None if capacity is None else bytes_of(capacity, case) if capacity else 0,
+            **options,
+        )
         live = case.targets != -100
         assert actual.counts.tolist() == torch.bincount(index[live], minlength=len(LENGTHS)).tolist()
         wide = cast(case, dtype=torch.float64)
@@ -87,7 +94,7 @@ def test_every_token_reaches_its_example(dtype, masked, group_size, options, bac
 
 @pytest.mark.parametrize("group_size", [1, 2])
 def test_reference_is_the_definition(group_size):
-    """pyunlearn.ops.reference must say what a loop over the examples says, and what the op says."""
+    """pyunlearn.ops.reference must agree with a loop over the examples, and the op with both."""
     case, index, extra = problem(dtype=torch.float64, masked=0.3)
     options = {"bias": case.bias, "logit_scale": 0.5, "softcap": 3.0, "examples": len(LENGTHS)}
     task = (*case[:2], case.targets, index, function if group_size == 1 else of_pairs, extra)
@@ -98,15 +105,21 @@ def test_reference_is_the_definition(group_size):
 
 @pytest.mark.parametrize("capacity", [None, 10])
 def test_two_runs(capacity, backend, chunks):
-    """The same inputs must give the same bits again, and so must backward again over a retained graph."""
+    """Two calls, and two backward passes of a retained graph, must give the same bits."""
     case, index, extra = problem(masked=0.3)
     actual = []
     for _ in range(2):
         leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
         loss = token_objective(
-            *leaves[:2], case.targets, index, function, extra.float(), examples=len(LENGTHS), bias=leaves[2],
+            *leaves[:2],
+            case.targets,
+            index,
+            function,
+            extra.float(),
+            examples=len(LENGTHS),
+            bias=leaves[2],
             workspace=bytes_of(capacity, case) if capacity else None,
-        ).loss  # fmt: skip
+        ).loss
         actual += [[loss.detach(), *torch.autograd.grad(loss, leaves, retain_graph=True)] for _ in range(2)]
     for again in actual[1:]:
         assert_equal(again, actual[0])
@@ -119,7 +132,7 @@ def smooth(x, example, counts):
 
 @pytest.mark.parametrize("capacity", [None, 10, 0])
 def test_gradcheck(capacity, backend, chunks):
-    """The gradients must be those that finite differences find in float64, with bias, scale and softcap."""
+    """The gradients must agree with finite differences in float64, with bias, scale and softcap."""
     case, index, _ = problem(dtype=torch.float64, masked=0.2)
     options = {"logit_scale": 0.5, "softcap": 2.0, "workspace": bytes_of(capacity, case) if capacity else capacity}
 
@@ -133,7 +146,7 @@ def test_gradcheck(capacity, backend, chunks):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic):
-    """torch.compile(fullgraph=True) must take it without a break and give the eager answer to rounding, at every number of rows."""
+    """torch.compile(fullgraph=True) must compile it and agree with eager to rounding, at every number of rows."""
     torch._dynamo.reset()
 
     def loss(hidden, weight, targets, index):
@@ -175,7 +188,7 @@ def test_no_worse_than_pytorch(dtype, capacity, backend, chunks):
 
 @given(order=st.randoms(use_true_random=False), capacity=st.sampled_from([None, 10, 1, 0]))
 def test_permuted_rows(order, capacity, backend, chunks):
-    """In whatever order the rows come, and in however many chunks, losses stay the same and each row keeps its gradient."""
+    """Permuting the rows, in any number of chunks, changes no loss and permutes their gradients."""
     case, index, extra = problem(masked=0.3)
     p = order.sample(range(len(index)), len(index))
 
@@ -212,9 +225,15 @@ def test_token_weights(dtype, masked, backend):
     case, index, extra = problem(dtype=dtype, masked=masked)
     leaf = case.hidden.detach().requires_grad_()
     actual = example_objective(
-        leaf, case.weight, case.targets, index, lambda s, c, z: s.square(), torch.zeros(len(LENGTHS)), bias=case.bias,
+        leaf,
+        case.weight,
+        case.targets,
+        index,
+        lambda s, c, z: s.square(),
+        torch.zeros(len(LENGTHS)),
+        bias=case.bias,
         weights=extra.float(),
-    )  # fmt: skip
+    )
     wide = cast(case, dtype=torch.float64)
     right = wide.hidden.requires_grad_()
     sums = torch.zeros(len(LENGTHS), dtype=torch.float64).index_add(
@@ -229,13 +248,19 @@ def test_token_weights(dtype, masked, backend):
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
-        (torch.ones(3), r"what is given per token must be tensors of 28 entries on cpu, got torch\.float32 of shape \(3,\)"),
+        (
+            torch.ones(3),
+            r"what is given per token must be tensors of 28 entries on cpu, " r"got torch\.float32 of shape \(3,\)",
+        ),
         (1.0, "must be tensors of 28 entries on cpu, got float"),
-        (torch.ones(28, requires_grad=True), "what is given per token gets no gradient here, and asks for one: detach it"),
+        (
+            torch.ones(28, requires_grad=True),
+            "what is given per token gets no gradient here, and asks for one: detach it",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors(extra, sentence):
-    """What does not fit is named with what was wanted."""
+    """A wrong argument raises an error that names the requirement."""
     case, index, _ = problem()
     with pytest.raises(ArgumentError, match=sentence):
         token_objective(case.hidden, case.weight, case.targets, index, function, extra)

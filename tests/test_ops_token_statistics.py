@@ -29,12 +29,12 @@ from pyunlearn.ops import reference, token_statistics, token_statistics_from_log
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-# ---------------------------------------------------------------- the answer is right
+# ---------------------------------------------------------------- values and gradients
 
 
 @grid(dtype=DTYPES, vocabulary=[1, 2, 123, 3001], backend=BACKENDS)
 def test_every_shape(dtype, vocabulary, device, backend):
-    """All four fields must agree with float64 for any width and vocabulary, whole blocks or not, padding never counted."""
+    """All four fields must agree with float64 for any width and vocabulary; padding of blocks never counts."""
     for width, workspace in itertools.product([1, 64, 123], [0, None]):
         case = make(7, width, vocabulary, dtype=dtype, device=device)
         assert_right(scored(case, workspace=workspace), case)
@@ -43,7 +43,7 @@ def test_every_shape(dtype, vocabulary, device, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocabulary", [50257, 65537])
 def test_large_vocabularies(dtype, vocabulary, device, backend):
-    """Hundreds of blocks must add up to what one gives."""
+    """Hundreds of blocks must add up to the result of one."""
     case = make(5, 8, vocabulary, dtype=dtype, device=device)
     for workspace in (0, None):
         assert_right(scored(case, workspace=workspace), case)
@@ -51,7 +51,7 @@ def test_large_vocabularies(dtype, vocabulary, device, backend):
 
 @grid(dtype=DTYPES, masked=[0.0, 0.6, 1.0], backend=BACKENDS)
 def test_every_option(dtype, masked, device, backend):
-    """All four fields must agree with float64 for each mix of dtype, mask, bias, scale and softcap, 0 in ignored rows."""
+    """All four fields, 0 in ignored rows, must agree with float64 for each mix of options."""
     for bias, logit_scale, softcap in itertools.product([False, True], [1.0, 0.0625], [None, 2.5]):
         case = make(13, 20, 203, dtype=dtype, device=device, bias=bias, masked=masked)
         options = {"logit_scale": logit_scale, "softcap": softcap}
@@ -63,7 +63,7 @@ def test_every_option(dtype, masked, device, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_workspace(dtype, device, backend):
-    """However few bytes are allowed, the rank is the same and the others move in their last digits."""
+    """Any number of bytes gives the same rank, and changes only the last digits of the other fields."""
     case = make(30, 16, 1111, dtype=dtype, device=device, masked=0.3)
     wanted = scored(case)
     for workspace in (0, 1, 1000, 10**5, 1 << 50):
@@ -80,7 +80,7 @@ def test_any_workspace(dtype, device, backend):
     backend=BACKENDS,
 )
 def test_no_worse_than_pytorch(dtype, shape, softcap, device, backend):
-    """Against float64, no field may be further off than plain PyTorch, float32 from logits of the same dtype, plus 2e-6 (of its size, above 1)."""
+    """Against float64, no field is further off than float32 PyTorch from logits of the same dtype, plus 2e-6."""
     case = make(*shape, dtype=dtype, device=device, masked=0.3)
     wanted, theirs = truth(case, softcap=softcap), definition(logits_of(case, softcap=softcap).float(), case.targets)
     for workspace in (0, None):
@@ -91,7 +91,7 @@ def test_no_worse_than_pytorch(dtype, shape, softcap, device, backend):
 
 
 def test_reference_is_the_definition():
-    """pyunlearn.ops.reference must say what a loop over the tokens says."""
+    """pyunlearn.ops.reference must agree with a loop over the tokens."""
     z = logits_of(make(4, 8, 30, dtype=torch.float64))
     z[2, 4:9] = -torch.inf
     targets = torch.tensor([0, 7, 11, 29])
@@ -110,7 +110,7 @@ def test_reference_is_the_definition():
 
 @grid(dtype=[torch.float32, torch.bfloat16], bias=[False, True], width=[1, 64, 1000], backend=BACKENDS)
 def test_first_choice(dtype, bias, width, device, backend):
-    """The largest logit has rank 0 and the next one 1 unless float32 cannot tell them apart: rounding the target never counts."""
+    """The largest logit has rank 0 and the next one 1, unless float32 cannot tell them apart; rounding never counts."""
     case = make(1500, width, 150, dtype=dtype, device=device, bias=bias)
     z = logits_of(exact(case))
     two, order = z.topk(2, dim=1)
@@ -126,7 +126,7 @@ def test_first_choice(dtype, bias, width, device, backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_a_token_and_its_copies(dtype, softcap, device, backend):
-    """Copies of the target's row of the head tie with it, wherever they stand, and never count."""
+    """Copies of the target's row of the head, anywhere in the vocabulary, tie with it and never count."""
     case = make(400, 96, 41, dtype=dtype, device=device)
     z = logits_of(exact(case), softcap=softcap)
     right = 5 * (z > z.gather(1, case.targets.cpu()[:, None])).sum(dim=1)
@@ -191,7 +191,7 @@ def test_impossible_tokens(dtype, device, backend):
 @both_ops
 @pytest.mark.parametrize("logit_scale", [1.0, 0.5])
 def test_impossible_target(op, logit_scale, device, backend):
-    """A target whose own logit is -inf has log-likelihood -inf, and all possible tokens stand before it."""
+    """A target whose own logit is -inf has log-likelihood -inf, and all possible tokens rank before it."""
     case = make(3, 8, 90, device=device)
     case.bias[5:8], case.targets[:] = -torch.inf, 6
     actual = op(*case[:2], case.targets, bias=case.bias, logit_scale=logit_scale)
@@ -217,7 +217,7 @@ def test_no_distribution(device, backend):
     assert (actual.rank.cpu()[bad] == -1).all()
     assert_equal([x[~bad] for x in actual], [x[~bad] for x in good])
     case.targets[1:4] = -100
-    assert not any(x[1:4].any() for x in scored(case))  # what an ignored row holds does not matter
+    assert not any(x[1:4].any() for x in scored(case))  # the contents of an ignored row do not matter
 
 
 @pytest.mark.parametrize("gap", [3.0, 12.0, 17.0, 60.0, 200.0])
@@ -233,7 +233,7 @@ def test_nearly_certain(gap, device, backend):
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 123, 50257])
 def test_uniform(vocabulary, device, backend):
-    """Where every token is as likely, the entropy is log V, the variance 0, and no token stands before any other."""
+    """Uniform logits have entropy log V, variance 0 and rank 0."""
     case = Case(
         torch.zeros(2, 3), torch.ones(vocabulary, 3), torch.full((vocabulary,), 2.5), ids(2) * (vocabulary // 2)
     )
@@ -255,7 +255,7 @@ def test_leading_dimensions(op, shape, device, backend):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, device, backend):
-    """Logits in any layout must count as the numbers they show."""
+    """Logits in any memory layout must give the result of a contiguous copy."""
     for rows, vocabulary in ((1, 131), (6, 131), (6, 1)):
         case = make(rows, 8, vocabulary, device=device)
         shown = LAYOUTS[layout](logits_of(case))
@@ -265,7 +265,7 @@ def test_layouts(layout, device, backend):
 
 @both_ops
 def test_no_gradient(op, device):
-    """No field has a graph, whatever asks for a gradient."""
+    """No field has a graph, for inputs that require a gradient too."""
     case = make(4, 8, 90, device=device)
     hidden, weight, bias = (t.requires_grad_() for t in case[:3])
     assert not any(x.requires_grad for x in op(hidden, weight, case.targets, bias=bias))
@@ -273,14 +273,14 @@ def test_no_gradient(op, device):
 
 @both_ops
 def test_two_runs(op, device, backend):
-    """The same inputs must give the same bits again."""
+    """Two calls with the same inputs must give the same bits."""
     case = make(65, 33, 1000, device=device, masked=0.3)
     first, second = (op(*case[:2], case.targets, bias=case.bias, softcap=9.0) for _ in range(2))
     assert_equal(second, first)
 
 
 def test_mixed_dtypes(device, backend):
-    """Hidden states, head and bias of different dtypes meet in the widest."""
+    """Hidden states, head and bias of different dtypes are computed in the widest."""
     case = make(9, 16, 200, device=device)
     mixed = Case(case.hidden.bfloat16(), case.weight, case.bias.double(), case.targets)
     assert_agree(scored(mixed), truth(mixed), 4e-6)
@@ -289,7 +289,7 @@ def test_mixed_dtypes(device, backend):
 @both_ops
 @pytest.mark.parametrize("wrong", [-1, 100, 2**40])
 def test_target_out_of_range(op, wrong, device, backend, monkeypatch):
-    """A target outside the vocabulary is an error on the CPU; the kernels alone, as on a card, say NaN and -1 in its row."""
+    """A target outside the vocabulary is an error on the CPU; the kernels, as on a GPU, give NaN and -1 in its row."""
     case = make(4, 8, 100, device=device)
     case.targets[2] = wrong
     if device == "cpu":

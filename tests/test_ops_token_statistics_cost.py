@@ -12,11 +12,11 @@ from pyunlearn.ops._plan import MIB
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-# ---------------------------------------------------------------- what it costs, and PyTorch's own checks
+# ---------------------------------------------------------------- cost, and PyTorch's own checks
 
 
 def watched():
-    """Allocations that see into token_statistics."""
+    """Return Allocations that record inside token_statistics."""
     used = Allocations()
     used.inside[torch.ops.pyunlearn.token_statistics.default] = op_module._forward
     return used
@@ -25,7 +25,7 @@ def watched():
 @pytest.mark.parametrize("workspace", [MIB, 4 * MIB])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cost(workspace, dtype, device):
-    """One product, a quarter of the workspace for a block of logits, a few numbers a row, and never N * V of anything."""
+    """One product, a quarter of the workspace for a block of logits, a few numbers a row, never (N, V) of anything."""
     rows, width, vocabulary = 1024, 8, 8192  # 32 MiB of float32 logits
     case = make(rows, width, vocabulary, dtype=dtype, device=device, masked=0.3)
     seen = []
@@ -36,13 +36,13 @@ def test_cost(workspace, dtype, device):
         seen.append(used)
 
     assert products(case, run) == 1
-    blocks = 8 if _backend.kernels_for(case.hidden) == "reference" else 1  # plain torch makes copies of a block
+    blocks = 8 if _backend.kernels_for(case.hidden) == "reference" else 1  # plain PyTorch copies a block
     assert workspace // 8 < seen[0].largest <= workspace // 4 * blocks
     assert seen[0].peak <= workspace // 4 * blocks + rows * 8 * 24 + MIB // 4
 
 
 def test_opcheck(device):
-    """torch.library must find schema, fake kernels and the missing autograd of both ops in order."""
+    """Schema, fake kernels and the missing autograd of both ops must pass torch.library.opcheck."""
     ops, (hidden, weight, bias, targets) = torch.ops.pyunlearn, make(4, 8, 90, device=device)
     torch.library.opcheck(ops.token_statistics.default, (hidden, weight, bias, targets, 0.5, 3.0, -100, None))
     torch.library.opcheck(
@@ -58,7 +58,7 @@ def test_opcheck(device):
 @both_ops
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(op, dynamic, device):
-    """torch.compile(fullgraph=True) must take it without a break and give the eager answer, at every shape."""
+    """torch.compile(fullgraph=True) must compile it and agree with eager bit for bit, at every shape."""
     torch._dynamo.reset()
 
     def function(hidden, weight, targets, bias):
@@ -86,7 +86,7 @@ def test_compile(op, dynamic, device):
     ],
 )
 def test_errors(changes, sentence):
-    """Each wrong argument is named with what was wanted and what came."""
+    """Each wrong argument raises an error that names it, the requirement and the value."""
     case = make(3, 4, 10)
     with pytest.raises(ArgumentError, match=sentence):
         token_statistics(**{"hidden": case.hidden, "weight": case.weight, "targets": case.targets} | changes)

@@ -42,11 +42,11 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Small cases take chunks too; the list says which."""
+    """Split small cases into chunks too; return the list that records the rows of each."""
     return watch_chunks(monkeypatch, sys.modules["pyunlearn.ops.weighted_log_likelihood"])
 
 
-# ---------------------------------------------------------------- the answer is right
+# ---------------------------------------------------------------- values and gradients
 
 
 @grid(
@@ -59,7 +59,7 @@ def chunks(monkeypatch):
     backend=BACKENDS,
 )
 def test_every_option(dtype, masked, bias, logit_scale, softcap, device, backend, chunks):
-    """Value and gradients must agree with float64 for each mix of dtype, mask, bias, scale and softcap, in any number of chunks."""
+    """Value and gradients must agree with float64 for each mix of options, in any number of chunks."""
     case = make(13, 20, 203, dtype=dtype, device=device, bias=bias, masked=masked)
     options = {"logit_scale": logit_scale, "softcap": softcap}
     wanted, live = truth(case, **options), int((case.targets != -100).sum())
@@ -75,14 +75,14 @@ def test_every_option(dtype, masked, bias, logit_scale, softcap, device, backend
 @any_capacity
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits(capacity, dtype, device, backend, chunks):
-    """From 16-bit inputs the value must be good to float32 and gradients to their own rounding, in any number of chunks."""
+    """The value of 16-bit inputs must be right to float32, gradients to their own rounding, in any number of chunks."""
     case = make(60, 4, 3001, dtype=dtype, device=device, masked=0.3)
     actual, wanted = evaluate(weighted_log_likelihood, case, workspace=workspace_for(capacity, case)), truth(case)
     assert actual[0].dtype is torch.float32
     assert [g.dtype for g in actual[1:]] == [dtype] * 3
     assert error(actual[0], wanted[0]) < 4e-6
     assert_agree(actual, wanted, 2 * torch.finfo(dtype).eps)
-    # float16 waits for the loss scale
+    # float16 gradients wait for the loss scale
     assert [len(sizes) > 1 for sizes in chunks] == ([bool(capacity)] if dtype is torch.bfloat16 else [])
 
 
@@ -97,8 +97,8 @@ def test_16_bits(capacity, dtype, device, backend, chunks):
 def test_no_worse_than_pytorch(dtype, shape, softcap, capacity, device, backend, chunks):
     """Against float64, value and gradients must be no further off than PyTorch's in the same dtype.
 
-    Plus 2e-6 of the summands for the value, which is float32 whatever the dtype. For gradients, plus half the dtype's epsilon, to
-    which they are rounded, and 4e-6 for the order of float32 sums, which a product of few rows takes in its own.
+    Added to the tolerance: 2e-6 of the summands for the value, which is float32 in every dtype; for gradients, half the
+    dtype's epsilon, to which they are rounded, and 4e-6 for the order of float32 sums, which differs for few rows.
     """
     case = make(*shape, dtype=dtype, device=device, masked=0.3)
     coefficients = coefficients_of(case)
@@ -113,7 +113,7 @@ def test_no_worse_than_pytorch(dtype, shape, softcap, capacity, device, backend,
 
 
 def test_sums_over_chunks_are_not_rounded(device, backend, chunks):
-    """bfloat16 gradients summed over 600 chunks must be as good as those of one; sums of 600 like numbers that are rounded each time are not."""
+    """bfloat16 gradients summed over 600 chunks must be as good as those of one, so sums are not rounded in between."""
     case = make(600, 4, 128, dtype=torch.bfloat16, device=device)
     case.hidden.abs_()
     coefficients = torch.ones(600, device=device)
@@ -140,7 +140,7 @@ def test_workspace_changes_nothing(shape, workspace, softcap, device, backend, c
 
 @any_capacity
 def test_gradcheck(capacity, device, backend, chunks):
-    """The gradients must be those that finite differences find in float64, with bias, scale and softcap."""
+    """The gradients must agree with finite differences in float64, with bias, scale and softcap."""
     case = make(6, 3, 140, dtype=torch.float64, device=device, masked=0.2)
     options = {"logit_scale": 0.5, "softcap": 2.0, "workspace": workspace_for(capacity, case)}
 
@@ -151,7 +151,7 @@ def test_gradcheck(capacity, device, backend, chunks):
 
 
 def test_reference_is_the_definition():
-    """pyunlearn.ops.reference must say what PyTorch's cross-entropy says."""
+    """pyunlearn.ops.reference must agree with PyTorch's cross-entropy."""
     case = make(9, 16, 70, dtype=torch.float64, masked=0.3)
     options = {"logit_scale": 0.5, "softcap": 3.0}
     assert_agree(evaluate(reference.weighted_log_likelihood, case, **options), truth(case, **options), 1e-12)
@@ -173,8 +173,8 @@ def test_nothing_scored(capacity, dtype, rows, device, backend, chunks):
 
 @any_capacity
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_an_ignored_row_holds(capacity, dtype, device, backend, chunks):
-    """NaN and infinity in ignored rows, hidden states and coefficients alike, must not matter, and their gradient is 0."""
+def test_contents_of_ignored_rows(capacity, dtype, device, backend, chunks):
+    """NaN and infinity in hidden states and coefficients of ignored rows must not matter; the gradient there is 0."""
     case = make(12, 8, 200, dtype=dtype, device=device)
     case.targets[[0, 2, 5, 11]] = -100
     wanted = truth(case)
@@ -188,7 +188,7 @@ def test_what_an_ignored_row_holds(capacity, dtype, device, backend, chunks):
 @pytest.mark.parametrize("shape", [(), (12,), (3, 4), (2, 3, 2), (2, 0)])
 @pytest.mark.parametrize("capacity", [0, 2])
 def test_leading_dimensions(shape, capacity, device, backend, chunks):
-    """Hidden states, targets (int32 ones too) and coefficients of any leading shape must count row by row."""
+    """Leading dimensions of hidden states, targets (int32 too) and coefficients must be flattened row by row."""
     case = make(math.prod(shape), 8, 90, device=device, masked=0.2)
     shaped = Case(case.hidden.reshape(*shape, 8), *case[1:3], case.targets.reshape(shape).int())
     actual = evaluate(weighted_log_likelihood, shaped, workspace=workspace_for(capacity, case))
@@ -198,13 +198,13 @@ def test_leading_dimensions(shape, capacity, device, backend, chunks):
 
 
 def test_layouts(device, backend, chunks):
-    """Transposed, sliced and expanded inputs must count as the numbers they show."""
+    """Transposed, sliced and expanded inputs must give the result of contiguous copies."""
     case = make(6, 8, 90, device=device)
     sliced = torch.full((6, 16), torch.nan, device=device)
     sliced[:, ::2] = case.hidden
     targets = case.targets.repeat_interleave(2)[::2]
     shown = (sliced[:, ::2], case.weight.T.contiguous().T, case.bias.repeat_interleave(3)[::3])
-    leaves = [t.detach().requires_grad_() for t in shown]  # keeps the strides, which clone() mends
+    leaves = [t.detach().requires_grad_() for t in shown]  # preserves the strides, which clone() would not
     assert not any(t.is_contiguous() for t in (*leaves, targets))
     coefficients = torch.ones((), device=device).expand(6)
     for workspace in (0, bytes_of(2, case)):
@@ -227,14 +227,14 @@ def test_ignore_index(device, backend):
 
 @any_capacity
 def test_two_runs(capacity, device, backend, chunks):
-    """The same inputs must give the same bits again."""
+    """Two calls with the same inputs must give the same bits."""
     case = make(65, 33, 1000, device=device, masked=0.3)
     first, second = (evaluate(weighted_log_likelihood, case, workspace=workspace_for(capacity, case)) for _ in range(2))
     assert_equal(second, first)
 
 
 def test_mixed_dtypes(device, backend, chunks):
-    """Hidden states, head, bias and coefficients of different dtypes meet in the widest; each gradient comes back in its own."""
+    """Hidden states, head, bias and coefficients are computed in their widest dtype; each gradient has its own."""
     case = make(9, 16, 200, device=device)
     mixed = Case(case.hidden.bfloat16(), case.weight, case.bias.half(), case.targets)
     coefficients = coefficients_of(case).bfloat16()
@@ -247,7 +247,7 @@ def test_mixed_dtypes(device, backend, chunks):
 
 
 def test_autocast(device, backend):
-    """Under autocast the product takes 16-bit operands, and gradients come back in the parameters' own dtype."""
+    """Autocast gives the product 16-bit operands, and gradients come back in the parameters' own dtype."""
     case = make(9, 16, 200, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
         actual = evaluate(weighted_log_likelihood, case)
@@ -264,7 +264,7 @@ def test_autocast(device, backend):
 
 
 def broken(**changes):
-    """Valid arguments but for the changes."""
+    """Return valid arguments, overridden by the changes."""
     case = make(3, 4, 10)
     valid = {"hidden": case.hidden, "weight": case.weight, "targets": case.targets, "coefficients": torch.ones(3)}
     return valid | changes
@@ -275,7 +275,8 @@ def broken(**changes):
     [
         (
             {"coefficients": torch.ones(3, requires_grad=True)},
-            r"coefficients must be constants here, .*: pass coefficients\.detach\(\), or multiply linear_log_likelihood",
+            r"coefficients must be constants here, .*: pass coefficients\.detach\(\), "
+            r"or multiply linear_log_likelihood",
         ),
         (
             {"coefficients": torch.ones(4)},
@@ -303,7 +304,7 @@ def broken(**changes):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_errors(changes, sentence, dtype):
-    """Each wrong argument is named with what was wanted and what came, on both ways through."""
+    """Each wrong argument raises an error that names it, the requirement and the value, in one pass and in two."""
     task = broken(**changes)
     if task["hidden"].is_floating_point():
         task |= {"hidden": task["hidden"].to(dtype), "weight": task["weight"].to(dtype)}
@@ -313,7 +314,7 @@ def test_errors(changes, sentence, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_as_the_rows_of_linear_log_likelihood(dtype, device, backend, chunks):
-    """One row with coefficient 1 must have the value that linear_log_likelihood gives it."""
+    """One row with coefficient 1 must have its value in linear_log_likelihood."""
     case = make(5, 16, 300, dtype=dtype, device=device, masked=0.3)
     rows = linear_log_likelihood(*case[:2], case.targets, bias=case.bias)
     for n in range(5):

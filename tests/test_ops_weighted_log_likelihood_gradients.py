@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Small cases take chunks too; the list says which."""
+    """Split small cases into chunks too; return the list that records the rows of each."""
     return watch_chunks(monkeypatch, sys.modules["pyunlearn.ops.weighted_log_likelihood"])
 
 
@@ -41,7 +41,7 @@ def chunks(monkeypatch):
     backend=BACKENDS,
 )
 def test_second_backward(capacity, dtype, device, backend, chunks):
-    """Backward again and again over a retained graph must give the same bits, whatever factor came before, asked for together or apart."""
+    """Repeated backward passes of a retained graph give the same bits after any factor, for all leaves or for one."""
     case = make(11, 16, 3001, dtype=dtype, device=device, masked=0.3)
     value, leaves = graph(case, workspace=workspace_for(capacity, case))
     first = torch.autograd.grad(4 * value, leaves, retain_graph=True)
@@ -50,12 +50,12 @@ def test_second_backward(capacity, dtype, device, backend, chunks):
     one = torch.autograd.grad(value, leaves, retain_graph=True)
     apart = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for leaf in leaves]
     assert_equal(apart, one)
-    if dtype is not torch.float16:  # whose smallest gradients lose digits that four times as large ones keep
+    if dtype is not torch.float16:  # its smallest gradients have fewer digits than four times as large ones
         assert_equal([4 * g for g in one], first)
 
 
 @any_capacity
-def test_gradients_are_given_away(capacity, device, backend, chunks):
+def test_gradients_belong_to_the_caller(capacity, device, backend, chunks):
     """A later backward pass of the same graph must not write into the gradients of an earlier one."""
     case = make(11, 16, 300, device=device, masked=0.3)
     value, leaves = graph(case, workspace=workspace_for(capacity, case))
@@ -85,7 +85,7 @@ def test_accumulation(capacity, device, backend, chunks):
 
 @grid(capacity=CAPACITIES, factor=[0.0, -0.5, 3.0], backend=BACKENDS)
 def test_upstream_factor(capacity, factor, device, backend, chunks):
-    """What the value is multiplied with must multiply the gradient, and leave the value."""
+    """A factor on the value must multiply the gradients and leave the value."""
     case = make(11, 16, 300, device=device, masked=0.3)
     actual = evaluate(weighted_log_likelihood, case, factor=factor, workspace=workspace_for(capacity, case))
     value, *gradients = truth(case)
@@ -93,8 +93,8 @@ def test_upstream_factor(capacity, factor, device, backend, chunks):
 
 
 @pytest.mark.parametrize(("factor", "wanted"), [(1.0, 0), (2.0, 1)])
-def test_a_factor_of_1_moves_nothing(factor, wanted):
-    """loss.backward() takes the gradients as they lie, without another read and write of the weight's."""
+def test_a_factor_of_1_costs_nothing(factor, wanted):
+    """loss.backward() returns the gradients without another read and write of the weight's."""
     case, scaled = make(9, 8, 50, bias=False), []
 
     class Scalings(TorchDispatchMode):
@@ -112,7 +112,7 @@ def test_a_factor_of_1_moves_nothing(factor, wanted):
 
 @grid(capacity=CAPACITIES, trained=[(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], backend=BACKENDS)
 def test_frozen(capacity, trained, device, backend, chunks):
-    """Hidden states, head and bias each get their gradient if they ask for it, whatever else is frozen."""
+    """Hidden states, head and bias each get their gradient if they require one, with any of the others frozen."""
     case = make(7, 16, 300, device=device, masked=0.3)
     wanted = truth(case)[1:]
     value, leaves = graph(case, trained, workspace=workspace_for(capacity, case))
@@ -122,7 +122,7 @@ def test_frozen(capacity, trained, device, backend, chunks):
 
 
 def test_saved_elsewhere(device, backend, chunks):
-    """Checkpointing, and saved tensors kept elsewhere, must change no gradient."""
+    """Checkpointing, and saved tensors stored in other memory, must change no gradient."""
     case = make(7, 16, 300, device=device, masked=0.3)
 
     def checkpointed(*args, **options):
@@ -148,7 +148,7 @@ def test_tied_head(chunks):
 
 
 def test_changed_head():
-    """A head changed in place between forward and backward is refused, as everywhere in PyTorch."""
+    """A head changed in place between forward and backward is an error, as everywhere in PyTorch."""
     value, (_, weight, _) = graph(make(3, 4, 10))
     with torch.no_grad():
         weight.mul_(2)
@@ -157,7 +157,7 @@ def test_changed_head():
 
 
 def test_second_derivative():
-    """A gradient of the gradient is refused in words, not left out of a sum."""
+    """A gradient of the gradient raises a clear error, instead of missing in a sum."""
     value, (hidden, _, _) = graph(make(3, 4, 10))
     (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
@@ -167,7 +167,7 @@ def test_second_derivative():
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @any_capacity
 def test_no_graph_without_gradients(mode, capacity, device, backend, chunks):
-    """Without an input that wants a gradient, or where none is recorded, the value has no graph and costs one product."""
+    """Without an input that requires a gradient, or without recording, the value has no graph and costs one product."""
     case = make(8, 4, 300, device=device, masked=0.3)
     wanted, actual = truth(case)[:1], []
 
@@ -190,7 +190,7 @@ def test_no_graph_without_gradients(mode, capacity, device, backend, chunks):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic, device):
-    """torch.compile(fullgraph=True) must take it without a break and give the eager answer to rounding, at every shape."""
+    """torch.compile(fullgraph=True) must compile it and agree with eager to rounding, at every shape."""
     torch._dynamo.reset()
 
     def function(hidden, weight, targets, coefficients, bias):
@@ -202,15 +202,15 @@ def test_compile(dynamic, device):
         assert_agree(evaluate(compiled, case), [t.cpu() for t in evaluate(function, case)], 4e-6)
 
 
-# ---------------------------------------------------------------- what it costs
+# ---------------------------------------------------------------- cost
 
 
 @pytest.mark.parametrize(("dtype", "vocabulary"), [(torch.float32, 203), (torch.bfloat16, 1501)])
 @pytest.mark.parametrize(("trained", "wanted"), [((0, 1, 2), 3), ((1,), 2), ((0, 2), 2), ((2,), 1)])
 def test_products(dtype, vocabulary, trained, wanted, device, backend, chunks):
-    """Three products are enough, two without the head's gradient or the trunk's, in a workspace of few rows as in a large one.
+    """Three products are enough, two with a frozen head or trunk, in a workspace of few rows as in a large one.
 
-    In one of none, there is one more.
+    A workspace of 0 bytes costs one more.
     """
     case = make(90, 4, vocabulary, dtype=dtype, device=device, masked=0.3)
     actual = [
@@ -222,7 +222,7 @@ def test_products(dtype, vocabulary, trained, wanted, device, backend, chunks):
 
 
 def test_chunks_where_they_pay(device, backend, monkeypatch):
-    """Unprompted, rows are cut into chunks where a few hundred fit, and made again where only a few do."""
+    """By default rows are split into chunks where hundreds fit the workspace, and logits recomputed where few do."""
     seen = []
     module = sys.modules["pyunlearn.ops.weighted_log_likelihood"]
     original = module.one_pass
@@ -240,7 +240,7 @@ def test_chunks_where_they_pay(device, backend, monkeypatch):
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("cut", [True, False])
 def test_memory(dtype, workspace, trained, cut, device, request):
-    """Beyond the gradients, a call must take its workspace and a few numbers a row, and never N * V of anything.
+    """Beyond the gradients, a call must allocate its workspace and a few numbers a row, never (N, V) of anything.
 
     Without gradients it takes one block of logits, a quarter of the workspace.
     """
@@ -254,11 +254,9 @@ def test_memory(dtype, workspace, trained, cut, device, request):
         )
         if trained:
             value.backward()
-    answers = sum(t.numel() * (t.element_size() + 4) for t in case[:3]) if trained else 0  # and the float32 behind them
+    answers = sum(t.numel() * (t.element_size() + 4) for t in case[:3]) if trained else 0  # with their float32 sums
     per_row = rows * 4 * (16 + (vocabulary // 64 if trained else 0) + width) + MIB // 4
-    temporaries = (
-        workspace if _backend.kernels_for(case.hidden) == "reference" else 0
-    )  # plain torch makes copies of a block
+    temporaries = workspace if _backend.kernels_for(case.hidden) == "reference" else 0  # plain PyTorch copies a block
     allowed = workspace if trained else workspace // 4
     assert workspace // 8 < used.peak <= allowed + temporaries + answers + per_row
     assert used.largest <= workspace

@@ -13,17 +13,17 @@ from pyunlearn.ops import weighted_log_likelihood
 
 
 def coefficients_of(case):
-    """A coefficient for each row, of either sign."""
+    """Return a coefficient for each row, of both signs."""
     return torch.linspace(-1, 2, case.targets.numel(), device=case.targets.device).view(case.targets.shape)
 
 
 def definition(hidden, weight, targets, coefficients, **options):
-    """The definition, in PyTorch alone."""
+    """Compute the definition in plain PyTorch."""
     return (coefficients * plain(hidden, weight, targets, **options)).sum()
 
 
 def evaluate(function, case, coefficients=None, *, factor=1.0, **options):
-    """[value, gradient of factor * value for hidden, weight and, if there is one, bias]."""
+    """Return [value, gradients of factor * value for hidden, weight and, if there is one, bias]."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case[:3]]
     coefficients = coefficients_of(case) if coefficients is None else coefficients
     value = function(*leaves[:2], case.targets, coefficients, bias=leaves[2], **options)
@@ -31,24 +31,24 @@ def evaluate(function, case, coefficients=None, *, factor=1.0, **options):
 
 
 def truth(case, coefficients=None, **options):
-    """What `evaluate` should find, from float64."""
+    """Return what `evaluate` should return, computed by the definition in float64."""
     case = cast(case, dtype=torch.float64, device="cpu")
     return evaluate(definition, case, None if coefficients is None else coefficients.double().cpu(), **options)
 
 
 def graph(case, trained=(0, 1, 2), **options):
-    """The value, and hidden, weight and bias, of which the trained ones want a gradient."""
+    """Return the value, and hidden, weight and bias; the `trained` ones require a gradient."""
     leaves = [t.detach().clone().requires_grad_(i in trained) for i, t in enumerate(case[:3])]
     return weighted_log_likelihood(*leaves[:2], case.targets, coefficients_of(case), bias=leaves[2], **options), leaves
 
 
-# how many rows' logits the workspace holds; None: the default, all of them; 0: none, so that they are made again
+# the number of rows whose logits fit the workspace; None: the default, all of them; 0: none, so they are recomputed
 CAPACITIES = [None, 5, 1, 0]
 any_capacity = pytest.mark.parametrize("capacity", CAPACITIES)
 
 
 def workspace_for(capacity, case):
-    """The workspace in bytes."""
+    """Return the workspace in bytes that fits the logits of `capacity` rows."""
     return None if capacity is None else bytes_of(capacity, case) if capacity else 0
 
 
