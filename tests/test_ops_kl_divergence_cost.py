@@ -231,7 +231,7 @@ def test_compile(dynamic, device):
         ({"reference_hidden": ids(3, 5)}, r"reference_hidden must be a floating-point tensor, got torch\.int64"),
         (
             {"reference_hidden": torch.ones(4, 5)},
-            r"must have the rows of hidden, shape \(3, 'D'\) on cpu, " r"got \(4, 5\)",
+            r"must have the rows of hidden, shape \(3, 'D'\) on cpu, got \(4, 5\)",
         ),
         ({"reference_hidden": torch.ones(3, 5, **elsewhere)}, r"must have the rows of hidden, .* got \(3, 5\) on meta"),
         ({"reference_hidden": torch.ones(3, 6)}, r"the reference's weight must have shape \(V, 6\)"),

@@ -210,56 +210,6 @@ def test_left_where_moving_costs_more(backend):
     assert products(case, run) == pytest.approx(3.0)
 
 
-def certain(device="cpu", dtype=torch.float32):
-    """Return a case in which half of the targets have nearly all of the probability."""
-    case = make(40, 20, 703, dtype=dtype, device=device, bias=True)
-    at = torch.arange(0, 40, 2, device=device)
-    own = case.weight[case.targets[at]].float()
-    case.hidden[at] = (own * (90 / own.square().sum(1, keepdim=True))).to(dtype)
-    return case
-
-
-@grid(
-    op=[weighted_log_likelihood, "objective"],
-    negligible=[0.0, 1e-4, 1e-2],
-    dtype=[torch.float32, torch.bfloat16],
-    backend=BACKENDS,
-)
-def test_negligible(op, negligible, dtype, device, backend, chunks):
-    """A row's gradient for its logits loses at most 2 |coefficient * scale| negligible, and so bounds all gradients."""
-    case, scale = certain(device, dtype), 0.9
-    coefficients = torch.linspace(-1, 2, 40, device=device)
-    options = {"logit_scale": scale, "negligible": negligible}
-    leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
-    if op == "objective":
-        value = example_objective(
-            *leaves[:2],
-            case.targets,
-            torch.arange(40, device=device),
-            lambda s, n, c: c * s,
-            coefficients,
-            bias=leaves[2],
-            **options,
-        ).loss
-    else:
-        value = op(*leaves[:2], case.targets, coefficients, bias=leaves[2], **options)
-    d_hidden, d_weight, d_bias = torch.autograd.grad(value, leaves)
-    real = cast(case, dtype=torch.float64, device="cpu")
-    full = [t.detach().clone().requires_grad_() for t in real[:3]]
-    actual = plain(*full[:2], real.targets, bias=full[2], logit_scale=scale)
-    wanted = torch.autograd.grad((coefficients.cpu().double() * actual).sum(), full)
-    left_out = (1 - actual.exp()).detach() < negligible
-    assert bool(left_out.sum() >= 15) == bool(negligible)  # otherwise the case would test nothing
-    bound = 2 * scale * negligible * coefficients.cpu().abs().double()
-    rounding = 8 * torch.finfo(dtype).eps if dtype is not torch.float32 else 2e-5
-    hidden_off = (d_hidden.cpu().double() - wanted[0]).norm(dim=1)
-    assert (hidden_off <= bound * real.weight.norm(dim=1).max() + rounding * wanted[0].norm(dim=1).max()).all()
-    assert (d_hidden[left_out.to(device)] == 0).all()
-    weight_off = (d_weight.cpu().double() - wanted[1]).norm()
-    assert weight_off <= (bound * left_out * real.hidden.norm(dim=1)).sum() + rounding * wanted[1].norm()
-    assert (d_bias.cpu().double() - wanted[2]).norm() <= (bound * left_out).sum() + rounding * wanted[2].norm()
-
-
 @pytest.mark.skipif(_backend.on_cpu().kernels == "reference", reason="the definition makes copies of a block")
 def test_memory(chunks):
     """Leaving rows out must not take more than the workspace."""

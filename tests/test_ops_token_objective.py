@@ -250,7 +250,7 @@ def test_token_weights(dtype, masked, backend):
     [
         (
             torch.ones(3),
-            r"what is given per token must be tensors of 28 entries on cpu, " r"got torch\.float32 of shape \(3,\)",
+            r"what is given per token must be tensors of 28 entries on cpu, got torch\.float32 of shape \(3,\)",
         ),
         (1.0, "must be tensors of 28 entries on cpu, got float"),
         (
