@@ -12,33 +12,38 @@ FIXTURES = {"device", "backend"}  # axes of these names go to the fixtures of co
 BACKENDS = ("compiled", "reference")
 
 
-def pairwise(*corners, **axes):
-    """Return parameter sets in which every pair of values of any two axes occurs, as a list of dicts.
+def covering(*corners, strength=2, **axes):
+    """Return parameter sets in which all values of any `strength` axes meet in every combination, as a list of dicts.
 
-    The sets are the same in every call. `axes` maps each name to its values, or to {id: value}. Each corner, a dict
-    that names values of some axes, occurs in one set at least. The number of sets is near the product of the two
+    With the default strength of 2 every pair of values of any two axes occurs; with 1, every value of every axis. The
+    sets are the same in every call. `axes` maps each name to its values, or to {id: value}. Each corner, a dict that
+    names values of some axes, occurs in one set at least. The number of sets is near the product of the `strength`
     longest axes, where the full product multiplies all of them.
+
+    >>> covering(dtype=["float32", "bfloat16"], bias=[False, True], strength=1)
+    [{'dtype': 'float32', 'bias': False}, {'dtype': 'bfloat16', 'bias': True}]
     """
     values = {name: _values(axis) for name, axis in axes.items()}
-    rows = _cover({name: len(axis) for name, axis in values.items()}, [_places(corner, values) for corner in corners])
+    rows = _cover({name: len(axis) for name, axis in values.items()}, _indices(corners, values), strength)
     return [{name: values[name][at] for name, at in row.items()} for row in rows]
 
 
-def grid(*corners, **axes):
-    """Parametrize a test with the full product of `axes`, of which the pairwise covering runs by default.
+def grid(*corners, strength=2, **axes):
+    """Parametrize a test with the full product of `axes`, of which only a covering runs by default.
 
-    Every case carries the mark `full`, by which `pytest -m full` selects it. Those of the covering carry
-    `full(covering=True)`; tests/conftest.py deselects the others unless the run asks for `full`. The covering contains
-    each corner, see `pairwise`. An axis named `device` or `backend` replaces the parameters of that fixture.
+    Every case carries the mark `full`, by which `pytest -m full` selects it. Those of the covering, pairwise unless
+    `strength` is 1, carry `full(covering=True)`; tests/conftest.py deselects the others unless the run asks for `full`.
+    The covering contains each corner, see `covering`. An axis named `device` or `backend` replaces the parameters of
+    that fixture.
     """
     values = {name: _values(axis) for name, axis in axes.items()}
     names = {name: _names(axis) for name, axis in axes.items()}
     sizes = {name: len(axis) for name, axis in values.items()}
-    covering = {tuple(row.values()) for row in _cover(sizes, [_places(corner, values) for corner in corners])}
+    covered = {tuple(row.values()) for row in _cover(sizes, _indices(corners, values), strength)}
     cases = [
         pytest.param(
             *(values[name][at] for name, at in zip(sizes, row, strict=True)),
-            marks=pytest.mark.full(covering=row in covering),
+            marks=pytest.mark.full(covering=row in covered),
             id="-".join(names[name][at] for name, at in zip(sizes, row, strict=True)),
         )
         for row in itertools.product(*map(range, sizes.values()))
@@ -67,33 +72,33 @@ def _name(value):
     return getattr(value, "__name__", None) or str(value)
 
 
-def _places(corner, values):
-    """Return a corner with each value replaced by its index on its axis."""
-    return {name: values[name].index(value) for name, value in corner.items()}
+def _indices(corners, values):
+    """Return the corners with each value replaced by its index on its axis."""
+    return [{name: values[name].index(value) for name, value in corner.items()} for corner in corners]
 
 
-def _cover(sizes, corners):
-    """Return rows {axis: index} that cover every pair, made greedily: each row takes the first pair that is missing.
+def _cover(sizes, corners, strength):
+    """Return rows {axis: index} that cover every combination, made greedily: each takes the first that is missing.
 
-    The other axes of a row are filled one by one with the value that covers most missing pairs; of equal ones, with
-    the one used least so far, so that single values are spread evenly.
+    The other axes of a row are filled one by one with the value that covers most missing combinations; of equal ones,
+    with the one used least so far, so that single values are spread evenly.
     """
+    strength = min(strength, len(sizes))
     missing = dict.fromkeys(
-        frozenset({(a, i), (b, j)})
-        for a, b in itertools.combinations(sizes, 2)
-        for i, j in itertools.product(range(sizes[a]), range(sizes[b]))
+        frozenset(zip(names, at, strict=True))
+        for names in itertools.combinations(sizes, strength)
+        for at in itertools.product(*(range(sizes[name]) for name in names))
     )
     used = dict.fromkeys(((name, at) for name, size in sizes.items() for at in range(size)), 0)
     rows, corners = [], list(corners)
-    if len(sizes) == 1:
-        corners += [{name: at} for name, at in used]
     while corners or missing:
         row = dict(corners.pop(0) if corners else sorted(next(iter(missing))))
         for name in sizes:
             if name not in row:
-                row[name] = min(range(sizes[name]), key=lambda at, name=name: _rank(row, (name, at), missing, used))
-        for pair in itertools.combinations(row.items(), 2):
-            missing.pop(frozenset(pair), None)
+                items = [(name, at) for at in range(sizes[name])]
+                row[name] = min(items, key=lambda item: _rank(item, row, missing, used, strength))[1]
+        for items in itertools.combinations(row.items(), strength):
+            missing.pop(frozenset(items), None)
         for item in row.items():
             used[item] += 1
         row = {name: row[name] for name in sizes}
@@ -102,6 +107,7 @@ def _cover(sizes, corners):
     return rows
 
 
-def _rank(row, item, missing, used):
-    """Return the sort key of a value for an unfilled axis: first the one that covers most missing pairs."""
-    return -sum(frozenset({item, other}) in missing for other in row.items()), used[item], item[1]
+def _rank(item, row, missing, used, strength):
+    """Return the sort key of a value for an unfilled axis: first the one that covers most missing combinations."""
+    covered = sum(frozenset({item, *rest}) in missing for rest in itertools.combinations(row.items(), strength - 1))
+    return -covered, used[item], item[1]

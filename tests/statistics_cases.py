@@ -67,6 +67,5 @@ def assert_right(actual, case, **options):
     assert ((above <= actual.rank.cpu()) & (actual.rank.cpu() <= wanted[1])).all()
 
 
-both_ops = pytest.mark.parametrize(
-    "op", [pytest.param(token_statistics, id="linear"), pytest.param(from_logits, id="logits")]
-)
+OPS = {"linear": token_statistics, "logits": from_logits}
+both_ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)

@@ -7,16 +7,16 @@ from types import SimpleNamespace
 
 import conftest
 import pytest
-from coverings import grid, pairwise
+from coverings import covering, grid
 from hypothesis import given
 from hypothesis import strategies as st
 
 
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=7))
 def test_every_pair_occurs(sizes):
-    """Every pair of values of any two axes, and every value of a single axis, occurs in one parameter set at least."""
+    """Every pair of values of any two axes, and every value of an only axis, occurs in one parameter set at least."""
     axes = {f"axis{at}": range(size) for at, size in enumerate(sizes)}
-    rows = pairwise(**axes)
+    rows = covering(**axes)
     assert all(list(row) == list(axes) for row in rows)
     for a, b in itertools.combinations(axes, 2):
         assert {(row[a], row[b]) for row in rows} == set(itertools.product(axes[a], axes[b]))
@@ -29,7 +29,7 @@ def test_every_pair_occurs(sizes):
 def test_deterministic(sizes):
     """Two calls give the same parameter sets in the same order, so that every process collects the same tests."""
     axes = {f"axis{at}": range(size) for at, size in enumerate(sizes)}
-    assert pairwise(**axes) == pairwise(**axes)
+    assert covering(**axes) == covering(**axes)
 
 
 @pytest.mark.parametrize(
@@ -37,15 +37,24 @@ def test_deterministic(sizes):
 )
 def test_far_smaller_than_the_product(sizes, most):
     """The covering stays near the product of the two longest axes, which no covering can go below."""
-    rows = pairwise(**{f"axis{at}": range(size) for at, size in enumerate(sizes)})
+    rows = covering(**{f"axis{at}": range(size) for at, size in enumerate(sizes)})
     assert math.prod(sorted(sizes)[-2:]) <= len(rows) <= most <= math.prod(sizes) / 2
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=7))
+def test_strength_1(sizes):
+    """With strength 1 every value of every axis occurs, in as few parameter sets as the longest axis has values."""
+    axes = {f"axis{at}": range(size) for at, size in enumerate(sizes)}
+    rows = covering(strength=1, **axes)
+    assert len(rows) == max(sizes)
+    assert all({row[name] for row in rows} == set(axis) for name, axis in axes.items())
 
 
 def test_corners():
     """A corner, complete or not, occurs in the covering, and a named axis gives its values."""
     axes = {"a": range(4), "b": {"low": -1, "high": 1}, "c": [None, 2.5], "d": range(4)}
     corners = [{"a": 3, "b": 1, "c": 2.5, "d": 3}, {"b": -1, "c": None, "d": 2}]
-    rows = pairwise(*corners, **axes)
+    rows = covering(*corners, **axes)
     for corner in corners:
         assert any(corner.items() <= row.items() for row in rows)
 
@@ -53,7 +62,7 @@ def test_corners():
 def test_a_corner_off_the_grid_is_an_error():
     """A corner with a value that its axis lacks raises, instead of being dropped."""
     with pytest.raises(ValueError, match="not in list"):
-        pairwise({"a": 7}, a=range(3), b=range(2))
+        covering({"a": 7}, a=range(3), b=range(2))
 
 
 def test_grid_is_the_full_product():
@@ -67,9 +76,9 @@ def test_grid_is_the_full_product():
     assert cases[0].id == "1-low-None-compiled"
     assert cases[3].id == "1-low-2x3-reference"
     assert all(case.marks[0].name == "full" for case in cases)
-    covering = [dict(zip(axes, case.values, strict=True)) for case in cases if case.marks[0].kwargs["covering"]]
-    assert sorted(map(str, covering)) == sorted(map(str, pairwise(corner, **axes)))
-    assert corner in covering
+    covered = [dict(zip(axes, case.values, strict=True)) for case in cases if case.marks[0].kwargs["covering"]]
+    assert sorted(map(str, covered)) == sorted(map(str, covering(corner, **axes)))
+    assert corner in covered
 
 
 class Item:

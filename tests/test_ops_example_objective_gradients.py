@@ -127,8 +127,7 @@ def test_constant_function_without_gradients(mode, device, backend):
     assert_agree([actual.losses], [(actual.log_likelihood > task.before).float().cpu()], 0)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("objective", [OBJECTIVES["npo"], OBJECTIVES["dpo"]], ids=["npo", "dpo"])
+@grid(dynamic=[False, True], objective={name: OBJECTIVES[name] for name in ("npo", "dpo")}, strength=1)
 def test_compile(dynamic, objective, device):
     """torch.compile(fullgraph=True) must compile it and agree with eager to rounding, at every shape."""
     torch._dynamo.reset()
@@ -158,13 +157,17 @@ def test_compiled_without_tensors_per_example(device):
 # ---------------------------------------------------------------- cost
 
 
-@pytest.mark.parametrize(("dtype", "vocabulary"), [(torch.float32, 203), (torch.bfloat16, 1501)])
-@pytest.mark.parametrize(("trained", "wanted"), [((0, 1, 2), 3), ((1,), 2), ((0, 2), 2), ((2,), 1)])
-def test_products(dtype, vocabulary, trained, wanted, device, backend, chunks):
+@grid(
+    head=[(torch.float32, 203), (torch.bfloat16, 1501)],
+    expected=[((0, 1, 2), 3), ((1,), 2), ((0, 2), 2), ((2,), 1)],
+    backend=BACKENDS,
+)
+def test_products(head, expected, device, backend, chunks):
     """Three products are enough, two with a frozen head or trunk, in a workspace of one example as in a large one.
 
     A workspace of 0 bytes costs one more.
     """
+    (dtype, vocabulary), (trained, wanted) = head, expected
     task = problem(4, vocabulary, lengths=(2, 0, 1) * 25, dtype=dtype, masked=0.2, device=device)
     actual = [
         products(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from coverings import BACKENDS, grid
 from heads import (
     Allocations,
     assert_agree,
@@ -52,8 +53,7 @@ def test_products(trained, wanted, device, backend):
     assert products(model, lambda: graph_without(model, other)) == 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("masked", [0.0, 0.3])
+@grid(dtype=DTYPES, masked=[0.0, 0.3], backend=BACKENDS)
 def test_itself_as_reference_is_one_product(dtype, masked, device, backend):
     """The model as its own reference gives the bits of a copy, with one product less forward and to recompute."""
     model, _ = pair(90, (8, 8), 203, dtype=dtype, device=device, masked=masked)
@@ -138,9 +138,7 @@ def graph_without(model, other):
         graph(kl_divergence, model, other, ())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("workspace", [MIB, 4 * MIB])
-@pytest.mark.parametrize("trained", [True, False])
+@grid(dtype=[torch.float32, torch.bfloat16], workspace=[MIB, 4 * MIB], trained=[True, False])
 def test_memory(dtype, workspace, trained, device):
     """Beyond the gradients, a call must allocate its workspace and a few numbers a row, never (N, V) of anything."""
     rows, width, vocabulary = 1024, 8, 8192  # 32 MiB of float32 logits, twice
@@ -157,8 +155,7 @@ def test_memory(dtype, workspace, trained, device):
     assert used.largest <= workspace
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("workspace", [17, 20, 24, 32, 128, 132, 144])
+@grid(dtype=[torch.float32, torch.bfloat16], workspace=[17, 20, 24, 32, 128, 132, 144], strength=1)
 def test_memory_of_cached_groups(dtype, workspace, device):
     """Cached groups, of one block or several, and a group's gradient fit the workspace and use at least half of it."""
     rows, width, vocabulary = (

@@ -15,7 +15,7 @@ from heads import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_cases import both_ops, evaluate, truth
+from linear_cases import OPS, both_ops, evaluate, truth
 
 from pyunlearn.ops import linear_log_likelihood
 
@@ -114,8 +114,7 @@ def test_opcheck(device):
     torch.library.opcheck(ops.log_likelihood_backward.default, args, test_utils=static)
 
 
-@both_ops
-@pytest.mark.parametrize("dynamic", [False, True])
+@grid(op=OPS, dynamic=[False, True], strength=1)
 def test_compile(op, dynamic, device):
     """torch.compile(fullgraph=True) must compile it and agree with eager bit for bit, at every shape."""
     torch._dynamo.reset()

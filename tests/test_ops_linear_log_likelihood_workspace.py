@@ -140,9 +140,7 @@ def test_plan(rows, vocabulary, dtype, kind, workspace):
         assert p.kept == len(groups)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("workspace", [MIB, 4 * MIB])
-@pytest.mark.parametrize("trained", [True, False])
+@grid(dtype=[torch.float32, torch.bfloat16], workspace=[MIB, 4 * MIB], trained=[True, False])
 def test_memory(dtype, workspace, trained, device):
     """Beyond the gradients, a call must allocate its workspace and a few numbers a row, never (N, V) of anything.
 

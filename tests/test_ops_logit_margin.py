@@ -122,8 +122,7 @@ def test_no_worse_than_pytorch(dtype, softcap, device, backend):
         assert error(actual, right.cpu()) <= error(other, right.cpu()) + allowed, at
 
 
-@every_softcap
-@pytest.mark.parametrize("dynamic", [False, True])
+@grid(softcap=[None, 3.0], dynamic=[False, True], strength=1)
 def test_compile(dynamic, softcap, device):
     """torch.compile(fullgraph=True) must compile it and agree with eager, at every number of rows."""
     torch._dynamo.reset()

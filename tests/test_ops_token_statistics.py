@@ -40,8 +40,7 @@ def test_every_shape(dtype, vocabulary, device, backend):
         assert_right(scored(case, workspace=workspace), case)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [50257, 65537])
+@grid(dtype=[torch.float32, torch.bfloat16], vocabulary=[50257, 65537], backend=BACKENDS)
 def test_large_vocabularies(dtype, vocabulary, device, backend):
     """Hundreds of blocks must add up to the result of one."""
     case = make(5, 8, vocabulary, dtype=dtype, device=device)

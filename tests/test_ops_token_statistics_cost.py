@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from coverings import grid
 from heads import Allocations, assert_equal, elsewhere, ids, make, products
-from statistics_cases import both_ops, op_module, scored
+from statistics_cases import OPS, op_module, scored
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend, token_statistics, token_statistics_from_logits
@@ -55,8 +56,7 @@ def test_opcheck(device):
         )
 
 
-@both_ops
-@pytest.mark.parametrize("dynamic", [False, True])
+@grid(op=OPS, dynamic=[False, True], strength=1)
 def test_compile(op, dynamic, device):
     """torch.compile(fullgraph=True) must compile it and agree with eager bit for bit, at every shape."""
     torch._dynamo.reset()

@@ -205,13 +205,17 @@ def test_compile(dynamic, device):
 # ---------------------------------------------------------------- cost
 
 
-@pytest.mark.parametrize(("dtype", "vocabulary"), [(torch.float32, 203), (torch.bfloat16, 1501)])
-@pytest.mark.parametrize(("trained", "wanted"), [((0, 1, 2), 3), ((1,), 2), ((0, 2), 2), ((2,), 1)])
-def test_products(dtype, vocabulary, trained, wanted, device, backend, chunks):
+@grid(
+    head=[(torch.float32, 203), (torch.bfloat16, 1501)],
+    expected=[((0, 1, 2), 3), ((1,), 2), ((0, 2), 2), ((2,), 1)],
+    backend=BACKENDS,
+)
+def test_products(head, expected, device, backend, chunks):
     """Three products are enough, two with a frozen head or trunk, in a workspace of few rows as in a large one.
 
     A workspace of 0 bytes costs one more.
     """
+    (dtype, vocabulary), (trained, wanted) = head, expected
     case = make(90, 4, vocabulary, dtype=dtype, device=device, masked=0.3)
     actual = [
         products(case, lambda workspace=workspace: graph(case, trained, workspace=workspace)[0].backward())
@@ -235,10 +239,7 @@ def test_chunks_where_they_pay(device, backend, monkeypatch):
     assert seen == [4, 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("workspace", [MIB, 4 * MIB])
-@pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("cut", [True, False])
+@grid(dtype=[torch.float32, torch.bfloat16], workspace=[MIB, 4 * MIB], trained=[True, False], cut=[True, False])
 def test_memory(dtype, workspace, trained, cut, device, request):
     """Beyond the gradients, a call must allocate its workspace and a few numbers a row, never (N, V) of anything.
 
