@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, settings
 
 # torch is imported inside functions: it would delay the process that only distributes tests by five seconds
 
-# longest first: each takes more than 10 s
+# longest first: each takes about 10 s or more
 LONG = ["real_model", "unlearn", "hopper", "study", "workers", "methods_equal_steps", "methods_end_to_end"]
-LONG += ["unlearn_vocabulary", "ops_example_objective", "audit", "emphasis"]
+LONG += ["unlearn_vocabulary", "ops_example_objective_gradients", "audit", "emphasis"]
 
 settings.register_profile(
     "pyunlearn",

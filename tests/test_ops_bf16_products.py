@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from coverings import grid
 from heads import error
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,11 +102,14 @@ def with_amx():
         pytest.skip("needs AMX")
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("depth", [1, 2, 31, 32, 33, 100, 1025, 3000])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (31, 33), (32, 64), (33, 31), (65, 100), (300, 72)])
-def test_gradient(rows, columns, depth, transposed, with_amx):
+@grid(
+    transposed=[False, True],
+    depth=[1, 2, 31, 32, 33, 100, 1025, 3000],
+    shape=[(1, 1), (31, 33), (32, 64), (33, 31), (65, 100), (300, 72)],
+)
+def test_gradient(shape, depth, transposed, with_amx):
     """The gradient's product is right in float32, added and rounded, and nothing outside the result is written."""
+    rows, columns = shape
     a, b = operands(rows, columns, depth)
     left, right = (x.T.clone(memory_format=torch.contiguous_format) for x in (a, b))
     left = left.T if transposed else a

@@ -134,11 +134,11 @@ def test_top_fraction_of_rows(groups, share):
 def test_squeeze(rows, width, at_a_time):
     """In-place compaction, any number of rows at a time, must leave exactly the selected rows, in order."""
     matrix = torch.arange(len(rows) * width, dtype=torch.float32).view(len(rows), width)
-    places = torch.tensor(rows).nonzero().squeeze(1)
-    wanted = matrix[places]
+    indices = torch.tensor(rows).nonzero().squeeze(1)
+    wanted = matrix[indices]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_passes, "MIB", at_a_time * width)  # a quarter of the bytes of at_a_time rows
-        assert torch.equal(_passes.squeeze(matrix, places), wanted)
+        assert torch.equal(_passes.squeeze(matrix, indices), wanted)
 
 
 @pytest.mark.parametrize("shape", [(4096, 700), (6, 3 << 20)])
