@@ -1,4 +1,4 @@
-"""What all tests share: no network, hypothesis's profile, which marked tests run, the devices and the backends."""
+"""Shared settings of all tests: no network, hypothesis profile, which marked tests run, devices and backends."""
 
 import importlib.util
 import os
@@ -13,11 +13,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # pytest -n: the processes share 
 import pytest
 from hypothesis import HealthCheck, settings
 
-# torch and what imports it come with the fixtures: the process that only hands out tests would be five seconds late with it
+# torch is imported inside functions: it would delay the process that only distributes tests by five seconds
 
-# longest first: each takes more than 10 s
+# longest first: each takes about 10 s or more
 LONG = ["real_model", "unlearn", "hopper", "study", "workers", "methods_equal_steps", "methods_end_to_end"]
-LONG += ["unlearn_vocabulary", "ops_example_objective", "audit", "emphasis"]
+LONG += ["unlearn_vocabulary", "ops_example_objective_gradients", "audit", "emphasis"]
 
 settings.register_profile(
     "pyunlearn",
@@ -29,16 +29,27 @@ settings.register_profile(
 settings.load_profile("pyunlearn")
 
 
+def _left_out(item, marks):
+    """Return whether an item has one of the marks; of `full`, whether it is outside its grid's covering."""
+    full = item.get_closest_marker("full")
+    outside = "full" in marks and full is not None and not full.kwargs.get("covering")
+    return outside or any(item.get_closest_marker(name) for name in marks - {"full"})
+
+
 def pytest_collection_modifyitems(config, items):
-    """The long files first, so that no process is left alone with one. Left out: cuda without a card, nvcc unless asked for; skipped: real_model without the demo's packages."""
+    """Deselect what this run leaves out, and put the long files first, so that no process is left alone with one.
+
+    Left out: cuda without a GPU; nvcc, and the cases of a grid outside its pairwise covering (tests/coverings.py),
+    unless -m names nvcc or full. Skipped: real_model without the demo's packages.
+    """
     import torch
 
-    left_out = set() if torch.cuda.is_available() else {"cuda"}
-    left_out |= set() if "nvcc" in config.getoption("-m") else {"nvcc"}
-    away = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
-    if away:
-        config.hook.pytest_deselected(items=away)
-        away = set(away)
+    marks = {name for name in ("nvcc", "full") if name not in config.getoption("-m")}
+    marks |= set() if torch.cuda.is_available() else {"cuda"}
+    deselected = [item for item in items if _left_out(item, marks)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        away = set(deselected)
         items[:] = [item for item in items if item not in away]
     place = {f"test_{name}": at for at, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
@@ -50,7 +61,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request):
-    """Each kind of device that this machine has."""
+    """Each kind of device of this machine."""
     return request.param
 
 
@@ -60,7 +71,7 @@ def backend(request, device, monkeypatch):
     from pyunlearn.ops import _backend
 
     if request.param == "reference":
-        chosen = _backend.Choice("reference", "the test asks for it")
+        chosen = _backend.Choice("reference", "chosen by the test")
         monkeypatch.setattr(_backend, "on_cpu", lambda: chosen)
         monkeypatch.setattr(_backend, "on_card", lambda index: chosen)
     else:
@@ -107,7 +118,7 @@ def t5(one_thread):
 
 @pytest.fixture
 def poisoned():
-    """Memory that nobody has filled reads NaN."""
+    """Fill uninitialized memory with NaN."""
     import torch
 
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()

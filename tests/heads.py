@@ -1,4 +1,4 @@
-"""What the tests of the ops on a head share: cases, their definition in PyTorch, comparisons, and watchers of memory, products and chunks."""
+"""Shared helpers of the op tests: cases, their definition in PyTorch, comparisons, counts of memory and products."""
 
 import math
 import sys
@@ -21,16 +21,16 @@ kl_module = sys.modules["pyunlearn.ops.kl_divergence"]
 statistics_module = sys.modules["pyunlearn.ops.token_statistics"]
 
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-12}
-on_a_card = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)])
+on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)])
 
 
 def plain(hidden, weight, targets, *, workspace=None, **options):
-    """The definition, in PyTorch alone."""
+    """Compute the definition in plain PyTorch."""
     return plain_from_logits(hidden @ weight.T, targets, **options)
 
 
 def plain_from_logits(z, targets, *, bias=None, logit_scale=1.0, softcap=None, ignore_index=-100):
-    """The definition from logits; 16-bit ones are scored in float32, as everybody does."""
+    """Compute the definition from logits, 16-bit ones in float32, as is common."""
     z = (z if bias is None else z + bias) * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     z = z if z.dtype.itemsize > 2 else z.float()
@@ -38,7 +38,7 @@ def plain_from_logits(z, targets, *, bias=None, logit_scale=1.0, softcap=None, i
 
 
 class Case(NamedTuple):
-    """A head, what it reads, and what is to be scored."""
+    """Hidden states (N, D), an output head (V, D) with its bias (V,) or None, and targets (N,)."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 def make(rows, width, vocabulary, *, dtype=torch.float32, device="cpu", bias=True, masked=0.0, seed=0):
-    """A case whose logits spread by about 2, a share of its rows ignored."""
+    """Return a case with logits of standard deviation near 2 and a share `masked` of its rows ignored."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, width, generator=g)
     weight = torch.randn(vocabulary, width, generator=g) * (2 / math.sqrt(width))
@@ -58,39 +58,39 @@ def make(rows, width, vocabulary, *, dtype=torch.float32, device="cpu", bias=Tru
 
 
 def cast(case, **to):
-    """The case on another device or in another dtype."""
+    """Return the case on another device or in another dtype."""
     moved = [None if t is None else t.to(**to) for t in case[:3]]
     return Case(*moved, case.targets.to(to.get("device", case.targets.device)))
 
 
-def error(found, wanted):
-    """The largest difference, in units of the largest wanted number (of 1 if all are smaller and for none)."""
+def error(actual, wanted):
+    """Return the largest difference, relative to the largest wanted number or to 1, if that is larger."""
     wanted = wanted.double().cpu()
     size = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
-    return float((found.double().cpu() - wanted).abs().max()) / size if wanted.numel() else 0.0
+    return float((actual.double().cpu() - wanted).abs().max()) / size if wanted.numel() else 0.0
 
 
-def assert_agree(found, wanted, tolerance):
-    """Values and gradients differ by no more than the tolerance, and none is NaN."""
-    assert [f.shape for f in found] == [w.shape for w in wanted]
-    errors = [error(f, w) for f, w in zip(found, wanted, strict=True)]
+def assert_agree(actual, wanted, tolerance):
+    """Assert that values and gradients differ by no more than the tolerance, and that none is NaN."""
+    assert [f.shape for f in actual] == [w.shape for w in wanted]
+    errors = [error(f, w) for f, w in zip(actual, wanted, strict=True)]
     assert all(e <= tolerance for e in errors), errors
 
 
 def saved_elsewhere():
-    """Tensors that are saved for backward come back from other memory, as from `save_on_cpu`; however it was found out before that two are the same."""
+    """Return hooks that store the tensors saved for backward in other memory, as `save_on_cpu` does."""
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x)
 
 
-def assert_equal(found, wanted):
-    """Bit for bit."""
-    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True)), [
-        error(f, w) for f, w in zip(found, wanted, strict=True)
+def assert_equal(actual, wanted):
+    """Assert equality bit for bit."""
+    assert all(torch.equal(f, w) for f, w in zip(actual, wanted, strict=True)), [
+        error(f, w) for f, w in zip(actual, wanted, strict=True)
     ]
 
 
 class Allocations(TorchDispatchMode):
-    """Records the most bytes alive at once, the largest tensor and every shape, of what is allocated in it, inside our ops too."""
+    """Record the peak of live bytes, the largest tensor and every shape of allocations, inside our ops too."""
 
     def __init__(self):
         super().__init__()
@@ -116,23 +116,23 @@ class Allocations(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
                 storage = tensor.untyped_storage()
-                self._held(storage)
+                self._count(storage)
                 self.largest = max(self.largest, storage.nbytes())
                 shape = tuple(tensor.shape)
                 self.shapes[shape] = max(self.shapes.get(shape, 0), storage.nbytes())
-        if self.bytes > self.peak:  # only then can it matter which of them are gone by now
+        if self.bytes > self.peak:  # freed storages matter only where the peak would rise
             self.alive = {at: (ref, n) for at, (ref, n) in self.alive.items() if not ref.expired()}
             self.bytes = sum(n for _, n in self.alive.values())
             self.peak = max(self.peak, self.bytes)
         return out
 
-    def _held(self, storage):
+    def _count(self, storage):
         self.bytes += storage.nbytes() - self.alive.get(storage._cdata, (None, 0))[1]
         self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
 
 
 def ids(*shape, **options):
-    """Valid token ids."""
+    """Return valid token ids."""
     return torch.ones(*shape, dtype=torch.int64, **options)
 
 
@@ -140,7 +140,7 @@ elsewhere = {"device": "meta"}
 
 
 def bytes_of(rows, case):
-    """A workspace for the logits of so many live rows, with what else chunks of rows take."""
+    """Return a workspace in bytes that fits the logits of `rows` live rows, with the rest that a chunk needs."""
     (vocabulary, width), dtype = case.weight.shape, case.weight.dtype
     size, real = dtype.itemsize, 8 if dtype is torch.float64 else 4
     sums = _plan.bytes_of_sum(vocabulary, width, dtype)
@@ -148,7 +148,7 @@ def bytes_of(rows, case):
 
 
 def watch_chunks(monkeypatch, module):
-    """Makes chunks of rows free, so that small cases take them; returns the list that will hold each call's rows in each chunk."""
+    """Make chunks cost nothing, so that small cases use them; return the list of each call's rows per chunk."""
     monkeypatch.setattr(_plan, "balance", lambda *_: 0)
     seen, original = [], module.one_pass
 
@@ -161,7 +161,7 @@ def watch_chunks(monkeypatch, module):
 
 
 def products(case, function):
-    """How many products of all live rows with the whole head the call makes, torch's and ours."""
+    """Return the number of products of all live rows with the whole head in a call, torch's and ours."""
     live, mine = int((case.targets != -100).sum()), []
 
     def counted(original):

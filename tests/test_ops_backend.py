@@ -1,4 +1,4 @@
-"""Which kernels run where: settled for the CPU without a card, for each card by itself, and never in the middle of something that cannot hold it."""
+"""The choice of kernels: for the CPU without touching a GPU, for each GPU separately, never during a graph capture."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from pyunlearn.ops import _backend, linear_log_likelihood
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """Nothing has been settled, and nothing that is settled here stays."""
+    """Clear the cached choices of kernels before and after the test."""
     monkeypatch.delenv("PYUNLEARN_BACKEND", raising=False)
     for settled in (_backend.on_cpu, _backend.on_card):
         settled.cache_clear()
@@ -22,8 +22,8 @@ def fresh(monkeypatch):
 
 
 @pytest.fixture
-def cards(fresh, monkeypatch):
-    """An extension with kernels for 8.0, on a machine with a card of 9.0 and one of 7.5."""
+def gpus(fresh, monkeypatch):
+    """Simulate an extension built for 8.0 on a machine with a GPU of 9.0 and one of 7.5."""
     info = {"cuda_architectures": "80 90a", "cuda_problem": None}
     monkeypatch.setattr(_backend, "_C", SimpleNamespace(build_info=lambda: info))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -33,11 +33,11 @@ def cards(fresh, monkeypatch):
     monkeypatch.setattr(_backend, "_wrong_on", lambda device: None)
 
 
-def test_a_tensor_on_the_cpu_asks_no_card(fresh, monkeypatch):
-    """A card that is full, in another process's hands or lost by a fork is no business of the CPU's."""
+def test_a_tensor_on_the_cpu_touches_no_gpu(fresh, monkeypatch):
+    """A tensor on the CPU never touches a GPU, which may be full, used by another process or lost by a fork."""
 
     def touched(*_):
-        raise AssertionError("a card was touched")
+        raise AssertionError("a GPU was touched")
 
     for name in ("is_available", "current_device", "get_device_capability", "is_current_stream_capturing"):
         monkeypatch.setattr(torch.cuda, name, touched)
@@ -46,16 +46,16 @@ def test_a_tensor_on_the_cpu_asks_no_card(fresh, monkeypatch):
     assert _backend.kernels_for(hidden) == _backend.on_cpu().kernels
 
 
-def test_each_card_is_settled_by_itself(cards):
-    """One that the kernels are too new for goes on with plain PyTorch, and one warning; its neighbour does not."""
+def test_each_gpu_is_chosen_for_separately(gpus):
+    """A GPU too old for the kernels gets plain PyTorch with one warning; the other GPU still gets the kernels."""
     assert _backend.on_card(0) == ("cuda", "compiled kernels found")
     with pytest.warns(UserWarning, match=r"not used on cuda:1: the card has compute capability 7.5, .* need 8.0"):
         assert _backend.on_card(1).kernels == "reference"
     assert _backend.on_card(0).kernels == "cuda"
 
 
-def test_kernels_are_tried_out_on_real_memory_even_in_the_middle_of_a_trace(cards, monkeypatch):
-    """Fake tensors have no memory: a kernel would be given address 0."""
+def test_trial_uses_real_memory_during_a_trace(gpus, monkeypatch):
+    """The trial of the kernels allocates real tensors under FakeTensorMode, since fake ones have no memory."""
     seen = []
     monkeypatch.setattr(_backend, "_wrong_on", lambda device: seen.append(type(torch.empty(1))))
     with FakeTensorMode():
@@ -63,8 +63,8 @@ def test_kernels_are_tried_out_on_real_memory_even_in_the_middle_of_a_trace(card
     assert seen == [torch.Tensor]
 
 
-def test_nothing_is_tried_out_while_a_graph_is_captured(cards, monkeypatch):
-    """One sentence says what to do, and nothing is settled."""
+def test_no_trial_during_graph_capture(gpus, monkeypatch):
+    """A first call during graph capture raises an error that names the remedy, and caches no choice."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="call the op once before capturing"):
         _backend.on_card(0)
@@ -72,16 +72,16 @@ def test_nothing_is_tried_out_while_a_graph_is_captured(cards, monkeypatch):
     assert _backend.on_card(0).kernels == "cuda"
 
 
-def test_a_card_that_fails_in_its_trial_is_a_sentence():
-    """Memory that cannot be had there is one, as on a device that this torch has not."""
+def test_a_failed_trial_is_a_sentence():
+    """A trial that raises, here on a device that this torch lacks, is reported as one sentence."""
     assert _backend._wrong_on(torch.device("mps")).startswith("they failed on this card: ")
 
 
 @pytest.mark.parametrize(
     ("value", "message"), [("cuda", "PYUNLEARN_BACKEND=cuda, but they failed"), ("gpu", "got 'gpu'")]
 )
-def test_what_is_insisted_on_and_cannot_be_had_is_an_error(value, message, cards, monkeypatch):
-    """For tensors on the CPU too, before anything runs."""
+def test_a_named_backend_that_cannot_run_is_an_error(value, message, gpus, monkeypatch):
+    """A backend named in the environment that cannot run is an error, for tensors on the CPU too."""
     monkeypatch.setenv("PYUNLEARN_BACKEND", value)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(_backend, "_wrong_on", lambda device: "they failed")
@@ -89,8 +89,8 @@ def test_what_is_insisted_on_and_cannot_be_had_is_an_error(value, message, cards
         _backend.kernels_for(torch.empty(1))
 
 
-def test_what_is_left_out_by_name_is_left_out(cards, monkeypatch):
-    """reference: everywhere; cpu: on cards."""
+def test_excluded_kernels_do_not_run(gpus, monkeypatch):
+    """PYUNLEARN_BACKEND=reference excludes compiled kernels everywhere, cpu excludes them on GPUs."""
     for value, cpu in (("reference", "reference"), ("cpu", "cpu")):
         monkeypatch.setenv("PYUNLEARN_BACKEND", value)
         for settled in (_backend.on_cpu, _backend.on_card):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from coverings import grid
 from heads import error
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,22 +19,22 @@ pytestmark = pytest.mark.skipif(not KERNEL, reason="needs AVX512-BF16 or AMX")
 
 
 def operands(rows, columns, width, seed=0):
-    """a (rows, width) and b (columns, width)."""
+    """Return random bfloat16 operands a (rows, width) and b (columns, width)."""
     g = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(n, width, generator=g).bfloat16() for n in (rows, columns))
     return a, b
 
 
-def largest_error(found, a, b):
-    """In units of the sum of the summands' magnitudes, which is what rounding is relative to."""
+def largest_error(actual, a, b):
+    """Return the largest error relative to the sum of the summands' magnitudes, which bounds rounding."""
     a, b = a.double(), b.double()
-    return float(((found.double() - a @ b.T).abs() / (a.abs() @ b.abs().T + 1e-30)).max())
+    return float(((actual.double() - a @ b.T).abs() / (a.abs() @ b.abs().T + 1e-30)).max())
 
 
 @pytest.mark.parametrize("width", [1, 2, 64, 123, 639, 640, 641, 896, 2304, 4096])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 63), (6, 64), (7, 65), (13, 129), (100, 123), (600, 65)])
 def test_every_shape(rows, columns, width):
-    """Every sum is good to float32's rounding, and nothing beside the result is written, for any shape and whatever stood there before."""
+    """Every sum is right to float32 rounding for any shape, and nothing outside the result is written."""
     a, b = operands(rows, columns, width)
     memory = torch.full((rows + 1, columns + 3), torch.nan)
     _backend.bf16_product(memory[:rows, :columns], a, b)
@@ -48,7 +49,7 @@ def test_every_shape(rows, columns, width):
     threads=st.integers(1, 3),
 )
 def test_one_row_at_a_time(shape, seed, threads):
-    """A row's sums are the same bits whatever rows stand beside it, and whatever the number of threads."""
+    """A row's sums have the same bits alone or among other rows, with any number of threads."""
     a, b = operands(*shape, seed=seed)
     whole, alone = torch.empty(shape[:2]), torch.empty(shape[:2])
     before = torch.get_num_threads()
@@ -101,11 +102,14 @@ def with_amx():
         pytest.skip("needs AMX")
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("depth", [1, 2, 31, 32, 33, 100, 1025, 3000])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (31, 33), (32, 64), (33, 31), (65, 100), (300, 72)])
-def test_gradient(rows, columns, depth, transposed, with_amx):
-    """A product whose sums run along the rows, rounded, in float32, or added; nothing beside the result is written, for any shape and whatever stood there before."""
+@grid(
+    transposed=[False, True],
+    depth=[1, 2, 31, 32, 33, 100, 1025, 3000],
+    shape=[(1, 1), (31, 33), (32, 64), (33, 31), (65, 100), (300, 72)],
+)
+def test_gradient(shape, depth, transposed, with_amx):
+    """The gradient's product is right in float32, added and rounded, and nothing outside the result is written."""
+    rows, columns = shape
     a, b = operands(rows, columns, depth)
     left, right = (x.T.clone(memory_format=torch.contiguous_format) for x in (a, b))
     left = left.T if transposed else a
@@ -127,28 +131,28 @@ def test_gradient(rows, columns, depth, transposed, with_amx):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_gradient_of_views(threads, with_amx):
-    """Whatever the number of threads; NaN and Inf stay in their column, or in their row of the other side."""
+    """NaN and Inf stay in their column, or row of the other operand, with any number of threads."""
     a, b = torch.randn(50, 700).bfloat16(), torch.randn(50, 90).bfloat16()
     a[3, 207], b[7, 11] = torch.nan, torch.inf
-    given, other, out = a[:, 100:600], b[:, 3:80], torch.empty(500, 77)
+    task, other, out = a[:, 100:600], b[:, 3:80], torch.empty(500, 77)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        _products.product(out, given.T, other)
+        _products.product(out, task.T, other)
     finally:
         torch.set_num_threads(before)
     assert out[107].isnan().all()
     assert not out[:, 8].isfinite().any()
-    given, other = given.clone(), other.clone()
-    given[3, 107], other[7, 8] = 0, 0
+    task, other = task.clone(), other.clone()
+    task[3, 107], other[7, 8] = 0, 0
     fine = torch.ones(500, 77, dtype=torch.bool)
     fine[107], fine[:, 8] = False, False
-    wanted = given.double().T @ other.double()
+    wanted = task.double().T @ other.double()
     assert (out.double() - wanted)[fine].abs().max() <= 1e-4
 
 
 def test_dtypes_that_do_not_fit(with_amx):
-    """Ops called by their own names, with a head of another dtype, say so, and read nothing that is not there."""
+    """A torch.ops call with a head of another dtype raises, instead of reading outside the operands."""
     hidden, weight, targets = torch.randn(4, 16), torch.randn(90, 16), torch.arange(4)
     for h, w in ((hidden.bfloat16(), weight), (hidden, weight.bfloat16())):
         with pytest.raises(RuntimeError, match="dtype"):
@@ -156,7 +160,7 @@ def test_dtypes_that_do_not_fit(with_amx):
 
 
 def test_out_of_memory(with_amx, tmp_path):
-    """Where there is no room to lay an operand out, the call says so, and the next one that fits works."""
+    """A call without memory to lay an operand out raises MemoryError, and the next call that fits works."""
     script = """
 import resource, torch
 from pyunlearn.ops import _backend

@@ -1,10 +1,11 @@
-"""log_likelihood's own claims, on logits as they come; what it shares with linear_log_likelihood is in that op's tests."""
+"""log_likelihood on logits in any layout; claims shared with linear_log_likelihood are in that op's tests."""
 
 import math
 
 import pytest
 import torch
-from heads import Allocations, assert_agree, on_a_card, plain_from_logits
+from coverings import BACKENDS, grid
+from heads import Allocations, assert_agree, on_gpu, plain_from_logits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,15 +16,15 @@ NARROW = [torch.bfloat16, torch.float16]
 
 
 def scored(logits, targets, **options):
-    """[values, gradient of a weighted sum of them for the logits]."""
-    logits = logits.detach().requires_grad_()  # keeps the strides, which clone() mends
+    """Return [values, gradient of their weighted sum for the logits]."""
+    logits = logits.detach().requires_grad_()  # preserves the strides, which clone() would not
     values = log_likelihood(logits, targets, **options)
     coefficients = torch.linspace(-1, 2, values.numel(), device=values.device).reshape(values.shape).to(values)
     return [values.detach(), *torch.autograd.grad(values, logits, coefficients)]
 
 
 def truth(logits, targets, **options):
-    """What `scored` should find, from PyTorch in float64."""
+    """Return what `scored` should return, computed by PyTorch in float64."""
     logits, targets = logits.detach().double().cpu().requires_grad_(), targets.cpu()
     values = plain_from_logits(logits, targets, **options)
     coefficients = torch.linspace(-1, 2, len(values)).double()
@@ -31,7 +32,7 @@ def truth(logits, targets, **options):
 
 
 def some(rows, vocabulary, *, dtype=torch.float32, device="cpu", seed=0):
-    """Random logits and targets."""
+    """Return random logits and targets."""
     g = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(rows, vocabulary, generator=g)
     return logits.to(device, dtype), torch.randint(vocabulary, (rows,), generator=g).to(device)
@@ -43,7 +44,7 @@ def some(rows, vocabulary, *, dtype=torch.float32, device="cpu", seed=0):
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_narrow_logits_are_read_and_written_exactly(dtype, softcap, device, backend):
-    """16-bit logits, subnormal and infinite ones too, count as the numbers they are; only the gradient is rounded, once."""
+    """16-bit logits, subnormal and infinite ones too, are read exactly; only the gradient is rounded, once."""
     logits, targets = some(9, 515, dtype=dtype, device=device)
     smallest = torch.finfo(dtype).smallest_normal
     logits[0, :8] = torch.tensor([-torch.inf, -1e4, smallest, smallest / 4, -smallest / 8, 0, -0.0, 1e-3])
@@ -59,14 +60,14 @@ def test_narrow_logits_are_read_and_written_exactly(dtype, softcap, device, back
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
 @pytest.mark.parametrize("shape", [(252, 123), (9, 50257)])
 def test_no_worse_than_pytorch(dtype, shape, device, backend):
-    """Against float64, no further off than PyTorch's cross-entropy of the same logits, plus 2e-6 for the order of sums."""
+    """Against float64, no further off than PyTorch's cross-entropy plus 2e-6 for the order of sums."""
     logits, targets = some(*shape, dtype=dtype, device=device)
     wanted = truth(logits, targets)
     leaf = logits.clone().requires_grad_()
     values = -torch.nn.functional.cross_entropy(leaf.float(), targets, reduction="none")
     theirs = [values.detach(), *torch.autograd.grad(values, leaf, torch.linspace(-1, 2, shape[0], device=device))]
-    for found, other, right in zip(scored(logits, targets), theirs, wanted, strict=True):
-        far = [(x.double().cpu() - right).abs().max().item() for x in (found, other)]
+    for actual, other, right in zip(scored(logits, targets), theirs, wanted, strict=True):
+        far = [(x.double().cpu() - right).abs().max().item() for x in (actual, other)]
         assert far[0] <= far[1] + 2e-6, far
 
 
@@ -75,7 +76,7 @@ extreme = st.floats(-(2.0**99), 2.0**99, width=32) | st.floats(-90, 90, width=32
 
 @given(row=st.lists(extreme, min_size=1, max_size=40), at=st.integers(0, 39))
 def test_any_logits(row, at, device, backend):
-    """Whatever finite logits come, tiny beside huge, value and gradient are float64's to float32."""
+    """Value and gradient of any finite logits, tiny next to huge, agree with float64 to float32 rounding."""
     logits, targets = torch.tensor([row], device=device), torch.tensor([at % len(row)], device=device)
     assert_agree(scored(logits, targets), truth(logits, targets), 2e-6)
 
@@ -89,7 +90,7 @@ def test_no_distribution(device, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bias_that_learns(dtype, device, backend):
-    """A bias that wants a gradient gets it."""
+    """A bias that requires a gradient gets it."""
     logits, targets = some(6, 70, dtype=dtype, device=device)
     bias = torch.linspace(-1, 1, 70, device=device).requires_grad_()
     log_likelihood(logits, targets, bias=bias, softcap=4.0).sum().backward()
@@ -112,11 +113,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("vocabulary", [1, 131])
-@pytest.mark.parametrize("rows", [1, 6])
+@grid(layout=list(LAYOUTS), vocabulary=[1, 131], rows=[1, 6], backend=BACKENDS)
 def test_layouts(layout, vocabulary, rows, device, backend):
-    """Logits in any layout must count as the numbers they show, and get a gradient of that shape."""
+    """Logits in any memory layout must give the result of a contiguous copy, with a gradient of their shape."""
     logits, targets = some(rows, vocabulary, device=device)
     shown = LAYOUTS[layout](logits)
     assert_agree(scored(shown, targets), truth(shown, targets), 4e-6)
@@ -126,15 +125,15 @@ def test_a_batch_of_sequences(device, backend):
     """Logits (B, T, V) of a model, shifted by a slice, are scored where they lie."""
     logits, _ = some(12, 90, device=device)
     ids = torch.randint(90, (3, 4), device=device)
-    found = log_likelihood(logits.reshape(3, 4, 90)[:, :-1], ids[:, 1:])
+    actual = log_likelihood(logits.reshape(3, 4, 90)[:, :-1], ids[:, 1:])
     right = truth(logits.reshape(3, 4, 90)[:, :-1].reshape(9, 90), ids[:, 1:].reshape(9))[0]
-    assert found.shape == (3, 3)
-    assert_agree([found.flatten()], [right], 4e-6)
+    assert actual.shape == (3, 3)
+    assert_agree([actual.flatten()], [right], 4e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory(dtype, device, backend):
-    """Forward must allocate only a few numbers a row, and backward the gradient alone, never a float32 copy of the logits."""
+    """Forward allocates a few numbers a row and backward the gradient alone, never a float32 copy of the logits."""
     if backend == "reference":
         pytest.skip("plain PyTorch makes copies")
     logits, targets = some(256, 4096, dtype=dtype, device=device)
@@ -145,9 +144,9 @@ def test_memory(dtype, device, backend):
     assert logits.nbytes <= used.peak <= logits.nbytes + 256 * 128
 
 
-@on_a_card
+@on_gpu
 def test_past_32_bits(device, backend):
-    """Past 2^31 logits indices must not wrap, forward or backward."""
+    """Beyond 2^31 logits indices must not wrap, forward or backward."""
     rows, vocabulary = 16800, 128256
     logits = torch.zeros(rows, vocabulary, dtype=torch.bfloat16, device=device)
     last = 3 * torch.randn(vocabulary, device=device).bfloat16()
@@ -177,6 +176,6 @@ def test_past_32_bits(device, backend):
     ],
 )
 def test_errors(logits, options, sentence):
-    """Each wrong argument is named with what was wanted and what came."""
+    """Each wrong argument raises an error that names it, the requirement and the value."""
     with pytest.raises(ArgumentError, match=sentence):
         log_likelihood(logits, torch.zeros(2, dtype=torch.int64), **options)

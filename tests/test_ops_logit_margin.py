@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from heads import Allocations, assert_agree, assert_equal, error, make, on_a_card
+from coverings import grid
+from heads import Allocations, assert_agree, assert_equal, error, make, on_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,22 +16,25 @@ SMALL = 9 * 64 * 4  # a workspace of one block
 
 
 def definition(hidden, weight, *, bias=None, logit_scale=1.0, softcap=None, workspace=None):
-    """In whole, in the inputs' own dtype."""
+    """Compute the definition from all logits, in the inputs' own dtype."""
     return reference.logit_margin_of(reference.logits_of(hidden @ weight.T, bias, logit_scale, softcap or 0.0))
 
 
 def evaluate(op, case, **options):
-    """Sum of squares of what an op gives, and its gradients."""
+    """Return an op's margins and the gradients of their sum of squares."""
     leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
     margin = op(*leaves[:2], bias=leaves[2], **options)
     return [margin.detach(), *torch.autograd.grad(margin.square().sum(), leaves)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.3}, {"softcap": 3.0}, {"logit_scale": 2.0, "softcap": 5.0}])
-@pytest.mark.parametrize("bias", [True, False])
+@grid(
+    {"dtype": torch.bfloat16, "options": {"logit_scale": 2.0, "softcap": 5.0}, "bias": True},
+    dtype=[torch.float32, torch.float64, torch.bfloat16],
+    options=[{}, {"logit_scale": 0.3}, {"softcap": 3.0}, {"logit_scale": 2.0, "softcap": 5.0}],
+    bias=[True, False],
+)
 def test_the_margin_is_its_definition(device, dtype, options, bias):
-    """Value and gradients in hidden, weight and bias, in blocks of 64 columns, against float64; 16-bit inputs lose what rounding the result loses."""
+    """Values and gradients, in blocks of 64 columns, must agree with float64, 16-bit ones to their own rounding."""
     case = make(9, 16, 300, dtype=dtype, device=device, bias=bias)
     leaves = [None if x is None else x.detach().double().requires_grad_() for x in case[:3]]
     z = leaves[0] @ leaves[1].T
@@ -38,14 +42,15 @@ def test_the_margin_is_its_definition(device, dtype, options, bias):
     z = options["softcap"] * torch.tanh(z / options["softcap"]) if "softcap" in options else z
     wanted = (z.amax(-1) - z.mean(-1)).square()
     mine = [None if x is None else x.detach().requires_grad_() for x in case[:3]]
-    found = logit_margin(*mine[:2], bias=mine[2], workspace=9 * 64 * 4, **options).square()
+    actual = logit_margin(*mine[:2], bias=mine[2], workspace=9 * 64 * 4, **options).square()
     digits = {torch.float32: 1e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2}[dtype]
-    assert found.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
-    pairs = [(found, wanted)]
+    assert actual.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    pairs = [(actual, wanted)]
     pairs += zip(
-        torch.autograd.grad(found.sum(), [x for x in mine if x is not None]),
-        torch.autograd.grad(wanted.sum(), [x for x in leaves if x is not None]), strict=True,
-    )  # fmt: skip
+        torch.autograd.grad(actual.sum(), [x for x in mine if x is not None]),
+        torch.autograd.grad(wanted.sum(), [x for x in leaves if x is not None]),
+        strict=True,
+    )
     for f, w in pairs:
         assert (f.double() - w).abs().max() <= digits * w.abs().max()
 
@@ -53,26 +58,26 @@ def test_the_margin_is_its_definition(device, dtype, options, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_layouts(device, dtype, softcap):
-    """Hidden states and heads that are slices or transposed give the bits of their copies."""
+    """Sliced or transposed hidden states and heads give the bits of their copies."""
     case = make(9, 32, 300, dtype=dtype, device=device)
     turned = case._replace(hidden=case.hidden.T.contiguous().T, weight=case.weight.T.contiguous().T)
     sliced = case._replace(
         hidden=case.hidden.repeat_interleave(2, 1)[:, ::2], weight=case.weight.repeat_interleave(2, 0)[::2]
     )
 
-    def found(shown):
+    def actual(shown):
         leaves = [shown.hidden.detach().requires_grad_(), shown.weight.detach().requires_grad_()]
         margin = logit_margin(*leaves, softcap=softcap)
         return [margin.detach(), *torch.autograd.grad(margin.sum(), leaves)]
 
-    wanted = found(case._replace(hidden=case.hidden.clone(), weight=case.weight.clone()))
+    wanted = actual(case._replace(hidden=case.hidden.clone(), weight=case.weight.clone()))
     for layout in (turned, sliced):
-        assert_agree(found(layout), wanted, 1e-5 if dtype is torch.float32 else 1e-2)
-        assert_equal(found(layout)[:1], wanted[:1])
+        assert_agree(actual(layout), wanted, 1e-5 if dtype is torch.float32 else 1e-2)
+        assert_equal(actual(layout)[:1], wanted[:1])
 
 
-def test_a_frozen_head_s_margin_costs_no_product_in_backward():
-    """And no gradient of the head."""
+def test_frozen_head():
+    """A frozen head gets no gradient, and a head of another width is an error."""
     case = make(5, 8, 100, bias=False)
     hidden = case.hidden.clone().requires_grad_()
     logit_margin(hidden, case.weight).sum().backward()
@@ -87,7 +92,7 @@ every_softcap = pytest.mark.parametrize("softcap", [None, 3.0])
 
 @every_softcap
 def test_gradcheck(softcap, device, backend):
-    """The gradients must be those that finite differences find in float64."""
+    """The gradients must agree with finite differences in float64."""
     case = make(6, 5, 130, dtype=torch.float64, device=device)
 
     def function(hidden, weight, bias):
@@ -99,9 +104,10 @@ def test_gradcheck(softcap, device, backend):
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_worse_than_pytorch(dtype, softcap, device, backend):
-    """Against float64, values and gradients must be no further off than PyTorch's in the same dtype, plus 4e-6 and half the dtype's epsilon of the largest.
+    """Against float64, values and gradients must be no further off than PyTorch's in the same dtype.
 
-    Rows whose two largest logits are nearer than rounding are left out: which one is the argmax is then open.
+    Added to the tolerance: 4e-6 and, for gradients, half the dtype's epsilon of the largest. Rows whose two largest
+    logits are closer than rounding are left out: either may be the argmax.
     """
     case = make(60, 48, 701, dtype=dtype, device=device)
     wide = case._replace(hidden=case.hidden.double(), weight=case.weight.double(), bias=case.bias.double())
@@ -111,15 +117,14 @@ def test_no_worse_than_pytorch(dtype, softcap, device, backend):
     case, wide = case._replace(hidden=case.hidden[clear]), wide._replace(hidden=wide.hidden[clear])
     wanted = evaluate(definition, wide, softcap=softcap)
     ours, theirs = (evaluate(op, case, softcap=softcap, workspace=SMALL) for op in (logit_margin, definition))
-    for at, (found, other, right) in enumerate(zip(ours, theirs, wanted, strict=True)):
+    for at, (actual, other, right) in enumerate(zip(ours, theirs, wanted, strict=True)):
         allowed = 4e-6 + (torch.finfo(dtype).eps / 2 if at else 0)
-        assert error(found, right.cpu()) <= error(other, right.cpu()) + allowed, at
+        assert error(actual, right.cpu()) <= error(other, right.cpu()) + allowed, at
 
 
-@every_softcap
-@pytest.mark.parametrize("dynamic", [False, True])
+@grid(softcap=[None, 3.0], dynamic=[False, True], strength=1)
 def test_compile(dynamic, softcap, device):
-    """torch.compile(fullgraph=True) must take it without a break and give the eager answer, at every number of rows."""
+    """torch.compile(fullgraph=True) must compile it and agree with eager, at every number of rows."""
     torch._dynamo.reset()
 
     def function(hidden, weight, **options):
@@ -157,7 +162,7 @@ def test_equal_logits(device, backend):
 
 @every_softcap
 def test_memory(softcap, device):
-    """Nothing of N * V may be allocated: no tensor but the weight's gradient is larger than the workspace."""
+    """Nothing of size (N, V) may be allocated: no tensor is larger than the workspace."""
     rows, width, vocabulary, workspace = 1024, 8, 8192, 4 << 20  # 32 MiB of logits
     case = make(rows, width, vocabulary, device=device)
     leaf = case.hidden.clone().requires_grad_()
@@ -169,7 +174,7 @@ def test_memory(softcap, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_share_their_argmax(dtype, device):
-    """Their pulls are added in float32, in the order of the rows, and rounded once: the bits of a loop over rows, on a card up to its own order."""
+    """Rows with the same argmax add up in float32 and round once: the bits of a loop over rows, on the CPU."""
     case = make(300, 24, 11, dtype=dtype, device=device)
     leaves = [t.clone().requires_grad_() for t in case[:3]]
     margin = logit_margin(*leaves[:2], bias=leaves[2])
@@ -187,34 +192,37 @@ def test_rows_that_share_their_argmax(dtype, device):
     assert_agree([d_weight, d_bias], [wanted, biases.to(dtype)], 1e-6 if dtype is torch.float32 else 8e-3)
 
 
-class Questions(TorchDispatchMode):
-    """Refuses what a card would have to be waited for."""
+class NoSynchronization(TorchDispatchMode):
+    """Fail on operations that synchronize with a GPU."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function.overloadpacket not in (
-            torch.ops.aten.nonzero, torch.ops.aten._unique2, torch.ops.aten._local_scalar_dense, torch.ops.aten.bincount
-        )  # fmt: skip
+            torch.ops.aten.nonzero,
+            torch.ops.aten._unique2,
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.bincount,
+        )
         return function(*args, **(kwargs or {}))
 
 
 @every_softcap
-def test_asks_nothing(softcap, device):
-    """Neither forward nor backward looks at a number: on a card that would stop the queue."""
+def test_no_synchronization(softcap, device):
+    """Neither forward nor backward reads a number, which on a GPU would synchronize."""
     case = make(20, 8, 70, device=device)
-    with Questions():
+    with NoSynchronization():
         evaluate(logit_margin, case, softcap=softcap)
 
 
-@on_a_card
-def test_on_a_card(device):
-    """Many rows on few tokens: the same bits in every run, and nobody waits."""
+@on_gpu
+def test_many_rows_on_gpu(device):
+    """Many rows that share few argmax tokens give the same bits in every run, without synchronization."""
     case = make(4000, 64, 50, device=device)
     wanted = evaluate(logit_margin, case)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = [evaluate(logit_margin, case) for _ in range(3)]
+        actual = [evaluate(logit_margin, case) for _ in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for again in found:
+    for again in actual:
         assert_equal(again, wanted)

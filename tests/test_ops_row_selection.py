@@ -1,9 +1,10 @@
-"""Rows that have no part in a gradient leave its products: coefficient 0, tokens that were not selected, targets that are certain."""
+"""Rows without a part in a gradient leave its products: coefficient 0, unselected tokens, certain targets."""
 
 import sys
 
 import pytest
 import torch
+from coverings import BACKENDS, grid
 from heads import (
     TOLERANCE,
     Allocations,
@@ -41,39 +42,39 @@ LENGTHS = (2, 0, 9, 4, 1, 7, 5, 0)
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Small cases take chunks of rows, and moving kept rows together is free."""
+    """Split small cases into chunks of rows, and make compaction of cached rows cost nothing."""
     monkeypatch.setattr(_passes, "balance", lambda *_: 0)
     return watch_chunks(monkeypatch, sys.modules["pyunlearn.ops.example_objective"])
 
 
 def index_of(lengths=LENGTHS, *, shuffled=True):
-    """The example of each row."""
+    """Return the example index of each row."""
     index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     return index[torch.randperm(len(index), generator=torch.Generator().manual_seed(3))] if shuffled else index
 
 
 def curved(sums, counts):
-    """A function of both that is linear in neither."""
+    """Compute a loss that is nonlinear in sums and counts."""
     return (sums / counts.clamp(min=1) + 1.5).square() + 0.1 * counts
 
 
-def selected(found, live, index, examples, share):
-    """Which rows are among each example's likeliest, one by one."""
+def selected(actual, live, index, examples, share):
+    """Return a mask of the top fraction of each example's live rows, chosen one by one."""
     taken = torch.zeros_like(live)
     for b in range(examples):
-        rows = [n for n in range(len(found)) if live[n] and index[n] == b]
-        rows.sort(key=lambda n: -float(found[n]))
+        rows = [n for n in range(len(actual)) if live[n] and index[n] == b]
+        rows.sort(key=lambda n: -float(actual[n]))
         taken[rows[: max(1, int(share * len(rows) + 1e-9))]] = True
     return taken & live
 
 
 def by_hand(case, index, share):
-    """[loss, losses, sums, counts, gradients] in float64, with autograd and a loop over examples."""
+    """Return [loss, losses, sums, counts, gradients], from autograd in float64 and a loop over examples."""
     case = cast(case, dtype=torch.float64, device="cpu")
     leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
-    found, live = plain(*leaves[:2], case.targets, bias=leaves[2]), case.targets != -100
-    taken = selected(found.detach(), live, index, len(LENGTHS), share)
-    sums = torch.stack([found[taken & (index == b)].sum() for b in range(len(LENGTHS))])
+    actual, live = plain(*leaves[:2], case.targets, bias=leaves[2]), case.targets != -100
+    taken = selected(actual.detach(), live, index, len(LENGTHS), share)
+    sums = torch.stack([actual[taken & (index == b)].sum() for b in range(len(LENGTHS))])
     counts = torch.bincount(index[taken], minlength=len(LENGTHS))
     losses = curved(sums, counts)
     gradients = torch.autograd.grad(losses.sum(), leaves)
@@ -81,38 +82,42 @@ def by_hand(case, index, share):
 
 
 def evaluate(case, index, **options):
-    """The same from the op."""
+    """Return the op's [loss, losses, sums, counts, gradients]."""
     leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
     zeros = torch.zeros(len(LENGTHS), device=index.device)
-    found = example_objective(
+    actual = example_objective(
         *leaves[:2], case.targets, index, lambda sums, counts, _: curved(sums, counts), zeros, bias=leaves[2], **options
     )
-    return [*(x.detach() for x in found), *torch.autograd.grad(found.loss, leaves)]
+    return [*(x.detach() for x in actual), *torch.autograd.grad(actual.loss, leaves)]
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.8, 1.0])
-@pytest.mark.parametrize("masked", [0.0, 0.4])
-@pytest.mark.parametrize("held", [None, 10, 4, 0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_likeliest(share, masked, held, dtype, device, backend, chunks):
-    """Sums, counts, losses and gradients must be those of each example's likeliest tokens alone, chosen one by one in float64."""
+@grid(
+    {"share": 0.1, "masked": 0.4, "capacity": 4, "dtype": torch.bfloat16, "backend": "compiled"},
+    share=[0.1, 0.5, 0.8, 1.0],
+    masked=[0.0, 0.4],
+    capacity=[None, 10, 4, 0],
+    dtype=[torch.float32, torch.float64, torch.bfloat16, torch.float16],
+    backend=BACKENDS,
+)
+def test_top_fraction(share, masked, capacity, dtype, device, backend, chunks):
+    """Results must be those of each example's top fraction of tokens alone, chosen one by one in float64."""
     case, index = make(sum(LENGTHS), 20, 203, dtype=dtype, device=device, masked=masked), index_of()
-    workspace = None if held is None else bytes_of(held, case) if held else 0
-    found, wanted = (
+    workspace = None if capacity is None else bytes_of(capacity, case) if capacity else 0
+    actual, wanted = (
         evaluate(case, index.to(device), likeliest=share, workspace=workspace),
         by_hand(case, index, share),
     )
     tolerance = TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps)
-    assert_agree(found[:4], wanted[:4], min(tolerance, 8e-6))
-    assert_agree(found[4:], wanted[4:], 2 * tolerance)
+    assert_agree(actual[:4], wanted[:4], min(tolerance, 8e-6))
+    assert_agree(actual[4:], wanted[4:], 2 * tolerance)
 
 
 @given(
     groups=st.lists(st.lists(st.sampled_from([-3.0, -2.0, -1.0, -0.5]), max_size=7), max_size=6),
     share=st.floats(0.01, 1.0),
 )
-def test_likeliest_rows(groups, share):
-    """Whatever ties there are, each example gives its share, rounded down, but one at least, and none that is left out is likelier."""
+def test_top_fraction_of_rows(groups, share):
+    """With any ties, each example gives its share, rounded down, one at least, and no row left out is more likely."""
     values, lengths = (
         torch.tensor([x for g in groups for x in g]),
         torch.tensor([len(g) for g in groups], dtype=torch.int64),
@@ -127,18 +132,18 @@ def test_likeliest_rows(groups, share):
 
 @given(rows=st.lists(st.booleans(), min_size=1, max_size=300), width=st.integers(1, 9), at_a_time=st.integers(1, 100))
 def test_squeeze(rows, width, at_a_time):
-    """Moving rows together in place, any number at a time, must leave exactly those rows, in order."""
+    """In-place compaction, any number of rows at a time, must leave exactly the selected rows, in order."""
     matrix = torch.arange(len(rows) * width, dtype=torch.float32).view(len(rows), width)
-    places = torch.tensor(rows).nonzero().squeeze(1)
-    wanted = matrix[places]
+    indices = torch.tensor(rows).nonzero().squeeze(1)
+    wanted = matrix[indices]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_passes, "MIB", at_a_time * width)  # a quarter of the bytes of so many rows
-        assert torch.equal(_passes.squeeze(matrix, places), wanted)
+        patch.setattr(_passes, "MIB", at_a_time * width)  # a quarter of the bytes of at_a_time rows
+        assert torch.equal(_passes.squeeze(matrix, indices), wanted)
 
 
 @pytest.mark.parametrize("shape", [(4096, 700), (6, 3 << 20)])
 def test_squeeze_takes_a_few_mib(shape):
-    """Rows move about 4 MiB at a time on the CPU, however long they are, and one at least."""
+    """Compaction moves about 4 MiB of rows at a time on the CPU, one row at least."""
     matrix = torch.zeros(shape)
     with Allocations() as used:
         _passes.squeeze(matrix, torch.arange(1, shape[0]))
@@ -147,23 +152,27 @@ def test_squeeze_takes_a_few_mib(shape):
 
 
 def pulled(case, coefficients, op, **options):
-    """[value, gradients] of the weighted sum."""
+    """Return [value, gradients] of the weighted sum."""
     leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
     value = op(*leaves[:2], case.targets, coefficients, bias=leaves[2], **options)
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
 def in_two_passes(hidden, weight, targets, coefficients, **options):
-    """The same through linear_log_likelihood, whose coefficients come with the backward pass."""
+    """Compute the weighted sum through linear_log_likelihood, which gets the coefficients in the backward pass."""
     return (coefficients * linear_log_likelihood(hidden, weight, targets, **options)).sum()
 
 
-@pytest.mark.parametrize("op", [weighted_log_likelihood, in_two_passes])
-@pytest.mark.parametrize("workspace", [None, 40_000, 0])
-@pytest.mark.parametrize("idle", [0.0, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@grid(
+    {"workspace": 40_000, "idle": 1.0, "dtype": torch.bfloat16, "backend": "compiled"},
+    op=[weighted_log_likelihood, in_two_passes],
+    workspace=[None, 40_000, 0],
+    idle=[0.0, 0.5, 0.9, 1.0],
+    dtype=[torch.float32, torch.bfloat16, torch.float64],
+    backend=BACKENDS,
+)
 def test_coefficient_zero(op, workspace, idle, dtype, device, backend, chunks):
-    """Rows with coefficient 0 change no gradient by leaving the products, whether logits are kept, computed again or both."""
+    """Rows with coefficient 0 change no gradient by leaving the products, with logits cached or recomputed."""
     case = make(61, 20, 703, dtype=dtype, device=device, masked=0.2)
     coefficients = torch.linspace(-1, 2, 61, device=device)
     coefficients[torch.rand(61, generator=torch.Generator().manual_seed(1)).to(device) < idle] = 0
@@ -171,13 +180,13 @@ def test_coefficient_zero(op, workspace, idle, dtype, device, backend, chunks):
     leaves = [t.detach().clone().requires_grad_() for t in real[:3]]
     value = (coefficients.cpu().double() * plain(*leaves[:2], real.targets, bias=leaves[2])).sum()
     wanted = [value.detach(), *torch.autograd.grad(value, leaves)]
-    found = pulled(case, coefficients, op, workspace=workspace)
-    assert_agree(found, wanted, TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps))
+    actual = pulled(case, coefficients, op, workspace=workspace)
+    assert_agree(actual, wanted, TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("workspace", [None, 0])
 def test_products_saved(workspace, backend, chunks):
-    """With half of the rows idle, the products of the backward pass must be half: 1 + 2 / 2 kept, 1 + 3 / 2 computed again."""
+    """Half of the rows idle halves the backward products: 1 + 2 / 2 with cached logits, 1 + 3 / 2 recomputed."""
     if backend == "reference":
         pytest.skip("counts products, which are the same")
     case = make(64, 20, 703)
@@ -192,60 +201,13 @@ def test_products_saved(workspace, backend, chunks):
 
 
 def test_left_where_moving_costs_more(backend):
-    """One idle row among many is not worth moving what is kept of the others."""
+    """One idle row among many stays, since compaction of the cached others would cost more."""
     case = make(64, 20, 703)
     coefficients = torch.ones(64)
     coefficients[3] = 0
     leaves = [case.hidden.requires_grad_(), case.weight.requires_grad_()]
     run = lambda: weighted_log_likelihood(*leaves, case.targets, coefficients).backward()  # noqa: E731
     assert products(case, run) == pytest.approx(3.0)
-
-
-def certain(device="cpu", dtype=torch.float32):
-    """A case in which half of the targets have nearly all of the mass."""
-    case = make(40, 20, 703, dtype=dtype, device=device, bias=True)
-    at = torch.arange(0, 40, 2, device=device)
-    own = case.weight[case.targets[at]].float()
-    case.hidden[at] = (own * (90 / own.square().sum(1, keepdim=True))).to(dtype)
-    return case
-
-
-@pytest.mark.parametrize("op", [weighted_log_likelihood, "objective"])
-@pytest.mark.parametrize("negligible", [0.0, 1e-4, 1e-2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_negligible(op, negligible, dtype, device, backend, chunks):
-    """What a row's gradient for its logits loses sums to at most 2 |coefficient * scale| negligible: so do both gradients, through head and hidden."""
-    case, scale = certain(device, dtype), 0.9
-    coefficients = torch.linspace(-1, 2, 40, device=device)
-    options = {"logit_scale": scale, "negligible": negligible}
-    leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
-    if op == "objective":
-        value = example_objective(
-            *leaves[:2],
-            case.targets,
-            torch.arange(40, device=device),
-            lambda s, n, c: c * s,
-            coefficients,
-            bias=leaves[2],
-            **options,
-        ).loss
-    else:
-        value = op(*leaves[:2], case.targets, coefficients, bias=leaves[2], **options)
-    d_hidden, d_weight, d_bias = torch.autograd.grad(value, leaves)
-    real = cast(case, dtype=torch.float64, device="cpu")
-    full = [t.detach().clone().requires_grad_() for t in real[:3]]
-    found = plain(*full[:2], real.targets, bias=full[2], logit_scale=scale)
-    wanted = torch.autograd.grad((coefficients.cpu().double() * found).sum(), full)
-    left_out = (1 - found.exp()).detach() < negligible
-    assert bool(left_out.sum() >= 15) == bool(negligible)  # the case is what it should be
-    bound = 2 * scale * negligible * coefficients.cpu().abs().double()
-    rounding = 8 * torch.finfo(dtype).eps if dtype is not torch.float32 else 2e-5
-    hidden_off = (d_hidden.cpu().double() - wanted[0]).norm(dim=1)
-    assert (hidden_off <= bound * real.weight.norm(dim=1).max() + rounding * wanted[0].norm(dim=1).max()).all()
-    assert (d_hidden[left_out.to(device)] == 0).all()
-    weight_off = (d_weight.cpu().double() - wanted[1]).norm()
-    assert weight_off <= (bound * left_out * real.hidden.norm(dim=1)).sum() + rounding * wanted[1].norm()
-    assert (d_bias.cpu().double() - wanted[2]).norm() <= (bound * left_out).sum() + rounding * wanted[2].norm()
 
 
 @pytest.mark.skipif(_backend.on_cpu().kernels == "reference", reason="the definition makes copies of a block")
@@ -267,20 +229,20 @@ def test_temperature():
     case = make(9, 20, 203)
     z = 3.0 * torch.tanh(0.5 * (case.hidden @ case.weight.T + case.bias) / 3.0)
     wanted = torch.log_softmax(z / 2.0, -1).gather(1, case.targets[:, None]).squeeze(1)
-    found = linear_log_likelihood(*case[:2], case.targets, bias=case.bias, logit_scale=0.25, softcap=1.5)
-    assert_agree([found], [wanted], 4e-6)
+    actual = linear_log_likelihood(*case[:2], case.targets, bias=case.bias, logit_scale=0.25, softcap=1.5)
+    assert_agree([actual], [wanted], 4e-6)
 
 
 @pytest.mark.parametrize("options", [{"likeliest": 0.0}, {"likeliest": 1.5}, {"negligible": -0.1}, {"negligible": 1.0}])
 def test_refused(options):
-    """A share or a probability that is none gets a sentence that names it."""
+    """A share or probability out of range is an error that names the argument."""
     case = make(sum(LENGTHS), 20, 203)
     with pytest.raises(ArgumentError, match=next(iter(options))):
         evaluate(case, index_of(), **options)
 
 
-class Asked(TorchDispatchMode):
-    """Counts what a card would have to be waited for."""
+class Synchronizations(TorchDispatchMode):
+    """Count operations that synchronize with a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -306,10 +268,10 @@ INSIDE = {
 
 @pytest.mark.parametrize("op", [linear_log_likelihood, token_statistics, weighted_log_likelihood, kl_divergence])
 def test_nothing_ignored(op, device, backend, monkeypatch):
-    """With ignore_index=None every row counts, the answer is the same, and nobody asks which rows do: on a card that would stop the queue."""
+    """ignore_index=None gives the same result without counting live rows, which on a GPU would synchronize."""
     case = make(13, 20, 203, device=device)
-    monkeypatch.setattr(_passes, "rows_that_pull", lambda *_, **__: None)  # never asked on a card
-    monkeypatch.setattr(_one_pass, "_known_to_be_one", lambda *_: False)  # nor is this
+    monkeypatch.setattr(_passes, "rows_that_pull", lambda *_, **__: None)  # never called on a GPU
+    monkeypatch.setattr(_one_pass, "_known_to_be_one", lambda *_: False)  # nor is this one
 
     def run(ignore_index):
         leaves = [t.detach().clone().requires_grad_() for t in case[:2]]
@@ -317,25 +279,25 @@ def test_nothing_ignored(op, device, backend, monkeypatch):
             weighted_log_likelihood: (case.targets, torch.ones(13, device=device)),
             kl_divergence: (case.hidden * 0.5, case.weight, case.targets),
         }.get(op, (case.targets,))
-        found = op(*leaves, *more, ignore_index=ignore_index)
-        return [*found] if op is token_statistics else [found.detach(), *torch.autograd.grad(found.sum(), leaves)]
+        actual = op(*leaves, *more, ignore_index=ignore_index)
+        return [*actual] if op is token_statistics else [actual.detach(), *torch.autograd.grad(actual.sum(), leaves)]
 
     assert all(torch.equal(a, b) for a, b in zip(run(None), run(-100), strict=True))
-    with monkeypatch.context() as patch:  # what the CPU checks, a card does not
+    with monkeypatch.context() as patch:  # the CPU checks targets, a GPU does not
         for module in {sys.modules[f"pyunlearn.ops.{op.__name__}"], op_module, statistics_module, _passes}:
             patch.setattr(module, "check_targets", lambda *_: None)
         for ignore_index, least in ((None, 0), (-100, 1)):
-            with Asked() as asked:
+            with Synchronizations() as waits:
                 run(ignore_index)
-            assert min(asked.count, 1) == least
+            assert min(waits.count, 1) == least
     case.targets[3] = -100
     if device == "cpu":
         with pytest.raises(ArgumentError, match=r"targets must lie in \[0, 203\), got -100"):
             run(None)
 
 
-class Card:
-    """As much of a CUDA tensor as `allowance` looks at."""
+class CudaTensor:
+    """The attributes of a CUDA tensor that `allowance` reads."""
 
     is_cuda, device, dtype = True, torch.device("cuda", 0), torch.bfloat16
 
@@ -344,14 +306,14 @@ class Card:
 
 
 @pytest.mark.parametrize(("free", "unused", "wanted"), [(64, 0, 2 << 30), (1, 1, 1 << 30), (0, 0, 0)])
-def test_workspace_of_a_card(free, unused, wanted, monkeypatch):
-    """By default a card gives half of what is free, the allocator's own blocks included, and 2 GiB at most; what was asked for stays."""
+def test_default_workspace_on_gpu(free, unused, wanted, monkeypatch):
+    """The default workspace on a GPU is half of the free memory, cached blocks included, and 2 GiB at most."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free << 30, 80 << 30))
-    held = {"reserved_bytes": (unused + 3) << 30, "allocated_bytes": 3 << 30}
-    stats = {name: {"all": {"current": n}} for name, n in held.items()}
+    capacity = {"reserved_bytes": (unused + 3) << 30, "allocated_bytes": 3 << 30}
+    stats = {name: {"all": {"current": n}} for name, n in capacity.items()}
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: stats)
     monkeypatch.setattr(_plan, "host_may_wait", lambda x: True)
-    assert _plan.allowance(None, Card(), 8192, 128256) == wanted
-    assert _plan.allowance(7, Card(), 8192, 128256) == 7
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("asked without need"))
-    assert _plan.allowance(None, Card(), 100, 128256) == 2 << 30
+    assert _plan.allowance(None, CudaTensor(), 8192, 128256) == wanted
+    assert _plan.allowance(7, CudaTensor(), 8192, 128256) == 7
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("queried without need"))
+    assert _plan.allowance(None, CudaTensor(), 100, 128256) == 2 << 30

@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 import torch.utils.checkpoint
+from coverings import BACKENDS, grid
 from heads import (
     TOLERANCE,
-    Allocations,
     Case,
     assert_agree,
     assert_equal,
@@ -19,133 +19,101 @@ from heads import (
     ids,
     make,
     plain,
-    products,
-    saved_elsewhere,
     watch_chunks,
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from weighted_cases import (
+    CAPACITIES,
+    any_capacity,
+    coefficients_of,
+    definition,
+    evaluate,
+    expected_chunks,
+    truth,
+    workspace_for,
+)
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops import _backend, linear_log_likelihood, reference, weighted_log_likelihood
-from pyunlearn.ops._plan import MIB
+from pyunlearn.ops import linear_log_likelihood, reference, weighted_log_likelihood
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """Small cases take chunks too; the list says which."""
+    """Split small cases into chunks too; return the list that records the rows of each."""
     return watch_chunks(monkeypatch, sys.modules["pyunlearn.ops.weighted_log_likelihood"])
 
 
-def coefficients_of(case):
-    """A coefficient for each row, of either sign."""
-    return torch.linspace(-1, 2, case.targets.numel(), device=case.targets.device).view(case.targets.shape)
+# ---------------------------------------------------------------- values and gradients
 
 
-def definition(hidden, weight, targets, coefficients, **options):
-    """The definition, in PyTorch alone."""
-    return (coefficients * plain(hidden, weight, targets, **options)).sum()
-
-
-def evaluate(function, case, coefficients=None, *, factor=1.0, **options):
-    """[value, gradient of factor * value for hidden, weight and, if there is one, bias]."""
-    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in case[:3]]
-    coefficients = coefficients_of(case) if coefficients is None else coefficients
-    value = function(*leaves[:2], case.targets, coefficients, bias=leaves[2], **options)
-    return [value.detach(), *torch.autograd.grad(factor * value, [leaf for leaf in leaves if leaf is not None])]
-
-
-def truth(case, coefficients=None, **options):
-    """What `evaluate` should find, from float64."""
-    case = cast(case, dtype=torch.float64, device="cpu")
-    return evaluate(definition, case, None if coefficients is None else coefficients.double().cpu(), **options)
-
-
-def graph(case, trained=(0, 1, 2), **options):
-    """The value, and hidden, weight and bias, of which the trained ones want a gradient."""
-    leaves = [t.detach().clone().requires_grad_(i in trained) for i, t in enumerate(case[:3])]
-    return weighted_log_likelihood(*leaves[:2], case.targets, coefficients_of(case), bias=leaves[2], **options), leaves
-
-
-# how many rows' logits the workspace holds; None: the default, all of them; 0: none, so that they are made again
-HELD = [None, 5, 1, 0]
-any_workspace = pytest.mark.parametrize("held", HELD)
-
-
-def held_by(held, case):
-    """The workspace in bytes."""
-    return None if held is None else bytes_of(held, case) if held else 0
-
-
-def expected_chunks(held, live):
-    """The most rows in a chunk, and how many chunks."""
-    if held is None or held == 0 or held >= live:
-        return live, 1
-    count = -(-live // held)
-    return -(-live // count), count
-
-
-# ---------------------------------------------------------------- the answer is right
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("masked", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("logit_scale", [1.0, 0.0625])
-@pytest.mark.parametrize("softcap", [None, 2.5])
+@grid(
+    {"dtype": torch.float32, "masked": 1.0, "softcap": 2.5, "backend": "compiled"},
+    dtype=[torch.float32, torch.float64],
+    masked=[0.0, 0.6, 1.0],
+    bias=[False, True],
+    logit_scale=[1.0, 0.0625],
+    softcap=[None, 2.5],
+    backend=BACKENDS,
+)
 def test_every_option(dtype, masked, bias, logit_scale, softcap, device, backend, chunks):
-    """Value and gradients must agree with float64 for each mix of dtype, mask, bias, scale and softcap, in any number of chunks."""
+    """Value and gradients must agree with float64 for each mix of options, in any number of chunks."""
     case = make(13, 20, 203, dtype=dtype, device=device, bias=bias, masked=masked)
     options = {"logit_scale": logit_scale, "softcap": softcap}
     wanted, live = truth(case, **options), int((case.targets != -100).sum())
-    for held in HELD:
-        found = evaluate(weighted_log_likelihood, case, workspace=held_by(held, case), **options)
-        assert [f.dtype for f in found] == [dtype] * len(wanted)
-        assert_agree(found, wanted, TOLERANCE[dtype])
-    assert [(max(sizes), len(sizes)) for sizes in chunks] == [expected_chunks(held, live) for held in HELD]
+    for capacity in CAPACITIES:
+        actual = evaluate(weighted_log_likelihood, case, workspace=workspace_for(capacity, case), **options)
+        assert [f.dtype for f in actual] == [dtype] * len(wanted)
+        assert_agree(actual, wanted, TOLERANCE[dtype])
+    assert [(max(sizes), len(sizes)) for sizes in chunks] == [
+        expected_chunks(capacity, live) for capacity in CAPACITIES
+    ]
 
 
-@any_workspace
+@any_capacity
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits(held, dtype, device, backend, chunks):
-    """From 16-bit inputs the value must be good to float32 and gradients to their own rounding, in any number of chunks."""
+def test_16_bits(capacity, dtype, device, backend, chunks):
+    """The value of 16-bit inputs must be right to float32, gradients to their own rounding, in any number of chunks."""
     case = make(60, 4, 3001, dtype=dtype, device=device, masked=0.3)
-    found, wanted = evaluate(weighted_log_likelihood, case, workspace=held_by(held, case)), truth(case)
-    assert found[0].dtype is torch.float32
-    assert [g.dtype for g in found[1:]] == [dtype] * 3
-    assert error(found[0], wanted[0]) < 4e-6
-    assert_agree(found, wanted, 2 * torch.finfo(dtype).eps)
-    # float16 waits for the loss scale
-    assert [len(sizes) > 1 for sizes in chunks] == ([bool(held)] if dtype is torch.bfloat16 else [])
+    actual, wanted = evaluate(weighted_log_likelihood, case, workspace=workspace_for(capacity, case)), truth(case)
+    assert actual[0].dtype is torch.float32
+    assert [g.dtype for g in actual[1:]] == [dtype] * 3
+    assert error(actual[0], wanted[0]) < 4e-6
+    assert_agree(actual, wanted, 2 * torch.finfo(dtype).eps)
+    # float16 gradients wait for the loss scale
+    assert [len(sizes) > 1 for sizes in chunks] == ([bool(capacity)] if dtype is torch.bfloat16 else [])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(252, 507, 123), (40, 64, 3001)])
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("held", [0, 7, None])
-def test_no_worse_than_pytorch(dtype, shape, softcap, held, device, backend, chunks):
+@grid(
+    {"dtype": torch.bfloat16, "shape": (40, 64, 3001), "softcap": 5.0, "capacity": 7, "backend": "compiled"},
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    shape=[(252, 507, 123), (40, 64, 3001)],
+    softcap=[None, 5.0],
+    capacity=[0, 7, None],
+    backend=BACKENDS,
+)
+def test_no_worse_than_pytorch(dtype, shape, softcap, capacity, device, backend, chunks):
     """Against float64, value and gradients must be no further off than PyTorch's in the same dtype.
 
-    Plus 2e-6 of the summands for the value, which is float32 whatever the dtype. For gradients, plus half the dtype's epsilon, to
-    which they are rounded, and 4e-6 for the order of float32 sums, which a product of few rows takes in its own.
+    Added to the tolerance: 2e-6 of the summands for the value, which is float32 in every dtype; for gradients, half the
+    dtype's epsilon, to which they are rounded, and 4e-6 for the order of float32 sums, which differs for few rows.
     """
     case = make(*shape, dtype=dtype, device=device, masked=0.3)
     coefficients = coefficients_of(case)
     wanted = truth(case, softcap=softcap)
-    ours = evaluate(weighted_log_likelihood, case, softcap=softcap, workspace=held_by(held, case))
+    ours = evaluate(weighted_log_likelihood, case, softcap=softcap, workspace=workspace_for(capacity, case))
     theirs = evaluate(definition, case, softcap=softcap)
     summands = (coefficients * plain(case.hidden, case.weight, case.targets, bias=case.bias)).abs().sum().item()
-    for at, (found, other, right) in enumerate(zip(ours, theirs, wanted, strict=True)):
+    for at, (actual, other, right) in enumerate(zip(ours, theirs, wanted, strict=True)):
         allowed = 4e-6 + torch.finfo(dtype).eps / 2 * right.abs().max().item() if at else 2e-6 * summands
-        far = [(x.double().cpu() - right).abs().max().item() for x in (found, other)]
+        far = [(x.double().cpu() - right).abs().max().item() for x in (actual, other)]
         assert far[0] <= far[1] + allowed, (at, far)
 
 
 def test_sums_over_chunks_are_not_rounded(device, backend, chunks):
-    """bfloat16 gradients summed over 600 chunks must be as good as those of one; sums of 600 like numbers that are rounded each time are not."""
+    """bfloat16 gradients summed over 600 chunks must be as good as those of one, so sums are not rounded in between."""
     case = make(600, 4, 128, dtype=torch.bfloat16, device=device)
     case.hidden.abs_()
     coefficients = torch.ones(600, device=device)
@@ -165,16 +133,16 @@ def test_workspace_changes_nothing(shape, workspace, softcap, device, backend, c
     """Value and gradients are the same for any number of bytes allowed."""
     rows, width, vocabulary, seed = shape
     case = make(rows, width, vocabulary, device=device, masked=0.2, seed=seed)
-    found = evaluate(weighted_log_likelihood, case, softcap=softcap, workspace=workspace)
+    actual = evaluate(weighted_log_likelihood, case, softcap=softcap, workspace=workspace)
     wanted = [t.cpu() for t in evaluate(weighted_log_likelihood, case, softcap=softcap)]
-    assert_agree(found, wanted, 4e-6)
+    assert_agree(actual, wanted, 4e-6)
 
 
-@any_workspace
-def test_gradcheck(held, device, backend, chunks):
-    """The gradients must be those that finite differences find in float64, with bias, scale and softcap."""
+@any_capacity
+def test_gradcheck(capacity, device, backend, chunks):
+    """The gradients must agree with finite differences in float64, with bias, scale and softcap."""
     case = make(6, 3, 140, dtype=torch.float64, device=device, masked=0.2)
-    options = {"logit_scale": 0.5, "softcap": 2.0, "workspace": held_by(held, case)}
+    options = {"logit_scale": 0.5, "softcap": 2.0, "workspace": workspace_for(capacity, case)}
 
     def function(hidden, weight, bias):
         return weighted_log_likelihood(hidden, weight, case.targets, coefficients_of(case), bias=bias, **options)
@@ -183,7 +151,7 @@ def test_gradcheck(held, device, backend, chunks):
 
 
 def test_reference_is_the_definition():
-    """pyunlearn.ops.reference must say what PyTorch's cross-entropy says."""
+    """pyunlearn.ops.reference must agree with PyTorch's cross-entropy."""
     case = make(9, 16, 70, dtype=torch.float64, masked=0.3)
     options = {"logit_scale": 0.5, "softcap": 3.0}
     assert_agree(evaluate(reference.weighted_log_likelihood, case, **options), truth(case, **options), 1e-12)
@@ -192,59 +160,57 @@ def test_reference_is_the_definition():
 # ---------------------------------------------------------------- the edges
 
 
-@any_workspace
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [0, 9])
-def test_nothing_scored(held, dtype, rows, device, backend, chunks):
+@grid(capacity=CAPACITIES, dtype=[torch.float32, torch.bfloat16, torch.float16], rows=[0, 9], backend=BACKENDS)
+def test_nothing_scored(capacity, dtype, rows, device, backend, chunks):
     """No row, or none that counts: 0, connected to the graph, with gradients of zero for everything."""
     case = make(rows, 8, 100, dtype=dtype, device=device, masked=1.0)
-    value, *gradients = evaluate(weighted_log_likelihood, case, workspace=held_by(held, case))
+    value, *gradients = evaluate(weighted_log_likelihood, case, workspace=workspace_for(capacity, case))
     assert value.shape == ()
     assert value == 0
     assert [g.shape for g in gradients] == [t.shape for t in case[:3]]
     assert not any(g.any() for g in gradients)
 
 
-@any_workspace
+@any_capacity
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_an_ignored_row_holds(held, dtype, device, backend, chunks):
-    """NaN and infinity in ignored rows, hidden states and coefficients alike, must not matter, and their gradient is 0."""
+def test_contents_of_ignored_rows(capacity, dtype, device, backend, chunks):
+    """NaN and infinity in hidden states and coefficients of ignored rows must not matter; the gradient there is 0."""
     case = make(12, 8, 200, dtype=dtype, device=device)
     case.targets[[0, 2, 5, 11]] = -100
     wanted = truth(case)
     coefficients = coefficients_of(case)
     case.hidden[[0, 2]], case.hidden[[5, 11]] = torch.nan, torch.inf
     coefficients[[0, 5]], coefficients[[2, 11]] = torch.nan, torch.inf
-    found = evaluate(weighted_log_likelihood, case, coefficients, workspace=held_by(held, case))
-    assert_agree(found, wanted, TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps))
+    actual = evaluate(weighted_log_likelihood, case, coefficients, workspace=workspace_for(capacity, case))
+    assert_agree(actual, wanted, TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps))
 
 
 @pytest.mark.parametrize("shape", [(), (12,), (3, 4), (2, 3, 2), (2, 0)])
-@pytest.mark.parametrize("held", [0, 2])
-def test_leading_dimensions(shape, held, device, backend, chunks):
-    """Hidden states, targets (int32 ones too) and coefficients of any leading shape must count row by row."""
+@pytest.mark.parametrize("capacity", [0, 2])
+def test_leading_dimensions(shape, capacity, device, backend, chunks):
+    """Leading dimensions of hidden states, targets (int32 too) and coefficients must be flattened row by row."""
     case = make(math.prod(shape), 8, 90, device=device, masked=0.2)
     shaped = Case(case.hidden.reshape(*shape, 8), *case[1:3], case.targets.reshape(shape).int())
-    found = evaluate(weighted_log_likelihood, shaped, workspace=held_by(held, case))
-    assert found[1].shape == (*shape, 8)
-    found[1] = found[1].reshape(-1, 8)
-    assert_agree(found, truth(case), 4e-6)
+    actual = evaluate(weighted_log_likelihood, shaped, workspace=workspace_for(capacity, case))
+    assert actual[1].shape == (*shape, 8)
+    actual[1] = actual[1].reshape(-1, 8)
+    assert_agree(actual, truth(case), 4e-6)
 
 
 def test_layouts(device, backend, chunks):
-    """Transposed, sliced and expanded inputs must count as the numbers they show."""
+    """Transposed, sliced and expanded inputs must give the result of contiguous copies."""
     case = make(6, 8, 90, device=device)
     sliced = torch.full((6, 16), torch.nan, device=device)
     sliced[:, ::2] = case.hidden
     targets = case.targets.repeat_interleave(2)[::2]
     shown = (sliced[:, ::2], case.weight.T.contiguous().T, case.bias.repeat_interleave(3)[::3])
-    leaves = [t.detach().requires_grad_() for t in shown]  # keeps the strides, which clone() mends
+    leaves = [t.detach().requires_grad_() for t in shown]  # preserves the strides, which clone() would not
     assert not any(t.is_contiguous() for t in (*leaves, targets))
     coefficients = torch.ones((), device=device).expand(6)
     for workspace in (0, bytes_of(2, case)):
         value = weighted_log_likelihood(*leaves[:2], targets, coefficients, bias=leaves[2], workspace=workspace)
-        found = [value.detach(), *torch.autograd.grad(value, leaves)]
-        assert_agree(found, truth(case, torch.ones(6)), 4e-6)
+        actual = [value.detach(), *torch.autograd.grad(value, leaves)]
+        assert_agree(actual, truth(case, torch.ones(6)), 4e-6)
     assert [len(sizes) for sizes in chunks] == [1, 3]
 
 
@@ -252,285 +218,53 @@ def test_ignore_index(device, backend):
     """Any number can mean "ignored", a token's own id too; then -100 is out of range."""
     case = make(6, 8, 50, device=device)
     case.targets[1] = 0
-    found = evaluate(weighted_log_likelihood, case, ignore_index=0)
-    assert_agree(found, truth(case, ignore_index=0), 4e-6)
+    actual = evaluate(weighted_log_likelihood, case, ignore_index=0)
+    assert_agree(actual, truth(case, ignore_index=0), 4e-6)
     if device == "cpu":
         with pytest.raises(ArgumentError, match=r"or be 0 \(ignored\), got -100"):
             weighted_log_likelihood(*case[:2], case.targets.fill_(-100), coefficients_of(case), ignore_index=0)
 
 
-@any_workspace
-def test_two_runs(held, device, backend, chunks):
-    """The same inputs must give the same bits again."""
+@any_capacity
+def test_two_runs(capacity, device, backend, chunks):
+    """Two calls with the same inputs must give the same bits."""
     case = make(65, 33, 1000, device=device, masked=0.3)
-    first, second = (evaluate(weighted_log_likelihood, case, workspace=held_by(held, case)) for _ in range(2))
+    first, second = (evaluate(weighted_log_likelihood, case, workspace=workspace_for(capacity, case)) for _ in range(2))
     assert_equal(second, first)
 
 
 def test_mixed_dtypes(device, backend, chunks):
-    """Hidden states, head, bias and coefficients of different dtypes meet in the widest; each gradient comes back in its own."""
+    """Hidden states, head, bias and coefficients are computed in their widest dtype; each gradient has its own."""
     case = make(9, 16, 200, device=device)
     mixed = Case(case.hidden.bfloat16(), case.weight, case.bias.half(), case.targets)
     coefficients = coefficients_of(case).bfloat16()
     for workspace in (None, bytes_of(2, case)):
-        found = evaluate(weighted_log_likelihood, mixed, coefficients, workspace=workspace)
-        assert [g.dtype for g in found] == [torch.float32, torch.bfloat16, torch.float32, torch.float16]
-        assert_agree(found, truth(mixed, coefficients), 5e-3)
-        assert error(found[0], truth(mixed, coefficients)[0]) < 4e-6
+        actual = evaluate(weighted_log_likelihood, mixed, coefficients, workspace=workspace)
+        assert [g.dtype for g in actual] == [torch.float32, torch.bfloat16, torch.float32, torch.float16]
+        assert_agree(actual, truth(mixed, coefficients), 5e-3)
+        assert error(actual[0], truth(mixed, coefficients)[0]) < 4e-6
     assert [len(sizes) for sizes in chunks] == [1, 5]
 
 
 def test_autocast(device, backend):
-    """Under autocast the product takes 16-bit operands, and gradients come back in the parameters' own dtype."""
+    """Autocast gives the product 16-bit operands, and gradients come back in the parameters' own dtype."""
     case = make(9, 16, 200, device=device)
     with torch.autocast(device, dtype=torch.bfloat16):
-        found = evaluate(weighted_log_likelihood, case)
+        actual = evaluate(weighted_log_likelihood, case)
         wide = evaluate(weighted_log_likelihood, cast(case, dtype=torch.float64))
     rounded = Case(case.hidden.bfloat16(), case.weight.bfloat16(), case.bias, case.targets)
-    assert [g.dtype for g in found] == [torch.float32] * 4
-    assert error(found[0], truth(rounded)[0]) < 4e-6
-    assert_agree(found, truth(rounded), 1e-2)
+    assert [g.dtype for g in actual] == [torch.float32] * 4
+    assert error(actual[0], truth(rounded)[0]) < 4e-6
+    assert_agree(actual, truth(rounded), 1e-2)
     assert wide[0].dtype is torch.float64
     assert_agree(wide, truth(case), 1e-12)
-
-
-# ---------------------------------------------------------------- forward and backward
-
-
-@any_workspace
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_second_backward(held, dtype, device, backend, chunks):
-    """Backward again and again over a retained graph must give the same bits, whatever factor came before, asked for together or apart."""
-    case = make(11, 16, 3001, dtype=dtype, device=device, masked=0.3)
-    value, leaves = graph(case, workspace=held_by(held, case))
-    first = torch.autograd.grad(4 * value, leaves, retain_graph=True)
-    for _ in range(2):
-        assert_equal(torch.autograd.grad(4 * value, leaves, retain_graph=True), first)
-    one = torch.autograd.grad(value, leaves, retain_graph=True)
-    apart = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for leaf in leaves]
-    assert_equal(apart, one)
-    if dtype is not torch.float16:  # whose smallest gradients lose digits that four times as large ones keep
-        assert_equal([4 * g for g in one], first)
-
-
-@any_workspace
-def test_gradients_are_given_away(held, device, backend, chunks):
-    """A later backward pass of the same graph must not write into the gradients of an earlier one."""
-    case = make(11, 16, 300, device=device, masked=0.3)
-    value, leaves = graph(case, workspace=held_by(held, case))
-    first = torch.autograd.grad(value, leaves, retain_graph=True)
-    copies = [g.clone() for g in first]
-    second = torch.autograd.grad(-7 * value, leaves)
-    assert_equal(first, copies)
-    assert not {g.data_ptr() for g in first} & {g.data_ptr() for g in second}
-
-
-@any_workspace
-def test_accumulation(held, device, backend, chunks):
-    """.grad must add up over backward passes of one graph, and over graphs."""
-    case = make(11, 16, 300, device=device, masked=0.3)
-    wanted = truth(case)[1:]
-    value, leaves = graph(case, workspace=held_by(held, case))
-    value.backward(retain_graph=True)
-    once = [leaf.grad.clone() for leaf in leaves]
-    value.backward()
-    assert_equal([leaf.grad for leaf in leaves], [g + g for g in once])
-    again = weighted_log_likelihood(
-        *leaves[:2], case.targets, coefficients_of(case), bias=leaves[2], workspace=held_by(held, case)
-    )
-    again.backward()
-    assert_agree([leaf.grad for leaf in leaves], [3 * g for g in wanted], 4e-6)
-
-
-@any_workspace
-@pytest.mark.parametrize("factor", [0.0, -0.5, 3.0])
-def test_upstream_factor(held, factor, device, backend, chunks):
-    """What the value is multiplied with must multiply the gradient, and leave the value."""
-    case = make(11, 16, 300, device=device, masked=0.3)
-    found = evaluate(weighted_log_likelihood, case, factor=factor, workspace=held_by(held, case))
-    value, *gradients = truth(case)
-    assert_agree(found, [value, *(factor * g for g in gradients)], 4e-6)
-
-
-@pytest.mark.parametrize(("factor", "wanted"), [(1.0, 0), (2.0, 1)])
-def test_a_factor_of_1_moves_nothing(factor, wanted):
-    """loss.backward() takes the gradients as they lie, without another read and write of the weight's."""
-    case, scaled = make(9, 8, 50, bias=False), []
-
-    class Scalings(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten.mul_.Tensor and args[0].shape == case.weight.shape:
-                scaled.append(function)
-            return function(*args, **(kwargs or {}))
-
-    weight = case.weight.clone().requires_grad_()
-    value = weighted_log_likelihood(case.hidden, weight, case.targets, torch.ones(9))
-    with Scalings():
-        value.backward(torch.tensor(factor))
-    assert len(scaled) == wanted
-
-
-@any_workspace
-@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
-def test_frozen(held, trained, device, backend, chunks):
-    """Hidden states, head and bias each get their gradient if they ask for it, whatever else is frozen."""
-    case = make(7, 16, 300, device=device, masked=0.3)
-    wanted = truth(case)[1:]
-    value, leaves = graph(case, trained, workspace=held_by(held, case))
-    value.backward()
-    assert [i for i, leaf in enumerate(leaves) if leaf.grad is not None] == list(trained)
-    assert_agree([leaves[i].grad for i in trained], [wanted[i] for i in trained], 4e-6)
-
-
-def test_saved_elsewhere(device, backend, chunks):
-    """Checkpointing, and saved tensors kept elsewhere, must change no gradient."""
-    case = make(7, 16, 300, device=device, masked=0.3)
-
-    def checkpointed(*args, **options):
-        return torch.utils.checkpoint.checkpoint(weighted_log_likelihood, *args, use_reentrant=False, **options)
-
-    for workspace in (None, bytes_of(2, case)):
-        wanted = evaluate(weighted_log_likelihood, case, workspace=workspace)
-        assert_equal(evaluate(checkpointed, case, workspace=workspace), wanted)
-        with saved_elsewhere():
-            assert_equal(evaluate(weighted_log_likelihood, case, workspace=workspace), wanted)
-
-
-def test_tied_head(chunks):
-    """A weight that is embedding and head at once must get the sum of both gradients."""
-    case, tokens = make(7, 16, 100), torch.arange(7)
-    gradients = []
-    for op in (weighted_log_likelihood, definition):
-        weight = case.weight.double().requires_grad_()
-        value = op(weight[tokens].tanh(), weight, case.targets, coefficients_of(case), workspace=4000)
-        gradients.append(torch.autograd.grad(value, weight)[0])
-    assert len(chunks[0]) > 1
-    assert_agree(gradients[:1], gradients[1:], 1e-12)
-
-
-def test_changed_head():
-    """A head changed in place between forward and backward is refused, as everywhere in PyTorch."""
-    value, (_, weight, _) = graph(make(3, 4, 10))
-    with torch.no_grad():
-        weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()
-
-
-def test_second_derivative():
-    """A gradient of the gradient is refused in words, not left out of a sum."""
-    value, (hidden, _, _) = graph(make(3, 4, 10))
-    (gradient,) = torch.autograd.grad(value, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
-        (gradient.square().sum() + hidden.square().sum()).backward()
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@any_workspace
-def test_no_graph_without_gradients(mode, held, device, backend, chunks):
-    """Without an input that wants a gradient, or where none is recorded, the value has no graph and costs one product."""
-    case = make(8, 4, 300, device=device, masked=0.3)
-    wanted, found = truth(case)[:1], []
-
-    def constant():
-        found.append(
-            weighted_log_likelihood(
-                *case[:2], case.targets, coefficients_of(case), bias=case.bias, workspace=held_by(held, case)
-            )
-        )
-
-    def unrecorded():
-        with mode():
-            found.append(graph(case, workspace=held_by(held, case))[0])
-
-    assert [products(case, constant), products(case, unrecorded)] == [1, 1]
-    assert not any(value.requires_grad for value in found)
-    for value in found:
-        assert_agree([value], wanted, 4e-6)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic, device):
-    """torch.compile(fullgraph=True) must take it without a break and give the eager answer to rounding, at every shape."""
-    torch._dynamo.reset()
-
-    def function(hidden, weight, targets, coefficients, bias):
-        return weighted_log_likelihood(hidden, weight, targets, coefficients, bias=bias, softcap=4.0)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for rows in (6, 9) if dynamic else (6,):
-        case = make(rows, 8, 200, device=device, masked=0.3)
-        assert_agree(evaluate(compiled, case), [t.cpu() for t in evaluate(function, case)], 4e-6)
-
-
-# ---------------------------------------------------------------- what it costs
-
-
-@pytest.mark.parametrize(("dtype", "vocabulary"), [(torch.float32, 203), (torch.bfloat16, 1501)])
-@pytest.mark.parametrize(("trained", "wanted"), [((0, 1, 2), 3), ((1,), 2), ((0, 2), 2), ((2,), 1)])
-def test_products(dtype, vocabulary, trained, wanted, device, backend, chunks):
-    """Three products are enough, two without the head's gradient or the trunk's, in a workspace of few rows as in a large one.
-
-    In one of none, there is one more.
-    """
-    case = make(90, 4, vocabulary, dtype=dtype, device=device, masked=0.3)
-    found = [
-        products(case, lambda workspace=workspace: graph(case, trained, workspace=workspace)[0].backward())
-        for workspace in (None, bytes_of(3, case), 0)
-    ]
-    assert found == [wanted, wanted, wanted + 1]
-    assert [len(sizes) > 1 for sizes in chunks] == [False, True, False]
-
-
-def test_chunks_where_they_pay(device, backend, monkeypatch):
-    """Unprompted, rows are cut into chunks where a few hundred fit, and made again where only a few do."""
-    seen = []
-    module = sys.modules["pyunlearn.ops.weighted_log_likelihood"]
-    original = module.one_pass
-    monkeypatch.setattr(module, "one_pass", lambda work, *head: seen.append(len(work.chunks)) or original(work, *head))
-    case = make(4096, 4, 256, device=device, bias=False)
-    wanted = truth(case)
-    for held in (1024, 8):
-        found = evaluate(weighted_log_likelihood, case, workspace=bytes_of(held, case))
-        assert_agree(found, wanted, 1e-5)
-    assert seen == [4, 1]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("workspace", [MIB, 4 * MIB])
-@pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("cut", [True, False])
-def test_memory(dtype, workspace, trained, cut, device, request):
-    """Beyond the gradients, a call must take its workspace and a few numbers a row, and never N * V of anything.
-
-    Without gradients it takes one block of logits, a quarter of the workspace.
-    """
-    rows, width, vocabulary = 1024, 8, 8192  # 32 MiB of float32 logits
-    case = make(rows, width, vocabulary, dtype=dtype, device=device)
-    chunks = request.getfixturevalue("chunks") if cut else [[rows]]
-    with Allocations() as used:
-        hidden, weight, bias = (t.requires_grad_(trained) for t in case[:3])
-        value = weighted_log_likelihood(
-            hidden, weight, case.targets, coefficients_of(case), bias=bias, workspace=workspace
-        )
-        if trained:
-            value.backward()
-    answers = sum(t.numel() * (t.element_size() + 4) for t in case[:3]) if trained else 0  # and the float32 behind them
-    per_row = rows * 4 * (16 + (vocabulary // 64 if trained else 0) + width) + MIB // 4
-    temporaries = (
-        workspace if _backend.kernels_for(case.hidden) == "reference" else 0
-    )  # plain torch makes copies of a block
-    allowed = workspace if trained else workspace // 4
-    assert workspace // 8 < used.peak <= allowed + temporaries + answers + per_row
-    assert used.largest <= workspace
-    assert (len(chunks[0]) > 1) == cut
 
 
 # ---------------------------------------------------------------- errors
 
 
 def broken(**changes):
-    """Valid arguments but for the changes."""
+    """Return valid arguments, overridden by the changes."""
     case = make(3, 4, 10)
     valid = {"hidden": case.hidden, "weight": case.weight, "targets": case.targets, "coefficients": torch.ones(3)}
     return valid | changes
@@ -541,7 +275,8 @@ def broken(**changes):
     [
         (
             {"coefficients": torch.ones(3, requires_grad=True)},
-            r"coefficients must be constants here, .*: pass coefficients\.detach\(\), or multiply linear_log_likelihood",
+            r"coefficients must be constants here, .*: pass coefficients\.detach\(\), "
+            r"or multiply linear_log_likelihood",
         ),
         (
             {"coefficients": torch.ones(4)},
@@ -569,17 +304,17 @@ def broken(**changes):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_errors(changes, sentence, dtype):
-    """Each wrong argument is named with what was wanted and what came, on both ways through."""
-    given = broken(**changes)
-    if given["hidden"].is_floating_point():
-        given |= {"hidden": given["hidden"].to(dtype), "weight": given["weight"].to(dtype)}
+    """Each wrong argument raises an error that names it, the requirement and the value, in one pass and in two."""
+    task = broken(**changes)
+    if task["hidden"].is_floating_point():
+        task |= {"hidden": task["hidden"].to(dtype), "weight": task["weight"].to(dtype)}
     with pytest.raises(ArgumentError, match=sentence):
-        weighted_log_likelihood(**given)
+        weighted_log_likelihood(**task)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_as_the_rows_of_linear_log_likelihood(dtype, device, backend, chunks):
-    """One row with coefficient 1 must have the value that linear_log_likelihood gives it."""
+    """One row with coefficient 1 must have its value in linear_log_likelihood."""
     case = make(5, 16, 300, dtype=dtype, device=device, masked=0.3)
     rows = linear_log_likelihood(*case[:2], case.targets, bias=case.bias)
     for n in range(5):

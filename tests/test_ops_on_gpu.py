@@ -1,8 +1,8 @@
-"""Every op on a head where it has to get along with a card: repeated, on other streams, in CUDA graphs, on the second card. Those on one card need one."""
+"""Every op on a head: repeated, on other streams, in CUDA graphs, and on the second GPU."""
 
 import pytest
 import torch
-from heads import assert_agree, assert_equal, cast, make, on_a_card
+from heads import assert_agree, assert_equal, cast, make, on_gpu
 
 from pyunlearn.ops import (
     example_objective,
@@ -18,22 +18,22 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def examples(case):
-    """Ten rows an example."""
+    """Return example indices, ten rows an example."""
     return torch.arange(len(case.targets), device=case.targets.device) // 10
 
 
 def loss(sums, counts):
-    """Of an example."""
+    """Compute an example's loss."""
     return (0.01 * sums).exp()
 
 
 def token_loss(values, example, counts):
-    """Of an example, from its tokens."""
+    """Compute each example's loss from its tokens."""
     return values.new_zeros(len(counts)).index_add(0, example, (0.1 * values).exp())
 
 
 def row_weights(case):
-    """(N,) float32."""
+    """Return weights (N,) in float32, of both signs."""
     return torch.linspace(-1, 2, len(case.targets), device=case.targets.device)
 
 
@@ -60,12 +60,12 @@ every_op = pytest.mark.parametrize("op", OPS)
 
 
 def leaves_of(case):
-    """The case with hidden, weight and bias as leaves of a graph."""
+    """Return the case with hidden, weight and bias as leaves of a graph."""
     return case._replace(**{name: getattr(case, name).detach().clone().requires_grad_() for name in case._fields[:3]})
 
 
 def values_and_gradients(op, case):
-    """What an op makes of a case of leaves, and the gradients of a weighted sum of it where it has any."""
+    """Return an op's values for a case of leaves, and the gradients of their weighted sum, if they have any."""
     values = OPS[op](case)
     if not values.requires_grad:
         return [values]
@@ -75,17 +75,17 @@ def values_and_gradients(op, case):
 
 @every_op
 def test_two_runs(op, device, backend):
-    """The same inputs give the same bits again, and those of float64 to float32's rounding."""
+    """Two calls with the same inputs give the same bits, which agree with float64 to float32 rounding."""
     case = make(60, 32, 5000, device=device, masked=0.3)
     first, again = (values_and_gradients(op, leaves_of(case)) for _ in range(2))
     assert_equal(again, first)
     assert_agree(first, values_and_gradients(op, leaves_of(cast(case, dtype=torch.float64, device="cpu"))), 1e-5)
 
 
-@on_a_card
+@on_gpu
 @every_op
 def test_side_stream(op, device):
-    """Work goes to the stream that is current, so a call on a busy side stream sees what came before it there."""
+    """Work is queued on the current stream, so a call on a busy side stream sees earlier work there."""
     case = make(60, 32, 5000, device=device, masked=0.3)
     wanted = values_and_gradients(op, leaves_of(case))
     late = leaves_of(case._replace(hidden=torch.zeros_like(case.hidden)))
@@ -95,15 +95,15 @@ def test_side_stream(op, device):
         torch.cuda._sleep(20_000_000)  # cycles, about 10 ms
         with torch.no_grad():
             late.hidden.copy_(case.hidden)
-        found = values_and_gradients(op, late)
+        actual = values_and_gradients(op, late)
     side.synchronize()
-    assert_equal(found, wanted)
+    assert_equal(actual, wanted)
 
 
-@on_a_card
+@on_gpu
 @pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("objective")])
 def test_cuda_graph(op, device):
-    """Forward and backward can be captured in a CUDA graph, and a replay follows new inputs and masks, whatever ignored rows hold."""
+    """A CUDA graph of forward and backward follows new inputs and masks, with NaN in ignored rows."""
     static = leaves_of(make(60, 32, 5000, device=device, masked=0.5))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -112,7 +112,7 @@ def test_cuda_graph(op, device):
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = values_and_gradients(op, static)
+        actual = values_and_gradients(op, static)
     for seed, masked in ((0, 0.5), (1, 0.0)):
         new = make(60, 32, 5000, masked=masked, seed=seed)
         if op != "logit_margin":  # which has no targets
@@ -121,14 +121,14 @@ def test_cuda_graph(op, device):
             for old, fresh in zip(static, new, strict=True):
                 old.copy_(fresh)
         graph.replay()
-        assert_agree(found, values_and_gradients(op, leaves_of(cast(new, dtype=torch.float64))), 1e-5)
+        assert_agree(actual, values_and_gradients(op, leaves_of(cast(new, dtype=torch.float64))), 1e-5)
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @every_op
-def test_another_card(op):
-    """Tensors of the second card are served there while the first is current."""
+def test_second_gpu(op):
+    """Tensors of the second GPU are processed there while the first is current."""
     case = make(60, 32, 5000, masked=0.3)
     wanted = values_and_gradients(op, leaves_of(cast(case, dtype=torch.float64)))
     with torch.cuda.device(0):
