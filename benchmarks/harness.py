@@ -82,13 +82,13 @@ def _give_back_freed_memory() -> None:
 def card(device: str) -> dict[str, Any]:
     """What was measured on: device, versions."""
     import pyunlearn
-    from pyunlearn.ops import _backend, _hopper_use
+    from pyunlearn.ops import _backend, hopper
 
-    built, hopper = _backend.build_info(), device == "cuda" and _hopper_use.run_on(torch.device("cuda"))
+    built, on_hopper = _backend.build_info(), device == "cuda" and hopper.run_on(torch.device("cuda"))
     what: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "backend": f"{_backend.on_card(torch.cuda.current_device()).kernels}{' with Hopper kernels' if hopper else ''}"
+        "backend": f"{_backend.on_card(torch.cuda.current_device()).kernels}{' with Hopper kernels' if on_hopper else ''}"
         if device == "cuda"
         else f"{_backend.on_cpu().kernels} ({', '.join(filter(None, (built.get('cpu_variant'), built.get('bf16_products'))))})",
         "torch": torch.__version__,

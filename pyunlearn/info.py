@@ -12,7 +12,7 @@ def collect() -> dict[str, Any]:
     import transformers
 
     import pyunlearn
-    from pyunlearn.ops import _backend, _hopper_use
+    from pyunlearn.ops import _backend, hopper
 
     cpu, built = _backend.on_cpu(), _backend.build_info()
     card = _backend.on_card(torch.cuda.current_device() if torch.cuda.is_available() else 0)
@@ -30,7 +30,7 @@ def collect() -> dict[str, Any]:
         "bfloat16 products on the CPU": (cpu.kernels == "cpu" and built["bf16_products"]) or "PyTorch's",
         "backend on CUDA": card.kernels,
         "why": cpu.why if cpu.why == card.why else f"CPU: {cpu.why}; CUDA: {card.why}",
-        "Hopper kernels": _hopper_use.status(),
+        "Hopper kernels": hopper.status(),
         "CPU threads": torch.get_num_threads(),
         "compiled CUDA architectures": built.get("cuda_architectures") or "none",
         "CUDA driver": f"{driver // 1000}.{driver % 1000 // 10}" if driver else "none",

@@ -16,9 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyunlearn.ops import (
     _backend,
-    _hopper,
-    _hopper_trial,
-    _hopper_use,
     _kernels,
     _passes,
     _plan,
@@ -29,6 +26,7 @@ from pyunlearn.ops import (
     token_statistics,
     weighted_log_likelihood,
 )
+from pyunlearn.ops.hopper import dispatch, kernels, selftest
 
 EMULATOR = Path(__file__).parent / "emulator"
 
@@ -79,7 +77,7 @@ def emulated(extension, monkeypatch, poisoned):
     library.set_machine(4, 0)
     watched = Watched(module)
     monkeypatch.setattr(_backend, "_C", watched)
-    monkeypatch.setattr(_hopper_use, "run_on", lambda device: True)
+    monkeypatch.setattr(dispatch, "run_on", lambda device: True)
     monkeypatch.setitem(PLACE, "device", "cpu")
     return watched
 
@@ -89,8 +87,8 @@ def watched(request, monkeypatch, poisoned):
     """The extension on the emulator, then on a card of compute capability 9.0."""
     if request.param == "emulator":
         return request.getfixturevalue("emulated")
-    if not _hopper_use.run_on(torch.device("cuda")):
-        pytest.skip(f"the Hopper kernels do not run here: {_hopper_use.status()}")
+    if not dispatch.run_on(torch.device("cuda")):
+        pytest.skip(f"the Hopper kernels do not run here: {dispatch.status()}")
     watched = Watched(_backend.extension())
     monkeypatch.setattr(_backend, "_C", watched)
     monkeypatch.setitem(PLACE, "device", "cuda")
@@ -292,9 +290,9 @@ def test_what_is_refused_is_refused_before_anything_is_launched(kernel, emulated
     for name, value in changes:
         if name in given:
             with pytest.raises(RuntimeError):
-                _hopper._run(kernel, *(given | {name: value}).values())
+                kernels._run(kernel, *(given | {name: value}).values())
         assert all((tensor == 7).all() for tensor in (room, memory, rank, kept)), name
-    _hopper._run(kernel, *given.values())
+    kernels._run(kernel, *given.values())
     assert not (kept == 7).all() or not (rank == 7).all()
 
 
@@ -319,8 +317,8 @@ def test_rows_of_equal_targets(width, offset, softcap, dtype, watched):
     inside = (targets >= 0) & (targets < 11) & (coefficients != 0)
     wanted = d_weight.double().index_add(0, targets[inside], b[inside, None] * hidden[inside].double())
     rows = (n, width, 11, 0.5, softcap, targets, coefficients, coefficients, value, maximum, total)
-    matrices = (*_hopper._matrix(hidden), *torch.sort(targets, stable=True), *_hopper._matrix(d_weight))
-    _hopper._run("kept_add_targets", *rows, *matrices)
+    matrices = (*kernels._matrix(hidden), *torch.sort(targets, stable=True), *kernels._matrix(d_weight))
+    kernels._run("kept_add_targets", *rows, *matrices)
     assert_agree([d_weight], [wanted], 2e-6)
 
 
@@ -410,7 +408,7 @@ def test_what_they_do_not_serve(change, watched):
         weight = weight.new_zeros(200, 24)[:, 4:20].copy_(weight)
     else:
         weight = weight.T.contiguous().T
-    assert not _hopper_use.serves(hidden, weight)
+    assert not dispatch.serves(hidden, weight)
     assert_agree([linear_log_likelihood(hidden, weight, case.targets)], [wanted], 1e-5)
     assert watched.calls["statistics"]
     assert not watched.calls["hopper_statistics"]
@@ -421,7 +419,7 @@ def test_strided_weight_and_memory_from_elsewhere(emulated):
     case = head(10, 16, 200, bias=False)
     wanted = truth(case, unit(10))
     strided = case._replace(weight=torch.zeros(200, 32, dtype=torch.bfloat16)[:, 8:24].copy_(case.weight))
-    assert _hopper_use.serves(strided.hidden, strided.weight)
+    assert dispatch.serves(strided.hidden, strided.weight)
     assert_agree([linear_log_likelihood(*strided[:2], case.targets)], wanted[:1], 1e-5)
     assert emulated.last["hopper_statistics"][1] == strided.weight.data_ptr()
     store = bytearray(200 * 16 * 2 + 16)
@@ -436,8 +434,8 @@ def test_strided_weight_and_memory_from_elsewhere(emulated):
 
 def test_the_self_test_passes_and_can_fail(emulated, monkeypatch):
     """The first-use check accepts these kernels, twice in a row, and says so when one is wrong, or gives other numbers the second time."""
-    assert _hopper_trial.wrong(torch.device("cpu"), times=2) is None
-    good, broken = _hopper._run, []
+    assert selftest.wrong(torch.device("cpu"), times=2) is None
+    good, broken = kernels._run, []
 
     def bad(kernel, *arguments):
         good(kernel, *arguments)
@@ -445,74 +443,74 @@ def test_the_self_test_passes_and_can_fail(emulated, monkeypatch):
             found = [a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()]
             found[3 if kernel == "hopper_statistics" else -1].mul_(1.1)
 
-    monkeypatch.setattr(_hopper, "_run", bad)
+    monkeypatch.setattr(kernels, "_run", bad)
     for kernel in ("hopper_gradient", "kept_scale_hidden", "kept_hidden_gradient", "kept_add_targets"):
         broken.append(kernel)
-        assert "wrong gradients" in _hopper_trial.wrong(torch.device("cpu"))
+        assert "wrong gradients" in selftest.wrong(torch.device("cpu"))
     broken.append("hopper_statistics")
-    assert "wrong numbers" in _hopper_trial.wrong(torch.device("cpu"))
+    assert "wrong numbers" in selftest.wrong(torch.device("cpu"))
     broken.append(None)
-    found, calls = _hopper_trial._found, []
+    found, calls = selftest._found, []
 
     def drifting(case):
         statistics, gradients = found(case)
         calls.append(case)
         return [statistics[0] + 1e-6 * len(calls), *statistics[1:]], gradients
 
-    monkeypatch.setattr(_hopper_trial, "_found", drifting)
-    assert "other numbers" in _hopper_trial.wrong(torch.device("cpu"), times=2)
+    monkeypatch.setattr(selftest, "_found", drifting)
+    assert "other numbers" in selftest.wrong(torch.device("cpu"), times=2)
 
 
 def test_they_are_tried_out_unless_left_out_by_name(monkeypatch):
     """PYUNLEARN_HOPPER=0 leaves them out, 1 does without the trial; another value is an error that says what is wanted."""
     for value in ("", "0", "1"):
         monkeypatch.setenv("PYUNLEARN_HOPPER", value)
-        assert _hopper_use.wanted() == value
+        assert dispatch.wanted() == value
     monkeypatch.setenv("PYUNLEARN_HOPPER", "0")
-    assert not _hopper_use.run_on(torch.device("cuda", 0))
+    assert not dispatch.run_on(torch.device("cuda", 0))
     monkeypatch.setenv("PYUNLEARN_HOPPER", "yes")
     with pytest.raises(ValueError, match="PYUNLEARN_HOPPER must be 1 or 0, got 'yes'"):
-        _hopper_use.wanted()
+        dispatch.wanted()
 
 
 @pytest.mark.parametrize("value", ["", "1"])
 def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(value, on_card_0, monkeypatch):
     """And the portable ones run."""
     monkeypatch.setenv("PYUNLEARN_HOPPER", value)
-    monkeypatch.setattr(_hopper_trial, "wrong" if value else "failed", lambda device: "they gave wrong numbers")
+    monkeypatch.setattr(selftest, "wrong" if value else "failed", lambda device: "they gave wrong numbers")
     with pytest.warns(UserWarning, match="Hopper kernels are not used on cuda:0: they gave wrong numbers"):
-        assert not _hopper_use._usable(0)
-    assert not _hopper_use._usable(0)
+        assert not dispatch._usable(0)
+    assert not dispatch._usable(0)
 
 
 def test_other_cards_and_builds_hear_nothing_unless_they_asked(on_card_0, monkeypatch, recwarn):
     """A card that they are not for goes on in silence; with PYUNLEARN_HOPPER=1 it is told why."""
     monkeypatch.setattr(_backend, "_C", SimpleNamespace(hopper_unavailable=lambda: "no such card"))
     monkeypatch.delenv("PYUNLEARN_HOPPER", raising=False)
-    assert not _hopper_use._usable(0)
+    assert not dispatch._usable(0)
     assert not recwarn
     monkeypatch.setenv("PYUNLEARN_HOPPER", "1")
-    _hopper_use._usable.cache_clear()
+    dispatch._usable.cache_clear()
     with pytest.warns(UserWarning, match="not used on cuda:0: no such card"):
-        assert not _hopper_use._usable(0)
+        assert not dispatch._usable(0)
 
 
 @pytest.fixture
 def on_card_0(emulated, monkeypatch):
     """The emulator taken for a card, of which nothing is known yet."""
     monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
-    _hopper_use._usable.cache_clear()
+    dispatch._usable.cache_clear()
     yield
-    _hopper_use._usable.cache_clear()
+    dispatch._usable.cache_clear()
 
 
 def test_a_trial_is_a_process_of_its_own(on_card_0, tmp_path, monkeypatch):
     """It sees what this process sees; what it says in the end, a fault that kills it and one that hangs are sentences; a pass is remembered, a failure not."""
-    run = _hopper_trial._in_a_process
+    run = selftest._in_a_process
     assert run("sys.exit(None)") is None
     assert (
         run("sys.exit('they gave wrong numbers for ' + str(WIDE[0]))")
-        == f"they gave wrong numbers for {_hopper_trial.WIDE[0]}"
+        == f"they gave wrong numbers for {selftest.WIDE[0]}"
     )
     assert (
         run("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
@@ -530,13 +528,13 @@ def test_a_trial_is_a_process_of_its_own(on_card_0, tmp_path, monkeypatch):
     monkeypatch.setattr(_backend, "_C", SimpleNamespace(__file__=__file__, build_info=lambda: {"cuda_driver": 13000}))
     for problem in ("it hangs", None):
         monkeypatch.setattr(
-            _hopper_trial, "_in_a_process", lambda statement, problem=problem: asked.append(statement) or problem
+            selftest, "_in_a_process", lambda statement, problem=problem: asked.append(statement) or problem
         )
-        assert _hopper_trial.failed(0) == problem
-    assert _hopper_trial.failed(0) is None
+        assert selftest.failed(0) == problem
+    assert selftest.failed(0) is None
     assert len(asked) == 2
     compile(asked[0], "the statement", "exec")
-    assert _hopper_trial.failed(1) is None  # another card is tried for itself
+    assert selftest.failed(1) is None  # another card is tried for itself
     assert len(asked) == 3
 
 
@@ -549,7 +547,7 @@ def test_a_trial_is_a_process_of_its_own(on_card_0, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("rows", "vocabulary"), [(3, 1), (9, 1003), (3, 2500), (2, 9001)])
 def test_portable_kernels(rows, vocabulary, workspace, options, dtype, emulated, monkeypatch):
     """Narrow and wide rows, any alignment: values, gradients and statistics agree with float64."""
-    monkeypatch.setattr(_hopper_use, "run_on", lambda device: False)
+    monkeypatch.setattr(dispatch, "run_on", lambda device: False)
     case = head(rows, 12, vocabulary, dtype=dtype, bias=bool(options))
     wanted = truth(case, unit(rows), **options)
     found = evaluate(linear_log_likelihood, case, unit(rows), workspace=workspace, **options)

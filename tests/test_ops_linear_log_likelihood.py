@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops import _backend, _hopper_use, _passes, linear_log_likelihood, log_likelihood, reference
+from pyunlearn.ops import _backend, _passes, hopper, linear_log_likelihood, log_likelihood, reference
 from pyunlearn.ops._plan import MIB, Plan, default_workspace, plan
 
 
@@ -121,7 +121,7 @@ def test_an_exact_common_offset_changes_nothing(op, dtype, workspace, device, ba
     case = case._replace(bias=case.bias.float())
     shifted = case._replace(bias=case.bias + 65536)
     found, wanted = evaluate(op, shifted, workspace=workspace), evaluate(op, case, workspace=workspace)
-    if op is linear_log_likelihood and _hopper_use.serves(case.hidden, case.weight):
+    if op is linear_log_likelihood and hopper.serves(case.hidden, case.weight):
         assert_agree(found, wanted, 4e-3)  # what is kept there is relative to 0, so it is rounded elsewhere
     else:
         assert_equal(found, wanted)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _hopper_use
+from pyunlearn.ops import hopper
 from pyunlearn.ops._library import NO_GRADIENT_OF_GRADIENT, bias_beside, host_may_wait
 from pyunlearn.ops._passes import Gradients, Head, differentiate, real_of, score, take
 from pyunlearn.ops._plan import allowance, bytes_of_sum, plan, rows_at_a_time
@@ -42,7 +42,7 @@ def rows_a_chunk(rows: int, hidden: Tensor, weight: Tensor, workspace: int | Non
     train = torch.is_grad_enabled() and weight.requires_grad
     vocabulary, width = weight.shape
     most = rows_at_a_time(
-        rows, vocabulary, width, hidden.dtype, hidden.device.type, workspace, train, _hopper_use.serves(hidden, weight)
+        rows, vocabulary, width, hidden.dtype, hidden.device.type, workspace, train, hopper.serves(hidden, weight)
     )
     return most, workspace - (bytes_of_sum(vocabulary, width, hidden.dtype) if train and most < rows else 0)
 
@@ -117,7 +117,7 @@ def _run(
         made_for, found = None, []
         for k, (first, end) in enumerate(work.chunks):
             rows = max(work.at_a_time, end - first)
-            p = plan(rows, weight.shape[0], h.dtype, h.device.type, work.workspace, keep, _hopper_use.serves(h, weight))
+            p = plan(rows, weight.shape[0], h.dtype, h.device.type, work.workspace, keep, hopper.serves(h, weight))
             if made_for != (rows, p):
                 kept.clear()
                 kept += [h.new_empty((rows * p.room(b, e),)) for b, e in p.groups()[: p.kept]]

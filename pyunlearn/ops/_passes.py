@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _backend, _hopper
+from pyunlearn.ops import _backend, hopper
 from pyunlearn.ops._check import NOTHING, check_targets
 from pyunlearn.ops._library import host_may_wait
 from pyunlearn.ops._plan import MIB, Plan, balance
@@ -69,7 +69,7 @@ def score(
     block_maximum: (blocks, n) or more columns, filled; None if there will be no gradient.
     """
     if p.fused:
-        return Statistics(*_hopper.score(h, head, targets, kept, block_maximum))
+        return Statistics(*hopper.score(h, head, targets, kept, block_maximum))
     n, real = h.shape[0], real_of(h)
     maximum, total = h.new_full((n,), -torch.inf, dtype=real), h.new_zeros((n,), dtype=real)
     target_logit = h.new_full((n,), torch.nan, dtype=real)
@@ -98,7 +98,7 @@ def differentiate(
     the logits where it lies; release: and its memory is given back, group by group. negligible: see `rows_that_pull`.
     """
     if p.fused:
-        _hopper.differentiate(h, head, targets, p, statistics, coefficients, kept, block_maximum, into, release=release)
+        hopper.differentiate(h, head, targets, p, statistics, coefficients, kept, block_maximum, into, release=release)
         return
     count, real = h.shape[0], real_of(h)
     kept = kept + [None] * (len(p.groups()) - len(kept))

@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     block: int
     group: int
     kept: int
-    fused: bool = False  # for the kernels of _hopper.py: no blocks of logits
+    fused: bool = False  # for the kernels of hopper/kernels.py: no blocks of logits
 
     def room(self, first: int, end: int) -> int:
         """Columns that a row of a buffer for this group has; the fused kernels write whole pieces of 16 bytes."""

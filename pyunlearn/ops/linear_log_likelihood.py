@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _hopper_use
+from pyunlearn.ops import hopper
 from pyunlearn.ops._check import check, check_head, check_targets, ignored, in_one_dtype
 from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, on_its_device
 from pyunlearn.ops._passes import (
@@ -92,7 +92,7 @@ LIBRARY.define(
 
 
 def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> Plan:
-    fused = _hopper_use.serves(hidden, weight)
+    fused = hopper.serves(hidden, weight)
     return plan(hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device.type, workspace, keep, fused)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _backend, _hopper, _hopper_use, reference
+from pyunlearn.ops import _backend, hopper, reference
 from pyunlearn.ops._check import check, check_bias, check_head, check_targets, ignored, in_one_dtype
 from pyunlearn.ops._library import LIBRARY, bias_beside, on_its_device
 from pyunlearn.ops._passes import Head, live_rows, real_of, take
@@ -162,11 +162,11 @@ def _forward(
     rows = live_rows(targets, ignore_index)
     h, t = take(rows, hidden, targets)
     head, real, n = Head(weight, bias_beside(h, bias), logit_scale, softcap), real_of(h), h.shape[0]
-    fused = _hopper_use.serves(hidden, weight)
+    fused = hopper.serves(hidden, weight)
     # the tensor cores, which cuBLAS uses for 16-bit operands too, truncate their sums
     threshold = _threshold(h, head, t, 8 if fused or (h.is_cuda and h.dtype.itemsize == 2) else 1)
     if fused:
-        return _for_all(_hopper.token_statistics(h, head, t, threshold), rows, targets, ignore_index)
+        return _for_all(hopper.token_statistics(h, head, t, threshold), rows, targets, ignore_index)
     sums = _Sums(h, t, threshold)
     p = plan(n, weight.shape[0], h.dtype, h.device.type, workspace, False)
     logits, scratch = Logits(h, real), h.new_empty((n * p.block,), dtype=real)

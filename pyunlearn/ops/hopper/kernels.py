@@ -1,6 +1,6 @@
 """The kernels for compute capability 9.0 (H100, H200): the product fused with its row statistics, so that logits live in registers only.
 
-Contracts in csrc/hopper.h and csrc/kept_backward.h. Whether they serve a call is said in _hopper_use.py.
+Contracts in csrc/hopper.h and csrc/kept_backward.h. Whether they serve a call is said in dispatch.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whether the kernels of _hopper.py are used.
+"""Whether the kernels of kernels.py are used.
 
 They have not run on a card of ours yet, and a fault in them could hang instead of failing. So a card that could run them tries them out first, in a
-process of its own (_hopper_trial.py), and the portable kernels go on where they do not pass.
+process of its own (selftest.py), and the portable kernels go on where they do not pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pyunlearn.ops import _backend, _hopper_trial
+from pyunlearn.ops import _backend
+from pyunlearn.ops.hopper import selftest
 
 
 def serves(hidden: Tensor, weight: Tensor) -> bool:
@@ -67,9 +68,9 @@ def _usable(index: int) -> bool:
             return False  # another card, or a build without them: nobody asked
         if not problem and named:
             _backend.require_no_graph()
-            problem = _hopper_trial.wrong(torch.device("cuda", index))
+            problem = selftest.wrong(torch.device("cuda", index))
         elif not problem:
-            problem = _hopper_trial.failed(index)
+            problem = selftest.failed(index)
     if problem:
         warnings.warn(
             f"pyunlearn's Hopper kernels are not used on cuda:{index}: {problem}. The portable CUDA kernels run instead.",

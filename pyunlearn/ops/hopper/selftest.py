@@ -1,4 +1,4 @@
-"""Whether the kernels of _hopper.py are right on the card at hand: their numbers against the definition, in a process that can be ended if they hang."""
+"""Whether the kernels of kernels.py are right on the card at hand: their numbers against the definition, in a process that can be ended if they hang."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _backend, _hopper, reference
+from pyunlearn.ops import _backend, reference
 from pyunlearn.ops._plan import plan
 from pyunlearn.ops._types import Gradients, Head, Statistics
+from pyunlearn.ops.hopper import kernels
 
 Shapes = tuple[tuple[int, int, int], ...]
 SMALL: Shapes = ((300, 72, 1003),)
@@ -44,7 +45,7 @@ def failed(index: int) -> str | None:
 
 def _in_a_process(statement: str, seconds: float = SECONDS) -> str | None:
     """Runs a statement that sees this module's names; what it or Python says in the end, if it does not end well."""
-    code = f"import sys\nsys.path[:] = {sys.path!r}\nfrom pyunlearn.ops._hopper_trial import *\n{statement}"
+    code = f"import sys\nsys.path[:] = {sys.path!r}\nfrom pyunlearn.ops.hopper.selftest import *\n{statement}"
     try:
         done = subprocess.run(
             [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
@@ -143,7 +144,7 @@ def _found(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     """What the kernels make of it: the statistics, then the gradients, from what was kept and from logits that are made again."""
     h, head, targets, coefficients = case[:4]
     (n, _), vocabulary = h.shape, head.weight.shape[0]
-    found = _hopper.token_statistics(h, head, targets, None)
+    found = kernels.token_statistics(h, head, targets, None)
     gradients: list[Tensor] = []
     for workspace in (1 << 30, 0):
         how = plan(n, vocabulary, h.dtype, h.device.type, workspace, True, fused=True)
@@ -151,8 +152,8 @@ def _found(case: Case) -> tuple[list[Tensor], list[Tensor]]:
         factor = h.new_empty((how.blocks, n), dtype=torch.float32)
         made = [torch.zeros(d.shape, device=h.device) for d in case.gradients]
         into = Gradients(made[0], made[1], made[2] if head.bias is not None else None)
-        statistics = Statistics(*_hopper.score(h, head, targets, kept, factor))
-        _hopper.differentiate(h, head, targets, how, statistics, coefficients, [*kept], factor, into, release=False)
+        statistics = Statistics(*kernels.score(h, head, targets, kept, factor))
+        kernels.differentiate(h, head, targets, how, statistics, coefficients, [*kept], factor, into, release=False)
         gradients += made
     return list(found), gradients
 
