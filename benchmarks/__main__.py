@@ -23,7 +23,7 @@ def main() -> None:
         "--dtypes",
         nargs="+",
         default=None,
-        help="such as float32 bfloat16 (default: both on the CPU, bfloat16 on a card)",
+        help="such as float32 bfloat16 (default: both on the CPU, bfloat16 on a GPU)",
     )
     parser.add_argument("--shapes", nargs="+", default=None, help="N,D,V, such as 1024,576,49152")
     parser.add_argument("--rounds", type=int, default=None, help="timed rounds after warm-up; the median counts")

@@ -3,7 +3,7 @@
 400 questions with answers, about 60 tokens each, and 64 of the holdout, as in TOFU; every answer once more without its prompt. Two models: a tiny one, where any
 overhead shows, and SmolLM2-135M. Bare: the model's own forward of the same batches, logits and all, as every evaluation script runs it.
 Scored rows: the same without the logits of prompts and padding. On the CPU, seconds are those of the process on all its cores, which a busy machine does not stretch; on a
-card, of the clock.
+GPU, of the clock.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pyunlearn
-from benchmarks.harness import card, save
+from benchmarks.harness import environment, save
 from pyunlearn import models
 from pyunlearn.auditing import METRICS
 from pyunlearn.data import TokenBatch, batches, encode, padding_id, read_examples
@@ -77,14 +77,14 @@ def subjects() -> dict[str, Callable[[], tuple[Any, Any]]]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Checks that bare passes and audit agree, times both side by side, prints a card and a table; at most 1.3 times is the goal."""
+    """Checks that bare passes and audit agree, times both side by side, prints the environment and a table; at most 1.3 times is the goal."""
     found: list[dict[str, Any]] = []
     for name, make in subjects().items():
         model, tokenizer = make()
         model = model.to(options.device).eval()
         small = name == "tiny"
         found.append(_case(name, model, tokenizer, 400, options.rounds or (7 if small else 3)))
-    about = card(options.device)
+    about = environment(options.device)
     table = Table(title=f"audit against bare forward passes (goal: {_LIMIT} times at most)", title_justify="left")
     for column in (
         "model",
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     console.print(about, highlight=False)
     console.print(table)
     if options.save:
-        print(f"saved to {save('audit', {'benchmark': 'audit', 'card': about, 'rows': found})}")
+        print(f"saved to {save('audit', {'benchmark': 'audit', 'environment': about, 'rows': found})}")
 
 
 def _case(name: str, model: Any, tokenizer: Any, count: int, rounds: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def _both(f: Sum, given: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor,
 
 
 def run(options: argparse.Namespace) -> None:
-    """Checks, times, prints a card, a table and one JSON line."""
+    """Checks, times, prints the environment, a table and one JSON line."""
     rows: list[dict[str, Any]] = []
     for n, d, v, dtype in chosen(options):
         h, w, t = data(n, d, v, "0", dtype, options.device)

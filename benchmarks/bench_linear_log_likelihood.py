@@ -87,7 +87,7 @@ def truth(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Checks, times, prints a card, a table and one JSON line."""
+    """Checks, times, prints the environment, a table and one JSON line."""
     rows: list[dict[str, Any]] = []
     given = None if options.workspace is None else options.workspace << 20
     for n, d, v, dtype in chosen(options):

@@ -46,7 +46,7 @@ def plain64(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> None:
-    """Checks, times, prints a card, a table and one JSON line."""
+    """Checks, times, prints the environment, a table and one JSON line."""
     rows: list[dict[str, Any]] = []
     for n, d, v, dtype in chosen(options):
         h, w, t = (x.detach() for x in data(n, d, v, "0", dtype, options.device))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness import card, ceilings, extra_mib, medians, save
+from benchmarks.harness import ceilings, environment, extra_mib, medians, save
 
 CPU_SHAPES = [(1024, 576, 49152)]
 CUDA_SHAPES = [
@@ -102,7 +102,7 @@ def show(benchmark: str, title: str, rows: list[dict[str, Any]], options: argpar
     Returns what was measured on.
     """
     dtype = getattr(torch, rows[0]["case"].split(", ")[1])
-    about = card(options.device) | ceilings(options.device, dtype)
+    about = environment(options.device) | ceilings(options.device, dtype)
     console = Console(width=170)
     console.print(about, highlight=False)
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["errors"]))
@@ -118,7 +118,7 @@ def show(benchmark: str, title: str, rows: list[dict[str, Any]], options: argpar
             *wrong, end_section=following is None or following["case"] != row["case"],
         )  # fmt: skip
     console.print(table)
-    result = {"benchmark": benchmark, "card": about, "rows": rows}
+    result = {"benchmark": benchmark, "environment": about, "rows": rows}
     print(json.dumps(result))
     if options.save:
         print(f"saved to {save(benchmark, result)}")

@@ -41,7 +41,7 @@ def medians(contenders: dict[str, Contender], rounds: int, device: str) -> dict[
 
 
 def extra_mib(run: Contender, device: str) -> float:
-    """Peak memory of one call above what stood before, MiB: allocator statistics on a card, resident set on the CPU."""
+    """Peak memory of one call above what stood before, MiB: allocator statistics on a GPU, resident set on the CPU."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -79,7 +79,7 @@ def _give_back_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def card(device: str) -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """What was measured on: device, versions."""
     import pyunlearn
     from pyunlearn.ops import _backend, hopper
@@ -88,7 +88,7 @@ def card(device: str) -> dict[str, Any]:
     what: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "backend": f"{_backend.on_card(torch.cuda.current_device()).kernels}{' with Hopper kernels' if on_hopper else ''}"
+        "backend": f"{_backend.on_gpu(torch.cuda.current_device()).kernels}{' with Hopper kernels' if on_hopper else ''}"
         if device == "cuda"
         else f"{_backend.on_cpu().kernels} ({', '.join(filter(None, (built.get('cpu_variant'), built.get('bf16_products'))))})",
         "torch": torch.__version__,
@@ -133,7 +133,7 @@ def _processor() -> str:
 
 def save(name: str, result: dict[str, Any]) -> Path:
     """Writes one result under benchmarks/results."""
-    path = result_path(name, result["card"])
+    path = result_path(name, result["environment"])
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 

@@ -30,7 +30,7 @@ settings.load_profile("pyunlearn")
 
 
 def pytest_collection_modifyitems(config, items):
-    """The long files first, so that no process is left alone with one. Left out: cuda without a card, nvcc unless asked for; skipped: real_model without the demo's packages."""
+    """The long files first, so that no process is left alone with one. Left out: cuda without a GPU, nvcc unless asked for; skipped: real_model without the demo's packages."""
     import torch
 
     left_out = set() if torch.cuda.is_available() else {"cuda"}
@@ -62,9 +62,9 @@ def backend(request, device, monkeypatch):
     if request.param == "reference":
         chosen = _backend.Choice("reference", "the test asks for it")
         monkeypatch.setattr(_backend, "on_cpu", lambda: chosen)
-        monkeypatch.setattr(_backend, "on_card", lambda index: chosen)
+        monkeypatch.setattr(_backend, "on_gpu", lambda index: chosen)
     else:
-        chosen = _backend.on_cpu() if device == "cpu" else _backend.on_card(0)
+        chosen = _backend.on_cpu() if device == "cpu" else _backend.on_gpu(0)
         if chosen.kernels == "reference":
             pytest.skip(f"no compiled kernels here: {chosen.why}")
     return request.param

@@ -21,7 +21,7 @@ kl_module = sys.modules["pyunlearn.ops.kl_divergence"]
 statistics_module = sys.modules["pyunlearn.ops.token_statistics"]
 
 TOLERANCE = {torch.float32: 4e-6, torch.float64: 1e-12}
-on_a_card = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)])
+on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.cuda)])
 
 
 def plain(hidden, weight, targets, *, workspace=None, **options):

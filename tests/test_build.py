@@ -1,4 +1,4 @@
-"""The CUDA sources compile for the oldest and the middle card, and Hopper's own for Hopper, without register spills or serialised products, wherever there
+"""The CUDA sources compile for the oldest and the middle GPU, and Hopper's own for Hopper, without register spills or serialised products, wherever there
 is a compiler."""
 
 import re
@@ -27,7 +27,7 @@ def complaints(report: str) -> list[str]:
 @pytest.mark.parametrize(("source", "architectures"), SOURCES)
 def test_no_kernel_spills(source, architectures, tmp_path):
     """ptxas reports no stack frame, no spilled byte and no serialised product for any kernel."""
-    codes = ",".join(f"sm_{a}" for a in architectures)  # as the build does: one PTX, of the oldest card, for all
+    codes = ",".join(f"sm_{a}" for a in architectures)  # as the build does: one PTX, of the oldest GPU, for all
     generated = f"arch=compute_{architectures[0]},code=[{codes}]"
     command = ["nvcc", "-std=c++17", "-O3", "-I", str(CUDA.parent), "-Xptxas", "-v", "-gencode", generated, "-c"]
     done = subprocess.run([*command, str(CUDA / source), "-o", str(tmp_path / "x.o")], capture_output=True, text=True)

@@ -82,9 +82,9 @@ def emulated(extension, monkeypatch, poisoned):
     return watched
 
 
-@pytest.fixture(params=["emulator", pytest.param("card", marks=pytest.mark.cuda)])
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.cuda)])
 def watched(request, monkeypatch, poisoned):
-    """The extension on the emulator, then on a card of compute capability 9.0."""
+    """The extension on the emulator, then on a GPU of compute capability 9.0."""
     if request.param == "emulator":
         return request.getfixturevalue("emulated")
     if not dispatch.run_on(torch.device("cuda")):
@@ -201,7 +201,7 @@ def test_rows_out_of_range(workspace, watched):
 
 
 def test_targets_outside_the_vocabulary(watched, monkeypatch):
-    """Get NaN and rank -1, as on any card, and disturb no other row."""
+    """Get NaN and rank -1, as on any GPU, and disturb no other row."""
     case = head(40, 24, 300)
     wanted = truth(case, unit(40))[0]
     for module in (op_module, statistics_module, _passes):
@@ -474,7 +474,7 @@ def test_they_are_tried_out_unless_left_out_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["", "1"])
-def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(value, on_card_0, monkeypatch):
+def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(value, gpu_0, monkeypatch):
     """And the portable ones run."""
     monkeypatch.setenv("PYUNLEARN_HOPPER", value)
     monkeypatch.setattr(selftest, "wrong" if value else "failed", lambda device: "they gave wrong numbers")
@@ -483,28 +483,28 @@ def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(value, on_card_0, m
     assert not dispatch._usable(0)
 
 
-def test_other_cards_and_builds_hear_nothing_unless_they_asked(on_card_0, monkeypatch, recwarn):
-    """A card that they are not for goes on in silence; with PYUNLEARN_HOPPER=1 it is told why."""
-    monkeypatch.setattr(_backend, "_C", SimpleNamespace(hopper_unavailable=lambda: "no such card"))
+def test_other_gpus_and_builds_hear_nothing_unless_they_asked(gpu_0, monkeypatch, recwarn):
+    """A GPU that they are not for goes on in silence; with PYUNLEARN_HOPPER=1 it is told why."""
+    monkeypatch.setattr(_backend, "_C", SimpleNamespace(hopper_unavailable=lambda: "no such GPU"))
     monkeypatch.delenv("PYUNLEARN_HOPPER", raising=False)
     assert not dispatch._usable(0)
     assert not recwarn
     monkeypatch.setenv("PYUNLEARN_HOPPER", "1")
     dispatch._usable.cache_clear()
-    with pytest.warns(UserWarning, match="not used on cuda:0: no such card"):
+    with pytest.warns(UserWarning, match="not used on cuda:0: no such GPU"):
         assert not dispatch._usable(0)
 
 
 @pytest.fixture
-def on_card_0(emulated, monkeypatch):
-    """The emulator taken for a card, of which nothing is known yet."""
+def gpu_0(emulated, monkeypatch):
+    """The emulator taken for a GPU, of which nothing is known yet."""
     monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
     dispatch._usable.cache_clear()
     yield
     dispatch._usable.cache_clear()
 
 
-def test_a_trial_is_a_process_of_its_own(on_card_0, tmp_path, monkeypatch):
+def test_a_trial_is_a_process_of_its_own(gpu_0, tmp_path, monkeypatch):
     """It sees what this process sees; what it says in the end, a fault that kills it and one that hangs are sentences; a pass is remembered, a failure not."""
     run = selftest._in_a_process
     assert run("sys.exit(None)") is None
@@ -524,7 +524,7 @@ def test_a_trial_is_a_process_of_its_own(on_card_0, tmp_path, monkeypatch):
 
     asked = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"card {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
     monkeypatch.setattr(_backend, "_C", SimpleNamespace(__file__=__file__, build_info=lambda: {"cuda_driver": 13000}))
     for problem in ("it hangs", None):
         monkeypatch.setattr(
@@ -534,7 +534,7 @@ def test_a_trial_is_a_process_of_its_own(on_card_0, tmp_path, monkeypatch):
     assert selftest.failed(0) is None
     assert len(asked) == 2
     compile(asked[0], "the statement", "exec")
-    assert selftest.failed(1) is None  # another card is tried for itself
+    assert selftest.failed(1) is None  # another GPU is tried for itself
     assert len(asked) == 3
 
 
@@ -600,7 +600,7 @@ def test_portable_kl_kernels(rows, columns, offset, other_offset, shift, dtype, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_float64_bias(dtype, emulated):
-    """Beside narrower rows it is taken as float32, on a card as on the CPU; its gradient is float64 again."""
+    """Beside narrower rows it is taken as float32, on a GPU as on the CPU; its gradient is float64 again."""
     case = head(9, 16, 1003, dtype=dtype)._replace(bias=torch.randn(1003, dtype=torch.float64))
     found = evaluate(linear_log_likelihood, case, unit(9))
     right(found, truth(case, unit(9)), dtype)

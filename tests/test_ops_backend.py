@@ -14,10 +14,10 @@ from pyunlearn.ops import _backend, linear_log_likelihood
 def fresh(monkeypatch):
     """Nothing has been settled, and nothing that is settled here stays."""
     monkeypatch.delenv("PYUNLEARN_BACKEND", raising=False)
-    for settled in (_backend.on_cpu, _backend.on_card):
+    for settled in (_backend.on_cpu, _backend.on_gpu):
         settled.cache_clear()
     yield
-    for settled in (_backend.on_cpu, _backend.on_card):
+    for settled in (_backend.on_cpu, _backend.on_gpu):
         settled.cache_clear()
 
 
@@ -48,10 +48,10 @@ def test_a_tensor_on_the_cpu_asks_no_card(fresh, monkeypatch):
 
 def test_each_card_is_settled_by_itself(cards):
     """One that the kernels are too new for goes on with plain PyTorch, and one warning; its neighbour does not."""
-    assert _backend.on_card(0) == ("cuda", "compiled kernels found")
-    with pytest.warns(UserWarning, match=r"not used on cuda:1: the card has compute capability 7.5, .* need 8.0"):
-        assert _backend.on_card(1).kernels == "reference"
-    assert _backend.on_card(0).kernels == "cuda"
+    assert _backend.on_gpu(0) == ("cuda", "compiled kernels found")
+    with pytest.warns(UserWarning, match=r"not used on cuda:1: the GPU has compute capability 7.5, .* need 8.0"):
+        assert _backend.on_gpu(1).kernels == "reference"
+    assert _backend.on_gpu(0).kernels == "cuda"
 
 
 def test_kernels_are_tried_out_on_real_memory_even_in_the_middle_of_a_trace(cards, monkeypatch):
@@ -59,7 +59,7 @@ def test_kernels_are_tried_out_on_real_memory_even_in_the_middle_of_a_trace(card
     seen = []
     monkeypatch.setattr(_backend, "_wrong_on", lambda device: seen.append(type(torch.empty(1))))
     with FakeTensorMode():
-        assert _backend.on_card(0).kernels == "cuda"
+        assert _backend.on_gpu(0).kernels == "cuda"
     assert seen == [torch.Tensor]
 
 
@@ -67,14 +67,14 @@ def test_nothing_is_tried_out_while_a_graph_is_captured(cards, monkeypatch):
     """One sentence says what to do, and nothing is settled."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="call the op once before capturing"):
-        _backend.on_card(0)
+        _backend.on_gpu(0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert _backend.on_card(0).kernels == "cuda"
+    assert _backend.on_gpu(0).kernels == "cuda"
 
 
 def test_a_card_that_fails_in_its_trial_is_a_sentence():
     """Memory that cannot be had there is one, as on a device that this torch has not."""
-    assert _backend._wrong_on(torch.device("mps")).startswith("they failed on this card: ")
+    assert _backend._wrong_on(torch.device("mps")).startswith("they failed on this GPU: ")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_is_left_out_by_name_is_left_out(cards, monkeypatch):
     """reference: everywhere; cpu: on cards."""
     for value, cpu in (("reference", "reference"), ("cpu", "cpu")):
         monkeypatch.setenv("PYUNLEARN_BACKEND", value)
-        for settled in (_backend.on_cpu, _backend.on_card):
+        for settled in (_backend.on_cpu, _backend.on_gpu):
             settled.cache_clear()
         assert _backend.on_cpu().kernels == cpu
-        assert _backend.on_card(0) == ("reference", f"PYUNLEARN_BACKEND={value}")
+        assert _backend.on_gpu(0) == ("reference", f"PYUNLEARN_BACKEND={value}")

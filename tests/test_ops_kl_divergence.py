@@ -15,7 +15,7 @@ from heads import (
     elsewhere,
     ids,
     make,
-    on_a_card,
+    on_gpu,
     products,
     saved_elsewhere,
 )
@@ -478,7 +478,7 @@ def test_backward_never_asks(ignore_index, device, backend, monkeypatch):
     assert len(asked) == (ignore_index is not None)
 
 
-@on_a_card
+@on_gpu
 def test_backward_never_waits(device, backend):
     """Once the values are there, nothing waits for the card, with or without ignored rows."""
     for masked in (0.4, 0.0):

@@ -17,7 +17,7 @@ from heads import (
     ids,
     logits_module,
     make,
-    on_a_card,
+    on_gpu,
     op_module,
     plain,
     saved_elsewhere,
@@ -658,7 +658,7 @@ def test_reference_is_the_definition():
 # ---------------------------------------------------------------- on a card
 
 
-@on_a_card
+@on_gpu
 @both_ops
 def test_cuda_graph(op, device, backend):
     """Forward and backward can be captured in a CUDA graph; a replay follows new inputs, masks and wrong targets."""
@@ -690,7 +690,7 @@ def test_cuda_graph(op, device, backend):
     assert found[0].isnan().nonzero().flatten().tolist() == [3]
 
 
-@on_a_card
+@on_gpu
 @both_ops
 def test_side_stream(op, device, backend):
     """Work goes to the stream that is current, so a call on a busy side stream sees what came before it there."""
@@ -707,7 +707,7 @@ def test_side_stream(op, device, backend):
     assert_equal(found, wanted)
 
 
-@on_a_card
+@on_gpu
 def test_no_wait_for_the_card(device, backend):
     """Nothing waits for the card, forward or backward; but to drop rows linear_log_likelihood waits once, before anything else."""
     case = make(32, 16, 500, device=device, masked=0.3)
@@ -725,7 +725,7 @@ def test_no_wait_for_the_card(device, backend):
     assert weight.grad.isfinite().all()
 
 
-@on_a_card
+@on_gpu
 def test_past_32_bits(device, backend):
     """Past 2^31 logits indices must not wrap: every row of 20000 x 128256 has the value that it has alone."""
     case = make(20000, 16, 128256, device=device, dtype=torch.bfloat16, bias=False)

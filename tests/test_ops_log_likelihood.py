@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from heads import Allocations, assert_agree, on_a_card, plain_from_logits
+from heads import Allocations, assert_agree, on_gpu, plain_from_logits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -145,7 +145,7 @@ def test_memory(dtype, device, backend):
     assert logits.nbytes <= used.peak <= logits.nbytes + 256 * 128
 
 
-@on_a_card
+@on_gpu
 def test_past_32_bits(device, backend):
     """Past 2^31 logits indices must not wrap, forward or backward."""
     rows, vocabulary = 16800, 128256

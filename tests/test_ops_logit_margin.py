@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from heads import Allocations, assert_agree, assert_equal, error, make, on_a_card
+from heads import Allocations, assert_agree, assert_equal, error, make, on_gpu
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -205,7 +205,7 @@ def test_asks_nothing(softcap, device):
         evaluate(logit_margin, case, softcap=softcap)
 
 
-@on_a_card
+@on_gpu
 def test_on_a_card(device):
     """Many rows on few tokens: the same bits in every run, and nobody waits."""
     case = make(4000, 64, 50, device=device)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from heads import assert_agree, assert_equal, cast, make, on_a_card
+from heads import assert_agree, assert_equal, cast, make, on_gpu
 
 from pyunlearn.ops import (
     example_objective,
@@ -82,7 +82,7 @@ def test_two_runs(op, device, backend):
     assert_agree(first, values_and_gradients(op, leaves_of(cast(case, dtype=torch.float64, device="cpu"))), 1e-5)
 
 
-@on_a_card
+@on_gpu
 @every_op
 def test_side_stream(op, device):
     """Work goes to the stream that is current, so a call on a busy side stream sees what came before it there."""
@@ -100,7 +100,7 @@ def test_side_stream(op, device):
     assert_equal(found, wanted)
 
 
-@on_a_card
+@on_gpu
 @pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("objective")])
 def test_cuda_graph(op, device):
     """Forward and backward can be captured in a CUDA graph, and a replay follows new inputs and masks, whatever ignored rows hold."""

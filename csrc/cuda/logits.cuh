@@ -1,4 +1,4 @@
-// What every row kernel on a card has: logits from raw products, rows as threads read them, and how a launch is laid out.
+// What every row kernel on a GPU has: logits from raw products, rows as threads read them, and how a launch is laid out.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -109,7 +109,7 @@ template <int Threads> __device__ __forceinline__ int64_t row_of_thread() {
 template <class T> struct Type { using type = T; };
 
 // f with the threads that share a row: as few as give every one of them its 16 logits at a time, in few turns, with little left over. Narrow blocks come
-// with many rows, so the card is full either way (pyunlearn/ops/_plan.py).
+// with many rows, so the GPU is full either way (pyunlearn/ops/_plan.py).
 template <int N> struct Count {
   static constexpr int threads = N;
 };

@@ -1,4 +1,4 @@
-"""Which implementation of the row kernels runs: cuda (C++/CUDA), cpu (C++) or reference (PyTorch). Chosen once, and for each card by itself.
+"""Which implementation of the row kernels runs: cuda (C++/CUDA), cpu (C++) or reference (PyTorch). Chosen once, and for each GPU by itself.
 
 PYUNLEARN_BACKEND=cuda | cpu | reference overrides the choice: `reference` everywhere, `cpu` keeps CUDA tensors on the reference,
 `cuda` insists on the CUDA kernels and is an error where they cannot run.
@@ -53,7 +53,7 @@ def extension() -> Any:
 
 @cache
 def on_cpu() -> Choice:
-    """For tensors on the CPU; no card is touched, unless one is insisted on. Raises ValueError for an unknown or impossible PYUNLEARN_BACKEND."""
+    """For tensors on the CPU; no GPU is touched, unless one is insisted on. Raises ValueError for an unknown or impossible PYUNLEARN_BACKEND."""
     wanted = _wanted()
     if wanted == "reference":
         return Choice("reference", "PYUNLEARN_BACKEND=reference")
@@ -64,13 +64,13 @@ def on_cpu() -> Choice:
             )
         return Choice("reference", f"the compiled extension is missing: {_missing}")
     if wanted == "cuda":
-        on_card(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+        on_gpu(torch.cuda.current_device() if torch.cuda.is_available() else 0)
     return Choice("cpu", "compiled kernels found")
 
 
 @cache
-def on_card(index: int) -> Choice:
-    """For tensors on that card, on which the kernels are tried out when it is asked for the first time. Raises ValueError as `on_cpu`."""
+def on_gpu(index: int) -> Choice:
+    """For tensors on that GPU, on which the kernels are tried out when it is asked for the first time. Raises ValueError as `on_cpu`."""
     wanted = _wanted()
     if wanted == "cpu" or (wanted != "cuda" and on_cpu().kernels == "reference"):
         return Choice("reference", "PYUNLEARN_BACKEND=cpu" if wanted == "cpu" else on_cpu().why)
@@ -85,7 +85,7 @@ def on_card(index: int) -> Choice:
         raise ValueError(f"PYUNLEARN_BACKEND=cuda, but {problem}: mend that, or unset it")
     if torch.cuda.is_available():
         warnings.warn(
-            f"pyunlearn's CUDA kernels are not used on cuda:{index}: {problem}. Plain PyTorch runs on the card instead.",
+            f"pyunlearn's CUDA kernels are not used on cuda:{index}: {problem}. Plain PyTorch runs on the GPU instead.",
             stacklevel=3,
         )
     return Choice("reference", problem)
@@ -119,7 +119,7 @@ def _cuda_problem(index: int) -> str | None:
     oldest = min(int(a.rstrip("af")) for a in info["cuda_architectures"].split())
     major, minor = torch.cuda.get_device_capability(index)
     if major * 10 + minor < oldest:
-        return f"the card has compute capability {major}.{minor}, and the kernels need {oldest / 10:.1f} or later"
+        return f"the GPU has compute capability {major}.{minor}, and the kernels need {oldest / 10:.1f} or later"
     return None
 
 
@@ -139,9 +139,9 @@ def _wrong_on(device: torch.device) -> str | None:
             y = wide[:, 1:]  # most of its rows are not aligned as those of x
             found = [_self_test(run, x, y) for run in (_C, reference)]
             if not torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance):
-                return "they gave wrong numbers in a self-test on this card (please report it, with `pyunlearn info`)"
+                return "they gave wrong numbers in a self-test on this GPU (please report it, with `pyunlearn info`)"
     except RuntimeError as error:
-        return f"they failed on this card: {str(error).splitlines()[0]}"
+        return f"they failed on this GPU: {str(error).splitlines()[0]}"
     return None
 
 
@@ -184,12 +184,12 @@ def kernels_for(x: Tensor) -> str:
     if x.device.type == "cpu":
         return on_cpu().kernels
     if x.device.type == "cuda" and x.dtype is not torch.float64:
-        return on_card(x.device.index).kernels
+        return on_gpu(x.device.index).kernels
     return "reference"
 
 
 def bf16_products() -> str | None:
-    """The instructions of our own products of bfloat16 operands on the CPU. Not from build_info(), which looks for cards."""
+    """The instructions of our own products of bfloat16 operands on the CPU. Not from build_info(), which looks for GPUs."""
     return None if _C is None else _C.bf16_products()
 
 

@@ -135,7 +135,7 @@ def check_examples(targets: Tensor, example_index: Tensor, per_example: tuple[Te
         raise ArgumentError(f"group_size must be a whole number, 1 or more, got {group_size!r}")
     largest, least = -1, 0
     if host_may_wait(targets) and example_index.numel():
-        least, largest = torch.stack(torch.aminmax(example_index)).tolist()  # one wait for a card
+        least, largest = torch.stack(torch.aminmax(example_index)).tolist()  # one wait for a GPU
     elif not per_example and not host_may_wait(targets):
         raise ArgumentError(
             "a compiled or captured example_objective cannot count the examples: give something per example, zeros if need be"
@@ -163,7 +163,7 @@ def ignored(ignore_index: int | None) -> int:
 
 
 def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """On the CPU, refuses targets outside the vocabulary. On a card they come back as NaN, for the check would stop the queue."""
+    """On the CPU, refuses targets outside the vocabulary. On a GPU they come back as NaN, for the check would stop the queue."""
     if targets.device.type != "cpu" or targets.numel() == 0:
         return
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))

@@ -12,7 +12,7 @@ LIBRARY = torch.library.Library("pyunlearn", "DEF")
 
 
 def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The op with its first tensor's card as the current one, as a kernel launch needs it; nothing on the CPU."""
+    """The op with its first tensor's GPU as the current one, as a kernel launch needs it; nothing on the CPU."""
 
     @wraps(op)
     def run(x: torch.Tensor, *args: Any) -> Any:

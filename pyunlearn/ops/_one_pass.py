@@ -97,7 +97,7 @@ class _Gradients(torch.autograd.Function):
 
 
 def _known_to_be_one(factor: Tensor) -> bool:
-    """Whether to multiply with it would read and write the weight's gradient for nothing, as after loss.backward(). A card is not asked."""
+    """Whether to multiply with it would read and write the weight's gradient for nothing, as after loss.backward(). A GPU is not asked."""
     return factor.device.type == "cpu" and bool(factor == 1)
 
 

@@ -26,7 +26,7 @@ def real_of(x: Tensor) -> torch.dtype:
 def live_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
     """Indices of the rows that count, or None for all.
 
-    On a card the host waits once for the answer, also for the answer that nothing is ignored. Not asked: with NOTHING as ignore_index, and while a
+    On a GPU the host waits once for the answer, also for the answer that nothing is ignored. Not asked: with NOTHING as ignore_index, and while a
     CUDA graph is captured, where all rows are taken and the caller sees to what the ignored ones make.
     """
     if ignore_index == NOTHING:
@@ -156,7 +156,7 @@ def rows_that_pull(
 
     A row's gradient with respect to its logits sums to at most 2 |coefficient * logit_scale| (1 - p) in magnitude. So a coefficient of 0 means none at
     all, and a target with 1 - p < negligible next to none. Leaving rows out of what is kept costs moving the others together; it is done where that is less
-    than the products saved. On a card the count would stop the queue, so there it is asked only for a `negligible` of the caller's.
+    than the products saved. On a GPU the count would stop the queue, so there it is asked only for a `negligible` of the caller's.
     """
     if h.is_cuda and (not negligible or torch.cuda.is_current_stream_capturing()):
         return None

@@ -51,7 +51,7 @@ def plan(
 ) -> Plan:
     """The plan for `rows` rows; `workspace` bytes bound scratch and kept together (None: `default_workspace`). fused: see `_fused_plan`.
 
-    Blocks and groups are the same for every workspace that leaves room for full-sized ones (128 MiB on the CPU, 1 GiB on a card), so the answer
+    Blocks and groups are the same for every workspace that leaves room for full-sized ones (128 MiB on the CPU, 1 GiB on a GPU), so the answer
     is too, bit for bit; below that they shrink, down to 64 columns, and the answer may move in its last digit.
     """
     size = dtype.itemsize
@@ -131,9 +131,9 @@ def default_workspace(device: str) -> int:
 
 
 def allowance(workspace: int | None, x: torch.Tensor, rows: int, vocabulary: int) -> int:
-    """The bytes that a call on a head may use: what was asked for; by default `default_workspace`, on a card no more than half of what is free.
+    """The bytes that a call on a head may use: what was asked for; by default `default_workspace`, on a GPU no more than half of what is free.
 
-    The card is asked only where more than 256 MiB could be used, and not while torch.compile traces or a CUDA graph is captured.
+    The GPU is asked only where more than 256 MiB could be used, and not while torch.compile traces or a CUDA graph is captured.
     """
     if workspace is not None:
         return workspace

@@ -78,10 +78,10 @@ def example_objective(
         weights: (N,), floating point, without gradient of their own: factors on the log-likelihoods in the sums. counts and likeliest know nothing of
             them. Default: 1.
         bias, logit_scale, softcap, ignore_index: as in linear_log_likelihood. A temperature T is logit_scale / T and softcap / T.
-        workspace: bytes for scratch and logits (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free).
+        workspace: bytes for scratch and logits (default: 256 MiB on the CPU, on a GPU 2 GiB or half of what is free).
         negligible: rows whose target has 1 - p below this may leave the gradient's products: a text that is known by heart consists of such. What each
             row's gradient for its logits loses sums to 2 |coefficient * logit_scale| negligible in magnitude at most. So may rows with coefficient 0,
-            which is exact; on a card only where negligible is above 0, for to count them it has to be waited for, and never where the kernels
+            which is exact; on a GPU only where negligible is above 0, for to count them it has to be waited for, and never where the kernels
             for H100 and H200 run. Rows leave where moving the others together costs less than the products saved.
 
     Returns:

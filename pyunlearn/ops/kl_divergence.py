@@ -53,7 +53,7 @@ def kl_divergence(
         logit_scale, softcap: of both, as in linear_log_likelihood.
         target_shift: logits taken off the target in the reference, 0 or more.
         ignore_index: rows with this target come back as 0; None: all count.
-        workspace: bytes for scratch and kept logits (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free). What does not fit is computed again in
+        workspace: bytes for scratch and kept logits (default: 256 MiB on the CPU, on a GPU 2 GiB or half of what is free). What does not fit is computed again in
             backward.
 
     Returns:

@@ -50,15 +50,15 @@ def linear_log_likelihood(
         hidden: (..., D), float32, bfloat16, float16 or float64.
         weight: (V, D), of the same device; another dtype is brought to the common one.
         targets: (...), int64 token ids in [0, V), or ignore_index.
-        ignore_index: marks the rows that do not count; None says that all do, and saves a card the question which ones, for which it must wait.
+        ignore_index: marks the rows that do not count; None says that all do, and saves a GPU the question which ones, for which it must wait.
         bias: (V,) or None.
         logit_scale: factor on the logits (Cohere's logit_scale, Granite's 1 / logits_scaling).
         softcap: Gemma 2's final_logit_softcapping, or None.
-        workspace: bytes that scratch and kept logits may take together (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free). What does not fit is
+        workspace: bytes that scratch and kept logits may take together (default: 256 MiB on the CPU, on a GPU 2 GiB or half of what is free). What does not fit is
             computed again in backward: a third more work at most, and the same answer.
 
     Returns:
-        (...), float32 (float64 for float64 inputs). On a card a target outside [0, V) gives NaN.
+        (...), float32 (float64 for float64 inputs). On a GPU a target outside [0, V) gives NaN.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).

@@ -33,7 +33,7 @@ def log_likelihood(
         bias, logit_scale, softcap: as in linear_log_likelihood, for logits to which the model has not applied them.
 
     Returns:
-        (...), float32 (float64 for float64 logits), 0 where ignored. On a card a target outside [0, V) gives NaN.
+        (...), float32 (float64 for float64 logits), 0 where ignored. On a GPU a target outside [0, V) gives NaN.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).

@@ -36,7 +36,7 @@ def logit_margin(
         hidden: (..., D), float32, bfloat16, float16 or float64.
         weight: (V, D), of the same device; another dtype is brought to the common one.
         bias, logit_scale, softcap: as in linear_log_likelihood.
-        workspace: bytes for scratch (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free).
+        workspace: bytes for scratch (default: 256 MiB on the CPU, on a GPU 2 GiB or half of what is free).
 
     Returns:
         (...), float32 (float64 for float64 inputs), 0 or more up to rounding.
@@ -131,7 +131,7 @@ def _plain(hidden: Tensor, weight: Tensor, first: Tensor, c: Tensor, needs: tupl
     pulled = c[:, None] * hidden.to(real)
     everywhere = -pulled.sum(dim=0) / size
     # the rows of one argmax meet, before anything is rounded to 16 bits, at the place where it first stands among the sorted ones: how many
-    # different ones there are is never asked, for a card would have to be waited for
+    # different ones there are is never asked, for a GPU would have to be waited for
     meeting = torch.searchsorted(first.sort().values, first)
     sums = _add_rows(torch.zeros_like(pulled), meeting, pulled)
     d_weight = everywhere.to(weight.dtype).repeat(size, 1)
@@ -142,7 +142,7 @@ def _plain(hidden: Tensor, weight: Tensor, first: Tensor, c: Tensor, needs: tupl
 def _add_rows(out: Tensor, at: Tensor, rows: Tensor) -> Tensor:
     """out[at[n]] += rows[n], those of one place always in the same order.
 
-    On a card index_add takes them as they come, and accumulating index_put_ sorts them first, without waiting; on the CPU it is index_add that
+    On a GPU index_add takes them as they come, and accumulating index_put_ sorts them first, without waiting; on the CPU it is index_add that
     goes through them one by one, and index_put_ whose threads add as they come.
     """
     return out.index_put_((at,), rows, accumulate=True) if out.is_cuda else out.index_add_(0, at, rows)

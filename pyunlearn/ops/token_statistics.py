@@ -54,11 +54,11 @@ def token_statistics(
         weight: (V, D), of the same device; another dtype is brought to the common one.
         targets: (...), int64 token ids in [0, V), or ignore_index.
         bias, logit_scale, softcap: as in linear_log_likelihood.
-        ignore_index: rows with this target are not computed, and are 0 in every field; None: all count, and a card is not asked which do.
-        workspace: bytes for scratch (default: 256 MiB on the CPU, 2 GiB on a card, of which little is used).
+        ignore_index: rows with this target are not computed, and are 0 in every field; None: all count, and a GPU is not asked which do.
+        workspace: bytes for scratch (default: 256 MiB on the CPU, 2 GiB on a GPU, of which little is used).
 
     Returns:
-        TokenStatistics(log_likelihood, rank, entropy, variance), (...) each. Where the logits hold NaN, and on a card for a target outside [0, V),
+        TokenStatistics(log_likelihood, rank, entropy, variance), (...) each. Where the logits hold NaN, and on a GPU for a target outside [0, V),
         the log-likelihood is NaN and the rank -1.
 
     Raises:

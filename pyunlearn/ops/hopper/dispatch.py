@@ -1,6 +1,6 @@
 """Whether the kernels of kernels.py are used.
 
-They have not run on a card of ours yet, and a fault in them could hang instead of failing. So a card that could run them tries them out first, in a
+They have not run on a GPU of ours yet, and a fault in them could hang instead of failing. So a GPU that could run them tries them out first, in a
 process of its own (selftest.py), and the portable kernels go on where they do not pass.
 """
 
@@ -39,7 +39,7 @@ def run_on(device: torch.device) -> bool:
     if device.type != "cuda" or wanted() == "0" or not _backend.build_info().get("hopper"):
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _backend.on_card(index).kernels == "cuda" and _usable(index)
+    return _backend.on_gpu(index).kernels == "cuda" and _usable(index)
 
 
 def wanted() -> str:
@@ -65,7 +65,7 @@ def _usable(index: int) -> bool:
     with _disable_current_modes(), torch.cuda.device(index):
         named, problem = wanted() == "1", _backend.extension().hopper_unavailable()
         if problem and not named:
-            return False  # another card, or a build without them: nobody asked
+            return False  # another GPU, or a build without them: nobody asked
         if not problem and named:
             _backend.require_no_graph()
             problem = selftest.wrong(torch.device("cuda", index))

@@ -114,7 +114,7 @@ def _from_logits(
 
 
 def _run(kernel: str, *arguments: Any) -> None:
-    """Calls a kernel on the current stream of the card on which the first tensor lies: tensors become addresses."""
+    """Calls a kernel on the current stream of the GPU on which the first tensor lies: tensors become addresses."""
     x = next(a for a in arguments if isinstance(a, Tensor))
     plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
     if x.is_cuda:

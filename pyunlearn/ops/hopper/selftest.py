@@ -1,4 +1,4 @@
-"""Whether the kernels of kernels.py are right on the card at hand: their numbers against the definition, in a process that can be ended if they hang."""
+"""Whether the kernels of kernels.py are right on the GPU at hand: their numbers against the definition, in a process that can be ended if they hang."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TARGETS = 300  # the entries of the vocabulary that are targets
 
 
 def failed(index: int) -> str | None:
-    """A sentence if the kernels did not pass on that card. They are tried once for each build, card, driver and torch; a pass is remembered on disk."""
+    """A sentence if the kernels did not pass on that GPU. They are tried once for each build, GPU, driver and torch; a pass is remembered on disk."""
     mark = _mark(index)
     if mark is not None and mark.exists():
         return None
@@ -90,7 +90,7 @@ class Case(NamedTuple):
 @torch.no_grad()
 def wrong(device: torch.device, shapes: Shapes = SMALL, times: int = 1) -> str | None:
     """Compares every kernel with the definition, so many times; a sentence if one fails, gives a wrong number, or another one the next time."""
-    report = "in a self-test on this card (please report it, with `pyunlearn info`)"
+    report = "in a self-test on this GPU (please report it, with `pyunlearn info`)"
     for shape, dtype, capped in product(shapes, TOLERANCE, (True, False)):
         case = _case(shape, dtype, capped, device)
         try:
@@ -110,7 +110,7 @@ def wrong(device: torch.device, shapes: Shapes = SMALL, times: int = 1) -> str |
                 if not all(map(torch.equal, first, [*statistics, *gradients])):
                     return f"they gave other numbers when they ran again {report}"
         except RuntimeError as error:
-            return f"they failed on this card: {str(error).splitlines()[0]}"
+            return f"they failed on this GPU: {str(error).splitlines()[0]}"
     return None
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants a card, in one call: build, checks of memory and barriers, tests and benchmarks, with the portable kernels and then with those for Hopper.
+# Everything that wants a GPU, in one call: build, checks of memory and barriers, tests and benchmarks, with the portable kernels and then with those for Hopper.
 # Wants a CUDA build of torch in the environment and nvcc on the PATH; compute-sanitizer comes with the CUDA toolkit. What hangs is stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
