@@ -434,7 +434,7 @@ def test_strided_weight_and_memory_from_elsewhere(emulated):
 
 def test_the_self_test_passes_and_can_fail(emulated, monkeypatch):
     """The first-use check accepts these kernels, twice in a row, and says so when one is wrong, or gives other numbers the second time."""
-    assert selftest.wrong(torch.device("cpu"), times=2) is None
+    assert selftest.compare(torch.device("cpu"), times=2) is None
     good, broken = kernels._run, []
 
     def bad(kernel, *arguments):
@@ -446,38 +446,38 @@ def test_the_self_test_passes_and_can_fail(emulated, monkeypatch):
     monkeypatch.setattr(kernels, "_run", bad)
     for kernel in ("hopper_gradient", "kept_scale_hidden", "kept_hidden_gradient", "kept_add_targets"):
         broken.append(kernel)
-        assert "wrong gradients" in selftest.wrong(torch.device("cpu"))
+        assert "wrong gradients" in selftest.compare(torch.device("cpu"))
     broken.append("hopper_statistics")
-    assert "wrong numbers" in selftest.wrong(torch.device("cpu"))
+    assert "wrong numbers" in selftest.compare(torch.device("cpu"))
     broken.append(None)
-    found, calls = selftest._found, []
+    found, calls = selftest._kernel_outputs, []
 
     def drifting(case):
         statistics, gradients = found(case)
         calls.append(case)
         return [statistics[0] + 1e-6 * len(calls), *statistics[1:]], gradients
 
-    monkeypatch.setattr(selftest, "_found", drifting)
-    assert "other numbers" in selftest.wrong(torch.device("cpu"), times=2)
+    monkeypatch.setattr(selftest, "_kernel_outputs", drifting)
+    assert "other numbers" in selftest.compare(torch.device("cpu"), times=2)
 
 
 def test_they_are_tried_out_unless_left_out_by_name(monkeypatch):
     """PYUNLEARN_HOPPER=0 leaves them out, 1 does without the trial; another value is an error that says what is wanted."""
     for value in ("", "0", "1"):
         monkeypatch.setenv("PYUNLEARN_HOPPER", value)
-        assert dispatch.wanted() == value
+        assert dispatch.requested() == value
     monkeypatch.setenv("PYUNLEARN_HOPPER", "0")
     assert not dispatch.run_on(torch.device("cuda", 0))
     monkeypatch.setenv("PYUNLEARN_HOPPER", "yes")
     with pytest.raises(ValueError, match="PYUNLEARN_HOPPER must be 1 or 0, got 'yes'"):
-        dispatch.wanted()
+        dispatch.requested()
 
 
 @pytest.mark.parametrize("value", ["", "1"])
 def test_a_kernel_that_is_wrong_is_left_out_with_one_warning(value, gpu_0, monkeypatch):
     """And the portable ones run."""
     monkeypatch.setenv("PYUNLEARN_HOPPER", value)
-    monkeypatch.setattr(selftest, "wrong" if value else "failed", lambda device: "they gave wrong numbers")
+    monkeypatch.setattr(selftest, "compare" if value else "run_trial", lambda device: "they gave wrong numbers")
     with pytest.warns(UserWarning, match="Hopper kernels are not used on cuda:0: they gave wrong numbers"):
         assert not dispatch._usable(0)
     assert not dispatch._usable(0)
@@ -506,19 +506,16 @@ def gpu_0(emulated, monkeypatch):
 
 def test_a_trial_is_a_process_of_its_own(gpu_0, tmp_path, monkeypatch):
     """It sees what this process sees; what it says in the end, a fault that kills it and one that hangs are sentences; a pass is remembered, a failure not."""
-    run = selftest._in_a_process
+    run = selftest._run_in_subprocess
     assert run("sys.exit(None)") is None
     assert (
         run("sys.exit('they gave wrong numbers for ' + str(WIDE[0]))")
         == f"they gave wrong numbers for {selftest.WIDE[0]}"
     )
     assert (
-        run("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
-        == "the process that tried them out ended with -11"
+        run("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)") == "the process that tested them ended with -11"
     )
-    assert "did not come to an end within 0.2 s (PYUNLEARN_HOPPER=0 leaves it out)" in run(
-        "while True: pass", seconds=0.2
-    )
+    assert "did not finish within 0.2 s (PYUNLEARN_HOPPER=0 skips it)" in run("while True: pass", seconds=0.2)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
     assert "no process could be started" in run("pass")
 
@@ -528,13 +525,13 @@ def test_a_trial_is_a_process_of_its_own(gpu_0, tmp_path, monkeypatch):
     monkeypatch.setattr(_backend, "_C", SimpleNamespace(__file__=__file__, build_info=lambda: {"cuda_driver": 13000}))
     for problem in ("it hangs", None):
         monkeypatch.setattr(
-            selftest, "_in_a_process", lambda statement, problem=problem: asked.append(statement) or problem
+            selftest, "_run_in_subprocess", lambda statement, problem=problem: asked.append(statement) or problem
         )
-        assert selftest.failed(0) == problem
-    assert selftest.failed(0) is None
+        assert selftest.run_trial(0) == problem
+    assert selftest.run_trial(0) is None
     assert len(asked) == 2
     compile(asked[0], "the statement", "exec")
-    assert selftest.failed(1) is None  # another GPU is tried for itself
+    assert selftest.run_trial(1) is None  # another GPU is tried for itself
     assert len(asked) == 3
 
 
@@ -612,7 +609,7 @@ def test_a_float64_bias(dtype, emulated):
 
 def test_the_portable_self_test_passes_and_can_fail(emulated, monkeypatch):
     """Every kernel of every width runs in it, and one wrong number in a wide row is seen."""
-    assert _backend._wrong_on(torch.device("cpu")) is None
+    assert _backend._self_test_problem(torch.device("cpu")) is None
     statistics = emulated.module.statistics
 
     def wrong_where_wide(*arguments):
@@ -621,4 +618,4 @@ def test_the_portable_self_test_passes_and_can_fail(emulated, monkeypatch):
             (ctypes.c_float * 5).from_address(arguments[13])[3] *= 1.01
 
     monkeypatch.setattr(_backend, "_C", SimpleNamespace(**{n: getattr(emulated.module, n) for n in ("gradient", "token_statistics", "target_products", "kl_statistics", "kl_gradient")}, statistics=wrong_where_wide))  # fmt: skip
-    assert "wrong numbers" in _backend._wrong_on(torch.device("cpu"))
+    assert "wrong numbers" in _backend._self_test_problem(torch.device("cpu"))

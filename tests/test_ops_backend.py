@@ -30,7 +30,7 @@ def cards(fresh, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
-    monkeypatch.setattr(_backend, "_wrong_on", lambda device: None)
+    monkeypatch.setattr(_backend, "_self_test_problem", lambda device: None)
 
 
 def test_a_tensor_on_the_cpu_asks_no_card(fresh, monkeypatch):
@@ -57,7 +57,7 @@ def test_each_card_is_settled_by_itself(cards):
 def test_kernels_are_tried_out_on_real_memory_even_in_the_middle_of_a_trace(cards, monkeypatch):
     """Fake tensors have no memory: a kernel would be given address 0."""
     seen = []
-    monkeypatch.setattr(_backend, "_wrong_on", lambda device: seen.append(type(torch.empty(1))))
+    monkeypatch.setattr(_backend, "_self_test_problem", lambda device: seen.append(type(torch.empty(1))))
     with FakeTensorMode():
         assert _backend.on_gpu(0).kernels == "cuda"
     assert seen == [torch.Tensor]
@@ -74,7 +74,7 @@ def test_nothing_is_tried_out_while_a_graph_is_captured(cards, monkeypatch):
 
 def test_a_card_that_fails_in_its_trial_is_a_sentence():
     """Memory that cannot be had there is one, as on a device that this torch has not."""
-    assert _backend._wrong_on(torch.device("mps")).startswith("they failed on this GPU: ")
+    assert _backend._self_test_problem(torch.device("mps")).startswith("they failed on this GPU: ")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_is_insisted_on_and_cannot_be_had_is_an_error(value, message, cards
     """For tensors on the CPU too, before anything runs."""
     monkeypatch.setenv("PYUNLEARN_BACKEND", value)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(_backend, "_wrong_on", lambda device: "they failed")
+    monkeypatch.setattr(_backend, "_self_test_problem", lambda device: "they failed")
     with pytest.raises(ValueError, match=message):
         _backend.kernels_for(torch.empty(1))
 

@@ -308,7 +308,7 @@ INSIDE = {
 def test_nothing_ignored(op, device, backend, monkeypatch):
     """With ignore_index=None every row counts, the answer is the same, and nobody asks which rows do: on a card that would stop the queue."""
     case = make(13, 20, 203, device=device)
-    monkeypatch.setattr(_passes, "rows_that_pull", lambda *_, **__: None)  # never asked on a card
+    monkeypatch.setattr(_passes, "rows_with_gradient", lambda *_, **__: None)  # never asked on a card
     monkeypatch.setattr(_one_pass, "_known_to_be_one", lambda *_: False)  # nor is this
 
     def run(ignore_index):

@@ -18,9 +18,9 @@ from pyunlearn.ops._check import (
     ignored,
     in_one_dtype,
 )
-from pyunlearn.ops._objective import Function, checked, differentiated, lay_out, require_graph
+from pyunlearn.ops._objective import Function, checked, chunk_by_example, differentiated, require_graph
 from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves
-from pyunlearn.ops._passes import real_of, take
+from pyunlearn.ops._passes import real_of, select_rows
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 
 
@@ -110,9 +110,9 @@ def example_objective(
         )  # fmt: skip
         live = targets != ignore_index
         return objective_of(found, live, example_index, examples, function, per_example, group_size, likeliest, weights)
-    at = lay_out(hidden, weight, targets, example_index, examples, group_size, ignore_index, workspace)
+    at = chunk_by_example(hidden, weight, targets, example_index, examples, group_size, ignore_index, workspace)
     counted = how_many(at.counts, likeliest)
-    w = None if weights is None else take(at.rows, weights.to(real_of(hidden)))[0]
+    w = None if weights is None else select_rows(at.rows, weights.to(real_of(hidden)))[0]
 
     def step(k: int, log_likelihood: Tensor, differentiate: bool) -> tuple[tuple[Tensor, ...], Tensor]:
         mine, rows = at.examples[k], slice(*at.chunks[k])

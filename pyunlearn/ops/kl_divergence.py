@@ -10,8 +10,8 @@ from torch import Tensor
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend
 from pyunlearn.ops._check import check, check_head, check_reference, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, on_its_device
-from pyunlearn.ops._passes import live_rows, quieted, real_of, settle_rows, take
+from pyunlearn.ops._library import LIBRARY, kernel_bias, no_second_derivative, on_its_device
+from pyunlearn.ops._passes import live_rows, real_of, resolve_ignored, select_rows, zero_ignored_rows
 from pyunlearn.ops._plan import Plan, allowance, default_workspace, plan
 from pyunlearn.ops._products import Logits, add_product, product
 
@@ -53,7 +53,7 @@ def kl_divergence(
         logit_scale, softcap: of both, as in linear_log_likelihood.
         target_shift: logits taken off the target in the reference, 0 or more.
         ignore_index: rows with this target come back as 0; None: all count.
-        workspace: bytes for scratch and kept logits (default: 256 MiB on the CPU, on a GPU 2 GiB or half of what is free). What does not fit is computed again in
+        workspace: bytes for scratch and cached logits (default: 256 MiB on the CPU, on a GPU 2 GiB or half of what is free). What does not fit is computed again in
             backward.
 
     Returns:
@@ -81,7 +81,7 @@ def kl_divergence(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     flat, t = hidden.reshape(-1, hidden.shape[-1]), marks.reshape(-1).long()
     count, ignore = len(t), ignored(None if targets is None else ignore_index)
-    rows, ignore = settle_rows(flat, t, len(weight), ignore)
+    rows, ignore = resolve_ignored(flat, t, len(weight), ignore)
     if rows is not None:
         flat, t = flat.index_select(0, rows), t.index_select(0, rows)
     if itself:
@@ -105,12 +105,12 @@ _GIVEN = (
 )
 LIBRARY.define(f"kl_divergence({_GIVEN}, bool keep) -> (Tensor, Tensor, Tensor, Tensor[])")
 LIBRARY.define(
-    f"kl_divergence_backward(Tensor d_kl, Tensor maximum, Tensor total, Tensor[] kept, {_GIVEN}, bool[] needs) -> (Tensor, Tensor, Tensor)"
+    f"kl_divergence_backward(Tensor d_kl, Tensor maximum, Tensor total, Tensor[] cached, {_GIVEN}, bool[] needs) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool, itself: bool) -> Plan:
-    """For the rows of both. What is kept serves every backward pass, so a group's gradient lies beside it, not in its place."""
+    """For the rows of both. What is cached serves every backward pass, so a group's gradient lies beside it, not in its place."""
     real, device, sides = real_of(hidden), hidden.device.type, 1 if itself else 2
     allowed = default_workspace(device) if workspace is None else workspace  # None: the op was called by its own name
     p = plan(sides * hidden.shape[0], weight.shape[0], real, device, allowed, False)
@@ -119,9 +119,9 @@ def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool, its
     rows, groups = max(1, hidden.shape[0]), len(p.groups())
     column, gradient = sides * rows * real.itemsize, rows * hidden.dtype.itemsize * p.group
     if column * weight.shape[0] + gradient <= allowed:
-        return p._replace(kept=groups)
-    kept = (allowed - column * p.block - gradient) // (column * p.group)
-    return p._replace(kept=max(0, min(kept, groups - 1)))
+        return p._replace(cached=groups)
+    cached = (allowed - column * p.block - gradient) // (column * p.group)
+    return p._replace(cached=max(0, min(cached, groups - 1)))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -137,12 +137,12 @@ class _Pair:
         reference_weight: Tensor, reference_bias: Tensor | None, targets: Tensor, itself: bool, p: Plan,
     ) -> None:  # fmt: skip
         self.itself = itself
-        self.h, self.targets = take(rows, hidden, targets)
-        other = self.h if self.itself else take(rows, reference_hidden)[0]
+        self.h, self.targets = select_rows(rows, hidden, targets)
+        other = self.h if self.itself else select_rows(rows, reference_hidden)[0]
         self.n, self.real, self.p = self.h.shape[0], real_of(hidden), p
         self.weights, self.biases = (
             (weight, reference_weight),
-            (bias_beside(hidden, bias), bias_beside(hidden, reference_bias)),
+            (kernel_bias(hidden, bias), kernel_bias(hidden, reference_bias)),
         )
         self.logits = (Logits(self.h, self.real), Logits(other, self.real))
         self.scratch: Tensor | None = None
@@ -153,13 +153,13 @@ class _Pair:
             if self.scratch is None:
                 self.scratch = self.h.new_empty((1 if self.itself else 2, self.n * self.p.block), dtype=self.real)
             into = self.scratch
-        x, y = self.laid(b, e, into)
+        x, y = self.views(b, e, into)
         self.logits[0].into(x, self.weights[0][b:e])
         if not self.itself:
             self.logits[1].into(y, self.weights[1][b:e])
         return x, y
 
-    def laid(self, b: int, e: int, memory: Tensor) -> tuple[Tensor, Tensor]:
+    def views(self, b: int, e: int, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Where x and y of columns [b, e) lie in such memory."""
         x, *y = (m[: self.n * (e - b)].view(self.n, e - b) for m in memory)
         return x, y[0] if y else x
@@ -169,9 +169,9 @@ class _Pair:
         return mine, theirs
 
 
-def _kept_blocks(hidden: Tensor, p: Plan, itself: bool) -> list[Tensor]:
-    """The products of both, (2, N * columns), or (1, ...) if one serves both, for each block of the kept groups."""
-    spans = [s for g in p.groups()[: p.kept] for s in p.blocks_of(*g)]
+def _cached_blocks(hidden: Tensor, p: Plan, itself: bool) -> list[Tensor]:
+    """The products of both, (2, N * columns), or (1, ...) if one serves both, for each block of the cached groups."""
+    spans = [s for g in p.groups()[: p.cached] for s in p.blocks_of(*g)]
     return [
         hidden.new_empty((1 if itself else 2, hidden.shape[0] * (e - b)), dtype=real_of(hidden)) for _, b, e in spans
     ]
@@ -183,14 +183,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     check_targets(targets, weight.shape[0], ignore_index)
     p, rows = _plan(hidden, weight, workspace, keep, itself), live_rows(targets, ignore_index)
-    hidden, reference_hidden = (quieted(h, targets, rows, ignore_index) for h in (hidden, reference_hidden))
+    hidden, reference_hidden = (zero_ignored_rows(h, targets, rows, ignore_index) for h in (hidden, reference_hidden))
     pair = _Pair(rows, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, targets, itself, p)
-    kept = _kept_blocks(hidden, p, itself)
+    cached = _cached_blocks(hidden, p, itself)
     maximum = hidden.new_full((2, pair.n), -torch.inf, dtype=pair.real)
     total, cross = torch.zeros_like(maximum), hidden.new_zeros((pair.n,), dtype=pair.real)
     for first, end in p.groups() if pair.n else []:
         for i, b, e in p.blocks_of(first, end):
-            x, y = pair.products(b, e, kept[i] if i < len(kept) else None)
+            x, y = pair.products(b, e, cached[i] if i < len(cached) else None)
             _backend.kl_statistics(
                 x, y, b, pair.biases_of(b, e), logit_scale, softcap, pair.targets, target_shift, maximum, total, cross
             )  # fmt: skip
@@ -202,20 +202,20 @@ def _forward(
         )
     elif targets.is_cuda:
         kl = torch.where(targets == ignore_index, 0.0, kl)
-    return kl, maximum, total, kept
+    return kl, maximum, total, cached
 
 
 def _backward(
-    d_kl: Tensor, maximum: Tensor, total: Tensor, kept: list[Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    d_kl: Tensor, maximum: Tensor, total: Tensor, cached: list[Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None,
     reference_hidden: Tensor, reference_weight: Tensor, reference_bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
     target_shift: float, itself: bool, ignore_index: int, workspace: int | None, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     p, rows = _plan(hidden, weight, workspace, True, itself), live_rows(targets, ignore_index)
-    hidden, reference_hidden = (quieted(h, targets, rows, ignore_index) for h in (hidden, reference_hidden))
+    hidden, reference_hidden = (zero_ignored_rows(h, targets, rows, ignore_index) for h in (hidden, reference_hidden))
     pair = _Pair(rows, hidden, weight, bias, reference_hidden, reference_weight, reference_bias, targets, itself, p)
     if rows is None and targets.is_cuda:
         d_kl = torch.where(targets == ignore_index, 0.0, d_kl)
-    c, tops, totals = take(rows, d_kl.to(pair.real), maximum.T, total.T)
+    c, tops, totals = select_rows(rows, d_kl.to(pair.real), maximum.T, total.T)
     tops, totals, n = tops.T.contiguous(), totals.T.contiguous(), pair.n
     new, nothing = torch.empty if n else torch.zeros, hidden.new_empty((0,))
     d_h = hidden.new_zeros((n, hidden.shape[1]), dtype=pair.real)
@@ -229,8 +229,8 @@ def _backward(
     for first, end in p.groups() if n else []:
         d_logits = buffer[: n * (end - first)].view(n, end - first)
         for i, b, e in p.blocks_of(first, end):
-            if i < len(kept):
-                x, y = pair.laid(b, e, kept[i])
+            if i < len(cached):
+                x, y = pair.views(b, e, cached[i])
             else:
                 x, y = pair.products(b, e, None)
             _backend.kl_gradient(
@@ -258,7 +258,7 @@ def _fake_forward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, T
         kl,
         both,
         torch.empty_like(both),
-        _kept_blocks(hidden, _plan(hidden, weight, workspace, keep, itself), itself),
+        _cached_blocks(hidden, _plan(hidden, weight, workspace, keep, itself), itself),
     )
 
 
@@ -266,7 +266,7 @@ def _fake_backward(
     d_kl: Tensor,
     maximum: Tensor,
     total: Tensor,
-    kept: list[Tensor],
+    cached: list[Tensor],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -288,9 +288,9 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     *tensors, scale, softcap, shift, itself, ignore, workspace, _keep = inputs
     ctx.options = (scale, softcap, shift, itself, ignore, workspace)
-    _kl, maximum, total, kept = output
-    ctx.save_for_backward(*tensors, maximum, total, *kept)
-    ctx.mark_non_differentiable(maximum, total, *kept)
+    _kl, maximum, total, cached = output
+    ctx.save_for_backward(*tensors, maximum, total, *cached)
+    ctx.mark_non_differentiable(maximum, total, *cached)
     ctx.set_materialize_grads(False)
 
 
@@ -299,8 +299,8 @@ def _autograd(ctx: Any, d_kl: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     if d_kl is None or not any(needs):
         return (None,) * 14
     *tensors, maximum, total = ctx.saved_tensors[:9]
-    kept = list(ctx.saved_tensors[9:])
-    found = torch.ops.pyunlearn.kl_divergence_backward(d_kl, maximum, total, kept, *tensors, *ctx.options, needs)
+    cached = list(ctx.saved_tensors[9:])
+    found = torch.ops.pyunlearn.kl_divergence_backward(d_kl, maximum, total, cached, *tensors, *ctx.options, needs)
     return (*(d if need else None for d, need in zip(found, needs, strict=True)), *(None,) * 11)
 
 
@@ -309,4 +309,4 @@ LIBRARY.impl("kl_divergence_backward", on_its_device(_backward), "CompositeExpli
 torch.library.register_fake("pyunlearn::kl_divergence", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("pyunlearn::kl_divergence_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("pyunlearn::kl_divergence", _autograd, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("pyunlearn::kl_divergence_backward", NO_GRADIENT_OF_GRADIENT, lib=LIBRARY)
+torch.library.register_autograd("pyunlearn::kl_divergence_backward", no_second_derivative, lib=LIBRARY)

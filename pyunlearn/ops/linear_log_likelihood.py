@@ -9,18 +9,18 @@ from torch import Tensor
 
 from pyunlearn.ops import hopper
 from pyunlearn.ops._check import check, check_head, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, on_its_device
+from pyunlearn.ops._library import LIBRARY, kernel_bias, no_second_derivative, on_its_device
 from pyunlearn.ops._passes import (
     Gradients,
     Head,
     Statistics,
     differentiate,
     live_rows,
-    quieted,
     real_of,
+    resolve_ignored,
     score,
-    settle_rows,
-    take,
+    select_rows,
+    zero_ignored_rows,
 )
 from pyunlearn.ops._plan import Plan, allowance, plan
 
@@ -54,7 +54,7 @@ def linear_log_likelihood(
         bias: (V,) or None.
         logit_scale: factor on the logits (Cohere's logit_scale, Granite's 1 / logits_scaling).
         softcap: Gemma 2's final_logit_softcapping, or None.
-        workspace: bytes that scratch and kept logits may take together (default: 256 MiB on the CPU, on a GPU 2 GiB or half of what is free). What does not fit is
+        workspace: bytes that scratch and cached logits may take together (default: 256 MiB on the CPU, on a GPU 2 GiB or half of what is free). What does not fit is
             computed again in backward: a third more work at most, and the same answer.
 
     Returns:
@@ -68,7 +68,7 @@ def linear_log_likelihood(
     hidden, weight = in_one_dtype(hidden, weight)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     flat, t, ignore = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long(), ignored(ignore_index)
-    count, (rows, ignore) = len(t), settle_rows(flat, t, len(weight), ignore)
+    count, (rows, ignore) = len(t), resolve_ignored(flat, t, len(weight), ignore)
     if rows is not None:
         flat, t = flat.index_select(0, rows), t.index_select(0, rows)
     workspace = allowance(workspace, flat, len(t), len(weight))
@@ -86,7 +86,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "linear_log_likelihood_backward(Tensor d_log_likelihood, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
-    "Tensor log_likelihood, Tensor maximum, Tensor total, Tensor block_maximum, Tensor[] kept, float logit_scale, float softcap, "
+    "Tensor log_likelihood, Tensor maximum, Tensor total, Tensor block_maximum, Tensor[] cached, float logit_scale, float softcap, "
     "int ignore_index, int? workspace, bool release, bool[] needs) -> (Tensor, Tensor, Tensor)"
 )
 
@@ -96,9 +96,9 @@ def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> 
     return plan(hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device.type, workspace, keep, fused)
 
 
-def _kept_buffers(hidden: Tensor, p: Plan) -> list[Tensor]:
-    """One for each kept group, (N, columns) flat; masked rows leave its end unused."""
-    return [hidden.new_empty((hidden.shape[0] * p.room(first, end),)) for first, end in p.groups()[: p.kept]]
+def _cached_buffers(hidden: Tensor, p: Plan) -> list[Tensor]:
+    """One for each cached group, (N, columns) flat; masked rows leave its end unused."""
+    return [hidden.new_empty((hidden.shape[0] * p.row_length(first, end),)) for first, end in p.groups()[: p.cached]]
 
 
 def _forward(
@@ -108,16 +108,16 @@ def _forward(
     check_targets(targets, weight.shape[0], ignore_index)
     real, p = real_of(hidden), _plan(hidden, weight, workspace, keep)
     rows = live_rows(targets, ignore_index)
-    h, t = take(rows, quieted(hidden, targets, rows, ignore_index), targets)
-    kept = _kept_buffers(hidden, p)
+    h, t = select_rows(rows, zero_ignored_rows(hidden, targets, rows, ignore_index), targets)
+    cached = _cached_buffers(hidden, p)
     block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
-    head = Head(weight, bias_beside(hidden, bias), logit_scale, softcap)
-    found = score(h, head, t, p, kept, block_maximum if keep else None)
+    head = Head(weight, kernel_bias(hidden, bias), logit_scale, softcap)
+    found = score(h, head, t, p, cached, block_maximum if keep else None)
     if rows is not None:
         found = Statistics(*(hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, x) for x in found))
     elif targets.is_cuda:
         found = found._replace(log_likelihood=torch.where(targets == ignore_index, 0.0, found.log_likelihood))
-    return *found, block_maximum, kept
+    return *found, block_maximum, cached
 
 
 def _fake_forward(
@@ -127,23 +127,23 @@ def _fake_forward(
     real, p = real_of(hidden), _plan(hidden, weight, workspace, keep)
     block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
     per_row = hidden.new_empty(targets.shape, dtype=real)
-    return per_row, torch.empty_like(per_row), torch.empty_like(per_row), block_maximum, _kept_buffers(hidden, p)
+    return per_row, torch.empty_like(per_row), torch.empty_like(per_row), block_maximum, _cached_buffers(hidden, p)
 
 
 def _backward(
     d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor,
-    maximum: Tensor, total: Tensor, block_maximum: Tensor, kept: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
+    maximum: Tensor, total: Tensor, block_maximum: Tensor, cached: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
     release: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     real, p = real_of(hidden), _plan(hidden, weight, workspace, True)
     rows = live_rows(targets, ignore_index)
-    hidden = quieted(hidden, targets, rows, ignore_index)
+    hidden = zero_ignored_rows(hidden, targets, rows, ignore_index)
     if rows is None and targets.is_cuda:
         d_log_likelihood = torch.where(targets == ignore_index, 0.0, d_log_likelihood)
-    h, t, *per_row, c = take(rows, hidden, targets, log_likelihood, maximum, total, d_log_likelihood.to(real))
+    h, t, *per_row, c = select_rows(rows, hidden, targets, log_likelihood, maximum, total, d_log_likelihood.to(real))
     n = h.shape[0]
     # what an earlier backward pass of the same graph released is computed again; .data: released memory has no version to keep
-    live = [k.data if k.untyped_storage().size() > 0 or k.numel() == 0 else None for k in kept]
+    live = [k.data if k.untyped_storage().size() > 0 or k.numel() == 0 else None for k in cached]
     need_hidden, need_weight, need_bias = needs
     new = torch.empty if n else torch.zeros
     into = Gradients(
@@ -151,7 +151,7 @@ def _backward(
         new(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None,
         new(bias.shape, dtype=real, device=bias.device) if need_bias and bias is not None else None,
     )
-    head = Head(weight, bias_beside(hidden, bias), logit_scale, softcap)
+    head = Head(weight, kernel_bias(hidden, bias), logit_scale, softcap)
     differentiate(
         h, head, t, p, Statistics(*per_row), c, live, block_maximum, into, in_place=release, release=release
     )  # fmt: skip
@@ -167,7 +167,7 @@ def _backward(
 
 def _fake_backward(
     d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor,
-    maximum: Tensor, total: Tensor, block_maximum: Tensor, kept: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
+    maximum: Tensor, total: Tensor, block_maximum: Tensor, cached: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
     release: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
@@ -183,9 +183,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden, weight, bias, targets, *rest = inputs
     *options, _keep, release = rest
     ctx.options = (*options, release)
-    *per_row, kept = output
-    ctx.save_for_backward(hidden, weight, bias, targets, *per_row, *kept)
-    ctx.mark_non_differentiable(*per_row[1:], *kept)
+    *per_row, cached = output
+    ctx.save_for_backward(hidden, weight, bias, targets, *per_row, *cached)
+    ctx.mark_non_differentiable(*per_row[1:], *cached)
     ctx.set_materialize_grads(False)
 
 
@@ -207,4 +207,4 @@ torch.library.register_fake("pyunlearn::linear_log_likelihood_backward", _fake_b
 torch.library.register_autograd(
     "pyunlearn::linear_log_likelihood", _autograd, setup_context=_setup_context, lib=LIBRARY
 )
-torch.library.register_autograd("pyunlearn::linear_log_likelihood_backward", NO_GRADIENT_OF_GRADIENT, lib=LIBRARY)
+torch.library.register_autograd("pyunlearn::linear_log_likelihood_backward", no_second_derivative, lib=LIBRARY)

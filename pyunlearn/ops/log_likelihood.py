@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyunlearn.ops import _backend
 from pyunlearn.ops._check import check, check_bias, check_targets
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, on_its_device
+from pyunlearn.ops._library import LIBRARY, kernel_bias, no_second_derivative, on_its_device
 from pyunlearn.ops._passes import real_of
 
 
@@ -74,7 +74,7 @@ def _forward(
     if n:
         x = rows_contiguous(logits)
         _backend.statistics(
-            x, 0, bias_beside(x, bias), logit_scale, softcap, targets.contiguous(), maximum, total, target_logit
+            x, 0, kernel_bias(x, bias), logit_scale, softcap, targets.contiguous(), maximum, total, target_logit
         )
     found = (target_logit - maximum) - total.log()
     return torch.where(targets == ignore_index, 0.0, found), maximum, total
@@ -98,7 +98,7 @@ def _backward(
         _backend.gradient(
             x,
             0,
-            bias_beside(x, bias),
+            kernel_bias(x, bias),
             logit_scale,
             softcap,
             targets.contiguous(),
@@ -138,4 +138,4 @@ LIBRARY.impl("log_likelihood_backward", on_its_device(_backward), "CompositeExpl
 torch.library.register_fake("pyunlearn::log_likelihood", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("pyunlearn::log_likelihood_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("pyunlearn::log_likelihood", _autograd, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("pyunlearn::log_likelihood_backward", NO_GRADIENT_OF_GRADIENT, lib=LIBRARY)
+torch.library.register_autograd("pyunlearn::log_likelihood_backward", no_second_derivative, lib=LIBRARY)

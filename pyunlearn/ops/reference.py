@@ -110,9 +110,9 @@ def token_objective(
 
 def statistics(
     x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor,
-    maximum: Tensor, total: Tensor, target_logit: Tensor, kept: Tensor | None, block_maximum: Tensor | None,
+    maximum: Tensor, total: Tensor, target_logit: Tensor, cached: Tensor | None, block_maximum: Tensor | None,
 ) -> None:  # fmt: skip
-    """Adds the block x (n, v) to the running maximum, total and target_logit (n,); fills kept (n, v) and block_maximum (n,) if given."""
+    """Adds the block x (n, v) to the running maximum, total and target_logit (n,); fills cached (n, v) and block_maximum (n,) if given."""
     real = maximum.dtype
     z = logits_of(x.to(real), None if bias is None else bias.to(real), logit_scale, softcap)
     block = z.amax(dim=1)
@@ -126,28 +126,28 @@ def statistics(
     target_logit.copy_(torch.where(inside, found, target_logit))
     if block_maximum is not None:
         block_maximum.copy_(block)
-    if kept is not None:
-        kept.copy_(_kept_form(z, block, softcap))
+    if cached is not None:
+        cached.copy_(_cached_form(z, block, softcap))
 
 
 def gradient(
-    x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor, is_kept: bool,
+    x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor, is_cached: bool,
     maximum: Tensor, total: Tensor, log_likelihood: Tensor, coefficients: Tensor, block_maximum: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
     """Writes into out (n, v) the gradient of sum(coefficients * log_likelihood) with respect to the raw products of a block."""
     real = maximum.dtype
-    if is_kept:
+    if is_cached:
         assert block_maximum is not None
         p = x.to(real) * torch.exp(block_maximum - maximum)[:, None]
     else:
         z = logits_of(x.to(real), None if bias is None else bias.to(real), logit_scale, softcap)
         if block_maximum is not None:
             p = (
-                _kept_form(z, block_maximum, softcap).to(out.dtype).to(real)
+                _cached_form(z, block_maximum, softcap).to(out.dtype).to(real)
                 * torch.exp(block_maximum - maximum)[:, None]
             )
         else:
-            p = _kept_form(z, maximum, softcap)
+            p = _cached_form(z, maximum, softcap)
     g = p * (-logit_scale * coefficients / total)[:, None]
     at = targets - first
     rows = torch.arange(x.shape[0], device=x.device)
@@ -247,7 +247,7 @@ def _taken(z: Tensor, at: Tensor) -> Tensor:
     return z.gather(1, at[:, None]).squeeze(1)
 
 
-def _kept_form(z: Tensor, reference: Tensor, softcap: float) -> Tensor:
+def _cached_form(z: Tensor, reference: Tensor, softcap: float) -> Tensor:
     reference = torch.where(reference == -torch.inf, 0.0, reference)  # a block that is all -inf keeps zeros, not NaN
     e = torch.exp(z - reference[:, None])
     return e * (1 - (z / softcap) ** 2) if softcap else e

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops._check import check, check_examples, check_head, check_negligible, ignored, in_one_dtype
-from pyunlearn.ops._objective import Function, checked, differentiated, lay_out, require_graph
+from pyunlearn.ops._objective import Function, checked, chunk_by_example, differentiated, require_graph
 from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves
-from pyunlearn.ops._passes import take
+from pyunlearn.ops._passes import select_rows
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 
 
@@ -81,8 +81,8 @@ def token_objective(
         )  # fmt: skip
         live = targets != ignore_index
         return tokens_objective_of(found, live, example_index, examples, function, per_token, group_size)
-    at = lay_out(hidden, weight, targets, example_index, examples, group_size, ignore_index, workspace)
-    given = take(at.rows, *per_token)
+    at = chunk_by_example(hidden, weight, targets, example_index, examples, group_size, ignore_index, workspace)
+    given = select_rows(at.rows, *per_token)
 
     def step(k: int, log_likelihood: Tensor, differentiate: bool) -> tuple[tuple[Tensor, ...], Tensor]:
         mine, rows = at.examples[k], slice(*at.chunks[k])
@@ -128,8 +128,6 @@ def _check_per_token(targets: Tensor, per_token: tuple[Tensor, ...]) -> None:
     for x in per_token:
         if not isinstance(x, Tensor) or x.dim() == 0 or len(x) != len(targets) or x.device != targets.device:
             got = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-            raise ArgumentError(
-                f"what is given per token must be tensors of {len(targets)} entries on {targets.device}, got {got}"
-            )
+            raise ArgumentError(f"per_token must be tensors of {len(targets)} entries on {targets.device}, got {got}")
         if x.requires_grad:
-            raise ArgumentError("what is given per token gets no gradient here, and asks for one: detach it")
+            raise ArgumentError("per_token tensors are constants here, and one requires a gradient: detach it")

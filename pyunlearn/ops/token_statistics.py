@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pyunlearn.ops import _backend, hopper, reference
 from pyunlearn.ops._check import check, check_bias, check_head, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, bias_beside, on_its_device
-from pyunlearn.ops._passes import Head, live_rows, real_of, take
+from pyunlearn.ops._library import LIBRARY, kernel_bias, on_its_device
+from pyunlearn.ops._passes import Head, live_rows, real_of, select_rows
 from pyunlearn.ops._plan import plan
 from pyunlearn.ops._products import Logits
 from pyunlearn.ops.log_likelihood import rows_contiguous
@@ -160,8 +160,8 @@ def _forward(
 ) -> Four:  # fmt: skip
     check_targets(targets, weight.shape[0], ignore_index)
     rows = live_rows(targets, ignore_index)
-    h, t = take(rows, hidden, targets)
-    head, real, n = Head(weight, bias_beside(h, bias), logit_scale, softcap), real_of(h), h.shape[0]
+    h, t = select_rows(rows, hidden, targets)
+    head, real, n = Head(weight, kernel_bias(h, bias), logit_scale, softcap), real_of(h), h.shape[0]
     fused = hopper.serves(hidden, weight)
     # the tensor cores, which cuBLAS uses for 16-bit operands too, truncate their sums
     threshold = _threshold(h, head, t, 8 if fused or (h.is_cuda and h.dtype.itemsize == 2) else 1)
@@ -199,7 +199,7 @@ def _forward_from_logits(
     logits: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int
 ) -> Four:
     check_targets(targets, logits.shape[1], ignore_index)
-    real, bias, targets = real_of(logits), bias_beside(logits, bias), targets.contiguous()
+    real, bias, targets = real_of(logits), kernel_bias(logits, bias), targets.contiguous()
     at = targets.clamp(0, logits.shape[1] - 1)
     taken = logits.gather(1, at[:, None]).squeeze(1).to(real)
     z = reference.logits_of(taken, None if bias is None else bias[at].to(real), logit_scale, softcap)

@@ -15,8 +15,8 @@ from pyunlearn.ops._check import (
     ignored,
     in_one_dtype,
 )
-from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves, rows_a_chunk
-from pyunlearn.ops._passes import live_rows, real_of, take
+from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves, rows_per_chunk
+from pyunlearn.ops._passes import live_rows, real_of, select_rows
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 
 
@@ -50,7 +50,7 @@ def weighted_log_likelihood(
         workspace, negligible: as in example_objective, which says when rows with coefficient 0 leave the gradient's products.
 
     Returns:
-        (), float32 (float64 for float64 inputs); differentiable in hidden, weight and bias, as often as the graph is kept.
+        (), float32 (float64 for float64 inputs); differentiable in hidden, weight and bias, as often as the graph is cached.
 
     Raises:
         ArgumentError: as linear_log_likelihood; coefficients that want a gradient; negligible outside [0, 1).
@@ -74,8 +74,8 @@ def weighted_log_likelihood(
     check_targets(targets, weight.shape[0], ignore_index)
     flat, t = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long()
     rows = live_rows(t, ignore_index)
-    t, c = take(rows, t, coefficients.reshape(-1).to(real_of(hidden)))
-    most, workspace = rows_a_chunk(len(t), flat, weight, workspace)
+    t, c = select_rows(rows, t, coefficients.reshape(-1).to(real_of(hidden)))
+    most, workspace = rows_per_chunk(len(t), flat, weight, workspace)
     chunks = [(first, min(first + most, len(t))) for first in range(0, len(t), most or 1)] or [(0, 0)]
 
     def step(k: int, log_likelihood: Tensor, differentiate: bool) -> tuple[tuple[Tensor, ...], Tensor]:

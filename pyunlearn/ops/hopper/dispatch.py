@@ -1,7 +1,7 @@
-"""Whether the kernels of kernels.py are used.
+"""Decide whether the Hopper kernels run.
 
-They have not run on a GPU of ours yet, and a fault in them could hang instead of failing. So a GPU that could run them tries them out first, in a
-process of its own (selftest.py), and the portable kernels go on where they do not pass.
+They have been tested on an emulator, not on hardware, and a fault in them could hang instead of failing. So on a GPU
+that can run them they are first tested in a subprocess (selftest.py); where they fail, the portable kernels run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from pyunlearn.ops.hopper import selftest
 
 
 def serves(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether these kernels take hidden (N, D) and weight (V, D): bfloat16 or float16, D a multiple of 8, rows that begin at 16 bytes."""
+    """Return whether these kernels accept hidden (N, D) and weight (V, D).
+
+    They need bfloat16 or float16, D a multiple of 8, and rows aligned to 16 bytes.
+    """
     return (
         hidden.dtype in (torch.bfloat16, torch.float16)
         and weight.dtype is hidden.dtype
@@ -35,27 +38,30 @@ def serves(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def run_on(device: torch.device) -> bool:
-    """Whether these kernels run on that device. They are tried out when it is asked for the first time."""
-    if device.type != "cuda" or wanted() == "0" or not _backend.build_info().get("hopper"):
+    """Return whether these kernels run on that device. The first call tests them."""
+    if device.type != "cuda" or requested() == "0" or not _backend.build_info().get("hopper"):
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
     return _backend.on_gpu(index).kernels == "cuda" and _usable(index)
 
 
-def wanted() -> str:
-    """PYUNLEARN_HOPPER: 0, never; 1, after a short self-test in this process; nothing, after their trial. Raises ValueError for anything else."""
-    given = os.environ.get("PYUNLEARN_HOPPER", "").strip()
-    if given not in ("", "0", "1"):
-        raise ValueError(f"PYUNLEARN_HOPPER must be 1 or 0, got {given!r}: correct it or unset it")
-    return given
+def requested() -> str:
+    """Return PYUNLEARN_HOPPER: "0" never, "1" after a short self-test in this process, "" after one in a subprocess.
+
+    Raises ValueError for anything else.
+    """
+    value = os.environ.get("PYUNLEARN_HOPPER", "").strip()
+    if value not in ("", "0", "1"):
+        raise ValueError(f"PYUNLEARN_HOPPER must be 1 or 0, got {value!r}: correct it or unset it")
+    return value
 
 
 def status() -> str:
-    """What `pyunlearn info` says of these kernels."""
-    given = wanted()
+    """Return the line of `pyunlearn info` on these kernels."""
+    request = requested()
     if not _backend.build_info().get("hopper"):
         return "not built"
-    if given == "0":
+    if request == "0":
         return "built, left out (PYUNLEARN_HOPPER=0)"
     return "used" if torch.cuda.is_available() and run_on(torch.device("cuda")) else "built, cannot run here"
 
@@ -63,17 +69,18 @@ def status() -> str:
 @cache
 def _usable(index: int) -> bool:
     with _disable_current_modes(), torch.cuda.device(index):
-        named, problem = wanted() == "1", _backend.extension().hopper_unavailable()
-        if problem and not named:
-            return False  # another GPU, or a build without them: nobody asked
-        if not problem and named:
+        forced, problem = requested() == "1", _backend.extension().hopper_unavailable()
+        if problem and not forced:
+            return False  # another GPU, or a build without them: no warning
+        if not problem and forced:
             _backend.require_no_graph()
-            problem = selftest.wrong(torch.device("cuda", index))
+            problem = selftest.compare(torch.device("cuda", index))
         elif not problem:
-            problem = selftest.failed(index)
+            problem = selftest.run_trial(index)
     if problem:
         warnings.warn(
-            f"pyunlearn's Hopper kernels are not used on cuda:{index}: {problem}. The portable CUDA kernels run instead.",
+            f"pyunlearn's Hopper kernels are not used on cuda:{index}: {problem}. "
+            "The portable CUDA kernels run instead.",
             stacklevel=2,
         )
     return not problem
