@@ -186,8 +186,7 @@ def squeeze(matrix: Tensor, rows: Tensor) -> Tensor:
     """Compact the given rows of a contiguous matrix (n, v) in place, and return them: its first len(rows) rows.
 
     Rows are ascending, and move in chunks, each copied out before it is copied in. Every row moves up or stays, so a
-    chunk
-    overwrites none of the later rows. A chunk takes two calls, and memory in addition to the workspace: a few MiB.
+    chunk overwrites none of the later rows. A chunk takes two calls, and a few MiB in addition to the workspace.
     """
     packed = matrix.view(-1)[: len(rows) * matrix.shape[1]].view(len(rows), matrix.shape[1])
     most = max(1, (32 * MIB if matrix.is_cuda else 4 * MIB) // max(1, matrix.shape[1] * matrix.element_size()))

@@ -1,4 +1,4 @@
-"""KL divergence of a model from a reference, token by token, straight from two pairs of hidden states and output heads."""
+"""Per-token KL divergence of a model from a reference model, from hidden states and output heads."""
 
 from __future__ import annotations
 
@@ -31,39 +31,49 @@ def kl_divergence(
     ignore_index: int | None = -100,
     workspace: int | None = None,
 ) -> Tensor:
-    """KL(reference || model) of each token's distribution, in nats, from hidden states and output heads.
+    """Compute KL(reference || model) of each token's distribution, in nats, from hidden states and output heads.
 
-    With p = softmax(z) of the model, z as in linear_log_likelihood, and q = softmax(y) of the reference likewise:
+    With p = softmax(z) of the model, z as in linear_log_likelihood, and likewise q = softmax(y) of the reference:
 
         kl[n] = sum over v of q[n, v] (log q[n, v] - log p[n, v])
 
-    Differentiable in hidden, weight and bias; the reference is a constant. Both products are taken block by block, each pair of logits is read
-    once, and no (N, V) tensor lives unless it fits the workspace. `target_shift` s subtracts s from y[n, targets[n]] first, so that the
-    reference is one that has partly forgotten the target: UNDIAL's (arXiv 2402.10052) up to the entropy of q, which is constant. With s = inf and
-    the model itself as reference the gradient is that of CE-U (arXiv 2503.01224); given the same two tensors (detached) as the model's, one product
-    serves both.
+    Equivalent to ``F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)``. Differentiable in hidden,
+    weight and bias; the reference is a constant. Both products are computed block by block, each pair of logits is read
+    once, and no (N, V) tensor is materialized unless it fits the workspace.
+
+    `target_shift` s is first subtracted from y[n, targets[n]], so that the reference has partly forgotten the target:
+    the loss of UNDIAL (arXiv 2402.10052) up to the entropy of q, which is constant. With s = inf and the model itself
+    as reference the gradient is that of CE-U (arXiv 2503.01224). If the reference is the model's own two tensors
+    (detached), one product serves both.
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
         weight: (V, D).
         reference_hidden: (..., D'), the same leading shape.
         reference_weight: (V, D'); default: `weight`, as with an adapter on the trunk alone.
-        targets: (...), int64 token ids, or ignore_index where a row does not count; default: all count. Needed with target_shift.
+        targets: (...), int64 token ids, or ignore_index for rows to ignore; default: none is ignored. Required with
+            target_shift.
         bias, reference_bias: (V,) or None; without reference_weight the reference has the model's bias.
-        logit_scale, softcap: of both, as in linear_log_likelihood.
-        target_shift: logits taken off the target in the reference, 0 or more.
-        ignore_index: rows with this target come back as 0; None: all count.
-        workspace: bytes for scratch and cached logits (default: 256 MiB on the CPU, on a GPU 2 GiB or half of what is free). What does not fit is computed again in
-            backward.
+        logit_scale, softcap: as in linear_log_likelihood, for both.
+        target_shift: subtracted from the target's logit in the reference, 0 or more.
+        ignore_index: target value of the rows to ignore, whose result is 0. None: no row is ignored.
+        workspace: bytes for scratch and cached logits (default: 256 MiB on the CPU; on a GPU 2 GiB, or half of the free
+            memory). Logits that do not fit are recomputed in backward.
 
     Returns:
         (...), float32 (float64 for float64 inputs), 0 or more up to rounding.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; target_shift without targets.
+
+    Example:
+        >>> import torch
+        >>> hidden, uniform, weight = torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2), torch.eye(2)
+        >>> kl_divergence(hidden, weight, uniform)
+        tensor([0.1201])
     """
-    marks = hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64) if targets is None else targets
-    check(hidden, marks, name="hidden", softcap=softcap, workspace=workspace)
+    t = hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64) if targets is None else targets
+    check(hidden, t, name="hidden", softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
     if reference_weight is None:
         reference_weight, reference_bias = weight, bias if reference_bias is None else reference_bias
@@ -75,44 +85,49 @@ def kl_divergence(
     itself = not torch.compiler.is_compiling() and _same(hidden, reference_hidden) and _same(weight, reference_weight)
     hidden, weight = in_one_dtype(hidden, weight)
     own = (hidden.detach(), weight.detach())
-    theirs = own if itself else in_one_dtype(reference_hidden.detach(), reference_weight.detach())
-    if (theirs[0].dtype is torch.float64) != (hidden.dtype is torch.float64):
-        theirs = (theirs[0].to(real_of(hidden)), theirs[1].to(real_of(hidden)))
+    reference = own if itself else in_one_dtype(reference_hidden.detach(), reference_weight.detach())
+    if (reference[0].dtype is torch.float64) != (hidden.dtype is torch.float64):
+        reference = (reference[0].to(real_of(hidden)), reference[1].to(real_of(hidden)))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    flat, t = hidden.reshape(-1, hidden.shape[-1]), marks.reshape(-1).long()
+    shape, flat, t = t.shape, hidden.reshape(-1, hidden.shape[-1]), t.reshape(-1).long()
     count, ignore = len(t), ignored(None if targets is None else ignore_index)
     rows, ignore = resolve_ignored(flat, t, len(weight), ignore)
     if rows is not None:
         flat, t = flat.index_select(0, rows), t.index_select(0, rows)
     if itself:
-        their_flat = flat.detach()  # not looked at: one product serves both
+        reference_flat = flat.detach()  # not read: one product serves both
     else:
-        their_flat = theirs[0].reshape(-1, theirs[0].shape[-1])
-        their_flat = their_flat if rows is None else their_flat.index_select(0, rows)
+        reference_flat = reference[0].reshape(-1, reference[0].shape[-1])
+        reference_flat = reference_flat if rows is None else reference_flat.index_select(0, rows)
     workspace = allowance(workspace, flat, (1 if itself else 2) * len(t), len(weight))
-    found: Tensor = torch.ops.pyunlearn.kl_divergence(
-        flat, weight, bias, their_flat, theirs[1], None if reference_bias is None else reference_bias.detach(), t, logit_scale,
-        softcap or 0.0, target_shift, itself, ignore, workspace, keep,
+    kl: Tensor = torch.ops.pyunlearn.kl_divergence(
+        flat, weight, bias, reference_flat, reference[1], None if reference_bias is None else reference_bias.detach(),
+        t, logit_scale, softcap or 0.0, target_shift, itself, ignore, workspace, keep,
     )[0]  # fmt: skip
     if rows is not None:
-        found = found.new_zeros((count,)).index_copy(0, rows, found)
-    return found.reshape(marks.shape)
+        kl = kl.new_zeros((count,)).index_copy(0, rows, kl)
+    return kl.reshape(shape)
 
 
-_GIVEN = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor reference_hidden, Tensor reference_weight, Tensor? reference_bias, Tensor targets, "
-    "float logit_scale, float softcap, float target_shift, bool itself, int ignore_index, int? workspace"
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor reference_hidden, Tensor reference_weight, "
+    "Tensor? reference_bias, Tensor targets, float logit_scale, float softcap, float target_shift, bool itself, "
+    "int ignore_index, int? workspace"
 )
-LIBRARY.define(f"kl_divergence({_GIVEN}, bool keep) -> (Tensor, Tensor, Tensor, Tensor[])")
+LIBRARY.define(f"kl_divergence({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor[])")
 LIBRARY.define(
-    f"kl_divergence_backward(Tensor d_kl, Tensor maximum, Tensor total, Tensor[] cached, {_GIVEN}, bool[] needs) -> (Tensor, Tensor, Tensor)"
+    f"kl_divergence_backward(Tensor d_kl, Tensor maximum, Tensor total, Tensor[] cached, {_INPUTS}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
 def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool, itself: bool) -> Plan:
-    """For the rows of both. What is cached serves every backward pass, so a group's gradient lies beside it, not in its place."""
+    """Return the plan for the rows of both models.
+
+    The cache serves every backward pass, so a group's gradient has memory of its own and does not overwrite it.
+    """
     real, device, sides = real_of(hidden), hidden.device.type, 1 if itself else 2
-    allowed = default_workspace(device) if workspace is None else workspace  # None: the op was called by its own name
+    allowed = default_workspace(device) if workspace is None else workspace  # None: the op was called directly
     p = plan(sides * hidden.shape[0], weight.shape[0], real, device, allowed, False)
     if not keep:
         return p
@@ -125,12 +140,12 @@ def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool, its
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are the same numbers in the same memory."""
+    """Return whether both are views of the same memory with the same shape, strides and dtype."""
     return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and a.data_ptr() == b.data_ptr()
 
 
 class _Pair:
-    """The live rows of both, and their products block by block; one product for both where the reference is the model itself."""
+    """The live rows of both models and their products, block by block; one product if the reference is the model."""
 
     def __init__(
         self, rows: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hidden: Tensor,
@@ -140,15 +155,16 @@ class _Pair:
         self.h, self.targets = select_rows(rows, hidden, targets)
         other = self.h if self.itself else select_rows(rows, reference_hidden)[0]
         self.n, self.real, self.p = self.h.shape[0], real_of(hidden), p
-        self.weights, self.biases = (
-            (weight, reference_weight),
-            (kernel_bias(hidden, bias), kernel_bias(hidden, reference_bias)),
-        )
+        self.weights = (weight, reference_weight)
+        self.biases = (kernel_bias(hidden, bias), kernel_bias(hidden, reference_bias))
         self.logits = (Logits(self.h, self.real), Logits(other, self.real))
         self.scratch: Tensor | None = None
 
     def products(self, b: int, e: int, into: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x and y of columns [b, e), written into memory (2, n * columns) or more, or (1, ...) for one product, or into scratch."""
+        """Compute x and y of columns [b, e) into memory (2, n * columns) or larger, or into scratch.
+
+        The memory is (1, ...) where one product serves both.
+        """
         if into is None:
             if self.scratch is None:
                 self.scratch = self.h.new_empty((1 if self.itself else 2, self.n * self.p.block), dtype=self.real)
@@ -160,17 +176,18 @@ class _Pair:
         return x, y
 
     def views(self, b: int, e: int, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Where x and y of columns [b, e) lie in such memory."""
+        """Return the views of x and y of columns [b, e) in that memory."""
         x, *y = (m[: self.n * (e - b)].view(self.n, e - b) for m in memory)
         return x, y[0] if y else x
 
     def biases_of(self, b: int, e: int) -> tuple[Tensor | None, Tensor | None]:
-        mine, theirs = (None if bias is None else bias[b:e] for bias in self.biases)
-        return mine, theirs
+        """Return the biases of the model and the reference for columns [b, e)."""
+        own, reference = (None if bias is None else bias[b:e] for bias in self.biases)
+        return own, reference
 
 
 def _cached_blocks(hidden: Tensor, p: Plan, itself: bool) -> list[Tensor]:
-    """The products of both, (2, N * columns), or (1, ...) if one serves both, for each block of the cached groups."""
+    """Allocate (2, N * columns), or (1, ...) if one product serves both, for each block of the cached groups."""
     spans = [s for g in p.groups()[: p.cached] for s in p.blocks_of(*g)]
     return [
         hidden.new_empty((1 if itself else 2, hidden.shape[0] * (e - b)), dtype=real_of(hidden)) for _, b, e in spans
@@ -178,8 +195,9 @@ def _cached_blocks(hidden: Tensor, p: Plan, itself: bool) -> list[Tensor]:
 
 
 def _forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hidden: Tensor, reference_weight: Tensor, reference_bias: Tensor | None,
-    targets: Tensor, logit_scale: float, softcap: float, target_shift: float, itself: bool, ignore_index: int, workspace: int | None, keep: bool,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, reference_hidden: Tensor, reference_weight: Tensor,
+    reference_bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, target_shift: float,
+    itself: bool, ignore_index: int, workspace: int | None, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     check_targets(targets, weight.shape[0], ignore_index)
     p, rows = _plan(hidden, weight, workspace, keep, itself), live_rows(targets, ignore_index)
@@ -206,9 +224,10 @@ def _forward(
 
 
 def _backward(
-    d_kl: Tensor, maximum: Tensor, total: Tensor, cached: list[Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    reference_hidden: Tensor, reference_weight: Tensor, reference_bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
-    target_shift: float, itself: bool, ignore_index: int, workspace: int | None, needs: list[bool],
+    d_kl: Tensor, maximum: Tensor, total: Tensor, cached: list[Tensor], hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, reference_hidden: Tensor, reference_weight: Tensor, reference_bias: Tensor | None,
+    targets: Tensor, logit_scale: float, softcap: float, target_shift: float, itself: bool, ignore_index: int,
+    workspace: int | None, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     p, rows = _plan(hidden, weight, workspace, True, itself), live_rows(targets, ignore_index)
     hidden, reference_hidden = (zero_ignored_rows(h, targets, rows, ignore_index) for h in (hidden, reference_hidden))
@@ -220,11 +239,10 @@ def _backward(
     new, nothing = torch.empty if n else torch.zeros, hidden.new_empty((0,))
     d_h = hidden.new_zeros((n, hidden.shape[1]), dtype=pair.real)
     d_weight = new(weight.shape, dtype=weight.dtype, device=weight.device) if needs[1] else weight.new_empty((0,))
-    d_bias = (
-        nothing.to(pair.real)
-        if bias is None
-        else new(bias.shape if needs[2] else (0,), dtype=pair.real, device=bias.device)
-    )
+    if bias is None:
+        d_bias = nothing.to(pair.real)
+    else:
+        d_bias = new(bias.shape if needs[2] else (0,), dtype=pair.real, device=bias.device)
     buffer = pair.h.new_empty((n * p.group,))
     for first, end in p.groups() if n else []:
         d_logits = buffer[: n * (end - first)].view(n, end - first)
@@ -254,30 +272,19 @@ def _fake_forward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, T
     *_, targets, _scale, _softcap, _shift, itself, _ignore, workspace, keep = rest
     kl = hidden.new_empty(targets.shape, dtype=real_of(hidden))
     both = hidden.new_empty((2, *targets.shape), dtype=real_of(hidden))
-    return (
-        kl,
-        both,
-        torch.empty_like(both),
-        _cached_blocks(hidden, _plan(hidden, weight, workspace, keep, itself), itself),
-    )
+    cached = _cached_blocks(hidden, _plan(hidden, weight, workspace, keep, itself), itself)
+    return kl, both, torch.empty_like(both), cached
 
 
 def _fake_backward(
-    d_kl: Tensor,
-    maximum: Tensor,
-    total: Tensor,
-    cached: list[Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+    d_kl: Tensor, maximum: Tensor, total: Tensor, cached: list[Tensor], hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     needs = rest[-1]
-    d_bias = (
-        hidden.new_empty((0,), dtype=real_of(hidden))
-        if bias is None
-        else bias.new_empty(bias.shape if needs[2] else (0,))
-    )
+    if bias is None:
+        d_bias = hidden.new_empty((0,), dtype=real_of(hidden))
+    else:
+        d_bias = bias.new_empty(bias.shape if needs[2] else (0,))
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         weight.new_empty(weight.shape if needs[1] else (0,)),
@@ -300,8 +307,8 @@ def _autograd(ctx: Any, d_kl: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         return (None,) * 14
     *tensors, maximum, total = ctx.saved_tensors[:9]
     cached = list(ctx.saved_tensors[9:])
-    found = torch.ops.pyunlearn.kl_divergence_backward(d_kl, maximum, total, cached, *tensors, *ctx.options, needs)
-    return (*(d if need else None for d, need in zip(found, needs, strict=True)), *(None,) * 11)
+    gradients = torch.ops.pyunlearn.kl_divergence_backward(d_kl, maximum, total, cached, *tensors, *ctx.options, needs)
+    return (*(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 11)
 
 
 LIBRARY.impl("kl_divergence", on_its_device(_forward), "CompositeExplicitAutograd")

@@ -1,4 +1,4 @@
-"""Per-token log-likelihoods straight from hidden states and the output head, without the (N, V) logits ever living in whole."""
+"""Per-token log-likelihoods from hidden states and the output head, without materializing the full (N, V) logits."""
 
 from __future__ import annotations
 
@@ -36,32 +36,40 @@ def linear_log_likelihood(
     ignore_index: int | None = -100,
     workspace: int | None = None,
 ) -> Tensor:
-    """The log-likelihood of each target token, in nats, from hidden states and the output head.
+    """Compute the log-likelihood of each target token, in nats, from hidden states and the output head.
 
     With u = logit_scale * (hidden @ weight.T + bias) and z = u, or softcap * tanh(u / softcap),
 
         log_likelihood[n] = z[n, targets[n]] - log(sum over v of exp(z[n, v])).
 
-    Equivalent to ``-F.cross_entropy(z.float(), targets, reduction="none", ignore_index=ignore_index)``, and differentiable in hidden,
-    weight and bias. Rows whose target is ignore_index are dropped before the matrix product and come back as 0. The statistics are float32
-    sums over products that were never rounded to 16 bits.
+    Equivalent to ``-F.cross_entropy(z.float(), targets, reduction="none", ignore_index=ignore_index)``, and
+    differentiable in hidden, weight and bias. Rows whose target is ignore_index are dropped before the matrix product
+    and are 0 in the result. The statistics are float32 sums over products that were never rounded to 16 bits.
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
-        weight: (V, D), of the same device; another dtype is brought to the common one.
+        weight: (V, D), on the same device; of different dtypes the wider is used for both.
         targets: (...), int64 token ids in [0, V), or ignore_index.
-        ignore_index: marks the rows that do not count; None says that all do, and saves a GPU the question which ones, for which it must wait.
+        ignore_index: target value of the rows to ignore. None: no row is ignored, which saves a synchronization on a
+            GPU.
         bias: (V,) or None.
         logit_scale: factor on the logits (Cohere's logit_scale, Granite's 1 / logits_scaling).
         softcap: Gemma 2's final_logit_softcapping, or None.
-        workspace: bytes that scratch and cached logits may take together (default: 256 MiB on the CPU, on a GPU 2 GiB or half of what is free). What does not fit is
-            computed again in backward: a third more work at most, and the same answer.
+        workspace: bytes for scratch and cached logits together (default: 256 MiB on the CPU; on a GPU 2 GiB, or half
+            of the free memory). Logits that do not fit are recomputed in backward: at most a third more work, and the
+            same result.
 
     Returns:
         (...), float32 (float64 for float64 inputs). On a GPU a target outside [0, V) gives NaN.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.eye(2)  # logits [1, 0] and [0, 1]
+        >>> linear_log_likelihood(hidden, weight, torch.tensor([0, -100]))
+        tensor([-0.3133,  0.0000])
     """
     check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
@@ -72,22 +80,24 @@ def linear_log_likelihood(
     if rows is not None:
         flat, t = flat.index_select(0, rows), t.index_select(0, rows)
     workspace = allowance(workspace, flat, len(t), len(weight))
-    found: Tensor = torch.ops.pyunlearn.linear_log_likelihood(
+    log_likelihood: Tensor = torch.ops.pyunlearn.linear_log_likelihood(
         flat, weight, bias, t, logit_scale, softcap or 0.0, ignore, workspace, keep, not torch.compiler.is_compiling()
     )[0]
     if rows is not None:
-        found = found.new_zeros((count,)).index_copy(0, rows, found)
-    return found.reshape(targets.shape)
+        log_likelihood = log_likelihood.new_zeros((count,)).index_copy(0, rows, log_likelihood)
+    return log_likelihood.reshape(targets.shape)
 
 
 LIBRARY.define(
-    "linear_log_likelihood(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float softcap, "
-    "int ignore_index, int? workspace, bool keep, bool release) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
+    "linear_log_likelihood(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, "
+    "float softcap, int ignore_index, int? workspace, bool keep, bool release) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
 LIBRARY.define(
-    "linear_log_likelihood_backward(Tensor d_log_likelihood, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
-    "Tensor log_likelihood, Tensor maximum, Tensor total, Tensor block_maximum, Tensor[] cached, float logit_scale, float softcap, "
-    "int ignore_index, int? workspace, bool release, bool[] needs) -> (Tensor, Tensor, Tensor)"
+    "linear_log_likelihood_backward(Tensor d_log_likelihood, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor targets, Tensor log_likelihood, Tensor maximum, Tensor total, Tensor block_maximum, Tensor[] cached, "
+    "float logit_scale, float softcap, int ignore_index, int? workspace, bool release, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -97,7 +107,7 @@ def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> 
 
 
 def _cached_buffers(hidden: Tensor, p: Plan) -> list[Tensor]:
-    """One for each cached group, (N, columns) flat; masked rows leave its end unused."""
+    """Allocate one flat (N, columns) buffer per cached group; ignored rows leave its end unused."""
     return [hidden.new_empty((hidden.shape[0] * p.row_length(first, end),)) for first, end in p.groups()[: p.cached]]
 
 
@@ -112,12 +122,14 @@ def _forward(
     cached = _cached_buffers(hidden, p)
     block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
     head = Head(weight, kernel_bias(hidden, bias), logit_scale, softcap)
-    found = score(h, head, t, p, cached, block_maximum if keep else None)
+    statistics = score(h, head, t, p, cached, block_maximum if keep else None)
     if rows is not None:
-        found = Statistics(*(hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, x) for x in found))
+        per_row = (hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, x) for x in statistics)
+        statistics = Statistics(*per_row)
     elif targets.is_cuda:
-        found = found._replace(log_likelihood=torch.where(targets == ignore_index, 0.0, found.log_likelihood))
-    return *found, block_maximum, cached
+        log_likelihood = torch.where(targets == ignore_index, 0.0, statistics.log_likelihood)
+        statistics = statistics._replace(log_likelihood=log_likelihood)
+    return *statistics, block_maximum, cached
 
 
 def _fake_forward(
@@ -131,9 +143,9 @@ def _fake_forward(
 
 
 def _backward(
-    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor,
-    maximum: Tensor, total: Tensor, block_maximum: Tensor, cached: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
-    release: bool, needs: list[bool],
+    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    log_likelihood: Tensor, maximum: Tensor, total: Tensor, block_maximum: Tensor, cached: list[Tensor],
+    logit_scale: float, softcap: float, ignore_index: int, workspace: int | None, release: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     real, p = real_of(hidden), _plan(hidden, weight, workspace, True)
     rows = live_rows(targets, ignore_index)
@@ -142,7 +154,7 @@ def _backward(
         d_log_likelihood = torch.where(targets == ignore_index, 0.0, d_log_likelihood)
     h, t, *per_row, c = select_rows(rows, hidden, targets, log_likelihood, maximum, total, d_log_likelihood.to(real))
     n = h.shape[0]
-    # what an earlier backward pass of the same graph released is computed again; .data: released memory has no version to keep
+    # buffers that an earlier backward pass of the graph released are recomputed; .data: they have no version counter
     live = [k.data if k.untyped_storage().size() > 0 or k.numel() == 0 else None for k in cached]
     need_hidden, need_weight, need_bias = needs
     new = torch.empty if n else torch.zeros
@@ -166,9 +178,9 @@ def _backward(
 
 
 def _fake_backward(
-    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor,
-    maximum: Tensor, total: Tensor, block_maximum: Tensor, cached: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
-    release: bool, needs: list[bool],
+    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    log_likelihood: Tensor, maximum: Tensor, total: Tensor, block_maximum: Tensor, cached: list[Tensor],
+    logit_scale: float, softcap: float, ignore_index: int, workspace: int | None, release: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
@@ -194,10 +206,10 @@ def _autograd(ctx: Any, d_log_likelihood: Tensor | None, *_: Any) -> tuple[Tenso
     if d_log_likelihood is None or not any(needs):
         return (None,) * 10
     saved = ctx.saved_tensors
-    found = torch.ops.pyunlearn.linear_log_likelihood_backward(
+    gradients = torch.ops.pyunlearn.linear_log_likelihood_backward(
         d_log_likelihood, *saved[:8], list(saved[8:]), *ctx.options, needs
     )
-    return (*(d if need else None for d, need in zip(found, needs, strict=True)), *(None,) * 7)
+    return (*(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 7)
 
 
 LIBRARY.impl("linear_log_likelihood", on_its_device(_forward), "CompositeExplicitAutograd")
