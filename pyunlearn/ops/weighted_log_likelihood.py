@@ -51,8 +51,7 @@ def weighted_log_likelihood(
         workspace, negligible: as in example_objective, also on dropping rows with coefficient 0 from the gradient.
 
     Returns:
-        (), float32 (float64 for float64 inputs); differentiable in hidden, weight and bias, and with
-            retain_graph repeatedly.
+        (), float32 (float64 for float64 inputs); differentiable in hidden, weight and bias.
 
     Raises:
         ArgumentError: as linear_log_likelihood; coefficients that require a gradient; negligible outside [0, 1).
