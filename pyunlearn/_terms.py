@@ -28,7 +28,7 @@ def forget_step(run: Run, chosen: NDArray[np.int64]) -> float:
 def _of_log_likelihoods(run: Run, mine: list[int]) -> Tensor:
     """() the sum of the examples' losses, for methods that see them by their summed or their single log-likelihoods."""
     method = run.method
-    shown = {k: v for k, v in run.options.items() if k in ("temperature", "likeliest")}
+    shown = {k: v for k, v in run.options.items() if k in ("temperature", "top_fraction")}
 
     def loss(*given: Tensor) -> Tensor:
         return method.loss(*given, **_own_options(run))

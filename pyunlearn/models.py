@@ -194,7 +194,7 @@ class Likelihood:
         return self._from_hidden(batch) if self.fused else self._from_logits(batch)
 
     def objective(
-        self, batch: TokenBatch, function: Callable[..., Tensor], *per_example: Tensor, group_size: int = 1, likeliest: float = 1.0,
+        self, batch: TokenBatch, function: Callable[..., Tensor], *per_example: Tensor, group_size: int = 1, top_fraction: float = 1.0,
         temperature: float = 1.0, weights: Tensor | None = None,
     ) -> ExampleObjective:  # fmt: skip
         """The sum over the batch's examples of function(summed log-likelihood (b,), scored tokens (b,), *per_example): see ops.example_objective.
@@ -207,13 +207,13 @@ class Likelihood:
             live = torch.ones_like(batch.targets, dtype=torch.bool)
             found, count = self._from_logits(batch, temperature), len(batch.counts)
             return objective_of(
-                found, live, batch.example, count, function, per_example, group_size, likeliest, weights
+                found, live, batch.example, count, function, per_example, group_size, top_fraction, weights
             )
         hidden, head = self.hidden(batch)
         return example_objective(
             hidden, head.weight, batch.targets, batch.example, function, *per_example, bias=head.bias,
             logit_scale=head.logit_scale / temperature, softcap=head.softcap and head.softcap / temperature, workspace=self.workspace,
-            group_size=group_size, likeliest=likeliest, weights=weights, ignore_index=None,
+            group_size=group_size, top_fraction=top_fraction, weights=weights, ignore_index=None,
         )  # fmt: skip
 
     def token_objective(

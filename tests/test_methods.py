@@ -191,14 +191,14 @@ def test_a_typo_gets_the_nearest_name(name, nearest):
         ("kl", "auto", False, {}, "'kl' compares the model with itself here, .*: pass reference_model="),
         ("kl", "kl", True, {}, "'kl' compares the model with itself here"),
         ("kl", "auto", True, {"direction": "toward"}, "'kl' compares the model with itself here"),
-        ("ga", "auto", True, {"beta": 1.0}, "method 'ga' has no option 'beta'; it has temperature, likeliest"),
+        ("ga", "auto", True, {"beta": 1.0}, "method 'ga' has no option 'beta'; it has temperature, top_fraction"),
         ("npo", "auto", True, {"gamma": 1.0}, "method 'npo' has no option 'gamma'; it has beta"),
         (
             "simnpo+nll",
             "auto",
             True,
             {"gamma": 1.0},
-            "method 'simnpo' has no option 'gamma'; it has beta, delta, temperature, likeliest",
+            "method 'simnpo' has no option 'gamma'; it has beta, delta, temperature, top_fraction",
         ),
     ],
 )

@@ -11,7 +11,7 @@ import pyunlearn
 from pyunlearn.data import encode, read_examples
 from pyunlearn.methods import METHODS
 
-SELECTED = [name for name, m in METHODS.items() if "likeliest" in m.options]
+SELECTED = [name for name, m in METHODS.items() if "top_fraction" in m.options]
 HEATED = [name for name, m in METHODS.items() if "temperature" in m.options and m.kind in ("example", "token")]
 FORMULAS = {  # of one example: (n,) log-likelihoods of the tokens that count
     "ga": lambda x: x.mean(),
@@ -65,7 +65,7 @@ def test_temperature_divides_the_logits(story, method, temperature):
 def test_likeliest_keeps_the_tokens_of_the_smallest_loss(story, method, share):
     """The first loss is the formula on that share of each text's tokens, rounded down, together with a temperature as well."""
     for temperature in (1.0, 2.0):
-        found = run(story, method, likeliest=share, temperature=temperature).history[0]["forget_loss"]
+        found = run(story, method, top_fraction=share, temperature=temperature).history[0]["forget_loss"]
         kept = [np.sort(x)[::-1][: max(1, math.floor(share * len(x)))] for x in each(story, temperature)]
         assert found == pytest.approx(np.mean([FORMULAS[method](x) for x in kept]), rel=1e-4)
 

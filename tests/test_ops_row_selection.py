@@ -33,7 +33,7 @@ from pyunlearn.ops import (
     token_statistics,
     weighted_log_likelihood,
 )
-from pyunlearn.ops.example_objective import how_many, likeliest_of
+from pyunlearn.ops.example_objective import top_counts, top_tokens
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 LENGTHS = (2, 0, 9, 4, 1, 7, 5, 0)
@@ -99,7 +99,7 @@ def test_likeliest(share, masked, held, dtype, device, backend, chunks):
     case, index = make(sum(LENGTHS), 20, 203, dtype=dtype, device=device, masked=masked), index_of()
     workspace = None if held is None else bytes_of(held, case) if held else 0
     found, wanted = (
-        evaluate(case, index.to(device), likeliest=share, workspace=workspace),
+        evaluate(case, index.to(device), top_fraction=share, workspace=workspace),
         by_hand(case, index, share),
     )
     tolerance = TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps)
@@ -117,8 +117,8 @@ def test_likeliest_rows(groups, share):
         torch.tensor([x for g in groups for x in g]),
         torch.tensor([len(g) for g in groups], dtype=torch.int64),
     )
-    counted = how_many(lengths, share)
-    taken = likeliest_of(values, lengths, counted)
+    counted = top_counts(lengths, share)
+    taken = top_tokens(values, lengths, counted)
     assert counted.tolist() == [0 if not g else max(1, int(share * len(g) + 1e-9)) for g in groups]
     for part, mine, count in zip(values.split(lengths.tolist()), taken.split(lengths.tolist()), counted, strict=True):
         assert int(mine.sum()) == count
@@ -271,7 +271,9 @@ def test_temperature():
     assert_agree([found], [wanted], 4e-6)
 
 
-@pytest.mark.parametrize("options", [{"likeliest": 0.0}, {"likeliest": 1.5}, {"negligible": -0.1}, {"negligible": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{"top_fraction": 0.0}, {"top_fraction": 1.5}, {"negligible": -0.1}, {"negligible": 1.0}]
+)
 def test_refused(options):
     """A share or a probability that is none gets a sentence that names it."""
     case = make(sum(LENGTHS), 20, 203)

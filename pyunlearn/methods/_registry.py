@@ -84,7 +84,7 @@ def _method(
     name: str, function: Callable[..., Tensor], loss: Callable[..., Tensor], source: str, *, select: tuple[str, ...] = (),
     token: bool = False, loop: dict[str, Any] | None = None, **what: Any,
 ) -> Method:  # fmt: skip
-    """Its options are the function's keywords, those that change what it is shown (temperature, likeliest) and those of the loop around it."""
+    """Its options are the function's keywords, those that change what it is shown (temperature, top_fraction) and those of the loop around it."""
     own = {k: v for k, v in (function.__kwdefaults__ or {}).items() if k not in ("reduction", "weights")}
     own |= (
         dict.fromkeys(select, 1.0) | ({"refusals": None} if "refusals" in what.get("needs", ()) else {}) | (loop or {})
@@ -99,7 +99,7 @@ def _dpo(f: Tensor, n: Tensor, r: Tensor, **options: Any) -> Tensor:
 
 _both = ("refusal", "forget")
 _layer: dict[str, Any] = {"alpha": 1200.0, "layer": None, "layers": None, "trainable": None}
-_select = ("temperature", "likeliest")
+_select = ("temperature", "top_fraction")
 METHODS = {
     m.name: m
     for m in (
@@ -138,7 +138,7 @@ METHODS = {
 """The forget terms."""
 
 OF_THE_LOOP = (
-    "temperature", "likeliest", "refusals", "winners", "alternates", "multiplier", "multiplier_step_size", "multiplier_warmup", "retain_tolerance",
+    "temperature", "top_fraction", "refusals", "winners", "alternates", "multiplier", "multiplier_step_size", "multiplier_warmup", "retain_tolerance",
     "alpha", "layer", "layers", "trainable",
 )  # fmt: skip
 """Options that a method's own function never sees."""

@@ -41,7 +41,7 @@ def example_objective(
     function: Function,
     *per_example: Tensor,
     group_size: int = 1,
-    likeliest: float = 1.0,
+    top_fraction: float = 1.0,
     weights: Tensor | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
@@ -75,11 +75,11 @@ def example_objective(
         per_example: (B, ...) constant tensors, such as the reference model's log-likelihoods. B is the length of the
             first, or the largest example_index + 1, rounded up to whole groups.
         group_size: number of neighbouring examples that form a group.
-        likeliest: fraction of each example's tokens that is used, those with the highest log-likelihood, at least one:
-            the loss selection of arXiv 2406.09179. The others are left out of sums, counts and gradient: their
+        top_fraction: fraction of each example's tokens that is used, those with the highest log-likelihood, at least
+            one: the loss selection of arXiv 2406.09179. The others are left out of sums, counts and gradient: their
             coefficient is 0 (see negligible).
         weights: (N,), floating point, constants: factors on the log-likelihoods in the sums, but not in counts and
-            likeliest. Default: 1.
+            top_fraction. Default: 1.
         bias, logit_scale, softcap, ignore_index: as in linear_log_likelihood. A temperature T is logit_scale / T and
             softcap / T.
         workspace: bytes for scratch and cached logits (default: 256 MiB on the CPU; on a GPU 2 GiB, or half of the free
@@ -94,8 +94,8 @@ def example_objective(
         ExampleObjective(loss, losses, log_likelihood, counts).
 
     Raises:
-        ArgumentError: as linear_log_likelihood; weights that require a gradient; likeliest outside (0, 1]; negligible
-            outside [0, 1); example indices or per-example tensors that do not fit; a function that does not return one
+        ArgumentError: as linear_log_likelihood; weights that require a gradient; top_fraction outside (0, 1];
+            negligible outside [0, 1); example indices or per-example tensors that do not fit; a function that does not return one
             differentiable loss for each example.
 
     Example:
@@ -108,8 +108,8 @@ def example_objective(
     check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
     check_negligible(negligible)
-    if not isinstance(likeliest, (int, float)) or not 0 < likeliest <= 1:
-        raise ArgumentError(f"likeliest must be a share of the tokens, above 0 and at most 1, got {likeliest!r}")
+    if not isinstance(top_fraction, (int, float)) or not 0 < top_fraction <= 1:
+        raise ArgumentError(f"top_fraction must be a share of the tokens, above 0 and at most 1, got {top_fraction!r}")
     examples = check_examples(targets, example_index, per_example, group_size)
     if weights is not None:
         check_per_row(weights, targets, name="weights")
@@ -123,16 +123,16 @@ def example_objective(
             workspace=workspace,
         )  # fmt: skip
         live = targets != ignore_index
-        per_row = (example_index, examples, function, per_example, group_size, likeliest, weights)
+        per_row = (example_index, examples, function, per_example, group_size, top_fraction, weights)
         return objective_of(values, live, *per_row)
     layout = chunk_by_example(hidden, weight, targets, example_index, examples, group_size, ignore_index, workspace)
-    counted = how_many(layout.counts, likeliest)
+    counted = top_counts(layout.counts, top_fraction)
     w = None if weights is None else select_rows(layout.rows, weights.to(real_of(hidden)))[0]
 
     def step(k: int, log_likelihood: Tensor, differentiate: bool) -> tuple[tuple[Tensor, ...], Tensor]:
         chunk, rows = layout.examples[k], slice(*layout.chunks[k])
         counts = layout.counts[chunk]  # (b,)
-        used = None if likeliest == 1 else likeliest_of(log_likelihood, counts, counted[chunk])  # (m,)
+        used = None if top_fraction == 1 else top_tokens(log_likelihood, counts, counted[chunk])  # (m,)
         summands = log_likelihood if w is None else w[rows] * log_likelihood  # (m,)
         summands = summands if used is None else torch.where(used, summands, 0)
         sums = torch.segment_reduce(summands, "sum", lengths=counts, unsafe=True)  # (b,), without atomics
@@ -152,15 +152,15 @@ def example_objective(
     return ExampleObjective(loss, losses, sums, counted)
 
 
-def how_many(counts: Tensor, likeliest: float) -> Tensor:
+def top_counts(counts: Tensor, top_fraction: float) -> Tensor:
     """Compute (B,) the number of used tokens of each example: that fraction, rounded down, but at least one of any."""
-    if likeliest == 1:
+    if top_fraction == 1:
         return counts
-    used = (counts.double() * likeliest + 1e-9).long()  # a hair above, so that 0.29 of 100 is 29
+    used = (counts.double() * top_fraction + 1e-9).long()  # a hair above, so that 0.29 of 100 is 29
     return torch.minimum(used.clamp(min=1), counts)
 
 
-def likeliest_of(log_likelihood: Tensor, lengths: Tensor, counted: Tensor) -> Tensor:
+def top_tokens(log_likelihood: Tensor, lengths: Tensor, counted: Tensor) -> Tensor:
     """Select (n,) bool the counted[b] largest log-likelihoods of each example; of equal ones the first.
 
     The log-likelihoods are sorted by example, lengths[b] for example b.
@@ -184,18 +184,18 @@ def _losses(function: Function, sums: Tensor, counts: Tensor, per_example: Seque
 
 def objective_of(
     log_likelihood: Tensor, live: Tensor, example_index: Tensor, examples: int, function: Function,
-    per_example: Sequence[Tensor] = (), group_size: int = 1, likeliest: float = 1.0, weights: Tensor | None = None,
+    per_example: Sequence[Tensor] = (), group_size: int = 1, top_fraction: float = 1.0, weights: Tensor | None = None,
 ) -> ExampleObjective:  # fmt: skip
     """Compute example_objective by autograd from the log-likelihoods (N,) of all rows; only live rows are used."""
     index = example_index.long()
     order = index.argsort(stable=True)
     both = torch.zeros((2, examples), dtype=torch.int64, device=index.device)
     rows, counts = both.index_add(1, index, torch.stack([torch.ones_like(index), live.long()]))
-    counts = how_many(counts, likeliest)
+    counts = top_counts(counts, top_fraction)
     values = log_likelihood[order]
-    if likeliest < 1:
+    if top_fraction < 1:
         ranked = torch.where(live[order], values.detach(), -torch.inf)
-        values = torch.where(likeliest_of(ranked, rows, counts), values, 0)
+        values = torch.where(top_tokens(ranked, rows, counts), values, 0)
     if weights is not None:
         values = torch.where(live[order], weights[order], 0).to(values.dtype) * values
     sums = torch.segment_reduce(values, "sum", lengths=rows, unsafe=True)  # without atomics
