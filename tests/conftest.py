@@ -13,10 +13,20 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # pytest -n: the processes share 
 import pytest
 from hypothesis import HealthCheck, settings
 
-# torch and what imports it come with the fixtures: the process that only hands out tests would be five seconds late with it
+# torch is imported by the fixtures: it would delay the process that only distributes tests by five seconds
 
 # longest first: each takes more than 10 s
-LONG = ["real_model", "unlearn", "hopper", "study", "workers", "methods_equal_steps", "methods_end_to_end"]
+LONG = [
+    "real_model",
+    "unlearn",
+    "hopper_kernels",
+    "portable_kernels",
+    "hopper_dispatch",
+    "study",
+    "workers",
+    "methods_equal_steps",
+    "methods_end_to_end",
+]
 LONG += ["unlearn_vocabulary", "ops_example_objective", "audit", "emphasis"]
 
 settings.register_profile(
@@ -30,7 +40,10 @@ settings.load_profile("pyunlearn")
 
 
 def pytest_collection_modifyitems(config, items):
-    """The long files first, so that no process is left alone with one. Left out: cuda without a GPU, nvcc unless asked for; skipped: real_model without the demo's packages."""
+    """Run the long files first, so that no process is left alone with one, and deselect what cannot run here.
+
+    Deselected: cuda without a GPU, nvcc unless requested. Skipped: real_model without the demo's packages.
+    """
     import torch
 
     left_out = set() if torch.cuda.is_available() else {"cuda"}
@@ -114,6 +127,32 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(scope="session")
+def extension(tmp_path_factory):
+    """The compiled extension for the emulator: (module, library)."""
+    import emulated
+
+    return emulated.load(tmp_path_factory)
+
+
+@pytest.fixture(name="emulated")
+def on_the_emulator(extension, monkeypatch, poisoned):
+    """An emulated GPU, whose extension counts calls; memory that no kernel has filled reads NaN."""
+    import emulated
+
+    return emulated.on_emulator(extension, monkeypatch)
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.cuda)])
+def watched(request, monkeypatch, poisoned):
+    """The extension on the emulator, then on a GPU of compute capability 9.0."""
+    import emulated
+
+    if request.param == "emulator":
+        return request.getfixturevalue("emulated")
+    return emulated.on_hopper_gpu(monkeypatch)
 
 
 @pytest.fixture

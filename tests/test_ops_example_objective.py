@@ -554,7 +554,7 @@ def test_compiled_without_anything_per_example(device):
     def function(hidden):
         return example_objective(hidden, given.case.weight, given.case.targets, given.index, lambda s, c: s).loss
 
-    with pytest.raises(Exception, match="cannot count the examples: give something per example, zeros if need be"):
+    with pytest.raises(Exception, match="cannot count the examples: pass a per-example tensor, zeros if need be"):
         torch.compile(function, fullgraph=True, backend="aot_eager")(given.case.hidden)
 
 
@@ -652,7 +652,7 @@ def call(**given):
         ({"example_index": torch.tensor([0, 1, -1, 2])}, r"example_index must lie in \[0, 3\), got -1"),
         (
             {"per_example": (torch.zeros(3),)},
-            r"example_index must lie in \[0, 3\), got 3: is something missing per example\?",
+            r"example_index must lie in \[0, 3\), got 3: does a per_example tensor lack entries\?",
         ),
         (
             {"per_example": (torch.zeros(4), torch.zeros(5))},
