@@ -15,7 +15,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    """Parses the options and runs what was asked for."""
+    """Parse the options and run the requested benchmarks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(BENCHMARKS)}")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -33,13 +33,15 @@ def main() -> None:
         nargs="+",
         default=["full", "frozen", "forward", "workspace"],
         choices=["full", "frozen", "forward", "workspace"],
-        help="of log_likelihood: both gradients, a frozen head, no gradient, both gradients in 64 MiB to unlimited (default: all)",
+        help="of log_likelihood: both gradients, a frozen head, no gradient, both gradients in 64 MiB to unlimited "
+        "(default: all)",
     )
     parser.add_argument(
         "--masked",
         nargs="+",
         default=["0", "60", "tofu"],
-        help="of log_likelihood: per cent of the rows, or tofu for a padded batch of TOFU's own lengths (default: all three)",
+        help="of log_likelihood: per cent of the rows, or tofu for a padded batch of TOFU's own lengths "
+        "(default: all three)",
     )
     parser.add_argument("--save", action="store_true", help="write the results under benchmarks/results")
     options = parser.parse_args()
