@@ -95,8 +95,8 @@ def example_objective(
 
     Raises:
         ArgumentError: as linear_log_likelihood; weights that require a gradient; top_fraction outside (0, 1];
-            negligible outside [0, 1); example indices or per-example tensors that do not fit; a function that does not return one
-            differentiable loss for each example.
+            negligible outside [0, 1); example indices or per-example tensors that do not fit; a function that does
+            not return one differentiable loss for each example.
 
     Example:
         >>> import torch
