@@ -15,7 +15,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    """Parses the options and runs what was asked for."""
+    """Parse the options and run the requested benchmarks."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which (default: all): {', '.join(BENCHMARKS)}")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -23,7 +23,7 @@ def main() -> None:
         "--dtypes",
         nargs="+",
         default=None,
-        help="such as float32 bfloat16 (default: both on the CPU, bfloat16 on a card)",
+        help="such as float32 bfloat16 (default: both on the CPU, bfloat16 on a GPU)",
     )
     parser.add_argument("--shapes", nargs="+", default=None, help="N,D,V, such as 1024,576,49152")
     parser.add_argument("--rounds", type=int, default=None, help="timed rounds after warm-up; the median counts")
@@ -33,13 +33,15 @@ def main() -> None:
         nargs="+",
         default=["full", "frozen", "forward", "workspace"],
         choices=["full", "frozen", "forward", "workspace"],
-        help="of log_likelihood: both gradients, a frozen head, no gradient, both gradients in 64 MiB to unlimited (default: all)",
+        help="of log_likelihood: both gradients, a frozen head, no gradient, both gradients in 64 MiB to unlimited "
+        "(default: all)",
     )
     parser.add_argument(
         "--masked",
         nargs="+",
         default=["0", "60", "tofu"],
-        help="of log_likelihood: per cent of the rows, or tofu for a padded batch of TOFU's own lengths (default: all three)",
+        help="of log_likelihood: per cent of the rows, or tofu for a padded batch of TOFU's own lengths "
+        "(default: all three)",
     )
     parser.add_argument("--save", action="store_true", help="write the results under benchmarks/results")
     options = parser.parse_args()

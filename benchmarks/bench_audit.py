@@ -1,9 +1,9 @@
-"""The audit, all that is teacher-forced, against the bare forward passes of the same texts: what the metrics cost beside what cannot be avoided.
+"""The teacher-forced audit against bare forward passes of the same texts: the overhead of the metrics.
 
-400 questions with answers, about 60 tokens each, and 64 of the holdout, as in TOFU; every answer once more without its prompt. Two models: a tiny one, where any
-overhead shows, and SmolLM2-135M. Bare: the model's own forward of the same batches, logits and all, as every evaluation script runs it.
-Scored rows: the same without the logits of prompts and padding. On the CPU, seconds are those of the process on all its cores, which a busy machine does not stretch; on a
-card, of the clock.
+400 questions with answers, about 60 tokens each, and 64 of the holdout, as in TOFU; every answer once more without its
+prompt. Two models: a tiny one, where any overhead shows, and SmolLM2-135M. Bare: the model's own forward of the same
+batches with all logits, as evaluation scripts run it. Scored rows: the same without the logits of prompts and padding.
+On the CPU, seconds are CPU time of the process on all cores, which other load does not stretch; on a GPU, wall time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pyunlearn
-from benchmarks.harness import card, save
+from benchmarks.harness import environment, save
 from pyunlearn import models
 from pyunlearn.auditing.api import METRICS
 from pyunlearn.data import TokenBatch, batches, encode, padding_id, read_examples
@@ -37,7 +37,7 @@ _WORDS = [
 
 
 def rows(count: int, seed: int) -> list[dict[str, str]]:
-    """Questions and answers of TOFU's lengths, of common words: about 60 tokens."""
+    """Draw questions and answers of TOFU's lengths from common words: about 60 tokens."""
     r = random.Random(seed)
     return [
         {
@@ -49,7 +49,7 @@ def rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def subjects() -> dict[str, Callable[[], tuple[Any, Any]]]:
-    """The models at hand."""
+    """Return the constructors of the models and their tokenizers, by name."""
 
     def tiny() -> tuple[Any, Any]:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -77,14 +77,14 @@ def subjects() -> dict[str, Callable[[], tuple[Any, Any]]]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Checks that bare passes and audit agree, times both side by side, prints a card and a table; at most 1.3 times is the goal."""
-    found: list[dict[str, Any]] = []
+    """Check that bare passes and audit agree, time both (goal: at most 1.3 times), print environment and table."""
+    results: list[dict[str, Any]] = []
     for name, make in subjects().items():
         model, tokenizer = make()
         model = model.to(options.device).eval()
         small = name == "tiny"
-        found.append(_case(name, model, tokenizer, 400, options.rounds or (7 if small else 3)))
-    about = card(options.device)
+        results.append(_case(name, model, tokenizer, 400, options.rounds or (7 if small else 3)))
+    about = environment(options.device)
     table = Table(title=f"audit against bare forward passes (goal: {_LIMIT} times at most)", title_justify="left")
     for column in (
         "model",
@@ -98,16 +98,17 @@ def run(options: argparse.Namespace) -> None:
         "x scored rows",
     ):
         table.add_column(column, justify="left" if column == "model" else "right")
-    for row in found:
+    for row in results:
         table.add_row(
-            row["model"], str(row["texts"]), str(row["tokens"]), f"{row['bare_s']:.2f}", f"{row['scored_rows_s']:.2f}", f"{row['audit_s']:.2f}",
-            f"{row['ratio']:.2f}", f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}", f"{row['times_scored_rows']:.2f}",
+            row["model"], str(row["texts"]), str(row["tokens"]), f"{row['bare_s']:.2f}", f"{row['scored_rows_s']:.2f}",
+            f"{row['audit_s']:.2f}", f"{row['ratio']:.2f}", f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}",
+            f"{row['times_scored_rows']:.2f}",
         )  # fmt: skip
     console = Console(width=140)
     console.print(about, highlight=False)
     console.print(table)
     if options.save:
-        print(f"saved to {save('audit', {'benchmark': 'audit', 'card': about, 'rows': found})}")
+        print(f"saved to {save('audit', {'benchmark': 'audit', 'environment': about, 'rows': results})}")
 
 
 def _case(name: str, model: Any, tokenizer: Any, count: int, rounds: int) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def _case(name: str, model: Any, tokenizer: Any, count: int, rounds: int) -> dic
 
 @torch.no_grad()
 def _bare(model: Any, ready: list[TokenBatch]) -> float:
-    """Every batch through the model's own forward."""
+    """Run every batch through the model's own forward."""
     for batch in ready:
         logits = model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False).logits
     return float(logits[0, 0, 0])
@@ -156,7 +157,7 @@ def _bare(model: Any, ready: list[TokenBatch]) -> float:
 
 @torch.no_grad()
 def _lean(model: Any, ready: list[TokenBatch]) -> float:
-    """The same with logits of the scored rows alone: the least that anything teacher-forced takes."""
+    """Run every batch with logits of the scored rows alone: the minimum of any teacher-forced evaluation."""
     for batch in ready:
         hidden = model.base_model(input_ids=batch.ids, attention_mask=batch.attention_mask, use_cache=False)[0]
         logits = model.get_output_embeddings()(hidden.flatten(0, 1)[batch.rows])

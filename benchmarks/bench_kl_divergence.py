@@ -18,14 +18,14 @@ Sum = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def plain(h: Tensor, w: Tensor, rh: Tensor, rw: Tensor) -> Tensor:
-    """What everybody writes."""
+    """Compute the sum in plain PyTorch."""
     with torch.no_grad():
         reference = torch.log_softmax((rh @ rw.T).float(), -1)
     return F.kl_div(torch.log_softmax((h @ w.T).float(), -1), reference, reduction="sum", log_target=True)
 
 
 def truth(h: Tensor, w: Tensor, rh: Tensor, rw: Tensor) -> tuple[Tensor, ...]:
-    """The sum and both gradients in float64, in chunks of rows."""
+    """Compute the sum and both gradients in float64, in chunks of rows."""
     h6, w6, rh6, rw6 = (x.detach().double() for x in (h, w, rh, rw))
     total, d_h, d_w = torch.zeros((), dtype=torch.float64), torch.zeros_like(h6), torch.zeros_like(w6)
     for rows in torch.arange(len(h), device=h.device).split(256):
@@ -36,14 +36,14 @@ def truth(h: Tensor, w: Tensor, rh: Tensor, rw: Tensor) -> tuple[Tensor, ...]:
     return total, d_h.cpu(), d_w.cpu()
 
 
-def _both(f: Sum, given: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """The sum, and its gradients for the model's hidden states and head."""
-    total = f(*given)
-    return total.detach(), *torch.autograd.grad(total, given[:2])
+def _both(f: Sum, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Compute the sum, and its gradients for the model's hidden states and head."""
+    total = f(*inputs)
+    return total.detach(), *torch.autograd.grad(total, inputs[:2])
 
 
 def run(options: argparse.Namespace) -> None:
-    """Checks, times, prints a card, a table and one JSON line."""
+    """Check, time, and print the environment, a table and one JSON line."""
     rows: list[dict[str, Any]] = []
     for n, d, v, dtype in chosen(options):
         h, w, t = data(n, d, v, "0", dtype, options.device)
@@ -62,12 +62,12 @@ def run(options: argparse.Namespace) -> None:
         for kind, mine in wrong["pyunlearn"].items():
             assert mine <= 3 * wrong["torch eager"][kind] + 1e-5, f"{kind} is off by {mine}"
         gradients = (h.numel() + w.numel()) * h.element_size() / 2**20
-        found = timed(calls, one_product(h, w, t), 4, gradients, options)
-        rows += [{"case": named(n, d, v, dtype), **row, "errors": wrong[row["name"]]} for row in found]
+        times = timed(calls, one_product(h, w, t), 4, gradients, options)
+        rows += [{"case": named(n, d, v, dtype), **row, "errors": wrong[row["name"]]} for row in times]
     show("kl_divergence", "forward + backward; floor: four matrix products, two of them the logits'", rows, options)
 
 
-def _errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
-    """Relative, of the sum and of both gradients."""
+def _errors(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    """Return the relative errors of the sum and of both gradients."""
     names = ("sum", "d_hidden", "d_weight")
-    return {n: float((f.double().cpu() - x).norm() / x.norm()) for n, f, x in zip(names, found, exact, strict=True)}
+    return {n: float((f.double().cpu() - x).norm() / x.norm()) for n, f, x in zip(names, actual, exact, strict=True)}

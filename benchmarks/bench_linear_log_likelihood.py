@@ -1,4 +1,4 @@
-"""linear_log_likelihood, forward and backward, against plain torch, torch.compile of it, and whatever fused kernels are installed."""
+"""linear_log_likelihood, forward and backward, against plain torch, torch.compile and the installed fused kernels."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ ALLOWANCES = {"64 MiB": 64 << 20, "512 MiB": 512 << 20, "unlimited": UNLIMITED}
 
 
 def plain(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
-    """What everybody writes."""
+    """Compute the sum in plain PyTorch."""
     return F.cross_entropy((h @ w.T).float(), t, reduction="sum")
 
 
 def known(h: Tensor, w: Tensor, t: Tensor, workspace: int) -> Tensor:
-    """The same sum where its coefficients are known beforehand."""
+    """Compute the sum in one pass, with coefficients known before the backward pass."""
     return weighted_log_likelihood(h, w, t, -torch.ones(t.shape, device=t.device), workspace=workspace)
 
 
 def ours(workspace: int | None, label: str = "") -> dict[str, Loss]:
-    """linear_log_likelihood, whose coefficients come with the backward pass."""
+    """Return linear_log_likelihood, whose coefficients are known in the backward pass only."""
     return {f"pyunlearn{label}": lambda h, w, t: -linear_log_likelihood(h, w, t, workspace=workspace).sum()}
 
 
 def one_pass(workspace: int, label: str) -> dict[str, Loss]:
-    """weighted_log_likelihood, whose coefficients are known."""
+    """Return weighted_log_likelihood, whose coefficients are known."""
     return {f"pyunlearn, one pass{label}": lambda h, w, t: known(h, w, t, workspace)}
 
 
 def peers() -> dict[str, Loss]:
-    """Every other implementation at hand: summed negative log-likelihood of (h, w, t)."""
-    found: dict[str, Loss] = {"torch eager": plain, "torch.compile": torch.compile(plain, dynamic=False)}
+    """Return all other installed implementations: the summed negative log-likelihood of (h, w, t)."""
+    losses: dict[str, Loss] = {"torch eager": plain, "torch.compile": torch.compile(plain, dynamic=False)}
     if hasattr(F, "linear_cross_entropy"):
-        found["F.linear_cross_entropy"] = lambda h, w, t: F.linear_cross_entropy(h, w, t, reduction="sum")
+        losses["F.linear_cross_entropy"] = lambda h, w, t: F.linear_cross_entropy(h, w, t, reduction="sum")
     for package, add in (("liger-kernel", _liger), ("cut-cross-entropy", _cce), ("quack-kernels", _quack)):
         try:
             version = importlib.metadata.version(package)
-            found[f"{package} {version}"] = add()
+            losses[f"{package} {version}"] = add()
         except (ImportError, importlib.metadata.PackageNotFoundError):
             continue
-    return found
+    return losses
 
 
 def _liger() -> Loss:
@@ -74,7 +74,7 @@ def _quack() -> Loss:
 
 
 def truth(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    """The summed loss and both gradients in float64, in chunks of rows."""
+    """Compute the summed loss and both gradients in float64, in chunks of rows."""
     h6, w6 = h.detach().double(), w.detach().double()
     total, d_h, d_w = torch.zeros((), dtype=torch.float64), torch.zeros_like(h6), torch.zeros_like(w6)
     for rows in (t != -100).nonzero().squeeze(1).split(512):
@@ -87,9 +87,9 @@ def truth(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Checks, times, prints a card, a table and one JSON line."""
+    """Check, time, and print the environment, a table and one JSON line."""
     rows: list[dict[str, Any]] = []
-    given = None if options.workspace is None else options.workspace << 20
+    workspace = None if options.workspace is None else options.workspace << 20
     for n, d, v, dtype in chosen(options):
         quarter = n * v * dtype.itemsize // 4
         for masked in options.masked:
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
             exact = truth(h, w, t)
             share = masked if masked == "tofu" else f"{masked}% masked"
             for mode in options.modes:
-                calls = ours(given) | one_pass(quarter, f" in {quarter >> 20} MiB") | peers()
+                calls = ours(workspace) | one_pass(quarter, f" in {quarter >> 20} MiB") | peers()
                 if mode == "workspace":
                     if masked != "0":  # masking is a matter of its own
                         continue
@@ -113,7 +113,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _case(
-    h: Tensor, w: Tensor, t: Tensor, exact: tuple[Tensor, ...], every: dict[str, Loss], mode: str, case: str, options: argparse.Namespace
+    h: Tensor, w: Tensor, t: Tensor, exact: tuple[Tensor, ...], every: dict[str, Loss], mode: str, case: str,
+    options: argparse.Namespace,
 ) -> list[dict[str, Any]]:  # fmt: skip
     wanted = {"full": (h, w), "frozen": (h,), "forward": (), "workspace": (h, w)}[mode]
     w.requires_grad_(mode in ("full", "workspace"))
@@ -122,7 +123,7 @@ def _case(
     for name in list(calls):
         try:
             wrong[name] = _errors(calls[name](), exact)
-        except Exception as error:  # a peer that cannot do this case is left out, aloud
+        except Exception as error:  # a peer that cannot run this case is reported and left out
             print(f"{name} left out at {case}: {(str(error).splitlines() or [type(error).__name__])[0]}")
             del calls[name]
     for name in (name for name in calls if name.startswith("pyunlearn")):
@@ -130,22 +131,22 @@ def _case(
             theirs = wrong["torch eager"][kind]
             limit = 2 * theirs + 1e-6 if kind == "loss" else 3 * theirs + 1e-5
             assert mine <= limit, f"{name}: {kind} is off by {mine} where torch is by {theirs}"
-    given = sum(x.nbytes for x in wanted) / 2**20
+    gradients = sum(x.nbytes for x in wanted) / 2**20
     products = 1 + len(wanted)
     return [
         {"case": case, **row, "errors": wrong[row["name"]]}
-        for row in timed(calls, one_product(h, w, t), products, given, options)
+        for row in timed(calls, one_product(h, w, t), products, gradients, options)
     ]
 
 
 def _call(loss: Loss, h: Tensor, w: Tensor, t: Tensor, wanted: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The summed loss, and its gradients for what is wanted."""
+    """Compute the summed loss, and its gradients for `wanted`."""
     with torch.set_grad_enabled(bool(wanted)):
         total = loss(h, w, t)
     return total.detach(), *(torch.autograd.grad(total, wanted) if wanted else ())
 
 
-def _errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
-    """Relative, of the summed loss and of the gradients that there are, against float64."""
+def _errors(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    """Return the relative errors of the summed loss and of the computed gradients, against float64."""
     names = ("loss", "d_hidden", "d_weight")
-    return {n: float((f.double().cpu() - x).norm() / x.norm()) for n, f, x in zip(names, found, exact, strict=False)}
+    return {n: float((f.double().cpu() - x).norm() / x.norm()) for n, f, x in zip(names, actual, exact, strict=False)}

@@ -1,4 +1,4 @@
-"""token_statistics, forward only, against the same four numbers from plain torch, torch.compile of it, and against log-likelihoods alone."""
+"""token_statistics, forward only, against plain torch, torch.compile of it, and log-likelihoods alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pyunlearn.ops import linear_log_likelihood, token_statistics
 
 
 def likelihood(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    """The log-likelihood alone, as everybody writes it."""
+    """Compute the log-likelihood alone in plain PyTorch."""
     return (torch.log_softmax((h @ w.T).float(), -1).gather(1, t[:, None]).squeeze(1),)
 
 
 def plain(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    """All four, as everybody writes them."""
+    """Compute all four fields in plain PyTorch."""
     z = (h @ w.T).float()
     log_p = torch.log_softmax(z, -1)
     p = log_p.exp()
@@ -28,7 +28,7 @@ def plain(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
 
 
 def truth(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    """All four in float64, in chunks of rows."""
+    """Compute all four fields in float64, in chunks of rows."""
     parts = [
         plain64(h[rows].double(), w.double(), t[rows]) for rows in torch.arange(len(t), device=t.device).split(256)
     ]
@@ -36,7 +36,7 @@ def truth(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
 
 
 def plain64(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-    """`plain` without rounding to float32."""
+    """Compute all four fields without rounding to float32."""
     z = h @ w.T
     log_p = torch.log_softmax(z, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)
@@ -46,7 +46,7 @@ def plain64(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def run(options: argparse.Namespace) -> None:
-    """Checks, times, prints a card, a table and one JSON line."""
+    """Check, time, and print the environment, a table and one JSON line."""
     rows: list[dict[str, Any]] = []
     for n, d, v, dtype in chosen(options):
         h, w, t = (x.detach() for x in data(n, d, v, "0", dtype, options.device))
@@ -64,15 +64,15 @@ def run(options: argparse.Namespace) -> None:
         for kind, mine in wrong["pyunlearn, all four"].items():
             near_ties = 0.05 if kind == "rank" else 0.0  # a share of rows; which side of a tie is rounding's choice
             assert mine <= 2 * wrong["torch eager, all four"][kind] + 1e-5 + near_ties, f"{kind} is off by {mine}"
-        found = timed(every, one_product(h, w, t), 1, 0.0, options)
-        rows += [{"case": named(n, d, v, dtype), **row, "errors": wrong[row["name"]]} for row in found]
+        times = timed(every, one_product(h, w, t), 1, 0.0, options)
+        rows += [{"case": named(n, d, v, dtype), **row, "errors": wrong[row["name"]]} for row in times]
     show("token_statistics", "forward; floor: one matrix product", rows, options)
 
 
-def _errors(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
-    """The largest error of each field; of the ranks, the share that differs."""
+def _errors(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
+    """Return the largest error of each field; of the ranks, the share that differs."""
     names = ("log-likelihood", "rank", "entropy", "variance")
-    wrong = {n: float((f.double() - x).abs().max()) for n, f, x in zip(names, found, exact, strict=False)}
-    if len(found) > 1:
-        wrong["rank"] = float((found[1] != exact[1]).double().mean())
+    wrong = {n: float((f.double() - x).abs().max()) for n, f, x in zip(names, actual, exact, strict=False)}
+    if len(actual) > 1:
+        wrong["rank"] = float((actual[1] != exact[1]).double().mean())
     return wrong

@@ -1,4 +1,4 @@
-"""What the benchmarks of the ops on a head share: shapes, data, the floor, and one table."""
+"""Shared by the benchmarks of the ops: shapes, data, the floor, and one table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness import card, ceilings, extra_mib, medians, save
+from benchmarks.harness import ceilings, environment, extra_mib, medians, save
 
 CPU_SHAPES = [(1024, 576, 49152)]
 CUDA_SHAPES = [
@@ -25,7 +25,7 @@ CUDA_SHAPES = [
 
 
 def chosen(options: argparse.Namespace) -> Iterator[tuple[int, int, int, torch.dtype]]:
-    """(N, D, V, dtype) of every case that was asked for."""
+    """Yield (N, D, V, dtype) of every requested case."""
     cuda = options.device == "cuda"
     shapes = (
         [tuple(map(int, s.split(","))) for s in options.shapes]
@@ -39,16 +39,16 @@ def chosen(options: argparse.Namespace) -> Iterator[tuple[int, int, int, torch.d
             yield n, d, v, getattr(torch, name)
 
 
-# (question, answer) tokens of every thirteenth entry of TOFU's forget10 (arXiv 2401.06121), as SmolLM2's tokenizer counts them
+# (question, answer) lengths in SmolLM2's tokens of every thirteenth entry of TOFU's forget10 (arXiv 2401.06121)
 TOFU = [
-    (27, 40), (32, 52), (15, 35), (16, 45), (13, 35), (15, 33), (17, 25), (13, 29), (13, 48), (12, 34), (18, 49), (11, 35), (17, 52), (18, 35),
-    (13, 20), (17, 42), (18, 27), (13, 13), (16, 43), (18, 40), (13, 22), (14, 43), (21, 49), (26, 62), (14, 31), (22, 29), (19, 52), (14, 33),
-    (14, 26), (16, 33), (15, 33),
+    (27, 40), (32, 52), (15, 35), (16, 45), (13, 35), (15, 33), (17, 25), (13, 29), (13, 48), (12, 34), (18, 49),
+    (11, 35), (17, 52), (18, 35), (13, 20), (17, 42), (18, 27), (13, 13), (16, 43), (18, 40), (13, 22), (14, 43),
+    (21, 49), (26, 62), (14, 31), (22, 29), (19, 52), (14, 33), (14, 26), (16, 33), (15, 33),
 ]  # fmt: skip
 
 
 def data(n: int, d: int, v: int, masked: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Random hidden states, head and targets, of which some are masked: see `ignored`."""
+    """Draw random hidden states, head and targets, some of which are masked: see `ignored`."""
     g = torch.Generator().manual_seed(0)
     h = torch.randn(n, d, generator=g).to(device, dtype)
     w = (torch.randn(v, d, generator=g) * d**-0.5).to(device, dtype)
@@ -58,7 +58,7 @@ def data(n: int, d: int, v: int, masked: str, dtype: torch.dtype, device: str) -
 
 
 def ignored(n: int, masked: str, g: torch.Generator) -> Tensor:
-    """(n,) bool: "60": so many per cent of the rows; "tofu": questions and padding of a padded batch of TOFU's own lengths."""
+    """Choose masked rows (n,): a percentage ("60"), or questions and padding of a batch of TOFU's lengths ("tofu")."""
     if masked != "tofu":
         return torch.rand(n, generator=g) < float(masked) / 100
     longest, rows = max(q + a for q, a in TOFU), torch.ones(n, dtype=torch.bool)
@@ -69,7 +69,7 @@ def ignored(n: int, masked: str, g: torch.Generator) -> Tensor:
 
 
 def one_product(h: Tensor, w: Tensor, t: Tensor) -> Callable[[], Tensor]:
-    """The product of the live rows, into memory that stands already: what the floor is counted in."""
+    """Return the product of the live rows into allocated memory: the unit of the floor."""
     live, transposed = h.detach()[t != -100], w.detach().T
     out = torch.empty(len(live), len(w), dtype=h.dtype, device=h.device)
     return lambda: torch.mm(live, transposed, out=out)
@@ -79,16 +79,24 @@ def timed(
     calls: dict[str, Callable[[], Any]],
     product: Callable[[], Any],
     products: int,
-    given: float,
+    gradients: float,
     options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    """One row for each call: milliseconds, as a multiple of so many products and of the first call, and extra MiB beside `given`."""
+    """Time each call, a row each: milliseconds, multiples of `products` products and of the first call, extra MiB.
+
+    The extra memory does not count the gradients' own MiB.
+    """
     rounds = options.rounds or (15 if options.device == "cuda" else 7)
-    found = medians({"one product": product} | calls, rounds, options.device)
-    floor = products * found.pop("one product")
+    times = medians({"one product": product} | calls, rounds, options.device)
+    floor = products * times.pop("one product")
     rows: list[dict[str, Any]] = [
-        {"name": name, "ms": ms, "of_floor": ms / floor, "extra_mib": extra_mib(calls[name], options.device) - given}
-        for name, ms in found.items()
+        {
+            "name": name,
+            "ms": ms,
+            "of_floor": ms / floor,
+            "extra_mib": extra_mib(calls[name], options.device) - gradients,
+        }
+        for name, ms in times.items()
     ]
     for row in rows:
         row["times_pyunlearn"] = row["ms"] / rows[0]["ms"]
@@ -97,12 +105,12 @@ def timed(
 
 
 def show(benchmark: str, title: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
-    """Prints what was measured on, a table, and one JSON line; saves it if asked to. A row's "errors" are columns of their own.
+    """Print the environment, a table with a column per kind of error, and one JSON line; save it with --save.
 
-    Returns what was measured on.
+    Returns the environment.
     """
     dtype = getattr(torch, rows[0]["case"].split(", ")[1])
-    about = card(options.device) | ceilings(options.device, dtype)
+    about = environment(options.device) | ceilings(options.device, dtype)
     console = Console(width=170)
     console.print(about, highlight=False)
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["errors"]))
@@ -114,11 +122,11 @@ def show(benchmark: str, title: str, rows: list[dict[str, Any]], options: argpar
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         wrong = (f"{row['errors'][kind]:.0e}" if kind in row["errors"] else "" for kind in kinds)
         table.add_row(
-            row["case"], row["name"], f"{row['ms']:.1f}", f"{row['of_floor']:.2f}", f"{row['times_pyunlearn']:.2f}", f"{row['extra_mib']:.0f}",
-            *wrong, end_section=following is None or following["case"] != row["case"],
+            row["case"], row["name"], f"{row['ms']:.1f}", f"{row['of_floor']:.2f}", f"{row['times_pyunlearn']:.2f}",
+            f"{row['extra_mib']:.0f}", *wrong, end_section=following is None or following["case"] != row["case"],
         )  # fmt: skip
     console.print(table)
-    result = {"benchmark": benchmark, "card": about, "rows": rows}
+    result = {"benchmark": benchmark, "environment": about, "rows": rows}
     print(json.dumps(result))
     if options.save:
         print(f"saved to {save(benchmark, result)}")
@@ -126,5 +134,5 @@ def show(benchmark: str, title: str, rows: list[dict[str, Any]], options: argpar
 
 
 def named(n: int, d: int, v: int, dtype: torch.dtype, *more: str) -> str:
-    """How a case is called in the table."""
+    """Return the name of a case in the table."""
     return ", ".join([f"{n} x {d} x {v}", str(dtype).removeprefix("torch."), *more])

@@ -1,4 +1,4 @@
-"""Timing side by side: every contender runs once a round, in turn, so that a noisy machine is noisy for all alike."""
+"""Timing of contenders in turn, once a round each, so that noise affects all alike."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Contender = Callable[[], Any]
 
 
 def medians(contenders: dict[str, Contender], rounds: int, device: str) -> dict[str, float]:
-    """Median milliseconds of each, round robin, after two rounds of warm-up."""
+    """Return the median milliseconds of each contender, round robin, after two rounds of warm-up."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for r in range(rounds + 2):
         for name, run in contenders.items():
@@ -41,7 +41,7 @@ def medians(contenders: dict[str, Contender], rounds: int, device: str) -> dict[
 
 
 def extra_mib(run: Contender, device: str) -> float:
-    """Peak memory of one call above what stood before, MiB: allocator statistics on a card, resident set on the CPU."""
+    """Return the additional peak memory of one call in MiB: allocator statistics on a GPU, resident set on the CPU."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -79,46 +79,53 @@ def _give_back_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def card(device: str) -> dict[str, Any]:
-    """What was measured on: device, versions."""
+def environment(device: str) -> dict[str, Any]:
+    """Return the device, threads, backend and versions."""
     import pyunlearn
-    from pyunlearn.ops import _backend, _hopper_use
+    from pyunlearn.ops import _backend, hopper
 
-    built, hopper = _backend.build_info(), device == "cuda" and _hopper_use.run_on(torch.device("cuda"))
-    what: dict[str, Any] = {
+    built, on_hopper = _backend.build_info(), device == "cuda" and hopper.run_on(torch.device("cuda"))
+    variants = filter(None, (built.get("cpu_variant"), built.get("bf16_products")))
+    cpu = f"{_backend.on_cpu().kernels} ({', '.join(variants)})"
+    about: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
-        "backend": f"{_backend.on_card(torch.cuda.current_device()).kernels}{' with Hopper kernels' if hopper else ''}"
-        if device == "cuda"
-        else f"{_backend.on_cpu().kernels} ({', '.join(filter(None, (built.get('cpu_variant'), built.get('bf16_products'))))})",
+        "backend": _gpu_backend(on_hopper) if device == "cuda" else cpu,
         "torch": torch.__version__,
         "pyunlearn": pyunlearn.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    return what | versions("liger-kernel", "cut-cross-entropy", "quack-kernels")
+    return about | versions("liger-kernel", "cut-cross-entropy", "quack-kernels")
+
+
+def _gpu_backend(on_hopper: bool) -> str:
+    from pyunlearn.ops import _backend
+
+    kernels = _backend.on_gpu(torch.cuda.current_device()).kernels
+    return f"{kernels}{' with Hopper kernels' if on_hopper else ''}"
 
 
 def ceilings(device: str, dtype: torch.dtype) -> dict[str, str]:
-    """What the device does at its best, measured: bytes copied (read and written) and operations of a large product, a second."""
+    """Measure the device's peak rates: bytes copied (read and written) and operations of a large product, a second."""
     side = 8192 if device == "cuda" else 2048
     a, b = torch.randn(2, side, side, device=device).to(dtype)
     c, source = torch.empty_like(a), torch.empty(256 << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found = medians({"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=c)}, 5, device)
+    times = medians({"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=c)}, 5, device)
     return {
-        "copy": f"{2 * source.nbytes / found['copy'] / 1e6:.0f} GB/s",
-        f"product, {str(dtype).removeprefix('torch.')}": f"{2 * side**3 / found['product'] / 1e9:.2f} TFLOP/s",
+        "copy": f"{2 * source.nbytes / times['copy'] / 1e6:.0f} GB/s",
+        f"product, {str(dtype).removeprefix('torch.')}": f"{2 * side**3 / times['product'] / 1e9:.2f} TFLOP/s",
     }
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
+    """Return the versions of the installed ones of these packages."""
+    installed = {}
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def _processor() -> str:
@@ -132,14 +139,14 @@ def _processor() -> str:
 
 
 def save(name: str, result: dict[str, Any]) -> Path:
-    """Writes one result under benchmarks/results."""
-    path = result_path(name, result["card"])
+    """Write one result under benchmarks/results."""
+    path = result_path(name, result["environment"])
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
 
 def result_path(name: str, about: dict[str, Any], ending: str = "json") -> Path:
-    """Where a result goes, named after device, kernels and date."""
+    """Return the path of a result, named after device, kernels and date."""
     where = Path(__file__).parent / "results"
     where.mkdir(exist_ok=True)
     device = "".join(c if c.isalnum() else "-" for c in about["device"].split("(")[0].strip().lower())

@@ -1,4 +1,4 @@
-"""Time against memory, one panel a case: what a memory allowance buys."""
+"""Time against memory, one panel a case: the effect of a memory allowance."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from benchmarks.harness import result_path
 
 
 def time_against_memory(rows: list[dict[str, Any]], about: dict[str, Any]) -> Path:
-    """Draws every unmasked case with both gradients: milliseconds against the extra memory that was measured, both axes logarithmic."""
+    """Plot milliseconds against extra memory of every unmasked case with both gradients, on logarithmic axes."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -34,9 +34,13 @@ def time_against_memory(rows: list[dict[str, Any]], about: dict[str, Any]) -> Pa
             colour = {"one pass": "#0b6e4f", "two passes": "#1f5fa8"}[kind] if mine else "#888888"
             axis.plot(max(row["extra_mib"], 1), row["ms"], "o" if mine else "s", color=colour)
             axis.annotate(
-                row["name"].removeprefix("pyunlearn, ").removeprefix("pyunlearn "), (max(row["extra_mib"], 1), row["ms"]), fontsize=7,
-                xytext=(4, 4), textcoords="offset points", color=colour,
-            )  # fmt: skip
+                row["name"].removeprefix("pyunlearn, ").removeprefix("pyunlearn "),
+                (max(row["extra_mib"], 1), row["ms"]),
+                fontsize=7,
+                xytext=(4, 4),
+                textcoords="offset points",
+                color=colour,
+            )
         axis.set(xscale="log", yscale="log", xlabel="extra memory, MiB", ylabel="forward + backward, ms", title=name)
         axis.margins(x=0.3, y=0.15)  # room for the names
         axis.grid(alpha=0.3, which="both")

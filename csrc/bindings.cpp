@@ -1,5 +1,5 @@
-// pyunlearn._C: names -> launchers. Addresses, sizes and strides of torch tensors come in (Python has checked and allocated them);
-// no arithmetic here, no torch. A launcher's complaint becomes a RuntimeError.
+// pyunlearn._C: names -> launchers. Addresses, sizes and strides of torch tensors come in (Python has checked and
+// allocated them); no arithmetic here, no torch. A launcher's complaint becomes a RuntimeError.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -27,9 +27,18 @@ void raise_if(const char* complaint) {
 
 using Address = std::uintptr_t;
 
-LogitBlock logit_block(Address data, int dtype, int64_t stride, int64_t rows, int64_t columns, int64_t first_column, Address bias, int bias_dtype,
-                       double scale, double softcap, Address targets) {
-  return {in(data), Dtype(dtype), stride, rows, columns, first_column, in(bias), Dtype(bias_dtype), scale, softcap,
+LogitBlock logit_block(Address data, int dtype, int64_t stride, int64_t rows, int64_t columns, int64_t first_column,
+                       Address bias, int bias_dtype, double scale, double softcap, Address targets) {
+  return {in(data),
+          Dtype(dtype),
+          stride,
+          rows,
+          columns,
+          first_column,
+          in(bias),
+          Dtype(bias_dtype),
+          scale,
+          softcap,
           static_cast<const int64_t*>(in(targets))};
 }
 MatrixOut matrix(Address data, int dtype, int64_t stride) { return {out(data), Dtype(dtype), stride}; }
@@ -40,7 +49,8 @@ template <class Arguments> struct Launchers {
 };
 
 // `where` is a thread count for the CPU and a stream for CUDA
-template <class Arguments> void run(bool cuda, const Arguments& a, Address where, const Launchers<Arguments>& launchers) {
+template <class Arguments>
+void run(bool cuda, const Arguments& a, Address where, const Launchers<Arguments>& launchers) {
   const py::gil_scoped_release release;
   if (!cuda) raise_if(launchers.cpu(a, static_cast<int>(where)));
   else raise_if(launchers.cuda ? launchers.cuda(a, out(where)) : "this build has no CUDA kernels");
@@ -50,95 +60,127 @@ template <class Arguments> void run(bool cuda, const Arguments& a, Address where
 #else
 #define PYUNLEARN_BOTH(kernel) {kernel##_cpu, nullptr}
 #endif
-#define PYUNLEARN_BLOCK                                                                                                                   \
-  Address data, int dtype, int64_t stride, int64_t rows, int64_t columns, int64_t first_column, Address bias, int bias_dtype, double scale, \
-      double softcap, Address targets
-#define PYUNLEARN_PAIR PYUNLEARN_BLOCK, Address other, int64_t other_stride, Address other_bias, int other_bias_dtype, double target_shift
+#define PYUNLEARN_BLOCK                                                                                       \
+  Address data, int dtype, int64_t stride, int64_t rows, int64_t columns, int64_t first_column, Address bias, \
+      int bias_dtype, double scale, double softcap, Address targets
+#define PYUNLEARN_PAIR \
+  PYUNLEARN_BLOCK, Address other, int64_t other_stride, Address other_bias, int other_bias_dtype, double target_shift
 
-void statistics(bool cuda, PYUNLEARN_BLOCK, Address maximum, Address sum, Address target_logit, Address kept, int kept_dtype, int64_t kept_stride,
-                Address block_maximum, Address where) {
-  const LogitBlock block = logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets);
-  const StatisticsArguments a{block, out(maximum), out(sum), out(target_logit), matrix(kept, kept_dtype, kept_stride), out(block_maximum)};
+void statistics(bool cuda, PYUNLEARN_BLOCK, Address maximum, Address sum, Address target_logit, Address kept,
+                int kept_dtype, int64_t kept_stride, Address block_maximum, Address where) {
+  const LogitBlock block =
+      logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets);
+  const StatisticsArguments a{
+      block, out(maximum), out(sum), out(target_logit), matrix(kept, kept_dtype, kept_stride), out(block_maximum)};
   run<StatisticsArguments>(cuda, a, where, PYUNLEARN_BOTH(log_likelihood_statistics));
 }
 
-void gradient(bool cuda, PYUNLEARN_BLOCK, bool is_kept, Address maximum, Address sum, Address log_likelihood, Address coefficients,
-              Address block_maximum, Address result, int result_dtype, int64_t result_stride, Address where) {
-  const LogitBlock block = logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets);
-  const GradientArguments a{block,         is_kept,           in(maximum), in(sum), in(log_likelihood), in(coefficients),
-                            in(block_maximum), matrix(result, result_dtype, result_stride)};
+void gradient(bool cuda, PYUNLEARN_BLOCK, bool is_kept, Address maximum, Address sum, Address log_likelihood,
+              Address coefficients, Address block_maximum, Address result, int result_dtype, int64_t result_stride,
+              Address where) {
+  const LogitBlock block =
+      logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets);
+  const GradientArguments a{block,
+                            is_kept,
+                            in(maximum),
+                            in(sum),
+                            in(log_likelihood),
+                            in(coefficients),
+                            in(block_maximum),
+                            matrix(result, result_dtype, result_stride)};
   run<GradientArguments>(cuda, a, where, PYUNLEARN_BOTH(log_likelihood_gradient));
 }
 
-void token_statistics(bool cuda, PYUNLEARN_BLOCK, Address threshold, Address maximum, Address sum, Address first, Address second,
-                      Address target_logit, Address rank, Address where) {
-  const LogitBlock block = logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets);
+void token_statistics(bool cuda, PYUNLEARN_BLOCK, Address threshold, Address maximum, Address sum, Address first,
+                      Address second, Address target_logit, Address rank, Address where) {
+  const LogitBlock block =
+      logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets);
   const TokenStatisticsArguments a{block,      in(threshold), out(maximum),      out(sum),
                                    out(first), out(second),   out(target_logit), static_cast<int64_t*>(out(rank))};
   run<TokenStatisticsArguments>(cuda, a, where, PYUNLEARN_BOTH(token_statistics));
 }
 
-void target_products(bool cuda, Address hidden, Address weight, int dtype, int64_t rows, int64_t width, int64_t vocabulary, int64_t hidden_stride,
-                     int64_t weight_stride, Address targets, Address sum, Address size, Address where) {
-  const TargetProductsArguments a{in(hidden), in(weight), Dtype(dtype), rows, width, vocabulary, hidden_stride, weight_stride,
-                                  static_cast<const int64_t*>(in(targets)), static_cast<double*>(out(sum)), static_cast<double*>(out(size))};
+void target_products(bool cuda, Address hidden, Address weight, int dtype, int64_t rows, int64_t width,
+                     int64_t vocabulary, int64_t hidden_stride, int64_t weight_stride, Address targets, Address sum,
+                     Address size, Address where) {
+  const TargetProductsArguments a{in(hidden),
+                                  in(weight),
+                                  Dtype(dtype),
+                                  rows,
+                                  width,
+                                  vocabulary,
+                                  hidden_stride,
+                                  weight_stride,
+                                  static_cast<const int64_t*>(in(targets)),
+                                  static_cast<double*>(out(sum)),
+                                  static_cast<double*>(out(size))};
   run<TargetProductsArguments>(cuda, a, where, PYUNLEARN_BOTH(target_products));
 }
 
 LogitPair logit_pair(PYUNLEARN_PAIR) {
   return {logit_block(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets),
-          logit_block(other, dtype, other_stride, rows, columns, first_column, other_bias, other_bias_dtype, scale, softcap, targets), target_shift};
+          logit_block(other, dtype, other_stride, rows, columns, first_column, other_bias, other_bias_dtype, scale,
+                      softcap, targets),
+          target_shift};
 }
 
-void kl_statistics(bool cuda, PYUNLEARN_PAIR, Address maximum, Address sum, Address reference_maximum, Address reference_sum, Address cross,
-                   Address where) {
-  const LogitPair pair = logit_pair(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets, other, other_stride,
-                                    other_bias, other_bias_dtype, target_shift);
+void kl_statistics(bool cuda, PYUNLEARN_PAIR, Address maximum, Address sum, Address reference_maximum,
+                   Address reference_sum, Address cross, Address where) {
+  const LogitPair pair = logit_pair(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap,
+                                    targets, other, other_stride, other_bias, other_bias_dtype, target_shift);
   const KlStatisticsArguments a{pair, out(maximum), out(sum), out(reference_maximum), out(reference_sum), out(cross)};
   run<KlStatisticsArguments>(cuda, a, where, PYUNLEARN_BOTH(kl_statistics));
 }
 
-void kl_gradient(bool cuda, PYUNLEARN_PAIR, Address maximum, Address sum, Address reference_maximum, Address reference_sum, Address coefficients,
-                 Address result, int result_dtype, int64_t result_stride, Address where) {
-  const LogitPair pair = logit_pair(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap, targets, other, other_stride,
-                                    other_bias, other_bias_dtype, target_shift);
-  const KlGradientArguments a{pair, in(maximum), in(sum), in(reference_maximum), in(reference_sum), in(coefficients),
+void kl_gradient(bool cuda, PYUNLEARN_PAIR, Address maximum, Address sum, Address reference_maximum,
+                 Address reference_sum, Address coefficients, Address result, int result_dtype, int64_t result_stride,
+                 Address where) {
+  const LogitPair pair = logit_pair(data, dtype, stride, rows, columns, first_column, bias, bias_dtype, scale, softcap,
+                                    targets, other, other_stride, other_bias, other_bias_dtype, target_shift);
+  const KlGradientArguments a{pair,
+                              in(maximum),
+                              in(sum),
+                              in(reference_maximum),
+                              in(reference_sum),
+                              in(coefficients),
                               matrix(result, result_dtype, result_stride)};
   run<KlGradientArguments>(cuda, a, where, PYUNLEARN_BOTH(kl_gradient));
 }
 
-void bf16_product(Address a, int64_t a_stride, Address b, int64_t b_stride, Address result, int64_t result_stride, int64_t rows, int64_t columns,
-                  int64_t width, int threads) {
+void bf16_product(Address a, int64_t a_stride, Address b, int64_t b_stride, Address result, int64_t result_stride,
+                  int64_t rows, int64_t columns, int64_t width, int threads) {
   const py::gil_scoped_release release;
-  raise_if(bf16_product_cpu({static_cast<const uint16_t*>(in(a)), static_cast<const uint16_t*>(in(b)), a_stride, b_stride,
-                             static_cast<float*>(out(result)), result_stride, rows, columns, width},
+  raise_if(bf16_product_cpu({static_cast<const uint16_t*>(in(a)), static_cast<const uint16_t*>(in(b)), a_stride,
+                             b_stride, static_cast<float*>(out(result)), result_stride, rows, columns, width},
                             threads));
 }
 
-void bf16_gradient(Address a, int64_t a_stride, bool transposed, Address b, int64_t b_stride, Address result, int64_t result_stride, bool rounds,
-                   bool adds, int64_t rows, int64_t columns, int64_t depth, int threads) {
+void bf16_gradient(Address a, int64_t a_stride, bool transposed, Address b, int64_t b_stride, Address result,
+                   int64_t result_stride, bool rounds, bool adds, int64_t rows, int64_t columns, int64_t depth,
+                   int threads) {
   const py::gil_scoped_release release;
-  raise_if(bf16_gradient_cpu({static_cast<const uint16_t*>(in(a)), static_cast<const uint16_t*>(in(b)), a_stride, b_stride, transposed, out(result),
-                              result_stride, rounds, adds, rows, columns, depth},
+  raise_if(bf16_gradient_cpu({static_cast<const uint16_t*>(in(a)), static_cast<const uint16_t*>(in(b)), a_stride,
+                              b_stride, transposed, out(result), result_stride, rounds, adds, rows, columns, depth},
                              threads));
 }
 
 // The kernels of compute capability 9.0, on a stream. Where they were not built, the call says so.
 #ifdef PYUNLEARN_HOPPER
-#define PYUNLEARN_HOPPER_RUN(call)           \
-  const py::gil_scoped_release release;      \
+#define PYUNLEARN_HOPPER_RUN(call)      \
+  const py::gil_scoped_release release; \
   raise_if(call)
 #else
-#define PYUNLEARN_HOPPER_RUN(call) static_cast<void>(sizeof(call)), raise_if(kNoHopper)  // sizeof: named, and not linked
+// sizeof: named, and not linked
+#define PYUNLEARN_HOPPER_RUN(call) static_cast<void>(sizeof(call)), raise_if(kNoHopper)
 #endif
 constexpr const char* kNoHopper = "this build has no Hopper kernels";
 
-#define PYUNLEARN_INPUT                                                                                                                      \
-  Address hidden, Address weight, int dtype, int64_t n, int64_t d, int64_t v, int64_t hidden_stride, int64_t weight_stride, Address bias,    \
-      int bias_dtype, double scale, double softcap, Address targets
-#define PYUNLEARN_ROWS                                                                                                                     \
-  int64_t n, int64_t d, int64_t v, double scale, double softcap, Address targets, Address coefficients, Address factor, Address log_likelihood, \
-      Address maximum, Address total
+#define PYUNLEARN_INPUT                                                                              \
+  Address hidden, Address weight, int dtype, int64_t n, int64_t d, int64_t v, int64_t hidden_stride, \
+      int64_t weight_stride, Address bias, int bias_dtype, double scale, double softcap, Address targets
+#define PYUNLEARN_ROWS                                                                                  \
+  int64_t n, int64_t d, int64_t v, double scale, double softcap, Address targets, Address coefficients, \
+      Address factor, Address log_likelihood, Address maximum, Address total
 
 const float* floats(Address address) { return static_cast<const float*>(in(address)); }
 float* floats_out(Address address) { return static_cast<float*>(out(address)); }
@@ -146,10 +188,21 @@ const int64_t* integers(Address address) { return static_cast<const int64_t*>(in
 MatrixIn matrix_in(Address data, int dtype, int64_t stride) { return {in(data), Dtype(dtype), stride}; }
 
 HopperInput hopper_input(PYUNLEARN_INPUT) {
-  return {in(hidden), in(weight), Dtype(dtype), n, d, v, hidden_stride, weight_stride, in(bias), Dtype(bias_dtype), scale, softcap, integers(targets)};
+  return {in(hidden), in(weight), Dtype(dtype),     n, d, v, hidden_stride, weight_stride, in(bias), Dtype(bias_dtype),
+          scale,      softcap,    integers(targets)};
 }
 KeptRows kept_rows(PYUNLEARN_ROWS) {
-  return {n, d, v, scale, softcap, integers(targets), floats(coefficients), floats(factor), floats(log_likelihood), floats(maximum), floats(total)};
+  return {n,
+          d,
+          v,
+          scale,
+          softcap,
+          integers(targets),
+          floats(coefficients),
+          floats(factor),
+          floats(log_likelihood),
+          floats(maximum),
+          floats(total)};
 }
 
 py::object hopper_unavailable_here() {
@@ -169,50 +222,58 @@ int64_t hopper_workspace(int64_t n) {
 #endif
 }
 
-void hopper_statistics_at(PYUNLEARN_INPUT, Address log_likelihood, Address maximum, Address total, Address entropy, Address variance, Address rank,
-                          Address threshold, Address workspace, Address stream) {
-  const HopperInput input =
-      hopper_input(hidden, weight, dtype, n, d, v, hidden_stride, weight_stride, bias, bias_dtype, scale, softcap, targets);
-  const HopperStatistics to{floats_out(log_likelihood), floats_out(maximum), floats_out(total), floats_out(entropy), floats_out(variance),
-                            static_cast<int64_t*>(out(rank)), floats(threshold)};
+void hopper_statistics_at(PYUNLEARN_INPUT, Address log_likelihood, Address maximum, Address total, Address entropy,
+                          Address variance, Address rank, Address threshold, Address workspace, Address stream) {
+  const HopperInput input = hopper_input(hidden, weight, dtype, n, d, v, hidden_stride, weight_stride, bias, bias_dtype,
+                                         scale, softcap, targets);
+  const HopperStatistics to{floats_out(log_likelihood), floats_out(maximum),  floats_out(total),
+                            floats_out(entropy),        floats_out(variance), static_cast<int64_t*>(out(rank)),
+                            floats(threshold)};
   PYUNLEARN_HOPPER_RUN(hopper_statistics(input, to, out(workspace), out(stream)));
 }
 
-void hopper_statistics_kept_at(PYUNLEARN_INPUT, Address log_likelihood, Address maximum, Address total, Address kept, int64_t kept_stride,
-                               Address factor, Address workspace, Address stream) {
-  const HopperInput input =
-      hopper_input(hidden, weight, dtype, n, d, v, hidden_stride, weight_stride, bias, bias_dtype, scale, softcap, targets);
-  PYUNLEARN_HOPPER_RUN(hopper_statistics_kept(input, floats_out(log_likelihood), floats_out(maximum), floats_out(total), out(kept), kept_stride,
-                                              floats_out(factor), out(workspace), out(stream)));
+void hopper_statistics_kept_at(PYUNLEARN_INPUT, Address log_likelihood, Address maximum, Address total, Address kept,
+                               int64_t kept_stride, Address factor, Address workspace, Address stream) {
+  const HopperInput input = hopper_input(hidden, weight, dtype, n, d, v, hidden_stride, weight_stride, bias, bias_dtype,
+                                         scale, softcap, targets);
+  PYUNLEARN_HOPPER_RUN(hopper_statistics_kept(input, floats_out(log_likelihood), floats_out(maximum), floats_out(total),
+                                              out(kept), kept_stride, floats_out(factor), out(workspace), out(stream)));
 }
 
-void hopper_gradient_at(PYUNLEARN_INPUT, int64_t first_column, Address coefficients, Address log_likelihood, Address maximum, Address total,
-                        Address result, int64_t result_stride, Address stream) {
-  const HopperInput input =
-      hopper_input(hidden, weight, dtype, n, d, v, hidden_stride, weight_stride, bias, bias_dtype, scale, softcap, targets);
-  PYUNLEARN_HOPPER_RUN(hopper_gradient(input, first_column, floats(coefficients), floats(log_likelihood), floats(maximum), floats(total), out(result),
-                                       result_stride, out(stream)));
+void hopper_gradient_at(PYUNLEARN_INPUT, int64_t first_column, Address coefficients, Address log_likelihood,
+                        Address maximum, Address total, Address result, int64_t result_stride, Address stream) {
+  const HopperInput input = hopper_input(hidden, weight, dtype, n, d, v, hidden_stride, weight_stride, bias, bias_dtype,
+                                         scale, softcap, targets);
+  PYUNLEARN_HOPPER_RUN(hopper_gradient(input, first_column, floats(coefficients), floats(log_likelihood),
+                                       floats(maximum), floats(total), out(result), result_stride, out(stream)));
 }
 
-void kept_scale_hidden_at(PYUNLEARN_ROWS, Address hidden, int hidden_dtype, int64_t hidden_stride, Address result, int result_dtype,
-                          int64_t result_stride, Address stream) {
-  const KeptRows rows = kept_rows(n, d, v, scale, softcap, targets, coefficients, factor, log_likelihood, maximum, total);
-  PYUNLEARN_HOPPER_RUN(
-      kept_scale_hidden(rows, matrix_in(hidden, hidden_dtype, hidden_stride), matrix(result, result_dtype, result_stride), out(stream)));
+void kept_scale_hidden_at(PYUNLEARN_ROWS, Address hidden, int hidden_dtype, int64_t hidden_stride, Address result,
+                          int result_dtype, int64_t result_stride, Address stream) {
+  const KeptRows rows =
+      kept_rows(n, d, v, scale, softcap, targets, coefficients, factor, log_likelihood, maximum, total);
+  PYUNLEARN_HOPPER_RUN(kept_scale_hidden(rows, matrix_in(hidden, hidden_dtype, hidden_stride),
+                                         matrix(result, result_dtype, result_stride), out(stream)));
 }
 
-void kept_hidden_gradient_at(PYUNLEARN_ROWS, Address product, int product_dtype, int64_t product_stride, Address weight, int weight_dtype,
-                             int64_t weight_stride, Address result, int result_dtype, int64_t result_stride, Address stream) {
-  const KeptRows rows = kept_rows(n, d, v, scale, softcap, targets, coefficients, factor, log_likelihood, maximum, total);
-  PYUNLEARN_HOPPER_RUN(kept_hidden_gradient(rows, matrix_in(product, product_dtype, product_stride), matrix_in(weight, weight_dtype, weight_stride),
+void kept_hidden_gradient_at(PYUNLEARN_ROWS, Address product, int product_dtype, int64_t product_stride, Address weight,
+                             int weight_dtype, int64_t weight_stride, Address result, int result_dtype,
+                             int64_t result_stride, Address stream) {
+  const KeptRows rows =
+      kept_rows(n, d, v, scale, softcap, targets, coefficients, factor, log_likelihood, maximum, total);
+  PYUNLEARN_HOPPER_RUN(kept_hidden_gradient(rows, matrix_in(product, product_dtype, product_stride),
+                                            matrix_in(weight, weight_dtype, weight_stride),
                                             matrix(result, result_dtype, result_stride), out(stream)));
 }
 
-void kept_add_targets_at(PYUNLEARN_ROWS, Address hidden, int hidden_dtype, int64_t hidden_stride, Address sorted_targets, Address order,
-                         Address d_weight, int d_weight_dtype, int64_t d_weight_stride, Address stream) {
-  const KeptRows rows = kept_rows(n, d, v, scale, softcap, targets, coefficients, factor, log_likelihood, maximum, total);
-  PYUNLEARN_HOPPER_RUN(kept_add_targets(rows, matrix_in(hidden, hidden_dtype, hidden_stride), integers(sorted_targets), integers(order),
-                                        matrix(d_weight, d_weight_dtype, d_weight_stride), out(stream)));
+void kept_add_targets_at(PYUNLEARN_ROWS, Address hidden, int hidden_dtype, int64_t hidden_stride,
+                         Address sorted_targets, Address order, Address d_weight, int d_weight_dtype,
+                         int64_t d_weight_stride, Address stream) {
+  const KeptRows rows =
+      kept_rows(n, d, v, scale, softcap, targets, coefficients, factor, log_likelihood, maximum, total);
+  PYUNLEARN_HOPPER_RUN(kept_add_targets(rows, matrix_in(hidden, hidden_dtype, hidden_stride), integers(sorted_targets),
+                                        integers(order), matrix(d_weight, d_weight_dtype, d_weight_stride),
+                                        out(stream)));
 }
 
 py::object name_of_bf16_products() { return bf16_products() ? py::object(py::str(bf16_products())) : py::none(); }

@@ -1,4 +1,5 @@
-// The running denominator of a softmax, (maximum, sum) with sum = sum_j exp(z_j - maximum), and how two of them merge. It starts at (-inf, 0).
+// The running denominator of a softmax, (maximum, sum) with sum = sum_j exp(z_j - maximum), and how two of them merge.
+// It starts at (-inf, 0).
 #pragma once
 #include <cmath>
 
@@ -15,12 +16,14 @@ template <class Real> struct OnlineSoftmax {
   Real sum = 0;                                           // NaN once a NaN was added
 };
 
-// What to subtract from z before exp: the maximum, or 0 when there is nothing above -inf, so that exp(-inf - -inf) is 0 and not NaN.
+// What to subtract from z before exp: the maximum, or 0 when there is nothing above -inf, so that exp(-inf - -inf) is 0
+// and not NaN.
 template <class Real> PYUNLEARN_ANYWHERE Real softmax_shift(Real maximum) {
   return maximum == -(Real)INFINITY ? Real(0) : maximum;
 }
 
-template <class Real> PYUNLEARN_ANYWHERE OnlineSoftmax<Real> merge(const OnlineSoftmax<Real>& a, const OnlineSoftmax<Real>& b) {
+template <class Real>
+PYUNLEARN_ANYWHERE OnlineSoftmax<Real> merge(const OnlineSoftmax<Real>& a, const OnlineSoftmax<Real>& b) {
   using std::exp;
   OnlineSoftmax<Real> both;
   both.maximum = a.maximum < b.maximum ? b.maximum : a.maximum;

@@ -1,16 +1,19 @@
-// The row kernel of token_statistics: entropy, variance and rank beside the log-likelihood, in the pass that makes it. Nothing is kept.
+// The row kernel of token_statistics: entropy, variance and rank beside the log-likelihood, in the pass that makes it.
+// Nothing is kept.
 #pragma once
 #include "log_likelihood.h"
 
 namespace pyunlearn {
 
-// Adds one block of logits z (from raw products as in log_likelihood.h) to the running statistics of each row. With M the row's maximum,
+// Adds one block of logits z (from raw products as in log_likelihood.h) to the running statistics of each row. With M
+// the row's maximum,
 //     S = sum_j exp(z_j - M),   A = sum_j exp(z_j - M) (z_j - M),   B = sum_j exp(z_j - M) (z_j - M)^2,
 //     rank = #{j not the target : z_j > threshold},   target_logit = z_target if the target is in the block.
 // A block with maximum m moves all of them to M' = max(M, m): with d = M - M' <= 0,
 //     S' = e^d S + ...,   A' = e^d (A + d S) + ...,   B' = e^d (B + 2 d A + d^2 S) + ...
-// The caller starts with M = -inf and S = A = B = rank = 0; afterwards entropy = log S - A / S, and the variance of log p under p is
-// B / S - (A / S)^2. Logits of -inf add nothing; a NaN in a row makes its S, A and B NaN and no other row's.
+// The caller starts with M = -inf and S = A = B = rank = 0; afterwards entropy = log S - A / S, and the variance of log
+// p under p is B / S - (A / S)^2. Logits of -inf add nothing; a NaN in a row makes its S, A and B NaN and no other
+// row's.
 struct TokenStatisticsArguments {
   LogitBlock block;
   const void* threshold;                                  // (rows,) real
@@ -18,8 +21,8 @@ struct TokenStatisticsArguments {
   int64_t* rank;                                          // (rows,), updated in place
 };
 
-// What the threshold is made of: the raw product of each row's target, which has to be known before the vocabulary is gone through, and how far a
-// float32 product of it may be off.
+// What the threshold is made of: the raw product of each row's target, which has to be known before the vocabulary is
+// gone through, and how far a float32 product of it may be off.
 //     sum = sum_k hidden[r, k] weight[target_r, k],   size = sum_k |hidden[r, k] weight[target_r, k]|,   in float64
 struct TargetProductsArguments {
   const void *hidden, *weight;  // (rows, width), (vocabulary, width), contiguous columns

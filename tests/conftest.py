@@ -13,10 +13,20 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # pytest -n: the processes share 
 import pytest
 from hypothesis import HealthCheck, settings
 
-# torch is imported inside functions: it would delay the process that only distributes tests by five seconds
+# torch is imported by the fixtures: it would delay the process that only distributes tests by five seconds
 
-# longest first: each takes about 10 s or more
-LONG = ["real_model", "unlearn", "hopper", "study", "workers", "methods_equal_steps", "methods_end_to_end"]
+# longest first: each takes more than 10 s
+LONG = [
+    "real_model",
+    "unlearn",
+    "hopper_kernels",
+    "portable_kernels",
+    "hopper_dispatch",
+    "study",
+    "workers",
+    "methods_equal_steps",
+    "methods_end_to_end",
+]
 LONG += ["unlearn_vocabulary", "ops_example_objective_gradients", "audit", "emphasis"]
 
 settings.register_profile(
@@ -73,9 +83,9 @@ def backend(request, device, monkeypatch):
     if request.param == "reference":
         chosen = _backend.Choice("reference", "chosen by the test")
         monkeypatch.setattr(_backend, "on_cpu", lambda: chosen)
-        monkeypatch.setattr(_backend, "on_card", lambda index: chosen)
+        monkeypatch.setattr(_backend, "on_gpu", lambda index: chosen)
     else:
-        chosen = _backend.on_cpu() if device == "cpu" else _backend.on_card(0)
+        chosen = _backend.on_cpu() if device == "cpu" else _backend.on_gpu(0)
         if chosen.kernels == "reference":
             pytest.skip(f"no compiled kernels here: {chosen.why}")
     return request.param
@@ -125,6 +135,32 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(scope="session")
+def extension(tmp_path_factory):
+    """The compiled extension for the emulator: (module, library)."""
+    import emulated
+
+    return emulated.load(tmp_path_factory)
+
+
+@pytest.fixture(name="emulated")
+def on_the_emulator(extension, monkeypatch, poisoned):
+    """An emulated GPU, whose extension counts calls; memory that no kernel has filled reads NaN."""
+    import emulated
+
+    return emulated.on_emulator(extension, monkeypatch)
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.cuda)])
+def watched(request, monkeypatch, poisoned):
+    """The extension on the emulator, then on a GPU of compute capability 9.0."""
+    import emulated
+
+    if request.param == "emulator":
+        return request.getfixturevalue("emulated")
+    return emulated.on_hopper_gpu(monkeypatch)
 
 
 @pytest.fixture

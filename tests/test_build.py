@@ -1,5 +1,4 @@
-"""The CUDA sources compile for the oldest and the middle card, and Hopper's own for Hopper, without register spills or serialised products, wherever there
-is a compiler."""
+"""Compilation of the CUDA sources without register spills or serialised products, for sm_80, sm_90 and Hopper."""
 
 import re
 import shutil
@@ -16,7 +15,7 @@ SOURCES += [
 
 
 def complaints(report: str) -> list[str]:
-    """What ptxas says that costs speed: spilled registers, arrays in memory, asynchronous products made to wait for each other."""
+    """Return the costly lines of ptxas: spilled registers, arrays in memory, serialised asynchronous products."""
     frames = r"\d+ bytes stack frame, \d+ bytes spill stores, \d+ bytes spill loads"
     spills = [frame for frame in re.findall(frames, report) if re.search(r"[1-9]\d* bytes", frame)]
     return spills + re.findall(r".*(?:Performance Loss|serialized).*", report)
@@ -27,7 +26,7 @@ def complaints(report: str) -> list[str]:
 @pytest.mark.parametrize(("source", "architectures"), SOURCES)
 def test_no_kernel_spills(source, architectures, tmp_path):
     """ptxas reports no stack frame, no spilled byte and no serialised product for any kernel."""
-    codes = ",".join(f"sm_{a}" for a in architectures)  # as the build does: one PTX, of the oldest card, for all
+    codes = ",".join(f"sm_{a}" for a in architectures)  # as the build does: one PTX, of the oldest, for all
     generated = f"arch=compute_{architectures[0]},code=[{codes}]"
     command = ["nvcc", "-std=c++17", "-O3", "-I", str(CUDA.parent), "-Xptxas", "-v", "-gencode", generated, "-c"]
     done = subprocess.run([*command, str(CUDA / source), "-o", str(tmp_path / "x.o")], capture_output=True, text=True)
@@ -44,14 +43,15 @@ def test_no_kernel_spills(source, architectures, tmp_path):
         ("    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", 1),
         ("    0 bytes stack frame, 0 bytes spill stores, 104 bytes spill loads", 1),
         (
-            "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non "
-            "wgmma instructions defining accumulator registers of a wgmma between start and end of the pipeline stage",
+            "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+            "non wgmma instructions "
+            "defining accumulator registers of a wgmma between start and end of the pipeline stage",
             1,
         ),
     ],
 )
 def test_what_ptxas_complains_of(line, count):
-    """A stack frame, a spill and serialised products are complaints, also in the middle of a report; a clean kernel is none."""
+    """A stack frame, a spill and serialised products are complaints, a clean kernel is none."""
     assert len(complaints(line)) == count
     assert (
         len(complaints(f"ptxas info    : Compiling entry function 'k' for 'sm_90a'\n{line}\nUsed 40 registers"))

@@ -14,10 +14,10 @@ from pyunlearn.ops import _backend, linear_log_likelihood
 def fresh(monkeypatch):
     """Clear the cached choices of kernels before and after the test."""
     monkeypatch.delenv("PYUNLEARN_BACKEND", raising=False)
-    for settled in (_backend.on_cpu, _backend.on_card):
+    for settled in (_backend.on_cpu, _backend.on_gpu):
         settled.cache_clear()
     yield
-    for settled in (_backend.on_cpu, _backend.on_card):
+    for settled in (_backend.on_cpu, _backend.on_gpu):
         settled.cache_clear()
 
 
@@ -30,7 +30,7 @@ def gpus(fresh, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
-    monkeypatch.setattr(_backend, "_wrong_on", lambda device: None)
+    monkeypatch.setattr(_backend, "_self_test_problem", lambda device: None)
 
 
 def test_a_tensor_on_the_cpu_touches_no_gpu(fresh, monkeypatch):
@@ -48,18 +48,18 @@ def test_a_tensor_on_the_cpu_touches_no_gpu(fresh, monkeypatch):
 
 def test_each_gpu_is_chosen_for_separately(gpus):
     """A GPU too old for the kernels gets plain PyTorch with one warning; the other GPU still gets the kernels."""
-    assert _backend.on_card(0) == ("cuda", "compiled kernels found")
-    with pytest.warns(UserWarning, match=r"not used on cuda:1: the card has compute capability 7.5, .* need 8.0"):
-        assert _backend.on_card(1).kernels == "reference"
-    assert _backend.on_card(0).kernels == "cuda"
+    assert _backend.on_gpu(0) == ("cuda", "compiled kernels found")
+    with pytest.warns(UserWarning, match=r"not used on cuda:1: the GPU has compute capability 7.5, .* need 8.0"):
+        assert _backend.on_gpu(1).kernels == "reference"
+    assert _backend.on_gpu(0).kernels == "cuda"
 
 
 def test_trial_uses_real_memory_during_a_trace(gpus, monkeypatch):
     """The trial of the kernels allocates real tensors under FakeTensorMode, since fake ones have no memory."""
     seen = []
-    monkeypatch.setattr(_backend, "_wrong_on", lambda device: seen.append(type(torch.empty(1))))
+    monkeypatch.setattr(_backend, "_self_test_problem", lambda device: seen.append(type(torch.empty(1))))
     with FakeTensorMode():
-        assert _backend.on_card(0).kernels == "cuda"
+        assert _backend.on_gpu(0).kernels == "cuda"
     assert seen == [torch.Tensor]
 
 
@@ -67,14 +67,14 @@ def test_no_trial_during_graph_capture(gpus, monkeypatch):
     """A first call during graph capture raises an error that names the remedy, and caches no choice."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="call the op once before capturing"):
-        _backend.on_card(0)
+        _backend.on_gpu(0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert _backend.on_card(0).kernels == "cuda"
+    assert _backend.on_gpu(0).kernels == "cuda"
 
 
 def test_a_failed_trial_is_a_sentence():
     """A trial that raises, here on a device that this torch lacks, is reported as one sentence."""
-    assert _backend._wrong_on(torch.device("mps")).startswith("they failed on this card: ")
+    assert _backend._self_test_problem(torch.device("mps")).startswith("they failed on this GPU: ")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_named_backend_that_cannot_run_is_an_error(value, message, gpus, monke
     """A backend named in the environment that cannot run is an error, for tensors on the CPU too."""
     monkeypatch.setenv("PYUNLEARN_BACKEND", value)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(_backend, "_wrong_on", lambda device: "they failed")
+    monkeypatch.setattr(_backend, "_self_test_problem", lambda device: "they failed")
     with pytest.raises(ValueError, match=message):
         _backend.kernels_for(torch.empty(1))
 
@@ -93,7 +93,7 @@ def test_excluded_kernels_do_not_run(gpus, monkeypatch):
     """PYUNLEARN_BACKEND=reference excludes compiled kernels everywhere, cpu excludes them on GPUs."""
     for value, cpu in (("reference", "reference"), ("cpu", "cpu")):
         monkeypatch.setenv("PYUNLEARN_BACKEND", value)
-        for settled in (_backend.on_cpu, _backend.on_card):
+        for settled in (_backend.on_cpu, _backend.on_gpu):
             settled.cache_clear()
         assert _backend.on_cpu().kernels == cpu
-        assert _backend.on_card(0) == ("reference", f"PYUNLEARN_BACKEND={value}")
+        assert _backend.on_gpu(0) == ("reference", f"PYUNLEARN_BACKEND={value}")

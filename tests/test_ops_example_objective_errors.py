@@ -56,18 +56,18 @@ def call(**task):
         ({"example_index": torch.tensor([0, 1, -1, 2])}, r"example_index must lie in \[0, 3\), got -1"),
         (
             {"per_example": (torch.zeros(3),)},
-            r"example_index must lie in \[0, 3\), got 3: is something missing per example\?",
+            r"example_index must lie in \[0, 3\), got 3: does a per_example tensor lack entries\?",
         ),
         (
             {"per_example": (torch.zeros(4), torch.zeros(5))},
-            r"what is given per example must be tensors of 4 entries on cpu, got torch\.float32 of shape \(5,\)",
+            r"per_example must be tensors of 4 entries on cpu, got torch\.float32 of shape \(5,\)",
         ),
         ({"per_example": (torch.zeros(4), 1.0)}, "must be tensors of 4 entries on cpu, got float"),
         ({"per_example": ([0, 1, 2, 3],)}, "must be tensors of 4 entries on cpu, got list"),
         ({"per_example": (torch.zeros(4, **elsewhere),)}, "must be tensors of 4 entries on cpu, got"),
         (
             {"per_example": (torch.zeros(4, requires_grad=True),)},
-            "what is given per example gets no gradient here, and asks for one: detach it",
+            "per_example tensors are constants here, and one requires a gradient: detach it",
         ),
         (
             {"per_example": (torch.zeros(5),), "group_size": 2},

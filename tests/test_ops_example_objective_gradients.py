@@ -150,7 +150,7 @@ def test_compiled_without_tensors_per_example(device):
     def function(hidden):
         return example_objective(hidden, task.case.weight, task.case.targets, task.index, lambda s, c: s).loss
 
-    with pytest.raises(Exception, match="cannot count the examples: give something per example, zeros if need be"):
+    with pytest.raises(Exception, match="cannot count the examples: pass a per-example tensor, zeros if need be"):
         torch.compile(function, fullgraph=True, backend="aot_eager")(task.case.hidden)
 
 

@@ -84,7 +84,7 @@ def test_masked_rows_take_no_workspace(reference, device, backend):
         op_module._plan(model.hidden.new_empty(n, 20), model.weight, workspace, True, False)
         for n in (live, len(model.hidden))
     ]
-    assert [p.kept == len(p.groups()) for p in plans] == [True, False]
+    assert [p.cached == len(p.groups()) for p in plans] == [True, False]
 
     def run():
         hidden = model.hidden.clone().requires_grad_()
@@ -166,7 +166,7 @@ def test_memory_of_cached_groups(dtype, workspace, device):
     model, other = pair(rows, (width, 4), vocabulary, dtype=dtype, device=device, bias=False)
     p = op_module._plan(model.hidden, model.weight, workspace * MIB, True, False)
     assert p.group == p.block * (1 if workspace < 64 or device != "cpu" else 4)
-    assert p.kept == len(p.groups()) or p.kept >= (workspace / 2) // (2 * rows * p.group * 4 / MIB)
+    assert p.cached == len(p.groups()) or p.cached >= (workspace / 2) // (2 * rows * p.group * 4 / MIB)
     with watched() as used:
         values, _ = graph(kl_divergence, model, other, (0, 1), workspace=workspace * MIB)
         values.sum().backward()

@@ -24,7 +24,7 @@ from heads import (
 from linear_cases import OPS, both_ops, evaluate, truth
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.ops import _hopper_use, _passes, linear_log_likelihood, log_likelihood, reference
+from pyunlearn.ops import _passes, hopper, linear_log_likelihood, log_likelihood, reference
 
 # ---------------------------------------------------------------- both ops: values and gradients
 
@@ -102,7 +102,7 @@ def test_an_exact_common_offset_changes_nothing(op, dtype, workspace, device, ba
     case = case._replace(bias=case.bias.float())
     shifted = case._replace(bias=case.bias + 65536)
     actual, wanted = evaluate(op, shifted, workspace=workspace), evaluate(op, case, workspace=workspace)
-    if op is linear_log_likelihood and _hopper_use.serves(case.hidden, case.weight):
+    if op is linear_log_likelihood and hopper.serves(case.hidden, case.weight):
         assert_agree(actual, wanted, 4e-3)  # stored relative to 0 there, so rounding differs
     else:
         assert_equal(actual, wanted)

@@ -85,7 +85,7 @@ def test_cached_or_recomputed(dtype, group, softcap, device, backend, monkeypatc
 def test_any_large_workspace():
     """Workspaces of 128 MiB or more give the same bits on the CPU, with logits cached or not."""
     case = make(640, 4, 65537, bias=False)  # 160 MiB of logits
-    assert plan(640, 65537, torch.float32, "cpu", 128 * MIB, True).kept < len(
+    assert plan(640, 65537, torch.float32, "cpu", 128 * MIB, True).cached < len(
         plan(640, 65537, torch.float32, "cpu", None, True).groups()
     )
     results = [evaluate(linear_log_likelihood, case, workspace=w) for w in (128 * MIB, 144 * MIB, None, 1 << 50)]
@@ -108,7 +108,7 @@ def test_masked_rows_take_no_workspace(device, backend, monkeypatch):
     case = make(64, 20, 703, device=device, masked=0.7)
     live, workspace, cached, gradient = int((case.targets >= 0).sum()), 120_000, [], _backend.gradient
     plans = [plan(n, 703, torch.float32, device, workspace, True) for n in (live, 64)]
-    assert [p.kept == len(p.groups()) for p in plans] == [True, False]
+    assert [p.cached == len(p.groups()) for p in plans] == [True, False]
     monkeypatch.setattr(_backend, "gradient", lambda *a: cached.append(a[6]) or gradient(*a))
     assert_agree(evaluate(linear_log_likelihood, case, workspace=workspace), truth(case), 4e-6)
     assert cached
@@ -134,10 +134,10 @@ def test_plan(rows, vocabulary, dtype, kind, workspace):
     for spans in (groups, [(first, end) for _, first, end in blocks]):
         assert [end for _, end in spans] == [*(first for first, _ in spans[1:]), vocabulary]
         assert spans[0][0] == 0
-    cached = sum(end - first for first, end in groups[: p.kept]) * rows * dtype.itemsize
+    cached = sum(end - first for first, end in groups[: p.cached]) * rows * dtype.itemsize
     assert cached <= (workspace if workspace is not None else default_workspace(kind))
     if workspace == 1 << 34:
-        assert p.kept == len(groups)
+        assert p.cached == len(groups)
 
 
 @grid(dtype=[torch.float32, torch.bfloat16], workspace=[MIB, 4 * MIB], trained=[True, False])

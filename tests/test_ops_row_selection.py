@@ -34,7 +34,7 @@ from pyunlearn.ops import (
     token_statistics,
     weighted_log_likelihood,
 )
-from pyunlearn.ops.example_objective import how_many, likeliest_of
+from pyunlearn.ops.example_objective import top_counts, top_tokens
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 LENGTHS = (2, 0, 9, 4, 1, 7, 5, 0)
@@ -104,7 +104,7 @@ def test_top_fraction(share, masked, capacity, dtype, device, backend, chunks):
     case, index = make(sum(LENGTHS), 20, 203, dtype=dtype, device=device, masked=masked), index_of()
     workspace = None if capacity is None else bytes_of(capacity, case) if capacity else 0
     actual, wanted = (
-        evaluate(case, index.to(device), likeliest=share, workspace=workspace),
+        evaluate(case, index.to(device), top_fraction=share, workspace=workspace),
         by_hand(case, index, share),
     )
     tolerance = TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps)
@@ -122,8 +122,8 @@ def test_top_fraction_of_rows(groups, share):
         torch.tensor([x for g in groups for x in g]),
         torch.tensor([len(g) for g in groups], dtype=torch.int64),
     )
-    counted = how_many(lengths, share)
-    taken = likeliest_of(values, lengths, counted)
+    counted = top_counts(lengths, share)
+    taken = top_tokens(values, lengths, counted)
     assert counted.tolist() == [0 if not g else max(1, int(share * len(g) + 1e-9)) for g in groups]
     for part, mine, count in zip(values.split(lengths.tolist()), taken.split(lengths.tolist()), counted, strict=True):
         assert int(mine.sum()) == count
@@ -233,7 +233,9 @@ def test_temperature():
     assert_agree([actual], [wanted], 4e-6)
 
 
-@pytest.mark.parametrize("options", [{"likeliest": 0.0}, {"likeliest": 1.5}, {"negligible": -0.1}, {"negligible": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{"top_fraction": 0.0}, {"top_fraction": 1.5}, {"negligible": -0.1}, {"negligible": 1.0}]
+)
 def test_refused(options):
     """A share or probability out of range is an error that names the argument."""
     case = make(sum(LENGTHS), 20, 203)
@@ -270,7 +272,7 @@ INSIDE = {
 def test_nothing_ignored(op, device, backend, monkeypatch):
     """ignore_index=None gives the same result without counting live rows, which on a GPU would synchronize."""
     case = make(13, 20, 203, device=device)
-    monkeypatch.setattr(_passes, "rows_that_pull", lambda *_, **__: None)  # never called on a GPU
+    monkeypatch.setattr(_passes, "rows_with_gradient", lambda *_, **__: None)  # never called on a GPU
     monkeypatch.setattr(_one_pass, "_known_to_be_one", lambda *_: False)  # nor is this one
 
     def run(ignore_index):

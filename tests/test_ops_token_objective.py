@@ -250,12 +250,12 @@ def test_token_weights(dtype, masked, backend):
     [
         (
             torch.ones(3),
-            r"what is given per token must be tensors of 28 entries on cpu, got torch\.float32 of shape \(3,\)",
+            r"per_token must be tensors of 28 entries on cpu, got torch\.float32 of shape \(3,\)",
         ),
         (1.0, "must be tensors of 28 entries on cpu, got float"),
         (
             torch.ones(28, requires_grad=True),
-            "what is given per token gets no gradient here, and asks for one: detach it",
+            "per_token tensors are constants here, and one requires a gradient: detach it",
         ),
     ],
 )

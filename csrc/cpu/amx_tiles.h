@@ -1,5 +1,5 @@
-// Four tiles of sums, 32 rows by 32 columns, from operands that were laid out for AMX: a tile is 1 KiB in one piece, since tiles whose rows lie apart
-// load at half the speed. Included by files with AVX-512 and AMX flags only.
+// Four tiles of sums, 32 rows by 32 columns, from operands that were laid out for AMX: a tile is 1 KiB in one piece,
+// since tiles whose rows lie apart load at half the speed. Included by files with AVX-512 and AMX flags only.
 #pragma once
 #include <immintrin.h>
 
@@ -31,16 +31,19 @@ struct Tiles {
 // The compiler does not know that loading a tile reads memory, and might write later what stands before.
 inline void written() { __asm__ volatile("" ::: "memory"); }
 
-// Rows `first` .. first + 31 of a matrix as a stripe: for each step along the sums the tile of the upper 16 and that of the lower 16. What is beyond the
-// rows or the columns is zero.
-inline void lay_out_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, int64_t first, uint16_t* to) {
+// Rows `first` .. first + 31 of a matrix as a stripe: for each step along the sums the tile of the upper 16 and that of
+// the lower 16. What is beyond the rows or the columns is zero.
+inline void lay_out_rows(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, int64_t first,
+                         uint16_t* to) {
   for (int64_t k = 0; k < columns; k += kSide, to += 2 * kTile)
     for (int64_t i = 0; i < kSide; ++i)
-      _mm512_store_si512(to + i * kSide, first + i < rows ? _mm512_maskz_loadu_epi16(first32(columns - k), from + (first + i) * stride + k)
+      _mm512_store_si512(to + i * kSide, first + i < rows ? _mm512_maskz_loadu_epi16(first32(columns - k),
+                                                                                     from + (first + i) * stride + k)
                                                           : _mm512_setzero_si512());
 }
 
-// a: a stripe of 32 rows. left, right: a tile for each step, `apart` numbers apart, of 16 columns (16 pairs of numbers each).
+// a: a stripe of 32 rows. left, right: a tile for each step, `apart` numbers apart, of 16 columns (16 pairs of numbers
+// each).
 inline void sum_tiles(const uint16_t* a, const uint16_t* left, const uint16_t* right, int64_t apart, int64_t steps) {
   _tile_zero(0);
   _tile_zero(1);
@@ -67,7 +70,8 @@ inline void store_tiles(float* out, int64_t stride) {
 }
 
 // Writes sums that were stored aside, as far as there are so many rows and columns, or adds them.
-inline void put_sums(const float (&sums)[kSide][kSide], float* out, int64_t stride, int64_t rows, int64_t columns, bool add) {
+inline void put_sums(const float (&sums)[kSide][kSide], float* out, int64_t stride, int64_t rows, int64_t columns,
+                     bool add) {
   for (int64_t i = 0; i < rows && i < kSide; ++i)
     for (int half = 0; half < 2; ++half) {
       float* to = out + i * stride + 16 * half;

@@ -8,8 +8,12 @@
 namespace pyunlearn {
 namespace {
 
-inline __mmask32 first32(int64_t count) { return count >= 32 ? ~__mmask32{0} : count <= 0 ? __mmask32{0} : (__mmask32{1} << count) - 1; }
-inline __mmask16 first16(int64_t count) { return count >= 16 ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1); }
+inline __mmask32 first32(int64_t count) {
+  return count >= 32 ? ~__mmask32{0} : count <= 0 ? __mmask32{0} : (__mmask32{1} << count) - 1;
+}
+inline __mmask16 first16(int64_t count) {
+  return count >= 16 ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
+}
 
 inline void transpose(__m512i (&x)[16]) {  // of 32-bit numbers
   __m512i y[16];

@@ -1,5 +1,5 @@
-// The products of a gradient of bf16_products.h with AMX. b runs along the sums, so pairs of its rows are interleaved; if a does too, that is turned
-// afterwards.
+// The products of a gradient of bf16_products.h with AMX. b runs along the sums, so pairs of its rows are interleaved;
+// if a does too, that is turned afterwards.
 #if defined(__AMX_BF16__)
 #include "../bf16_products.h"
 #include "amx_tiles.h"
@@ -11,13 +11,17 @@ namespace amx {
 namespace {
 
 constexpr int64_t kDepth = 1024;                     // of the sums, before they are added to float32 numbers
-constexpr int64_t kPanelNumbers = int64_t{1} << 17;  // of a that a thread lays out at a time: 256 KiB, which the level-2 cache holds beside a stripe of b
+// of a that a thread lays out at a time: 256 KiB, which the level-2 cache holds beside a stripe of b
+constexpr int64_t kPanelNumbers = int64_t{1} << 17;
 
-// Columns `first` .. first + 31 of rows r .. r + 31 in pairs: pairs[half][i] holds, of 16 columns, rows r + 2 i and r + 2 i + 1. What is beyond is zero.
-inline void pairs_of(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, int64_t r, int64_t first, __m512i (&pairs)[2][16]) {
-  alignas(64) static const uint16_t order[2][32] = {
-      {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
-      {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
+// Columns `first` .. first + 31 of rows r .. r + 31 in pairs: pairs[half][i] holds, of 16 columns, rows r + 2 i and r +
+// 2 i + 1. What is beyond is zero.
+inline void pairs_of(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, int64_t r, int64_t first,
+                     __m512i (&pairs)[2][16]) {
+  alignas(64) static const uint16_t order[2][32] = {{0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
+                                                    {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
+                                                     24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
   const __m512i lower = _mm512_load_si512(order[0]), upper = _mm512_load_si512(order[1]);
   const __mmask32 which = first32(columns - first);
   const auto row = [&](int64_t i) {
@@ -31,7 +35,8 @@ inline void pairs_of(const uint16_t* from, int64_t stride, int64_t rows, int64_t
 }
 
 // Columns `first` .. first + 31 of a matrix as a stripe (amx_tiles.h). Turned: they are the tiles' rows.
-template <bool Turned> void lay_out_columns(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, int64_t first, uint16_t* to) {
+template <bool Turned>
+void lay_out_columns(const uint16_t* from, int64_t stride, int64_t rows, int64_t columns, int64_t first, uint16_t* to) {
   for (int64_t r = 0; r < rows; r += kSide, to += 2 * kTile) {
     __m512i pairs[2][16];
     pairs_of(from, stride, rows, columns, r, first, pairs);
@@ -48,7 +53,8 @@ void put(const float (&sums)[kSide][kSide], const Bf16Gradient& p, int64_t row, 
   if (!p.rounds) return put_sums(sums, static_cast<float*>(p.out) + at, p.out_stride, rows, columns, p.adds);
   uint16_t* to = static_cast<uint16_t*>(p.out) + at;
   for (int64_t i = 0; i < rows && i < kSide; ++i, to += p.out_stride)
-    _mm512_mask_storeu_epi16(to, first32(columns), (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums[i] + 16), _mm512_load_ps(sums[i])));
+    _mm512_mask_storeu_epi16(to, first32(columns),
+                             (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(sums[i] + 16), _mm512_load_ps(sums[i])));
 }
 
 void gradient_of(const Bf16Gradient& p, int threads) {  // all of its depth at a time
@@ -57,7 +63,8 @@ void gradient_of(const Bf16Gradient& p, int threads) {  // all of its depth at a
   const int64_t across = (p.columns + kSide - 1) / kSide, down = (p.rows + kSide - 1) / kSide;
   uint16_t* b = memory.room(across * stripe);
   parallel_rows(across, stripe, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) lay_out_columns<false>(p.b, p.b_stride, p.depth, p.columns, i * kSide, b + i * stripe);
+    for (int64_t i = begin; i < end; ++i)
+      lay_out_columns<false>(p.b, p.b_stride, p.depth, p.columns, i * kSide, b + i * stripe);
   });
 
   const int64_t fit = kPanelNumbers / (stripe + 1), many = fit < 1 ? 1 : fit > 4 ? 4 : fit;  // stripes of a in a panel

@@ -1,5 +1,5 @@
-// What both kernels of bf16_products.h share: some columns of b, laid out so that a vector holds one pair of neighbouring numbers of 16 columns.
-// Included by files with AVX-512 flags only.
+// What both kernels of bf16_products.h share: some columns of b, laid out so that a vector holds one pair of
+// neighbouring numbers of 16 columns. Included by files with AVX-512 flags only.
 #pragma once
 #include "../bf16_products.h"
 #include "avx512_tools.h"
@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kVectors = 4;     // of 16 columns: a panel
 constexpr int64_t kPanel = 16 * kVectors;
-constexpr int64_t kDepth = 320;  // pairs at most that are summed before they are added to the others: 80 KiB of panel, and short sums err less
+// pairs at most that are summed before they are added to the others: 80 KiB of panel, and short sums err less
+constexpr int64_t kDepth = 320;
 constexpr int64_t kStep = 16;    // pairs that are packed at a time, and that one AMX instruction takes
 
 using Packed = uint32_t[kDepth][16];  // of 16 columns, a row for each pair
@@ -29,15 +30,18 @@ inline Packed* panel_of_thread() {
   return memory.room(kVectors);
 }
 
-// packed[vector][k] = pair first + k of each of its 16 columns, in whole steps; what is beyond the columns or the width is zero.
-inline void pack(const Bf16Product& p, int64_t first_column, int64_t columns, int64_t first, int64_t pairs, Packed* packed) {
+// packed[vector][k] = pair first + k of each of its 16 columns, in whole steps; what is beyond the columns or the width
+// is zero.
+inline void pack(const Bf16Product& p, int64_t first_column, int64_t columns, int64_t first, int64_t pairs,
+                 Packed* packed) {
   for (int vector = 0; vector < kVectors; ++vector)
     for (int64_t k = 0; k < pairs; k += kStep) {
       __m512i x[16];
       for (int j = 0; j < 16; ++j) {
         const int64_t column = 16 * vector + j, at = 2 * (first + k);
-        x[j] = column < columns ? _mm512_maskz_loadu_epi16(first32(p.width - at), p.b + (first_column + column) * p.b_stride + at)
-                                : _mm512_setzero_si512();
+        x[j] = column < columns
+                   ? _mm512_maskz_loadu_epi16(first32(p.width - at), p.b + (first_column + column) * p.b_stride + at)
+                   : _mm512_setzero_si512();
       }
       transpose(x);
       for (int i = 0; i < 16; ++i) _mm512_store_si512(packed[vector][k + i], x[i]);
@@ -47,7 +51,8 @@ inline void pack(const Bf16Product& p, int64_t first_column, int64_t columns, in
 // f(first column, columns) for each panel.
 template <class F> void parallel_panels(const Bf16Product& p, int threads, F&& f) {
   parallel_rows((p.columns + kPanel - 1) / kPanel, p.rows * p.width, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i * kPanel, p.columns - i * kPanel < kPanel ? p.columns - i * kPanel : kPanel);
+    for (int64_t i = begin; i < end; ++i)
+      f(i * kPanel, p.columns - i * kPanel < kPanel ? p.columns - i * kPanel : kPanel);
   });
 }
 

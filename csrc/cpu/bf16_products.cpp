@@ -42,10 +42,12 @@ Kernel find() {
 #if defined(PYUNLEARN_AVX512_BF16)
   if (std::strcmp(cpu_kernels().name, "avx512")) return {};
   unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax >> 5 & 1)) return {};  // AVX512-BF16, which the kernel with AMX rounds with
+  // AVX512-BF16, which the kernel with AMX rounds with
+  if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax >> 5 & 1)) return {};
 #if defined(PYUNLEARN_AMX)
   const char* wanted = std::getenv("PYUNLEARN_CPU");
-  const bool tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx >> 22 & 1 && edx >> 24 & 1;  // AMX-BF16, AMX-TILE
+  // AMX-BF16, AMX-TILE
+  const bool tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && edx >> 22 & 1 && edx >> 24 & 1;
   if (tiles && !(wanted && *wanted) && may_use_tiles()) return {"amx_bf16", amx::product, amx::gradient};
 #endif
   return {"avx512_bf16", avx512bf16::product};

@@ -11,8 +11,10 @@ constexpr int64_t kMostNumbers = int64_t{1} << 21;  // of a that are laid out at
 
 int64_t steps_of(int64_t pairs) { return (pairs + kStep - 1) / kStep; }
 
-// `rows` rows and `columns` columns of out, 32 of each at most, from `steps` steps of both operands: += to what is there, or =.
-void block(const uint16_t* a, const Packed& left, const Packed& right, int64_t steps, float* out, int64_t stride, int64_t rows, int64_t columns, bool add) {
+// `rows` rows and `columns` columns of out, 32 of each at most, from `steps` steps of both operands: += to what is
+// there, or =.
+void block(const uint16_t* a, const Packed& left, const Packed& right, int64_t steps, float* out, int64_t stride,
+           int64_t rows, int64_t columns, bool add) {
   sum_tiles(a, reinterpret_cast<const uint16_t*>(left), reinterpret_cast<const uint16_t*>(right), kTile, steps);
   if (!add && rows >= kSide && columns >= kSide) return store_tiles(out, stride);
   alignas(64) float sums[kSide][kSide];
@@ -32,7 +34,8 @@ void columns_of(const Bf16Product& p, const uint16_t* a, int64_t first, int64_t 
     for (int64_t r = 0; r < p.rows; r += kSide) {
       const uint16_t* rows = a + r / kSide * steps_of(parts.pairs) * 2 * kTile + before / kStep * 2 * kTile;
       for (int v = 0; 16 * v < columns; v += 2)
-        block(rows, packed[v], packed[v + 1], steps_of(pairs), p.out + r * p.out_stride + first + 16 * v, p.out_stride, p.rows - r, columns - 16 * v, before > 0);
+        block(rows, packed[v], packed[v + 1], steps_of(pairs), p.out + r * p.out_stride + first + 16 * v, p.out_stride,
+              p.rows - r, columns - 16 * v, before > 0);
     }
   }
 }
@@ -50,7 +53,8 @@ void product_of(const Bf16Product& p, int threads) {  // as many rows as are lai
 }  // namespace
 
 void product(const Bf16Product& p, int threads) {
-  const int64_t blocks = kMostNumbers / (steps_of((p.width + 1) / 2) * 2 * kTile + 1), most = kSide * (blocks > 1 ? blocks : 1);
+  const int64_t blocks = kMostNumbers / (steps_of((p.width + 1) / 2) * 2 * kTile + 1),
+                most = kSide * (blocks > 1 ? blocks : 1);
   for (int64_t r = 0; r < p.rows; r += most) {
     Bf16Product some = p;
     some.a += r * p.a_stride, some.out += r * p.out_stride, some.rows = p.rows - r < most ? p.rows - r : most;

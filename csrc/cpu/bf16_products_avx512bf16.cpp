@@ -1,5 +1,5 @@
-// The kernel of bf16_products.h with AVX512-BF16: a packed panel of b stays in the level-2 cache while all rows of a go past it, six at a time, in 24
-// registers of sums. Each step takes a pair of bfloat16 numbers of every operand.
+// The kernel of bf16_products.h with AVX512-BF16: a packed panel of b stays in the level-2 cache while all rows of a go
+// past it, six at a time, in 24 registers of sums. Each step takes a pair of bfloat16 numbers of every operand.
 #if defined(__AVX512BF16__)
 #include <cstring>
 
@@ -12,13 +12,16 @@ namespace {
 constexpr int kRows = 6;
 
 // `Rows` rows of out from row r on: += if there are earlier pairs, = otherwise.
-template <int Rows> void tile(const Bf16Product& p, int64_t r, int64_t first_column, int64_t columns, int64_t first, int64_t pairs, const Packed* packed) {
+template <int Rows>
+void tile(const Bf16Product& p, int64_t r, int64_t first_column, int64_t columns, int64_t first, int64_t pairs,
+          const Packed* packed) {
   __m512 sum[Rows][kVectors];
   float* out = p.out + r * p.out_stride + first_column;
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kVectors; ++v) sum[i][v] = _mm512_setzero_ps();
   const uint16_t* a = p.a + r * p.a_stride;
-  const int64_t whole = 2 * (first + pairs) <= p.width ? pairs : pairs - 1;  // the last pair of an odd width is half there
+  // the last pair of an odd width is half there
+  const int64_t whole = 2 * (first + pairs) <= p.width ? pairs : pairs - 1;
   const auto step = [&](int64_t k, auto&& pair_of_row) {
     __m512bh b[kVectors];
     for (int v = 0; v < kVectors; ++v) b[v] = (__m512bh)_mm512_load_si512(packed[v][k]);

@@ -34,7 +34,9 @@ class Bias {
     if (b.dtype == Dtype::float64) fill(b, twice_);
     else fill(b, single_);
   }
-  const void* data() const { return !twice_.empty() ? static_cast<const void*>(twice_.data()) : !single_.empty() ? single_.data() : nullptr; }
+  const void* data() const {
+    return !twice_.empty() ? static_cast<const void*>(twice_.data()) : !single_.empty() ? single_.data() : nullptr;
+  }
 
  private:
   template <class real> static void fill(const LogitBlock& b, std::vector<real>& bias) {
@@ -53,7 +55,8 @@ class Bias {
   std::vector<double> twice_;
 };
 
-template <class Arguments> void run(const RowKernel<Arguments>& kernel, const Arguments& a, const LogitBlock& b, int threads) {
+template <class Arguments>
+void run(const RowKernel<Arguments>& kernel, const Arguments& a, const LogitBlock& b, int threads) {
   const Bias bias(b);
   const auto rows = b.dtype == Dtype::float64 ? kernel.twice : kernel.single;
   parallel_rows(b.rows, b.columns, threads, [&](int64_t begin, int64_t end) { rows(a, bias.data(), begin, end); });

@@ -9,7 +9,8 @@ namespace {
 const char* refuse(const LogitPair& pair, const MatrixOut& out) {
   if (const char* why = pyunlearn::refuse(pair.model, out)) return why;
   if (const char* why = pyunlearn::refuse(pair.reference)) return why;
-  if (pair.model.rows != pair.reference.rows || pair.model.columns != pair.reference.columns || pair.model.dtype != pair.reference.dtype)
+  if (pair.model.rows != pair.reference.rows || pair.model.columns != pair.reference.columns ||
+      pair.model.dtype != pair.reference.dtype)
     return "both blocks of logits must have the same rows, columns and dtype";
   return nullptr;
 }
@@ -18,7 +19,8 @@ template <class Arguments> void run_pairs(const PairKernel<Arguments>& kernel, c
   const LogitBlock& b = a.pair.model;
   const Bias bias(b), reference_bias(a.pair.reference);
   const auto rows = b.dtype == Dtype::float64 ? kernel.twice : kernel.single;
-  parallel_rows(b.rows, 2 * b.columns, threads, [&](int64_t begin, int64_t end) { rows(a, bias.data(), reference_bias.data(), begin, end); });
+  parallel_rows(b.rows, 2 * b.columns, threads,
+                [&](int64_t begin, int64_t end) { rows(a, bias.data(), reference_bias.data(), begin, end); });
 }
 
 }  // namespace
@@ -26,7 +28,8 @@ template <class Arguments> void run_pairs(const PairKernel<Arguments>& kernel, c
 const char* kl_statistics_cpu(const KlStatisticsArguments& a, int threads) {
   if (const char* why = refuse(a.pair, {})) return why;
   if (!a.pair.model.rows) return nullptr;
-  if (!a.maximum || !a.sum || !a.reference_maximum || !a.reference_sum || !a.cross) return "the running statistics must not be null";
+  if (!a.maximum || !a.sum || !a.reference_maximum || !a.reference_sum || !a.cross)
+    return "the running statistics must not be null";
   run_pairs(cpu_kernels().kl_statistics, a, threads);
   return nullptr;
 }

@@ -13,7 +13,9 @@ template <class real> struct PairRow {
   int64_t row, target;
   real* scratch;  // 2 kTile of real
 
-  PYUNLEARN_INLINE const real* model(int64_t begin, int64_t n) const { return logits(pair.model, bias, row, begin, n, scratch); }
+  PYUNLEARN_INLINE const real* model(int64_t begin, int64_t n) const {
+    return logits(pair.model, bias, row, begin, n, scratch);
+  }
   PYUNLEARN_INLINE const real* reference(int64_t begin, int64_t n) const {
     real* const mine = scratch + kTile;
     const real* y = logits(pair.reference, reference_bias, row, begin, n, mine);
@@ -24,11 +26,10 @@ template <class real> struct PairRow {
   }
 };
 
-struct Crossed {
-  double sum = 0, reference_sum = 0, cross = 0;
-};
+struct Crossed { double sum = 0, reference_sum = 0, cross = 0; };
 
-template <class real> PYUNLEARN_NOINLINE void add_crossed(const real* z, const real* y, int64_t n, real m, real mq, Crossed& to) {
+template <class real>
+PYUNLEARN_NOINLINE void add_crossed(const real* z, const real* y, int64_t n, real m, real mq, Crossed& to) {
   V<real> sum{}, reference_sum{}, cross{};
   const V<real> none{};
   for (int64_t i = 0; i < n; i += kLanes<real>) {
@@ -62,11 +63,15 @@ template <class real> void kl_statistics_row(const KlStatisticsArguments& a, con
   for_tiles(columns, [&](int64_t begin, int64_t n) {
     add_crossed(row.model(begin, n), row.reference(begin, n), n, reference_of(now), reference_of(reference_now), block);
   });
-  real &sum = row_value<real>(a.sum, r), &reference_sum = row_value<real>(a.reference_sum, r), &cross = row_value<real>(a.cross, r);
-  const double d = static_cast<double>(top) - reference_of(now), dq = static_cast<double>(reference_top) - reference_of(reference_now);
+  real &sum = row_value<real>(a.sum, r), &reference_sum = row_value<real>(a.reference_sum, r),
+       &cross = row_value<real>(a.cross, r);
+  const double d = static_cast<double>(top) - reference_of(now),
+               dq = static_cast<double>(reference_top) - reference_of(reference_now);
   const double e = top == -kInfinity<real> ? 0 : __builtin_exp(d);
-  const double eq = reference_top == -kInfinity<real> || dq < Lanes<real>::low ? 0 : __builtin_exp(dq);  // as within a block
-  const double before = reference_sum == 0 || eq == 0 ? 0 : eq * (cross + (dq - d) * reference_sum);  // cross may be infinite
+  // as within a block
+  const double eq = reference_top == -kInfinity<real> || dq < Lanes<real>::low ? 0 : __builtin_exp(dq);
+  // cross may be infinite
+  const double before = reference_sum == 0 || eq == 0 ? 0 : eq * (cross + (dq - d) * reference_sum);
   cross = static_cast<real>(before + block.cross);
   sum = static_cast<real>(e * sum + block.sum);
   reference_sum = static_cast<real>(eq * reference_sum + block.reference_sum);
@@ -76,7 +81,8 @@ template <class real> void kl_statistics_row(const KlStatisticsArguments& a, con
 
 // out = factor * p * slope - reference_factor * q * slope, with p = exp(z - m) and q = exp(y - mq); out may be z.
 template <class real>
-PYUNLEARN_NOINLINE void difference(const real* z, const real* y, int64_t n, real m, real mq, real factor, real reference_factor, real cap, real* out) {
+PYUNLEARN_NOINLINE void difference(const real* z, const real* y, int64_t n, real m, real mq, real factor,
+                                   real reference_factor, real cap, real* out) {
   const real inverse = cap > 0 ? 1 / cap : 0;
   for (int64_t i = 0; i < n; i += kLanes<real>) {
     const V<real> x = load(z + i);
@@ -90,7 +96,8 @@ PYUNLEARN_NOINLINE void difference(const real* z, const real* y, int64_t n, real
   }
 }
 
-template <class real> void kl_gradient_row(const KlGradientArguments& a, const PairRow<real>& row, real* result_buffer) {
+template <class real>
+void kl_gradient_row(const KlGradientArguments& a, const PairRow<real>& row, real* result_buffer) {
   const LogitBlock& b = a.pair.model;
   const int64_t r = row.row;
   char* const out = at(a.out.data, a.out.dtype, r * a.out.stride);
@@ -99,31 +106,41 @@ template <class real> void kl_gradient_row(const KlGradientArguments& a, const P
     __builtin_memset(out, 0, b.columns * size_of(a.out.dtype));
     return;
   }
-  const real m = reference_of(row_value<real>(a.maximum, r)), mq = reference_of(row_value<real>(a.reference_maximum, r));
+  const real m = reference_of(row_value<real>(a.maximum, r)),
+             mq = reference_of(row_value<real>(a.reference_maximum, r));
   const real factor = static_cast<real>(coefficient / row_value<real>(a.sum, r));
   const real reference_factor = static_cast<real>(coefficient / row_value<real>(a.reference_sum, r));
   for_tiles(b.columns, [&](int64_t begin, int64_t n) {
     char* const to = at(out, a.out.dtype, begin);
     const bool direct = is_whole<real>(a.out.dtype, n);
     real* const result = direct ? reinterpret_cast<real*>(to) : result_buffer;
-    difference(row.model(begin, n), row.reference(begin, n), n, m, mq, factor, reference_factor, static_cast<real>(b.softcap), result);
+    difference(row.model(begin, n), row.reference(begin, n), n, m, mq, factor, reference_factor,
+               static_cast<real>(b.softcap), result);
     if (!direct) narrow(a.out.dtype, result, n, to);
   });
 }
 
 template <class real, class Arguments, class Row>
-PYUNLEARN_INLINE void each_pair(const Arguments& a, const void* bias, const void* reference_bias, int64_t begin, int64_t end, Row&& one) {
+PYUNLEARN_INLINE void each_pair(const Arguments& a, const void* bias, const void* reference_bias, int64_t begin,
+                                int64_t end, Row&& one) {
   alignas(64) real scratch[3 * kTile] = {};
   for (int64_t r = begin; r < end; ++r) {
-    const PairRow<real> row{a.pair, static_cast<const real*>(bias), static_cast<const real*>(reference_bias), r, target_column(a.pair.model, r), scratch};
+    const PairRow<real> row{a.pair, static_cast<const real*>(bias), static_cast<const real*>(reference_bias),
+                            r,      target_column(a.pair.model, r), scratch};
     one(row, scratch + 2 * kTile);
   }
 }
-template <class real> void kl_statistics(const KlStatisticsArguments& a, const void* bias, const void* reference_bias, int64_t begin, int64_t end) {
-  each_pair<real>(a, bias, reference_bias, begin, end, [&](const PairRow<real>& row, real*) { kl_statistics_row(a, row); });
+template <class real>
+void kl_statistics(const KlStatisticsArguments& a, const void* bias, const void* reference_bias, int64_t begin,
+                   int64_t end) {
+  each_pair<real>(a, bias, reference_bias, begin, end,
+                  [&](const PairRow<real>& row, real*) { kl_statistics_row(a, row); });
 }
-template <class real> void kl_gradient(const KlGradientArguments& a, const void* bias, const void* reference_bias, int64_t begin, int64_t end) {
-  each_pair<real>(a, bias, reference_bias, begin, end, [&](const PairRow<real>& row, real* buffer) { kl_gradient_row(a, row, buffer); });
+template <class real>
+void kl_gradient(const KlGradientArguments& a, const void* bias, const void* reference_bias, int64_t begin,
+                 int64_t end) {
+  each_pair<real>(a, bias, reference_bias, begin, end,
+                  [&](const PairRow<real>& row, real* buffer) { kl_gradient_row(a, row, buffer); });
 }
 
 }  // namespace PYUNLEARN_VARIANT

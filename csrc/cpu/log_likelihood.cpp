@@ -7,8 +7,10 @@ namespace pyunlearn {
 
 const char* log_likelihood_statistics_cpu(const StatisticsArguments& a, int threads) {
   if (const char* why = refuse(a.block, a.kept)) return why;
-  if (!a.maximum || !a.sum || !a.target_logit) return a.block.rows ? "maximum, sum and target_logit must not be null" : nullptr;
-  if (a.kept.data && !a.block_maximum && a.block.rows) return "kept needs block_maximum, without which it cannot be used";
+  if (!a.maximum || !a.sum || !a.target_logit)
+    return a.block.rows ? "maximum, sum and target_logit must not be null" : nullptr;
+  if (a.kept.data && !a.block_maximum && a.block.rows)
+    return "kept needs block_maximum, without which it cannot be used";
   run(cpu_kernels().log_likelihood_statistics, a, a.block, threads);
   return nullptr;
 }

@@ -5,14 +5,18 @@
 namespace pyunlearn {
 namespace PYUNLEARN_VARIANT {
 
-template <class real> void statistics_row(const StatisticsArguments& a, const real* bias, int64_t r, Scratch<real>& scratch) {
+template <class real>
+void statistics_row(const StatisticsArguments& a, const real* bias, int64_t r, Scratch<real>& scratch) {
   const LogitBlock& b = a.block;
   const int64_t target = target_column(b, r);
-  if (target >= 0) row_value<real>(a.target_logit, r) = *logits(b, bias, r, target, 1, scratch.tile);  // before kept overwrites it
+  // before kept overwrites it
+  if (target >= 0) row_value<real>(a.target_logit, r) = *logits(b, bias, r, target, 1, scratch.tile);
 
   const bool fits = b.columns <= kRow<real>;
   real m = -kInfinity<real>;
-  for_tiles(b.columns, [&](int64_t begin, int64_t n) { m = maximum(logits(b, bias, r, begin, n, scratch.row + (fits ? begin : 0)), n, m); });
+  for_tiles(b.columns, [&](int64_t begin, int64_t n) {
+    m = maximum(logits(b, bias, r, begin, n, scratch.row + (fits ? begin : 0)), n, m);
+  });
 
   double sum = 0;
   for_tiles(b.columns, [&](int64_t begin, int64_t n) {
@@ -24,7 +28,8 @@ template <class real> void statistics_row(const StatisticsArguments& a, const re
     }
     char* kept = at(a.kept.data, a.kept.dtype, r * a.kept.stride + begin);
     const bool direct = is_whole<real>(a.kept.dtype, n);
-    sum += exponentials(z, n, reference_of(m), static_cast<real>(b.softcap), direct ? reinterpret_cast<real*>(kept) : scratch.tile);
+    sum += exponentials(z, n, reference_of(m), static_cast<real>(b.softcap),
+                        direct ? reinterpret_cast<real*>(kept) : scratch.tile);
     if (!direct) narrow(a.kept.dtype, scratch.tile, n, kept);
   });
 
@@ -39,7 +44,8 @@ template <class real> void statistics_row(const StatisticsArguments& a, const re
   maximum_so_far = static_cast<real>(now);
 }
 
-template <class real> void gradient_row(const GradientArguments& a, const real* bias, int64_t r, Scratch<real>& scratch) {
+template <class real>
+void gradient_row(const GradientArguments& a, const real* bias, int64_t r, Scratch<real>& scratch) {
   const LogitBlock& b = a.block;
   char* const out = at(a.out.data, a.out.dtype, r * a.out.stride);
   const double coefficient = row_value<real>(a.coefficients, r) * b.scale;
@@ -79,11 +85,13 @@ template <class real> void gradient_row(const GradientArguments& a, const real* 
   narrow(a.out.dtype, &at_target, 1, at(out, a.out.dtype, target));
 }
 
-template <class real> void log_likelihood_statistics(const StatisticsArguments& a, const void* bias, int64_t begin, int64_t end) {
+template <class real>
+void log_likelihood_statistics(const StatisticsArguments& a, const void* bias, int64_t begin, int64_t end) {
   Scratch<real> scratch;
   for (int64_t r = begin; r < end; ++r) statistics_row(a, static_cast<const real*>(bias), r, scratch);
 }
-template <class real> void log_likelihood_gradient(const GradientArguments& a, const void* bias, int64_t begin, int64_t end) {
+template <class real>
+void log_likelihood_gradient(const GradientArguments& a, const void* bias, int64_t begin, int64_t end) {
   Scratch<real> scratch;
   for (int64_t r = begin; r < end; ++r) gradient_row(a, static_cast<const real*>(bias), r, scratch);
 }

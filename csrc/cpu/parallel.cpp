@@ -34,7 +34,8 @@ int note_path(dl_phdr_info* info, size_t, void* data) {
   return 1;
 }
 
-// A look-up through libtorch_cpu searches its dependencies, so it finds torch's runtime even where another package brought a second one.
+// A look-up through libtorch_cpu searches its dependencies, so it finds torch's runtime even where another package
+// brought a second one.
 OpenMP find_openmp() {
   for (const char* name : {"libtorch_cpu", "libgomp"}) {
     Wanted wanted{name, {}};

@@ -1,4 +1,5 @@
-// Rows in parallel on torch's own threads: we link no OpenMP, and a second pool would compete with torch's spinning workers.
+// Rows in parallel on torch's own threads: we link no OpenMP, and a second pool would compete with torch's spinning
+// workers.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -16,7 +17,9 @@ void parallel_rows(int64_t rows, int64_t work_per_row, int threads, F&& f) {
   if (rows <= 0) return;
   if (threads <= 1 || rows == 1 || rows * work_per_row < kSmall) return f(int64_t{0}, rows);
   using Body = std::remove_reference_t<F>;
-  run_rows(rows, threads, [](void* body, int64_t begin, int64_t end) { (*static_cast<Body*>(body))(begin, end); }, std::addressof(f));
+  run_rows(
+      rows, threads, [](void* body, int64_t begin, int64_t end) { (*static_cast<Body*>(body))(begin, end); },
+      std::addressof(f));
 }
 
 }  // namespace pyunlearn

@@ -34,16 +34,19 @@ const void* row_of(const void* matrix, Dtype dtype, int64_t at) {
 }  // namespace
 
 const char* target_products_cpu(const TargetProductsArguments& a, int threads) {
-  if (a.rows < 0 || a.width < 0 || a.vocabulary <= 0) return "rows and width must not be negative, and the vocabulary not empty";
+  if (a.rows < 0 || a.width < 0 || a.vocabulary <= 0)
+    return "rows and width must not be negative, and the vocabulary not empty";
   if (!a.rows) return nullptr;
-  if ((a.width && (!a.hidden || !a.weight)) || !a.targets || !a.sum || !a.size) return "hidden, weight, targets, sum and size must not be null";
+  if ((a.width && (!a.hidden || !a.weight)) || !a.targets || !a.sum || !a.size)
+    return "hidden, weight, targets, sum and size must not be null";
   parallel_rows(a.rows, a.width, threads, [&](int64_t begin, int64_t end) {
     std::vector<float> h(a.width), w(a.width);
     for (int64_t r = begin; r < end; ++r) {
       const void* hidden = row_of(a.hidden, a.dtype, r * a.hidden_stride);
       const void* weight = row_of(a.weight, a.dtype, a.row_of_weight(r) * a.weight_stride);
       if (a.dtype == Dtype::float64) {
-        add_products(static_cast<const double*>(hidden), static_cast<const double*>(weight), a.width, a.sum + r, a.size + r);
+        add_products(static_cast<const double*>(hidden), static_cast<const double*>(weight), a.width, a.sum + r,
+                     a.size + r);
       } else {
         cpu_kernels().widen(a.dtype, hidden, a.width, h.data());
         cpu_kernels().widen(a.dtype, weight, a.width, w.data());

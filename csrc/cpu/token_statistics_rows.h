@@ -6,12 +6,11 @@
 namespace pyunlearn {
 namespace PYUNLEARN_VARIANT {
 
-struct Moments {
-  double sum = 0, first = 0, second = 0;
-};
+struct Moments { double sum = 0, first = 0, second = 0; };
 
 // Adds the tile's moments about m, and counts what lies above the threshold.
-template <class real> PYUNLEARN_NOINLINE int64_t add_moments(const real* z, int64_t n, real m, real threshold, Moments& moments) {
+template <class real>
+PYUNLEARN_NOINLINE int64_t add_moments(const real* z, int64_t n, real m, real threshold, Moments& moments) {
   V<real> sum{}, first{}, second{}, above{};
   const V<real> one = splat<real>(1), none{}, low = splat(Lanes<real>::low);
   for (int64_t i = 0; i < n; i += kLanes<real>) {
@@ -42,7 +41,8 @@ PYUNLEARN_INLINE Moments moved(const Moments& a, double d) {
   return {e * a.sum, e * (a.first + d * a.sum), e * (a.second + 2 * d * a.first + d * d * a.sum)};
 }
 
-template <class real> void token_statistics_row(const TokenStatisticsArguments& a, const real* bias, int64_t r, Scratch<real>& scratch) {
+template <class real>
+void token_statistics_row(const TokenStatisticsArguments& a, const real* bias, int64_t r, Scratch<real>& scratch) {
   const LogitBlock& b = a.block;
   const int64_t target = target_column(b, r);
   const real threshold = row_value<real>(a.threshold, r);
@@ -54,7 +54,9 @@ template <class real> void token_statistics_row(const TokenStatisticsArguments& 
   }
   const bool fits = b.columns <= kRow<real>;
   real m = -kInfinity<real>;
-  for_tiles(b.columns, [&](int64_t begin, int64_t n) { m = maximum(logits(b, bias, r, begin, n, scratch.row + (fits ? begin : 0)), n, m); });
+  for_tiles(b.columns, [&](int64_t begin, int64_t n) {
+    m = maximum(logits(b, bias, r, begin, n, scratch.row + (fits ? begin : 0)), n, m);
+  });
 
   Moments block;
   for_tiles(b.columns, [&](int64_t begin, int64_t n) {
@@ -79,7 +81,8 @@ template <class real> void token_statistics_row(const TokenStatisticsArguments& 
   top = static_cast<real>(now);
 }
 
-template <class real> void token_statistics(const TokenStatisticsArguments& a, const void* bias, int64_t begin, int64_t end) {
+template <class real>
+void token_statistics(const TokenStatisticsArguments& a, const void* bias, int64_t begin, int64_t end) {
   Scratch<real> scratch;
   for (int64_t r = begin; r < end; ++r) token_statistics_row(a, static_cast<const real*>(bias), r, scratch);
 }

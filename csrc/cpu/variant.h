@@ -1,5 +1,6 @@
-// What one instruction set offers: every row kernel of the contracts in csrc/*.h, on a range of rows. A variant's translation unit defines
-// PYUNLEARN_VARIANT (its namespace) and PYUNLEARN_VECTOR_BYTES and includes this file; elsewhere only the interface is declared.
+// What one instruction set offers: every row kernel of the contracts in csrc/*.h, on a range of rows. A variant's
+// translation unit defines PYUNLEARN_VARIANT (its namespace) and PYUNLEARN_VECTOR_BYTES and includes this file;
+// elsewhere only the interface is declared.
 #pragma once
 #include "../kl_divergence.h"
 #include "../log_likelihood.h"
@@ -8,13 +9,13 @@
 namespace pyunlearn {
 
 // A kernel for float32 statistics, and one for float64.
-template <class Kernel> struct ForReal {
-  Kernel single, twice;
-};
+template <class Kernel> struct ForReal { Kernel single, twice; };
 // Rows [begin, end). bias: in real, zeros if there is none, padded to whole vectors; null if z = x.
-template <class Arguments> using RowKernel = ForReal<void (*)(const Arguments&, const void* bias, int64_t begin, int64_t end)>;
 template <class Arguments>
-using PairKernel = ForReal<void (*)(const Arguments&, const void* bias, const void* reference_bias, int64_t begin, int64_t end)>;
+using RowKernel = ForReal<void (*)(const Arguments&, const void* bias, int64_t begin, int64_t end)>;
+template <class Arguments>
+using PairKernel =
+    ForReal<void (*)(const Arguments&, const void* bias, const void* reference_bias, int64_t begin, int64_t end)>;
 
 struct CpuVariant {
   const char* name;

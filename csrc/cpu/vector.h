@@ -1,8 +1,8 @@
-// Vectors of floats or doubles, exp and tanh on them, the narrow types, and how a row of logits is read in tiles: what the row kernels are made of.
-// Included once per instruction set by variant.h, inside no namespace.
+// Vectors of floats or doubles, exp and tanh on them, the narrow types, and how a row of logits is read in tiles: what
+// the row kernels are made of. Included once per instruction set by variant.h, inside no namespace.
 //
-// Nothing inline from outside the variant's namespace (std:: templates and <cmath> included) may be used here: the linker keeps one copy
-// of such a function, and the portable variant could be given the AVX-512 one.
+// Nothing inline from outside the variant's namespace (std:: templates and <cmath> included) may be used here: the
+// linker keeps one copy of such a function, and the portable variant could be given the AVX-512 one.
 #pragma once
 #include "../log_likelihood.h"
 
@@ -12,8 +12,8 @@
 namespace pyunlearn {
 namespace PYUNLEARN_VARIANT {
 
-constexpr int64_t kTile = 512;         // columns at a time: short enough for sums of real, and in L1 between the steps
-constexpr int64_t kRowBytes = 32768;   // a row of transformed logits up to this size is kept between its two passes
+constexpr int64_t kTile = 512;  // columns at a time: short enough for sums of real, and in L1 between the steps
+constexpr int64_t kRowBytes = 32768;  // a row of transformed logits up to this size is kept between its two passes
 
 template <class real> struct Lanes;
 template <> struct Lanes<float> {
@@ -21,7 +21,8 @@ template <> struct Lanes<float> {
   typedef uint32_t B __attribute__((vector_size(PYUNLEARN_VECTOR_BYTES)));
   static constexpr Dtype dtype = Dtype::float32;
   static constexpr float magic = 0x1.8p23f, low = -88, high = 89;
-  static constexpr float ln2_high = 0x1.62ep-1f, ln2_low = 0x1.0bfbe8p-15f;  // the high part times any exponent is exact
+  // the high part times any exponent is exact
+  static constexpr float ln2_high = 0x1.62ep-1f, ln2_low = 0x1.0bfbe8p-15f;
   static constexpr int mantissa = 23;
   static constexpr uint32_t exponent_bias = 127;
   static constexpr int terms = 5;
@@ -46,9 +47,7 @@ template <class real> constexpr int64_t kLanes = PYUNLEARN_VECTOR_BYTES / sizeof
 template <class real> constexpr int64_t kRow = kRowBytes / sizeof(real);
 template <class real> constexpr real kInfinity = static_cast<real>(__builtin_inf());
 
-template <class real> struct Scratch {
-  alignas(64) real row[kRow<real>] = {}, tile[kTile] = {};
-};
+template <class real> struct Scratch { alignas(64) real row[kRow<real>] = {}, tile[kTile] = {}; };
 
 template <class real> PYUNLEARN_INLINE V<real> load(const real* p) {
   V<real> v;
@@ -58,8 +57,9 @@ template <class real> PYUNLEARN_INLINE V<real> load(const real* p) {
 template <class real> PYUNLEARN_INLINE void store(real* p, V<real> v) { __builtin_memcpy(p, &v, sizeof v); }
 template <class real> PYUNLEARN_INLINE V<real> splat(real x) { return V<real>{} + x; }
 
-// t = n ln 2 + r with |r| <= ln 2 / 2, s = 2^n, q = e^r - 1: so e^t = s + s q, and e^t - 1 = s q + (s - 1) keeps its digits near t = 0.
-// Below low s is 0 and above high infinite, both exactly (e^t is never subnormal); a NaN passes through q.
+// t = n ln 2 + r with |r| <= ln 2 / 2, s = 2^n, q = e^r - 1: so e^t = s + s q, and e^t - 1 = s q + (s - 1) keeps its
+// digits near t = 0. Below low s is 0 and above high infinite, both exactly (e^t is never subnormal); a NaN passes
+// through q.
 template <class real> PYUNLEARN_INLINE void split_exp(V<real> t, V<real>& s, V<real>& q) {
   using L = Lanes<real>;
   using B = typename L::B;
@@ -83,7 +83,7 @@ template <class real> PYUNLEARN_INLINE V<real> tanh_lanes(V<real> y) {
   V<real> s, q;
   split_exp<real>(a * -2, s, q);
   const V<real> m = s * q + (s - 1);  // expm1(-2 |y|)
-  const V<real> t = m / (m + 2);      // -tanh |y|
+  const V<real> t = m / (m + 2);  // -tanh |y|
   return y < 0 ? t : -t;
 }
 
@@ -114,7 +114,8 @@ PYUNLEARN_INLINE float from_float16(uint16_t h) {
 PYUNLEARN_INLINE uint16_t to_float16(float x) {
   const uint32_t b = bits_of(x), a = b & 0x7fffffff;
   const uint32_t normal = (a - (112u << 23) + 0xfff + ((a >> 13) & 1)) >> 13;  // rounds up into infinity by itself
-  const uint32_t subnormal = bits_of(float_of(a) + 0.5f) - bits_of(0.5f);      // 0.5f's last place is the subnormals' unit
+  // 0.5f's last place is the subnormals' unit
+  const uint32_t subnormal = bits_of(float_of(a) + 0.5f) - bits_of(0.5f);
   uint32_t h = a < (113u << 23) ? subnormal : normal;
   h = a >= (143u << 23) ? 0x7c00u : h;
   h = a > 0x7f800000 ? 0x7e00u : h;
@@ -123,28 +124,41 @@ PYUNLEARN_INLINE uint16_t to_float16(float x) {
 
 PYUNLEARN_NOINLINE void widen(Dtype dtype, const void* from, int64_t n, float* __restrict to) {
   const uint16_t* __restrict h = static_cast<const uint16_t*>(from);
-  if (dtype == Dtype::bfloat16) for (int64_t i = 0; i < n; ++i) to[i] = from_bfloat16(h[i]);
-  else if (dtype == Dtype::float16) for (int64_t i = 0; i < n; ++i) to[i] = from_float16(h[i]);
+  if (dtype == Dtype::bfloat16)
+    for (int64_t i = 0; i < n; ++i) to[i] = from_bfloat16(h[i]);
+  else if (dtype == Dtype::float16)
+    for (int64_t i = 0; i < n; ++i) to[i] = from_float16(h[i]);
   else __builtin_memcpy(to, from, n * sizeof *to);
 }
 PYUNLEARN_NOINLINE void narrow(Dtype dtype, const float* __restrict from, int64_t n, void* to) {
   uint16_t* __restrict h = static_cast<uint16_t*>(to);
-  if (dtype == Dtype::bfloat16) for (int64_t i = 0; i < n; ++i) h[i] = to_bfloat16(from[i]);
-  else if (dtype == Dtype::float16) for (int64_t i = 0; i < n; ++i) h[i] = to_float16(from[i]);
+  if (dtype == Dtype::bfloat16)
+    for (int64_t i = 0; i < n; ++i) h[i] = to_bfloat16(from[i]);
+  else if (dtype == Dtype::float16)
+    for (int64_t i = 0; i < n; ++i) h[i] = to_float16(from[i]);
   else __builtin_memcpy(to, from, n * sizeof *from);
 }
-PYUNLEARN_INLINE void widen(Dtype, const void* from, int64_t n, double* to) { __builtin_memcpy(to, from, n * sizeof *to); }
-PYUNLEARN_INLINE void narrow(Dtype, const double* from, int64_t n, void* to) { __builtin_memcpy(to, from, n * sizeof *from); }
+PYUNLEARN_INLINE void widen(Dtype, const void* from, int64_t n, double* to) {
+  __builtin_memcpy(to, from, n * sizeof *to);
+}
+PYUNLEARN_INLINE void narrow(Dtype, const double* from, int64_t n, void* to) {
+  __builtin_memcpy(to, from, n * sizeof *from);
+}
 
 PYUNLEARN_INLINE int64_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 PYUNLEARN_INLINE char* at(const void* data, Dtype dtype, int64_t index) {
   return const_cast<char*>(static_cast<const char*>(data)) + index * size_of(dtype);
 }
 
-// Vector loops read and write whole vectors. A tile whose width is not a multiple of the lanes must therefore lie in scratch memory.
-template <class real> PYUNLEARN_INLINE bool is_whole(Dtype dtype, int64_t n) { return dtype == Lanes<real>::dtype && n % kLanes<real> == 0; }
+// Vector loops read and write whole vectors. A tile whose width is not a multiple of the lanes must therefore lie in
+// scratch memory.
+template <class real>
+PYUNLEARN_INLINE bool is_whole(Dtype dtype, int64_t n) {
+  return dtype == Lanes<real>::dtype && n % kLanes<real> == 0;
+}
 
-// ---- steps on one tile; not inlined, so that a recomputed block gets its bits from the very code that the kept one came from ----
+// ---- steps on one tile; not inlined, so that a recomputed block gets its bits from the very code that the kept one
+// came from ----
 
 template <class real> PYUNLEARN_NOINLINE void transform(real* x, const real* bias, int64_t n, real scale, real cap) {
   for (int64_t i = 0; i < n; i += kLanes<real>) {
@@ -164,7 +178,8 @@ template <class real> PYUNLEARN_NOINLINE real maximum(const real* z, int64_t n, 
   return m;
 }
 
-// Four sums side by side: a row's largest term is 1, and the fewer small ones are added to it one by one, the less is rounded off them.
+// Four sums side by side: a row's largest term is 1, and the fewer small ones are added to it one by one, the less is
+// rounded off them.
 template <bool writes, bool capped, class real>
 PYUNLEARN_INLINE double exp_loop(const real* z, int64_t n, real reference, real cap, real* out) {
   V<real> sum[4] = {};
@@ -188,7 +203,8 @@ PYUNLEARN_INLINE double exp_loop(const real* z, int64_t n, real reference, real 
   return total;
 }
 // out, unless null, becomes exp(z - reference) dz/du; returns the sum of exp(z - reference). out may be z.
-template <class real> PYUNLEARN_NOINLINE double exponentials(const real* z, int64_t n, real reference, real cap, real* out) {
+template <class real>
+PYUNLEARN_NOINLINE double exponentials(const real* z, int64_t n, real reference, real cap, real* out) {
   if (!out) return exp_loop<false, false>(z, n, reference, cap, out);
   return cap > 0 ? exp_loop<true, true>(z, n, reference, cap, out) : exp_loop<true, false>(z, n, reference, cap, out);
 }
@@ -197,7 +213,8 @@ template <class real> PYUNLEARN_NOINLINE void multiply(const real* x, int64_t n,
   for (int64_t i = 0; i < n; i += kLanes<real>) store(out + i, load(x + i) * factor);
 }
 
-// n elements of a stored row as real: in place if they can be read there, else copied to buffer and filled up with -inf.
+// n elements of a stored row as real: in place if they can be read there, else copied to buffer and filled up with
+// -inf.
 template <class real> PYUNLEARN_INLINE const real* read(Dtype dtype, const char* from, int64_t n, real* buffer) {
   if (is_whole<real>(dtype, n)) return reinterpret_cast<const real*>(from);
   widen(dtype, from, n, buffer);
@@ -206,7 +223,8 @@ template <class real> PYUNLEARN_INLINE const real* read(Dtype dtype, const char*
 }
 
 // The logits z of columns [begin, begin + n) of row r.
-template <class real> const real* logits(const LogitBlock& b, const real* bias, int64_t r, int64_t begin, int64_t n, real* buffer) {
+template <class real>
+const real* logits(const LogitBlock& b, const real* bias, int64_t r, int64_t begin, int64_t n, real* buffer) {
   const char* from = at(b.data, b.dtype, r * b.stride + begin);
   if (!bias) return read(b.dtype, from, n, buffer);
   widen(b.dtype, from, n, buffer);
@@ -215,7 +233,8 @@ template <class real> const real* logits(const LogitBlock& b, const real* bias, 
   return buffer;
 }
 
-// exp(z - m) with m = -inf would be NaN where every z is -inf: there z itself serves, which leaves zeros (and NaN where z is NaN).
+// exp(z - m) with m = -inf would be NaN where every z is -inf: there z itself serves, which leaves zeros (and NaN where
+// z is NaN).
 template <class real> PYUNLEARN_INLINE real reference_of(real m) { return m == -kInfinity<real> ? 0 : m; }
 
 template <class real> PYUNLEARN_INLINE real& row_value(const void* values, int64_t r) {

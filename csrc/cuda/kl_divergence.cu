@@ -1,5 +1,5 @@
-// The contract of kl_divergence.h for any NVIDIA GPU, on float32 products: each pair of logits is read once; a row belongs to one warp (narrow blocks) or
-// to one thread block.
+// The contract of kl_divergence.h for any NVIDIA GPU, on float32 products: each pair of logits is read once; a row
+// belongs to one warp (narrow blocks) or to one thread block.
 #include "../kl_divergence.h"
 
 #include "../online_softmax.h"
@@ -22,8 +22,8 @@ struct PairOfRows {
   const int target;
 
   __device__ PairOfRows(const Pair& p, int64_t row)
-      : pair(p), model(p.model.data, row * p.model.stride, p.model.columns), reference(p.reference.data, row * p.reference.stride, model),
-        target(p.model.target_column(row)) {}
+      : pair(p), model(p.model.data, row * p.model.stride, p.model.columns),
+        reference(p.reference.data, row * p.reference.stride, model), target(p.model.target_column(row)) {}
 
   // The logits of U packs, `apart` columns apart; -inf beyond the row.
   __device__ __forceinline__ void load(int first, int apart, float (&z)[U][N], float (&y)[U][N]) const {
@@ -40,9 +40,7 @@ struct PairOfRows {
   }
 };
 
-struct Running {
-  float *maximum, *sum, *reference_maximum, *reference_sum, *cross;
-};
+struct Running { float *maximum, *sum, *reference_maximum, *reference_sum, *cross; };
 
 struct Crossed {
   float maximum = -INFINITY, sum = 0.f, reference_maximum = -INFINITY, reference_sum = 0.f, cross = 0.f;
@@ -50,7 +48,8 @@ struct Crossed {
   __device__ __forceinline__ void move_to(float top, float reference_top) {
     const float d = maximum - softmax_shift(top), dq = reference_maximum - softmax_shift(reference_top);
     const float e = maximum == -INFINITY ? 0.f : fast_exp(d), eq = reference_maximum == -INFINITY ? 0.f : fast_exp(dq);
-    if (reference_sum != 0.f) cross = eq == 0.f ? 0.f : eq * (cross + (dq - d) * reference_sum);  // cross may be infinite
+    // cross may be infinite
+    if (reference_sum != 0.f) cross = eq == 0.f ? 0.f : eq * (cross + (dq - d) * reference_sum);
     if (maximum != -INFINITY) sum *= e;
     if (reference_maximum != -INFINITY) reference_sum *= eq;
     maximum = top, reference_maximum = reference_top;
@@ -59,12 +58,14 @@ struct Crossed {
     const float e = fast_exp(y - reference_shift);
     sum += fast_exp(z - shift);
     reference_sum += e;
-    if (e != 0.f) cross += e * ((y - reference_shift) - (z - shift));  // 0 where the reference has no mass, whatever the model has
+    // 0 where the reference has no mass, whatever the model has
+    if (e != 0.f) cross += e * ((y - reference_shift) - (z - shift));
   }
 };
 
 template <int Threads>
-__global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 64>) streaming_kl_statistics(const Pair pair, const Running to) {
+__global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 64>)
+    streaming_kl_statistics(const Pair pair, const Running to) {
   const int64_t r = row_of_thread<Threads>();
   if (r >= pair.model.rows) return;
   const int lane = threadIdx.x % Threads;
@@ -116,11 +117,13 @@ __global__ void __launch_bounds__(kBlock) kl_gradient(const Pair pair, const Fro
   const PairOfRows row(pair, r);
   const Head& head = pair.model.head;
   const AnyRow<N> out(from.out, r, pair.model.columns, row.model.start);
-  const float coefficient = from.coefficients[r] * head.scale, factor = coefficient / from.sum[r], reference_factor = coefficient / from.reference_sum[r];
+  const float coefficient = from.coefficients[r] * head.scale, factor = coefficient / from.sum[r],
+              reference_factor = coefficient / from.reference_sum[r];
   const float shift = softmax_shift(from.maximum[r]), reference_shift = softmax_shift(from.reference_maximum[r]);
   const bool nothing = from.coefficients[r] == 0.f;
   const int threads = (int)blockDim.x;
-  for (int p = (int)blockIdx.y * U * threads + (int)threadIdx.x; p < row.model.packs; p += (int)gridDim.y * U * threads) {
+  for (int p = (int)blockIdx.y * U * threads + (int)threadIdx.x; p < row.model.packs;
+       p += (int)gridDim.y * U * threads) {
     const int first = row.model.column(p), apart = threads * N;
     float z[U][N] = {}, y[U][N] = {};
     if (!nothing) {
@@ -129,7 +132,8 @@ __global__ void __launch_bounds__(kBlock) kl_gradient(const Pair pair, const Fro
       for (int u = 0; u < U; ++u)
 #pragma unroll
         for (int i = 0; i < N; ++i)
-          z[u][i] = (fast_exp(z[u][i] - shift) * factor - fast_exp(y[u][i] - reference_shift) * reference_factor) * head.slope(z[u][i]);
+          z[u][i] = (fast_exp(z[u][i] - shift) * factor - fast_exp(y[u][i] - reference_shift) * reference_factor) *
+                    head.slope(z[u][i]);
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) out.store(first + u * apart, z[u]);
@@ -139,23 +143,28 @@ __global__ void __launch_bounds__(kBlock) kl_gradient(const Pair pair, const Fro
 const char* cannot_pair(const LogitPair& pair) {
   if (const char* why = cannot(pair.model)) return why;
   if (const char* why = cannot(pair.reference)) return why;
-  if (pair.model.dtype != Dtype::float32 || pair.reference.dtype != Dtype::float32) return "both blocks of logits must be float32";
+  if (pair.model.dtype != Dtype::float32 || pair.reference.dtype != Dtype::float32)
+    return "both blocks of logits must be float32";
   if (pair.model.rows != pair.reference.rows || pair.model.columns != pair.reference.columns)
     return "both blocks of logits must have the same rows and columns";
   return nullptr;
 }
 
-Pair device_pair(const LogitPair& pair) { return {device_block(pair.model), device_block(pair.reference), (float)pair.target_shift}; }
+Pair device_pair(const LogitPair& pair) {
+  return {device_block(pair.model), device_block(pair.reference), (float)pair.target_shift};
+}
 
 }  // namespace
 
 const char* kl_statistics_cuda(const KlStatisticsArguments& a, void* stream) {
   if (const char* why = cannot_pair(a.pair)) return why;
   if (a.pair.model.rows == 0) return nullptr;
-  const Running to{(float*)a.maximum, (float*)a.sum, (float*)a.reference_maximum, (float*)a.reference_sum, (float*)a.cross};
+  const Running to{(float*)a.maximum, (float*)a.sum, (float*)a.reference_maximum, (float*)a.reference_sum,
+                   (float*)a.cross};
   with_threads((int)a.pair.model.columns, [&](auto count) {
     constexpr int T = decltype(count)::threads;
-    streaming_kl_statistics<T><<<grid_over_rows<T>(a.pair.model.rows), kThreadsABlock<T>, 0, (cudaStream_t)stream>>>(device_pair(a.pair), to);
+    streaming_kl_statistics<T>
+        <<<grid_over_rows<T>(a.pair.model.rows), kThreadsABlock<T>, 0, (cudaStream_t)stream>>>(device_pair(a.pair), to);
   });
   return launched();
 }
@@ -164,11 +173,12 @@ const char* kl_gradient_cuda(const KlGradientArguments& a, void* stream) {
   if (const char* why = cannot_pair(a.pair)) return why;
   if (a.out.dtype == Dtype::float64) return "the gradient is written as float32, bfloat16 or float16";
   if (a.pair.model.rows == 0 || a.pair.model.columns == 0) return nullptr;
-  const From from{(const float*)a.maximum, (const float*)a.sum, (const float*)a.reference_maximum, (const float*)a.reference_sum,
-                  (const float*)a.coefficients, a.out};
+  const From from{(const float*)a.maximum,       (const float*)a.sum,          (const float*)a.reference_maximum,
+                  (const float*)a.reference_sum, (const float*)a.coefficients, a.out};
   const dim3 threads = a.pair.model.columns <= 1024 ? dim3(32, kBlock / 32) : dim3(kBlock);
   const int64_t share = 2 * U * N * threads.x, shares = (a.pair.model.columns + share - 1) / share;  // 2 turns a thread
-  const dim3 grid((unsigned)((a.pair.model.rows + threads.y - 1) / threads.y), (unsigned)(shares < 65535 ? shares : 65535));
+  const dim3 grid((unsigned)((a.pair.model.rows + threads.y - 1) / threads.y),
+                  (unsigned)(shares < 65535 ? shares : 65535));
   kl_gradient<<<grid, threads, 0, (cudaStream_t)stream>>>(device_pair(a.pair), from);
   return launched();
 }

@@ -1,6 +1,6 @@
-// The contract of log_likelihood.h for any NVIDIA GPU. A row belongs to one warp (narrow blocks) or to one thread block; nothing is atomic, so
-// results repeat bit for bit. Statistics alone read each logit once. Statistics that keep the exponentials read it once too while the
-// block's row fits into registers, and twice beyond that.
+// The contract of log_likelihood.h for any NVIDIA GPU. A row belongs to one warp (narrow blocks) or to one thread
+// block; nothing is atomic, so results repeat bit for bit. Statistics alone read each logit once. Statistics that keep
+// the exponentials read it once too while the block's row fits into registers, and twice beyond that.
 #include "../log_likelihood.h"
 
 #include "../online_softmax.h"
@@ -10,7 +10,8 @@ namespace pyunlearn {
 namespace {
 
 constexpr int kHeld = 32;    // logits that a thread holds at a time
-constexpr int kNarrow = 32 * kHeld, kMiddle = 128 * kHeld, kWide = 256 * kHeld;  // columns up to which a warp, a small block, a block can hold a row
+// columns up to which a warp, a small block, a block can hold a row
+constexpr int kNarrow = 32 * kHeld, kMiddle = 128 * kHeld, kWide = 256 * kHeld;
 
 struct Statistics {
   float *maximum, *sum, *target_logit, *block_maximum;
@@ -22,7 +23,8 @@ struct Gradient {
   MatrixOut out;
 };
 
-template <int N> __device__ __forceinline__ void keep(const Head& head, const float (&z)[N], float shift, float (&kept)[N], float& sum) {
+template <int N>
+__device__ __forceinline__ void keep(const Head& head, const float (&z)[N], float shift, float (&kept)[N], float& sum) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float e = fast_exp(z[i] - shift);
@@ -31,14 +33,16 @@ template <int N> __device__ __forceinline__ void keep(const Head& head, const fl
   }
 }
 
-// What the blocks before this one left of a row. Asked for before the last reduction, which takes as long; when the row begins, registers are short.
+// What the blocks before this one left of a row. Asked for before the last reduction, which takes as long; when the row
+// begins, registers are short.
 __device__ __forceinline__ OnlineSoftmax<float> so_far(const Statistics& to, int64_t row, int lane) {
   OnlineSoftmax<float> before;
   if (lane == 0) before = {to.maximum[row], to.sum[row]};
   return before;
 }
 
-__device__ __forceinline__ void merge_into_row(const Statistics& to, int64_t row, const OnlineSoftmax<float>& before, float maximum, float sum) {
+__device__ __forceinline__ void merge_into_row(const Statistics& to, int64_t row, const OnlineSoftmax<float>& before,
+                                               float maximum, float sum) {
   const OnlineSoftmax<float> both = merge<float>(before, {maximum, sum});
   to.maximum[row] = both.maximum;
   to.sum[row] = both.sum;
@@ -47,7 +51,8 @@ __device__ __forceinline__ void merge_into_row(const Statistics& to, int64_t row
 
 // Any number of columns, read once; a second time if the exponentials are kept.
 template <class In, int Threads, bool Keep>
-__global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 64>) streaming_statistics(const Block block, const Statistics to) {
+__global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 64>)
+    streaming_statistics(const Block block, const Statistics to) {
   constexpr int N = kPack<In>, U = kHeld / 2 / N;
   const int64_t r = row_of_thread<Threads>();
   if (r >= block.rows) return;
@@ -88,7 +93,8 @@ __global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 64>)
 
 // Up to Threads * kHeld columns, read once and held in registers until the maximum is known.
 template <class In, int Threads>
-__global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 80>) held_statistics(const Block block, const Statistics to) {
+__global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 80>)
+    held_statistics(const Block block, const Statistics to) {
   constexpr int N = kPack<In>, U = kHeld / N;
   const int64_t r = row_of_thread<Threads>();
   if (r >= block.rows) return;
@@ -117,7 +123,8 @@ __global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 80>)
 }
 
 // blockDim.x threads to a row, blockDim.y rows to a block, gridDim.y blocks share the columns.
-template <class In, bool IsKept> __global__ void __launch_bounds__(kBlock) logit_gradient(const Block block, const Gradient from) {
+template <class In, bool IsKept>
+__global__ void __launch_bounds__(kBlock) logit_gradient(const Block block, const Gradient from) {
   constexpr int N = kPack<In>;
   const int64_t r = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
   if (r >= block.rows) return;
@@ -125,13 +132,16 @@ template <class In, bool IsKept> __global__ void __launch_bounds__(kBlock) logit
   const AnyRow<N> out(from.out, r, block.columns, row.start);
   const Head& head = block.head;
   const int target = block.target_column(r);
-  const float maximum = from.maximum[r], sum = from.sum[r], coefficient = from.coefficients[r] * head.scale, value = from.log_likelihood[r];
+  const float maximum = from.maximum[r], sum = from.sum[r], coefficient = from.coefficients[r] * head.scale,
+              value = from.log_likelihood[r];
   const float shift = softmax_shift(from.block_maximum ? from.block_maximum[r] : maximum);
   const float factor = -coefficient * (from.block_maximum ? expf(from.block_maximum[r] - maximum) : 1.f) / sum;
-  const float at_target = coefficient * -expm1f(value) * (head.softcap != 0.f ? head.slope(value + logf(sum) + maximum) : 1.f);
+  const float at_target =
+      coefficient * -expm1f(value) * (head.softcap != 0.f ? head.slope(value + logf(sum) + maximum) : 1.f);
   const bool nothing = from.coefficients[r] == 0.f;
 
-  for (int64_t p = (int64_t)blockIdx.y * blockDim.x + threadIdx.x; p < row.packs; p += (int64_t)gridDim.y * blockDim.x) {
+  for (int64_t p = (int64_t)blockIdx.y * blockDim.x + threadIdx.x; p < row.packs;
+       p += (int64_t)gridDim.y * blockDim.x) {
     const int at = row.column(p);
     float g[N] = {};
     if (!nothing) {
@@ -149,10 +159,12 @@ template <class In, bool IsKept> __global__ void __launch_bounds__(kBlock) logit
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------- launchers
+// ---------------------------------------------------------------- launchers
 
-template <class In, int Threads, bool Keep> void stream_rows(const Block& block, const Statistics& to, cudaStream_t stream) {
-  streaming_statistics<In, Threads, Keep><<<grid_over_rows<Threads>(block.rows), kThreadsABlock<Threads>, 0, stream>>>(block, to);
+template <class In, int Threads, bool Keep>
+void stream_rows(const Block& block, const Statistics& to, cudaStream_t stream) {
+  streaming_statistics<In, Threads, Keep>
+      <<<grid_over_rows<Threads>(block.rows), kThreadsABlock<Threads>, 0, stream>>>(block, to);
 }
 template <class In, int Threads> void hold_rows(const Block& block, const Statistics& to, cudaStream_t stream) {
   held_statistics<In, Threads><<<grid_over_rows<Threads>(block.rows), kThreadsABlock<Threads>, 0, stream>>>(block, to);
@@ -170,11 +182,13 @@ const char* log_likelihood_statistics_cuda(const StatisticsArguments& a, void* s
   with_type(a.block.dtype, [&](auto type) {
     using In = typename decltype(type)::type;
     if (!a.kept.data) {
-      with_threads(block.columns, [&](auto count) { stream_rows<In, decltype(count)::threads, false>(block, to, stream); });
+      with_threads(block.columns,
+                   [&](auto count) { stream_rows<In, decltype(count)::threads, false>(block, to, stream); });
       return;
     }
     const bool aligned = (uintptr_t)block.data % 16 == 0 && block.stride % kPack<In> == 0;
-    const int held = block.columns + (aligned ? 0 : kPack<In> - 1);  // a row that is not aligned begins inside its first pack
+    // a row that is not aligned begins inside its first pack
+    const int held = block.columns + (aligned ? 0 : kPack<In> - 1);
     if (held <= kNarrow) hold_rows<In, 32>(block, to, stream);
     else if (held <= kMiddle) hold_rows<In, 128>(block, to, stream);
     else if (held <= kWide) hold_rows<In, 256>(block, to, stream);
@@ -189,8 +203,8 @@ const char* log_likelihood_gradient_cuda(const GradientArguments& a, void* strea
   if (a.is_kept && !a.block_maximum) return "kept exponentials need the block_maximum that came with them";
   if (a.block.rows == 0 || a.block.columns == 0) return nullptr;
   const Block block = device_block(a.block);
-  const Gradient from{(const float*)a.maximum, (const float*)a.sum, (const float*)a.log_likelihood, (const float*)a.coefficients,
-                      (const float*)a.block_maximum, a.out};
+  const Gradient from{(const float*)a.maximum,      (const float*)a.sum,           (const float*)a.log_likelihood,
+                      (const float*)a.coefficients, (const float*)a.block_maximum, a.out};
   const cudaStream_t stream = (cudaStream_t)stream_;
   const dim3 threads = block.columns <= kNarrow ? dim3(32, kBlock / 32) : dim3(kBlock);
   with_type(a.block.dtype, [&](auto type) {

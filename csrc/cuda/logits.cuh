@@ -1,4 +1,5 @@
-// What every row kernel on a card has: logits from raw products, rows as threads read them, and how a launch is laid out.
+// What every row kernel on a GPU has: logits from raw products, rows as threads read them, and how a launch is laid
+// out.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -14,14 +15,15 @@ constexpr int kBlock = 256;
 constexpr int kNoColumn = INT_MIN;  // not -1: the pack at the start of a row that is not aligned covers columns below 0
 constexpr int64_t kMostColumns = (int64_t(1) << 31) - (1 << 16), kMostRows = (int64_t(1) << 31) - 1;
 
-__device__ __forceinline__ float fast_exp(float x) {  // within 2e-7 relative near 0, where the mass is; below e^-87 it is 0
+// within 2e-7 relative near 0, where the mass is; below e^-87 it is 0
+__device__ __forceinline__ float fast_exp(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
   return y;
 }
 
-// From raw products to logits. The explicit roundings keep the compiler from fusing with what follows, which it might do in one kernel and
-// not in another: kept and recomputed exponentials have to agree bit for bit.
+// From raw products to logits. The explicit roundings keep the compiler from fusing with what follows, which it might
+// do in one kernel and not in another: kept and recomputed exponentials have to agree bit for bit.
 struct Head {
   const void* bias;
   Dtype bias_dtype;
@@ -67,9 +69,11 @@ struct Block {  // LogitBlock with its numbers in the kernels' types
   }
 };
 
-// From raw products to logits, of U packs, `apart` columns apart; what lies outside the row is -inf, set after the softcap.
+// From raw products to logits, of U packs, `apart` columns apart; what lies outside the row is -inf, set after the
+// softcap.
 template <class In, int U>
-__device__ __forceinline__ void to_logits(const Block& block, const PackedRow<In>& row, int first, int apart, float (&z)[U][kPack<In>]) {
+__device__ __forceinline__ void to_logits(const Block& block, const PackedRow<In>& row, int first, int apart,
+                                          float (&z)[U][kPack<In>]) {
 #pragma unroll
   for (int u = 0; u < U; ++u) {
     const int at = first + u * apart;
@@ -83,8 +87,8 @@ __device__ __forceinline__ void to_logits(const Block& block, const PackedRow<In
 
 // The same from memory. The thread that holds the target's logit writes it down.
 template <class In, int U>
-__device__ __forceinline__ void load_logits(const Block& block, const PackedRow<In>& row, int first, int apart, int target, float* target_logit,
-                                            float (&z)[U][kPack<In>]) {
+__device__ __forceinline__ void load_logits(const Block& block, const PackedRow<In>& row, int first, int apart,
+                                            int target, float* target_logit, float (&z)[U][kPack<In>]) {
   row.load(first, apart, z);
   to_logits(block, row, first, apart, z);
 #pragma unroll
@@ -95,8 +99,8 @@ __device__ __forceinline__ void load_logits(const Block& block, const PackedRow<
 }
 
 template <int Threads> constexpr int kThreadsABlock = Threads == 32 ? 128 : Threads;  // a row has a warp, or a block
-// Blocks of so many threads that a multiprocessor shall hold, so that a thread has Registers of its 65536 registers. Left to itself, ptxas spills for the
-// sake of more blocks.
+// Blocks of so many threads that a multiprocessor shall hold, so that a thread has Registers of its 65536 registers.
+// Left to itself, ptxas spills for the sake of more blocks.
 template <int Threads, int Registers> constexpr int kBlocks = 65536 / Registers / kThreadsABlock<Threads>;
 
 template <int Threads> __device__ __forceinline__ int64_t row_of_thread() {
@@ -104,15 +108,13 @@ template <int Threads> __device__ __forceinline__ int64_t row_of_thread() {
   return (int64_t)blockIdx.x * rows_a_block + threadIdx.x / Threads;
 }
 
-// ------------------------------------------------------------------------------------------------------------- launchers
+// ---------------------------------------------------------------- launchers
 
 template <class T> struct Type { using type = T; };
 
-// f with the threads that share a row: as few as give every one of them its 16 logits at a time, in few turns, with little left over. Narrow blocks come
-// with many rows, so the card is full either way (pyunlearn/ops/_plan.py).
-template <int N> struct Count {
-  static constexpr int threads = N;
-};
+// f with the threads that share a row: as few as give every one of them its 16 logits at a time, in few turns, with
+// little left over. Narrow blocks come with many rows, so the GPU is full either way (pyunlearn/ops/_plan.py).
+template <int N> struct Count { static constexpr int threads = N; };
 
 template <class F> void with_threads(int columns, F&& f) {
   if (columns <= 1024) f(Count<32>());
@@ -136,7 +138,13 @@ const char* cannot(const LogitBlock& b) {
 
 Block device_block(const LogitBlock& b) {
   const float cap = (float)b.softcap, inverse = cap != 0.f ? (float)(1.0 / b.softcap) : 0.f;
-  return {b.data, b.stride, b.rows, b.first_column, (int)b.columns, b.targets, {b.bias, b.bias_dtype, (float)b.scale, cap, inverse}};
+  return {b.data,
+          b.stride,
+          b.rows,
+          b.first_column,
+          (int)b.columns,
+          b.targets,
+          {b.bias, b.bias_dtype, (float)b.scale, cap, inverse}};
 }
 
 const char* launched() {

@@ -1,5 +1,6 @@
-// Rows of a matrix in packs of 16 bytes, whatever the alignment of the row: pack 0 begins at the last aligned address at or before the row, so the
-// first and the last pack may stick out of it; those two go element by element, all others as one load or store.
+// Rows of a matrix in packs of 16 bytes, whatever the alignment of the row: pack 0 begins at the last aligned address
+// at or before the row, so the first and the last pack may stick out of it; those two go element by element, all others
+// as one load or store.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -18,24 +19,30 @@ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
 template <class T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
-template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
 template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
 
 template <class T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack { T at[N]; };
 
-// A row that is read in packs. It may be written at the same addresses by the thread that read them, so no read-only cache here.
+// A row that is read in packs. It may be written at the same addresses by the thread that read them, so no read-only
+// cache here.
 template <class T> struct PackedRow {
   static constexpr int N = kPack<T>;
   const T* data;
   int columns, start, packs;  // start: the column of pack 0, in (-N, 0]
   bool aligned = true;
 
-  __device__ PackedRow(const void* matrix, int64_t offset, int columns_) : data((const T*)matrix + offset), columns(columns_) {
+  __device__ PackedRow(const void* matrix, int64_t offset, int columns_)
+      : data((const T*)matrix + offset), columns(columns_) {
     start = -(int)((uintptr_t)data % 16 / sizeof(T));
     packs = (columns - start + N - 1) / N;
   }
   // In packs of the same columns as those of another row; element by element if its addresses do not allow that.
-  __device__ PackedRow(const void* matrix, int64_t offset, const PackedRow& other) : PackedRow(matrix, offset, other.columns) {
+  __device__ PackedRow(const void* matrix, int64_t offset, const PackedRow& other)
+      : PackedRow(matrix, offset, other.columns) {
     aligned = start == other.start;
     start = other.start, packs = other.packs;
   }
@@ -76,20 +83,22 @@ template <class T> struct PackedRow {
   }
 };
 
-// A row that is read or written N columns at a time, beginning at `start`, and whose type is known at run time only: a branch for N columns costs
-// nothing beside the memory, and saves a kernel for every pair of types.
+// A row that is read or written N columns at a time, beginning at `start`, and whose type is known at run time only: a
+// branch for N columns costs nothing beside the memory, and saves a kernel for every pair of types.
 template <int N> struct AnyRow {
   void* data;
   Dtype dtype;
   int columns;
   bool aligned;
 
-  __device__ AnyRow(const void* matrix, Dtype dtype_, int64_t stride, int64_t row, int columns_, int start) : dtype(dtype_), columns(columns_) {
+  __device__ AnyRow(const void* matrix, Dtype dtype_, int64_t stride, int64_t row, int columns_, int start)
+      : dtype(dtype_), columns(columns_) {
     const int64_t size = dtype == Dtype::float32 ? 4 : 2, pack = size * N < 16 ? size * N : 16;
     data = (char*)matrix + row * stride * size;
     aligned = ((intptr_t)data + start * size) % pack == 0;
   }
-  __device__ AnyRow(const MatrixOut& m, int64_t row, int columns_, int start) : AnyRow(m.data, m.dtype, m.stride, row, columns_, start) {}
+  __device__ AnyRow(const MatrixOut& m, int64_t row, int columns_, int start)
+      : AnyRow(m.data, m.dtype, m.stride, row, columns_, start) {}
 
   __device__ __forceinline__ void round(float (&x)[N]) const {  // to what a store would leave behind
     if (dtype == Dtype::bfloat16) round_as<__nv_bfloat16>(x);
@@ -137,9 +146,10 @@ template <int N> struct AnyRow {
   }
 };
 
-// The sums, maxima, ... of Values values of each of the Threads threads that share a row (a warp, or the whole block), for all of them, between two
-// barriers. The order is fixed, so they repeat bit for bit.
-template <int Threads, int Values, class Combine> __device__ __forceinline__ void reduce_row(float (&x)[Values], Combine combine) {
+// The sums, maxima, ... of Values values of each of the Threads threads that share a row (a warp, or the whole block),
+// for all of them, between two barriers. The order is fixed, so they repeat bit for bit.
+template <int Threads, int Values, class Combine>
+__device__ __forceinline__ void reduce_row(float (&x)[Values], Combine combine) {
 #pragma unroll
   for (int offset = 16; offset; offset >>= 1)
 #pragma unroll
@@ -168,7 +178,11 @@ template <int Threads, class Combine> __device__ __forceinline__ float reduce_ro
   return one[0];
 }
 
-struct Larger { __device__ float operator()(float a, float b) const { return fmaxf(a, b); } };  // passes NaN over
-struct Plus { __device__ float operator()(float a, float b) const { return a + b; } };
+struct Larger {
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};  // passes NaN over
+struct Plus {
+  __device__ float operator()(float a, float b) const { return a + b; }
+};
 
 }  // namespace pyunlearn

@@ -11,7 +11,8 @@ __device__ __forceinline__ double sum_of_warp(double x) {
   return x;
 }
 
-template <class T> __global__ void __launch_bounds__(kThreadsABlock<32>) multiply_targets(const TargetProductsArguments a) {
+template <class T>
+__global__ void __launch_bounds__(kThreadsABlock<32>) multiply_targets(const TargetProductsArguments a) {
   const int64_t r = row_of_thread<32>();
   if (r >= a.rows) return;
   const T* hidden = (const T*)a.hidden + r * a.hidden_stride;

@@ -1,4 +1,5 @@
-// The contract of token_statistics.h for any NVIDIA GPU: each logit is read once; a row belongs to one warp (narrow blocks) or to one thread block.
+// The contract of token_statistics.h for any NVIDIA GPU: each logit is read once; a row belongs to one warp (narrow
+// blocks) or to one thread block.
 #include "../token_statistics.h"
 
 #include "../online_softmax.h"
@@ -35,7 +36,8 @@ struct Moments {
 };
 
 template <class In, int Threads>
-__global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 64>) streaming_token_statistics(const Block block, const Running to) {
+__global__ void __launch_bounds__(kThreadsABlock<Threads>, kBlocks<Threads, 64>)
+    streaming_token_statistics(const Block block, const Running to) {
   constexpr int N = kPack<In>, U = 16 / N;
   const int64_t r = row_of_thread<Threads>();
   if (r >= block.rows) return;
@@ -89,7 +91,8 @@ const char* token_statistics_cuda(const TokenStatisticsArguments& a, void* strea
   if (const char* why = cannot(a.block)) return why;
   if (a.block.rows == 0) return nullptr;
   const Block block = device_block(a.block);
-  const Running to{(const float*)a.threshold, (float*)a.maximum, (float*)a.sum, (float*)a.first, (float*)a.second, (float*)a.target_logit, a.rank};
+  const Running to{(const float*)a.threshold, (float*)a.maximum,      (float*)a.sum, (float*)a.first,
+                   (float*)a.second,          (float*)a.target_logit, a.rank};
   const cudaStream_t stream = (cudaStream_t)stream_;
   with_type(a.block.dtype, [&](auto type) {
     using In = typename decltype(type)::type;

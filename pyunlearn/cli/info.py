@@ -12,10 +12,10 @@ def collect() -> dict[str, Any]:
     import torch
 
     import pyunlearn
-    from pyunlearn.ops import _backend, _hopper_use
+    from pyunlearn.ops import _backend, hopper
 
     cpu, built = _backend.on_cpu(), _backend.build_info()
-    card = _backend.on_card(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    gpu = _backend.on_gpu(torch.cuda.current_device() if torch.cuda.is_available() else 0)
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     driver = built.get("cuda_driver")
     return {
@@ -28,9 +28,9 @@ def collect() -> dict[str, Any]:
         if cpu.kernels == "cpu"
         else cpu.kernels,
         "bfloat16 products on the CPU": (cpu.kernels == "cpu" and built["bf16_products"]) or "PyTorch's",
-        "backend on CUDA": card.kernels,
-        "why": cpu.why if cpu.why == card.why else f"CPU: {cpu.why}; CUDA: {card.why}",
-        "Hopper kernels": _hopper_use.status(),
+        "backend on CUDA": gpu.kernels,
+        "why": cpu.why if cpu.why == gpu.why else f"CPU: {cpu.why}; CUDA: {gpu.why}",
+        "Hopper kernels": hopper.status(),
         "CPU threads": torch.get_num_threads(),
         "compiled CUDA architectures": built.get("cuda_architectures") or "none",
         "CUDA driver": f"{driver // 1000}.{driver % 1000 // 10}" if driver else "none",

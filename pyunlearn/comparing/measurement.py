@@ -71,7 +71,9 @@ class Yardstick:
 
     def _standing(self, forced: dict[str, TeacherForced]) -> Standing:
         forget, utility = forced["forget"], forced["utility"]
-        found = verdict(self.scores["forget"], -forget.mean_log_likelihood, self.scores["references"], target_exposure=self.until)
+        found = verdict(
+            self.scores["forget"], -forget.mean_log_likelihood, self.scores["references"], target_exposure=self.until
+        )
         names = found.verdict.tolist()
         exposures = found.after.lower
         forget_nll, exposure, extracted, utility_nll = (

@@ -95,7 +95,7 @@ class Likelihood:
             function,
             *per_example,
             group_size=group_size,
-            likeliest=top_fraction,
+            top_fraction=top_fraction,
             weights=weights,
             **self._head_options(head, temperature),
         )

@@ -1,4 +1,4 @@
-"""The ops: fused log-likelihoods and what is made of them, with their definitions in pyunlearn.ops.reference."""
+"""Fused log-likelihood ops and the objectives built on them; their definitions are in pyunlearn.ops.reference."""
 
 from pyunlearn.ops.example_objective import ExampleObjective, example_objective
 from pyunlearn.ops.kl_divergence import kl_divergence
@@ -10,6 +10,16 @@ from pyunlearn.ops.token_statistics import TokenStatistics, token_statistics, to
 from pyunlearn.ops.weighted_log_likelihood import weighted_log_likelihood
 
 __all__ = [
-    "ExampleObjective", "TokenObjective", "TokenStatistics", "example_objective", "kl_divergence", "linear_log_likelihood", "log_likelihood",
-    "logit_margin", "token_objective", "token_statistics", "token_statistics_from_logits", "weighted_log_likelihood",
-]  # fmt: skip
+    "ExampleObjective",
+    "TokenObjective",
+    "TokenStatistics",
+    "example_objective",
+    "kl_divergence",
+    "linear_log_likelihood",
+    "log_likelihood",
+    "logit_margin",
+    "token_objective",
+    "token_statistics",
+    "token_statistics_from_logits",
+    "weighted_log_likelihood",
+]

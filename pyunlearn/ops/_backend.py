@@ -1,7 +1,7 @@
-"""Which implementation of the row kernels runs: cuda (C++/CUDA), cpu (C++) or reference (PyTorch). Chosen once, and for each card by itself.
+"""Choice of the row kernels' implementation: cuda (C++/CUDA), cpu (C++) or reference (PyTorch).
 
-PYUNLEARN_BACKEND=cuda | cpu | reference overrides the choice: `reference` everywhere, `cpu` keeps CUDA tensors on the reference,
-`cuda` insists on the CUDA kernels and is an error where they cannot run.
+The choice is made once for the CPU, and once for each GPU. PYUNLEARN_BACKEND overrides it: `reference` runs the
+reference everywhere, `cpu` runs it for CUDA tensors, `cuda` raises an error where the CUDA kernels cannot run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ except ImportError as error:  # a source tree that was not built, or a platform 
     _missing = str(error)
     if os.environ.get("PYUNLEARN_BACKEND", "") != "reference":
         warnings.warn(
-            f"pyunlearn's compiled kernels are not here ({_missing}); plain PyTorch runs instead, slower. `pip install .` builds them.",
+            f"pyunlearn's compiled kernels are missing ({_missing}); plain PyTorch runs instead, slower. "
+            "`pip install .` builds them.",
             stacklevel=2,
         )
 
@@ -35,75 +36,79 @@ Result = TypeVar("Result")
 
 
 class Choice(NamedTuple):
-    """What runs ("cuda", "cpu" or "reference"), and why."""
+    """The implementation that runs ("cuda", "cpu" or "reference"), and the reason."""
 
     kernels: str
     why: str
 
 
 def build_info() -> dict[str, Any]:
-    """What the compiled extension was built with, and what it sees; empty if it is missing."""
+    """Return the compiled extension's build options and the devices that it sees; empty if it is missing."""
     return dict(_C.build_info()) if _C is not None else {}
 
 
 def extension() -> Any:
-    """The compiled extension, for kernels that have no counterpart on the other backends."""
+    """Return the compiled extension, for kernels that have no counterpart on the other backends."""
     return _C
 
 
 @cache
 def on_cpu() -> Choice:
-    """For tensors on the CPU; no card is touched, unless one is insisted on. Raises ValueError for an unknown or impossible PYUNLEARN_BACKEND."""
-    wanted = _wanted()
-    if wanted == "reference":
+    """Return the choice for tensors on the CPU. No GPU is touched, except with PYUNLEARN_BACKEND=cuda.
+
+    Raises ValueError for an unknown or impossible PYUNLEARN_BACKEND.
+    """
+    requested = _requested()
+    if requested == "reference":
         return Choice("reference", "PYUNLEARN_BACKEND=reference")
     if _C is None:
-        if wanted:
+        if requested:
             raise ValueError(
-                f"PYUNLEARN_BACKEND={wanted} needs the compiled extension, which is not here: run `pip install .`"
+                f"PYUNLEARN_BACKEND={requested} needs the compiled extension, which is missing: run `pip install .`"
             )
         return Choice("reference", f"the compiled extension is missing: {_missing}")
-    if wanted == "cuda":
-        on_card(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if requested == "cuda":
+        on_gpu(torch.cuda.current_device() if torch.cuda.is_available() else 0)
     return Choice("cpu", "compiled kernels found")
 
 
 @cache
-def on_card(index: int) -> Choice:
-    """For tensors on that card, on which the kernels are tried out when it is asked for the first time. Raises ValueError as `on_cpu`."""
-    wanted = _wanted()
-    if wanted == "cpu" or (wanted != "cuda" and on_cpu().kernels == "reference"):
-        return Choice("reference", "PYUNLEARN_BACKEND=cpu" if wanted == "cpu" else on_cpu().why)
+def on_gpu(index: int) -> Choice:
+    """Return the choice for tensors on that GPU. The first call tests the kernels. Raises ValueError as `on_cpu`."""
+    requested = _requested()
+    if requested == "cpu" or (requested != "cuda" and on_cpu().kernels == "reference"):
+        return Choice("reference", "PYUNLEARN_BACKEND=cpu" if requested == "cpu" else on_cpu().why)
     problem = _cuda_problem(index)
     if not problem:
         require_no_graph()
-        with _disable_current_modes(), torch.cuda.device(index):  # the first use may be in the middle of torch.compile
-            problem = _wrong_on(torch.device("cuda", index))
+        with _disable_current_modes(), torch.cuda.device(index):  # the first use may be inside torch.compile
+            problem = _self_test_problem(torch.device("cuda", index))
     if not problem:
         return Choice("cuda", "compiled kernels found")
-    if wanted == "cuda":
-        raise ValueError(f"PYUNLEARN_BACKEND=cuda, but {problem}: mend that, or unset it")
+    if requested == "cuda":
+        raise ValueError(f"PYUNLEARN_BACKEND=cuda, but {problem}: fix that, or unset it")
     if torch.cuda.is_available():
         warnings.warn(
-            f"pyunlearn's CUDA kernels are not used on cuda:{index}: {problem}. Plain PyTorch runs on the card instead.",
+            f"pyunlearn's CUDA kernels are not used on cuda:{index}: {problem}. Plain PyTorch runs on the GPU instead.",
             stacklevel=3,
         )
     return Choice("reference", problem)
 
 
 def require_no_graph() -> None:
-    """Raises RuntimeError while a CUDA graph is captured: kernels are tried out at their first use, and a graph cannot hold that."""
+    """Raise RuntimeError while a CUDA graph is captured: the self-test at the first use cannot be captured."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "pyunlearn tries its kernels out at their first use, which a CUDA graph cannot hold: call the op once before capturing"
+            "pyunlearn tests its kernels at their first use, which a CUDA graph cannot capture: "
+            "call the op once before capturing"
         )
 
 
-def _wanted() -> str:
-    wanted = os.environ.get("PYUNLEARN_BACKEND", "").strip().lower()
-    if wanted not in ("", "cuda", "cpu", "reference"):
-        raise ValueError(f"PYUNLEARN_BACKEND must be cuda, cpu or reference, got {wanted!r}: correct it or unset it")
-    return wanted
+def _requested() -> str:
+    requested = os.environ.get("PYUNLEARN_BACKEND", "").strip().lower()
+    if requested not in ("", "cuda", "cpu", "reference"):
+        raise ValueError(f"PYUNLEARN_BACKEND must be cuda, cpu or reference, got {requested!r}: correct it or unset it")
+    return requested
 
 
 def _cuda_problem(index: int) -> str | None:
@@ -119,16 +124,16 @@ def _cuda_problem(index: int) -> str | None:
     oldest = min(int(a.rstrip("af")) for a in info["cuda_architectures"].split())
     major, minor = torch.cuda.get_device_capability(index)
     if major * 10 + minor < oldest:
-        return f"the card has compute capability {major}.{minor}, and the kernels need {oldest / 10:.1f} or later"
+        return f"the GPU has compute capability {major}.{minor}, and the kernels need {oldest / 10:.1f} or later"
     return None
 
 
 @torch.no_grad()
-def _wrong_on(device: torch.device) -> str | None:
-    """Runs every CUDA kernel once on small blocks and compares it with the definition: a wrong number must not pass silently.
+def _self_test_problem(device: torch.device) -> str | None:
+    """Compare every CUDA kernel with its definition on small blocks; return a sentence on failure.
 
-    The widths are those at which another kernel takes the row: a warp, a small block, a block that holds it, a block that reads it twice. 2005, 7003 and
-    9001 leave rows unaligned.
+    Each width selects another kernel: a warp, a small block, a block that holds the row, a block that reads it twice.
+    2005, 7003 and 9001 leave rows unaligned.
     """
     generator = torch.Generator().manual_seed(0)
     dtypes = ((torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3))
@@ -136,17 +141,17 @@ def _wrong_on(device: torch.device) -> str | None:
         for (dtype, tolerance), columns in product(dtypes, (1024, 2005, 7003, 9001)):
             x = torch.randn(5, columns, generator=generator).to(device, dtype)
             wide = torch.randn(5, columns + 1, generator=generator).to(device)
-            y = wide[:, 1:]  # most of its rows are not aligned as those of x
-            found = [_self_test(run, x, y) for run in (_C, reference)]
-            if not torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance):
-                return "they gave wrong numbers in a self-test on this card (please report it, with `pyunlearn info`)"
+            y = wide[:, 1:]  # most of its rows are aligned differently from those of x
+            ours, expected = (_self_test(run, x, y) for run in (_C, reference))
+            if not torch.allclose(ours, expected, rtol=tolerance, atol=tolerance):
+                return "they gave wrong numbers in a self-test on this GPU (please report it, with `pyunlearn info`)"
     except RuntimeError as error:
-        return f"they failed on this card: {str(error).splitlines()[0]}"
+        return f"they failed on this GPU: {str(error).splitlines()[0]}"
     return None
 
 
 def _self_test(run: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Everything that the kernels of `run` make of x and y, in one vector."""
+    """Return the outputs of all kernels of `run` for x and y, in one vector."""
     targets = torch.tensor([0, 1023, 7, 2000, 512], device=x.device)
     coefficients = torch.linspace(-1, 1, 5, device=x.device)
 
@@ -158,48 +163,50 @@ def _self_test(run: Any, x: Tensor, y: Tensor) -> Tensor:
 
     maximum, total = torch.full((2, 5), -torch.inf, device=x.device), torch.zeros(2, 5, device=x.device)
     target_logit, block_maximum = torch.zeros(5, device=x.device), torch.empty(5, device=x.device)
-    kept, out = torch.empty_like(x), torch.empty_like(x)
-    on_x(_kernels.statistics)(maximum[0], total[0], target_logit, kept, block_maximum)
+    cached, out = torch.empty_like(x), torch.empty_like(x)
+    on_x(_kernels.statistics)(maximum[0], total[0], target_logit, cached, block_maximum)
     log_likelihood = (target_logit - maximum[0]) - total[0].log()
-    on_x(_kernels.gradient)(False, maximum[0], total[0], log_likelihood, coefficients, block_maximum, out
-    )  # fmt: skip
-    found = [maximum[0], total[0], target_logit, kept.flatten().clone(), out.flatten().clone()]
+    on_x(_kernels.gradient)(False, maximum[0], total[0], log_likelihood, coefficients, block_maximum, out)
+    outputs = [maximum[0], total[0], target_logit, cached.flatten().clone(), out.flatten().clone()]
     again, largest, sums = torch.zeros_like(total[0]), torch.full_like(total[0], -torch.inf), torch.zeros_like(total[0])
-    on_x(_kernels.statistics)(largest, sums, again)  # without keeping
-    of_kept = partial(_kernels.gradient, run, kept, 0, None, 0.5, 4.0, targets)
-    of_kept(True, maximum[0], total[0], log_likelihood, coefficients, block_maximum, kept)
-    found += [largest, sums, again, kept.flatten()]
+    on_x(_kernels.statistics)(largest, sums, again)  # without a cache
+    on_cached = partial(_kernels.gradient, run, cached, 0, None, 0.5, 4.0, targets)
+    on_cached(True, maximum[0], total[0], log_likelihood, coefficients, block_maximum, cached)
+    outputs += [largest, sums, again, cached.flatten()]
     moments, rank = torch.zeros(2, 5, device=x.device), torch.zeros(5, dtype=torch.int64, device=x.device)
     on_x(_kernels.token_statistics)(target_logit, maximum[1], total[1], moments, target_logit, rank)
-    found += [total[1], moments.flatten(), rank, _kernels.target_products(run, x, y.to(x.dtype), targets).flatten()]
+    outputs += [total[1], moments.flatten(), rank, _kernels.target_products(run, x, y.to(x.dtype), targets).flatten()]
     cross = torch.zeros(5, device=x.device)
     tops, totals = torch.full_like(maximum, -torch.inf), torch.zeros_like(total)
     on_both(_kernels.kl_statistics)(tops, totals, cross)
     on_both(_kernels.kl_gradient)(tops, totals, coefficients, out)
-    return torch.cat([f.float() for f in (*found, totals.flatten(), cross / totals[1], out.flatten())])
+    return torch.cat([f.float() for f in (*outputs, totals.flatten(), cross / totals[1], out.flatten())])
 
 
 def kernels_for(x: Tensor) -> str:
-    """The backend that serves tensors on this device and of this dtype."""
+    """Return the implementation for tensors of the device and dtype of x."""
     if x.device.type == "cpu":
         return on_cpu().kernels
     if x.device.type == "cuda" and x.dtype is not torch.float64:
-        return on_card(x.device.index).kernels
+        return on_gpu(x.device.index).kernels
     return "reference"
 
 
 def bf16_products() -> str | None:
-    """The instructions of our own products of bfloat16 operands on the CPU. Not from build_info(), which looks for cards."""
+    """Return the instructions of our bfloat16 products on the CPU; unlike build_info(), this touches no GPU."""
     return None if _C is None else _C.bf16_products()
 
 
 def multiplies_bf16(x: Tensor) -> bool:
-    """Whether our own product of bfloat16 operands with a float32 result serves x: csrc/bf16_products.h."""
+    """Return whether our product of bfloat16 operands with a float32 result serves x: csrc/bf16_products.h."""
     return x.dtype is torch.bfloat16 and kernels_for(x) == "cpu" and bf16_products() is not None
 
 
 def multiplies_bf16_gradient(out: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether our own product a @ b, into float32 or bfloat16, serves these: csrc/bf16_products.h. It lays b out anew, if out is bfloat16 all of it."""
+    """Return whether our product a @ b, into float32 or bfloat16, serves these operands: csrc/bf16_products.h.
+
+    It repacks b; the whole of b at once if out is bfloat16.
+    """
     return (
         a.dtype is b.dtype is torch.bfloat16
         and out.dtype in (torch.bfloat16, torch.float32)
@@ -212,7 +219,7 @@ def multiplies_bf16_gradient(out: Tensor, a: Tensor, b: Tensor) -> bool:
 
 
 def _chosen(kernel: Callable[..., Result]) -> Callable[..., Result]:
-    """The kernel on the backend that serves its first tensor."""
+    """Bind a kernel to the implementation that serves its first tensor."""
 
     @wraps(kernel)
     def call(x: Tensor, *arguments: Any) -> Result:

@@ -1,6 +1,7 @@
-"""The row kernels as Python calls them: the contracts of csrc/*.h with tensors for addresses, on the extension or on the reference.
+"""Python signatures of the row kernels: the contracts of csrc/*.h with tensors in place of addresses.
 
-`run` is the one of the two that does it. Tensors are taken as they are: who calls has checked and allocated them.
+`run` is the implementation, either the compiled extension or the module `reference`. Tensors are not checked here: the
+caller has checked and allocated them.
 """
 
 from __future__ import annotations
@@ -17,33 +18,35 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 
 def statistics(
     run: Any, x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor,
-    maximum: Tensor, total: Tensor, target_logit: Tensor, kept: Tensor | None = None, block_maximum: Tensor | None = None,
+    maximum: Tensor, total: Tensor, target_logit: Tensor, cached: Tensor | None = None,
+    block_maximum: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Adds the logit block x (n, v) to the running statistics of its rows; formulas in csrc/log_likelihood.h."""
+    """Add the logit block x (n, v) to the running statistics of its rows; formulas in csrc/log_likelihood.h."""
     head = (first, bias, logit_scale, softcap, targets)
     if run is reference:
-        reference.statistics(x, *head, maximum, total, target_logit, kept, block_maximum)
+        reference.statistics(x, *head, maximum, total, target_logit, cached, block_maximum)
     else:
-        _call(run.statistics, x, *_block(x, *head), maximum, total, target_logit, *_matrix(kept), block_maximum)
+        _call(run.statistics, x, *_block(x, *head), maximum, total, target_logit, *_matrix(cached), block_maximum)
 
 
 def gradient(
-    run: Any, x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor, is_kept: bool,
-    maximum: Tensor, total: Tensor, log_likelihood: Tensor, coefficients: Tensor, block_maximum: Tensor | None, out: Tensor,
+    run: Any, x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor,
+    is_cached: bool, maximum: Tensor, total: Tensor, log_likelihood: Tensor, coefficients: Tensor,
+    block_maximum: Tensor | None, out: Tensor,
 ) -> None:  # fmt: skip
-    """Writes into out (n, v) the gradient with respect to a block's raw products; formulas in csrc/log_likelihood.h."""
+    """Write into out (n, v) the gradient with respect to a block's raw products; formulas in csrc/log_likelihood.h."""
     head, per_row = (first, bias, logit_scale, softcap, targets), (maximum, total, log_likelihood, coefficients)
     if run is reference:
-        reference.gradient(x, *head, is_kept, *per_row, block_maximum, out)
+        reference.gradient(x, *head, is_cached, *per_row, block_maximum, out)
     else:
-        _call(run.gradient, x, *_block(x, *head), is_kept, *per_row, block_maximum, *_matrix(out))
+        _call(run.gradient, x, *_block(x, *head), is_cached, *per_row, block_maximum, *_matrix(out))
 
 
 def token_statistics(
-    run: Any, x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor, threshold: Tensor,
-    maximum: Tensor, total: Tensor, moments: Tensor, target_logit: Tensor, rank: Tensor,
+    run: Any, x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float, targets: Tensor,
+    threshold: Tensor, maximum: Tensor, total: Tensor, moments: Tensor, target_logit: Tensor, rank: Tensor,
 ) -> None:  # fmt: skip
-    """Adds the logit block x (n, v) to maximum, total, moments (2, n), target_logit and rank; formulas in csrc/token_statistics.h."""
+    """Add the logit block x (n, v) to the running statistics, moments (2, n); formulas in csrc/token_statistics.h."""
     head = (first, bias, logit_scale, softcap, targets)
     if run is reference:
         reference.token_statistics(x, *head, threshold, maximum, total, moments, target_logit, rank)
@@ -53,20 +56,26 @@ def token_statistics(
 
 
 def target_products(run: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """(2, n) float64: the product of each row of h (n, d) with its target's row of the weight, and its summands' magnitudes; csrc/token_statistics.h."""
+    """Return (2, n) float64: each row of h (n, d) times its target's row of the weight, and the sum of its magnitudes.
+
+    Contract in csrc/token_statistics.h.
+    """
     if run is reference or weight.stride(1) != 1 or weight.dtype is not h.dtype:
         return reference.target_products(h, weight, targets)
-    found = h.new_empty((2, len(h)), dtype=torch.float64)
+    products = h.new_empty((2, len(h)), dtype=torch.float64)
     sizes = (*h.shape, len(weight), h.stride(0), weight.stride(0))
-    _call(run.target_products, h, h, weight, DTYPES[h.dtype], *sizes, targets, *found)
-    return found
+    _call(run.target_products, h, h, weight, DTYPES[h.dtype], *sizes, targets, *products)
+    return products
 
 
 def kl_statistics(
-    run: Any, x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float, softcap: float,
-    targets: Tensor, target_shift: float, maximum: Tensor, total: Tensor, cross: Tensor,
+    run: Any, x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float,
+    softcap: float, targets: Tensor, target_shift: float, maximum: Tensor, total: Tensor, cross: Tensor,
 ) -> None:  # fmt: skip
-    """Adds the blocks x of the model and y of the reference, (n, v), to maximum (2, n), total (2, n) and cross (n,); csrc/kl_divergence.h."""
+    """Add the blocks x of the model and y of the reference, (n, v), to maximum (2, n), total (2, n) and cross (n,).
+
+    Contract in csrc/kl_divergence.h.
+    """
     head = (first, biases, logit_scale, softcap, targets, target_shift)
     if run is reference:
         reference.kl_statistics(x, y, *head, maximum, total, cross)
@@ -75,10 +84,14 @@ def kl_statistics(
 
 
 def kl_gradient(
-    run: Any, x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float, softcap: float,
-    targets: Tensor, target_shift: float, maximum: Tensor, total: Tensor, coefficients: Tensor, out: Tensor,
+    run: Any, x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float,
+    softcap: float, targets: Tensor, target_shift: float, maximum: Tensor, total: Tensor, coefficients: Tensor,
+    out: Tensor,
 ) -> None:  # fmt: skip
-    """Writes into out (n, v) the gradient of sum(coefficients * KL) with respect to the model's raw products; csrc/kl_divergence.h."""
+    """Write into out (n, v) the gradient of sum(coefficients * KL) with respect to the model's raw products.
+
+    Contract in csrc/kl_divergence.h.
+    """
     head = (first, biases, logit_scale, softcap, targets, target_shift)
     if run is reference:
         reference.kl_gradient(x, y, *head, maximum, total, coefficients, out)
@@ -88,14 +101,17 @@ def kl_gradient(
 
 
 def bf16_product(run: Any, out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out (n, v) float32 = a (n, d) @ b (v, d).T of bfloat16 numbers on the CPU; csrc/bf16_products.h."""
+    """Compute out (n, v) float32 = a (n, d) @ b (v, d).T of bfloat16 numbers on the CPU; csrc/bf16_products.h."""
     a, b = (x if x.stride(1) == 1 else x.contiguous() for x in (a, b))
     addresses = (a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0))
     run.bf16_product(*addresses, *out.shape, a.shape[1], torch.get_num_threads())
 
 
 def bf16_gradient(run: Any, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """out (v, d) = or += a (v, n) @ b (n, d) of bfloat16 numbers on a CPU with AMX, a transposed or not; csrc/bf16_products.h."""
+    """Compute out (v, d) = or += a (v, n) @ b (n, d) of bfloat16 numbers on a CPU with AMX; csrc/bf16_products.h.
+
+    a may be transposed.
+    """
     transposed = a.stride(1) != 1
     of_a = (a.data_ptr(), a.stride(1 if transposed else 0), transposed)
     of_out = (out.data_ptr(), out.stride(0), out.dtype is torch.bfloat16, add)
@@ -103,10 +119,10 @@ def bf16_gradient(run: Any, out: Tensor, a: Tensor, b: Tensor, add: bool) -> Non
 
 
 def _call(kernel: Any, x: Tensor, *arguments: Any) -> None:
-    """Calls into the extension where x lies: tensors as addresses, then a stream or a number of threads."""
+    """Call into the extension on the device of x: tensors as addresses, then a stream or a number of threads."""
     plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
     if x.is_cuda:
-        with torch.cuda.device(x.device):  # the autograd thread may stand on another device
+        with torch.cuda.device(x.device):  # the autograd thread may have another device current
             kernel(True, *plain, torch.cuda.current_stream().cuda_stream)
     else:
         kernel(False, *plain, torch.get_num_threads())
@@ -128,12 +144,12 @@ def _block(
 
 
 def _pair(
-    x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float, softcap: float, targets: Tensor,
-    target_shift: float,
+    x: Tensor, y: Tensor, first: int, biases: tuple[Tensor | None, Tensor | None], logit_scale: float, softcap: float,
+    targets: Tensor, target_shift: float,
 ) -> tuple[Any, ...]:  # fmt: skip
-    theirs = biases[1]
-    other = (y, y.stride(0), theirs, 0 if theirs is None else DTYPES[theirs.dtype])
-    return (*_block(x, first, biases[0], logit_scale, softcap, targets), *other, target_shift)
+    bias = biases[1]
+    reference_block = (y, y.stride(0), bias, 0 if bias is None else DTYPES[bias.dtype])
+    return (*_block(x, first, biases[0], logit_scale, softcap, targets), *reference_block, target_shift)
 
 
 def _matrix(x: Tensor | None) -> tuple[Any, ...]:

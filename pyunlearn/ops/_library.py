@@ -1,4 +1,4 @@
-"""The torch.library that holds our ops, so that torch.compile, opcheck, CUDA graphs and FSDP see ordinary ones."""
+"""The torch.library of the ops, so that torch.compile, opcheck, CUDA graphs and FSDP see ordinary ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LIBRARY = torch.library.Library("pyunlearn", "DEF")
 
 
 def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The op with its first tensor's card as the current one, as a kernel launch needs it; nothing on the CPU."""
+    """Run the op with its first tensor's CUDA device current, as kernel launches require; no effect on the CPU."""
 
     @wraps(op)
     def run(x: torch.Tensor, *args: Any) -> Any:
@@ -23,19 +23,20 @@ def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def host_may_wait(x: torch.Tensor) -> bool:
-    """Whether Python may look at numbers: not while torch.compile traces, nor while a CUDA graph is captured."""
+    """Return whether Python may read tensor values: not while torch.compile traces or a CUDA graph is captured."""
     return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def bias_beside(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """The bias as the kernels take it with rows of x: without gaps, and float64 only where x is."""
+def kernel_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the bias in the layout that the kernels expect for rows of x: contiguous, and float64 only where x is."""
     if bias is None:
         return None
     return (bias.float() if bias.dtype is torch.float64 and x.dtype is not torch.float64 else bias).contiguous()
 
 
-def NO_GRADIENT_OF_GRADIENT(ctx: Any, *gradients: Any) -> Any:
-    """What the backward ops answer when they are differentiated themselves."""
+def no_second_derivative(ctx: Any, *gradients: Any) -> Any:
+    """Raise NotImplementedError: the autograd formula of the backward ops."""
     raise NotImplementedError(
-        "pyunlearn's log-likelihoods can be differentiated once, not twice: use pyunlearn.ops.reference for second derivatives"
+        "pyunlearn's log-likelihoods can be differentiated once, not twice: "
+        "use pyunlearn.ops.reference for second derivatives"
     )

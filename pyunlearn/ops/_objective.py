@@ -1,4 +1,4 @@
-"""What the objectives of examples share: chunks that end where examples end, and a function's losses and their derivative."""
+"""Shared by the objectives of examples: chunks that end where examples end, losses and their derivatives."""
 
 from __future__ import annotations
 
@@ -10,47 +10,51 @@ from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops._check import check_targets
-from pyunlearn.ops._one_pass import rows_a_chunk
-from pyunlearn.ops._passes import live_rows, take
+from pyunlearn.ops._one_pass import rows_per_chunk
+from pyunlearn.ops._passes import live_rows, select_rows
 
 Function = Callable[..., Tensor]
 
 
 class Layout(NamedTuple):
-    """The live rows, example by example, and how they are cut."""
+    """The live rows sorted by example, and their partition into chunks."""
 
     targets: Tensor  # (n,)
-    rows: Tensor | None  # (n,) which of the given rows they are; None: all, as they stand
-    example: Tensor  # (n,) the example of each, ascending
-    counts: Tensor  # (B,) live rows of each example
-    examples: list[slice]  # of each chunk
-    chunks: list[tuple[int, int]]  # (first, end) live rows of each
-    at_a_time: int  # rows for which the workspace is divided
+    rows: Tensor | None  # (n,) their indices among all rows; None: all, in their order
+    example: Tensor  # (n,) the example of each row, ascending
+    counts: Tensor  # (B,) number of live rows of each example
+    examples: list[slice]  # the examples of each chunk
+    chunks: list[tuple[int, int]]  # (first, end) live rows of each chunk
+    at_a_time: int  # rows that the workspace is planned for
     workspace: int
 
 
-def lay_out(
-    hidden: Tensor, weight: Tensor, targets: Tensor, example_index: Tensor, examples: int, group_size: int, ignore_index: int,
-    workspace: int | None,
+def chunk_by_example(
+    hidden: Tensor, weight: Tensor, targets: Tensor, example_index: Tensor, examples: int, group_size: int,
+    ignore_index: int, workspace: int | None,
 ) -> Layout:  # fmt: skip
-    """Sorts the live rows by example, in their order within one, and cuts them into chunks of whole groups."""
+    """Sort the live rows by example, stably, and cut them into chunks of whole groups of examples."""
     check_targets(targets, weight.shape[0], ignore_index)
     targets, rows = targets.long(), live_rows(targets, ignore_index)
-    t, index = take(rows, targets, example_index.long())
+    t, index = select_rows(rows, targets, example_index.long())
     counts = torch.zeros((examples,), dtype=torch.int64, device=t.device).index_add_(0, index, torch.ones_like(index))
     descends = (index[1:] < index[:-1]).any()
-    unsorted, *sizes = torch.cat([descends[None].long(), counts.view(-1, group_size).sum(1)]).tolist()  # one wait
+    group_rows = counts.view(-1, group_size).sum(1)
+    unsorted, *sizes = torch.cat([descends[None].long(), group_rows]).tolist()  # one synchronization
     if unsorted:
         order = index.argsort(stable=True)
         rows, t, index = order if rows is None else rows[order], t[order], index[order]
-    most, workspace = rows_a_chunk(len(t), hidden, weight, workspace)
+    most, workspace = rows_per_chunk(len(t), hidden, weight, workspace)
     groups, chunks = _cut(sizes, most)
     slices = [slice(first * group_size, end * group_size) for first, end in groups]
     return Layout(t, rows, index, counts, slices, chunks, most, workspace)
 
 
 def _cut(rows: list[int], most: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Groups of so many rows each, packed into chunks of at most `most` rows, one group at least: (first, end) groups, (first, end) rows."""
+    """Pack groups of the given numbers of rows into chunks of at most `most` rows, or of one group.
+
+    Returns the (first, end) groups and the (first, end) rows of each chunk.
+    """
     groups, chunks, first, begin, end = [], [], 0, 0, 0
     for g, size in enumerate(rows):
         if g > first and end + size - begin > most:
@@ -61,49 +65,51 @@ def _cut(rows: list[int], most: int) -> tuple[list[tuple[int, int]], list[tuple[
     return [*groups, (first, len(rows))], [*chunks, (begin, end)]
 
 
-def checked(losses: object, wanted: int, group_size: int) -> Tensor:
-    """The losses that a function returned. Raises ArgumentError unless they are `wanted` ones."""
-    if not isinstance(losses, Tensor) or losses.shape != (wanted,):
+def checked(losses: object, count: int, group_size: int) -> Tensor:
+    """Return a function's losses (count,); raise ArgumentError where it returned anything else."""
+    if not isinstance(losses, Tensor) or losses.shape != (count,):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         each = "example" if group_size == 1 else f"group of {group_size} examples"
         raise ArgumentError(
-            f"function must return one loss for each {each}, a tensor of shape {(wanted,)}, got {got}: leave the mean out"
+            f"function must return one loss for each {each}, a tensor of shape {(count,)}, got {got}: "
+            "leave the mean out"
         )
     return losses
 
 
 def differentiated(losses_of: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses at x, and the derivative of their sum."""
+    """Return the losses at x, and the derivative of their sum with respect to x."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         losses = losses_of(leaf)
         require_graph(losses)
         if any(leaf is not other for other in _leaves(losses)):
             raise ArgumentError(
-                "function uses a tensor that wants a gradient of its own, which it would not get: detach it, or build the loss from "
-                "linear_log_likelihood"
+                "function uses a tensor that wants a gradient of its own, which it would not get: detach it, or build "
+                "the loss from linear_log_likelihood"
             )
         (d_x,) = torch.autograd.grad(losses.sum(), leaf) if len(x) else (leaf.detach(),)
     return losses.detach(), d_x
 
 
 def require_graph(losses: Tensor) -> None:
-    """Raises ArgumentError where losses that there are want no gradient."""
+    """Raise ArgumentError where there are losses and they require no gradient."""
     if len(losses) and not losses.requires_grad:
         raise ArgumentError(
-            "function must be differentiable in its first argument, and its losses want no gradient: use torch operations"
+            "function must be differentiable in its first argument, and its losses want no gradient: "
+            "use torch operations"
         )
 
 
 def _leaves(x: Tensor) -> list[Tensor]:
-    """The tensors at the ends of its graph."""
-    seen, todo, found = set(), [x.grad_fn], []
+    """Return the leaf tensors of the graph that computed x."""
+    seen, todo, leaves = set(), [x.grad_fn], []
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.append(node.variable)
+            leaves.append(node.variable)
         todo += [following for following, _ in node.next_functions]
-    return found
+    return leaves

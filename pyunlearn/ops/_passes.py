@@ -1,6 +1,6 @@
-"""The two passes over the vocabulary that every op on (hidden, head) is made of: statistics of the rows, then the gradient from them.
+"""The two passes over the vocabulary shared by every op on (hidden, head): row statistics, then the gradient.
 
-Rows here are live ones: masked rows have been dropped. Buffers come from the caller, who knows how long they live.
+Rows here are live ones: ignored rows have been dropped. Buffers are allocated by the caller, who knows their lifetime.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _backend, _hopper
+from pyunlearn.ops import _backend, hopper
 from pyunlearn.ops._check import NOTHING, check_targets
 from pyunlearn.ops._library import host_may_wait
 from pyunlearn.ops._plan import MIB, Plan, balance
@@ -19,15 +19,15 @@ from pyunlearn.ops._types import Statistics as Statistics
 
 
 def real_of(x: Tensor) -> torch.dtype:
-    """The type of everything that is one number a row."""
+    """Return the dtype of per-row numbers: float64 for float64 inputs, else float32."""
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def live_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
-    """Indices of the rows that count, or None for all.
+    """Return the indices of the rows that are not ignored, or None for all rows.
 
-    On a card the host waits once for the answer, also for the answer that nothing is ignored. Not asked: with NOTHING as ignore_index, and while a
-    CUDA graph is captured, where all rows are taken and the caller sees to what the ignored ones make.
+    On a GPU this synchronizes once, even if nothing is ignored; not with NOTHING as ignore_index, nor while a CUDA
+    graph is captured. Then all rows are computed, and the caller masks the ignored ones.
     """
     if ignore_index == NOTHING:
         return None
@@ -37,10 +37,12 @@ def live_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
     return None if rows.numel() == targets.numel() else rows
 
 
-def settle_rows(hidden: Tensor, targets: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor | None, int]:
-    """live_rows before an op is called, and what it is to ignore then: the rows that count share the workspace, and backward need not ask again.
+def resolve_ignored(hidden: Tensor, targets: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor | None, int]:
+    """Return (live rows, ignore_index for the op), called before an op.
 
-    Where the host may not wait, the op sees to it. Raises ArgumentError on the CPU for a target outside [0, vocabulary).
+    Rows are dropped up front, so that only live rows share the workspace and backward need not find them again. Where
+    the host may not synchronize, the op itself handles ignored rows. Raises ArgumentError on the CPU for a target
+    outside [0, vocabulary).
     """
     if not host_may_wait(hidden):
         return None, ignore_index
@@ -48,115 +50,126 @@ def settle_rows(hidden: Tensor, targets: Tensor, vocabulary: int, ignore_index: 
     return live_rows(targets, ignore_index), NOTHING
 
 
-def take(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:
-    """Those rows of each tensor, contiguous."""
+def select_rows(rows: Tensor | None, *tensors: Tensor) -> list[Tensor]:
+    """Return the given rows of each tensor (None: all rows), contiguous."""
     return [(t if rows is None else t.index_select(0, rows)).contiguous() for t in tensors]
 
 
-def quieted(h: Tensor, targets: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
-    """h (n, D) with zeros in ignored rows that could not be dropped, as in a CUDA graph: times their coefficient 0, a NaN there would still be one."""
+def zero_ignored_rows(h: Tensor, targets: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
+    """Zero the rows of h (n, D) that are ignored and could not be dropped, as in a CUDA graph (0 * NaN is NaN)."""
     if rows is not None or ignore_index == NOTHING or not h.is_cuda:
         return h
     return h.masked_fill((targets == ignore_index)[:, None], 0)
 
 
 def score(
-    h: Tensor, head: Head, targets: Tensor, p: Plan, kept: list[Tensor], block_maximum: Tensor | None
+    h: Tensor, head: Head, targets: Tensor, p: Plan, cached: list[Tensor], block_maximum: Tensor | None
 ) -> Statistics:
-    """The statistics of rows h (n, D).
+    """Compute the statistics of rows h (n, D).
 
-    kept: flat buffers of n * columns elements or more for the first len(kept) groups, which receive exp(logit - block maximum).
-    block_maximum: (blocks, n) or more columns, filled; None if there will be no gradient.
+    cached: flat buffers of at least n * columns elements for the first len(cached) groups; they receive
+    exp(logit - block maximum). block_maximum: (blocks, n) or wider, filled; None if no gradient will follow.
     """
     if p.fused:
-        return Statistics(*_hopper.score(h, head, targets, kept, block_maximum))
+        return Statistics(*hopper.score(h, head, targets, cached, block_maximum))
     n, real = h.shape[0], real_of(h)
-    maximum, total = h.new_full((n,), -torch.inf, dtype=real), h.new_zeros((n,), dtype=real)
-    target_logit = h.new_full((n,), torch.nan, dtype=real)
+    maximum, total = h.new_full((n,), -torch.inf, dtype=real), h.new_zeros((n,), dtype=real)  # (n,) each
+    target_logit = h.new_full((n,), torch.nan, dtype=real)  # (n,)
     logits, narrow = Logits(h, real), h.dtype != real
-    scratch = h.new_empty((n * p.block,), dtype=real) if n and (narrow or len(kept) < len(p.groups())) else None
+    scratch = h.new_empty((n * p.block,), dtype=real) if n and (narrow or len(cached) < len(p.groups())) else None
     for g, (first, end) in enumerate(p.groups() if n else []):
-        group = kept[g][: n * (end - first)].view(n, end - first) if g < len(kept) else None
+        group = cached[g][: n * (end - first)].view(n, end - first) if g < len(cached) else None  # (n, group columns)
         for i, b, e in p.blocks_of(first, end):
-            store = None if group is None else group[:, b - first : e - first]
-            x = store if store is not None and not narrow else scratch[: n * (e - b)].view(n, e - b)  # type: ignore[index]
+            store = None if group is None else group[:, b - first : e - first]  # (n, v), v = e - b
+            if store is not None and not narrow:
+                x = store  # float32 logits are written where their exponentials will be cached
+            else:
+                assert scratch is not None
+                x = scratch[: n * (e - b)].view(n, e - b)  # (n, v)
             logits.into(x, head.weight[b:e])
+            bias = None if head.bias is None else head.bias[b:e]  # (v,)
+            top = None if block_maximum is None else block_maximum[i, :n]  # (n,)
             _backend.statistics(
-                x, b, None if head.bias is None else head.bias[b:e], head.logit_scale, head.softcap, targets, maximum, total, target_logit,
-                store, None if block_maximum is None else block_maximum[i, :n],
+                x, b, bias, head.logit_scale, head.softcap, targets, maximum, total, target_logit, store, top
             )  # fmt: skip
     return Statistics((target_logit - maximum) - total.log(), maximum, total)
 
 
 def differentiate(
-    h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor, kept: list[Tensor | None],
-    block_maximum: Tensor, into: Gradients, *, in_place: bool, release: bool, negligible: float = 0.0,
+    h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor,
+    cached: list[Tensor | None], block_maximum: Tensor, into: Gradients, *, in_place: bool, release: bool,
+    negligible: float = 0.0,
 ) -> None:  # fmt: skip
-    """Adds or writes the gradient of sum(coefficients * log-likelihood) of rows h (n, D).
+    """Add or write the gradient of sum(coefficients * log-likelihood) of rows h (n, D).
 
-    kept: what `score` kept of each group, None or missing for what has to be computed again. in_place: it becomes the gradient with respect to
-    the logits where it lies; release: and its memory is given back, group by group. negligible: see `rows_that_pull`.
+    cached: the buffers that `score` filled, one per group; None or missing where logits have to be recomputed.
+    in_place: each buffer is overwritten by the gradient with respect to its logits. release: its memory is freed after
+    use, group by group. negligible: see `rows_with_gradient`.
     """
     if p.fused:
-        _hopper.differentiate(h, head, targets, p, statistics, coefficients, kept, block_maximum, into, release=release)
+        hopper.differentiate(
+            h, head, targets, p, statistics, coefficients, cached, block_maximum, into, release=release
+        )
         return
     count, real = h.shape[0], real_of(h)
-    kept = kept + [None] * (len(p.groups()) - len(kept))
-    again = any(k is None for k in kept)
-    block_maximum = block_maximum[:, :count]
-    pulling = rows_that_pull(statistics.log_likelihood, coefficients, negligible, h, kept=not again)
-    into_hidden = into.hidden
-    if pulling is not None:
-        h, targets, coefficients, *few = take(pulling, h, targets, coefficients, *statistics)
-        statistics, block_maximum = Statistics(*few), block_maximum.index_select(1, pulling)
+    cached = cached + [None] * (len(p.groups()) - len(cached))
+    again = any(k is None for k in cached)
+    block_maximum = block_maximum[:, :count]  # (blocks, rows)
+    active = rows_with_gradient(statistics.log_likelihood, coefficients, negligible, h, cached=not again)
+    into_hidden = into.hidden  # (rows, D)
+    if active is not None:  # from here on, n counts the active rows
+        h, targets, coefficients, *per_row = select_rows(active, h, targets, coefficients, *statistics)
+        statistics, block_maximum = Statistics(*per_row), block_maximum.index_select(1, active)
         into_hidden = None if into.hidden is None else h.new_zeros(h.shape, dtype=real)
     n = h.shape[0]
     logits = Logits(h if again else h[:0], real)
     scratch = h.new_empty((n * p.block,), dtype=real) if again else None
     d_buffer = h.new_empty((n * p.group,)) if again or not in_place else None
     for g, (first, end) in enumerate(p.groups() if count else []):
-        buffer, width = kept[g], end - first
-        group = None if buffer is None else buffer[: count * width].view(count, width)
-        d_logits = None if d_buffer is None else d_buffer[: n * width].view(n, width)
-        if group is not None and pulling is not None:
-            group = squeeze(group, pulling) if in_place else torch.index_select(group, 0, pulling, out=d_logits)
+        buffer, width = cached[g], end - first
+        group = None if buffer is None else buffer[: count * width].view(count, width)  # (rows, group columns)
+        d_logits = None if d_buffer is None else d_buffer[: n * width].view(n, width)  # (n, group columns)
+        if group is not None and active is not None:
+            group = squeeze(group, active) if in_place else torch.index_select(group, 0, active, out=d_logits)
         if d_logits is None or (in_place and group is not None):
             assert group is not None
             d_logits = group
         for i, b, e in p.blocks_of(first, end):
             if group is not None:
-                x = group[:, b - first : e - first]
+                x = group[:, b - first : e - first]  # (n, v) exponentials
             else:
                 assert scratch is not None
-                x = scratch[: n * (e - b)].view(n, e - b)
+                x = scratch[: n * (e - b)].view(n, e - b)  # (n, v) logits
                 logits.into(x, head.weight[b:e])
+            bias = None if head.bias is None else head.bias[b:e]  # (v,)
             _backend.gradient(
-                x, b, None if head.bias is None else head.bias[b:e], head.logit_scale, head.softcap, targets, group is not None,
-                statistics.maximum, statistics.total, statistics.log_likelihood, coefficients, block_maximum[i],
+                x, b, bias, head.logit_scale, head.softcap, targets, group is not None, statistics.maximum,
+                statistics.total, statistics.log_likelihood, coefficients, block_maximum[i],
                 d_logits[:, b - first : e - first],
             )  # fmt: skip
         if into.weight is not None:
-            (add_product if into.add else product)(into.weight[first:end], d_logits.T, h)
+            (add_product if into.add else product)(into.weight[first:end], d_logits.T, h)  # (v, n) @ (n, D)
         if into.bias is not None:
-            found = torch.sum(d_logits, dim=0, dtype=real)
-            into.bias[first:end] = into.bias[first:end] + found if into.add else found
+            d_bias = torch.sum(d_logits, dim=0, dtype=real)  # (v,)
+            into.bias[first:end] = into.bias[first:end] + d_bias if into.add else d_bias
         if into_hidden is not None:
-            add_product(into_hidden, d_logits, head.weight[first:end])
+            add_product(into_hidden, d_logits, head.weight[first:end])  # (n, v) @ (v, D)
         if release and buffer is not None:
             del group, d_logits
             buffer.untyped_storage().resize_(0)
-    if pulling is not None and into.hidden is not None and into_hidden is not None:
-        into.hidden.index_copy_(0, pulling, into_hidden)
+    if active is not None and into.hidden is not None and into_hidden is not None:
+        into.hidden.index_copy_(0, active, into_hidden)
 
 
-def rows_that_pull(
-    log_likelihood: Tensor, coefficients: Tensor, negligible: float, h: Tensor, *, kept: bool
+def rows_with_gradient(
+    log_likelihood: Tensor, coefficients: Tensor, negligible: float, h: Tensor, *, cached: bool
 ) -> Tensor | None:
-    """Indices of the rows (n,) that need the products of the backward pass, or None for all.
+    """Return the indices of the rows (n,) that need the backward pass's products, or None for all.
 
-    A row's gradient with respect to its logits sums to at most 2 |coefficient * logit_scale| (1 - p) in magnitude. So a coefficient of 0 means none at
-    all, and a target with 1 - p < negligible next to none. Leaving rows out of what is kept costs moving the others together; it is done where that is less
-    than the products saved. On a card the count would stop the queue, so there it is asked only for a `negligible` of the caller's.
+    A row's gradient with respect to its logits sums to at most 2 |coefficient * logit_scale| (1 - p) in magnitude: none
+    for a coefficient of 0, next to none for a target with 1 - p < negligible. Dropping rows from cached logits costs
+    compacting the others; it is done where that costs less than the products saved. On a GPU counting the rows
+    synchronizes, so there it is done only for a `negligible` above 0.
     """
     if h.is_cuda and (not negligible or torch.cuda.is_current_stream_capturing()):
         return None
@@ -165,19 +178,19 @@ def rows_that_pull(
         idle |= -torch.expm1(log_likelihood) < negligible  # NaN is not below anything
     rows = idle.logical_not().nonzero().squeeze(1)
     dropped = len(h) - len(rows)
-    moved = 4 * h.element_size() * balance(h.device.type, h.dtype) * len(rows) if kept else 0
+    moved = 4 * h.element_size() * balance(h.device.type, h.dtype) * len(rows) if cached else 0
     return rows if dropped and dropped * 2 * h.shape[1] >= moved else None
 
 
 def squeeze(matrix: Tensor, rows: Tensor) -> Tensor:
-    """Those rows of a contiguous matrix (n, v), in ascending order, moved together where it lies: its first len(rows) rows.
+    """Compact the given rows of a contiguous matrix (n, v) in place, and return them: its first len(rows) rows.
 
-    They go by the chunk, which is copied out in whole before it is copied in. Every row moves up or stays, so a chunk overwrites none that comes
-    after it. Each takes two calls, and memory beside the workspace, so they are of a few MiB.
+    Rows are ascending, and move in chunks, each copied out before it is copied in. Every row moves up or stays, so a
+    chunk overwrites none of the later rows. A chunk takes two calls, and a few MiB in addition to the workspace.
     """
     packed = matrix.view(-1)[: len(rows) * matrix.shape[1]].view(len(rows), matrix.shape[1])
     most = max(1, (32 * MIB if matrix.is_cuda else 4 * MIB) // max(1, matrix.shape[1] * matrix.element_size()))
     for first in range(0, len(rows), most):
-        some = rows[first : first + most]
-        packed[first : first + len(some)] = matrix.index_select(0, some)
+        chunk = rows[first : first + most]
+        packed[first : first + len(chunk)] = matrix.index_select(0, chunk)
     return packed

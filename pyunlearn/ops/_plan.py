@@ -1,10 +1,11 @@
-"""How the vocabulary is cut into blocks, and how much of the logits is kept for the backward pass.
+"""Partition of the vocabulary into blocks, and how many of the logits are cached for the backward pass.
 
-The vocabulary is cut, not the rows: each slice of the weight's gradient is then written once, complete, instead of being read, added to and
-written for every chunk of rows, and only the small hidden gradient (N, D) is accumulated. A *block* is what one row kernel sees: narrow enough
-that its float32 logits (N, block) stay in cache between the product and the kernel. A *group* is a few blocks side by side, the
-unit of the products in backward and of what is kept: exp(logit - block maximum) in the input's dtype, so rounding costs the
-same relative error everywhere.
+The vocabulary is cut, not the rows: each slice of the weight's gradient is then written once, complete, instead of
+being read, added to and written for every chunk of rows, and only the small hidden gradient (N, D) is accumulated. A
+*block* is the input of one row kernel: narrow enough that its float32 logits (N, block) stay in cache between the
+product and the kernel. A *group* is a few neighbouring blocks, the unit of the backward pass's products and of the
+cache, which holds exp(logit - block maximum) in the input's dtype, so that rounding costs the same relative error
+everywhere.
 """
 
 from __future__ import annotations
@@ -20,39 +21,40 @@ _GRAIN = 64  # columns: keeps every block 16-byte aligned in every dtype
 
 
 class Plan(NamedTuple):
-    """Sizes of one call: columns per block and per group, and how many groups, from the first on, are kept for the backward pass."""
+    """Sizes of one call: columns per block and per group, and the number of leading groups that are cached."""
 
     vocabulary: int
     block: int
     group: int
-    kept: int
-    fused: bool = False  # for the kernels of _hopper.py: no blocks of logits
+    cached: int
+    fused: bool = False  # run by hopper/kernels.py, without blocks of logits in memory
 
-    def room(self, first: int, end: int) -> int:
-        """Columns that a row of a buffer for this group has; the fused kernels write whole pieces of 16 bytes."""
+    def row_length(self, first: int, end: int) -> int:
+        """Return the row length of a buffer for this group; the fused kernels write multiples of 16 bytes."""
         return _padded(end - first) if self.fused else end - first
 
     @property
     def blocks(self) -> int:
-        """How many blocks cover the vocabulary."""
+        """Number of blocks in the vocabulary."""
         return -(-self.vocabulary // self.block)
 
     def groups(self) -> list[tuple[int, int]]:
-        """(first, end) columns of each group."""
+        """Return the (first, end) columns of each group."""
         return [(g, min(g + self.group, self.vocabulary)) for g in range(0, self.vocabulary, self.group)]
 
     def blocks_of(self, first: int, end: int) -> list[tuple[int, int, int]]:
-        """(index, first, end) of each block within a group."""
+        """Return (index, first, end) of each block within a group."""
         return [(b // self.block, b, min(b + self.block, end)) for b in range(first, end, self.block)]
 
 
 def plan(
     rows: int, vocabulary: int, dtype: torch.dtype, device: str, workspace: int | None, keep: bool, fused: bool = False
 ) -> Plan:
-    """The plan for `rows` rows; `workspace` bytes bound scratch and kept together (None: `default_workspace`). fused: see `_fused_plan`.
+    """Return the plan for `rows` rows; `workspace` bytes (None: `default_workspace`) bound scratch and cache together.
 
-    Blocks and groups are the same for every workspace that leaves room for full-sized ones (128 MiB on the CPU, 1 GiB on a card), so the answer
-    is too, bit for bit; below that they shrink, down to 64 columns, and the answer may move in its last digit.
+    Blocks and groups are the same for every workspace that fits full-sized ones (128 MiB on the CPU, 1 GiB on a GPU),
+    so the results are too, bit for bit; below that they shrink, down to 64 columns, and results may differ in the last
+    digit. fused: see `_fused_plan`.
     """
     size = dtype.itemsize
     real = 8 if dtype is torch.float64 else 4
@@ -72,24 +74,25 @@ def plan(
     return Plan(vocabulary, block, group, max(0, min((workspace - scratch) // (group * columns), count - 1)))
 
 
-_FUSED_SCRATCH = 1600  # bytes a row: what the clusters of an H100 leave for each other (csrc/hopper.h)
+_FUSED_SCRATCH = 1600  # bytes a row that the clusters of an H100 exchange (csrc/hopper.h)
 _FUSED_COLUMNS = 16384  # of the gradient at a time
 
 
 def _fused_plan(rows: int, vocabulary: int, dtype: torch.dtype, workspace: int, keep: bool) -> Plan:
-    """Either all exponentials are kept, in one group, or none: then the gradient is made in slices of the vocabulary that fit the workspace.
+    """Return the plan of the fused kernels, which cache all exponentials, in one group, or none.
 
-    float16 has not the range to keep them.
+    Without a cache the gradient is computed in slices of the vocabulary that fit the workspace. float16 lacks the range
+    to cache exponentials.
     """
-    room = workspace - rows * _FUSED_SCRATCH
-    if not keep or (dtype is torch.bfloat16 and rows * _padded(vocabulary) * dtype.itemsize <= room):
+    available = workspace - rows * _FUSED_SCRATCH
+    if not keep or (dtype is torch.bfloat16 and rows * _padded(vocabulary) * dtype.itemsize <= available):
         return Plan(vocabulary, vocabulary, vocabulary, int(keep), fused=True)
     columns = max(256, min(workspace // (rows * dtype.itemsize) // 256 * 256, _FUSED_COLUMNS))
     return Plan(vocabulary, min(columns, vocabulary), min(columns, vocabulary), 0, fused=True)
 
 
 def balance(device: str, dtype: torch.dtype) -> int:
-    """Arithmetic operations of a product in the time that one byte of memory takes.
+    """Return the arithmetic operations of a product in the time of one byte of memory traffic.
 
     Measured: 5 and 13 (float32 and bfloat16, two cores of an AMD EPYC, Zen 4), 240 (bfloat16, H100).
     """
@@ -99,16 +102,18 @@ def balance(device: str, dtype: torch.dtype) -> int:
 
 
 def rows_at_a_time(
-    rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: str, workspace: int, train_weight: bool, fused: bool = False
+    rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: str, workspace: int, train_weight: bool,
+    fused: bool = False,
 ) -> int:  # fmt: skip
-    """How many rows to finish, forward and backward, before the next ones begin, where no row has to wait for its coefficient.
+    """Return how many rows to finish, forward and backward, before the next ones, when coefficients are known.
 
-    Either all at once, and what does not fit is computed again; or as many as fit whole. The second saves the fourth product, and pays by
-    reading the weight and adding to its gradient once for each chunk of rows, and by `bytes_of_sum`.
+    Either all at once, and logits that do not fit are recomputed; or as many as fit whole. The second saves the fourth
+    product, and pays by reading the weight and adding to its gradient once for each chunk of rows, and by
+    `bytes_of_sum`.
     """
     size, real = dtype.itemsize, 8 if dtype is torch.float64 else 4
     whole = plan(rows, vocabulary, dtype, device, workspace, True, fused)
-    again = 1 - whole.kept / len(whole.groups())
+    again = 1 - whole.cached / len(whole.groups())
     per_row = vocabulary * size + (0 if size == real else real * 8192)
     if fused:
         per_row = _padded(vocabulary) * size + _FUSED_SCRATCH
@@ -121,19 +126,20 @@ def rows_at_a_time(
 
 
 def bytes_of_sum(vocabulary: int, width: int, dtype: torch.dtype) -> int:
-    """What the weight's gradient takes beside itself while it is summed over chunks of rows: 16-bit numbers are summed in float32."""
+    """Return the extra bytes of a weight gradient summed over chunks of rows: 16-bit numbers are summed in float32."""
     return vocabulary * width * 4 if dtype.itemsize == 2 else 0
 
 
 def default_workspace(device: str) -> int:
-    """Bytes allowed when nobody says: enough to keep a batch of a few hundred tokens whole, little beside any language model."""
+    """Return the default workspace: fits a batch of a few hundred tokens, and is small next to any language model."""
     return 256 * MIB if device == "cpu" else 2048 * MIB
 
 
 def allowance(workspace: int | None, x: torch.Tensor, rows: int, vocabulary: int) -> int:
-    """The bytes that a call on a head may use: what was asked for; by default `default_workspace`, on a card no more than half of what is free.
+    """Return the bytes that a call may use: `workspace`, by default `default_workspace`.
 
-    The card is asked only where more than 256 MiB could be used, and not while torch.compile traces or a CUDA graph is captured.
+    On a GPU the default is at most half of the free memory, which is queried only where more than 256 MiB could be
+    used, and not while torch.compile traces or a CUDA graph is captured.
     """
     if workspace is not None:
         return workspace
@@ -141,9 +147,9 @@ def allowance(workspace: int | None, x: torch.Tensor, rows: int, vocabulary: int
     if not x.is_cuda or rows * vocabulary * x.element_size() <= 256 * MIB or not host_may_wait(x):
         return usual
     free = torch.cuda.mem_get_info(x.device)[0]
-    # once, and as it is: memory_reserved and memory_allocated each flatten and sort all of it
-    held = torch.cuda.memory_stats_as_nested_dict(x.device)
-    unused = held["reserved_bytes"]["all"]["current"] - held["allocated_bytes"]["all"]["current"]
+    # one nested dictionary: memory_reserved and memory_allocated would each flatten and sort it
+    stats = torch.cuda.memory_stats_as_nested_dict(x.device)
+    unused = stats["reserved_bytes"]["all"]["current"] - stats["allocated_bytes"]["all"]["current"]
     return min(usual, (free + unused) // 2)
 
 

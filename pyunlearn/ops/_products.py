@@ -1,8 +1,9 @@
 """Matrix products of 16-bit operands with a float32 result.
 
-A log-likelihood is a small difference of large logits: rounding the logits to bfloat16 costs up to 3e-2 nats a token, and NPO, SimNPO
-and DPO exponentiate sums of those. So the statistics are taken from products that were never rounded, by the fastest way the
-torch at hand has; every way below is exact in the operands and accumulates in float32.
+A log-likelihood is a small difference of large logits: rounding the logits to bfloat16 costs up to 3e-2 nats a token,
+and NPO, SimNPO and DPO exponentiate sums of those. So the statistics are computed from products that were never
+rounded, by the fastest method of the installed torch; every method below is exact in the operands and accumulates in
+float32.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype") and hasattr(torch.ops.aten.
 
 
 class Logits:
-    """The products hidden (n, D) @ weight (V, D).T, block by block, into float32 (or wider) memory of the caller's.
+    """The products hidden (n, D) @ weight (V, D).T, block by block, written into the caller's float32 or wider memory.
 
     Where the operands have to be widened first, hidden is widened once and each slice of the weight into one buffer.
     """
@@ -33,7 +34,7 @@ class Logits:
         self.buffer = hidden.new_empty((0,), dtype=real)
 
     def into(self, out: Tensor, weight: Tensor) -> None:
-        """out = hidden @ weight.T for some rows of the weight."""
+        """Write out (n, v) = hidden @ weight.T for v rows of the weight."""
         if self.ours and weight.dtype is self.hidden.dtype:
             _backend.bf16_product(out, self.hidden, weight)
         elif self.widens:
@@ -49,9 +50,10 @@ class Logits:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b for a gradient, where out is float32 for 16-bit operands: the sum stays so, but on a CPU without AMX each bfloat16 product is rounded before it is added.
+    """Compute out += a @ b for a gradient; out is float32 for 16-bit operands.
 
-    There are a few products for each sum, so this costs no more than the one rounding at the end, and saves float32 copies of both operands.
+    On a CPU without AMX each bfloat16 product is rounded before it is added. Each sum has a few products, so this costs
+    no more than the one rounding at the end, and saves float32 copies of both operands.
     """
     if out.dtype is torch.float32 and _backend.multiplies_bf16_gradient(out, a, b):
         _backend.bf16_gradient(out, a, b, True)
@@ -67,7 +69,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b for a gradient, in the operands' dtype or wider."""
+    """Compute out = a @ b for a gradient, in the operands' dtype or wider."""
     if _backend.multiplies_bf16_gradient(out, a, b):
         _backend.bf16_gradient(out, a, b, False)
     elif a.dtype == out.dtype:
@@ -80,7 +82,7 @@ def product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 @contextmanager
 def _operands_already_narrow(a: Tensor) -> Iterator[None]:
-    """Lets float32 products round their operands, which loses nothing where these were bfloat16 (or float16, for TF32) before."""
+    """Allow float32 products to round operands: lossless where they were bfloat16 (or float16, for TF32) before."""
     if a.is_cuda:
         before = torch.backends.cuda.matmul.allow_tf32
         torch.backends.cuda.matmul.allow_tf32 = True

@@ -1,4 +1,4 @@
-"""What the two passes over a head take and give."""
+"""Inputs and outputs of the two passes over the vocabulary."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 class Head(NamedTuple):
-    """logits = cap(logit_scale * (hidden @ weight.T + bias)): weight (V, D), bias (V,) contiguous or None, softcap 0 for none."""
+    """The output head: logits = cap(logit_scale * (hidden @ weight.T + bias))."""
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,), contiguous
     logit_scale: float
-    softcap: float
+    softcap: float  # 0: none
 
 
 class Statistics(NamedTuple):
-    """(n,) each: log-likelihood of the target, largest logit M, and the sum over the vocabulary of exp(logit - M)."""
+    """Row statistics (n,): the target's log-likelihood, the largest logit M, and the sum of exp(logit - M)."""
 
     log_likelihood: Tensor
     maximum: Tensor
@@ -25,9 +25,9 @@ class Statistics(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Where the gradients go; None for those that nobody asked for. `add` says that weight and bias hold earlier rows' gradient already."""
+    """Output buffers of the gradients; None where no gradient is needed."""
 
     hidden: Tensor | None  # (n, D) real, zeros
     weight: Tensor | None  # (V, D), of the head's dtype, or real to add to
     bias: Tensor | None  # (V,) real
-    add: bool = False
+    add: bool = False  # weight and bias already hold the gradient of earlier rows: add to it

@@ -1,4 +1,4 @@
-"""Per-token log-likelihoods straight from hidden states and the output head, without the (N, V) logits ever living in whole."""
+"""Per-token log-likelihoods from hidden states and the output head, without materializing the full (N, V) logits."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _hopper_use
+from pyunlearn.ops import hopper
 from pyunlearn.ops._check import check, check_head, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, on_its_device
+from pyunlearn.ops._library import LIBRARY, kernel_bias, no_second_derivative, on_its_device
 from pyunlearn.ops._passes import (
     Gradients,
     Head,
     Statistics,
     differentiate,
     live_rows,
-    quieted,
     real_of,
+    resolve_ignored,
     score,
-    settle_rows,
-    take,
+    select_rows,
+    zero_ignored_rows,
 )
 from pyunlearn.ops._plan import Plan, allowance, plan
 
@@ -36,69 +36,79 @@ def linear_log_likelihood(
     ignore_index: int | None = -100,
     workspace: int | None = None,
 ) -> Tensor:
-    """The log-likelihood of each target token, in nats, from hidden states and the output head.
+    """Compute the log-likelihood of each target token, in nats, from hidden states and the output head.
 
     With u = logit_scale * (hidden @ weight.T + bias) and z = u, or softcap * tanh(u / softcap),
 
         log_likelihood[n] = z[n, targets[n]] - log(sum over v of exp(z[n, v])).
 
-    Equivalent to ``-F.cross_entropy(z.float(), targets, reduction="none", ignore_index=ignore_index)``, and differentiable in hidden,
-    weight and bias. Rows whose target is ignore_index are dropped before the matrix product and come back as 0. The statistics are float32
-    sums over products that were never rounded to 16 bits.
+    Equivalent to ``-F.cross_entropy(z.float(), targets, reduction="none", ignore_index=ignore_index)``, and
+    differentiable in hidden, weight and bias. Rows whose target is ignore_index are dropped before the matrix product
+    and are 0 in the result. The statistics are float32 sums over products that were never rounded to 16 bits.
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
-        weight: (V, D), of the same device; another dtype is brought to the common one.
+        weight: (V, D), on the same device; of different dtypes the wider is used for both.
         targets: (...), int64 token ids in [0, V), or ignore_index.
-        ignore_index: marks the rows that do not count; None says that all do, and saves a card the question which ones, for which it must wait.
+        ignore_index: target value of the rows to ignore. None: no row is ignored, which saves a synchronization on a
+            GPU.
         bias: (V,) or None.
         logit_scale: factor on the logits (Cohere's logit_scale, Granite's 1 / logits_scaling).
         softcap: Gemma 2's final_logit_softcapping, or None.
-        workspace: bytes that scratch and kept logits may take together (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free). What does not fit is
-            computed again in backward: a third more work at most, and the same answer.
+        workspace: bytes for scratch and cached logits together (default: 256 MiB on the CPU; on a GPU 2 GiB, or half
+            of the free memory). Logits that do not fit are recomputed in backward: at most a third more work, and the
+            same result.
 
     Returns:
-        (...), float32 (float64 for float64 inputs). On a card a target outside [0, V) gives NaN.
+        (...), float32 (float64 for float64 inputs). On a GPU a target outside [0, V) gives NaN.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.eye(2)  # logits [1, 0] and [0, 1]
+        >>> linear_log_likelihood(hidden, weight, torch.tensor([0, -100]))
+        tensor([-0.3133,  0.0000])
     """
     check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
     hidden, weight = in_one_dtype(hidden, weight)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     flat, t, ignore = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).long(), ignored(ignore_index)
-    count, (rows, ignore) = len(t), settle_rows(flat, t, len(weight), ignore)
+    count, (rows, ignore) = len(t), resolve_ignored(flat, t, len(weight), ignore)
     if rows is not None:
         flat, t = flat.index_select(0, rows), t.index_select(0, rows)
     workspace = allowance(workspace, flat, len(t), len(weight))
-    found: Tensor = torch.ops.pyunlearn.linear_log_likelihood(
+    log_likelihood: Tensor = torch.ops.pyunlearn.linear_log_likelihood(
         flat, weight, bias, t, logit_scale, softcap or 0.0, ignore, workspace, keep, not torch.compiler.is_compiling()
     )[0]
     if rows is not None:
-        found = found.new_zeros((count,)).index_copy(0, rows, found)
-    return found.reshape(targets.shape)
+        log_likelihood = log_likelihood.new_zeros((count,)).index_copy(0, rows, log_likelihood)
+    return log_likelihood.reshape(targets.shape)
 
 
 LIBRARY.define(
-    "linear_log_likelihood(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float softcap, "
-    "int ignore_index, int? workspace, bool keep, bool release) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
+    "linear_log_likelihood(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, "
+    "float softcap, int ignore_index, int? workspace, bool keep, bool release) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
 )
 LIBRARY.define(
-    "linear_log_likelihood_backward(Tensor d_log_likelihood, Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, "
-    "Tensor log_likelihood, Tensor maximum, Tensor total, Tensor block_maximum, Tensor[] kept, float logit_scale, float softcap, "
-    "int ignore_index, int? workspace, bool release, bool[] needs) -> (Tensor, Tensor, Tensor)"
+    "linear_log_likelihood_backward(Tensor d_log_likelihood, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor targets, Tensor log_likelihood, Tensor maximum, Tensor total, Tensor block_maximum, Tensor[] cached, "
+    "float logit_scale, float softcap, int ignore_index, int? workspace, bool release, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
 def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> Plan:
-    fused = _hopper_use.serves(hidden, weight)
+    fused = hopper.serves(hidden, weight)
     return plan(hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device.type, workspace, keep, fused)
 
 
-def _kept_buffers(hidden: Tensor, p: Plan) -> list[Tensor]:
-    """One for each kept group, (N, columns) flat; masked rows leave its end unused."""
-    return [hidden.new_empty((hidden.shape[0] * p.room(first, end),)) for first, end in p.groups()[: p.kept]]
+def _cached_buffers(hidden: Tensor, p: Plan) -> list[Tensor]:
+    """Allocate one flat (N, columns) buffer per cached group; ignored rows leave its end unused."""
+    return [hidden.new_empty((hidden.shape[0] * p.row_length(first, end),)) for first, end in p.groups()[: p.cached]]
 
 
 def _forward(
@@ -108,16 +118,18 @@ def _forward(
     check_targets(targets, weight.shape[0], ignore_index)
     real, p = real_of(hidden), _plan(hidden, weight, workspace, keep)
     rows = live_rows(targets, ignore_index)
-    h, t = take(rows, quieted(hidden, targets, rows, ignore_index), targets)
-    kept = _kept_buffers(hidden, p)
+    h, t = select_rows(rows, zero_ignored_rows(hidden, targets, rows, ignore_index), targets)
+    cached = _cached_buffers(hidden, p)
     block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
-    head = Head(weight, bias_beside(hidden, bias), logit_scale, softcap)
-    found = score(h, head, t, p, kept, block_maximum if keep else None)
+    head = Head(weight, kernel_bias(hidden, bias), logit_scale, softcap)
+    statistics = score(h, head, t, p, cached, block_maximum if keep else None)
     if rows is not None:
-        found = Statistics(*(hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, x) for x in found))
+        per_row = (hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, x) for x in statistics)
+        statistics = Statistics(*per_row)
     elif targets.is_cuda:
-        found = found._replace(log_likelihood=torch.where(targets == ignore_index, 0.0, found.log_likelihood))
-    return *found, block_maximum, kept
+        log_likelihood = torch.where(targets == ignore_index, 0.0, statistics.log_likelihood)
+        statistics = statistics._replace(log_likelihood=log_likelihood)
+    return *statistics, block_maximum, cached
 
 
 def _fake_forward(
@@ -127,23 +139,23 @@ def _fake_forward(
     real, p = real_of(hidden), _plan(hidden, weight, workspace, keep)
     block_maximum = hidden.new_empty((p.blocks if keep else 0, hidden.shape[0]), dtype=real)
     per_row = hidden.new_empty(targets.shape, dtype=real)
-    return per_row, torch.empty_like(per_row), torch.empty_like(per_row), block_maximum, _kept_buffers(hidden, p)
+    return per_row, torch.empty_like(per_row), torch.empty_like(per_row), block_maximum, _cached_buffers(hidden, p)
 
 
 def _backward(
-    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor,
-    maximum: Tensor, total: Tensor, block_maximum: Tensor, kept: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
-    release: bool, needs: list[bool],
+    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    log_likelihood: Tensor, maximum: Tensor, total: Tensor, block_maximum: Tensor, cached: list[Tensor],
+    logit_scale: float, softcap: float, ignore_index: int, workspace: int | None, release: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     real, p = real_of(hidden), _plan(hidden, weight, workspace, True)
     rows = live_rows(targets, ignore_index)
-    hidden = quieted(hidden, targets, rows, ignore_index)
+    hidden = zero_ignored_rows(hidden, targets, rows, ignore_index)
     if rows is None and targets.is_cuda:
         d_log_likelihood = torch.where(targets == ignore_index, 0.0, d_log_likelihood)
-    h, t, *per_row, c = take(rows, hidden, targets, log_likelihood, maximum, total, d_log_likelihood.to(real))
+    h, t, *per_row, c = select_rows(rows, hidden, targets, log_likelihood, maximum, total, d_log_likelihood.to(real))
     n = h.shape[0]
-    # what an earlier backward pass of the same graph released is computed again; .data: released memory has no version to keep
-    live = [k.data if k.untyped_storage().size() > 0 or k.numel() == 0 else None for k in kept]
+    # buffers that an earlier backward pass of the graph released are recomputed; .data: they have no version counter
+    live = [k.data if k.untyped_storage().size() > 0 or k.numel() == 0 else None for k in cached]
     need_hidden, need_weight, need_bias = needs
     new = torch.empty if n else torch.zeros
     into = Gradients(
@@ -151,7 +163,7 @@ def _backward(
         new(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None,
         new(bias.shape, dtype=real, device=bias.device) if need_bias and bias is not None else None,
     )
-    head = Head(weight, bias_beside(hidden, bias), logit_scale, softcap)
+    head = Head(weight, kernel_bias(hidden, bias), logit_scale, softcap)
     differentiate(
         h, head, t, p, Statistics(*per_row), c, live, block_maximum, into, in_place=release, release=release
     )  # fmt: skip
@@ -166,9 +178,9 @@ def _backward(
 
 
 def _fake_backward(
-    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor,
-    maximum: Tensor, total: Tensor, block_maximum: Tensor, kept: list[Tensor], logit_scale: float, softcap: float, ignore_index: int, workspace: int | None,
-    release: bool, needs: list[bool],
+    d_log_likelihood: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+    log_likelihood: Tensor, maximum: Tensor, total: Tensor, block_maximum: Tensor, cached: list[Tensor],
+    logit_scale: float, softcap: float, ignore_index: int, workspace: int | None, release: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
@@ -183,9 +195,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden, weight, bias, targets, *rest = inputs
     *options, _keep, release = rest
     ctx.options = (*options, release)
-    *per_row, kept = output
-    ctx.save_for_backward(hidden, weight, bias, targets, *per_row, *kept)
-    ctx.mark_non_differentiable(*per_row[1:], *kept)
+    *per_row, cached = output
+    ctx.save_for_backward(hidden, weight, bias, targets, *per_row, *cached)
+    ctx.mark_non_differentiable(*per_row[1:], *cached)
     ctx.set_materialize_grads(False)
 
 
@@ -194,10 +206,10 @@ def _autograd(ctx: Any, d_log_likelihood: Tensor | None, *_: Any) -> tuple[Tenso
     if d_log_likelihood is None or not any(needs):
         return (None,) * 10
     saved = ctx.saved_tensors
-    found = torch.ops.pyunlearn.linear_log_likelihood_backward(
+    gradients = torch.ops.pyunlearn.linear_log_likelihood_backward(
         d_log_likelihood, *saved[:8], list(saved[8:]), *ctx.options, needs
     )
-    return (*(d if need else None for d, need in zip(found, needs, strict=True)), *(None,) * 7)
+    return (*(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 7)
 
 
 LIBRARY.impl("linear_log_likelihood", on_its_device(_forward), "CompositeExplicitAutograd")
@@ -207,4 +219,4 @@ torch.library.register_fake("pyunlearn::linear_log_likelihood_backward", _fake_b
 torch.library.register_autograd(
     "pyunlearn::linear_log_likelihood", _autograd, setup_context=_setup_context, lib=LIBRARY
 )
-torch.library.register_autograd("pyunlearn::linear_log_likelihood_backward", NO_GRADIENT_OF_GRADIENT, lib=LIBRARY)
+torch.library.register_autograd("pyunlearn::linear_log_likelihood_backward", no_second_derivative, lib=LIBRARY)

@@ -1,4 +1,4 @@
-"""Per-token log-likelihoods from ready logits, for models that give nothing else."""
+"""Per-token log-likelihoods from logits, for models whose hidden states are not accessible."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyunlearn.ops import _backend
 from pyunlearn.ops._check import check, check_bias, check_targets
-from pyunlearn.ops._library import LIBRARY, NO_GRADIENT_OF_GRADIENT, bias_beside, on_its_device
+from pyunlearn.ops._library import LIBRARY, kernel_bias, no_second_derivative, on_its_device
 from pyunlearn.ops._passes import real_of
 
 
@@ -22,27 +22,35 @@ def log_likelihood(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """The log-likelihood of each target token under given logits, in nats: log_softmax(z)[targets], z as in linear_log_likelihood.
+    """Compute the log-likelihood of each target token, in nats, from logits.
 
-    Equivalent to ``-F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=ignore_index)``; one read of the logits, no
-    float32 copy of them, and one write in backward.
+    log_likelihood[n] = log_softmax(z[n])[targets[n]] with z as in linear_log_likelihood.
+
+    Equivalent to ``-F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=ignore_index)``, with one
+    read of the logits, no float32 copy of them, and one write in backward.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64.
         targets: (...), int64 token ids in [0, V), or ignore_index.
         bias, logit_scale, softcap: as in linear_log_likelihood, for logits to which the model has not applied them.
+        ignore_index: target value of the rows to ignore.
 
     Returns:
-        (...), float32 (float64 for float64 logits), 0 where ignored. On a card a target outside [0, V) gives NaN.
+        (...), float32 (float64 for float64 logits), 0 where ignored. On a GPU a target outside [0, V) gives NaN.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).
+
+    Example:
+        >>> import torch
+        >>> log_likelihood(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, -100]))
+        tensor([-0.3133,  0.0000])
     """
     check(logits, targets, name="logits", softcap=softcap, workspace=None)
     check_bias(bias, logits, logits.shape[-1], name="bias")
     flat = logits.reshape(-1, logits.shape[-1])
     if bias is not None and bias.requires_grad:
-        flat, bias = flat + bias, None  # the rare case, left to autograd
+        flat, bias = flat + bias, None  # rare, so left to autograd
     out = torch.ops.pyunlearn.log_likelihood(
         flat, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index
     )
@@ -50,17 +58,18 @@ def log_likelihood(
 
 
 LIBRARY.define(
-    "log_likelihood(Tensor logits, Tensor? bias, Tensor targets, float logit_scale, float softcap, int ignore_index) -> (Tensor, Tensor, Tensor)"
+    "log_likelihood(Tensor logits, Tensor? bias, Tensor targets, float logit_scale, float softcap, int ignore_index) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "log_likelihood_backward(Tensor d_log_likelihood, Tensor logits, Tensor? bias, Tensor targets, Tensor log_likelihood, Tensor maximum, "
-    "Tensor total, float logit_scale, float softcap, int ignore_index) -> Tensor"
+    "log_likelihood_backward(Tensor d_log_likelihood, Tensor logits, Tensor? bias, Tensor targets, "
+    "Tensor log_likelihood, Tensor maximum, Tensor total, float logit_scale, float softcap, int ignore_index) -> Tensor"
 )
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """x (n, V) with columns side by side, as the kernels read them."""
-    apart = x.shape[0] == 1 or x.stride(0) >= x.shape[1]  # an expanded row is not
+    """Return x (n, V) with contiguous columns, as the kernels read it."""
+    apart = x.shape[0] == 1 or x.stride(0) >= x.shape[1]  # not so for an expanded row
     return x if apart and (x.stride(1) == 1 or x.shape[1] == 1) else x.contiguous()
 
 
@@ -74,10 +83,10 @@ def _forward(
     if n:
         x = rows_contiguous(logits)
         _backend.statistics(
-            x, 0, bias_beside(x, bias), logit_scale, softcap, targets.contiguous(), maximum, total, target_logit
+            x, 0, kernel_bias(x, bias), logit_scale, softcap, targets.contiguous(), maximum, total, target_logit
         )
-    found = (target_logit - maximum) - total.log()
-    return torch.where(targets == ignore_index, 0.0, found), maximum, total
+    log_likelihood = (target_logit - maximum) - total.log()
+    return torch.where(targets == ignore_index, 0.0, log_likelihood), maximum, total
 
 
 def _fake_forward(
@@ -88,34 +97,21 @@ def _fake_forward(
 
 
 def _backward(
-    d_log_likelihood: Tensor, logits: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, maximum: Tensor,
-    total: Tensor, logit_scale: float, softcap: float, ignore_index: int,
+    d_log_likelihood: Tensor, logits: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor,
+    maximum: Tensor, total: Tensor, logit_scale: float, softcap: float, ignore_index: int,
 ) -> Tensor:  # fmt: skip
     coefficients = torch.where(targets == ignore_index, 0.0, d_log_likelihood.to(maximum.dtype))
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.shape[0]:
         x = rows_contiguous(logits)
-        _backend.gradient(
-            x,
-            0,
-            bias_beside(x, bias),
-            logit_scale,
-            softcap,
-            targets.contiguous(),
-            False,
-            maximum,
-            total,
-            log_likelihood,
-            coefficients,
-            None,
-            d_logits,
-        )
+        head = (kernel_bias(x, bias), logit_scale, softcap, targets.contiguous())
+        _backend.gradient(x, 0, *head, False, maximum, total, log_likelihood, coefficients, None, d_logits)
     return d_logits
 
 
 def _fake_backward(
-    d_log_likelihood: Tensor, logits: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor, maximum: Tensor,
-    total: Tensor, logit_scale: float, softcap: float, ignore_index: int,
+    d_log_likelihood: Tensor, logits: Tensor, bias: Tensor | None, targets: Tensor, log_likelihood: Tensor,
+    maximum: Tensor, total: Tensor, logit_scale: float, softcap: float, ignore_index: int,
 ) -> Tensor:  # fmt: skip
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
@@ -138,4 +134,4 @@ LIBRARY.impl("log_likelihood_backward", on_its_device(_backward), "CompositeExpl
 torch.library.register_fake("pyunlearn::log_likelihood", _fake_forward, lib=LIBRARY)
 torch.library.register_fake("pyunlearn::log_likelihood_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd("pyunlearn::log_likelihood", _autograd, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("pyunlearn::log_likelihood_backward", NO_GRADIENT_OF_GRADIENT, lib=LIBRARY)
+torch.library.register_autograd("pyunlearn::log_likelihood_backward", no_second_derivative, lib=LIBRARY)

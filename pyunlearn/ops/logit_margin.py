@@ -1,4 +1,4 @@
-"""How far each row's largest logit stands above its mean logit, straight from hidden states and the output head."""
+"""Margin of each row's largest logit over its mean logit, from hidden states and the output head."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ def logit_margin(
     softcap: float | None = None,
     workspace: int | None = None,
 ) -> Tensor:
-    """Largest logit minus mean logit of each row: 0 for the uniform distribution, and only there.
+    """Compute the largest logit minus the mean logit of each row: 0 for the uniform distribution, and only there.
 
         margin[n] = max over v of z[n, v] - mean over v of z[n, v],    z as in linear_log_likelihood
 
-    Differentiable in hidden, weight and bias. The logits are made block by block, once. Of equal largest logits the first one gets the gradient, which
-    without a softcap takes no product with the head: each row's is that of its argmax, less the mean of all.
+    Equivalent to ``z.amax(-1) - z.mean(-1)``, and differentiable in hidden, weight and bias. The logits are computed
+    block by block, once. Of equal largest logits the first gets the gradient, which without a softcap needs no product
+    with the head: each row's gradient is that of its argmax minus the mean of all.
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
-        weight: (V, D), of the same device; another dtype is brought to the common one.
+        weight: (V, D), on the same device; of different dtypes the wider is used for both.
         bias, logit_scale, softcap: as in linear_log_likelihood.
-        workspace: bytes for scratch (default: 256 MiB on the CPU, on a card 2 GiB or half of what is free).
+        workspace: bytes for scratch (default: 256 MiB on the CPU; on a GPU 2 GiB, or half of the free memory).
 
     Returns:
         (...), float32 (float64 for float64 inputs), 0 or more up to rounding.
@@ -45,20 +46,20 @@ def logit_margin(
         ArgumentError: shapes, dtypes or devices that do not fit.
 
     Source: the flattening loss of arXiv 2506.05314 is its square.
+
+    Example:
+        >>> import torch
+        >>> logit_margin(torch.tensor([[3.0, 1.0], [2.0, 2.0]]), torch.eye(2))  # logits [3, 1] and [2, 2]
+        tensor([1., 0.])
     """
-    check(
-        hidden,
-        hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64),
-        name="hidden",
-        softcap=softcap,
-        workspace=workspace,
-    )
+    targets = hidden.new_zeros(hidden.shape[:-1], dtype=torch.int64)  # any valid ones
+    check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
     hidden, weight = in_one_dtype(hidden, weight)
     flat = hidden.reshape(-1, hidden.shape[-1])
     workspace = allowance(workspace, flat, len(flat), len(weight))
-    found: Tensor = _LogitMargin.apply(flat, weight, bias, logit_scale, softcap or 0.0, workspace)
-    return found.reshape(hidden.shape[:-1])
+    margin: Tensor = _LogitMargin.apply(flat, weight, bias, logit_scale, softcap or 0.0, workspace)
+    return margin.reshape(hidden.shape[:-1])
 
 
 class _LogitMargin(torch.autograd.Function):
@@ -75,10 +76,8 @@ class _LogitMargin(torch.autograd.Function):
         head, real = Head(weight, bias, logit_scale, softcap), real_of(hidden)
         allowed = workspace // 2 if softcap else workspace  # a block's tanh and slopes are copies of it
         p = plan(len(hidden), len(weight), hidden.dtype, hidden.device.type, allowed, False)
-        largest, total = (
-            hidden.new_full((len(hidden),), -torch.inf, dtype=real),
-            hidden.new_zeros((len(hidden),), dtype=real),
-        )
+        largest = hidden.new_full((len(hidden),), -torch.inf, dtype=real)
+        total = hidden.new_zeros((len(hidden),), dtype=real)
         first = torch.zeros_like(total, dtype=torch.int64)
         for b, _, z in _blocks(hidden, head, p):
             value, at = z.max(dim=1)
@@ -98,13 +97,13 @@ class _LogitMargin(torch.autograd.Function):
         c = d_margin.to(real_of(hidden)) * logit_scale
         needs = ctx.needs_input_grad[:3]
         head = Head(weight, bias, logit_scale, softcap)
-        found = _capped(hidden, head, first, c, p, needs) if softcap else _plain(hidden, weight, first, c, needs)
-        given = (hidden, weight, bias)
-        return (*(d if d is None else d.to(x.dtype) for d, x in zip(found, given, strict=True)), None, None, None)
+        gradients = _capped(hidden, head, first, c, p, needs) if softcap else _plain(hidden, weight, first, c, needs)
+        inputs = (hidden, weight, bias)
+        return (*(d if d is None else d.to(x.dtype) for d, x in zip(gradients, inputs, strict=True)), None, None, None)
 
 
 def _blocks(hidden: Tensor, head: Head, p: Plan) -> Any:
-    """(first, end, logits (N, end - first)) of each block of the vocabulary."""
+    """Yield (first, end, logits (N, end - first)) of each block of the vocabulary."""
     logits, real = Logits(hidden, real_of(hidden)), real_of(hidden)
     scratch = hidden.new_empty((len(hidden) * p.block,), dtype=real)
     for first, end in p.groups() if len(hidden) else []:
@@ -119,7 +118,7 @@ Three = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _plain(hidden: Tensor, weight: Tensor, first: Tensor, c: Tensor, needs: tuple[bool, ...]) -> Three:
-    """The gradient c (onehot(argmax) - 1 / V) of the raw products, multiplied out."""
+    """Compute the gradients for c (onehot(argmax) - 1 / V) at the raw products, in closed form."""
     real, size = c.dtype, len(weight)
     d_hidden = (weight[first].to(real) - weight.mean(dim=0, dtype=real)) * c[:, None] if needs[0] else None
     if not (needs[1] or needs[2]):
@@ -128,28 +127,28 @@ def _plain(hidden: Tensor, weight: Tensor, first: Tensor, c: Tensor, needs: tupl
     d_bias = _add_rows(rest.repeat(size), first, c) if needs[2] else None
     if not needs[1]:
         return d_hidden, None, d_bias
-    pulled = c[:, None] * hidden.to(real)
-    everywhere = -pulled.sum(dim=0) / size
-    # the rows of one argmax meet, before anything is rounded to 16 bits, at the place where it first stands among the sorted ones: how many
-    # different ones there are is never asked, for a card would have to be waited for
+    weighted = c[:, None] * hidden.to(real)  # (N, D)
+    everywhere = -weighted.sum(dim=0) / size  # (D,)
+    # rows of one argmax are summed before anything is rounded to 16 bits, at its first index among the sorted argmaxes;
+    # so the number of distinct ones, whose count would synchronize on a GPU, is not needed
     meeting = torch.searchsorted(first.sort().values, first)
-    sums = _add_rows(torch.zeros_like(pulled), meeting, pulled)
+    sums = _add_rows(torch.zeros_like(weighted), meeting, weighted)
     d_weight = everywhere.to(weight.dtype).repeat(size, 1)
-    d_weight.index_copy_(0, first, (sums[meeting] + everywhere).to(weight.dtype))  # rows of one argmax bring the same
+    d_weight.index_copy_(0, first, (sums[meeting] + everywhere).to(weight.dtype))  # rows of one argmax write the same
     return d_hidden, d_weight, d_bias
 
 
 def _add_rows(out: Tensor, at: Tensor, rows: Tensor) -> Tensor:
-    """out[at[n]] += rows[n], those of one place always in the same order.
+    """Compute out[at[n]] += rows[n], in a fixed order for each index.
 
-    On a card index_add takes them as they come, and accumulating index_put_ sorts them first, without waiting; on the CPU it is index_add that
-    goes through them one by one, and index_put_ whose threads add as they come.
+    On a GPU index_add is not deterministic, and accumulating index_put_ sorts first, without synchronizing; on the CPU
+    index_add is sequential, and the threads of index_put_ add in any order.
     """
     return out.index_put_((at,), rows, accumulate=True) if out.is_cuda else out.index_add_(0, at, rows)
 
 
 def _capped(hidden: Tensor, head: Head, first: Tensor, c: Tensor, p: Plan, needs: tuple[bool, ...]) -> Three:
-    """The same with tanh's slope on every logit, which takes the products again."""
+    """Compute the gradients with tanh's slope on every logit, which needs the products again."""
     real, size = c.dtype, len(head.weight)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=real) if needs[0] else None
     d_weight = torch.zeros_like(head.weight) if needs[1] else None

@@ -1,4 +1,4 @@
-"""Log-likelihood, rank, entropy and variance of each token, in the one product that the log-likelihood takes anyway."""
+"""Log-likelihood, rank, entropy and variance of each token, from the same single product as the log-likelihood."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyunlearn.ops import _backend, _hopper, _hopper_use, reference
+from pyunlearn.ops import _backend, hopper, reference
 from pyunlearn.ops._check import check, check_bias, check_head, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, bias_beside, on_its_device
-from pyunlearn.ops._passes import Head, live_rows, real_of, take
+from pyunlearn.ops._library import LIBRARY, kernel_bias, on_its_device
+from pyunlearn.ops._passes import Head, live_rows, real_of, select_rows
 from pyunlearn.ops._plan import plan
 from pyunlearn.ops._products import Logits
 from pyunlearn.ops.log_likelihood import rows_contiguous
 
 
 class TokenStatistics(NamedTuple):
-    """(...) each, float32 (float64 for float64 inputs), rank int64: see token_statistics."""
+    """Per-token statistics, (...) each: float32 (float64 for float64 inputs), the rank int64. See token_statistics."""
 
     log_likelihood: Tensor
     rank: Tensor
@@ -36,42 +36,48 @@ def token_statistics(
     ignore_index: int | None = -100,
     workspace: int | None = None,
 ) -> TokenStatistics:
-    """What the model thinks of each target token and of its alternatives, from hidden states and the output head. No gradient.
+    """Compute each target token's log-likelihood and rank, and its distribution's entropy and variance. No gradient.
 
     With p = softmax(z), z as in linear_log_likelihood, and t the target:
 
-        log_likelihood  log p[t]                                                        nats
-        rank            #{v : z[v] > z[t]}                                              0: the model's first choice
-        entropy         -sum over v of p[v] log p[v]                                    nats
-        variance        sum over v of p[v] (log p[v])^2 - entropy^2                     nats^2
+        log_likelihood  log p[t]                                        nats
+        rank            #{v : z[v] > z[t]}                              0: the model's first choice
+        entropy         -sum over v of p[v] log p[v]                    nats
+        variance        sum over v of p[v] (log p[v])^2 - entropy^2     nats^2
 
-    Perplexity, memorization accuracy, extraction strength, exposure, min-k % and min-k %++ follow from these. One matrix product; no (N, V)
-    tensor. In `rank`, logits that float32 cannot tell from the target's count as equal to it: the same token counted twice would otherwise be
-    larger or not by chance.
+    Perplexity, memorization accuracy, extraction strength, exposure, min-k % and min-k %++ follow from these. It takes
+    one matrix product and no (N, V) tensor. In `rank`, logits that float32 cannot distinguish from the target's count
+    as equal to it: otherwise rounding would decide whether a duplicate of the target's row ranks above it.
 
     Args:
         hidden: (..., D), float32, bfloat16, float16 or float64.
-        weight: (V, D), of the same device; another dtype is brought to the common one.
+        weight: (V, D), on the same device; of different dtypes the wider is used for both.
         targets: (...), int64 token ids in [0, V), or ignore_index.
         bias, logit_scale, softcap: as in linear_log_likelihood.
-        ignore_index: rows with this target are not computed, and are 0 in every field; None: all count, and a card is not asked which do.
-        workspace: bytes for scratch (default: 256 MiB on the CPU, 2 GiB on a card, of which little is used).
+        ignore_index: target value of the rows to ignore, which are not computed and are 0 in every field. None: no row
+            is ignored, which saves a synchronization on a GPU.
+        workspace: bytes for scratch (default: 256 MiB on the CPU, 2 GiB on a GPU, of which little is used).
 
     Returns:
-        TokenStatistics(log_likelihood, rank, entropy, variance), (...) each. Where the logits hold NaN, and on a card for a target outside [0, V),
-        the log-likelihood is NaN and the rank -1.
+        TokenStatistics(log_likelihood, rank, entropy, variance), (...) each. Where logits are NaN, and on a GPU for a
+        target outside [0, V), the log-likelihood is NaN and the rank -1.
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).
+
+    Example:
+        >>> import torch
+        >>> hidden, weight = torch.zeros(1, 2), torch.eye(2)  # logits [0, 0]: the uniform distribution
+        >>> token_statistics(hidden, weight, torch.tensor([1])).entropy
+        tensor([0.6931])
     """
     check(hidden, targets, name="hidden", softcap=softcap, workspace=workspace)
     check_head(hidden, weight, bias)
     hidden, weight = in_one_dtype(hidden.detach(), weight.detach())
-    found = torch.ops.pyunlearn.token_statistics(
-        hidden.reshape(-1, hidden.shape[-1]), weight, None if bias is None else bias.detach(), targets.reshape(-1).long(), logit_scale,
-        softcap or 0.0, ignored(ignore_index), workspace,
-    )  # fmt: skip
-    return TokenStatistics(*(x.reshape(targets.shape) for x in found))
+    flat, bias = hidden.reshape(-1, hidden.shape[-1]), None if bias is None else bias.detach()
+    options = (logit_scale, softcap or 0.0, ignored(ignore_index), workspace)
+    fields = torch.ops.pyunlearn.token_statistics(flat, weight, bias, targets.reshape(-1).long(), *options)
+    return TokenStatistics(*(x.reshape(targets.shape) for x in fields))
 
 
 def token_statistics_from_logits(
@@ -83,7 +89,7 @@ def token_statistics_from_logits(
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> TokenStatistics:
-    """token_statistics of ready logits, for models that give nothing else; one read of them, no float32 copy.
+    """Compute token_statistics from logits, with one read of them and no float32 copy.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 or float64.
@@ -95,30 +101,34 @@ def token_statistics_from_logits(
 
     Raises:
         ArgumentError: shapes, dtypes or devices that do not fit; on the CPU a target outside [0, V).
+
+    Example:
+        >>> import torch
+        >>> token_statistics_from_logits(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([1])).rank
+        tensor([2])
     """
     check(logits, targets, name="logits", softcap=softcap, workspace=None)
     check_bias(bias, logits, logits.shape[-1], name="bias")
     flat = logits.detach().reshape(-1, logits.shape[-1])
-    found = torch.ops.pyunlearn.token_statistics_from_logits(
-        flat, None if bias is None else bias.detach(), targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index
-    )  # fmt: skip
-    return TokenStatistics(*(x.reshape(targets.shape) for x in found))
+    bias, options = None if bias is None else bias.detach(), (logit_scale, softcap or 0.0, ignore_index)
+    fields = torch.ops.pyunlearn.token_statistics_from_logits(flat, bias, targets.reshape(-1).long(), *options)
+    return TokenStatistics(*(x.reshape(targets.shape) for x in fields))
 
 
 _OUT = " -> (Tensor, Tensor, Tensor, Tensor)"
 LIBRARY.define(
-    "token_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float softcap, int ignore_index, "
-    "int? workspace)" + _OUT
+    "token_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float softcap, "
+    "int ignore_index, int? workspace)" + _OUT
 )
 LIBRARY.define(
-    "token_statistics_from_logits(Tensor logits, Tensor? bias, Tensor targets, float logit_scale, float softcap, int ignore_index)"
-    + _OUT
+    "token_statistics_from_logits(Tensor logits, Tensor? bias, Tensor targets, float logit_scale, float softcap, "
+    "int ignore_index)" + _OUT
 )
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class _Sums:
-    """The running statistics of rows like those of `x` (n, ...)."""
+    """Running statistics of the rows of x (n, ...), in its precision."""
 
     def __init__(self, x: Tensor, targets: Tensor, threshold: Tensor) -> None:
         real, n = real_of(x), x.shape[0]
@@ -128,24 +138,25 @@ class _Sums:
         self.rank = x.new_zeros((n,), dtype=torch.int64)
 
     def add(self, x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float) -> None:
+        """Add the raw products x (n, v) of the columns from `first` on."""
         _backend.token_statistics(
             x, first, bias, logit_scale, softcap, self.targets, self.threshold, self.maximum, self.total, self.moments,
             self.target_logit, self.rank,
         )  # fmt: skip
 
     def result(self, rows: Tensor | None, targets: Tensor, ignore_index: int) -> Four:
-        """The four fields, for all of `targets` (N,)."""
+        """Return the four fields for all of `targets` (N,), of which `rows` were computed."""
         real = self.total.dtype
         log_total, mean = self.total.log(), (self.moments[0].double() / self.total)
         log_likelihood = (self.target_logit - self.maximum) - log_total
         variance = (self.moments[1].double() / self.total - mean**2).clamp(min=0)
-        found = (log_likelihood, self.rank, (log_total - mean).to(real), variance.to(real))
-        return _for_all(found, rows, targets, ignore_index)
+        fields = (log_likelihood, self.rank, (log_total - mean).to(real), variance.to(real))
+        return _for_all(fields, rows, targets, ignore_index)
 
 
-def _for_all(found: Four, rows: Tensor | None, targets: Tensor, ignore_index: int) -> Four:
-    """The four fields of some rows, for all of `targets` (N,)."""
-    log_likelihood, rank, *rest = found
+def _for_all(computed: Four, rows: Tensor | None, targets: Tensor, ignore_index: int) -> Four:
+    """Scatter the four fields of some rows to all of `targets` (N,)."""
+    log_likelihood, rank, *rest = computed
     fields = [log_likelihood, rank.masked_fill(log_likelihood.isnan(), -1), *rest]
     if rows is not None:
         fields = [x.new_zeros(targets.shape).index_copy_(0, rows, x) for x in fields]
@@ -155,18 +166,18 @@ def _for_all(found: Four, rows: Tensor | None, targets: Tensor, ignore_index: in
 
 
 def _forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int,
-    workspace: int | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
+    ignore_index: int, workspace: int | None,
 ) -> Four:  # fmt: skip
     check_targets(targets, weight.shape[0], ignore_index)
     rows = live_rows(targets, ignore_index)
-    h, t = take(rows, hidden, targets)
-    head, real, n = Head(weight, bias_beside(h, bias), logit_scale, softcap), real_of(h), h.shape[0]
-    fused = _hopper_use.serves(hidden, weight)
-    # the tensor cores, which cuBLAS uses for 16-bit operands too, truncate their sums
+    h, t = select_rows(rows, hidden, targets)
+    head, real, n = Head(weight, kernel_bias(h, bias), logit_scale, softcap), real_of(h), h.shape[0]
+    fused = hopper.serves(hidden, weight)
+    # tensor cores, which cuBLAS also uses for 16-bit operands, truncate their sums
     threshold = _threshold(h, head, t, 8 if fused or (h.is_cuda and h.dtype.itemsize == 2) else 1)
     if fused:
-        return _for_all(_hopper.token_statistics(h, head, t, threshold), rows, targets, ignore_index)
+        return _for_all(hopper.token_statistics(h, head, t, threshold), rows, targets, ignore_index)
     sums = _Sums(h, t, threshold)
     p = plan(n, weight.shape[0], h.dtype, h.device.type, workspace, False)
     logits, scratch = Logits(h, real), h.new_empty((n * p.block,), dtype=real)
@@ -179,9 +190,10 @@ def _forward(
 
 
 def _threshold(h: Tensor, head: Head, targets: Tensor, times: float = 1) -> Tensor:
-    """(n,) the logit that a token has to exceed to stand before the target: the target's, exactly, plus what a float32 product may be off by (so many times).
+    """Compute (n,) the logit above which a token ranks before the target.
 
-    It has to be there before the vocabulary is gone through, for the block that holds the target may come last.
+    It is the target's exact logit plus `times` the error bound of a float32 product. It is needed before the sweep over
+    the vocabulary, since the target's block may come last.
     """
     real = real_of(h)
     product, size = _backend.target_products(h, head.weight, targets)
@@ -192,19 +204,19 @@ def _threshold(h: Tensor, head: Head, targets: Tensor, times: float = 1) -> Tens
 
 
 def _above(z: Tensor, by: Tensor) -> Tensor:
-    return torch.where(z == -torch.inf, z, z + by)  # an impossible target stands behind every possible token
+    return torch.where(z == -torch.inf, z, z + by)  # every possible token ranks before an impossible target
 
 
 def _forward_from_logits(
     logits: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int
 ) -> Four:
     check_targets(targets, logits.shape[1], ignore_index)
-    real, bias, targets = real_of(logits), bias_beside(logits, bias), targets.contiguous()
+    real, bias, targets = real_of(logits), kernel_bias(logits, bias), targets.contiguous()
     at = targets.clamp(0, logits.shape[1] - 1)
-    taken = logits.gather(1, at[:, None]).squeeze(1).to(real)
-    z = reference.logits_of(taken, None if bias is None else bias[at].to(real), logit_scale, softcap)
+    target_logits = logits.gather(1, at[:, None]).squeeze(1).to(real)
+    z = reference.logits_of(target_logits, None if bias is None else bias[at].to(real), logit_scale, softcap)
     plain = bias is None and logit_scale == 1.0 and not softcap
-    # what is done to the logits here is rounded in its own way; unchanged ones compare exactly
+    # transformed logits are rounded differently here and in the kernel; unchanged ones compare exactly
     sums = _Sums(logits, targets, z if plain else _above(z, 4 * torch.finfo(real).eps * z.abs()))
     if logits.shape[0]:
         sums.add(rows_contiguous(logits), 0, bias, logit_scale, softcap)
@@ -217,8 +229,8 @@ def _fake(x: Tensor, targets: Tensor) -> Four:
 
 
 def _fake_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float, ignore_index: int,
-    workspace: int | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, logit_scale: float, softcap: float,
+    ignore_index: int, workspace: int | None,
 ) -> Four:  # fmt: skip
     return _fake(hidden, targets)
 

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the emulator: csrc/cuda, with launches and inline assembly rewritten, as a Python extension with csrc/bindings.cpp."""
+"""Build the CUDA kernels for the emulator: csrc/cuda, with launches and inline assembly rewritten."""
 
 import re
 import subprocess
@@ -12,10 +12,10 @@ import torch
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 REWRITES = [
-    (r"([A-Za-z_]\w*(?:<[^<>;]*>)?)<<<((?:.|\n)+?)>>>\(", r"emulator::Configuration(\2).launch(\1, "),
+    (r"([A-Za-z_]\w*(?:<[^<>;]*>)?)\s*<<<((?:.|\n)+?)>>>\(", r"emulator::Configuration(\2).launch(\1, "),
     (r"extern __shared__ uint8_t memory\[\];", "const uint32_t memory = emulator::dynamic_shared();"),
     (r'asm\("ex2\.approx\.ftz\.f32 %0, %1;" : "=f"\((\w+)\) : "f"\((.+?)\)\);', r"\1 = emulated_ex2(\2);"),
-]  # fmt: skip
+]
 
 
 def rewritten(text: str) -> str:
@@ -26,7 +26,7 @@ def rewritten(text: str) -> str:
 
 
 def build(folder: Path) -> Path:
-    """The extension, built in an empty folder; half a minute on two cores. Raises CalledProcessError where something does not compile."""
+    """Build the extension in an empty folder, half a minute on two cores. A compiler error is a CalledProcessError."""
     for path in CSRC.rglob("*"):
         if path.suffix in {".h", ".cu", ".cuh"} and "cpu" not in path.parts:
             to = folder / "csrc" / path.relative_to(CSRC)
@@ -42,7 +42,8 @@ def build(folder: Path) -> Path:
     ]
     include = [HERE, folder / "csrc", Path(torch.__file__).parent / "include", sysconfig.get_paths()["include"]]
     flags = ["-std=c++17", "-O1", "-ftree-vectorize", "-mfma", "-mavx2", "-w", "-fPIC", "-fvisibility=hidden"]
-    flags += ["-DPYUNLEARN_CUDA", "-DPYUNLEARN_HOPPER", '-DPYUNLEARN_CUDA_ARCHITECTURES="90"', *(f"-I{i}" for i in include)]  # fmt: skip
+    flags += ["-DPYUNLEARN_CUDA", "-DPYUNLEARN_HOPPER", '-DPYUNLEARN_CUDA_ARCHITECTURES="90"']
+    flags += [f"-I{i}" for i in include]
 
     def compile(source: Path) -> Path:
         to = folder / f"{source.stem}_{source.suffix[1:]}.o"

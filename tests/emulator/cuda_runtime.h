@@ -37,10 +37,12 @@ inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000,
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::machine().processors : emulator::machine().capability;
+  *value =
+      attribute == cudaDevAttrMultiProcessorCount ? emulator::machine().processors : emulator::machine().capability;
   return cudaSuccess;
 }
-cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long, cudaDriverEntryPointQueryResult*);
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult*);
 
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };

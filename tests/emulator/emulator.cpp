@@ -25,11 +25,10 @@ void require(bool fine, const char* what) {
 
 struct Fiber;
 
-struct Waiting {
-  std::vector<Fiber*> fibers;
-};
+struct Waiting { std::vector<Fiber*> fibers; };
 
-// A collective of `size` threads. Values go through two slots in turn, so a fast thread cannot overwrite what a slow one has yet to read.
+// A collective of `size` threads. Values go through two slots in turn, so a fast thread cannot overwrite what a slow
+// one has yet to read.
 struct Collective {
   int size = 0, arrived = 0, generation = 0;
   int place = 0;  // the line of source at which those who arrived did so
@@ -209,12 +208,14 @@ void do_product(Block& block, const Product& p) {
   read_operand(block, p.b, 256, p.to_float, b);
   for (int t = 0; t < 128; ++t)
     for (int i = 0; i < 128; ++i)
-      d[16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (t % 4) + i % 2] = p.accumulate ? p.d[t][i] : 0.f;
+      d[16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (t % 4) + i % 2] =
+          p.accumulate ? p.d[t][i] : 0.f;
   for (int r = 0; r < 64; ++r)
     for (int k = 0; k < 16; ++k)
       for (int c = 0; c < 256; ++c) d[r][c] += a[k * 64 + r] * b[k * 256 + c];
   for (int t = 0; t < 128; ++t)
-    for (int i = 0; i < 128; ++i) p.d[t][i] = d[16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (t % 4) + i % 2];
+    for (int i = 0; i < 128; ++i)
+      p.d[t][i] = d[16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (t % 4) + i % 2];
 }
 void do_group(Block& block, Warpgroup::Group& group) {
   if (group.done) return;
@@ -272,7 +273,8 @@ void run_cluster(Dim grid, Dim block, size_t shared, unsigned first, int size) {
       ++each.warps[t / 32].size;
       Fiber& f = c.fibers[(size_t)b * threads + t];
       f.block = &each;
-      f.here = {Dim(t % block.x, t / block.x % block.y, t / (block.x * block.y)), Dim(first + b, 0, 0), block, grid, t, b};
+      f.here = {
+          Dim(t % block.x, t / block.x % block.y, t / (block.x * block.y)), Dim(first + b, 0, 0), block, grid, t, b};
     }
   }
   cluster = &c;
@@ -293,7 +295,9 @@ void run_cluster(Dim grid, Dim block, size_t shared, unsigned first, int size) {
   std::string stuck;
   for (const Fiber& f : c.fibers)
     if (!f.finished && failure.empty()) {
-      if (stuck.size() < 1000) stuck += " block " + std::to_string(f.here.block.x) + " thread " + std::to_string(f.here.in_block) + ": " + f.waits_for + ";";
+      if (stuck.size() < 1000)
+        stuck += " block " + std::to_string(f.here.block.x) + " thread " + std::to_string(f.here.in_block) + ": " +
+                 f.waits_for + ";";
     } else {
       for (const auto& s : f.stores) do_store(*s);
     }
@@ -391,7 +395,8 @@ void barrier_arrive(uint32_t at, int rank, uint32_t expected_bytes) {
 }
 void barrier_wait(uint32_t at, uint32_t parity) {
   Mbarrier& b = barrier_of(*current->block, at);
-  while (b.phase == parity) sleep_in(b.waiting, parity ? "a barrier in shared memory, odd phase" : "a barrier in shared memory, even phase");
+  while (b.phase == parity)
+    sleep_in(b.waiting, parity ? "a barrier in shared memory, odd phase" : "a barrier in shared memory, even phase");
 }
 
 void load_tile(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier, unsigned blocks) {

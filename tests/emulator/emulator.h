@@ -1,8 +1,10 @@
-// A GPU for the tests, slow and strict: every thread of a cluster is a coroutine, and what runs next is drawn at random.
+// A GPU for the tests, slow and strict: every thread of a cluster is a coroutine, and what runs next is drawn at
+// random.
 //
-// What the hardware leaves open is drawn too: when a bulk copy reads and writes, and when a warpgroup's product reads shared memory (when all its warps
-// have issued it, or not before somebody waits for it). A missing barrier therefore gives wrong numbers for some seed, and threads that wait for each
-// other for ever are reported with what they wait for. Registers, caches and the rounding of products are not emulated.
+// What the hardware leaves open is drawn too: when a bulk copy reads and writes, and when a warpgroup's product reads
+// shared memory (when all its warps have issued it, or not before somebody waits for it). A missing barrier therefore
+// gives wrong numbers for some seed, and threads that wait for each other for ever are reported with what they wait
+// for. Registers, caches and the rounding of products are not emulated.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -31,7 +33,8 @@ Machine& machine();
 
 const Here& here();
 
-// Runs kernel() once for every thread. shared: bytes of dynamic shared memory of a block. Throws std::runtime_error on a deadlock or a misuse.
+// Runs kernel() once for every thread. shared: bytes of dynamic shared memory of a block. Throws std::runtime_error on
+// a deadlock or a misuse.
 void run(Dim grid, Dim block, size_t shared, int cluster, const std::function<void()>& kernel);
 
 struct Configuration {
@@ -39,7 +42,8 @@ struct Configuration {
   size_t shared;
   Configuration(Dim g, Dim b, size_t s = 0, void* = nullptr) : grid(g), block(b), shared(s) {}
   template <class Kernel, class... Arguments> void launch(Kernel kernel, Arguments... arguments) const {
-    run(grid, block, shared, shared ? 2 : 1, [&] { kernel(arguments...); });  // clusters of two where dynamic shared memory is used
+    // clusters of two where dynamic shared memory is used
+    run(grid, block, shared, shared ? 2 : 1, [&] { kernel(arguments...); });
   }
 };
 
@@ -72,7 +76,8 @@ void load_tile(uint32_t to, const TensorMap& map, int column, int row, uint32_t 
 void store_tile(const TensorMap& map, int column, int row, uint32_t from);
 void store_wait(int left);
 
-// d += a b for the warpgroup's 64 x 256 accumulators (d = a b unless accumulate); a and b are descriptors; to_float: the operands' type
+// d += a b for the warpgroup's 64 x 256 accumulators (d = a b unless accumulate); a and b are descriptors; to_float:
+// the operands' type
 void multiply(float (&d)[128], uint64_t a, uint64_t b, bool accumulate, float (*to_float)(uint16_t));
 void multiply_commit();
 void multiply_wait(int left);

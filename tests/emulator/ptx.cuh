@@ -25,18 +25,23 @@ inline emulator::TensorMap map_at(const CUtensorMap* map) {
   std::memcpy(&m, map, sizeof m);
   return m;
 }
-inline void load_tile(uint32_t to, const CUtensorMap* map, int k, int row, uint32_t bar) { emulator::load_tile(to, map_at(map), k, row, bar, 0); }
+inline void load_tile(uint32_t to, const CUtensorMap* map, int k, int row, uint32_t bar) {
+  emulator::load_tile(to, map_at(map), k, row, bar, 0);
+}
 inline void load_tile_to_both(uint32_t to, const CUtensorMap* map, int k, int row, uint32_t bar) {
   emulator::load_tile(to, map_at(map), k, row, bar, 3);
 }
-inline void store_tile(const CUtensorMap* map, int col, int row, uint32_t from) { emulator::store_tile(map_at(map), col, row, from); }
+inline void store_tile(const CUtensorMap* map, int col, int row, uint32_t from) {
+  emulator::store_tile(map_at(map), col, row, from);
+}
 template <int Left> void store_wait() { emulator::store_wait(Left); }
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulator::multiply_commit(); }
 template <int Left> void wgmma_wait() { emulator::multiply_wait(Left); }
 template <int Depth> uint64_t operand(uint32_t address) {  // as in the original
-  return (uint64_t)((address & 0x3FFFF) >> 4) | 1ull << 16 | (uint64_t)(8 * Depth * 2 >> 4) << 32 | (Depth == 64 ? 1ull : 2ull) << 62;
+  return (uint64_t)((address & 0x3FFFF) >> 4) | 1ull << 16 | (uint64_t)(8 * Depth * 2 >> 4) << 32 |
+         (Depth == 64 ? 1ull : 2ull) << 62;
 }
 template <class T> void wgmma(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
   emulator::multiply(d, a, b, accumulate, [](uint16_t x) { return (float)bits_as<T>(x); });
@@ -49,8 +54,14 @@ inline float exp2_mufu(float x) { return emulated_ex2(x); }
 inline float reciprocal_mufu(float x) { return emulated_rcp(x); }
 
 template <class T> uint32_t pack(float low, float high);
-template <> inline uint32_t pack<__nv_bfloat16>(float low, float high) { return bits_as<uint32_t>(__floats2bfloat162_rn(low, high)); }
-template <> inline uint32_t pack<__half>(float low, float high) { return bits_as<uint32_t>(__floats2half2_rn(low, high)); }
+template <>
+inline uint32_t pack<__nv_bfloat16>(float low, float high) {
+  return bits_as<uint32_t>(__floats2bfloat162_rn(low, high));
+}
+template <>
+inline uint32_t pack<__half>(float low, float high) {
+  return bits_as<uint32_t>(__floats2half2_rn(low, high));
+}
 template <class T> float2 unpack(uint32_t both) {
   struct Two { T x, y; };
   const Two two = bits_as<Two>(both);

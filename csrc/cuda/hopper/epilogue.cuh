@@ -1,18 +1,19 @@
-// What becomes of a finished tile of logits while it is still in registers: running sums, or tiles of 2-byte numbers on their way to memory.
+// What becomes of a finished tile of logits while it is still in registers: running sums, or tiles of 2-byte numbers on
+// their way to memory.
 #pragma once
 #include "head.cuh"
 
 namespace pyunlearn {
 namespace {
 
-// ------------------------------------------------------------------------------------------------------------------ sums
+// ---------------------------------------------------------------- sums
 
 struct Row {  // running sums over this thread's columns of one row. y = logit * log2 e - reference
   float reference = kUnset;
-  float sum = 0.f;     // of 2^y
-  float first = 0.f;   // of 2^y y
+  float sum = 0.f;  // of 2^y
+  float first = 0.f;  // of 2^y y
   float second = 0.f;  // of 2^y y^2
-  float above = 0.f;   // columns whose logit is above the threshold (exact in fp32 up to 2^24)
+  float above = 0.f;  // columns whose logit is above the threshold (exact in fp32 up to 2^24)
   float threshold = 0.f;
 };
 
@@ -32,7 +33,8 @@ template <Task task> __device__ __forceinline__ void merge_rows(Row& row, Row ot
   move_reference<task>(row, top);
   move_reference<task>(other, top);
   row.sum += other.sum;
-  if constexpr (task == Task::all_statistics) row.first += other.first, row.second += other.second, row.above += other.above;
+  if constexpr (task == Task::all_statistics)
+    row.first += other.first, row.second += other.second, row.above += other.above;
 }
 
 template <Task task> __device__ __forceinline__ void merge_quad(Row& row) {  // over the four threads that share a row
@@ -50,11 +52,13 @@ template <Task task> __device__ __forceinline__ void merge_quad(Row& row) {  // 
   }
 }
 
-// Adds this thread's 64 columns of one row. The reference is the maximum of the first tile and moves only when a sum outgrows
-// 2^100, so later tiles need no maximum: fp32 has the exponent range to spare, and what is far below the reference is negligible
-// because the true maximum is at least the reference. For the variance the limit is 64 times the sum so far: then the mass before the tile is at
-// least 1/64 of the mass after it, and the variance that it causes by being away from the new mass is as large as what rounding y^2 loses, times 1e5.
-template <Task task, int Half> __device__ __forceinline__ void add_row(const float (&d)[128], bool first_tile, Row& row) {
+// Adds this thread's 64 columns of one row. The reference is the maximum of the first tile and moves only when a sum
+// outgrows 2^100, so later tiles need no maximum: fp32 has the exponent range to spare, and what is far below the
+// reference is negligible because the true maximum is at least the reference. For the variance the limit is 64 times
+// the sum so far: then the mass before the tile is at least 1/64 of the mass after it, and the variance that it causes
+// by being away from the new mass is as large as what rounding y^2 loses, times 1e5.
+template <Task task, int Half>
+__device__ __forceinline__ void add_row(const float (&d)[128], bool first_tile, Row& row) {
   constexpr bool all = task == Task::all_statistics;
   float sum = __int_as_float(0x7f800000), first = 0.f, second = 0.f, above = 0.f;
   if (!first_tile) {
@@ -89,8 +93,10 @@ template <Task task, int Half> __device__ __forceinline__ void add_row(const flo
   if (all) row.first = first, row.second = second, row.above += above;
 }
 
-// Adds `more`, the row's kept exponentials of this tile, if that is safe; otherwise the sum goes its own way, relative to a maximum.
-template <int Half> __device__ __forceinline__ void add_kept(const float (&d)[128], bool first_tile, float kept, float more, Row& row) {
+// Adds `more`, the row's kept exponentials of this tile, if that is safe; otherwise the sum goes its own way, relative
+// to a maximum.
+template <int Half>
+__device__ __forceinline__ void add_kept(const float (&d)[128], bool first_tile, float kept, float more, Row& row) {
   const float next = row.sum + more;
   if (row.reference == kept && next > 0x1p-60f && next < 0x1p100f) {
     row.sum = next;
@@ -110,20 +116,21 @@ template <int Half> __device__ __forceinline__ void pick_target(const float (&d)
   *out = x;
 }
 
-// ----------------------------------------------------------------------------------------------------------------- tiles
+// ---------------------------------------------------------------- tiles
 
-// The exponent that a row's kept exponentials are taken relative to. It must be known before the sweep; rows for which it turns out
-// to be too far from the maximum are written again (hopper_kept.cu).
+// The exponent that a row's kept exponentials are taken relative to. It must be known before the sweep; rows for which
+// it turns out to be too far from the maximum are written again (hopper_kept.cu).
 __device__ __forceinline__ float kept_reference(float target_logit) { return fmaxf(target_logit * kLog2e, 0.f); }
 
 struct GradientRow {
-  float factor = 0.f;     // -coefficient * scale / total
+  float factor = 0.f;  // -coefficient * scale / total
   float reference = 0.f;  // base 2
   float at_target = 0.f;  // what stands at the target
   unsigned at = kColumns;  // target column relative to this thread's, in the tile
 };
 
-// value(half, logit, column) for the two rows (half) that a thread holds; column is relative to this thread's first, known at compile time
+// value(half, logit, column) for the two rows (half) that a thread holds; column is relative to this thread's first,
+// known at compile time
 
 template <bool Headed> struct KeptValue {
   const float reference0, reference1;
@@ -148,7 +155,8 @@ template <bool Headed, bool HasTarget> struct GradientValue {
 };
 
 // Columns 64 Q .. 64 Q + 63 of the tile as T into a staging buffer (rows of 128 bytes, 128-byte swizzle).
-template <class T, int Q, class Value> __device__ __forceinline__ void stage(const float (&d)[128], uint32_t buffer, Value value) {
+template <class T, int Q, class Value>
+__device__ __forceinline__ void stage(const float (&d)[128], uint32_t buffer, Value value) {
   const int lane = threadIdx.x & 31, matrix = lane >> 3;
   const int row = (threadIdx.x >> 5 & 3) * 16 + (matrix & 1) * 8 + (lane & 7);
 #pragma unroll
@@ -168,7 +176,8 @@ template <class T, int Q, class Value> __device__ __forceinline__ void stage(con
 
 // The same, and off to memory, two buffers of the warpgroup in turn.
 template <class T, int Q, class Value>
-__device__ __forceinline__ void write_quarter(const float (&d)[128], int wg, uint32_t buffers, const CUtensorMap* map, int column, int row, Value value) {
+__device__ __forceinline__ void write_quarter(const float (&d)[128], int wg, uint32_t buffers, const CUtensorMap* map,
+                                              int column, int row, Value value) {
   const bool leader = (threadIdx.x & 127) == 0;
   const uint32_t buffer = buffers + (Q & 1) * kBytesOut;
   if (leader) store_wait<1>();
@@ -180,7 +189,8 @@ __device__ __forceinline__ void write_quarter(const float (&d)[128], int wg, uin
 }
 
 template <class T, class Value>
-__device__ __forceinline__ void write_tile(const float (&d)[128], int wg, uint32_t buffers, const CUtensorMap* map, int column, int row, Value value) {
+__device__ __forceinline__ void write_tile(const float (&d)[128], int wg, uint32_t buffers, const CUtensorMap* map,
+                                           int column, int row, Value value) {
   write_quarter<T, 0>(d, wg, buffers, map, column, row, value);
   write_quarter<T, 1>(d, wg, buffers, map, column, row, value);
   write_quarter<T, 2>(d, wg, buffers, map, column, row, value);

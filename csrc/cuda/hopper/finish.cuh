@@ -6,7 +6,8 @@ namespace pyunlearn {
 namespace {
 
 // For the sweeps that need the targets' logits beforehand.
-template <class T> __global__ void target_kernel(const __grid_constant__ Pointers at, const __grid_constant__ Plan plan) {
+template <class T>
+__global__ void target_kernel(const __grid_constant__ Pointers at, const __grid_constant__ Plan plan) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *at.repair = 0;
   exact_targets<T>(at, plan, (blockIdx.x * blockDim.x + threadIdx.x) / 32, gridDim.x * blockDim.x / 32);
 }
@@ -45,13 +46,15 @@ template <Task task> __device__ __forceinline__ void swap_target(Row& sums, cons
   const float in = exp2f(y_in), out = exp2f(y_out);
   sums.sum += in - out;
   if constexpr (task == Task::all_statistics) {
-    const float up = in == 0.f ? 0.f : y_in, down = out == 0.f ? 0.f : y_out;  // an impossible target: 0 times infinity would be NaN
+    // an impossible target: 0 times infinity would be NaN
+    const float up = in == 0.f ? 0.f : y_in, down = out == 0.f ? 0.f : y_out;
     sums.first += in * up - out * down;
     sums.second += in * up * up - out * down * down;
   }
 }
 
-// The log of the sum in base 2, as it stands to a logit times kLog2e: the rounding of kLog2e then stretches differences of logits, not logits.
+// The log of the sum in base 2, as it stands to a logit times kLog2e: the rounding of kLog2e then stretches differences
+// of logits, not logits.
 __device__ __forceinline__ double log_sum(const Row& sums) { return (double)sums.reference + (double)log2f(sums.sum); }
 
 __device__ __forceinline__ float log_likelihood_of(const Target& target, const Row& sums) {

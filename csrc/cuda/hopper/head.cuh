@@ -1,5 +1,5 @@
-// From a raw product x to the logit: u = scale (x + bias), z = u or c tanh(u / c). The kernels that train are compiled a second
-// time without it, for the plain head (z = x).
+// From a raw product x to the logit: u = scale (x + bias), z = u or c tanh(u / c). The kernels that train are compiled
+// a second time without it, for the plain head (z = x).
 #pragma once
 #include "plan.cuh"
 #include "ptx.cuh"
@@ -30,8 +30,8 @@ struct Head {
     return softcap != 0.f ? softcap * tanhf(u * inverse_cap) : u;
   }
 
-  // For this thread's accumulators of a tile whose first column is this thread's `column`. tanh y = 1 - 2 / (1 + e^2y): two instructions of the
-  // special function unit, within 3e-7 of the cap.
+  // For this thread's accumulators of a tile whose first column is this thread's `column`. tanh y = 1 - 2 / (1 + e^2y):
+  // two instructions of the special function unit, within 3e-7 of the cap.
   template <class T> __device__ __forceinline__ void apply(float (&d)[128], int column, int v) const {
     if (bias) {
 #pragma unroll
@@ -43,10 +43,12 @@ struct Head {
     if (softcap != 0.f) {
       const float twice = 2.f * kLog2e * scale * inverse_cap;
 #pragma unroll
-      for (int i = 0; i < 128; ++i) d[i] = fmaf(-2.f * softcap, reciprocal_mufu(1.f + exp2_mufu(d[i] * twice)), softcap);
+      for (int i = 0; i < 128; ++i)
+        d[i] = fmaf(-2.f * softcap, reciprocal_mufu(1.f + exp2_mufu(d[i] * twice)), softcap);
     } else {
 #pragma unroll
-      for (int i = 0; i < 128; ++i) {  // a bias of -inf is a way to switch an entry off; 0 * inf in the sums would be NaN
+      for (int i = 0; i < 128; ++i) {
+        // a bias of -inf is a way to switch an entry off; 0 * inf in the sums would be NaN
         const float u = d[i] * scale;
         d[i] = u < kUnset ? kUnset : u;
       }

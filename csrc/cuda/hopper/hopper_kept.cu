@@ -1,14 +1,15 @@
-// hopper_statistics_kept: the sweep of hopper_statistics that also writes every exponential, relative to a reference guessed beforehand, and a second
-// sweep over the row pairs in which the guess was too far off.
+// hopper_statistics_kept: the sweep of hopper_statistics that also writes every exponential, relative to a reference
+// guessed beforehand, and a second sweep over the row pairs in which the guess was too far off.
 #include "finish.cuh"
 #include "launch.cuh"
 
 namespace pyunlearn {
 namespace {
 
-// One block per row pair. A pair is swept again when one of its rows left the range of bfloat16: then its exponentials are relative to the sum.
-__global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __grid_constant__ Plan plan, float* log_likelihood,
-                                   float* maximum, float* total, float* factor) {
+// One block per row pair. A pair is swept again when one of its rows left the range of bfloat16: then its exponentials
+// are relative to the sum.
+__global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __grid_constant__ Plan plan,
+                                   float* log_likelihood, float* maximum, float* total, float* factor) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   float shift = 0.f;
   if (row < plan.n) {
@@ -20,7 +21,8 @@ __global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __
     if (target.valid) at.kept[row * at.ld_kept + at.target[row]] = __float2bfloat16_rn(0.f);
     shift = (float)((target.valid ? (double)kept_reference(target.exact) : 0.0) - log_sum(sums));
   }
-  const bool redo = __syncthreads_or(!(shift > -100.f && shift < 60.f));  // one barrier for all threads, also those beyond the last row
+  // one barrier for all threads, also those beyond the last row
+  const bool redo = __syncthreads_or(!(shift > -100.f && shift < 60.f));
   if (threadIdx.x == 0) {
     at.repair[1 + blockIdx.x] = redo;
     if (redo) *at.repair = 1;
@@ -30,10 +32,11 @@ __global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __
 
 }  // namespace
 
-const char* hopper_statistics_kept(const HopperInput& in, float* log_likelihood, float* maximum, float* total, void* kept,
-                                   int64_t kept_stride, float* factor, void* workspace, void* stream_) {
+const char* hopper_statistics_kept(const HopperInput& in, float* log_likelihood, float* maximum, float* total,
+                                   void* kept, int64_t kept_stride, float* factor, void* workspace, void* stream_) {
   if (const char* why = cannot(in)) return why;
-  if (in.dtype != Dtype::bfloat16) return "only bfloat16 has the range to keep exponentials: recompute float16 with hopper_gradient";
+  if (in.dtype != Dtype::bfloat16)
+    return "only bfloat16 has the range to keep exponentials: recompute float16 with hopper_gradient";
   if (in.n == 0) return nullptr;
   if (const char* why = cannot_use(workspace)) return why;
   Sweep sweep;

@@ -6,7 +6,8 @@ namespace pyunlearn {
 namespace {
 
 template <Task task>
-__global__ void finish_kernel(const __grid_constant__ Pointers at, const __grid_constant__ Plan plan, const __grid_constant__ HopperStatistics to) {
+__global__ void finish_kernel(const __grid_constant__ Pointers at, const __grid_constant__ Plan plan,
+                              const __grid_constant__ HopperStatistics to) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row >= plan.n) return;
   const Target target(at, plan, row);
@@ -33,12 +34,16 @@ template <class T> void find_targets(const Pointers& at, const Plan& plan, cudaS
 
 const char* hopper_unavailable() {
   int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return cudaGetLastError(), "no CUDA device is visible";
-  if (attribute_of_device(cudaDevAttrComputeCapabilityMajor) != 9) return "the Hopper kernels need a device of compute capability 9.0";
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
+    return cudaGetLastError(), "no CUDA device is visible";
+  if (attribute_of_device(cudaDevAttrComputeCapabilityMajor) != 9)
+    return "the Hopper kernels need a device of compute capability 9.0";
   return nullptr;
 }
 
-int64_t hopper_workspace_bytes(int64_t n) { return n * (clusters_on_device() * 24 + 8) + (n / (kCluster * kRows) + 2) * 4; }
+int64_t hopper_workspace_bytes(int64_t n) {
+  return n * (clusters_on_device() * 24 + 8) + (n / (kCluster * kRows) + 2) * 4;
+}
 
 const char* hopper_statistics(const HopperInput& in, const HopperStatistics& to, void* workspace, void* stream_) {
   if (const char* why = cannot(in)) return why;
@@ -46,13 +51,15 @@ const char* hopper_statistics(const HopperInput& in, const HopperStatistics& to,
   if (const char* why = cannot_use(workspace)) return why;
   const bool more = to.entropy || to.variance || to.rank;
   Sweep sweep;
-  if (const char* why = more ? prepare<Task::all_statistics>(sweep, in) : prepare<Task::statistics>(sweep, in)) return why;
+  if (const char* why = more ? prepare<Task::all_statistics>(sweep, in) : prepare<Task::statistics>(sweep, in))
+    return why;
   const cudaStream_t stream = (cudaStream_t)stream_;
   Pointers& at = sweep.at;
   const Plan& plan = sweep.plan;
   use_workspace(at, plan, workspace);
   at.threshold = to.threshold;
-  if (more || headed(in)) {  // the rank needs the target's logit before the sweep; a plain head's targets are taken during the sweep
+  // the rank needs the target's logit before the sweep; a plain head's targets are taken during the sweep
+  if (more || headed(in)) {
     if (in.dtype == Dtype::bfloat16) find_targets<__nv_bfloat16>(at, plan, stream);
     else find_targets<__half>(at, plan, stream);
   }

@@ -8,11 +8,11 @@
 
 namespace pyunlearn {
 
-// hopper_gradient.cu: writes exp(z - maximum) / total dz/du, and 0 at the target, for the row pairs that repair names. For hopper_kept.cu, which
-// asks before its own launches whether that can be done.
+// hopper_gradient.cu: writes exp(z - maximum) / total dz/du, and 0 at the target, for the row pairs that repair names.
+// For hopper_kept.cu, which asks before its own launches whether that can be done.
 const char* hopper_cannot_repair(const HopperInput& in, void* kept, int64_t kept_stride);
-const char* hopper_repair_kept(const HopperInput& in, const float* maximum, const float* total, const int* repair, void* kept,
-                               int64_t kept_stride, void* stream);
+const char* hopper_repair_kept(const HopperInput& in, const float* maximum, const float* total, const int* repair,
+                               void* kept, int64_t kept_stride, void* stream);
 
 namespace {
 
@@ -36,11 +36,14 @@ inline const char* cannot_use(const void* workspace) {
 
 inline const char* cannot(const HopperInput& in) {
   if (const char* why = hopper_unavailable()) return why;
-  if (in.dtype != Dtype::bfloat16 && in.dtype != Dtype::float16) return "hidden and weight need to be bfloat16 or float16";
-  if (in.bias && in.bias_dtype != Dtype::float32 && in.bias_dtype != in.dtype) return "bias needs to be float32 or of weight's type";
+  if (in.dtype != Dtype::bfloat16 && in.dtype != Dtype::float16)
+    return "hidden and weight need to be bfloat16 or float16";
+  if (in.bias && in.bias_dtype != Dtype::float32 && in.bias_dtype != in.dtype)
+    return "bias needs to be float32 or of weight's type";
   const int64_t limit = 1 << 30;
   if (in.d <= 0 || in.d > limit / 32 || in.d % 8) return "the hidden size needs to be a multiple of 8, at most 2^25";
-  if (in.v <= 0 || in.v > limit || in.n < 0 || in.n > limit) return "a vocabulary of 1 to 2^30 entries and at most 2^30 rows are possible";
+  if (in.v <= 0 || in.v > limit || in.n < 0 || in.n > limit)
+    return "a vocabulary of 1 to 2^30 entries and at most 2^30 rows are possible";
   return nullptr;
 }
 
@@ -49,7 +52,8 @@ inline Plan make_plan(int64_t n, int64_t v, int64_t first) {
   p.n = (int)n, p.v = (int)v, p.first = (int)first;
   p.v_tiles = (int)((v + kColumns - 1) / kColumns);
   p.pairs = (int)((n + kCluster * kRows - 1) / (kCluster * kRows));
-  for (p.clusters = clusters_on_device();; --p.clusters) {  // 66 on 132 multiprocessors; a prime number would leave one by one
+  // 66 on 132 multiprocessors; a prime number would leave one by one
+  for (p.clusters = clusters_on_device();; --p.clusters) {
     const int most = kGroup < p.clusters ? kGroup : p.clusters;
     for (p.group = most; p.clusters % p.group;) --p.group;
     if (2 * p.group >= most) return p;
@@ -60,20 +64,23 @@ inline bool headed(const HopperInput& in) { return in.bias || in.scale != 1.0 ||
 
 inline Pointers make_pointers(const HopperInput& in) {
   Pointers at{};
-  at.h = in.hidden, at.w = in.weight, at.ld_h = in.hidden_stride, at.ld_w = in.weight_stride, at.d = (int)in.d, at.target = in.targets;
-  at.head = {in.bias, in.bias_dtype == Dtype::float32, (float)in.scale, (float)in.softcap, in.softcap != 0.0 ? (float)(1.0 / in.softcap) : 0.f};
+  at.h = in.hidden, at.w = in.weight, at.ld_h = in.hidden_stride, at.ld_w = in.weight_stride, at.d = (int)in.d,
+  at.target = in.targets;
+  at.head = {in.bias, in.bias_dtype == Dtype::float32, (float)in.scale, (float)in.softcap,
+             in.softcap != 0.0 ? (float)(1.0 / in.softcap) : 0.f};
   return at;
 }
 
-// The scratch of the statistics: per cluster and row 16 + 8 bytes of sums, per row two target logits, and the repair list.
+// The scratch of the statistics: per cluster and row 16 + 8 bytes of sums, per row two target logits, and the repair
+// list.
 struct Workspace {
   float4* partial_more;
   float2* partial;
   float *target_tile, *target_exact;
   int* repair;
   Workspace(void* memory, int64_t entries, int64_t n)
-      : partial_more((float4*)memory), partial((float2*)(partial_more + entries)), target_tile((float*)(partial + entries)),
-        target_exact(target_tile + n), repair((int*)(target_exact + n)) {}
+      : partial_more((float4*)memory), partial((float2*)(partial_more + entries)),
+        target_tile((float*)(partial + entries)), target_exact(target_tile + n), repair((int*)(target_exact + n)) {}
 };
 
 inline void use_workspace(Pointers& at, const Plan& plan, void* memory) {
@@ -94,7 +101,8 @@ inline const char* allow_shared(const void* kernel, int bytes, std::atomic<uint6
   return nullptr;
 }
 
-// A launch of logit_kernel. Whatever can be refused was refused when `prepare` made it, so the launches before it may begin.
+// A launch of logit_kernel. Whatever can be refused was refused when `prepare` made it, so the launches before it may
+// begin.
 struct Sweep {
   CUtensorMap map_h, map_w, map_out;
   void (*kernel)(CUtensorMap, CUtensorMap, CUtensorMap, Pointers, Plan);
@@ -109,8 +117,11 @@ struct Sweep {
 };
 
 template <class T, Task task, int Depth, bool Headed> const char* choose_kernel(Sweep& sweep, const HopperInput& in) {
-  if (const char* why = tensor_map(&sweep.map_h, in.hidden, in.dtype, in.n, in.d, in.hidden_stride, kRows, Depth)) return why;
-  if (const char* why = tensor_map(&sweep.map_w, in.weight, in.dtype, in.v, in.d, in.weight_stride, kColumns / kCluster, Depth)) return why;
+  if (const char* why = tensor_map(&sweep.map_h, in.hidden, in.dtype, in.n, in.d, in.hidden_stride, kRows, Depth))
+    return why;
+  if (const char* why =
+          tensor_map(&sweep.map_w, in.weight, in.dtype, in.v, in.d, in.weight_stride, kColumns / kCluster, Depth))
+    return why;
   sweep.plan.k_steps = (int)((in.d + Depth - 1) / Depth);
   sweep.kernel = logit_kernel<T, task, Depth, Headed>;
   sweep.bytes = Pipeline<task, Depth>::shared;
@@ -119,14 +130,18 @@ template <class T, Task task, int Depth, bool Headed> const char* choose_kernel(
 }
 
 template <class T, Task task> const char* choose_kernel(Sweep& sweep, const HopperInput& in) {
-  constexpr bool always = task == Task::all_statistics;  // where the head is a matter of one branch a tile, one kernel does for both
+  // where the head is a matter of one branch a tile, one kernel does for both
+  constexpr bool always = task == Task::all_statistics;
   const bool shallow = in.d <= kShallow;
-  if (always || headed(in)) return shallow ? choose_kernel<T, task, 32, true>(sweep, in) : choose_kernel<T, task, 64, true>(sweep, in);
+  if (always || headed(in))
+    return shallow ? choose_kernel<T, task, 32, true>(sweep, in) : choose_kernel<T, task, 64, true>(sweep, in);
   return shallow ? choose_kernel<T, task, 32, always>(sweep, in) : choose_kernel<T, task, 64, always>(sweep, in);
 }
 
 // out (n, v): where the tasks that write tiles write them. What a task needs beside it, the caller sets in sweep.at.
-template <Task task> const char* prepare(Sweep& sweep, const HopperInput& in, int64_t first_column = 0, void* out = nullptr, int64_t out_stride = 0) {
+template <Task task>
+const char* prepare(Sweep& sweep, const HopperInput& in, int64_t first_column = 0, void* out = nullptr,
+                    int64_t out_stride = 0) {
   sweep.plan = make_plan(in.n, in.v, first_column);
   sweep.at = make_pointers(in);
   if constexpr (writes_tiles(task)) {

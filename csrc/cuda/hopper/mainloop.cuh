@@ -1,6 +1,7 @@
-// One CTA: two consumer warpgroups (64 rows x 256 vocabulary columns each, accumulators in registers) and one producer warpgroup (one thread that
-// starts the loads; its spare warps take the exact target dot products). Two CTAs form a cluster: they own 128 rows each of a 256-row pair and
-// share every weight tile, each loading one half of it for both (multicast).
+// One CTA: two consumer warpgroups (64 rows x 256 vocabulary columns each, accumulators in registers) and one producer
+// warpgroup (one thread that starts the loads; its spare warps take the exact target dot products). Two CTAs form a
+// cluster: they own 128 rows each of a 256-row pair and share every weight tile, each loading one half of it for both
+// (multicast).
 #pragma once
 #include "epilogue.cuh"
 
@@ -18,20 +19,23 @@ struct Pointers {
   float4* partial_more;  // all statistics: first and second moment, and count of columns above the target
   float* target_tile;    // statistics: target logit as the WGMMA summed it
   float* target_exact;   // statistics: target logit as an fp32 dot product
-  const float *coefficients, *log_likelihood, *maximum, *total;  // gradient; without coefficients: the softmax itself, 0 at the target
+  // gradient; without coefficients: the softmax itself, 0 at the target
+  const float *coefficients, *log_likelihood, *maximum, *total;
   const int* only;  // gradient: null, or which row pairs to do (Walk)
   int* repair;      // kept statistics: the row pairs whose exponentials left the range, written in the form of only
   __nv_bfloat16* kept;
   int64_t ld_kept;
 
-  // For rows whose target is in the vocabulary: the others have neither a threshold nor a rank. Not below what stands for -inf, so that columns
-  // beyond v and impossible tokens never count.
-  __device__ __forceinline__ float threshold_of(int row) const { return fmaxf(threshold ? threshold[row] : target_exact[row], kUnset); }
+  // For rows whose target is in the vocabulary: the others have neither a threshold nor a rank. Not below what stands
+  // for -inf, so that columns beyond v and impossible tokens never count.
+  __device__ __forceinline__ float threshold_of(int row) const {
+    return fmaxf(threshold ? threshold[row] : target_exact[row], kUnset);
+  }
 };
 
 template <Task task, int Depth>
-__device__ __forceinline__ void produce(const CUtensorMap& map_h, const CUtensorMap& map_w, const Plan& plan, uint32_t base, uint32_t rank,
-                                        int cluster, const int* only) {
+__device__ __forceinline__ void produce(const CUtensorMap& map_h, const CUtensorMap& map_w, const Plan& plan,
+                                        uint32_t base, uint32_t rank, int cluster, const int* only) {
   using Ring = Pipeline<task, Depth>;
   int stage = 0;
   uint32_t phase = 0;
@@ -41,22 +45,26 @@ __device__ __forceinline__ void produce(const CUtensorMap& map_h, const CUtensor
       for (int k = 0; k < plan.k_steps; ++k) {
         const uint32_t h = base + stage * Ring::stage_bytes, w = h + Ring::h_bytes, bar = base + Ring::full + 8 * stage;
         barrier_wait(base + Ring::empty + 8 * stage, phase ^ 1);
-        barrier_expect(bar, Ring::stage_bytes);  // its own hidden tile, its half of the weight tile and the other CTA's half
+        // its own hidden tile, its half of the weight tile and the other CTA's half
+        barrier_expect(bar, Ring::stage_bytes);
         load_tile(h, &map_h, k * Depth, row, bar);
-        load_tile_to_both(w + rank * (Ring::w_bytes / 2), &map_w, k * Depth, tile * kColumns + rank * (kColumns / 2), bar);
+        load_tile_to_both(w + rank * (Ring::w_bytes / 2), &map_w, k * Depth, tile * kColumns + rank * (kColumns / 2),
+                          bar);
         if (++stage == Ring::stages) stage = 0, phase ^= 1;
       }
   }
 }
 
-// Target logits as fp32 dot products, one warp per row. WGMMA's sums carry a truncation error that grows with d (2e-5 at d = 4096);
-// the finish kernel swaps these in.
-template <class T> __device__ __forceinline__ void exact_targets(const Pointers& at, const Plan& plan, int warp, int warps) {
+// Target logits as fp32 dot products, one warp per row. WGMMA's sums carry a truncation error that grows with d (2e-5
+// at d = 4096); the finish kernel swaps these in.
+template <class T>
+__device__ __forceinline__ void exact_targets(const Pointers& at, const Plan& plan, int warp, int warps) {
   const int lane = threadIdx.x & 31;
   for (int64_t row = warp; row < plan.n; row += warps) {
     const int64_t target = at.target[row];
     if (target < 0 || target >= plan.v) continue;
-    const uint4 *h = (const uint4*)((const T*)at.h + row * at.ld_h), *w = (const uint4*)((const T*)at.w + target * at.ld_w);
+    const uint4 *h = (const uint4*)((const T*)at.h + row * at.ld_h),
+                *w = (const uint4*)((const T*)at.w + target * at.ld_w);
     float even = 0.f, odd = 0.f;
     for (int i = lane; i < at.d / 8; i += 32) {
       const uint4 a = h[i], b = w[i];
@@ -77,7 +85,8 @@ template <class T> __device__ __forceinline__ void exact_targets(const Pointers&
 
 // The k-steps of one tile, into d. stage and phase: where this warpgroup is in the ring.
 template <class T, Task task, int Depth>
-__device__ __forceinline__ void multiply(float (&d)[128], int wg, const Plan& plan, uint32_t base, bool lead, int& stage, uint32_t& phase) {
+__device__ __forceinline__ void multiply(float (&d)[128], int wg, const Plan& plan, uint32_t base, bool lead,
+                                         int& stage, uint32_t& phase) {
   using Ring = Pipeline<task, Depth>;
   const int thread = threadIdx.x & 127;
   if (wg == 1 && lead) named_sync<256>(3);
@@ -106,7 +115,8 @@ struct TwoRows {
   int row0, row1, target0, target1;  // target: its column, or -1
   bool live0, live1;
 
-  __device__ TwoRows(const Pointers& at, const Plan& plan, int row) : row0(row), row1(row + 8), live0(row0 < plan.n), live1(row1 < plan.n) {
+  __device__ TwoRows(const Pointers& at, const Plan& plan, int row)
+      : row0(row), row1(row + 8), live0(row0 < plan.n), live1(row1 < plan.n) {
     const int64_t far0 = live0 ? at.target[row0] - plan.first : -1, far1 = live1 ? at.target[row1] - plan.first : -1;
     target0 = far0 >= 0 && far0 < plan.v ? (int)far0 : -1, target1 = far1 >= 0 && far1 < plan.v ? (int)far1 : -1;
   }
@@ -114,20 +124,23 @@ struct TwoRows {
 
 // From raw products to logits; columns beyond v get one that counts for nothing.
 template <class T, Task task, bool Headed>
-__device__ __forceinline__ void finish_logits(float (&d)[128], const Head& head, int tile_column, int my_column, int v) {
+__device__ __forceinline__ void finish_logits(float (&d)[128], const Head& head, int tile_column, int my_column,
+                                              int v) {
   if (Headed && (task != Task::all_statistics || !head.plain())) head.template apply<T>(d, tile_column + my_column, v);
   if (tile_column + kColumns > v) {
 #pragma unroll
     for (int i = 0; i < 64; ++i)
-      if (tile_column + 8 * (i / 2) + my_column + i % 2 >= v) d[4 * (i / 2) + i % 2] = d[4 * (i / 2) + 2 + i % 2] = kUnset;
+      if (tile_column + 8 * (i / 2) + my_column + i % 2 >= v)
+        d[4 * (i / 2) + i % 2] = d[4 * (i / 2) + 2 + i % 2] = kUnset;
   }
 }
 
 template <class T, Task task, int Depth, bool Headed>
-__device__ __forceinline__ void sum_rows(int wg, const CUtensorMap& map_out, const Pointers& at, const Plan& plan, uint32_t base, uint32_t rank,
-                                         int cluster) {
+__device__ __forceinline__ void sum_rows(int wg, const CUtensorMap& map_out, const Pointers& at, const Plan& plan,
+                                         uint32_t base, uint32_t rank, int cluster) {
   using Ring = Pipeline<task, Depth>;
-  const bool lead = Ring::lead && plan.k_steps >= Ring::stages;  // with fewer steps warpgroup 0 could reach the barrier twice
+  // with fewer steps warpgroup 0 could reach the barrier twice
+  const bool lead = Ring::lead && plan.k_steps >= Ring::stages;
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
   const int my_row = wg * 64 + (thread >> 5) * 16 + (lane >> 2), my_column = (lane & 3) * 2;
   float d[128];
@@ -181,8 +194,8 @@ __device__ __forceinline__ void sum_rows(int wg, const CUtensorMap& map_out, con
   if (writes_tiles(task) && thread == 0) store_wait<0>();
 }
 
-// With coefficient 0 everything stays 0, and the caller clears the accumulators, which may hold NaN. What the rounded product of the reference loses,
-// however large the maximum is, goes into the factor.
+// With coefficient 0 everything stays 0, and the caller clears the accumulators, which may hold NaN. What the rounded
+// product of the reference loses, however large the maximum is, goes into the factor.
 __device__ __forceinline__ GradientRow gradient_row(const Pointers& at, bool live, int row) {
   GradientRow r;
   if (!live) return r;
@@ -190,11 +203,13 @@ __device__ __forceinline__ GradientRow gradient_row(const Pointers& at, bool liv
   if (coefficient == 0.f) return r;
   const float maximum = at.maximum[row];
   r.reference = __fmul_rn(maximum, kLog2e);
-  r.factor = (at.coefficients ? -coefficient * at.head.scale : 1.f) * exp2_mufu(-fmaf(maximum, kLog2e, -r.reference)) / at.total[row];
+  r.factor = (at.coefficients ? -coefficient * at.head.scale : 1.f) * exp2_mufu(-fmaf(maximum, kLog2e, -r.reference)) /
+             at.total[row];
   return r;
 }
 
-// Where in this tile the row's target is, and what stands there: -expm1 keeps its digits when the target is nearly certain.
+// Where in this tile the row's target is, and what stands there: -expm1 keeps its digits when the target is nearly
+// certain.
 __device__ __forceinline__ void place_target(GradientRow& r, const Pointers& at, int row, int target, unsigned column) {
   r.at = target >= 0 && r.factor != 0.f ? column : kColumns;
   if (r.at >= kColumns || !at.coefficients) return;
@@ -204,8 +219,8 @@ __device__ __forceinline__ void place_target(GradientRow& r, const Pointers& at,
 }
 
 template <class T, int Depth, bool Headed>
-__device__ __forceinline__ void write_gradient(int wg, const CUtensorMap& map_out, const Pointers& at, const Plan& plan, uint32_t base, uint32_t rank,
-                                               int cluster) {
+__device__ __forceinline__ void write_gradient(int wg, const CUtensorMap& map_out, const Pointers& at, const Plan& plan,
+                                               uint32_t base, uint32_t rank, int cluster) {
   constexpr Task task = Task::gradient;
   using Ring = Pipeline<task, Depth>;
   const bool lead = Ring::lead && plan.k_steps >= Ring::stages;
@@ -240,15 +255,17 @@ __device__ __forceinline__ void write_gradient(int wg, const CUtensorMap& map_ou
 }
 
 template <class T, Task task, int Depth, bool Headed>
-__device__ __forceinline__ void consume(int wg, const CUtensorMap& map_out, const Pointers& at, const Plan& plan, uint32_t base, uint32_t rank, int cluster) {
+__device__ __forceinline__ void consume(int wg, const CUtensorMap& map_out, const Pointers& at, const Plan& plan,
+                                        uint32_t base, uint32_t rank, int cluster) {
   if constexpr (task == Task::gradient) write_gradient<T, Depth, Headed>(wg, map_out, at, plan, base, rank, cluster);
   else sum_rows<T, task, Depth, Headed>(wg, map_out, at, plan, base, rank, cluster);
 }
 
 template <class T, Task task, int Depth, bool Headed>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 1)
-logit_kernel(const __grid_constant__ CUtensorMap map_h, const __grid_constant__ CUtensorMap map_w, const __grid_constant__ CUtensorMap map_out,
-             const __grid_constant__ Pointers at, const __grid_constant__ Plan plan) {
+    logit_kernel(const __grid_constant__ CUtensorMap map_h, const __grid_constant__ CUtensorMap map_w,
+                 const __grid_constant__ CUtensorMap map_out, const __grid_constant__ Pointers at,
+                 const __grid_constant__ Plan plan) {
   extern __shared__ uint8_t memory[];
   using Ring = Pipeline<task, Depth>;
   const uint32_t base = (shared_address(memory) + 1023) & ~1023u, rank = cluster_rank();
@@ -256,7 +273,8 @@ logit_kernel(const __grid_constant__ CUtensorMap map_h, const __grid_constant__ 
   if (threadIdx.x == 0) {
     for (int i = 0; i < Ring::stages; ++i) {
       barrier_init(base + Ring::full + 8 * i, 1);
-      barrier_init(base + Ring::empty + 8 * i, 2 * kCluster);  // two consumer warpgroups in each CTA that this CTA's loads write to
+      // two consumer warpgroups in each CTA that this CTA's loads write to
+      barrier_init(base + Ring::empty + 8 * i, 2 * kCluster);
     }
     barrier_init_done();
   }
@@ -267,7 +285,8 @@ logit_kernel(const __grid_constant__ CUtensorMap map_h, const __grid_constant__ 
     const int warp = (threadIdx.x >> 5) - 8;
     if (warp == 0) {
       if ((threadIdx.x & 31) == 0) produce<task, Depth>(map_h, map_w, plan, base, rank, cluster, at.only);
-    } else if (task == Task::statistics && !Headed) {  // the warps that the producer leaves idle; their 40 registers are too few for a tanh
+      // the warps that the producer leaves idle; their 40 registers are too few for a tanh
+    } else if (task == Task::statistics && !Headed) {
       exact_targets<T>(at, plan, blockIdx.x * 3 + warp - 1, gridDim.x * 3);
     }
     __syncwarp();

@@ -13,19 +13,25 @@ constexpr int kShallow = 1536;  // up to this d, k-steps of 32 columns instead o
 constexpr uint32_t kBytesOut = 64 * 64 * 2;  // one staged store of a tile: 64 rows x 64 columns
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr double kLn2 = 0.69314718055994530942;
-constexpr float kUnset = -1e30f;  // reference exponent of a sum to which nothing was added; also the logit of a column beyond v
+// reference exponent of a sum to which nothing was added; also the logit of a column beyond v
+constexpr float kUnset = -1e30f;
 
-// all_statistics: with entropy, variance and rank; kept_statistics: with every exponential written out for the backward pass
+// all_statistics: with entropy, variance and rank; kept_statistics: with every exponential written out for the backward
+// pass
 enum class Task { statistics, all_statistics, kept_statistics, gradient };
 
-__host__ __device__ constexpr bool writes_tiles(Task task) { return task == Task::gradient || task == Task::kept_statistics; }
+__host__ __device__ constexpr bool writes_tiles(Task task) {
+  return task == Task::gradient || task == Task::kept_statistics;
+}
 
-// The ring of shared-memory stages, each Depth columns of hidden and weight. With few k-steps per tile the epilogue weighs more, and shorter
-// steps with one warpgroup a few steps ahead of the other hide more of it; with many, the longer rows of the loads weigh more.
+// The ring of shared-memory stages, each Depth columns of hidden and weight. With few k-steps per tile the epilogue
+// weighs more, and shorter steps with one warpgroup a few steps ahead of the other hide more of it; with many, the
+// longer rows of the loads weigh more.
 template <Task task, int Depth> struct Pipeline {
   static constexpr int stages = Depth == 64 ? 4 : writes_tiles(task) ? 8 : 9;
   static constexpr int lead = Depth == 64 ? 0 : 4;  // steps by which warpgroup 0 leads
-  static constexpr uint32_t h_bytes = kRows * Depth * 2, w_bytes = kColumns * Depth * 2, stage_bytes = h_bytes + w_bytes;
+  static constexpr uint32_t h_bytes = kRows * Depth * 2, w_bytes = kColumns * Depth * 2,
+                            stage_bytes = h_bytes + w_bytes;
   static constexpr uint32_t staging = stages * stage_bytes, full = staging + (writes_tiles(task) ? 4 * kBytesOut : 0);
   static constexpr uint32_t empty = full + stages * 8, bytes = empty + stages * 8;
   static constexpr uint32_t shared = bytes + 1024;  // slack to align the base
@@ -44,12 +50,12 @@ __host__ __device__ inline int pairs_in_group(const Plan& plan, int first_pair) 
   return size;
 }
 
-// The work of one cluster, as items: vocabulary tiles tile, tile + step, ... of one row pair. The producer and the consumers step
-// through identical copies. All clusters work on a few row pairs at a time, so that hidden stays in L2 and clusters next to each other
-// read the same weight tile at about the same time.
-// Statistics: a cluster keeps one pair for a whole group, so its running sums stay in registers, and no cluster is idle.
-// Gradient: nothing is carried from tile to tile, so tiles are dealt one by one.
-// `only`: null, or one int that says whether there is anything to do and then one for each row pair.
+// The work of one cluster, as items: vocabulary tiles tile, tile + step, ... of one row pair. The producer and the
+// consumers step through identical copies. All clusters work on a few row pairs at a time, so that hidden stays in L2
+// and clusters next to each other read the same weight tile at about the same time. Statistics: a cluster keeps one
+// pair for a whole group, so its running sums stay in registers, and no cluster is idle. Gradient: nothing is carried
+// from tile to tile, so tiles are dealt one by one. `only`: null, or one int that says whether there is anything to do
+// and then one for each row pair.
 template <Task task> struct Walk {
   const Plan& plan;
   const int cluster;
@@ -64,7 +70,8 @@ template <Task task> struct Walk {
 
   __device__ bool next() {
     if constexpr (task == Task::gradient) {
-      do if (!next_tile()) return false;
+      do
+        if (!next_tile()) return false;
       while (only && !only[pair]);
       return true;
     } else {

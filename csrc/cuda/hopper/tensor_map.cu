@@ -8,14 +8,17 @@
 namespace pyunlearn {
 namespace {
 
-using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                            const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 Encode encoder() {
   static const Encode found = [] {
     void* p = nullptr;
     cudaDriverEntryPointQueryResult result;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &p, 12000, cudaEnableDefault, &result) != cudaSuccess) p = nullptr;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &p, 12000, cudaEnableDefault, &result) !=
+        cudaSuccess)
+      p = nullptr;
     return (Encode)p;
   }();
   return found;
@@ -26,7 +29,8 @@ struct Key {  // whole 8-byte fields, so that it may be compared as bytes
   int64_t dtype, rows, columns, stride, box_rows, box_columns;
 };
 
-// A descriptor holds nothing but these numbers, so a remembered one stays right when the memory behind the address was freed and given out again.
+// A descriptor holds nothing but these numbers, so a remembered one stays right when the memory behind the address was
+// freed and given out again.
 class Recent {
  public:
   bool find(const Key& key, CUtensorMap* map) {
@@ -61,21 +65,23 @@ class Recent {
 
 }  // namespace
 
-const char* tensor_map(CUtensorMap* map, const void* data, Dtype dtype, int64_t rows, int64_t columns, int64_t stride, int box_rows,
-                       int box_columns) {
+const char* tensor_map(CUtensorMap* map, const void* data, Dtype dtype, int64_t rows, int64_t columns, int64_t stride,
+                       int box_rows, int box_columns) {
   if ((uintptr_t)data % 16) return "hidden, weight and the matrices written need to be 16-byte aligned";
-  if (stride % 8 || stride < columns) return "row strides need to be multiples of 8 elements, and no shorter than a row";
+  if (stride % 8 || stride < columns)
+    return "row strides need to be multiples of 8 elements, and no shorter than a row";
   if (!encoder()) return "the driver has no cuTensorMapEncodeTiled";
   static Recent recent;
   const Key key{data, (int64_t)dtype, rows, columns, stride, box_rows, box_columns};
   if (recent.find(key, map)) return nullptr;
 
-  const CUtensorMapDataType type = dtype == Dtype::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMapDataType type =
+      dtype == Dtype::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, pitch[1] = {(cuuint64_t)stride * 2};
   const cuuint32_t box[2] = {(cuuint32_t)box_columns, (cuuint32_t)box_rows}, step[2] = {1, 1};
   const CUtensorMapSwizzle swizzle = box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-  const CUresult e = encoder()(map, type, 2, (void*)data, size, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-                               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult e = encoder()(map, type, 2, (void*)data, size, pitch, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                               swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (e != CUDA_SUCCESS) return "the driver refused a tensor map";
   recent.remember(key, *map);
   return nullptr;

@@ -1,6 +1,6 @@
-"""The kernels for compute capability 9.0 (H100, H200): the product fused with its row statistics, so that logits live in registers only.
+"""Calls of the kernels for compute capability 9.0 (H100, H200), which fuse the product with its row statistics.
 
-Contracts in csrc/hopper.h and csrc/kept_backward.h. Whether they serve a call is said in _hopper_use.py.
+Logits stay in registers. Contracts in csrc/hopper.h and csrc/kept_backward.h; dispatch.py decides when they run.
 """
 
 from __future__ import annotations
@@ -19,52 +19,56 @@ from pyunlearn.ops._types import Gradients, Head, Statistics
 # ---------------------------------------------------------------- the passes of _passes.py and token_statistics.py
 
 
-def score(h: Tensor, head: Head, targets: Tensor, kept: list[Tensor], factor: Tensor | None) -> tuple[Tensor, ...]:
-    """Log-likelihood, maximum and total (n,) of rows h (n, D).
+def score(h: Tensor, head: Head, targets: Tensor, cached: list[Tensor], factor: Tensor | None) -> tuple[Tensor, ...]:
+    """Compute log-likelihood, maximum and total (n,) of rows h (n, D).
 
-    kept: nothing, or one flat buffer that receives the exponentials, whose factors go into the first row of `factor`.
+    cached: empty, or one flat buffer that receives the exponentials; their factors go into the first row of `factor`.
     """
     log_likelihood, maximum, total = h.new_empty((3, h.shape[0]), dtype=torch.float32)
-    given, found = _input(h, head, targets), (log_likelihood, maximum, total)
-    if kept:
+    inputs, statistics = _input(h, head, targets), (log_likelihood, maximum, total)
+    if cached:
         assert factor is not None
-        exponentials = _rows_of(kept[0], h, head)
-        _run("hopper_statistics_kept", *given, *found, exponentials, exponentials.stride(0), factor[0], _workspace(h))
+        exponentials = _rows_of(cached[0], h, head)
+        cache = (exponentials, exponentials.stride(0), factor[0])
+        _run("hopper_statistics_kept", *inputs, *statistics, *cache, _workspace(h))
     else:
-        _run("hopper_statistics", *given, *found, None, None, None, None, _workspace(h))
-    return found
+        _run("hopper_statistics", *inputs, *statistics, None, None, None, None, _workspace(h))
+    return statistics
 
 
 def token_statistics(
     h: Tensor, head: Head, targets: Tensor, threshold: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-likelihood, rank (how many logits exceed the threshold, or the target's), entropy and variance (n,) of rows h (n, D)."""
+    """Compute log-likelihood, rank, entropy and variance (n,) of rows h (n, D).
+
+    The rank is the number of logits above the threshold (n,), by default the target's logit.
+    """
     log_likelihood, maximum, total, entropy, variance = h.new_empty((5, h.shape[0]), dtype=torch.float32)
     rank = torch.empty_like(targets)
-    found = (log_likelihood, maximum, total, entropy, variance, rank)
-    _run("hopper_statistics", *_input(h, head, targets), *found, threshold, _workspace(h))
+    statistics = (log_likelihood, maximum, total, entropy, variance, rank)
+    _run("hopper_statistics", *_input(h, head, targets), *statistics, threshold, _workspace(h))
     return log_likelihood, rank, entropy, variance
 
 
 def differentiate(
-    h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor, kept: list[Tensor | None],
-    factor: Tensor, into: Gradients, *, release: bool,
+    h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor,
+    cached: list[Tensor | None], factor: Tensor, into: Gradients, *, release: bool,
 ) -> None:  # fmt: skip
-    """As _passes.differentiate, from what was kept, or from the logits once more, slice by slice of the vocabulary."""
+    """Compute _passes.differentiate from the cached exponentials, or from logits recomputed in vocabulary slices."""
     if h.shape[0] == 0:
         return
-    exponentials = kept[0] if kept else None
+    exponentials = cached[0] if cached else None
     if exponentials is None:
         _from_logits(h, head, targets, p, statistics, coefficients, into)
         return
-    _from_kept(h, head, targets, _rows_of(exponentials, h, head), statistics, coefficients, factor[0], into)
+    _from_cached(h, head, targets, _rows_of(exponentials, h, head), statistics, coefficients, factor[0], into)
     if release:
         exponentials.untyped_storage().resize_(0)
 
 
-def _from_kept(
-    h: Tensor, head: Head, targets: Tensor, exponentials: Tensor, statistics: Statistics, coefficients: Tensor, factor: Tensor,
-    into: Gradients,
+def _from_cached(
+    h: Tensor, head: Head, targets: Tensor, exponentials: Tensor, statistics: Statistics, coefficients: Tensor,
+    factor: Tensor, into: Gradients,
 ) -> None:  # fmt: skip
     (n, width), vocabulary = h.shape, head.weight.shape[0]
 
@@ -73,7 +77,7 @@ def _from_kept(
         return (*options, targets, coefficients, factor, *statistics)
 
     def add_weight(out: Tensor, x: Tensor) -> None:
-        """The gradient of a matrix (V, ...) that is multiplied with x (n, ...)."""
+        """Add to out the gradient of a matrix (V, ...) that is multiplied with x (n, ...)."""
         scaled = torch.empty_like(x)
         _run("kept_scale_hidden", *rows(x.shape[1]), *_matrix(x), *_matrix(scaled))
         (add_product if into.add else product)(out, exponentials.T, scaled)
@@ -93,19 +97,19 @@ def _from_logits(
     h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor, into: Gradients
 ) -> None:
     n = h.shape[0]
-    buffer = h.new_empty((n * p.room(0, p.group),))
+    buffer = h.new_empty((n * p.row_length(0, p.group),))
     per_row = (coefficients, *statistics)
     for first, end in p.groups():
-        room = p.room(first, end)
-        d_logits = buffer[: n * room].view(n, room)[:, : end - first]
+        length = p.row_length(first, end)
+        d_logits = buffer[: n * length].view(n, length)[:, : end - first]  # (n, slice columns)
         bias = None if head.bias is None else head.bias[first:end]
         part = head._replace(weight=head.weight[first:end], bias=bias)
-        _run("hopper_gradient", *_input(h, part, targets), first, *per_row, d_logits, room)
+        _run("hopper_gradient", *_input(h, part, targets), first, *per_row, d_logits, length)
         if into.weight is not None:
             (add_product if into.add else product)(into.weight[first:end], d_logits.T, h)
         if into.bias is not None:
-            found = torch.sum(d_logits, dim=0, dtype=into.bias.dtype)
-            into.bias[first:end] = into.bias[first:end] + found if into.add else found
+            d_bias = torch.sum(d_logits, dim=0, dtype=into.bias.dtype)
+            into.bias[first:end] = into.bias[first:end] + d_bias if into.add else d_bias
         if into.hidden is not None:
             add_product(into.hidden, d_logits, part.weight)
 
@@ -114,18 +118,18 @@ def _from_logits(
 
 
 def _run(kernel: str, *arguments: Any) -> None:
-    """Calls a kernel on the current stream of the card on which the first tensor lies: tensors become addresses."""
+    """Call a kernel on the current stream of the first tensor's GPU; tensors become addresses."""
     x = next(a for a in arguments if isinstance(a, Tensor))
     plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
     if x.is_cuda:
-        with torch.cuda.device(x.device):  # the autograd thread may stand on another device
+        with torch.cuda.device(x.device):  # the autograd thread may have another device current
             getattr(_backend.extension(), kernel)(*plain, torch.cuda.current_stream().cuda_stream)
     else:
         getattr(_backend.extension(), kernel)(*plain, 0)
 
 
 def _input(h: Tensor, head: Head, targets: Tensor) -> tuple[Any, ...]:
-    """The arguments that csrc/hopper.h calls HopperInput."""
+    """Return the fields of HopperInput in csrc/hopper.h."""
     h, weight, bias = _aligned(h), _aligned(head.weight), head.bias
     if bias is not None and bias.dtype not in (torch.float32, weight.dtype):
         bias = bias.float()
@@ -135,15 +139,15 @@ def _input(h: Tensor, head: Head, targets: Tensor) -> tuple[Any, ...]:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy where its memory, which came from elsewhere, does not begin at 16 bytes."""
+    """Return x, or a copy where its memory is not aligned to 16 bytes."""
     return x if x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _rows_of(kept: Tensor, h: Tensor, head: Head) -> Tensor:
-    """A flat buffer as (n, V), rows 16-byte aligned."""
+def _rows_of(cached: Tensor, h: Tensor, head: Head) -> Tensor:
+    """View a flat buffer as (n, V) with rows aligned to 16 bytes."""
     n, vocabulary = h.shape[0], head.weight.shape[0]
-    room = -(-vocabulary // 8) * 8
-    return kept[: n * room].view(n, room)[:, :vocabulary]
+    length = -(-vocabulary // 8) * 8
+    return cached[: n * length].view(n, length)[:, :vocabulary]
 
 
 def _matrix(x: Tensor) -> tuple[Any, ...]:

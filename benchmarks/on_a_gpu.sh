@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Everything that wants a card, in one call: build, checks of memory and barriers, tests and benchmarks, with the portable kernels and then with those for Hopper.
-# Wants a CUDA build of torch in the environment and nvcc on the PATH; compute-sanitizer comes with the CUDA toolkit. What hangs is stopped.
+# Everything that needs a GPU, in one call: build, checks of memory and barriers, tests and benchmarks, with the
+# portable kernels and then with those for Hopper. Needs a CUDA build of torch in the environment and nvcc on the PATH;
+# compute-sanitizer comes with the CUDA toolkit. Each step has a timeout.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-pip install --no-build-isolation --no-deps . || pip install ".[test]"  # the first needs no network where the environment has everything
-timeout 600 pyunlearn info  # with the trial of the kernels for Hopper
+# the first needs no network where the environment has everything
+pip install --no-build-isolation --no-deps . || pip install ".[test]"
+timeout 600 pyunlearn info  # runs the self-test of the kernels for Hopper
 PYUNLEARN_HOPPER=1 timeout 300 pyunlearn info
 
 small=$(mktemp --suffix=.py)
 trap 'rm -f "$small"' EXIT
 cat > "$small" <<'PY'
 import torch
-from pyunlearn.ops import kl_divergence, linear_log_likelihood, log_likelihood, logit_margin, token_statistics, weighted_log_likelihood
+from pyunlearn.ops import kl_divergence, linear_log_likelihood, log_likelihood, logit_margin, token_statistics
+from pyunlearn.ops import weighted_log_likelihood
 
 targets, c = torch.randint(1003, (300,), device="cuda"), torch.linspace(-1, 1, 300, device="cuda")
 masked = targets.where(targets % 5 > 0, -100)
@@ -35,10 +38,13 @@ failed=()
 for hopper in 0 1; do
   export PYUNLEARN_HOPPER=$hopper
   if command -v compute-sanitizer > /dev/null; then
-    for tool in memcheck initcheck racecheck synccheck; do  # without torch's cache, where one tensor would end in the next unseen
-      PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 900 compute-sanitizer --tool "$tool" --error-exitcode 1 python -P "$small" ||
+    # without torch's cache, where an overrun of one tensor would end in the next unseen
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    for tool in memcheck initcheck racecheck synccheck; do
+      timeout 900 compute-sanitizer --tool "$tool" --error-exitcode 1 python -P "$small" ||
         failed+=("$tool, PYUNLEARN_HOPPER=$hopper")
     done
+    unset PYTORCH_NO_CUDA_MEMORY_CACHING
   else
     echo "no compute-sanitizer here: memory is not checked"
   fi

@@ -1,0 +1,86 @@
+"""Decide whether the Hopper kernels run.
+
+They have been tested on an emulator, not on hardware, and a fault in them could hang instead of failing. So on a GPU
+that can run them they are first tested in a subprocess (selftest.py); where they fail, the portable kernels run.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from pyunlearn.ops import _backend
+from pyunlearn.ops.hopper import selftest
+
+
+def serves(hidden: Tensor, weight: Tensor) -> bool:
+    """Return whether these kernels accept hidden (N, D) and weight (V, D).
+
+    They need bfloat16 or float16, D a multiple of 8, and rows aligned to 16 bytes.
+    """
+    return (
+        hidden.dtype in (torch.bfloat16, torch.float16)
+        and weight.dtype is hidden.dtype
+        and hidden.shape[1] % 8 == 0
+        and hidden.shape[1] <= 1 << 25
+        and max(*hidden.shape, *weight.shape) <= 1 << 30
+        and weight.stride(1) == 1
+        and weight.stride(0) >= weight.shape[1]
+        and weight.stride(0) % 8 == 0
+        and weight.storage_offset() % 8 == 0
+        and run_on(hidden.device)
+    )
+
+
+def run_on(device: torch.device) -> bool:
+    """Return whether these kernels run on that device. The first call tests them."""
+    if device.type != "cuda" or requested() == "0" or not _backend.build_info().get("hopper"):
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _backend.on_gpu(index).kernels == "cuda" and _usable(index)
+
+
+def requested() -> str:
+    """Return PYUNLEARN_HOPPER: "0" never, "1" after a short self-test in this process, "" after one in a subprocess.
+
+    Raises ValueError for anything else.
+    """
+    value = os.environ.get("PYUNLEARN_HOPPER", "").strip()
+    if value not in ("", "0", "1"):
+        raise ValueError(f"PYUNLEARN_HOPPER must be 1 or 0, got {value!r}: correct it or unset it")
+    return value
+
+
+def status() -> str:
+    """Return the line of `pyunlearn info` on these kernels."""
+    request = requested()
+    if not _backend.build_info().get("hopper"):
+        return "not built"
+    if request == "0":
+        return "built, left out (PYUNLEARN_HOPPER=0)"
+    return "used" if torch.cuda.is_available() and run_on(torch.device("cuda")) else "built, cannot run here"
+
+
+@cache
+def _usable(index: int) -> bool:
+    with _disable_current_modes(), torch.cuda.device(index):
+        forced, problem = requested() == "1", _backend.extension().hopper_unavailable()
+        if problem and not forced:
+            return False  # another GPU, or a build without them: no warning
+        if not problem and forced:
+            _backend.require_no_graph()
+            problem = selftest.compare(torch.device("cuda", index))
+        elif not problem:
+            problem = selftest.run_trial(index)
+    if problem:
+        warnings.warn(
+            f"pyunlearn's Hopper kernels are not used on cuda:{index}: {problem}. "
+            "The portable CUDA kernels run instead.",
+            stacklevel=2,
+        )
+    return not problem

@@ -1,0 +1,229 @@
+"""Use of the Hopper kernels by the ops: which calls they serve, what they cost, and their self-test."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from emulated import PLACE, assert_right, evaluate, head, truth, unit
+from heads import assert_agree, plain
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyunlearn.ops import (
+    _backend,
+    _plan,
+    example_objective,
+    linear_log_likelihood,
+    weighted_log_likelihood,
+)
+from pyunlearn.ops.hopper import dispatch, kernels, selftest
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight", "both"])
+@pytest.mark.parametrize("workspace", [0, None])
+def test_frozen_parts(trained, workspace, watched):
+    """A frozen input costs no product, and torch computes only the products of the gradients."""
+    case = head(64, 32, 600, bias=False)
+    hidden, weight = case.hidden.clone(), case.weight.clone()
+    hidden.requires_grad_(trained != "weight"), weight.requires_grad_(trained != "hidden")
+    with FlopCounterMode(display=False) as counter:
+        weighted_log_likelihood(hidden, weight, case.targets, unit(64), workspace=workspace).backward()
+    expected = truth(case, unit(64))
+    actual = [t.grad for t in (hidden, weight) if t.requires_grad]
+    assert_agree(actual, [w for w, t in zip(expected[1:], (hidden, weight), strict=True) if t.requires_grad], 1.5e-2)
+    assert counter.get_total_flops() == 2 * 64 * 32 * 600 * len(actual)
+    assert watched.calls["kept_add_targets"] == (workspace is None and trained != "hidden")
+
+
+def test_backward_twice(watched):
+    """A retained graph gives the same gradients again, the second time from recomputed logits."""
+    case = head(64, 32, 600)
+    expected = truth(case, unit(64))
+    assert_right(evaluate(linear_log_likelihood, case, unit(64), times=2), expected, torch.bfloat16)
+    assert watched.calls["hopper_gradient"] == 1
+
+
+@pytest.mark.parametrize(
+    "workspace", [None, _plan.bytes_of_sum(600, 32, torch.bfloat16) + 15 * (1200 + _plan._FUSED_SCRATCH)]
+)
+@pytest.mark.parametrize("masked", [0.0, 0.5])
+def test_one_pass(workspace, masked, watched, monkeypatch):
+    """With known coefficients, rows are processed in fully cached chunks, and no product is computed twice."""
+    monkeypatch.setattr(_plan, "balance", lambda *_: 0)
+    case = head(100, 32, 600, masked=masked)
+    expected = truth(case, unit(100))
+    value = (expected[0] * unit(100)).sum()[None]
+    actual = evaluate(
+        lambda h, w, t, **options: weighted_log_likelihood(h, w, t, unit(100), **options),
+        case,
+        None,
+        workspace=workspace,
+    )
+    assert_right([actual[0][None], *actual[1:]], [value, *expected[1:]], torch.bfloat16)
+    live = int((case.targets >= 0).sum())
+    assert watched.calls["hopper_statistics_kept"] == (1 if workspace is None else -(-live // 15))
+    assert not watched.calls["hopper_gradient"]
+    assert not watched.calls["statistics"]
+
+
+def test_example_objective(watched):
+    """A function of each example's sum is differentiated on the sums of these kernels."""
+    case = head(60, 32, 600)
+    index = torch.arange(60, device=PLACE["device"]) // 12
+    hidden, weight = (t.clone().requires_grad_() for t in case[:2])
+
+    def function(sums, counts):
+        return torch.nn.functional.softplus(sums / counts)
+
+    actual = example_objective(hidden, weight, case.targets, index, function, bias=case.bias)
+    actual.loss.backward()
+    h, w = (t.double().requires_grad_() for t in case[:2])
+    sums = plain(h, w, case.targets, bias=case.bias.double()).view(5, 12).sum(1)
+    function(sums, 12).sum().backward()
+    assert_agree([actual.log_likelihood], [sums], 1e-5)
+    assert_agree([hidden.grad, weight.grad], [h.grad, w.grad], 1.5e-2)
+    assert watched.calls["hopper_statistics_kept"] == 1
+
+
+@pytest.mark.parametrize("change", ["float32", "width", "stride", "offset", "transposed"])
+def test_unsupported_inputs_run_on_the_portable_kernels(change, watched):
+    """Other types, widths and alignments run on the portable kernels, with the same results."""
+    case = head(10, 16, 200, bias=False)
+    expected = truth(case, unit(10))[0]
+    hidden, weight = case.hidden, case.weight
+    if change == "float32":
+        hidden, weight = hidden.float(), weight.float()
+    elif change == "width":
+        hidden, weight = hidden[:, :12], weight[:, :12]
+        expected = plain(hidden.double(), weight.double(), case.targets)
+    elif change == "stride":
+        weight = weight.new_zeros(200, 20)[:, :16].copy_(weight)
+    elif change == "offset":
+        weight = weight.new_zeros(200, 24)[:, 4:20].copy_(weight)
+    else:
+        weight = weight.T.contiguous().T
+    assert not dispatch.serves(hidden, weight)
+    assert_agree([linear_log_likelihood(hidden, weight, case.targets)], [expected], 1e-5)
+    assert watched.calls["statistics"]
+    assert not watched.calls["hopper_statistics"]
+
+
+def test_strided_weight_and_memory_from_elsewhere(emulated):
+    """Rows aligned to 16 bytes are read in place; other memory is copied first."""
+    case = head(10, 16, 200, bias=False)
+    expected = truth(case, unit(10))
+    strided = case._replace(weight=torch.zeros(200, 32, dtype=torch.bfloat16)[:, 8:24].copy_(case.weight))
+    assert dispatch.serves(strided.hidden, strided.weight)
+    assert_agree([linear_log_likelihood(*strided[:2], case.targets)], expected[:1], 1e-5)
+    assert emulated.last["hopper_statistics"][1] == strided.weight.data_ptr()
+    store = bytearray(200 * 16 * 2 + 16)
+    odd = next(
+        t
+        for t in (torch.frombuffer(store, dtype=torch.bfloat16, offset=o, count=3200) for o in (2, 4))
+        if t.data_ptr() % 16
+    )
+    odd = odd.view(200, 16).copy_(case.weight)
+    assert_agree([linear_log_likelihood(case.hidden, odd, case.targets)], expected[:1], 1e-5)
+
+
+def test_the_self_test_passes_and_can_fail(emulated, monkeypatch):
+    """The self-test accepts these kernels twice, and reports one that is wrong or not repeatable."""
+    assert selftest.compare(torch.device("cpu"), times=2) is None
+    good, broken = kernels._run, []
+
+    def bad(kernel, *arguments):
+        good(kernel, *arguments)
+        if kernel == broken[-1]:
+            tensors = [a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()]
+            tensors[3 if kernel == "hopper_statistics" else -1].mul_(1.1)
+
+    monkeypatch.setattr(kernels, "_run", bad)
+    for kernel in ("hopper_gradient", "kept_scale_hidden", "kept_hidden_gradient", "kept_add_targets"):
+        broken.append(kernel)
+        assert "wrong gradients" in selftest.compare(torch.device("cpu"))
+    broken.append("hopper_statistics")
+    assert "wrong numbers" in selftest.compare(torch.device("cpu"))
+    broken.append(None)
+    kernel_outputs, calls = selftest._kernel_outputs, []
+
+    def drifting(case):
+        statistics, gradients = kernel_outputs(case)
+        calls.append(case)
+        return [statistics[0] + 1e-6 * len(calls), *statistics[1:]], gradients
+
+    monkeypatch.setattr(selftest, "_kernel_outputs", drifting)
+    assert "other numbers" in selftest.compare(torch.device("cpu"), times=2)
+
+
+def test_the_environment_variable_chooses(monkeypatch):
+    """PYUNLEARN_HOPPER=0 turns them off, 1 skips the subprocess; another value raises ValueError."""
+    for value in ("", "0", "1"):
+        monkeypatch.setenv("PYUNLEARN_HOPPER", value)
+        assert dispatch.requested() == value
+    monkeypatch.setenv("PYUNLEARN_HOPPER", "0")
+    assert not dispatch.run_on(torch.device("cuda", 0))
+    monkeypatch.setenv("PYUNLEARN_HOPPER", "yes")
+    with pytest.raises(ValueError, match="PYUNLEARN_HOPPER must be 1 or 0, got 'yes'"):
+        dispatch.requested()
+
+
+@pytest.mark.parametrize("value", ["", "1"])
+def test_a_failed_self_test_is_one_warning(value, gpu_0, monkeypatch):
+    """Kernels that fail their self-test are turned off with one warning."""
+    monkeypatch.setenv("PYUNLEARN_HOPPER", value)
+    monkeypatch.setattr(selftest, "compare" if value else "run_trial", lambda device: "they gave wrong numbers")
+    with pytest.warns(UserWarning, match="Hopper kernels are not used on cuda:0: they gave wrong numbers"):
+        assert not dispatch._usable(0)
+    assert not dispatch._usable(0)
+
+
+def test_other_gpus_and_builds_get_no_warning(gpu_0, monkeypatch, recwarn):
+    """A GPU without support for them causes no warning, except with PYUNLEARN_HOPPER=1."""
+    monkeypatch.setattr(_backend, "_C", SimpleNamespace(hopper_unavailable=lambda: "no such GPU"))
+    monkeypatch.delenv("PYUNLEARN_HOPPER", raising=False)
+    assert not dispatch._usable(0)
+    assert not recwarn
+    monkeypatch.setenv("PYUNLEARN_HOPPER", "1")
+    dispatch._usable.cache_clear()
+    with pytest.warns(UserWarning, match="not used on cuda:0: no such GPU"):
+        assert not dispatch._usable(0)
+
+
+@pytest.fixture
+def gpu_0(emulated, monkeypatch):
+    """The emulator as cuda:0, not tested yet."""
+    monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
+    dispatch._usable.cache_clear()
+    yield
+    dispatch._usable.cache_clear()
+
+
+def test_the_self_test_runs_in_a_subprocess(gpu_0, tmp_path, monkeypatch):
+    """Its last line, a crash and a timeout are reported as sentences; a pass is recorded on disk, a failure is not."""
+    run = selftest._run_in_subprocess
+    assert run("sys.exit(None)") is None
+    assert (
+        run("sys.exit('they gave wrong numbers for ' + str(WIDE[0]))")
+        == f"they gave wrong numbers for {selftest.WIDE[0]}"
+    )
+    assert (
+        run("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)") == "the process that tested them ended with -11"
+    )
+    assert "did not finish within 0.2 s (PYUNLEARN_HOPPER=0 skips it)" in run("while True: pass", seconds=0.2)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
+    assert "no process could be started" in run("pass")
+
+    statements = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(_backend, "_C", SimpleNamespace(__file__=__file__, build_info=lambda: {"cuda_driver": 13000}))
+    for problem in ("it hangs", None):
+        monkeypatch.setattr(
+            selftest, "_run_in_subprocess", lambda statement, problem=problem: statements.append(statement) or problem
+        )
+        assert selftest.run_trial(0) == problem
+    assert selftest.run_trial(0) is None
+    assert len(statements) == 2
+    compile(statements[0], "the statement", "exec")
+    assert selftest.run_trial(1) is None  # another GPU is tested separately
+    assert len(statements) == 3
