@@ -10,6 +10,7 @@ import torch
 from pyunlearn.data import encode, read_examples
 from pyunlearn.edits import dampening, selective_synaptic_dampening, task_vector
 from pyunlearn.edits.base import Editing
+from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
 from pyunlearn.models import unwrapped
 
@@ -160,7 +161,7 @@ def test_a_task_vector_that_cannot_be_is_refused_and_nothing_is_changed():
         with pytest.raises(error, match=message):
             task_vector(model, rows, fine_tuned=fine_tuned, tokenizer=tokenizer)
         assert same(weights(model), before)
-    with pytest.raises(ArgumentError, match="alpha must be a number above 0"):
+    with pytest.raises(ArgumentError, match="alpha must be a number, above 0"):
         task_vector(model, rows, fine_tuned=broken, alpha=0, tokenizer=tokenizer)
 
 
@@ -183,19 +184,19 @@ def test_task_vector_makes_the_secret_unlikely_and_little_else(story):
 def test_dampening_is_its_formula_element_by_element(pair, monkeypatch):
     """min(lambda I_D / I_F, 1) where I_F > alpha I_D, in float32, then rounded once; counted for each parameter."""
     model, tokenizer, rows = pair
-    before, given = weights(model), []
+    before, draws = weights(model), []
 
     def random_squares(edit, tokens):
-        given.append(
+        draws.append(
             {n: torch.randn(p.shape).square() * (torch.rand(p.shape) > 0.1) for n, p in edit.parameters.items()}
         )
-        return dict(given[-1])
+        return dict(draws[-1])
 
     monkeypatch.setattr(dampening, "squared_gradients", random_squares)
     edited = selective_synaptic_dampening(
         model, rows[:3], retain=rows[3:], alpha=3.0, dampening=2.0, batch_size=2, tokenizer=tokenizer
     )
-    i_d, i_f = given
+    i_d, i_f = draws
     for name, p in model.named_parameters():
         theta = before[name].float()
         wanted, count = theta.clone(), 0
@@ -224,7 +225,7 @@ def test_squares_are_those_of_batch_gradients(make_pair):
         gradients = torch.autograd.grad(mean_loss(model, group), list(named.values()), allow_unused=True)
         for name, g in zip(named, gradients, strict=True):
             wanted[name] += 0 if g is None else g**2 / len(groups)
-    with Editing("x", model, {"forget": rows}, tokenizer, batch_size=2) as edit:
+    with Editing("x", model, {"forget": rows}, tokenizer, EditConfig(batch_size=2)) as edit:
         found = dampening.squared_gradients(edit, tokens)
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5 * float(value.max()))
@@ -246,7 +247,7 @@ def test_dampening_needs_text_to_keep():
     model = make(len(tokenizer))
     with pytest.raises(ArgumentError, match="pass retain="):
         selective_synaptic_dampening(model, rows, tokenizer=tokenizer)
-    with pytest.raises(ArgumentError, match="dampening must be a number above 0"):
+    with pytest.raises(ArgumentError, match="dampening must be a number, above 0"):
         selective_synaptic_dampening(model, rows, retain=rows, dampening=float("nan"), tokenizer=tokenizer)
     model.requires_grad_(False)
     with pytest.raises(ModelError, match="no parameter that trains"):

@@ -168,7 +168,7 @@ def small_gpt2():
 
 def fixed_loss(edit, batch, generator):
     """As drawn_loss, of labels that a test knows."""
-    found = edit.likelihood._logits(batch).log_softmax(-1)[range(len(batch.targets)), (batch.targets + 1) % 50]
+    found = edit.lm.likelihood._logits(batch).log_softmax(-1)[range(len(batch.targets)), (batch.targets + 1) % 50]
     return -(found * batch.counts[batch.example].double().rsqrt()).sum()
 
 
@@ -288,9 +288,9 @@ def test_steps_that_cannot_be_are_refused_and_nothing_is_changed(step):
     before = weights(model)
     for options, message in (
         ({"retain": None}, "pass retain="),
-        ({"rate": 0}, "rate must be a number above 0"),
-        ({"damping": -1}, "damping must be a number above 0"),
-        ({"training_texts": 0}, "training_texts must be a number above 0"),
+        ({"rate": 0}, "rate must be a number, above 0"),
+        ({"damping": -1}, "damping must be a number, above 0"),
+        ({"training_texts": 0}, "training_texts must be a whole number, 1 or more"),
     ):
         with pytest.raises(ArgumentError, match=message):
             STEPS[step](model, rows[:2], **{"retain": rows[2:], "tokenizer": tokenizer, **options})
@@ -316,5 +316,5 @@ def test_layers_that_no_gradient_reaches_are_left_alone_and_one_without_curvatur
     assert same(weights(model), before)
     assert ekfac_step(model, rows[:2], retain=rows[2:], damping=0.1, tokenizer=tokenizer).changed
     model.requires_grad_(False).get_output_embeddings().weight.requires_grad_(True)
-    with pytest.raises(ModelError, match="none that trains was found"):
+    with pytest.raises(ModelError, match="none of them is trainable"):
         ekfac_step(model, rows[:2], retain=rows[2:], tokenizer=tokenizer)

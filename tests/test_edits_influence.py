@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyunlearn.edits import first_order_influence, second_order_influence
 from pyunlearn.edits.base import Editing
+from pyunlearn.edits.config import EditConfig
 from pyunlearn.edits.curvature import Curvature
 from pyunlearn.edits.solvers import conjugate_gradients, lissa
 from pyunlearn.errors import ArgumentError, TrainingError
@@ -78,7 +79,7 @@ def test_products_are_those_of_the_whole_matrix(small, truth, kind):
     """One column in three, in batches of two, with damping; and a Gauss-Newton matrix is never negative, where this Hessian is."""
     model, tokenizer = small
     wanted = truth[0][kind]
-    with Editing("x", model, {"forget": ROWS[2:]}, tokenizer, batch_size=2) as edit:
+    with Editing("x", model, {"forget": ROWS[2:]}, tokenizer, EditConfig(batch_size=2)) as edit:
         product = Curvature(edit, edit.tokens["forget"], kind, damping=0.25)
         shapes = [p.shape for p in edit.parameters.values()]
         for e, column in list(zip(torch.eye(len(wanted), dtype=torch.float64), wanted, strict=True))[::3]:
@@ -209,8 +210,8 @@ def test_steps_that_cannot_be_are_refused_and_nothing_is_changed(small):
     before = weights(model)
     for options, error, message in (
         ({"retain": None}, ArgumentError, "pass retain="),
-        ({"solver": "gmres"}, ArgumentError, 'solver must be "cg" or "lissa"'),
-        ({"damping": -1.0}, ArgumentError, "damping must be a number above 0"),
+        ({"solver": "gmres"}, ArgumentError, 'solver must be one of cg, lissa'),
+        ({"damping": -1.0}, ArgumentError, "damping must be a number, 0 or more"),
         ({"corrected": ROWS[:1]}, ArgumentError, "a text for each of the 2 forget texts"),
         ({"solver": "lissa", "scale": 1e-3, "damping": 0.5}, TrainingError, "take a larger damping or scale"),
     ):

@@ -12,8 +12,8 @@ from test_layers import made
 
 from pyunlearn.data import Tokens, collate, encode, read_examples
 from pyunlearn.edits import EDITS, lunar
-from pyunlearn.edits.lunar import UNANSWERABLE
-from pyunlearn.edits.registry import options_of
+from pyunlearn.edits.lunar import UNANSWERABLE, questions_of
+from pyunlearn.edits.registry import parse_edit_options
 from pyunlearn.errors import ArgumentError, DataError, ModelError
 from pyunlearn.methods import resolve
 from pyunlearn.models import hidden_states
@@ -181,13 +181,13 @@ def test_the_questions_without_an_answer_are_questions():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"retain": None}, ArgumentError, "lunar needs text to keep"),
+        ({"retain": None}, ArgumentError, "lunar needs retain texts"),
         ({"forget": ["a plain text."]}, DataError, "forget example 1 has no prompt that could be redirected"),
-        ({"coefficient": 0}, ArgumentError, "coefficient must be a number above 0, got 0"),
-        ({"ridge": -1.0}, ArgumentError, "ridge must be a number above 0"),
-        ({"positions": "first"}, ArgumentError, 'positions must be "prompt" or "last", got \'first\''),
+        ({"coefficient": 0}, ArgumentError, "coefficient must be a number, above 0, got 0"),
+        ({"ridge": -1.0}, ArgumentError, "ridge must be a number, above 0"),
+        ({"positions": "first"}, ArgumentError, "positions must be one of prompt, last, got 'first'"),
         ({"unanswerable": "why?"}, ArgumentError, "unanswerable must be a list of one question or more"),
-        ({"unanswerable": 3}, ArgumentError, "unanswerable must be a list of one question or more, got 3"),
+        ({"unanswerable": 3}, ArgumentError, "unanswerable must be a list of one question or more, .* got 3"),
         ({"layer": 2}, ArgumentError, "layer must be a whole number from 0 to 1 with this model, got 2"),
     ],
 )
@@ -233,11 +233,12 @@ def test_on_the_command_line_the_questions_come_from_a_file(tmp_path):
     (tmp_path / "asked.txt").write_text("Why?\nWho is it?\n", encoding="utf-8")
     (tmp_path / "asked.jsonl").write_text('{"question": "Why?", "answer": "No one knows."}\n', encoding="utf-8")
     options = {
-        name: options_of(EDITS["lunar"], [f"unanswerable={tmp_path / name}", "layer=3"])
+        name: parse_edit_options(EDITS["lunar"], [f"unanswerable={tmp_path / name}", "layer=3"])
         for name in ("asked.txt", "asked.jsonl")
     }
-    assert options["asked.txt"] == {"unanswerable": ["Why?", "Who is it?"], "layer": 3}
-    assert options["asked.jsonl"]["unanswerable"] == ["Why?"]
+    assert all(given["layer"] == 3 for given in options.values())
+    assert questions_of(options["asked.txt"]["unanswerable"]) == ["Why?", "Who is it?"]
+    assert questions_of(options["asked.jsonl"]["unanswerable"]) == ["Why?"]
 
 
 def test_as_a_method_it_says_where_it_is():

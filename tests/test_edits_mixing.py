@@ -118,7 +118,7 @@ def test_what_cannot_be_mixed_is_refused_and_the_unlearned_weights_stay():
     original, unlearned, _, _ = two(llama)
     after = weights(unlearned)
     for options, error, message in (
-        ({"metric": lambda _: -2.0}, ArgumentError, "above 0 for the original, and gave -2.0"),
+        ({"metric": lambda _: -2.0}, ArgumentError, "above 0 for the original, and returned -2.0"),
         (
             {"metric": lambda m: 1.0 if same(weights(m), weights(original)) else float("nan")},
             ArgumentError,
@@ -127,8 +127,8 @@ def test_what_cannot_be_mixed_is_refused_and_the_unlearned_weights_stay():
         ({"metric": lambda _: 1 / 0}, ZeroDivisionError, "division"),
         ({"original": unlearned}, ArgumentError, "another model than the unlearned one"),
         ({"original": {"x": torch.ones(1)}}, ArgumentError, "and has no model.embed_tokens.weight"),
-        ({"original": None}, ModelError, "LoRA adapters alone train"),
-        ({"tau": 1.5}, ArgumentError, "between 0 and 1"),
+        ({"original": None}, ModelError, "nothing but LoRA adapters"),
+        ({"tau": 1.5}, ArgumentError, "tau must be a number, above 0 and 1 at most"),
     ):
         with pytest.raises(error, match=message):
             calibrate_by_mixing(

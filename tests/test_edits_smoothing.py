@@ -114,8 +114,9 @@ def test_smoothing_that_cannot_be_is_refused_and_nothing_is_changed():
     tokenizer, make, rows = llama()
     model = make(len(tokenizer))
     before = weights(model)
-    for name in ("sigma", "rate", "samples", "passes"):
-        with pytest.raises(ArgumentError, match=f"{name} must be a number above 0"):
+    kinds = {"sigma": "number, above 0", "rate": "number, above 0", "samples": "whole number", "passes": "whole number"}
+    for name, kind in kinds.items():
+        with pytest.raises(ArgumentError, match=f"{name} must be a {kind}"):
             zero_shot_smoothing(model, rows, tokenizer=tokenizer, **{name: 0})
     with pytest.raises(ArgumentError, match="two_sided must be True or False, got 'no'"):
         zero_shot_smoothing(model, rows, tokenizer=tokenizer, two_sided="no")
