@@ -210,7 +210,7 @@ def test_steps_that_cannot_be_are_refused_and_nothing_is_changed(small):
     before = weights(model)
     for options, error, message in (
         ({"retain": None}, ArgumentError, "pass retain="),
-        ({"solver": "gmres"}, ArgumentError, 'solver must be one of cg, lissa'),
+        ({"solver": "gmres"}, ArgumentError, "solver must be one of cg, lissa"),
         ({"damping": -1.0}, ArgumentError, "damping must be a number, 0 or more"),
         ({"corrected": ROWS[:1]}, ArgumentError, "a text for each of the 2 forget texts"),
         ({"solver": "lissa", "scale": 1e-3, "damping": 0.5}, TrainingError, "take a larger damping or scale"),
