@@ -53,6 +53,24 @@ def test_the_weight_is_the_largest_that_keeps_the_metric(make_pair):
         assert same(weights(unlearned), after)
 
 
+@pytest.mark.parametrize("tau", [0.3, 0.95, 1.0])
+@pytest.mark.parametrize(("short", "weight"), [(0.0, 1.0), (2e-16, 0.8125), (1e-9, 0.8125), (5e-4, 0.8125)])
+def test_no_mixture_below_tau_is_accepted_by_however_little(tau, short, weight):
+    """metric(mixture) >= tau * metric(original), exactly: one that is short by a rounding is refused, an equal one taken."""
+    original, unlearned, _, _ = two(llama)
+    name = "model.norm.weight"
+    start, end = weights(original)[name].double(), weights(unlearned)[name].double()
+
+    def metric(model):
+        share = float((model.get_parameter(name).detach().double() - start).norm() / (end - start).norm())
+        return 0.7 if share < 1e-6 else tau * 0.7 if share < 0.8126 else tau * 0.7 * (1 - short)
+
+    mixed = calibrate_by_mixing(original, unlearned, metric, tau=tau)
+    assert metric(unlearned) == mixed.value >= tau * mixed.original == tau * 0.7
+    assert mixed.weight == weight
+    assert short == 0 or all(value < tau * mixed.original for tried, value in mixed.curve if tried > weight)
+
+
 def test_ends_have_the_bits_of_the_models():
     """Weight 1 where nothing is lost, 0 where everything is at once; in between a metric that comes back is not called monotone."""
     original, unlearned, _, _ = two(llama)
@@ -71,7 +89,7 @@ def test_ends_have_the_bits_of_the_models():
 
 
 def test_an_edit_is_calibrated_from_what_it_kept():
-    """The Edited stands for the original: undone in turn, the first weights are back."""
+    """The EditResult stands for the original: undone in turn, the first weights are back."""
     original, unlearned, tokenizer, rows = two(llama)
     before = weights(original)
     edited = task_vector(original, rows, fine_tuned=unlearned, tokenizer=tokenizer)
