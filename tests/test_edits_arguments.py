@@ -1,4 +1,4 @@
-"""Wrong arguments of the edits: each is refused in one sentence that names it, before anything is computed or changed."""
+"""Wrong arguments of the edits: each is refused in one sentence that names it, before a text is scored."""
 
 import copy
 import inspect
@@ -41,7 +41,7 @@ ZERO_ALLOWED = ("workspace", "seed", "layer", "second_order_influence's damping"
 
 
 def wrong_values(edit, name, parameter):
-    """Values that an option never has, by its name or its annotation."""
+    """Return values that an option never has, by its name or its annotation."""
     if name in NEVER_NAMED:
         return NEVER_NAMED[name] + ([None] if name == "forget" and parameter.default is parameter.empty else [])
     kind = str(parameter.annotation).removesuffix(" | None")
@@ -99,7 +99,7 @@ def refusal(function, arguments, **options):
 
 @pytest.mark.parametrize(("edit", "name", "values"), CASES)
 def test_a_wrong_value_is_one_sentence_that_names_the_argument(answering, no_pass, edit, name, values):
-    """Of all edits and all their arguments; no text was scored and no weight changed then."""
+    """Every argument of every edit is tried; no text is scored and no weight changes."""
     before = weights(answering["model"])
     assert values
     for value in values:
@@ -125,7 +125,7 @@ def test_missing_retain_texts_are_named_before_a_text_is_scored(answering, no_pa
 
 
 def test_a_config_is_the_same_as_its_keywords_and_a_keyword_comes_after(answering):
-    """Also one in a file."""
+    """The same edit comes from keywords, a config, and a keyword that overrides a config."""
     step = EDITS["zero_shot_smoothing"].function
     made = []
     for options in (
@@ -144,7 +144,7 @@ def test_a_config_is_the_same_as_its_keywords_and_a_keyword_comes_after(answerin
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_signature_and_help_list_the_shared_settings(edit):
-    """With the defaults of EditConfig, and an Args line for each."""
+    """Each setting has the default of EditConfig, and a line under Args."""
     function = EDITS[edit].function
     parameters = inspect.signature(function).parameters
     for name, option in EditConfig.options().items():
@@ -167,7 +167,7 @@ def test_signature_and_help_list_the_shared_settings(edit):
     ],
 )
 def test_a_wrong_value_of_the_saliency_mask_is_one_sentence(answering, options, name):
-    """As for the edits."""
+    """The sentence names the argument."""
     with pytest.raises((ArgumentError, DataError, ModelError), match=name):
         call(saliency_mask, answering, **options)
 

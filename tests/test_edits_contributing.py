@@ -33,7 +33,7 @@ def example(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("make_pair", [llama, gpt2, narrow, adapted])
 def test_the_example_s_test_passes(example, make_pair):
-    """On every kind of model, as the document says."""
+    """The document's test runs on every kind of model."""
     edit, test = example
     tokenizer, make, rows = make_pair()
     torch.manual_seed(0)
@@ -43,7 +43,7 @@ def test_the_example_s_test_passes(example, make_pair):
 
 
 def test_the_example_s_arguments_are_checked_and_read(example):
-    """By the same lists as those of the other edits; from words as on the command line."""
+    """Wrong values are refused like those of the other edits; words become options."""
     edit, _ = example
     assert edit_named("signed-step") is edit
     assert edit.options == {"rate": 1e-4}
@@ -57,7 +57,7 @@ def test_the_example_s_arguments_are_checked_and_read(example):
 
 
 def test_the_example_is_a_page():
-    """At most ninety lines, none longer than 120."""
+    """The document has ninety lines or fewer, none longer than 120."""
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 90
     assert max(map(len, lines)) <= 120

@@ -1,4 +1,4 @@
-"""The Python of docs/edits.md and docs/in-context.md: each block runs with a tiny model and data of the names it uses."""
+"""Code of docs/edits.md and docs/in-context.md: each Python block runs with a tiny model and data."""
 
 import re
 from functools import partial
@@ -22,7 +22,7 @@ def blocks(name):
 
 @pytest.mark.parametrize("at", range(4))
 def test_the_code_of_the_document_on_edits_runs(story, at):
-    """With the names model, forget, retain and tokenizer; a run takes one step here."""
+    """The block finds model, forget, retain and tokenizer; a run takes one step here."""
     package = SimpleNamespace(unlearn=partial(pyunlearn.unlearn, max_steps=1, progress=False))
     names = {"pyunlearn": package, "model": story.fresh(), "tokenizer": story.tokenizer}
     names |= {"forget": story.forget, "retain": story.retain[:20]}
@@ -36,7 +36,7 @@ def test_the_code_of_the_document_on_edits_runs(story, at):
 
 
 def test_the_code_of_the_document_on_examples_in_the_prompt_runs():
-    """With the names embeddings and examples; the prompt has no deleted example."""
+    """The block finds embeddings and examples; the prompt does not contain the deleted example."""
     generator = np.random.default_rng(0)
     examples = [f"<{i}>" for i in range(60)]
     names = {"embeddings": generator.random((60, 2)), "examples": examples}
