@@ -14,7 +14,7 @@ DAMPING = 0.1
 """Default damping, as a multiple of the mean eigenvalue."""
 
 NEEDS = {"retain": "on which the Fisher information is computed"}
-"""Roles of texts, besides forget, without which there is no Fisher step."""
+"""Roles of texts, in addition to forget, without which there is no Fisher step."""
 
 
 def direction(edit: Editing, training_texts: int | None) -> dict[str, Tensor]:
