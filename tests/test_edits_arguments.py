@@ -124,13 +124,16 @@ def test_missing_retain_texts_are_named_before_a_text_is_scored(answering, no_pa
         call(EDITS[edit].function, answering | {"retain": None})
 
 
-def test_a_config_is_the_same_as_its_keywords_and_a_keyword_comes_after(answering):
-    """The same edit comes from keywords, a config, and a keyword that overrides a config."""
+def test_a_config_is_the_same_as_its_keywords_and_a_keyword_comes_after(answering, tmp_path):
+    """The same edit comes from keywords, a config, its file, and a keyword that overrides a config."""
+    file = tmp_path / "edit.toml"
+    file.write_text("batch_size = 1\nseed = 7\n", encoding="utf-8")
     step = EDITS["zero_shot_smoothing"].function
     made = []
     for options in (
         {"batch_size": 1, "seed": 7},
         {"config": EditConfig(batch_size=1, seed=7)},
+        {"config": file},
         {"config": EditConfig(batch_size=1, seed=5), "seed": 7},
         {"seed": 8, "batch_size": 1},
     ):
@@ -139,7 +142,8 @@ def test_a_config_is_the_same_as_its_keywords_and_a_keyword_comes_after(answerin
         made.append(weights(copied))
     assert same(made[0], made[1])
     assert same(made[0], made[2])
-    assert not same(made[0], made[3])
+    assert same(made[0], made[3])
+    assert not same(made[0], made[4])
 
 
 @pytest.mark.parametrize("edit", EDITS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def selective_synaptic_dampening(
     alpha: float = 10.0,
     dampening: float = 1.0,
     progress: bool | None = None,
-    config: EditConfig | None = None,
+    config: EditConfig | str | Path | None = None,
     **settings: Any,
 ) -> EditResult:
     """Shrink the weights whose Fisher information on the forget set exceeds that on the retain set by a factor.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def ekfac_step(
     training_texts: int | None = None,
     samples: int = 1,
     progress: bool | None = None,
-    config: EditConfig | None = None,
+    config: EditConfig | str | Path | None = None,
     **settings: Any,
 ) -> EditResult:
     """Take one step away from the forget texts in the linear layers of the blocks, by EK-FAC's inverse Fisher matrix.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def fisher_step(
     training_texts: int | None = None,
     samples: int = 1,
     progress: bool | None = None,
-    config: EditConfig | None = None,
+    config: EditConfig | str | Path | None = None,
     **settings: Any,
 ) -> EditResult:
     """Take one step away from the forget texts, smaller for the weights to which the retain texts are sensitive.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +32,7 @@ def first_order_influence(
     tokenizer: Any = None,
     rate: float = 1e-3,
     progress: bool | None = None,
-    config: EditConfig | None = None,
+    config: EditConfig | str | Path | None = None,
     **settings: Any,
 ) -> EditResult:
     """Take one gradient step that removes the forget texts, or puts corrected texts in their place.
@@ -92,7 +93,7 @@ def second_order_influence(
     tolerance: float = 1e-3,
     max_iterations: int = 50,
     progress: bool | None = None,
-    config: EditConfig | None = None,
+    config: EditConfig | str | Path | None = None,
     **settings: Any,
 ) -> EditResult:
     """Take one Newton step towards the minimum of the loss on the corrected data.

@@ -35,7 +35,7 @@ def lunar(
     ridge: float = 1e-3,
     positions: str = "prompt",
     progress: bool | None = None,
-    config: EditConfig | None = None,
+    config: EditConfig | str | Path | None = None,
     **settings: Any,
 ) -> EditResult:
     """Make the model answer the forgotten prompts like unanswerable questions, by one matrix of one layer.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def prune(
     groups: str | None = None,
     tokenizer: Any = None,
     progress: bool | None = None,
-    config: EditConfig | None = None,
+    config: EditConfig | str | Path | None = None,
     **settings: Any,
 ) -> Pruned:
     """Set the weights of the smallest score to 0, in the linear layers of the model's blocks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def zero_shot_smoothing(
     passes: int = 1,
     two_sided: bool = True,
     progress: bool | None = None,
-    config: EditConfig | None = None,
+    config: EditConfig | str | Path | None = None,
     **settings: Any,
 ) -> EditResult:
     """Descend on how far noise on a forget text's embeddings moves the logits, relative to the noise.

@@ -29,7 +29,7 @@ def task_vector(
     retain: Any = None,
     tokenizer: Any = None,
     progress: bool | None = None,
-    config: EditConfig | None = None,
+    config: EditConfig | str | Path | None = None,
     **settings: Any,
 ) -> EditResult:
     """Subtract from the weights what fine-tuning on the forget set adds to them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ def woodfisher_step(
     tolerance: float = 1e-3,
     max_iterations: int = 50,
     progress: bool | None = None,
-    config: EditConfig | None = None,
+    config: EditConfig | str | Path | None = None,
     **settings: Any,
 ) -> EditResult:
     """Take one step away from the forget texts, shorter along the directions to which a retain text is sensitive.
