@@ -93,7 +93,7 @@ def test_corrected_texts_and_a_fine_tuned_model_are_options(edit, folder, traine
         (("--edit", "ekfac_step", "--set", "rate"), "an option is set as name=value, got 'rate'"),
         (("--edit", "ekfac_step", "--set", "rate=fast"), "ekfac_step's rate must be a number, got 'fast'"),
         (("--edit", "ekfac_step", "--set", "samples=1.5"), "samples must be a whole number, got '1.5'"),
-        (("--edit", "ekfac_step", "--set", "rate=-1"), "rate must be a number above 0, got -1.0"),
+        (("--edit", "ekfac_step", "--set", "rate=-1"), "rate must be a number, above 0, got -1.0"),
         (("--edit", "zero_shot_smoothing", "--set", "two_sided=2"), "two_sided must be true or false, got '2'"),
         (("--edit", "task_vector"), "task_vector needs fine_tuned: set fine_tuned="),
         (("--edit", "task_vector", "--set", "fine_tuned=nowhere"), "no language model could be loaded from nowhere"),
@@ -114,14 +114,16 @@ def test_edits_that_need_text_to_keep_say_so_and_a_full_folder_is_left_alone(edi
 
 
 def test_edits_are_listed(call):
-    """With what each needs and its defaults, as a table and as JSON: every function of pyunlearn.edits that returns an Edited."""
+    """With their needs and defaults, as a table and as JSON: every function that returns an EditResult."""
     code, out, err = call("edits")
     assert (code, err) == (0, "")
     assert all(name in out for name in EDITS)
     listed = {e["name"]: e for e in json.loads(call("edits", "--json")[1])["edits"]}
     assert set(listed) == set(EDITS)
     functions = {n for n in edits.__all__ if inspect.isfunction(getattr(edits, n))}
-    returning = {n for n in functions if inspect.signature(getattr(edits, n)).return_annotation in ("Edited", "Pruned")}
+    returning = {
+        n for n in functions if inspect.signature(getattr(edits, n)).return_annotation in ("EditResult", "Pruned")
+    }
     assert set(EDITS) == returning
     assert listed["ekfac_step"]["options"]["rate"] == 0.01
     assert listed["task_vector"]["needs"] == ["fine_tuned"]

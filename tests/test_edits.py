@@ -1,4 +1,4 @@
-"""Edits of the weights: each against its formula, element by element, and on a trained model, which they leave with less of the secret."""
+"""Task vectors and dampening: their formulas element by element, and less of the secret in a trained model."""
 
 import copy
 
@@ -10,6 +10,7 @@ import torch
 from pyunlearn.data import encode, read_examples
 from pyunlearn.edits import dampening, selective_synaptic_dampening, task_vector
 from pyunlearn.edits.base import Editing
+from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
 from pyunlearn.models import unwrapped
 
@@ -37,7 +38,7 @@ def adapted():
 
 @pytest.fixture(params=[llama, gpt2, narrow, adapted], ids=lambda f: f.__name__)
 def pair(request):
-    """An untrained model, its tokenizer and five examples: a tied head and dropout, 16-bit weights, and adapters among them."""
+    """An untrained model, its tokenizer and five examples: plain, tied with dropout, in 16 bits, with adapters."""
     tokenizer, make, rows = request.param()
     torch.manual_seed(0)
     return make(len(tokenizer)).train(), tokenizer, rows
@@ -52,7 +53,7 @@ def bits(x):
 
 
 def same(a, b):
-    """Bit for bit."""
+    """Compare two dicts of tensors bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(bits(a[n]), bits(b[n])) for n in a)
 
 
@@ -61,7 +62,7 @@ def encoded(tokenizer, rows):
 
 
 def mean_loss(model, tokens):
-    """Mean over examples of the NLL a token, by the model's own logits."""
+    """Compute the mean over examples of the NLL per token, from the model's own logits."""
     losses = []
     for t in tokens:
         logits = model(input_ids=torch.tensor([t.ids])).logits[0, t.first - 1 : -1].float()
@@ -70,13 +71,13 @@ def mean_loss(model, tokens):
 
 
 def in_groups(tokens, size):
-    """As data.batches forms them: the longest first."""
+    """Group the texts like data.batches: the longest first."""
     order = sorted(tokens, key=lambda t: -len(t))
     return [order[at : at + size] for at in range(0, len(order), size)]
 
 
 def check_undone(edited, before, model):
-    """Everything that differs is listed, in numbers; undo leaves no bit changed, nor mode nor gradient."""
+    """Check that `changed` counts what differs, and that undo restores every bit and leaves the mode."""
     after = weights(model)
     counted = {n: int((bits(before[n]) != bits(after[n])).sum()) for n in before}
     assert edited.changed == {n: c for n, c in counted.items() if c}
@@ -89,7 +90,7 @@ def check_undone(edited, before, model):
 
 
 def check_forgets(edited, trained, *, by):
-    """The memorized text is less likely by so many nats a token; text of its kind, never trained on, has lost less than a quarter of that."""
+    """Check that the memorized text lost `by` nats per token or more, and non-members less than a quarter of it."""
     with torch.no_grad():
         now, then = (
             [float(mean_loss(m, encoded(trained.tokenizer, rows))) for rows in (trained.forget, trained.holdout)]
@@ -105,7 +106,7 @@ def check_forgets(edited, trained, *, by):
 
 
 def test_task_vector_subtracts_what_fine_tuning_added(pair):
-    """theta - alpha (theta_ft - theta), for a model and for a function that trains; only what trains is touched."""
+    """theta - alpha (theta_ft - theta), for a model and for a function; parameters that are frozen stay."""
     model, tokenizer, rows = pair
     before = weights(model)
     other = copy.deepcopy(model)
@@ -136,7 +137,7 @@ def test_task_vector_subtracts_what_fine_tuning_added(pair):
 
 
 def test_a_task_vector_that_cannot_be_is_refused_and_nothing_is_changed():
-    """The model itself, another shape, nothing learned, a function that breaks, weights that are not finite."""
+    """The model itself, another shape, nothing learned, a function that raises, weights that are not finite."""
     tokenizer, make, rows = llama()
     torch.manual_seed(0)
     model = make(len(tokenizer))
@@ -160,12 +161,12 @@ def test_a_task_vector_that_cannot_be_is_refused_and_nothing_is_changed():
         with pytest.raises(error, match=message):
             task_vector(model, rows, fine_tuned=fine_tuned, tokenizer=tokenizer)
         assert same(weights(model), before)
-    with pytest.raises(ArgumentError, match="alpha must be a number above 0"):
+    with pytest.raises(ArgumentError, match="alpha must be a number, above 0"):
         task_vector(model, rows, fine_tuned=broken, alpha=0, tokenizer=tokenizer)
 
 
 def test_task_vector_makes_the_secret_unlikely_and_little_else(story):
-    """Fine-tuned on the secret by eight steps, and away from that."""
+    """Fine-tuning on the secret for eight steps gives the direction."""
     model = story.fresh()
 
     def train(trained, tokens):
@@ -183,19 +184,19 @@ def test_task_vector_makes_the_secret_unlikely_and_little_else(story):
 def test_dampening_is_its_formula_element_by_element(pair, monkeypatch):
     """min(lambda I_D / I_F, 1) where I_F > alpha I_D, in float32, then rounded once; counted for each parameter."""
     model, tokenizer, rows = pair
-    before, given = weights(model), []
+    before, draws = weights(model), []
 
     def random_squares(edit, tokens):
-        given.append(
+        draws.append(
             {n: torch.randn(p.shape).square() * (torch.rand(p.shape) > 0.1) for n, p in edit.parameters.items()}
         )
-        return dict(given[-1])
+        return dict(draws[-1])
 
     monkeypatch.setattr(dampening, "squared_gradients", random_squares)
     edited = selective_synaptic_dampening(
         model, rows[:3], retain=rows[3:], alpha=3.0, dampening=2.0, batch_size=2, tokenizer=tokenizer
     )
-    i_d, i_f = given
+    i_d, i_f = draws
     for name, p in model.named_parameters():
         theta = before[name].float()
         wanted, count = theta.clone(), 0
@@ -212,7 +213,7 @@ def test_dampening_is_its_formula_element_by_element(pair, monkeypatch):
 
 @pytest.mark.parametrize("make_pair", [llama, gpt2, adapted])
 def test_squares_are_those_of_batch_gradients(make_pair):
-    """Not of single texts, and averaged over batches; the tied table's gradient is squared once, when it is whole."""
+    """The squares average over batches, not texts; a tied table's gradient is squared after both uses are added."""
     tokenizer, make, rows = make_pair()
     torch.manual_seed(0)
     model = make(len(tokenizer)).eval()
@@ -224,14 +225,14 @@ def test_squares_are_those_of_batch_gradients(make_pair):
         gradients = torch.autograd.grad(mean_loss(model, group), list(named.values()), allow_unused=True)
         for name, g in zip(named, gradients, strict=True):
             wanted[name] += 0 if g is None else g**2 / len(groups)
-    with Editing("x", model, {"forget": rows}, tokenizer, batch_size=2) as edit:
-        found = dampening.squared_gradients(edit, tokens)
+    with Editing("x", model, {"forget": rows}, tokenizer, EditConfig(batch_size=2)) as edit:
+        squares = dampening.squared_gradients(edit, tokens)
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5 * float(value.max()))
+        torch.testing.assert_close(squares[name], value, rtol=1e-3, atol=1e-5 * float(value.max()))
 
 
 def test_dampening_makes_the_secret_unlikely_and_little_else(story):
-    """The weights that the secret alone needs."""
+    """Few weights are dampened, and the non-members lose little."""
     model = story.fresh()
     edited = selective_synaptic_dampening(
         model, story.forget, retain=story.retain, alpha=5, batch_size=1, tokenizer=story.tokenizer
@@ -240,13 +241,13 @@ def test_dampening_makes_the_secret_unlikely_and_little_else(story):
     check_forgets(edited, story, by=0.4)
 
 
-def test_dampening_needs_text_to_keep():
-    """And numbers above 0; a model that is frozen has nothing to edit."""
+def test_dampening_needs_retain_texts():
+    """Numbers must be above 0, and a frozen model has nothing to edit."""
     tokenizer, make, rows = llama()
     model = make(len(tokenizer))
     with pytest.raises(ArgumentError, match="pass retain="):
         selective_synaptic_dampening(model, rows, tokenizer=tokenizer)
-    with pytest.raises(ArgumentError, match="dampening must be a number above 0"):
+    with pytest.raises(ArgumentError, match="dampening must be a number, above 0"):
         selective_synaptic_dampening(model, rows, retain=rows, dampening=float("nan"), tokenizer=tokenizer)
     model.requires_grad_(False)
     with pytest.raises(ModelError, match="no parameter that trains"):
@@ -254,7 +255,7 @@ def test_dampening_needs_text_to_keep():
 
 
 def test_an_edit_of_a_model_that_changed_since_cannot_be_undone():
-    """Its bits would not come back."""
+    """The dtype differs, so the bits cannot be restored."""
     tokenizer, make, rows = llama()
     torch.manual_seed(0)
     model = make(len(tokenizer))

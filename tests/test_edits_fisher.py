@@ -21,7 +21,7 @@ STEPS = {"fisher": fisher_step, "woodfisher": woodfisher_step, "ekfac": ekfac_st
 
 
 def gradients(model, tokens):
-    """(texts, weights) of each text's NLL a token, in the model's own precision."""
+    """Return (texts, weights): gradients of each text's NLL per token, in the model's own precision."""
     trains = [p for p in model.parameters() if p.requires_grad]
     return torch.stack(
         [torch.cat([g.flatten() for g in torch.autograd.grad(mean_loss_wide(model, [t]), trains)]) for t in tokens]
@@ -30,12 +30,12 @@ def gradients(model, tokens):
 
 @torch.no_grad()
 def likelihoods(model, trained, rows):
-    """Of each text, the NLL a token."""
+    """Return the NLL per token of each text."""
     return [float(mean_loss(model.eval(), [t])) for t in encoded(trained.tokenizer, rows)]
 
 
 def mean_loss_wide(model, tokens):
-    """As mean_loss, without its rounding to float32."""
+    """Compute mean_loss without its rounding to float32."""
     losses = []
     for t in tokens:
         logits = model(input_ids=torch.tensor([t.ids])).logits[0, t.first - 1 : -1]
@@ -44,7 +44,7 @@ def mean_loss_wide(model, tokens):
 
 
 def direction_of(model, tokenizer, forget, retain, n):
-    """|F| / n (mean over F - mean over R)."""
+    """Return |F| / n (mean gradient over F - mean gradient over R)."""
     f, r = (gradients(model, encoded(tokenizer, rows)) for rows in (forget, retain))
     return len(f) / n * (f.mean(0) - r.mean(0))
 
@@ -53,7 +53,7 @@ def direction_of(model, tokenizer, forget, retain, n):
 
 
 def test_labels_are_drawn_from_the_model_and_their_squares_are_the_gauss_newton_diagonal(small):  # noqa: F811
-    """Of the mean over texts of the NLL a token, whatever their lengths; the texts' own labels would give another diagonal."""
+    """The diagonal is that of the mean NLL per token; the texts' own labels would give another one."""
     model, tokenizer = small
     with Editing("x", model, {"retain": ROWS[2:]}, tokenizer) as edit:
         product, shapes = (
@@ -67,10 +67,10 @@ def test_labels_are_drawn_from_the_model_and_their_squares_are_the_gauss_newton_
             )
             wanted.append(torch.cat([c.flatten() for c in column]) @ e)
         wanted = torch.stack(wanted)
-        found = torch.cat([d.flatten() for d in fisher._diagonal(edit, 50, 0).values()])
+        diagonal = torch.cat([d.flatten() for d in fisher._diagonal(edit, 50, 0).values()])
     empirical = (gradients(model, encoded(tokenizer, ROWS[2:])) ** 2).mean(0)
-    assert float(found.sum()) == pytest.approx(float(wanted.sum()), rel=0.15)
-    assert float((found - wanted).norm() / wanted.norm()) < 0.25
+    assert float(diagonal.sum()) == pytest.approx(float(wanted.sum()), rel=0.15)
+    assert float((diagonal - wanted).norm() / wanted.norm()) < 0.25
     assert float((empirical - wanted).norm() / wanted.norm()) > 0.5
 
 
@@ -95,17 +95,17 @@ def test_drawn_labels_have_the_model_s_probabilities(monkeypatch):
 
 
 def test_a_diagonal_step_is_its_formula(small, monkeypatch):  # noqa: F811
-    """theta + rate v / (D + damping), the damping 0.1 of D's mean unless it is given; then undone."""
+    """theta + rate v / (D + damping), with a default damping of 0.1 times D's mean; then undone."""
     model, tokenizer = small
     x = flat(model)
     d = torch.rand(len(x), generator=torch.Generator().manual_seed(0)).double()
     parts = [p for p in model.parameters() if p.requires_grad]
 
-    def given(edit, *_):
-        return {n: part.view(p.shape).clone() for (n, p), part in zip(
-            edit.parameters.items(), d.split([p.numel() for p in parts]), strict=True)}  # fmt: skip
+    def fixed_diagonal(edit, *_):
+        split = zip(edit.parameters.items(), d.split([p.numel() for p in parts]), strict=True)
+        return {name: part.view(p.shape).clone() for (name, p), part in split}
 
-    monkeypatch.setattr(fisher, "_diagonal", given)
+    monkeypatch.setattr(fisher, "_diagonal", fixed_diagonal)
     for damping in (None, 0.3):
         v = direction_of(model, tokenizer, ROWS[:2], ROWS[2:], 50)
         edited = fisher_step(
@@ -122,7 +122,7 @@ def test_a_diagonal_step_is_its_formula(small, monkeypatch):  # noqa: F811
 
 
 def woodfisher_inverse(g, damping):
-    """The recursion of the source, with whole matrices: one text after the other."""
+    """Compute the recursion of the source with whole matrices, one text after the other."""
     inverse = torch.eye(g.shape[1], dtype=g.dtype) / damping
     for row in g:
         o = inverse @ row
@@ -132,7 +132,7 @@ def woodfisher_inverse(g, damping):
 
 @pytest.mark.parametrize("damping", [None, 0.01])
 def test_woodfisher_is_its_recursion_over_all_texts(small, damping):  # noqa: F811
-    """And the inverse of the whole matrix: theta + rate (1/m G^T G + damping I)^-1 v."""
+    """The step is theta + rate (1/m G^T G + damping I)^-1 v, with the inverse of the whole matrix."""
     model, tokenizer = small
     x, g = flat(model), gradients(model, encoded(tokenizer, ROWS[2:]))
     wanted = 0.1 * float((g**2).sum()) / len(g) ** 2 if damping is None else damping
@@ -154,28 +154,36 @@ def test_woodfisher_is_its_recursion_over_all_texts(small, damping):  # noqa: F8
 
 
 def small_gpt2():
-    """In float64: Conv1D, with biases."""
+    """Make a GPT-2 in float64: Conv1D, with biases."""
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer(form="$A", pad=False)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=64, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1,
-        initializer_range=0.5, n_inner=12,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        n_positions=64,
+        n_embd=8,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.5,
+        n_inner=12,
+    )
     model = GPT2LMHeadModel(config).double().eval()
     model.transformer.h[0].mlp.c_proj.bias.requires_grad_(False)
     return model, tokenizer, tiny.facts(7, 4)
 
 
 def fixed_loss(edit, batch, generator):
-    """As drawn_loss, of labels that a test knows."""
-    found = edit.likelihood._logits(batch).log_softmax(-1)[range(len(batch.targets)), (batch.targets + 1) % 50]
-    return -(found * batch.counts[batch.example].double().rsqrt()).sum()
+    """Compute drawn_loss with labels that a test knows."""
+    labels = (batch.targets + 1) % 50
+    log_likelihood = edit.lm.likelihood._logits(batch).log_softmax(-1)[range(len(labels)), labels]
+    return -(log_likelihood * batch.counts[batch.example].double().rsqrt()).sum()
 
 
 def dense_step(model, tokenizer, module, weight, bias, forget, retain, damping):
-    """(out, in (+ 1)): solved with the whole matrix (Qs x Qa) diag(Lambda) (Qs x Qa)^T of the layer."""
+    """Solve with the layer's whole matrix (Qs x Qa) diag(Lambda) (Qs x Qa)^T, and return (out, in (+ 1))."""
     seen, size, outer = {}, [], []
-    forward = module.register_forward_hook(lambda m, given, out: seen.update(a=given[0][0], out=out))
+    forward = module.register_forward_hook(lambda m, inputs, out: seen.update(a=inputs[0][0], out=out))
     trains = [weight] if bias is None else [weight, bias]
     cov_a = cov_s = 0
     for t in encoded(tokenizer, retain):
@@ -208,7 +216,7 @@ def dense_step(model, tokenizer, module, weight, bias, forget, retain, damping):
 @pytest.mark.parametrize("damping", [None, 0.02])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_ekfac_is_the_inverse_of_its_whole_matrix(small, kind, damping, monkeypatch):  # noqa: F811
-    """Layer by layer, weight and bias together where the bias trains; texts of several lengths; nothing else moves."""
+    """Each layer is solved with its trainable bias, on texts of several lengths; nothing else moves."""
     model, tokenizer, rows = (*small, ROWS) if kind == "llama" else small_gpt2()
     monkeypatch.setattr(ekfac, "drawn_loss", fixed_loss)
     before, wanted = weights(model), {}
@@ -241,7 +249,7 @@ def test_ekfac_is_the_inverse_of_its_whole_matrix(small, kind, damping, monkeypa
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("make_pair", [llama, gpt2, narrow, adapted, t5])
 def test_every_kind_of_model_takes_a_step_and_its_undoing(make_pair, step):
-    """Tied heads, dropout, 16 bits, adapters, two stacks: what changed is finite, the same each time, and comes back bit for bit."""
+    """Tied heads, dropout, 16 bits, adapters, encoder-decoder: the step is finite, reproducible, and undone exactly."""
     tokenizer, make, rows = make_pair()
     torch.manual_seed(0)
     model = make(len(tokenizer)).train()
@@ -262,35 +270,42 @@ RATES = {"fisher": 0.003, "woodfisher": 0.06, "ekfac": 0.03}
 
 @pytest.mark.parametrize("step", STEPS)
 def test_a_step_of_the_right_length_takes_the_exposure_away_and_little_else(story, step):
-    """From the highest there is to below significance for one text at least and lower for both, at less than 1 % of utility."""
+    """Exposure falls from the maximum for both texts, below significance for one, at less than 1 % of utility."""
     model, options, retain = story.fresh(), {}, story.retain
     if step == "woodfisher":  # takes each text's gradient in each iteration
         options, retain = {"max_iterations": 6}, retain[:30]
     edited = STEPS[step](
-        model, story.forget * 12, retain=retain, training_texts=824, rate=RATES[step], batch_size=20, tokenizer=story.tokenizer, **options
-    )  # fmt: skip
-    references = likelihoods(story.model, story, story.holdout)
+        model,
+        story.forget * 12,
+        retain=retain,
+        training_texts=824,
+        rate=RATES[step],
+        batch_size=20,
+        tokenizer=story.tokenizer,
+        **options,
+    )
+    non_members = likelihoods(story.model, story, story.holdout)
     then, now = (
-        generalized_exposure(likelihoods(m, story, story.forget), references).lower for m in (story.model, model)
+        generalized_exposure(likelihoods(m, story, story.forget), non_members).lower for m in (story.model, model)
     )
     assert then.min() > 5.9
     assert now.min() < 4.32
     assert now.max() < 5.9
-    assert sum(likelihoods(model, story, story.holdout)) < 1.01 * sum(references)
+    assert sum(likelihoods(model, story, story.holdout)) < 1.01 * sum(non_members)
     assert edited.nll_after["retain"] < 1.01 * edited.nll_before["retain"]
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_steps_that_cannot_be_are_refused_and_nothing_is_changed(step):
-    """No retain, a rate of 0, texts in training that are fewer than none."""
+    """No retain, and numbers out of range."""
     tokenizer, make, rows = llama()
     model = make(len(tokenizer))
     before = weights(model)
     for options, message in (
         ({"retain": None}, "pass retain="),
-        ({"rate": 0}, "rate must be a number above 0"),
-        ({"damping": -1}, "damping must be a number above 0"),
-        ({"training_texts": 0}, "training_texts must be a number above 0"),
+        ({"rate": 0}, "rate must be a number, above 0"),
+        ({"damping": -1}, "damping must be a number, above 0"),
+        ({"training_texts": 0}, "training_texts must be a whole number, 1 or more"),
     ):
         with pytest.raises(ArgumentError, match=message):
             STEPS[step](model, rows[:2], **{"retain": rows[2:], "tokenizer": tokenizer, **options})
@@ -298,7 +313,7 @@ def test_steps_that_cannot_be_are_refused_and_nothing_is_changed(step):
 
 
 def test_layers_that_no_gradient_reaches_are_left_alone_and_one_without_curvature_is_refused(monkeypatch):
-    """As lora_A where lora_B is 0; but a gradient over no curvature would be an endless step, unless a damping is given."""
+    """lora_A stays while lora_B is 0; a gradient without curvature needs a damping."""
     tokenizer, make, rows = llama()
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
     model = peft.get_peft_model(make(len(tokenizer)), config)
@@ -316,5 +331,5 @@ def test_layers_that_no_gradient_reaches_are_left_alone_and_one_without_curvatur
     assert same(weights(model), before)
     assert ekfac_step(model, rows[:2], retain=rows[2:], damping=0.1, tokenizer=tokenizer).changed
     model.requires_grad_(False).get_output_embeddings().weight.requires_grad_(True)
-    with pytest.raises(ModelError, match="none that trains was found"):
+    with pytest.raises(ModelError, match="none of them is trainable"):
         ekfac_step(model, rows[:2], retain=rows[2:], tokenizer=tokenizer)

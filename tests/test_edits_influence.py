@@ -1,4 +1,4 @@
-"""Influence: products against torch.func in float64, solvers against torch.linalg.solve, and what a step does to a trained model."""
+"""Influence: products against torch.func in float64, solvers against torch.linalg.solve, steps on a trained model."""
 
 import pytest
 import tiny
@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyunlearn.edits import first_order_influence, second_order_influence
 from pyunlearn.edits.base import Editing
+from pyunlearn.edits.config import EditConfig
 from pyunlearn.edits.curvature import Curvature
 from pyunlearn.edits.solvers import conjugate_gradients, lissa
 from pyunlearn.errors import ArgumentError, TrainingError
@@ -23,17 +24,27 @@ def small():
     """A Llama in float64 of which two matrices train: 96 weights, so that every matrix can be formed."""
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=4, num_hidden_layers=2, num_attention_heads=2, bos_token_id=0,
-        eos_token_id=1, pad_token_id=2, initializer_range=0.5, attn_implementation="eager",
-    )).double()  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=8,
+            intermediate_size=4,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+            initializer_range=0.5,
+            attn_implementation="eager",
+        )
+    ).double()
     for name, p in model.named_parameters():
         p.requires_grad = name.endswith(("0.self_attn.q_proj.weight", "1.mlp.up_proj.weight"))
     return model, tokenizer
 
 
 def matrices(model, tokens):
-    """(hessian, gauss-newton) of the mean loss, in forward mode over torch.func's own gradient."""
+    """Compute the Hessian and Gauss-Newton matrix of the mean loss, in forward mode over torch.func's gradient."""
     named = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
     shapes = [(n, p.shape) for n, p in named.items()]
 
@@ -75,22 +86,24 @@ def flat(model):
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss-newton"])
 def test_products_are_those_of_the_whole_matrix(small, truth, kind):
-    """One column in three, in batches of two, with damping; and a Gauss-Newton matrix is never negative, where this Hessian is."""
+    """Every third column, in batches of two, with damping; this Hessian has a negative eigenvalue."""
     model, tokenizer = small
     wanted = truth[0][kind]
-    with Editing("x", model, {"forget": ROWS[2:]}, tokenizer, batch_size=2) as edit:
+    with Editing("x", model, {"forget": ROWS[2:]}, tokenizer, EditConfig(batch_size=2)) as edit:
         product = Curvature(edit, edit.tokens["forget"], kind, damping=0.25)
         shapes = [p.shape for p in edit.parameters.values()]
         for e, column in list(zip(torch.eye(len(wanted), dtype=torch.float64), wanted, strict=True))[::3]:
             vector = [part.view(s) for part, s in zip(e.split([s.numel() for s in shapes]), shapes, strict=True)]
-            found = torch.cat([part.flatten() for part in product(vector)])
-            torch.testing.assert_close(found, column + 0.25 * e, rtol=1e-6, atol=1e-6)  # its norms are float32 inside
+            computed = torch.cat([part.flatten() for part in product(vector)])
+            torch.testing.assert_close(
+                computed, column + 0.25 * e, rtol=1e-6, atol=1e-6
+            )  # its norms are float32 inside
     lowest = torch.linalg.eigvalsh(wanted)[0]
     assert lowest < -1e-4 if kind == "hessian" else lowest > -1e-10
 
 
 def test_solvers_solve():
-    """Against torch.linalg.solve, for a vector in two parts; converged is said where it is."""
+    """Against torch.linalg.solve, for a vector in two parts; `converged` is True where it is."""
     torch.manual_seed(0)
     a = torch.randn(6, 6, dtype=torch.float64)
     a = a @ a.T + torch.eye(6)
@@ -101,12 +114,12 @@ def test_solvers_solve():
         return list((a @ torch.cat(v)).split([2, 4]))
 
     scale = 1.1 * float(torch.linalg.eigvalsh(a)[-1])
-    for found in (
+    for solution in (
         conjugate_gradients(product, list(b.split([2, 4])), tolerance=1e-10, max_iterations=20),
         lissa(lambda u, _: product(u), list(b.split([2, 4])), scale=scale, tolerance=1e-10, max_iterations=2000),
     ):
-        assert found.converged
-        torch.testing.assert_close(torch.cat(found.x), wanted, rtol=1e-7, atol=1e-9)
+        assert solution.converged
+        torch.testing.assert_close(torch.cat(solution.x), wanted, rtol=1e-7, atol=1e-9)
     assert not conjugate_gradients(product, list(b.split([2, 4])), tolerance=1e-10, max_iterations=2).converged
     with pytest.raises(TrainingError, match="LiSSA does not converge: the residual grew"):
         lissa(lambda u, _: product(u), list(b.split([2, 4])), scale=scale / 4, tolerance=1e-10, max_iterations=2000)
@@ -123,27 +136,36 @@ def test_solvers_solve():
 
 @pytest.mark.parametrize("solver", ["cg", "lissa"])
 def test_second_order_is_the_closed_form(small, truth, solver):
-    """theta - (n (H + damping I))^-1 G, with H on retain and corrected texts; LiSSA with all of them in its one batch."""
+    """theta - (n (H + damping I))^-1 G, H on retain and corrected texts; LiSSA has all of them in one batch."""
     model, tokenizer = small
     before, start = weights(model), flat(model)
-    found = second_order_influence(
-        model, ROWS[:2], corrected=ROWS[2:4], retain=ROWS[4:], tokenizer=tokenizer, solver=solver, damping=2.0, training_texts=40,
-        tolerance=1e-6, max_iterations=3000, batch_size=5,
-    )  # fmt: skip
+    result = second_order_influence(
+        model,
+        ROWS[:2],
+        corrected=ROWS[2:4],
+        retain=ROWS[4:],
+        tokenizer=tokenizer,
+        solver=solver,
+        damping=2.0,
+        training_texts=40,
+        tolerance=1e-6,
+        max_iterations=3000,
+        batch_size=5,
+    )
     gradient = sum(
         2 * s * matrices_gradient(model, before, tokenizer, rows) for s, rows in ((1, ROWS[2:4]), (-1, ROWS[:2]))
     )
     wanted = start - torch.linalg.solve(truth[0]["gauss-newton"] + 2.0 * torch.eye(len(start)), gradient) / 40
     torch.testing.assert_close(flat(model) - start, wanted - start, rtol=1e-4, atol=1e-7)
-    assert found.diagnostics["converged"]
-    assert found.diagnostics["relative_residual"] <= 1.01e-6
-    assert found.diagnostics["gradient_norm_before"] == pytest.approx(float(truth[2].norm()), rel=1e-4)
-    found.undo()
+    assert result.diagnostics["converged"]
+    assert result.diagnostics["relative_residual"] <= 1.01e-6
+    assert result.diagnostics["gradient_norm_before"] == pytest.approx(float(truth[2].norm()), rel=1e-4)
+    result.undo()
     assert same(weights(model), before)
 
 
 def matrices_gradient(model, values, tokenizer, rows):
-    """Of the mean loss, at given weights."""
+    """Compute the gradient of the mean loss at other weights."""
     named = {n: v.requires_grad_() for n, v in values.items()}
     trains = [n for n, p in model.named_parameters() if p.requires_grad]
 
@@ -204,13 +226,13 @@ def test_narrow_weights_are_wide_while_the_system_is_solved():
 
 
 def test_steps_that_cannot_be_are_refused_and_nothing_is_changed(small):
-    """No retain, a misspelt solver, corrected texts too few, and a LiSSA that diverges."""
+    """No retain, a misspelt solver, too few corrected texts, and a LiSSA that diverges."""
     model, tokenizer = small
     before = weights(model)
     for options, error, message in (
         ({"retain": None}, ArgumentError, "pass retain="),
-        ({"solver": "gmres"}, ArgumentError, 'solver must be "cg" or "lissa"'),
-        ({"damping": -1.0}, ArgumentError, "damping must be a number above 0"),
+        ({"solver": "gmres"}, ArgumentError, "solver must be one of cg, lissa"),
+        ({"damping": -1.0}, ArgumentError, "damping must be a number, 0 or more"),
         ({"corrected": ROWS[:1]}, ArgumentError, "a text for each of the 2 forget texts"),
         ({"solver": "lissa", "scale": 1e-3, "damping": 0.5}, TrainingError, "take a larger damping or scale"),
     ):
@@ -220,7 +242,7 @@ def test_steps_that_cannot_be_are_refused_and_nothing_is_changed(small):
 
 
 def test_steps_make_the_secret_unlikely_and_little_else(story):
-    """The first by a long step; the second, told that each secret was trained on twelve times, at almost no cost, and nearer to a minimum."""
+    """A long first-order step does; a second-order step, given each secret twelve times, at almost no cost."""
     model = story.fresh()
     first = first_order_influence(model, story.forget, rate=0.1, retain=story.retain, tokenizer=story.tokenizer)
     check_forgets(first, story, by=0.4)

@@ -1,4 +1,4 @@
-"""LUNAR: the closed form against the least squares that the authors train, and on a model that has learned to decline."""
+"""LUNAR: the closed form against the least squares of the source, and a model that has learned to decline."""
 
 import copy
 import random
@@ -12,16 +12,20 @@ from test_layers import made
 
 from pyunlearn.data import Tokens, collate, encode, read_examples
 from pyunlearn.edits import EDITS, lunar
-from pyunlearn.edits.lunar import UNANSWERABLE
-from pyunlearn.edits.registry import options_of
+from pyunlearn.edits.lunar import UNANSWERABLE, questions_of
+from pyunlearn.edits.registry import parse_edit_options
 from pyunlearn.errors import ArgumentError, DataError, ModelError
 from pyunlearn.methods import resolve
 from pyunlearn.models import hidden_states
 
 _BLOCKS = {
-    "llama": ("model.layers.{}", "mlp.down_proj"), "gpt2": ("transformer.h.{}", "mlp.c_proj"), "neox": ("gpt_neox.layers.{}", "mlp.dense_4h_to_h"),
-    "qwen2": ("model.layers.{}", "mlp.down_proj"), "opt": ("model.decoder.layers.{}", "fc2"), "t5": ("decoder.block.{}", "layer.2.DenseReluDense.wo"),
-}  # fmt: skip
+    "llama": ("model.layers.{}", "mlp.down_proj"),
+    "gpt2": ("transformer.h.{}", "mlp.c_proj"),
+    "neox": ("gpt_neox.layers.{}", "mlp.dense_4h_to_h"),
+    "qwen2": ("model.layers.{}", "mlp.down_proj"),
+    "opt": ("model.decoder.layers.{}", "fc2"),
+    "t5": ("decoder.block.{}", "layer.2.DenseReluDense.wo"),
+}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +43,7 @@ UNKNOWN = ["what day is not", "why, then"]
 
 
 def positions(model, tokenizer, rows, which):
-    """(input ids, decoder ids or None, positions) of each text, one at a time: of its prompt, its last token, or everything but the end."""
+    """Yield (input ids, decoder ids or None, positions) of each text: its prompt, last token, or all but the end."""
     both = model.config.is_encoder_decoder
     for t in encode(read_examples(rows, role="x"), tokenizer, role="x", max_length=None, encoder_decoder=both):
         first, length = (t.first, len(t.decoder)) if both else (t.first - 1, len(t.ids) - 1)
@@ -49,28 +53,30 @@ def positions(model, tokenizer, rows, which):
 
 
 def seen(model, kind, layer, tokenizer, rows, which):
-    """(n, I) what the down projection reads and (n, D) what the layer gives out there, float64, by hooks of the test's own."""
+    """Return (n, I) inputs of the down projection and (n, D) outputs of the layer, float64, by the test's own hooks."""
     where, what = _BLOCKS[kind]
     modules = dict(model.named_modules())
     block, down = modules[where.format(layer)], modules[f"{where.format(layer)}.{what}"]
     reads, gives = [], []
     for ids, decoder, at in positions(model, tokenizer, rows, which):
-        kept = {}
-        one = down.register_forward_pre_hook(lambda m, x, kept=kept: kept.update(a=x[0]))
-        two = block.register_forward_hook(lambda m, x, y, kept=kept: kept.update(h=y[0] if isinstance(y, tuple) else y))
+        values = {}
+        one = down.register_forward_pre_hook(lambda m, x, values=values: values.update(a=x[0]))
+        two = block.register_forward_hook(
+            lambda m, x, y, values=values: values.update(h=y[0] if isinstance(y, tuple) else y)
+        )
         with torch.no_grad():
             model(input_ids=ids, **({} if decoder is None else {"decoder_input_ids": decoder}))
         one.remove()
         two.remove()
-        reads.append(kept["a"].reshape(-1, kept["a"].shape[-1])[at])
-        gives.append(kept["h"][0][at])
+        reads.append(values["a"].reshape(-1, values["a"].shape[-1])[at])
+        gives.append(values["h"][0][at])
     return torch.cat(reads).double().numpy(), torch.cat(gives).double().numpy()
 
 
 @pytest.mark.parametrize("which", ["prompt", "last"])
 @pytest.mark.parametrize("kind", _BLOCKS)
 def test_it_is_the_least_squares_of_the_source(kind, which):
-    """The new matrix minimises || W a - (h' - h_attn) ||^2 over forget and retain tokens, with a ridge about the old one; nothing else changes a bit."""
+    """The new matrix minimises || W a - (h' - h_attn) ||^2 plus a ridge; nothing else changes a bit."""
     model, tokenizer = made(kind), tiny.make_tokenizer(form="$A </s>" if kind == "t5" else "<s> $A")
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.decoder_start_token_id = 2
@@ -83,9 +89,19 @@ def test_it_is_the_least_squares_of_the_source(kind, which):
     )
     before = copy.deepcopy(model.state_dict())
     edited = lunar(
-        model, FORGET, retain=RETAIN, unanswerable=UNKNOWN, tokenizer=tokenizer, layer=1, coefficient=3.0, retain_weight=0.5, ridge=1e-2,
-        positions=which, batch_size=2, progress=False,
-    )  # fmt: skip
+        model,
+        FORGET,
+        retain=RETAIN,
+        unanswerable=UNKNOWN,
+        tokenizer=tokenizer,
+        layer=1,
+        coefficient=3.0,
+        retain_weight=0.5,
+        ridge=1e-2,
+        positions=which,
+        batch_size=2,
+        progress=False,
+    )
 
     where, what = _BLOCKS[kind]
     name = f"{where.format(1)}.{what}.weight"
@@ -123,7 +139,7 @@ def unknown(count, seed):
 
 @pytest.fixture(scope="module")
 def modest(one_thread):
-    """A GPT-2 that answers questions, was trained twenty times on two of them, and says "what?" to what it cannot know."""
+    """A GPT-2 that answers questions, was trained on two of them twenty times, and answers "what?" to unknown ones."""
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer(form="$A", pad=False)
     model = tiny.tiny_gpt2(len(tokenizer))
@@ -132,48 +148,64 @@ def modest(one_thread):
     return tiny.Tiny(model, tokenizer, forget, [], retain[:60], unknown(20, 99))
 
 
-def said(trained, model, rows):
-    """What the model writes, greedily, to each question."""
-    found = []
+def answers_of(trained, model, rows):
+    """Return the model's greedy answer to each question."""
+    answers = []
     for row in rows:
         ids = trained.tokenizer(row["question"] + "\n", return_tensors="pt")["input_ids"]
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
         )
-        found.append(trained.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    return found
+        answers.append(trained.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return answers
 
 
 def test_a_model_that_can_decline_declines_the_forgotten_questions(modest):
-    """Before, it answers; after, it says to both what it says to the unanswerable, and most others are answered as before, word for word."""
+    """The edited model declines both; most other questions are answered as before, word for word."""
     model, others = modest.fresh(), modest.retain[:20]
-    before, kept = said(modest, model, modest.forget), said(modest, model, others)
-    assert "what?" not in before + kept
+    before, others_before = answers_of(modest, model, modest.forget), answers_of(modest, model, others)
+    assert "what?" not in before + others_before
     edited = lunar(
-        model, modest.forget, retain=modest.retain, unanswerable=[u["question"] for u in modest.holdout], tokenizer=modest.tokenizer, layer=0,
-        coefficient=1.0, retain_weight=0.01, positions="last", progress=False,
-    )  # fmt: skip
-    assert said(modest, model, modest.forget) == ["what?", "what?"]
-    after = said(modest, model, others)
-    assert sum(a == b for a, b in zip(after, kept, strict=True)) >= 14
+        model,
+        modest.forget,
+        retain=modest.retain,
+        unanswerable=[u["question"] for u in modest.holdout],
+        tokenizer=modest.tokenizer,
+        layer=0,
+        coefficient=1.0,
+        retain_weight=0.01,
+        positions="last",
+        progress=False,
+    )
+    assert answers_of(modest, model, modest.forget) == ["what?", "what?"]
+    after = answers_of(modest, model, others)
+    assert sum(a == b for a, b in zip(after, others_before, strict=True)) >= 14
     assert edited.nll_after["forget"] > edited.nll_before["forget"] + 0.1
     assert edited.nll_after["retain"] < edited.nll_before["retain"] + 0.05
     assert edited.diagnostics["moved"] > 5 * edited.diagnostics["strayed"]
-    assert said(modest, edited.undo(), modest.forget) == before
+    assert answers_of(modest, edited.undo(), modest.forget) == before
 
 
 def test_a_larger_ridge_moves_less(modest):
     """The share by which the prompts are moved falls towards 0."""
     moved = [
-        lunar(modest.fresh(), modest.forget, retain=modest.retain[:5], unanswerable=["who?"], tokenizer=modest.tokenizer, ridge=ridge, progress=False)
-        .diagnostics["moved"] for ridge in (1e-4, 1.0, 1e4)
-    ]  # fmt: skip
+        lunar(
+            modest.fresh(),
+            modest.forget,
+            retain=modest.retain[:5],
+            unanswerable=["who?"],
+            tokenizer=modest.tokenizer,
+            ridge=ridge,
+            progress=False,
+        ).diagnostics["moved"]
+        for ridge in (1e-4, 1.0, 1e4)
+    ]
     assert 1 > moved[0] > moved[1] > moved[2] > 0
     assert moved[2] < 0.01
 
 
 def test_the_questions_without_an_answer_are_questions():
-    """Twenty different ones, each a sentence."""
+    """There are twenty different questions, each a sentence."""
     assert len(set(UNANSWERABLE)) == 20
     assert all(q[0].isupper() and q.endswith("?") for q in UNANSWERABLE)
 
@@ -181,13 +213,13 @@ def test_the_questions_without_an_answer_are_questions():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"retain": None}, ArgumentError, "lunar needs text to keep"),
+        ({"retain": None}, ArgumentError, "lunar needs retain texts"),
         ({"forget": ["a plain text."]}, DataError, "forget example 1 has no prompt that could be redirected"),
-        ({"coefficient": 0}, ArgumentError, "coefficient must be a number above 0, got 0"),
-        ({"ridge": -1.0}, ArgumentError, "ridge must be a number above 0"),
-        ({"positions": "first"}, ArgumentError, 'positions must be "prompt" or "last", got \'first\''),
+        ({"coefficient": 0}, ArgumentError, "coefficient must be a number, above 0, got 0"),
+        ({"ridge": -1.0}, ArgumentError, "ridge must be a number, above 0"),
+        ({"positions": "first"}, ArgumentError, "positions must be one of prompt, last, got 'first'"),
         ({"unanswerable": "why?"}, ArgumentError, "unanswerable must be a list of one question or more"),
-        ({"unanswerable": 3}, ArgumentError, "unanswerable must be a list of one question or more, got 3"),
+        ({"unanswerable": 3}, ArgumentError, "unanswerable must be a list of one question or more, .* got 3"),
         ({"layer": 2}, ArgumentError, "layer must be a whole number from 0 to 1 with this model, got 2"),
     ],
 )
@@ -230,17 +262,18 @@ def test_a_model_without_one_plain_matrix_is_refused(kind, message):
 
 def test_on_the_command_line_the_questions_come_from_a_file(tmp_path):
     """A line each, or questions with answers."""
-    (tmp_path / "asked.txt").write_text("Why?\nWho is it?\n", encoding="utf-8")
-    (tmp_path / "asked.jsonl").write_text('{"question": "Why?", "answer": "No one knows."}\n', encoding="utf-8")
+    (tmp_path / "questions.txt").write_text("Why?\nWho is it?\n", encoding="utf-8")
+    (tmp_path / "questions.jsonl").write_text('{"question": "Why?", "answer": "No one knows."}\n', encoding="utf-8")
     options = {
-        name: options_of(EDITS["lunar"], [f"unanswerable={tmp_path / name}", "layer=3"])
-        for name in ("asked.txt", "asked.jsonl")
+        name: parse_edit_options(EDITS["lunar"], [f"unanswerable={tmp_path / name}", "layer=3"])
+        for name in ("questions.txt", "questions.jsonl")
     }
-    assert options["asked.txt"] == {"unanswerable": ["Why?", "Who is it?"], "layer": 3}
-    assert options["asked.jsonl"]["unanswerable"] == ["Why?"]
+    assert all(read["layer"] == 3 for read in options.values())
+    assert questions_of(options["questions.txt"]["unanswerable"]) == ["Why?", "Who is it?"]
+    assert questions_of(options["questions.jsonl"]["unanswerable"]) == ["Why?"]
 
 
-def test_as_a_method_it_says_where_it_is():
+def test_as_a_method_it_refers_to_the_edit():
     """method="lunar" names the edit."""
     with pytest.raises(
         ArgumentError,
@@ -251,7 +284,7 @@ def test_as_a_method_it_says_where_it_is():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_norm_behind_the_mlp_is_seen_in_every_precision(dtype):
-    """And rounding alone is not taken for a norm."""
+    """Rounding alone is not taken for a norm."""
     batch = collate([Tokens((5, 6, 7, 8, 9), 1), Tokens((11, 12, 13), 1)], pad_id=0)
     with torch.no_grad():
         for kind in ("llama", "gpt2", "neox", "qwen2"):

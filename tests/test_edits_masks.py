@@ -23,14 +23,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 1e-42, 0.5, 1.0, 1.0000001, 3e38]), max_size=6), max_size=4), st.data())
 def test_the_largest_are_those_that_sorting_puts_first(lists, data):
-    """Exactly so many, over all tensors, with ties in their order; denormals and huge numbers included."""
+    """The count is exact over all tensors, with ties in their order; denormals and huge numbers included."""
     scores = {i: torch.tensor(x) for i, x in enumerate(lists)}
     every = torch.cat([*scores.values(), torch.zeros(0)])
     count = data.draw(st.integers(0, len(every)))
     wanted = torch.zeros(len(every), dtype=torch.bool)
     wanted[every.argsort(descending=True, stable=True)[:count]] = True
-    found = largest(scores, count)
-    assert torch.equal(torch.cat([*found.values(), torch.zeros(0, dtype=torch.bool)]), wanted)
+    masks = largest(scores, count)
+    assert torch.equal(torch.cat([*masks.values(), torch.zeros(0, dtype=torch.bool)]), wanted)
 
 
 # ---------------------------------------------------------------- saliency
@@ -39,7 +39,7 @@ def test_the_largest_are_those_that_sorting_puts_first(lists, data):
 @pytest.mark.parametrize("make_pair", [llama, gpt2, adapted])
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_salient_weights_have_the_largest_gradients_of_all_parameters(make_pair, batch_size):
-    """Of the summed loss, whatever the batches: not of one parameter alone, nor the sum of absolute values; exactly the share."""
+    """Gradients of the summed loss are ranked over all parameters, for any batch size; exactly the share is True."""
     tokenizer, make, rows = make_pair()
     torch.manual_seed(0)
     model = make(len(tokenizer)).train()
@@ -62,12 +62,12 @@ def test_salient_weights_have_the_largest_gradients_of_all_parameters(make_pair,
 
 
 def test_a_share_of_one_is_everything_and_others_are_refused():
-    """And a model that is broken has no salient weights."""
+    """A broken model has no salient weights."""
     tokenizer, make, rows = llama()
     model = make(len(tokenizer))
     assert all(bool(m.all()) for m in saliency_mask(model, rows, share=1, tokenizer=tokenizer).values())
     for share in (0, 1.5, float("nan"), True, "half"):
-        with pytest.raises(ArgumentError, match="share must be a number above 0 and at most 1"):
+        with pytest.raises(ArgumentError, match="share must be a number, above 0 and 1 at most"):
             saliency_mask(model, rows, share=share, tokenizer=tokenizer)
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.inf)
@@ -96,7 +96,7 @@ def check_held(mask, before, after):
 
 @pytest.mark.parametrize("method", ["ga", "npo", "simnpo"])
 def test_a_text_is_forgotten_by_the_salient_weights_alone(story, method):
-    """With any method; the other half of the weights keep every bit."""
+    """Any method forgets; the other half of the weights keep every bit."""
     mask, options = saliency_mask(story.model, story.forget, tokenizer=story.tokenizer), {}
     if method == "simnpo":
         options["learning_rate"] = 2e-4
@@ -115,7 +115,7 @@ def restless(parameters, lr):
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "adapters"])
 def test_momentum_and_decay_do_not_move_what_the_mask_holds(story, kind, monkeypatch):
-    """Nor do the float32 copies of 16-bit weights."""
+    """The float32 copies of 16-bit weights do not move either."""
     model = story.fresh()
     if kind == "bfloat16":
         model = model.bfloat16()
@@ -146,7 +146,7 @@ def test_what_the_mask_holds_does_not_count_in_the_gradient_s_norm(story):
 
 
 def test_nonzero_keeps_pruned_weights_at_zero(story):
-    """Those that are 0 when the run begins."""
+    """Weights that are 0 when the run begins are 0 after it."""
     model = story.fresh()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
@@ -164,11 +164,11 @@ def test_a_resumed_run_keeps_its_mask_and_no_other_is_let_in(story, tmp_path, mo
     options = {"batch_size": 1, "max_steps": 6, "mask": mask, "l1": 0.5, "retain": None, "holdout": story.holdout[:20]}
     whole, calls, loss = run(story, **options), [], METHODS["ga"].function
 
-    def cut(*given, **more):
+    def cut(*arguments, **more):
         calls.append(1)
         if len(calls) > 4:
             raise KeyboardInterrupt
-        return loss(*given, **more)
+        return loss(*arguments, **more)
 
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, "ga", tiny.with_loss("ga", cut))
@@ -196,7 +196,7 @@ def test_a_resumed_run_keeps_its_mask_and_no_other_is_let_in(story, tmp_path, mo
         ({"model.norm.weight": torch.ones(64)}, "got torch.float32"),
         ({"model.norm.weight": [True]}, "got list"),
     ],
-)  # fmt: skip
+)
 def test_a_mask_that_fits_nothing_is_refused(story, mask, message):
     """One sentence, and nothing is changed."""
     model = story.fresh()
@@ -210,11 +210,11 @@ def test_a_mask_that_lets_nothing_change_is_refused():
     tokenizer, make, _ = llama()
     model = make(len(tokenizer))
     nothing = {n: torch.zeros(p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
-    with pytest.raises(ArgumentError, match="lets no weight that trains change"):
+    with pytest.raises(ArgumentError, match="lets no trainable weight change"):
         mask_of(nothing, model, [])
     model.lm_head.weight.requires_grad_(False)
     nothing["lm_head.weight"].fill_(True)
-    with pytest.raises(ArgumentError, match="lets no weight that trains change"):
+    with pytest.raises(ArgumentError, match="lets no trainable weight change"):
         mask_of(nothing, model, [])
     del nothing["model.norm.weight"]
     assert set(mask_of(nothing, model, [])) == set(nothing) - {"lm_head.weight"}

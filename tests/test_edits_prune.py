@@ -1,4 +1,4 @@
-"""Pruning: each score against a plain loop, the numbers of zeros, and unlearning of a pruned model that stays pruned."""
+"""Pruning: each score against a plain loop, the numbers of zeros, and a pruned model that unlearns."""
 
 import copy
 
@@ -28,26 +28,26 @@ def pair(request):
 
 
 def linear_layers(model):
-    """{block: {weight: module}}, by hand."""
-    found = {}
+    """Return {block: {weight: module}}, without the package's code."""
+    layers = {}
     for name, module in model.named_modules():
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         if number is not None and isinstance(module, (torch.nn.Linear, Conv1D)):
-            found.setdefault(".".join(parts[: number + 1]), {})[f"{name}.weight"] = module
-    return found
+            layers.setdefault(".".join(parts[: number + 1]), {})[f"{name}.weight"] = module
+    return layers
 
 
 def as_rows(module, x):
-    """(out, in), whichever way it is stored."""
+    """Return (out, in), for both ways of storing a matrix."""
     return x.T if isinstance(module, Conv1D) else x
 
 
 def inputs_of(model, tokenizer, rows, modules):
-    """{weight: (in,) root mean square of its inputs}, text by text, from the whole model's forward pass."""
+    """Return {weight: (in,) root mean square of its inputs}, text by text, from whole forward passes."""
     both, seen = model.config.is_encoder_decoder, {name: [] for name in modules}
     hooks = [
-        module.register_forward_hook(lambda m, given, out, name=name: seen[name].append(given[0][0].float()))
+        module.register_forward_hook(lambda m, inputs, out, name=name: seen[name].append(inputs[0][0].float()))
         for name, module in modules.items()
     ]
     model.eval()
@@ -60,11 +60,11 @@ def inputs_of(model, tokenizer, rows, modules):
     return {name: torch.cat(xs).square().mean(0).sqrt() for name, xs in seen.items()}
 
 
-def plain(model, tokenizer, score, kept, forget):
-    """The scored model pruned block by block to half of each row, in a loop over rows: {weight: mask}."""
+def plain(model, tokenizer, score, retain, forget):
+    """Prune the model block by block to half of each row, in a loop over rows, and return {weight: mask}."""
     model, masks = copy.deepcopy(model), {}
     for modules in linear_layers(model).values():
-        x = inputs_of(model, tokenizer, kept, modules)
+        x = inputs_of(model, tokenizer, retain, modules)
         f = inputs_of(model, tokenizer, forget, modules)
         for name, module in modules.items():
             w = as_rows(module, module.weight.detach()).float().abs()
@@ -100,7 +100,7 @@ def test_scores_take_each_block_s_inputs_from_the_pruned_blocks_before(pair, sco
 
 @pytest.mark.parametrize(("groups", "sparsity"), [("row", 0.3), ("layer", 0.3), ("model", 0.3), (None, 0.9)])
 def test_magnitude_drops_the_smallest_of_each_group(pair, groups, sparsity):
-    """Exactly so many in each row, layer or model; no text is needed."""
+    """The count is exact in each row, layer or model; no text is needed."""
     model, tokenizer, _ = pair
     before = weights(model)
     pruned = prune(model, sparsity=sparsity, groups=groups, tokenizer=tokenizer)
@@ -120,7 +120,7 @@ def test_magnitude_drops_the_smallest_of_each_group(pair, groups, sparsity):
 
 @pytest.mark.parametrize("score", ["magnitude", "wanda"])
 def test_of_each_four_inputs_two_are_left(pair, score):
-    """2:4, along the inputs whichever way the matrix is stored, whatever the sparsity says."""
+    """The pattern 2:4 runs along the inputs, for both ways of storing a matrix, at any sparsity."""
     model, tokenizer, rows = pair
     pruned = prune(model, retain=rows, score=score, pattern="2:4", sparsity=0.9, tokenizer=tokenizer)
     modules = {name: m for block in linear_layers(model).values() for name, m in block.items()}
@@ -128,12 +128,12 @@ def test_of_each_four_inputs_two_are_left(pair, score):
         assert bool((as_rows(modules[name], mask).reshape(-1, 4).sum(1) == 2).all())
         if score == "magnitude":
             w = as_rows(modules[name], pruned.before()[name]).reshape(-1, 4).abs()
-            kept = as_rows(modules[name], mask).reshape(-1, 4)
-            assert bool((w.where(~kept, 0).amax(1) <= w.where(kept, torch.inf).amin(1)).all())
+            remains = as_rows(modules[name], mask).reshape(-1, 4)
+            assert bool((w.where(~remains, 0).amax(1) <= w.where(remains, torch.inf).amin(1)).all())
 
 
 def test_a_pruned_model_unlearns_and_stays_pruned(story):
-    """Prune, then unlearn: with the mask, every zero is a zero afterwards, the texts are forgotten, and utility is within its budget."""
+    """Prune, then unlearn with the mask: zeros stay zeros, texts are forgotten, utility is within its budget."""
     model = story.fresh()
     pruned = prune(model, story.forget, retain=story.retain, score="wanda", sparsity=0.3, tokenizer=story.tokenizer)
     assert pruned.nll_after["retain"] - pruned.nll_before["retain"] < 0.1
@@ -148,12 +148,18 @@ def test_a_pruned_model_unlearns_and_stays_pruned(story):
 
 
 def test_wanda_keeps_more_than_magnitude_and_a_forget_aware_score_forgets_more(story):
-    """At half of the weights: the retain texts lose less by their inputs; scored against the forget texts, these lose more beside them."""
+    """At half of the weights: Wanda costs the retain texts less, the forget-aware score costs the forget texts more."""
     cost = {}
     for score in ("magnitude", "wanda", "forget-aware"):
         pruned = prune(
-            story.fresh(), story.forget, retain=story.retain, score=score, sparsity=0.5, groups="row", tokenizer=story.tokenizer
-        )  # fmt: skip
+            story.fresh(),
+            story.forget,
+            retain=story.retain,
+            score=score,
+            sparsity=0.5,
+            groups="row",
+            tokenizer=story.tokenizer,
+        )
         cost[score] = {role: pruned.nll_after[role] - pruned.nll_before[role] for role in ("forget", "retain")}
     assert cost["wanda"]["retain"] < cost["magnitude"]["retain"]
     assert cost["forget-aware"]["forget"] > cost["wanda"]["forget"]
@@ -175,7 +181,7 @@ def test_wanda_keeps_more_than_magnitude_and_a_forget_aware_score_forgets_more(s
         ({"score": "forget-aware", "retain": ["the cat sees a tree."]}, "pass forget="),
         ({"pattern": "2:7"}, "7 does not divide"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_pruned_is_refused_and_nothing_is_changed(options, message):
     """One sentence."""
     tokenizer, make, _ = llama()
@@ -197,7 +203,7 @@ def test_adapters_and_broken_models_are_refused_and_frozen_layers_left_alone():
         p.requires_grad_("layers.1.mlp" in name)
     assert all("layers.1.mlp" in name for name in prune(model, tokenizer=tokenizer).mask)
     model.requires_grad_(False).lm_head.requires_grad_(True)
-    with pytest.raises(ModelError, match="none that trains was found"):
+    with pytest.raises(ModelError, match="none of them is trainable"):
         prune(model, tokenizer=tokenizer)
     model = make(len(tokenizer))
     with torch.no_grad():

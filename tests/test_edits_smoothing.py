@@ -1,4 +1,4 @@
-"""Zero-shot smoothing: its loss and gradient against autograd, and a trained model that is smoother around the secret."""
+"""Zero-shot smoothing: its loss and gradient against autograd, and a trained model with a smoother surrounding."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def loss_of(model, tokens, two_sided):
-    """L, by inputs_embeds: 3 drawings, of sigma half of the table's root mean square."""
+    """Compute L by inputs_embeds: 3 samples, sigma half of the table's root mean square."""
     generator, table = torch.Generator().manual_seed(5), model.get_input_embeddings().weight.detach()
     embedded = table[torch.tensor([t.ids for t in tokens])]
     z, total = model(inputs_embeds=embedded).logits, 0
@@ -84,21 +84,21 @@ def test_every_kind_of_model_is_smoothed_and_comes_back(make_pair):
 
 
 def test_the_secret_s_surroundings_become_smooth_and_its_exposure_falls(story):
-    """From the highest there is to below significance, with the texts alone, at less than 2 % of utility."""
+    """Exposure falls from the maximum to below significance, with the texts alone, at less than 2 % of utility."""
     model = story.fresh()
     edited = zero_shot_smoothing(model, story.forget, retain=story.retain, rate=0.015, tokenizer=story.tokenizer)
-    references = likelihoods(story.model, story, story.holdout)
+    non_members = likelihoods(story.model, story, story.holdout)
     then, now = (
-        generalized_exposure(likelihoods(m, story, story.forget), references).lower for m in (story.model, model)
+        generalized_exposure(likelihoods(m, story, story.forget), non_members).lower for m in (story.model, model)
     )
     assert then.min() > 5.9
     assert now.max() < 4.32
     assert edited.nll_after["retain"] < 1.02 * edited.nll_before["retain"]
-    assert sum(likelihoods(model, story, story.holdout)) < 1.02 * sum(references)
+    assert sum(likelihoods(model, story, story.holdout)) < 1.02 * sum(non_members)
 
 
 def test_the_gradient_through_one_side_alone_does_not_smooth(story):
-    """Why both sides are the default: the loss falls by half with them, and rises without."""
+    """The loss falls by half with both sides, which are the default, and rises with one."""
     fell = {}
     for two_sided, rate in ((True, 0.005), (False, 0.0003)):
         edited = zero_shot_smoothing(
@@ -114,8 +114,9 @@ def test_smoothing_that_cannot_be_is_refused_and_nothing_is_changed():
     tokenizer, make, rows = llama()
     model = make(len(tokenizer))
     before = weights(model)
-    for name in ("sigma", "rate", "samples", "passes"):
-        with pytest.raises(ArgumentError, match=f"{name} must be a number above 0"):
+    kinds = {"sigma": "number, above 0", "rate": "number, above 0", "samples": "whole number", "passes": "whole number"}
+    for name, kind in kinds.items():
+        with pytest.raises(ArgumentError, match=f"{name} must be a {kind}"):
             zero_shot_smoothing(model, rows, tokenizer=tokenizer, **{name: 0})
     with pytest.raises(ArgumentError, match="two_sided must be True or False, got 'no'"):
         zero_shot_smoothing(model, rows, tokenizer=tokenizer, two_sided="no")

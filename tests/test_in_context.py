@@ -1,4 +1,4 @@
-"""Examples for a prompt, and their exact deletion: the same as if the example had never been there."""
+"""Examples for a prompt, and exact deletions: the state is as if the deleted example had never existed."""
 
 import copy
 
@@ -12,30 +12,36 @@ from pyunlearn.unlearning.in_context import InContextSelection, break_even_infer
 
 
 def blobs(n, d, k, seed, spread=0.08):
-    """n points around k centres in the unit cube."""
+    """Draw n points around k centres in the unit cube."""
     r = np.random.default_rng(seed)
     return r.random((k, d))[r.integers(k, size=n)] + spread * r.standard_normal((n, d))
 
 
 def everything(selection):
-    """All that a selection knows of the examples that are there, by id: choices, centroids, sums, sizes, clusters, seeds."""
-    here = selection._there
+    """Return a selection's whole state by id: choices, centroids, sums, sizes, clusters, seeds."""
+    present = selection._present
     return (
-        selection.chosen, selection._centroids.tolist(), selection._sums.tolist(), selection._sizes.tolist(),
-        dict(zip(selection._ids[here].tolist(), selection._members[:, here].T.tolist(), strict=True)),
+        selection.chosen,
+        selection._centroids.tolist(),
+        selection._sums.tolist(),
+        selection._sizes.tolist(),
+        dict(zip(selection._ids[present].tolist(), selection._members[:, present].T.tolist(), strict=True)),
         sorted(int(selection._ids[row]) for row in selection._seeds),
-    )  # fmt: skip
+    )
 
 
 def fresh(x, gone, k, **options):
-    """Clustered from the start without those."""
+    """Cluster the examples from the start, without those in `gone`."""
     ids = [i for i in range(len(x)) if i not in gone]
     return InContextSelection(x[ids], k, ids=ids, **options)
 
 
-@pytest.mark.parametrize("options", [{"epsilon": 0.1}, {"epsilon": 0.5, "gamma": 0.9}, {"epsilon": 0.02, "gamma": 0.0, "iterations": 3}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"epsilon": 0.1}, {"epsilon": 0.5, "gamma": 0.9}, {"epsilon": 0.02, "gamma": 0.0, "iterations": 3}],
+)
 def test_every_deletion_is_exact(options):
-    """Of each example in turn: choice and whole state are, bit for bit, those of a clustering without it and with the same seed."""
+    """After deleting each example in turn, the state is bit for bit that of a clustering without it, same seed."""
     x, kinds = blobs(60, 3, 4, 0), set()
     start = InContextSelection(x, 4, seed=5, **options)
     for i in range(60):
@@ -48,7 +54,7 @@ def test_every_deletion_is_exact(options):
 
 @given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([0.02, 0.1, 1.0]), st.sampled_from([0.0, 0.2, 1.0]))
 def test_deletions_in_a_row_are_exact(seed, k, epsilon, gamma):
-    """Whatever the data, also with examples that coincide and clusters that end empty, and down to the last k."""
+    """On random data, also with equal examples and clusters that end empty, and down to the last k."""
     r = np.random.default_rng(seed)
     x = blobs(24, 2, 3, seed)
     x[r.integers(24, size=6)] = x[0]
@@ -61,8 +67,8 @@ def test_deletions_in_a_row_are_exact(seed, k, epsilon, gamma):
     assert not gone & set(selection.chosen)
 
 
-def test_most_deletions_need_no_clustering_and_few_enough():
-    """With n large against d / epsilon nearly all are certified, never touching the others; over seeds no more recluster than the bound says."""
+def test_few_deletions_recluster_and_no_more_than_the_bound():
+    """With n large against d / epsilon nearly all deletions are certified; over seeds, at most the bound recluster."""
     x = blobs(4000, 2, 4, 1)
     options = {"epsilon": 0.5, "iterations": 3}
     bound = retrain_bound(4000, 2, 4, spread=float(np.ptp(x, axis=0).max()), **options)
@@ -77,25 +83,25 @@ def test_most_deletions_need_no_clustering_and_few_enough():
 
 
 def test_a_deletion_s_work_does_not_grow_with_the_examples(monkeypatch):
-    """A certified one looks at no other example: their embeddings could be anything."""
+    """A certified deletion reads no other example: their embeddings are overwritten here."""
     x = blobs(500, 2, 3, 2)
     selection = InContextSelection(x, 3, epsilon=0.5, iterations=3, seed=1)
     monkeypatch.setattr(InContextSelection, "_cluster", None)
     quiet = next(i for i in range(500) if i not in selection._seeds and not selection._moved_without(i))
-    kept, selection._steps = selection._steps, np.full_like(selection._steps, -(2**40))
-    selection._steps[quiet] = kept[quiet]
+    steps, selection._steps = selection._steps, np.full_like(selection._steps, -(2**40))
+    selection._steps[quiet] = steps[quiet]
     assert selection.delete(quiet) == (False, None)
-    selection._steps = kept
-    assert everything(selection) == everything(type("Fresh", (InContextSelection,), {"_cluster": CLUSTER})(
-        np.delete(x, quiet, 0), 3, epsilon=0.5, iterations=3, seed=1, ids=np.delete(np.arange(500), quiet)
-    ))  # fmt: skip
+    selection._steps = steps
+    clustering = type("Clustering", (InContextSelection,), {"_cluster": CLUSTER})
+    ids = np.delete(np.arange(500), quiet)
+    assert everything(selection) == everything(clustering(x[ids], 3, epsilon=0.5, iterations=3, seed=1, ids=ids))
 
 
 CLUSTER = InContextSelection._cluster
 
 
-def test_the_choice_stands_for_the_data():
-    """One example of each well-parted group, the one nearest to its middle but for the quantization; another seed, the same groups."""
+def test_the_choice_represents_the_data():
+    """One example of each well-separated group is chosen, nearest to its mean up to quantization, with any seed."""
     centres = np.array([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
     x = np.repeat(centres, 25, 0) + 0.1 * np.random.default_rng(0).standard_normal((100, 2))
     for seed in range(5):
@@ -108,7 +114,7 @@ def test_the_choice_stands_for_the_data():
 
 
 def test_the_seeds_are_those_of_k_means_plus_plus():
-    """The first uniformly, the second in proportion to its squared distance from the first: the race draws by its weights."""
+    """The first seed is uniform, the second has probability proportional to its squared distance from the first."""
     x = np.array([[0.0], [1.0], [3.0]])
     pairs = np.zeros((3, 3))
     for seed in range(1500):
@@ -118,8 +124,8 @@ def test_the_seeds_are_those_of_k_means_plus_plus():
     np.testing.assert_allclose(pairs, wanted, atol=4 * np.sqrt(0.25 / 1500))
 
 
-def test_a_quantized_centroid_is_no_further_than_half_a_cell_and_uniform_there():
-    """Q(m) - m is uniform on [-epsilon / 2, epsilon / 2] over the phases, so a wall parts two points with probability |distance| / epsilon."""
+def test_a_quantized_centroid_is_no_further_than_half_a_cell_and_uniform_present():
+    """Q(m) - m is uniform on [-epsilon / 2, epsilon / 2]: a border separates points with rate distance / epsilon."""
     selection = InContextSelection(np.zeros((2, 2000)), 1, epsilon=0.4, iterations=1)
     sums = np.full((1, 2000), int(0.3 * 2**36))
     off = selection._quantized(0, sums, np.array([1]), np.zeros((1, 2000)), 1)[0] - 0.3
@@ -130,7 +136,7 @@ def test_a_quantized_centroid_is_no_further_than_half_a_cell_and_uniform_there()
 
 
 def test_costs_break_even_where_they_are_equal():
-    """At the break-even number of inferences both ways cost the same; one nowhere dearer wins for ever, one nowhere cheaper never."""
+    """At the break-even number both ways cost the same; a way that always or never wins gives infinity or 0."""
     q = break_even_inferences(10, 3, 1000, 2)
     assert q == 990
     assert holistic_cost(10, 3, q) == holistic_cost(1000, 2, q)
@@ -143,22 +149,55 @@ def test_costs_break_even_where_they_are_equal():
         holistic_cost(-1, 1, 1)
 
 
+NO_NUMBERS = [True, "3", [3], np.inf, np.nan, -1, None]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"embeddings": [1.0, 2.0]}, "must be"), ({"embeddings": [[np.nan]]}, "finite"), ({"embeddings": [[1e9]]}, "scale them down"),
-        ({"k": 0}, "from 1 to 3"), ({"k": 4}, "from 1 to 3"), ({"k": 1.5}, "whole number"), ({"epsilon": 0}, "above 0"), ({"gamma": 2}, "between 0 and 1"),
-        ({"iterations": 0}, "iterations"), ({"ids": [1, 1, 2]}, "different whole number"), ({"ids": [0.5, 1, 2]}, "different whole number"),
+        ({"embeddings": [1.0, 2.0]}, "embeddings must be"),
+        ({"embeddings": "text"}, "embeddings must be"),
+        ({"embeddings": [[0.0], [1.0, 2.0]]}, "embeddings must be"),
+        ({"embeddings": None}, "embeddings must be"),
+        ({"embeddings": [[np.nan]]}, "finite"),
+        ({"embeddings": [[1e9]]}, "scale them down"),
+        ({"k": 4}, "k must be a whole number from 1 to 3"),
+        *(({"k": value}, "k must be a whole number") for value in (*NO_NUMBERS, 0, 1.5)),
+        *(({"epsilon": value}, "epsilon must be a number, above 0") for value in (*NO_NUMBERS, 0)),
+        *(({"gamma": value}, "gamma must be a number, 0 or more and 1 at most") for value in (*NO_NUMBERS, 2)),
+        *(({"iterations": value}, "iterations must be a whole number") for value in (*NO_NUMBERS, 0, 1.5)),
+        *(({"seed": value}, "seed must be a whole number") for value in (*NO_NUMBERS, 1.5)),
+        *(({"ids": value}, "ids must be a different whole number") for value in ([1, 1, 2], [0.5, 1, 2], 3, "abc")),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_chosen_from_is_refused(options, message):
     """One sentence, that names the argument."""
     with pytest.raises(ArgumentError, match=message):
         InContextSelection(**{"embeddings": [[0.0], [1.0], [2.0]], "k": 2, "epsilon": 0.1, **options})
 
 
-def test_what_is_not_there_cannot_be_deleted():
-    """Nor twice, nor below k; nothing has changed then. The bound says what it needs."""
+@pytest.mark.parametrize("name", ["n", "d", "k", "epsilon", "spread", "gamma", "iterations"])
+@pytest.mark.parametrize("value", [*NO_NUMBERS, 0])
+def test_a_bound_of_what_is_no_number_is_refused(name, value):
+    """One sentence, that names the argument."""
+    with pytest.raises(ArgumentError, match=f"{name} must be a "):
+        retrain_bound(**{"n": 10, "d": 2, "k": 2, "epsilon": 0.1, "spread": 1.0, **{name: value}})
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("value", NO_NUMBERS)
+def test_costs_that_are_no_numbers_are_refused(at, value):
+    """One sentence, that names the argument."""
+    names = ["unlearning", "inference", "other_unlearning", "other_inference"]
+    with pytest.raises(ArgumentError, match=f"{names[at]} must be a number, 0 or more"):
+        break_even_inferences(**{name: value if name == names[at] else 1 for name in names})
+    names = ["unlearning", "inference", "inferences"]
+    with pytest.raises(ArgumentError, match=f"{names[at % 3]} must be a number, 0 or more"):
+        holistic_cost(**{name: value if name == names[at % 3] else 1 for name in names})
+
+
+def test_an_absent_example_cannot_be_deleted():
+    """An unknown id, a second deletion and one below k are refused, and nothing has changed then."""
     selection = InContextSelection([[0.0], [1.0], [2.0]], 2, epsilon=0.1)
     with pytest.raises(ArgumentError, match="no example 7"):
         selection.delete(7)
@@ -168,5 +207,7 @@ def test_what_is_not_there_cannot_be_deleted():
     with pytest.raises(ArgumentError, match="cannot lose one"):
         selection.delete(0)
     assert sorted(selection.chosen) == [0, 2]
-    with pytest.raises(ArgumentError, match="above 0"):
-        retrain_bound(10, 2, 2, epsilon=0.1, spread=0)
+    for wrong in (True, 1.0, "1", None, -1):
+        with pytest.raises(ArgumentError, match="identity must be a whole number"):
+            selection.delete(wrong)
+    assert sorted(selection.chosen) == [0, 2]

@@ -40,14 +40,14 @@ def edit(
     import torch
 
     from pyunlearn import models
-    from pyunlearn.edits.registry import edit_named, options_of
+    from pyunlearn.edits.registry import edit_named, parse_edit_options
     from pyunlearn.output import check_output, save_folder
 
     quiet_libraries()
     chosen = edit_named(edit)
     target = out if out is not None else Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-edited")
     check_output(target)
-    given = options_of(chosen, options or [])
+    given = parse_edit_options(chosen, options or [])
     loaded, found_tokenizer = models.load(model, tokenizer=tokenizer)
     found = chosen.function(
         loaded.to("cuda" if torch.cuda.is_available() else "cpu"), forget, retain=retain, tokenizer=found_tokenizer, batch_size=batch_size, truncate=truncate, seed=seed,

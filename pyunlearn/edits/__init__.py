@@ -1,6 +1,6 @@
-"""Unlearning by editing weights, without the ascent: one paper per file, one signature for all, and each can be undone."""
+"""Weight edits: unlearning in one step without training, one paper per file, and each edit can be undone."""
 
-from pyunlearn.edits.base import Edited
+from pyunlearn.edits.base import EditResult
 from pyunlearn.edits.dampening import selective_synaptic_dampening
 from pyunlearn.edits.ekfac import ekfac_step
 from pyunlearn.edits.fisher import fisher_step
@@ -17,7 +17,7 @@ from pyunlearn.edits.woodfisher import woodfisher_step
 __all__ = [
     "EDITS",
     "Edit",
-    "Edited",
+    "EditResult",
     "Mixed",
     "Pruned",
     "calibrate_by_mixing",

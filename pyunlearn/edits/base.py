@@ -1,8 +1,8 @@
-"""What every edit of the weights shares: the texts it is given, the writing, and the way back."""
+"""Shared parts of all edits: reading the texts, checking the arguments, writing weights, and undoing the edit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -12,32 +12,38 @@ import torch
 from torch import Tensor, nn
 
 from pyunlearn import models
-from pyunlearn.data import Tokens, encode, read_examples
+from pyunlearn.data import TokenBatch, Tokens, read_examples
+from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
-from pyunlearn.models.scoring import batches_on, by_example, evaluation_mode
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.scoring import Scorer, evaluation_mode
+from pyunlearn.options import Flag, Kind, Number, Whole, require, require_path
 from pyunlearn.probes.gradients import trained_parameters
 from pyunlearn.progress import Progress
+
+POSITIVE = Number(above=0)
+COUNT = Whole(1)
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Kept(NamedTuple):
-    """What stood in a parameter, in main memory: values (n,) at places (n,), or the whole of it where places is None."""
+class SavedValues(NamedTuple):
+    """Earlier values of a parameter, in main memory: those at flat `indices` (n,), or all of them where it is None."""
 
     values: Tensor
-    places: Tensor | None
+    indices: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
-class Edited:
-    """A model whose weights were edited in place, and what it takes to go back.
+class EditResult:
+    """A model whose weights were edited in place, the numbers of the edit, and the values to undo it.
 
-    `model`        the model given (or loaded), changed
+    `model`        the edited model: the object passed in, or the one loaded from a path
     `edit`         the name of the edit
-    `changed`      parameter -> how many of its elements have other bits than before
-    `nll_before`   role ("forget", "retain") -> mean over its texts of the negative log-likelihood, nats a token
+    `changed`      parameter name -> number of its elements whose bits differ from before
+    `nll_before`   role ("forget", "retain") -> mean negative log-likelihood of its texts, nats per token
     `nll_after`    the same after the edit
-    `diagnostics`  numbers of the edit's own: see its docstring
+    `diagnostics`  numbers particular to the edit: see the edit's docstring
     """
 
     model: Any = field(repr=False)
@@ -46,102 +52,149 @@ class Edited:
     nll_before: dict[str, float]
     nll_after: dict[str, float]
     diagnostics: dict[str, Any]
-    kept: dict[str, Kept] = field(repr=False)
+    saved: dict[str, SavedValues] = field(repr=False)
 
     @torch.no_grad()
     def undo(self) -> Any:
-        """Puts the weights back bit for bit, and returns the model. Of several edits the last is undone first.
+        """Restore the weights bit for bit, and return the model. Undo several edits in reverse order.
 
-        Raises ModelError when the model has since lost a parameter or changed its type.
+        Raises ModelError when the model has since lost a parameter or changed its dtype.
         """
         parameters = dict(self.model.named_parameters())
-        for name, kept in self.kept.items():
+        for name, saved in self.saved.items():
             p = parameters.get(name)
-            if p is None or p.dtype != kept.values.dtype:
-                state = "is gone" if p is None else f"is {p.dtype} now and was {kept.values.dtype}"
-                raise ModelError(
-                    f"the edit cannot be undone, because {name} {state}: bring the model back to that first"
-                )
-            put_back(p, kept)
+            if p is None or p.dtype != saved.values.dtype:
+                state = "is gone" if p is None else f"is {p.dtype} now and was {saved.values.dtype}"
+                raise ModelError(f"the edit cannot be undone, because {name} {state}: restore the model to that first")
+            restore(p, saved)
         return self.model
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the weights, ready for JSON."""
+        """Return everything except weights, ready for JSON."""
         return {
-            "edit": self.edit, "nll_before": self.nll_before, "nll_after": self.nll_after, "diagnostics": self.diagnostics, "changed": self.changed,
-        }  # fmt: skip
+            "edit": self.edit,
+            "nll_before": self.nll_before,
+            "nll_after": self.nll_after,
+            "diagnostics": self.diagnostics,
+            "changed": self.changed,
+        }
 
     def before(self) -> dict[str, Tensor]:
-        """name -> the whole parameter as it was before the edit, in main memory, for each that was changed."""
-        parameters, found = dict(self.model.named_parameters()), {}
-        for name, kept in self.kept.items():
-            found[name] = parameters[name].detach().to("cpu", copy=True)
-            put_back(found[name], kept)
-        return found
+        """Return name -> the whole parameter before the edit, in main memory, for each parameter that changed."""
+        parameters, originals = dict(self.model.named_parameters()), {}
+        for name, saved in self.saved.items():
+            originals[name] = parameters[name].detach().to("cpu", copy=True)
+            restore(originals[name], saved)
+        return originals
 
 
 @torch.no_grad()
-def put_back(p: Tensor, kept: Kept) -> None:
-    """Writes what was kept into a parameter."""
-    if kept.places is None:
-        p.copy_(kept.values.view(p.shape))
+def restore(p: Tensor, saved: SavedValues) -> None:
+    """Write saved values back into a parameter.
+
+    >>> p = torch.tensor([1.0, 9.0, 3.0])
+    >>> restore(p, SavedValues(torch.tensor([2.0]), torch.tensor([1])))
+    >>> p
+    tensor([1., 2., 3.])
+    """
+    if saved.indices is None:
+        p.copy_(saved.values.view(p.shape))
     else:
         flat = p.detach().contiguous().flatten()
-        flat[kept.places.to(p.device)] = kept.values.to(p.device)
+        flat[saved.indices.to(p.device)] = saved.values.to(p.device)
         p.copy_(flat.view(p.shape))
 
 
-def keep_difference(before: Tensor, after: Tensor) -> tuple[Kept, int] | None:
-    """What stood in `before` wherever `after` has other bits, the smaller way, and how many these are; None where there are none."""
+def saved_difference(before: Tensor, after: Tensor) -> tuple[SavedValues, int] | None:
+    """Return the values of `before` where the bits of `after` differ, and their number; None where nothing differs.
+
+    The values are saved with their indices or as the whole tensor, whichever is smaller.
+
+    >>> saved_difference(torch.zeros(9), torch.eye(3).flatten())[1]
+    3
+    """
     bits = _BITS[before.element_size()]
-    places = (before.contiguous().view(bits) != after.contiguous().view(bits)).flatten().nonzero().flatten()
-    if not len(places):
+    indices = (before.contiguous().view(bits) != after.contiguous().view(bits)).flatten().nonzero().flatten()
+    if not len(indices):
         return None
     flat = before.flatten()
-    if len(places) * (8 + flat.element_size()) < flat.numel() * flat.element_size():
-        return Kept(flat[places].cpu(), places.cpu()), len(places)
-    return Kept(flat.to("cpu", copy=True), None), len(places)
+    if len(indices) * (8 + flat.element_size()) < flat.numel() * flat.element_size():
+        return SavedValues(flat[indices].cpu(), indices.cpu()), len(indices)
+    return SavedValues(flat.to("cpu", copy=True), None), len(indices)
 
 
 def wide(x: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is that already: where the arithmetic is done."""
+    """Return the tensor, detached, in the precision of the arithmetic: float64 stays, all else becomes float32."""
     return x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
 
 
 class Editing:
-    """One edit under way: `with Editing(...) as edit`, then `edit.write(name, values)` and `edit.done()`. An error takes everything back."""
+    """Context manager of one edit: it reads the texts, writes parameters, and restores them after an error.
+
+        with Editing("my_edit", model, {"forget": forget}, tokenizer, config) as edit:
+            edit.write(name, values)
+            return edit.finish()
+
+    Args:
+        name: the edit's, for messages.
+        model: a transformers language model, a path to load it from, or a LanguageModel.
+        sources: role -> texts in any form that `pyunlearn.data.read_examples` takes, or None for an optional role
+            without texts.
+        tokenizer: the model's; None: loaded from where the model came from.
+        config: the shared settings.
+        progress: True or False: show a progress bar or not; None: on a terminal only.
+        needs: role -> reason, of the roles without which the edit cannot work.
+
+    Raises:
+        ArgumentError: a missing role in `needs`, or an argument of a wrong type. DataError: texts that cannot be read.
+        ModelError: a model without a language-model head or trainable parameters, or sharded parameters.
+    """
 
     def __init__(
-        self, name: str, model: Any, sources: dict[str, Any], tokenizer: Any, *, batch_size: int = 8, truncate: bool = False,
-        workspace: int | None = None, progress: bool | None = None,
-    ) -> None:  # fmt: skip
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ArgumentError(f"batch_size must be a whole number, 1 or more, got {batch_size!r}")
-        examples = {role: read_examples(s, role=role) for role, s in sources.items() if s is not None}
-        if isinstance(model, (str, Path)):
-            model, tokenizer = models.load(model, tokenizer=tokenizer)
-        models.require_language_model(model)
-        self.model: Any = model
-        self.parameters = trained_parameters(model)
+        self,
+        name: str,
+        model: Any,
+        sources: Mapping[str, Any],
+        tokenizer: Any = None,
+        config: EditConfig | None = None,
+        *,
+        progress: bool | None = None,
+        needs: Mapping[str, str] | None = None,
+    ) -> None:
+        require_optional(Flag(), progress=progress)
+        _require_model(model)
+        _require_tokenizer(tokenizer)
+        for role, reason in (needs or {}).items():
+            if sources.get(role) is None:
+                raise ArgumentError(f"{name} needs {role} texts, {reason}: pass {role}=")
+        self.name = name
+        self.config = EditConfig() if config is None else config
+        self.show_progress = progress
+        examples = {
+            role: read_examples(source, role=role)
+            for role, source in sources.items()
+            if source is not None or role == "forget"
+        }
+        self.lm = LanguageModel.of(model, tokenizer, workspace=self.config.workspace, needs_tokenizer=bool(examples))
+        self.scorer = Scorer(self.lm, self.config.batch_size)
+        self.parameters = trained_parameters(self.lm.module)
         if odd := next((n for n, p in self.parameters.items() if type(p.data) is not Tensor or p.is_meta), None):
             raise ModelError(
-                f"{odd} is spread over several devices or not loaded, and an edit needs it whole: load the model in one process"
+                f"{odd} is spread over several devices or not loaded, and an edit needs it whole: "
+                "load the model in one process"
             )
-        self.name, self.batch_size, self.workspace = name, batch_size, workspace
-        both, length = models.is_encoder_decoder(model), models.context_length(model)
-        tokenizer = models.tokenizer_of(model, tokenizer) if examples else None
-        self.tokens = {
-            role: encode(e, tokenizer, role=role, max_length=length, encoder_decoder=both, truncate=truncate)
-            for role, e in examples.items()
-        }
-        self.likelihood = models.Likelihood(model, workspace=workspace)
-        self.kept: dict[str, Kept] = {}
-        self.counts: dict[str, int] = {}
-        self.whole: dict[str, Tensor] = {}
-        self.wanted = progress
+        self.tokens = self.lm.encode(examples, truncate=self.config.truncate)
+        self.saved: dict[str, SavedValues] = {}
+        self.changed: dict[str, int] = {}
+        self.backups: dict[str, Tensor] = {}
+
+    @property
+    def model(self) -> Any:
+        """The model as it was passed in or loaded, wrappers included."""
+        return self.lm.module
 
     def __enter__(self) -> Editing:
-        self.progress = Progress(self.wanted, self.name.replace("_", " "))
+        self.progress = Progress(self.show_progress, self.name.replace("_", " "))
         try:
             self.nll_before = self.nll()
         except BaseException:
@@ -154,66 +207,83 @@ class Editing:
     ) -> None:
         self.progress.close()
         if kind is not None:
-            for name, kept in self.kept.items():
-                put_back(self.parameters[name], kept)
-            for name, values in self.whole.items():
-                put_back(self.parameters[name], Kept(values, None))
+            for name, saved in self.saved.items():
+                restore(self.parameters[name], saved)
+            for name, values in self.backups.items():
+                restore(self.parameters[name], SavedValues(values, None))
 
-    def hold(self) -> None:
-        """Copies all that trains to main memory: for an edit that has to let somebody else change the weights first."""
-        self.whole = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+    def batches(self, tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], TokenBatch]]:
+        """Yield (indices into `tokens`, their batch on the model's device), `config.batch_size` texts at a time."""
+        return self.scorer.batches(tokens)
+
+    def back_up(self) -> None:
+        """Copy all trainable parameters to main memory: for an edit during which other code changes the weights."""
+        self.backups = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def write(self, name: str, values: Tensor) -> None:
-        """Writes one parameter, once. Raises TrainingError where a value is not finite."""
+        """Write one parameter; call it once for each. Raises TrainingError where a value is not finite."""
         p = self.parameters[name]
         values = values.to(p.dtype)
         if not bool(torch.isfinite(values).all()):
             raise TrainingError(
-                f"{self.name} would make {name} infinite or NaN, so nothing was changed: take a smaller step, or a model that is finite"
+                f"{self.name} would make {name} infinite or NaN, so nothing was changed: "
+                "take a smaller step, or a model that is finite"
             )
-        before = self.whole.pop(name).to(p.device) if name in self.whole else p.detach()
-        difference = keep_difference(before, values)
+        before = self.backups.pop(name).to(p.device) if name in self.backups else p.detach()
+        difference = saved_difference(before, values)
         if difference is not None:
-            self.kept[name], self.counts[name] = difference
+            self.saved[name], self.changed[name] = difference
         p.copy_(values)
 
     def add(self, name: str, step: Tensor, factor: float) -> None:
-        """Writes parameter + factor * step, computed in float32."""
+        """Write parameter + factor * step, computed in float32 or more."""
         p = self.parameters[name]
         self.write(name, wide(p) + factor * step.to(p.device, wide(p).dtype))
 
-    @torch.no_grad()
     def nll(self) -> dict[str, float]:
-        """Mean negative log-likelihood of each role's texts, nats a token."""
-        found = {}
+        """Return role -> mean over its texts of the negative log-likelihood, nats per token."""
+        means = {}
         with evaluation_mode(self.model):
             for role, tokens in self.tokens.items():
-                total = 0.0
-                for places, batch in batches_on(self.model, tokens, self.batch_size):
-                    total -= sum(float(x.double().mean()) for x in by_example(self.likelihood(batch), tokens, places))
-                found[role] = total / len(tokens)
-        return found
+                per_text = [float(x.mean()) for x in self.scorer.token_log_likelihood(tokens)]
+                means[role] = -sum(per_text) / len(tokens)
+        return means
 
-    def done(self, **diagnostics: Any) -> Edited:
-        """The edit, with what it has cost."""
-        return Edited(self.model, self.name, self.counts, self.nll_before, self.nll(), diagnostics, self.kept)
+    def finish(self, **diagnostics: Any) -> EditResult:
+        """Measure the texts again and return the result of the edit."""
+        return EditResult(self.model, self.name, self.changed, self.nll_before, self.nll(), diagnostics, self.saved)
 
 
-def require_retain(tokens: dict[str, list[Tokens]], name: str, why: str) -> Sequence[Tokens]:
-    """The retain texts. Raises ArgumentError where there are none."""
-    if "retain" not in tokens:
-        raise ArgumentError(f"{name} needs text to keep, {why}: pass retain=")
-    return tokens["retain"]
+def require_optional(kind: Kind, **values: Any) -> None:
+    """Raise ArgumentError for the first named value that is neither None nor accepted by the kind.
+
+    >>> require_optional(COUNT, samples=None, passes=0)
+    Traceback (most recent call last):
+    pyunlearn.errors.ArgumentError: passes must be a whole number, 1 or more, got 0
+    """
+    require(kind, **{name: value for name, value in values.items() if value is not None})
 
 
-def require_positive(**numbers: float) -> None:
-    """Raises ArgumentError for the first number that is not finite and above 0."""
-    for name, number in numbers.items():
-        if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 < number < float("inf"):
-            raise ArgumentError(f"{name} must be a number above 0, got {number!r}")
+def _require_model(model: Any) -> None:
+    """Raise ArgumentError or ModelError for an object that is no language model and no path of one."""
+    if isinstance(model, (str, Path)):
+        require_path("model", model)
+    elif not isinstance(model, LanguageModel):
+        models.require_language_model(model)
+
+
+def _require_tokenizer(tokenizer: Any) -> None:
+    """Raise ArgumentError for an object that is no tokenizer and no path of one."""
+    if isinstance(tokenizer, (str, Path)):
+        require_path("tokenizer", tokenizer)
+    elif tokenizer is not None and not callable(tokenizer):
+        raise ArgumentError(
+            f"tokenizer must be a tokenizer of transformers or its path, got {type(tokenizer).__name__}: "
+            "leave it out for the one that was saved with the model"
+        )
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
-    """name -> the gradient that stands there."""
+    """Return name -> the gradient that the parameter has now."""
     return {name: p.grad for name, p in model.named_parameters()}

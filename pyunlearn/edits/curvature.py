@@ -1,4 +1,4 @@
-"""Products of the loss's curvature with a vector, streamed batch by batch: no matrix, and no second-order graph of more than one batch."""
+"""Products of the loss's curvature with a vector, batch by batch: no matrix, and a second-order graph of one batch."""
 
 from __future__ import annotations
 
@@ -12,62 +12,61 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyunlearn.data import TokenBatch, Tokens
 from pyunlearn.edits.base import Editing, wide
-from pyunlearn.models.scoring import batches_on, evaluation_mode
+from pyunlearn.models.scoring import evaluation_mode
 
 Vector = list[Tensor]
 
 
 class Curvature:
-    """v -> (C + damping I) v, C the curvature of the mean over the texts of each one's NLL a token.
+    """The function v -> (C + damping I) v, where C is the curvature of the mean over texts of the NLL per token.
 
-    "hessian": C = d^2 L / d theta^2. "gauss-newton": C = J^T (diag p - p p^T) J, J the Jacobian of the logits; never negative, and the
-    Hessian where the logits are linear in the weights. Both are exact, from two backward passes through a batch's own logits (n, V).
+    "hessian": C = d^2 L / d theta^2. "gauss-newton": C = J^T (diag p - p p^T) J, where J is the Jacobian of the logits;
+    it has no negative eigenvalue, and equals the Hessian where the logits are linear in the weights. Both are exact,
+    from two backward passes through a batch's own logits (n, V).
     """
 
     def __init__(self, edit: Editing, tokens: Sequence[Tokens], kind: str, damping: float = 0.0) -> None:
         self.edit, self.tokens, self.kind, self.damping = edit, tokens, kind, damping
 
     def __call__(self, vector: Vector) -> Vector:
-        """Over all texts."""
+        """Return the product over all texts."""
         return self._product(self.tokens, vector)
 
     def parts(self) -> list[Sequence[Tokens]]:
-        """The texts in batches of like length."""
-        order = sorted(self.tokens, key=lambda t: -len(t))
-        return [order[at : at + self.edit.batch_size] for at in range(0, len(order), self.edit.batch_size)]
+        """Return the texts in batches of similar length."""
+        order, size = sorted(self.tokens, key=lambda t: -len(t)), self.edit.config.batch_size
+        return [order[at : at + size] for at in range(0, len(order), size)]
 
     def of_part(self, part: Sequence[Tokens], vector: Vector) -> Vector:
-        """Over one batch alone, which stands for all."""
+        """Return the product over one batch, as an estimate of the product over all texts."""
         return self._product(part, vector)
 
     def _product(self, tokens: Sequence[Tokens], vector: Vector) -> Vector:
-        model, parameters = self.edit.model, list(self.edit.parameters.values())
-        found = [self.damping * v for v in vector]
-        one = _gauss_newton if self.kind == "gauss-newton" else _hessian
-        with (
-            evaluation_mode(model),
-            torch.enable_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-        ):  # the fused kernels have no second derivative
-            for _, batch in batches_on(model, tokens, self.edit.batch_size):
+        parameters = list(self.edit.parameters.values())
+        totals = [self.damping * v for v in vector]
+        product = _gauss_newton if self.kind == "gauss-newton" else _hessian
+        # the fused attention kernels have no second derivative
+        with evaluation_mode(self.edit.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for _, batch in self.edit.batches(tokens):
                 logits = wide_logits(self.edit, batch)
                 weights = 1 / (batch.counts[batch.example].to(logits.dtype) * len(tokens))
-                parts = one(logits, batch.targets, weights, parameters, vector)
-                for total, part in zip(found, parts, strict=True):
+                parts = product(logits, batch.targets, weights, parameters, vector)
+                for total, part in zip(totals, parts, strict=True):
                     if part is not None:
                         total.add_(part.detach())
-        return found
+        return totals
 
 
 def wide_logits(edit: Editing, batch: TokenBatch) -> Tensor:
-    """(n, V) logits at the scored tokens, in float32 or float64, differentiable."""
-    logits = edit.likelihood._logits(batch)
+    """Return (n, V) logits at the scored tokens, in float32 or float64, differentiable."""
+    logits = edit.lm.likelihood._logits(batch)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _hessian(
     logits: Tensor, targets: Tensor, weights: Tensor, parameters: Sequence[nn.Parameter], vector: Vector
 ) -> Sequence[Any]:
+    """Return the product of a batch's Hessian, None for a parameter that the loss does not depend on."""
     log_likelihood = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     gradient = torch.autograd.grad(-(weights * log_likelihood).sum(), parameters, create_graph=True, allow_unused=True)
     terms = [(g * v).sum() for g, v in zip(gradient, vector, strict=True) if g is not None and g.requires_grad]
@@ -79,12 +78,12 @@ def _hessian(
 def _gauss_newton(
     logits: Tensor, targets: Tensor, weights: Tensor, parameters: Sequence[nn.Parameter], vector: Vector
 ) -> Sequence[Any]:
+    """Return the product of a batch's Gauss-Newton matrix, None for a parameter that the logits do not depend on."""
     dual = torch.zeros_like(logits, requires_grad=True)
-    back = torch.autograd.grad(
-        logits, parameters, dual, create_graph=True, allow_unused=True
-    )  # J^T dual, linear in dual
+    # J^T dual, which is linear in dual: its derivative along v is J v
+    back = torch.autograd.grad(logits, parameters, dual, create_graph=True, allow_unused=True)
     terms = torch.stack([(g * v).sum() for g, v in zip(back, vector, strict=True) if g is not None])
-    (forward,) = torch.autograd.grad(terms.sum(), dual, retain_graph=True)  # whose derivative is J v
+    (forward,) = torch.autograd.grad(terms.sum(), dual, retain_graph=True)
     p = logits.detach().softmax(-1)
     middle = weights[:, None] * (p * forward - p * (p * forward).sum(-1, keepdim=True))
     return torch.autograd.grad(logits, parameters, middle, allow_unused=True)
@@ -92,7 +91,10 @@ def _gauss_newton(
 
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
-    """While it lasts, 16-bit weights stand in float32: in 16 bits a second derivative has no digit left. Afterwards they are the same tensors again."""
+    """Convert 16-bit weights to float32 for a while, since a second derivative has no precise digit in 16 bits.
+
+    Afterwards the parameters refer to the same tensors as before.
+    """
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
     narrow, gradients = [t.data for t in tensors], [t.grad for t in tensors]
     for t in tensors:
@@ -108,7 +110,7 @@ def widened(model: nn.Module) -> Iterator[None]:
 
 
 def largest_eigenvalue(product: Curvature, *, iterations: int = 8, seed: int = 0) -> float:
-    """By power iteration from a random vector; from below, within some percent."""
+    """Estimate the largest eigenvalue by power iteration from a random vector: some percent too small at most."""
     generator = torch.Generator().manual_seed(seed)
     vector = [
         torch.randn(p.shape, generator=generator, dtype=wide(p).dtype).to(p.device)
@@ -125,10 +127,18 @@ def largest_eigenvalue(product: Curvature, *, iterations: int = 8, seed: int = 0
 
 
 def dot(a: Vector, b: Vector) -> float:
-    """The inner product, summed in float64."""
+    """Return the inner product, summed in float64.
+
+    >>> dot([torch.ones(2), torch.ones(1)], [torch.ones(2), 3 * torch.ones(1)])
+    5.0
+    """
     return float(sum(torch.dot(x.flatten().double(), y.flatten().double()) for x, y in zip(a, b, strict=True)))
 
 
 def norm(a: Vector) -> float:
-    """The Euclidean norm, summed in float64."""
+    """Return the Euclidean norm, summed in float64.
+
+    >>> norm([3 * torch.ones(1), 4 * torch.ones(1)])
+    5.0
+    """
     return dot(a, a) ** 0.5

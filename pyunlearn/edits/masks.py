@@ -1,4 +1,4 @@
-"""Masks of weights: what a user may give for one, and what a checkpoint remembers of it."""
+"""Masks of the weights that a run may change: checks of a user's mask, and its digest for a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,42 +17,48 @@ from pyunlearn.probes.gradients import trained_parameters
 Mask = dict[str, Tensor]
 
 
-def require_mask(given: Any) -> None:
-    """Raises ArgumentError for what can be a mask of no model."""
-    if not (given is None or isinstance(given, Mapping) or given in ("saliency", "nonzero")):
+def require_mask(mask: Any) -> None:
+    """Raise ArgumentError for an object that can be a mask of no model.
+
+    >>> require_mask({"lm_head.weight": 1})
+    Traceback (most recent call last):
+    pyunlearn.errors.ArgumentError: mask of lm_head.weight must be a boolean tensor like the parameter, got int
+    """
+    if not (mask is None or isinstance(mask, Mapping) or (isinstance(mask, str) and mask in ("saliency", "nonzero"))):
         raise ArgumentError(
-            f'mask must be "saliency", "nonzero" or a dict of parameter names to boolean tensors, got {given!r:.60}'
+            f'mask must be "saliency", "nonzero" or a dict of parameter names to boolean tensors, got {mask!r:.60}'
         )
-    for name, mask in given.items() if isinstance(given, Mapping) else ():
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+    for name, tensor in mask.items() if isinstance(mask, Mapping) else ():
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
+            got = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ArgumentError(f"mask of {name} must be a boolean tensor like the parameter, got {got}")
 
 
 def mask_of(
-    given: Any, model: nn.Module, forget: Sequence[Tokens], *, batch_size: int = 8, workspace: int | None = None
+    mask: Any, model: nn.Module, forget: Sequence[Tokens], *, batch_size: int = 8, workspace: int | None = None
 ) -> Mask:
-    """name -> which weights may change; empty for None. A parameter that is not in it may change in whole.
+    """Return name -> the weights that may change; empty for None. A parameter without an entry may change as a whole.
 
     Raises ArgumentError where the mask fits no parameter, or lets nothing change.
     """
-    if given is None:
+    if mask is None:
         return {}
     parameters = trained_parameters(model)
-    if given == "saliency":
-        found = salient(model, forget, 0.5, batch_size=batch_size, workspace=workspace)
-    elif given == "nonzero":
-        found = {name: p.detach() != 0 for name, p in parameters.items()}
+    if mask == "saliency":
+        tensors = salient(model, forget, 0.5, batch_size=batch_size, workspace=workspace)
+    elif mask == "nonzero":
+        tensors = {name: p.detach() != 0 for name, p in parameters.items()}
     else:
         every = dict(model.named_parameters())
-        fitting = {name: _fitting(name, m, every.get(name)) for name, m in given.items()}
-        found = {name: m for name, m in fitting.items() if name in parameters}
-    if all(name in found and not bool(found[name].any()) for name in parameters):
-        raise ArgumentError("mask lets no weight that trains change: give one that is True somewhere")
-    return found
+        fitting = {name: _fitting(name, m, every.get(name)) for name, m in mask.items()}
+        tensors = {name: m for name, m in fitting.items() if name in parameters}
+    if all(name in tensors and not bool(tensors[name].any()) for name in parameters):
+        raise ArgumentError("mask lets no trainable weight change: give one that is True somewhere")
+    return tensors
 
 
 def _fitting(name: str, mask: Tensor, p: Tensor | None) -> Tensor:
+    """Return a parameter's mask on its device. Raises ArgumentError where there is no such parameter or shape."""
     if p is None:
         raise ArgumentError(
             f"mask has {name!r}, which is no parameter of the model: take names of model.named_parameters()"
@@ -62,11 +68,15 @@ def _fitting(name: str, mask: Tensor, p: Tensor | None) -> Tensor:
     return mask.to(p.device)
 
 
-def digest_of(given: Any) -> str | None:
-    """What a checkpoint remembers of a mask given: a word as it is, a dict by its hash."""
-    if not isinstance(given, Mapping):
-        return given
-    found = hashlib.sha256()
-    for name in sorted(given):
-        found.update(name.encode() + given[name].cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+def digest_of(mask: Any) -> str | None:
+    """Return the form of a mask in a checkpoint: a name unchanged, a dict as its SHA-256.
+
+    >>> digest_of("nonzero")
+    'nonzero'
+    """
+    if not isinstance(mask, Mapping):
+        return mask
+    digest = hashlib.sha256()
+    for name in sorted(mask):
+        digest.update(name.encode() + mask[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

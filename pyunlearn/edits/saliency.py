@@ -1,4 +1,4 @@
-"""The saliency mask (SalUn): which weights an unlearning run may change, by the gradient of the forget loss."""
+"""Saliency mask (SalUn): the weights that an unlearning run may change, by the gradient of the forget loss."""
 
 from __future__ import annotations
 
@@ -10,48 +10,61 @@ from torch import Tensor
 
 from pyunlearn.data import Tokens
 from pyunlearn.edits.base import Editing
+from pyunlearn.edits.config import EditConfig
 from pyunlearn.edits.weight_scores import largest
-from pyunlearn.errors import ArgumentError, TrainingError
+from pyunlearn.errors import TrainingError
+from pyunlearn.options import Number, require
 from pyunlearn.probes.gradients import mean_gradient
 
 
 def saliency_mask(
-    model: Any, forget: Any, *, share: float = 0.5, tokenizer: Any = None, batch_size: int = 8, truncate: bool = False,
+    model: Any,
+    forget: Any,
+    *,
+    share: float = 0.5,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    truncate: bool = False,
     workspace: int | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """True at the weights on which the forget loss depends most.
+) -> dict[str, Tensor]:
+    """Return a mask that is True at the weights on which the forget loss depends most.
 
-        m = 1 where | sum over the forget texts of grad of the NLL a token | is among the largest `share` of all weights that train
+        m = 1 where | sum over the forget texts of grad of the NLL per token | is among the largest `share` of all
+        trainable weights
 
-    For `pyunlearn.unlearn(model, forget, mask=saliency_mask(model, forget))`, with any method: all other weights keep their bits. The sum is over
-    whole texts before the absolute value is taken, and the ranking is over all parameters together.
+    For `pyunlearn.unlearn(model, forget, mask=saliency_mask(model, forget))`, with any method: all other weights keep
+    their bits. The sum is over whole texts before the absolute value is taken, and the ranking is over all parameters
+    together.
 
     Args:
-        model: a transformers language model, or a path; left as it is. With adapters (PEFT) only what trains.
+        model: a transformers language model, or a path; left unchanged. With adapters (PEFT) the mask is for these.
         forget: texts, in the forms that `pyunlearn.unlearn` takes.
-        share: of all weights that train, above 0 and at most 1; exactly that many, rounded.
-        tokenizer, truncate, workspace: as in `pyunlearn.unlearn`.
+        share: of all trainable weights, above 0 and at most 1; exactly that number of weights, rounded.
+        tokenizer: the model's; None: loaded from where the model came from.
         batch_size: texts in one pass.
+        truncate: cut texts that are longer than the model's context, instead of refusing them.
+        workspace: bytes for cached logits.
 
     Returns:
-        name -> bool tensor like the parameter, on its device, for each that trains. One backward pass over the forget set, and 4 bytes a weight
-        while it lasts.
+        name -> bool tensor like the parameter, on its device, for each trainable one. Costs one backward pass over the
+        forget set, and meanwhile 4 bytes per weight.
 
     Raises:
-        ArgumentError: a share out of range. TrainingError: a gradient that is not finite. DataError, ModelError: as in `pyunlearn.unlearn`.
+        ArgumentError: an argument out of range. TrainingError: a gradient that is not finite. DataError, ModelError: as
+            in `pyunlearn.unlearn`.
 
     Source: Fan et al. 2024, arXiv 2310.12508, eq. 3.
     """
-    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 < share <= 1:
-        raise ArgumentError(f"share must be a number above 0 and at most 1, got {share!r}")
-    edit = Editing("saliency_mask", model, {"forget": forget}, tokenizer, batch_size=batch_size, truncate=truncate, workspace=workspace)  # fmt: skip
-    return salient(edit.model, edit.tokens["forget"], share, batch_size=batch_size, workspace=workspace)
+    config = EditConfig(batch_size=batch_size, truncate=truncate, workspace=workspace)
+    require(Number(above=0, maximum=1), share=share)
+    edit = Editing("saliency_mask", model, {"forget": forget}, tokenizer, config)
+    return salient(edit.model, edit.tokens["forget"], share, batch_size=config.batch_size, workspace=config.workspace)
 
 
 def salient(
     model: Any, tokens: Sequence[Tokens], share: float, *, batch_size: int, workspace: int | None
 ) -> dict[str, Tensor]:
-    """The mask, of texts that are encoded."""
+    """Return the saliency mask of encoded texts. Raises TrainingError where a gradient is not finite."""
     gradient = mean_gradient(model, tokens, batch_size=batch_size, workspace=workspace)
     if bad := next((n for n, g in gradient.items() if not bool(torch.isfinite(g).all())), None):
         raise TrainingError(f"the forget loss has a gradient in {bad} that is infinite or NaN: its weights are broken")

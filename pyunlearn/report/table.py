@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from pyunlearn.edits import Edited
+from pyunlearn.edits import EditResult
 from pyunlearn.unlearning.result import Result
 
 COLOURS = {"forgotten": "green", "not memorized": "cyan", "still exposed": "yellow", "over-unlearned": "red"}
@@ -40,7 +40,7 @@ def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
     return table
 
 
-def edit_table(edited: Edited) -> Table:
+def edit_table(edited: EditResult) -> Table:
     """A row for each role: the mean negative log-likelihood of its texts before and after an edit, nats a token."""
     table = narrow_table(f"what {edited.edit} did", "texts", ["before\nnats a token", "after\nnats a token", "change"])
     for role, before in edited.nll_before.items():
@@ -49,7 +49,7 @@ def edit_table(edited: Edited) -> Table:
     return table
 
 
-def edit_line(edited: Edited) -> str:
+def edit_line(edited: EditResult) -> str:
     """One line: how much of the model is another than before, and the edit's own numbers."""
     size = sum(p.numel() for p in edited.model.parameters())
     numbers = [
