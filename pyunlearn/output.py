@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyunlearn import models
@@ -66,11 +70,85 @@ def save_folder(directory: str | Path, model: Any, tokenizer: Any, name: str, co
     return target
 
 
-def check_output(directory: str | Path) -> Path:
-    """The directory as a path, if it is new or empty. Raises OutputError otherwise."""
+def check_output(directory: str | Path, *, marker: str | None = None) -> Path:
+    """Return the directory as a path, if it is new, empty, or holds the file `marker`. Raises OutputError otherwise."""
     given, target = Path(directory), Path(directory).resolve()
     if target.exists() and not target.is_dir():
         raise OutputError(f"the output folder {given} is a file: choose another name")
-    if target.is_dir() and any(target.iterdir()):
+    resumable = marker is not None and (target / marker).exists()
+    if target.is_dir() and any(target.iterdir()) and not resumable:
         raise OutputError(f"the output folder {given} is not empty: choose another, or empty it first")
     return target
+
+
+def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write` make a file or folder under a temporary name, then rename it to `target`: all of it or nothing.
+
+    Raises OutputError when it cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        write(partial)
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+    except OSError as error:
+        raise OutputError(f"{target.name} could not be written to {target.parent}: {error}") from error
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(target: Path, content: Any) -> None:
+    """Write a JSON file, all of it or nothing. Raises OutputError when it cannot be written."""
+    write_bytes(target, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write a file, all of it or nothing. Raises OutputError when it cannot be written."""
+    write_whole(target, lambda path: path.write_bytes(content))
+
+
+def plain(value: Any) -> Any:
+    """Return dataclasses and named tuples as dicts, tuples as lists, and infinity and NaN, unknown to JSON, as None."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if hasattr(value, "_asdict"):
+        return {name: plain(part) for name, part in value._asdict().items()}
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def settings_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first setting in which a saved run differs, ready for "it was made with ...", or None.
+
+    >>> settings_difference({"tau": 0.95, "seed": 0}, {"tau": 0.9, "seed": 0})
+    'tau=0.95, not 0.9'
+    """
+    values = json.loads(json.dumps(now))  # tuples as lists, as they were read back
+    return next((f"{k}={saved.get(k)!r}, not {v!r}" for k, v in values.items() if saved.get(k) != v), None)
+
+
+def scores_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first role whose scores differ by more than rounding, ready for "it was made with ...", or None.
+
+    Args:
+        saved: role -> (n,) scores under the model, one for each text, of the saved run.
+        now: the same of this run.
+    """
+    for role, scores in now.items():
+        before = saved.get(role, [])
+        if len(before) != len(scores) or not np.allclose(before, scores, rtol=1e-4):
+            return f"another model or other {role.replace('_', '-')} texts"
+    return None
