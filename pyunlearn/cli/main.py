@@ -227,7 +227,7 @@ def compare(
         found = pyunlearn.compare(
             model, forget, methods=None if methods is None else [name.strip() for name in methods.split(",") if name.strip()], retain=retain,
             method_options=options_by_method(options or []), holdout=holdout, tokenizer=tokenizer, tau=tau, metric=metric, retain_loss=None if retain_loss == "none" else retain_loss,
-            learning_rate=learning_rate, batch_size=batch_size, max_steps=max_steps, until=until, utility_budget=utility_budget,
+            learning_rate=learning_rate, batch_size=batch_size, max_steps=max_steps, target_exposure=until, utility_budget=utility_budget,
             truncate=truncate, seed=seed, output_dir=target, plot=plot, progress=False if quiet else None,
         )  # fmt: skip
     except KeyboardInterrupt:
