@@ -1,4 +1,4 @@
-"""What the caller gave: texts made ready for a model, and how a result speaks of model, settings and versions."""
+"""Saving: files and folders written whole or not at all, and the names of model, settings and versions in them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyunlearn.errors import OutputError
 
 
 def model_name(model: Any) -> str | None:
-    """How a report calls a model: not where it lies on this machine, for reports are passed on."""
+    """Return the name of a model for a report, without its path on this machine, for reports are passed on."""
     if model is None:
         return None
     inner = None if isinstance(model, (str, Path)) else models.unwrapped(model)
@@ -28,7 +28,7 @@ def model_name(model: Any) -> str | None:
 
 
 def shown(value: Any) -> Any:
-    """An argument as JSON shows it: its value, the beginning of a long text, or the name of its type."""
+    """Return an argument as JSON shows it: its value, the beginning of a long text, or the name of its type."""
     if isinstance(value, (str, Path)):
         text = str(value)
         return text if len(text) <= 200 else text[:200] + "..."
@@ -36,48 +36,48 @@ def shown(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Return the versions of pyunlearn and torch, on which the numbers depend."""
     from pyunlearn import __version__
 
     return {"pyunlearn": __version__, "torch": torch.__version__}
 
 
 def save_folder(directory: str | Path, model: Any, tokenizer: Any, name: str, content: dict[str, Any]) -> Path:
-    """Writes a model, its tokenizer and one JSON file into an empty or new directory; all of it or nothing.
+    """Write a model, its tokenizer and one JSON file into an empty or new directory; all of it or nothing.
 
     Raises OutputError when the directory holds something already or cannot be written.
     """
     target = check_output(directory)
     mount = target.is_mount()  # cannot be replaced, only filled
-    beside = (target / ".partial") if mount else target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial = (target / ".partial") if mount else target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        beside.mkdir(parents=True)
-        model.save_pretrained(beside)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
         if tokenizer is not None:
-            tokenizer.save_pretrained(beside)
-        (beside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            tokenizer.save_pretrained(partial)
+        (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if mount:
-            for part in sorted(beside.iterdir()):
+            for part in sorted(partial.iterdir()):
                 part.replace(target / part.name)
         else:
             if target.exists():
                 target.rmdir()
-            beside.replace(target)
+            partial.replace(target)
     except OSError as error:
         raise OutputError(f"the result could not be written to {target}: {error}") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
 def check_output(directory: str | Path, *, marker: str | None = None) -> Path:
     """Return the directory as a path, if it is new, empty, or holds the file `marker`. Raises OutputError otherwise."""
-    given, target = Path(directory), Path(directory).resolve()
+    target = Path(directory).resolve()
     if target.exists() and not target.is_dir():
-        raise OutputError(f"the output folder {given} is a file: choose another name")
+        raise OutputError(f"the output folder {directory} is a file: choose another name")
     resumable = marker is not None and (target / marker).exists()
     if target.is_dir() and any(target.iterdir()) and not resumable:
-        raise OutputError(f"the output folder {given} is not empty: choose another, or empty it first")
+        raise OutputError(f"the output folder {directory} is not empty: choose another, or empty it first")
     return target
 
 

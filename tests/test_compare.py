@@ -115,7 +115,7 @@ def test_methods_are_measured_at_equal_utility(comparison, trained):
 
 
 def test_the_run_s_own_memory_is_measured(comparison):
-    """Where the system says it: more than nothing, less than the machine's."""
+    """The peak memory of a run, where the system reports it, is more than nothing and less than the machine's."""
     for row in (r for r in comparison.rows if r.done):
         assert row.peak_memory is None or 2**20 < row.peak_memory < 2**40
 
@@ -143,7 +143,7 @@ def test_without_a_retain_set_and_holdout_the_model_writes_its_own(trained):
 
 
 def test_an_adapter_is_compared_and_left_as_it_came(trained):
-    """It is mixed by scaling and its base stays. One that does not start from zero is refused before any work."""
+    """Adapters are mixed by scaling and the base stays; one that does not start from zero is refused at once."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = peft.get_peft_model(trained.fresh(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
@@ -239,7 +239,7 @@ def test_a_utility_of_zero_is_refused(trained):
 
 
 def test_a_saved_comparison_reads_back(comparison, tmp_path):
-    """result.json is whole and holds no text; a table has a line for each method; two pictures are there."""
+    """result.json is whole and holds no text; a table has a line for each method; two pictures are written."""
     comparison.save(tmp_path / "c")
     save_plots(comparison, tmp_path / "c")
     read = Comparison.read(tmp_path / "c")
@@ -279,7 +279,7 @@ def test_the_plot_names_each_method_and_the_original(comparison):
 
 
 def test_names_in_the_plot_stand_apart():
-    """In their order, `gap` apart, within the limits; untouched where there is room."""
+    """Names keep their order, at least `gap` apart and within the limits, and do not move where they are far apart."""
     assert _spread([0.0, 1.0, 2.0], 0.5, -1, 3) == [0.0, 1.0, 2.0]
     close = _spread([0.1, 0.1, 0.2, 2.9, 3.0], 0.5, 0, 3)
     assert close == pytest.approx([0.1, 0.6, 1.1, 2.5, 3.0])

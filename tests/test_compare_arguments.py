@@ -18,9 +18,14 @@ def model():
 
 
 def compare(model, /, **options):
-    given = {"forget": tiny.sentences(2, 3), "retain": RETAIN, "holdout": HOLDOUT, "tokenizer": tiny.make_tokenizer()}
-    given |= {"methods": ["ga", "simnpo"], "output_dir": "c", "model": model}
-    return pyunlearn.compare(**(given | options))
+    arguments = {
+        "forget": tiny.sentences(2, 3),
+        "retain": RETAIN,
+        "holdout": HOLDOUT,
+        "tokenizer": tiny.make_tokenizer(),
+    }
+    arguments |= {"methods": ["ga", "simnpo"], "output_dir": "c", "model": model}
+    return pyunlearn.compare(**(arguments | options))
 
 
 WRONG = [
@@ -68,7 +73,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("options", "error", "message"), WRONG)
 def test_every_wrong_argument_is_one_sentence(model, tmp_path, monkeypatch, options, error, message):
-    """It names the argument, and nothing is written."""
+    """The sentence names the argument, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message) as caught:
         compare(model, **options)
@@ -85,7 +90,7 @@ def test_wrong_arguments_are_seen_before_anything_is_read(model, tmp_path, monke
 
 
 def test_a_plot_without_matplotlib_is_refused_at_the_start(model, tmp_path, monkeypatch):
-    """And not after hours of unlearning."""
+    """The package is looked for first, and not after hours of unlearning."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DependencyError, match="matplotlib"):

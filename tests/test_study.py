@@ -46,7 +46,7 @@ def finished(tmp_path_factory):
 
 
 def test_a_study_ends_with_a_verdict_on_every_claim(finished):
-    """It has tables, figures in both forms and a page that loads nothing from elsewhere."""
+    """Tables, figures in both forms and a page that loads nothing from elsewhere are written."""
     assert [c.name for c in finished.claims] == list(CLAIMS)
     for claim in finished.claims:
         assert claim.verdict in ("supported", "not supported", "undecided")
@@ -84,11 +84,11 @@ def test_an_interrupted_study_resumes_to_the_same_files(finished, tmp_path, monk
     for where, name, after in ((training, "_step", 9), (study_runs, "unlearn_set", 2)):
         real, calls = getattr(where, name), []
 
-        def stop(*given, real=real, calls=calls, after=after, **options):
+        def stop(*values, real=real, calls=calls, after=after, **options):
             calls.append(1)
             if len(calls) > after:
                 raise KeyboardInterrupt
-            return real(*given, **options)
+            return real(*values, **options)
 
         monkeypatch.setattr(where, name, stop)
         with pytest.raises(KeyboardInterrupt):
@@ -108,7 +108,7 @@ def test_the_other_setups_come_to_verdicts(tmp_path, monkeypatch, setup):
     """A causal model from scratch on text, and a checkpoint fine-tuned on questions and answers; neither has BLEU."""
     monkeypatch.setattr(study, "draw_all", lambda *_: None)
     monkeypatch.setattr(study, "write_page", lambda *_: None)
-    given = {
+    arguments = {
         **TINY,
         "setup": setup,
         "repetitions": (4,),
@@ -120,12 +120,12 @@ def test_the_other_setups_come_to_verdicts(tmp_path, monkeypatch, setup):
         tiny.tiny_llama(len(tokenizer)).save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         (tmp_path / "qa.jsonl").write_text("\n".join(json.dumps(f) for f in tiny.facts(200, 0)))
-        given |= {
+        arguments |= {
             "checkpoint": str(tmp_path / "model"),
             "corpus": tmp_path / "qa.jsonl",
             "kinds": ("id", "mismatched", "random"),
         }
-    made = run_study(tmp_path / "out", **given)
+    made = run_study(tmp_path / "out", **arguments)
     assert [c.name for c in made.claims] == list(CLAIMS)
     run = np.load(tmp_path / "out" / "runs" / "id-r4-draw0-lr0.01.npz")
     assert np.isnan(run["bleu"]).all()
@@ -153,7 +153,7 @@ def test_a_finished_study_is_not_done_again(finished, monkeypatch):
 
 
 def test_the_command_resumes_a_study(finished):
-    """With the same settings it finds the study done and prints the verdicts; with others it is refused."""
+    """The same settings find the study finished and print the verdicts; others are refused."""
     changes = [x for k, v in TINY.items() for x in ("--set", f"{k}={json.dumps(v)}")]
 
     def run(*more):
@@ -167,7 +167,7 @@ def test_the_command_resumes_a_study(finished):
 
 
 def test_config_json_starts_the_same_study(finished):
-    """The settings of a study can be read back and given again."""
+    """The settings of a study can be read back and start it again."""
     config = StudyConfig.read(finished.folder / "config.json")
     assert config == finished.config
     assert run_study(finished.folder, config=config).config == config

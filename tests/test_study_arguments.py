@@ -59,7 +59,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("changes", "error", "message"), WRONG)
 def test_every_wrong_argument_is_one_sentence(tmp_path, monkeypatch, changes, error, message):
-    """It names the argument, and nothing is written."""
+    """The sentence names the argument, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=message) as caught:
         run_study(**{"out": "out", **changes})
@@ -105,7 +105,7 @@ def test_a_file_changes_its_preset(tmp_path):
 
 
 def test_the_signature_lists_every_setting():
-    """So that editors and help() show them."""
+    """Editors and help() show them all."""
     import inspect
 
     parameters = inspect.signature(run_study).parameters

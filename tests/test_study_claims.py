@@ -83,7 +83,7 @@ def test_a_verdict_needs_interval_test_and_numbers(effect, low, high, p, n, expe
 
 
 def test_a_claim_is_decided_only_where_comparisons_agree():
-    """With one that speaks against it the claim is undecided, and the reason names what it depends on."""
+    """One comparison against the claim makes it undecided, and the reason names what it depends on."""
     effects = {True: statistics.Effect(0.8, 0.7, 0.9, 0.01, 40), False: statistics.Effect(0.2, 0.1, 0.3, 0.01, 40)}
 
     def judge(*supports):

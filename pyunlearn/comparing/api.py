@@ -96,18 +96,7 @@ def compare(
     inputs = {**examples, "tokenizer": lm.tokenizer, "reference_model": reference_model, "progress": progress}
     with Restored(lm) as start:
         criterion, utility_text = _measure_original(lm, examples, config, progress)
-        comparison = Comparison(
-            rows=[],
-            original=criterion.original,
-            utility_text=utility_text,
-            non_members=len(criterion.scores["non_members"]),
-            scores={role: scores.tolist() for role, scores in criterion.scores.items()},
-            settings=record,
-        )
-        if folder is not None and (folder / "result.json").exists():
-            saved = Comparison.read(folder)
-            _require_same(saved, comparison, folder)
-            comparison.rows = [row for row in saved.rows if row.done or row.method not in names]
+        comparison = _start(criterion, utility_text, record, folder)
         _fill(comparison, names, start, criterion, config, inputs, folder)
     order = {name: rank for rank, name in enumerate(names)}
     comparison.rows.sort(key=lambda row: order.get(row.method, len(order)))
@@ -160,7 +149,7 @@ def _check_arguments(
         if flag is not None:
             require(Flag(), **{name: flag})
     if plot and output_dir is None:
-        raise ArgumentError("plot=True writes the plot to output_dir, and there is none: give output_dir")
+        raise ArgumentError("plot=True writes the plot to output_dir, which is missing: give output_dir")
     if plot:
         require_plot_package()
 
@@ -191,6 +180,23 @@ def _measure_original(
         bar.close()
     text = next((text for role, text in _UTILITY_TEXTS.items() if role in tokens), "text sampled from the model")
     return criterion, text
+
+
+def _start(criterion: Criterion, utility_text: str, record: dict[str, Any], folder: Path | None) -> Comparison:
+    """Return the comparison without rows, or with those in the folder that need not be made again."""
+    comparison = Comparison(
+        rows=[],
+        original=criterion.original,
+        utility_text=utility_text,
+        non_members=len(criterion.scores["non_members"]),
+        scores={role: scores.tolist() for role, scores in criterion.scores.items()},
+        settings=record,
+    )
+    if folder is not None and (folder / "result.json").exists():
+        saved = Comparison.read(folder)
+        _require_same(saved, comparison, folder)
+        comparison.rows = [row for row in saved.rows if row.done or row.method not in record["methods"]]
+    return comparison
 
 
 def _require_same(saved: Comparison, now: Comparison, folder: Path) -> None:

@@ -36,7 +36,7 @@ class _Column(NamedTuple):
     """A column of the table: a function of measurement and utility share, or of the row, which the original lacks."""
 
     title: str
-    narrow: bool  # there too in a table of 80 columns
+    narrow: bool  # also part of a table of 80 columns
     of_measurement: Callable[[Measurement, float], str] | None
     of_row: Callable[[Row], str] = str
 
@@ -180,7 +180,7 @@ def _draw(axes: Any, comparison: Comparison, done: list[Row]) -> None:
         xlabel=f"{metric} on the {comparison.utility_text}, % of the original's",
     )
     axes.text(left - 0.05 * span, NULL_MEAN, "unseen text", va="bottom", fontsize=7)
-    # the names stand in a column at the right, each with a line to its point, so that none covers another
+    # names in a column at the right, each with a line to its point, so that none covers another
     named = sorted((exposure, share, method) for exposure, share, _, method in points)
     gap = 0.85 * (top + 0.75) / max(len(named), 12)
     heights = _spread([exposure for exposure, _, _ in named], gap, -0.15, top + 0.4)
