@@ -68,15 +68,15 @@ def unlearn(
     2: something given cannot be used. 130: interrupted; `--resume` goes on.
     """
     import pyunlearn
-    from pyunlearn.methods.options import parse_options
+    from pyunlearn.methods.options import options_of
 
     quiet_libraries()
     target = out if out is not None else Path(f"{Path(model).resolve().name.removesuffix('.gguf')}-unlearned")
     result = pyunlearn.unlearn(
-        model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method, method_options=parse_options(options or []),
+        model, forget, retain=retain, holdout=holdout, tokenizer=tokenizer, method=method, method_options=options_of(options or []),
         retain_loss=None if retain_loss == "none" else retain_loss, reference_model=reference_model,
         learning_rate=learning_rate, batch_size=batch_size, micro_batch_size=micro_batch_size, order=order,
-        difficulty=difficulty, token_weights=token_weights, token_share=token_share, max_steps=max_steps, target_exposure=until, utility_budget=utility_budget,
+        difficulty=difficulty, token_weights=token_weights, token_share=token_share, max_steps=max_steps, until=until, utility_budget=utility_budget,
         mask=mask, l1=l1, truncate=truncate, resume=resume, output_dir=target, seed=seed, progress=False if quiet else None,
     )  # fmt: skip
     if result.stopped == "interrupted":
@@ -217,7 +217,7 @@ def compare(
     """
     import pyunlearn
     from pyunlearn.comparing import comparison_table, require_plot_package
-    from pyunlearn.methods.options import parse_options_by_method
+    from pyunlearn.methods.options import options_by_method
 
     quiet_libraries()
     if plot:
@@ -226,7 +226,7 @@ def compare(
     try:
         found = pyunlearn.compare(
             model, forget, methods=None if methods is None else [name.strip() for name in methods.split(",") if name.strip()], retain=retain,
-            method_options=parse_options_by_method(options or []), holdout=holdout, tokenizer=tokenizer, tau=tau, metric=metric, retain_loss=None if retain_loss == "none" else retain_loss,
+            method_options=options_by_method(options or []), holdout=holdout, tokenizer=tokenizer, tau=tau, metric=metric, retain_loss=None if retain_loss == "none" else retain_loss,
             learning_rate=learning_rate, batch_size=batch_size, max_steps=max_steps, target_exposure=until, utility_budget=utility_budget,
             truncate=truncate, seed=seed, output_dir=target, plot=plot, progress=False if quiet else None,
         )  # fmt: skip
