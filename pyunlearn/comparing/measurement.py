@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from pyunlearn import metrics
 from pyunlearn.comparing.result import Standing
-from pyunlearn.data import Tokens, padding_id
+from pyunlearn.data import Tokens
 from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.metrics import bootstrap_interval, verdict
-from pyunlearn.models import Likelihood
+from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes import TeacherForced, teacher_forced
 from pyunlearn.unlearning.result import VERDICTS
 
@@ -40,11 +40,7 @@ class Yardstick:
         self, model: Any, tokenizer: Any, forget: list[Tokens], utility: list[Tokens], references: list[Tokens], *, metric: str, until: float,
         batch_size: int, workspace: int | None, seed: int,
     ) -> None:  # fmt: skip
-        self.likelihood, self.pad, self.batch_size = (
-            Likelihood(model, workspace=workspace),
-            padding_id(tokenizer),
-            batch_size,
-        )
+        self.lm, self.batch_size = LanguageModel.of(model, tokenizer, workspace=workspace), batch_size
         self.tokens = {"forget": forget, "utility": utility, "references": references}
         self.device = next(model.parameters()).device
         self.metric, self.until, self.seed = UTILITY_METRICS[metric], until, seed
@@ -67,7 +63,7 @@ class Yardstick:
         return self._standing({role: self._forced(tokens) for role, tokens in self.tokens.items()})
 
     def _forced(self, tokens: Sequence[Tokens]) -> TeacherForced:
-        return teacher_forced(self.likelihood, tokens, pad_id=self.pad, batch_size=self.batch_size)
+        return teacher_forced(self.lm, tokens, batch_size=self.batch_size)
 
     def _standing(self, forced: dict[str, TeacherForced]) -> Standing:
         forget, utility = forced["forget"], forced["utility"]

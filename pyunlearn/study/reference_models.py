@@ -9,7 +9,7 @@ import numpy as np
 
 from pyunlearn.data import Tokens, padding_id
 from pyunlearn.metrics import bleu
-from pyunlearn.models import Likelihood
+from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes import greedy_continuations, teacher_forced
 from pyunlearn.study.config import Config
 from pyunlearn.study.folder import Folder
@@ -74,7 +74,7 @@ def score_all(
             continue
         say(f"scoring {name}")
         model = load_model(folder.path / "models" / name, device)
-        found = score(Likelihood(model), [sets.tokens[i] for i in [*watched, *sets.test]], tokenizer)
+        found = score(LanguageModel.of(model, tokenizer), [sets.tokens[i] for i in [*watched, *sets.test]])
         nll, accuracy = found
         n = len(watched)
         folder.arrays(
@@ -83,9 +83,9 @@ def score_all(
         )  # fmt: skip
 
 
-def score(likelihood: Likelihood, tokens: Sequence[Tokens], tokenizer: Any) -> tuple[Any, Any]:
+def score(lm: LanguageModel, tokens: Sequence[Tokens]) -> tuple[Any, Any]:
     """(n,) mean negative log-likelihood a token, nats, and (n,) share of tokens that are the first choice."""
-    found = teacher_forced(likelihood, tokens, pad_id=padding_id(tokenizer), batch_size=_AT_ONCE)
+    found = teacher_forced(lm, tokens, batch_size=_AT_ONCE)
     return -found.mean_log_likelihood, found.greedy_match
 
 
@@ -95,5 +95,5 @@ def translate(model: Any, tokenizer: Any, sets: Sets, config: Config) -> float:
         return float("nan")
     chosen = sets.test[: config.bleu_examples]
     room = [Tokens(sets.tokens[i].ids, 0, (padding_id(tokenizer),) * config.max_tokens) for i in chosen]
-    said = greedy_continuations(model, tokenizer, room, longest=config.max_tokens, batch_size=_AT_ONCE)
+    said = greedy_continuations(model, room, tokenizer=tokenizer, longest=config.max_tokens, batch_size=_AT_ONCE)
     return bleu(tokenizer.batch_decode(said, skip_special_tokens=True), sets.test_texts[: config.bleu_examples])

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyunlearn.data import TokenBatch, collate, padding_id
 from pyunlearn.methods import METHODS, Method
 from pyunlearn.models import Likelihood, decoder_start_id, is_encoder_decoder
+from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.study.config import Config
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.models import load_model
@@ -67,7 +68,8 @@ def _ascend(model: Any, config: Config, tokenizer: Any, sets: Sets, job: Job) ->
     places = sets.forget[job.which]
     forget, references = ([sets.tokens[i] for i in group] for group in (places, sets.references[job.which.kind]))
     test = [sets.tokens[i] for i in sets.test]
-    likelihood, device = Likelihood(model), next(model.parameters()).device
+    lm = LanguageModel.of(model, tokenizer)
+    likelihood, device = lm.likelihood, lm.device
     start = decoder_start_id(model) if is_encoder_decoder(model) else None
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.rate, weight_decay=0.0)
@@ -83,7 +85,7 @@ def _ascend(model: Any, config: Config, tokenizer: Any, sets: Sets, job: Job) ->
     original = [_begun(likelihood, batch([i]), METHODS[config.method]) for i in range(n)]
     for step in range(config.steps + 1):
         if step % config.every == 0 or step == config.steps:
-            nll, accuracy = score(likelihood, [*forget, *references, *test], tokenizer)
+            nll, accuracy = score(lm, [*forget, *references, *test])
             if not np.isfinite(nll).all():
                 break
             utility = float(nll[n + m :].mean())
