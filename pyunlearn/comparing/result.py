@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyunlearn.auditing.result import _plain
 from pyunlearn.errors import OutputError
 from pyunlearn.metrics import Interval
+from pyunlearn.output import plain_json
 from pyunlearn.unlearning.result import VERDICTS
 
 _FORMAT = "pyunlearn comparison"
@@ -102,7 +102,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON. It holds no text."""
-        return {"format": _FORMAT, "complete": self.complete, **_plain(self)}
+        return {"format": _FORMAT, "complete": self.complete, **plain_json(self)}
 
     @classmethod
     def read(cls, directory: str | Path) -> Comparison:
