@@ -114,7 +114,7 @@ def _how(audit: Audit, source: str) -> list[tuple[str, str]]:
         ),
         (
             "verdicts",
-            f"memorized from 4.32 bits on (likelier than 95 % of unseen text); forgotten at {s['until']:.2f} bits and less; over-unlearned when less likely than "
+            f"memorized from 4.32 bits on (likelier than 95 % of unseen text); forgotten at {s['target_exposure']:.2f} bits and less; over-unlearned when less likely than "
             "95 % of unseen text",
         ),
         (
