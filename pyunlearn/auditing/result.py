@@ -87,7 +87,7 @@ class Membership:
 
 @dataclass(frozen=True)
 class RetainUtility:
-    """Likelihood of the retain set: text that the model has to go on writing."""
+    """Likelihood of the retain set, under the model and under the original."""
 
     texts: int
     nll: Interval
