@@ -109,16 +109,16 @@ def write_bytes(target: Path, content: bytes) -> None:
     write_whole(target, lambda path: path.write_bytes(content))
 
 
-def plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """Return dataclasses and named tuples as dicts, tuples as lists, and infinity and NaN, unknown to JSON, as None."""
     if is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: plain_json(getattr(value, f.name)) for f in fields(value)}
     if hasattr(value, "_asdict"):
-        return {name: plain(part) for name, part in value._asdict().items()}
+        return {name: plain_json(part) for name, part in value._asdict().items()}
     if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items()}
+        return {name: plain_json(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
+        return [plain_json(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -16,7 +16,6 @@ from pyunlearn.comparing.plots import _spread, save_plots
 from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError, ModelError, OutputError
 from pyunlearn.methods import METHODS
-from pyunlearn.models import Likelihood
 from pyunlearn.probes import teacher_forced
 
 OPTIONS = {"learning_rate": 1e-3, "max_steps": 4, "seed": 0}
@@ -104,7 +103,7 @@ def test_methods_are_measured_at_equal_utility(comparison, trained):
         assert row.calibrated.exposure.estimate > row.uncalibrated.exposure.estimate
         assert row.seconds > 0
     tokens = encode(read_examples(trained.retain, role="retain"), trained.tokenizer, role="retain", max_length=None)
-    forced = teacher_forced(Likelihood(trained.model), tokens, pad_id=0)
+    forced = teacher_forced(trained.model, tokens)
     assert comparison.original.utility == pytest.approx(sum(map(math.exp, forced.mean_log_likelihood)) / 60, abs=1e-6)
     assert comparison.utility_text == "retain set"
     assert comparison.non_members == 60

@@ -150,7 +150,7 @@ def test_the_headline_says_the_worst(found, verdicts, said, tone):
 
 def test_without_the_original_nothing_is_called_forgotten(found):
     """The page says what was not given."""
-    alone = replace(found, references=replace(found.references, anchored=False, drift=None), change=None)
+    alone = replace(found, non_members=replace(found.non_members, anchored=False, drift=None), change=None)
     alone = with_verdicts(alone, "still exposed", *["not memorized"] * 5)
     assert sentences.headline(alone) == "1 of 6 texts is memorized."
     assert "was not given" in " ".join(sentences.summary(alone))
@@ -197,7 +197,7 @@ def test_a_rate_that_the_holdout_cannot_show_is_explained(found):
 
 def test_sampled_text_is_not_said_to_be_certainly_unseen(found):
     """A holdout is unseen because its owner says so; what a model wrote itself merely stands for such text."""
-    sampled = replace(found, references=replace(found.references, source="sampled from the original model"))
+    sampled = replace(found, non_members=replace(found.non_members, source="sampled from the original model"))
     assert "that were never trained on (the holdout" in Page(audit_page(found)).text
     assert "that stand for text never trained on (written by" in Page(audit_page(sampled)).text
     assert "certainly" not in Page(audit_page(sampled)).text

@@ -142,7 +142,7 @@ def audit(
     Exit code 0: nothing is exposed. 1: something is still exposed or over-unlearned. 2: something given cannot be used. 130: interrupted.
     """
     import pyunlearn
-    from pyunlearn.auditing.api import METRICS
+    from pyunlearn.auditing.config import METRICS
     from pyunlearn.output import check_output
     from pyunlearn.report import audit_lines, audit_table, require_page_packages, write_audit
 

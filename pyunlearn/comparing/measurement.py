@@ -79,7 +79,7 @@ class Criterion:
         return {role: self._pass(tokens) for role, tokens in self.tokens.items()}
 
     def _pass(self, tokens: list[Tokens]) -> TeacherForced:
-        return teacher_forced(self.lm.likelihood, tokens, pad_id=self.lm.pad_id, batch_size=2 * self.config.batch_size)
+        return teacher_forced(self.lm, tokens, batch_size=2 * self.config.batch_size)
 
     def _measurement(self, passes: dict[str, TeacherForced]) -> Measurement:
         forget, utility = passes["forget"], passes["utility"]

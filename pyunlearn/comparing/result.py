@@ -12,7 +12,7 @@ from typing import Any
 
 from pyunlearn.errors import OutputError
 from pyunlearn.metrics import Interval
-from pyunlearn.output import check_output, plain, write_bytes, write_json
+from pyunlearn.output import check_output, plain_json, write_bytes, write_json
 from pyunlearn.unlearning.result import VERDICTS
 
 _FORMAT = "pyunlearn comparison"
@@ -101,7 +101,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON. It holds no text."""
-        return {"format": _FORMAT, "complete": self.complete, **plain(self)}
+        return {"format": _FORMAT, "complete": self.complete, **plain_json(self)}
 
     @classmethod
     def read(cls, directory: str | Path) -> Comparison:

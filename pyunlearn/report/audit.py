@@ -21,7 +21,7 @@ from pyunlearn.report.table import COLOURS, SHOWN, beginning, narrow_table
 
 def audit_table(audit: Audit, *, show_text: bool = False) -> Table:
     """A row for each text, the worst first (30 at most): exposure with its interval, exact memorization, extraction strength, verdict."""
-    both = audit.references.anchored
+    both = audit.non_members.anchored
     table = narrow_table(
         "what the model remembers", "text", ["exposure\nbits", "interval\nbits", "first\nchoice", "extracted"]
     )
@@ -43,7 +43,7 @@ def audit_table(audit: Audit, *, show_text: bool = False) -> Table:
 
 def audit_lines(audit: Audit) -> list[str]:
     """What stands around the table: the verdict on the whole set, and what it cost elsewhere."""
-    r = audit.references
+    r = audit.non_members
     found = [sentences.headline(audit), *sentences.summary(audit)]
     found.append(
         f"compared with {len(r.scores)} texts: {r.source}{', scored under the original model' if r.anchored else ''}"

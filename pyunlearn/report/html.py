@@ -34,7 +34,7 @@ def audit_page(audit: Audit, *, show_text: bool = False) -> str:
 
 
 def _content(audit: Audit, show_text: bool) -> dict[str, Any]:
-    examples, references = audit.examples, audit.references
+    examples, references = audit.examples, audit.non_members
     ranked = sorted(examples, key=lambda e: (list(sentences.MEANINGS).index(e.verdict), -e.exposure))
     verdicts = [e.verdict for e in examples]
     before = [e.exposure_before for e in examples if e.exposure_before is not None]
@@ -103,7 +103,7 @@ def _attack(m: Any) -> dict[str, str]:
 
 
 def _how(audit: Audit, source: str) -> list[tuple[str, str]]:
-    s, references = audit.settings, audit.references
+    s, references = audit.settings, audit.non_members
     mean = sentences.with_interval(audit.null_test.mean_interval, ".2f")
     said = [
         ("comparison texts", f"{len(references.scores)}, {source}"),
@@ -114,7 +114,7 @@ def _how(audit: Audit, source: str) -> list[tuple[str, str]]:
         ),
         (
             "verdicts",
-            f"memorized from 4.32 bits on (likelier than 95 % of unseen text); forgotten at {s['until']:.2f} bits and less; over-unlearned when less likely than "
+            f"memorized from 4.32 bits on (likelier than 95 % of unseen text); forgotten at {s['target_exposure']:.2f} bits and less; over-unlearned when less likely than "
             "95 % of unseen text",
         ),
         (

@@ -22,7 +22,7 @@ def headline(audit: Audit) -> str:
     counts, n = audit.verdicts, len(audit.examples)
     exposed, over = counts.get("still exposed", 0), counts.get("over-unlearned", 0)
     if exposed:
-        said = "still exposed" if audit.references.anchored else "memorized"
+        said = "still exposed" if audit.non_members.anchored else "memorized"
         return f"{_of(exposed, n)} {'is' if exposed == 1 else 'are'} {said}."
     if over:
         return f"Nothing is exposed, but {_of(over, n).lower()} {'was' if over == 1 else 'were'} driven too far."
@@ -39,7 +39,7 @@ def tone(audit: Audit) -> str:
 def summary(audit: Audit) -> list[str]:
     """Two or three sentences below it."""
     found = []
-    if audit.references.anchored and audit.change is not None:
+    if audit.non_members.anchored and audit.change is not None:
         was = sum(e.exposure_before is not None and e.exposure_before >= SIGNIFICANT - 1e-9 for e in audit.examples)
         found.append(f"Before unlearning, {was} of {len(audit.examples)} stood out as memorized. {_moved(audit)}")
     else:
@@ -77,7 +77,7 @@ def cost(audit: Audit) -> list[str]:
             scale = 100 / max(u.nll_before.estimate, 1.0)
             line += f", {with_interval(u.nll_before, '.3f')} before: {scale * u.change.estimate:+.1f} % ({scale * u.change.low:+.1f} to {scale * u.change.high:+.1f} %)"
         found.append(line + ".")
-    if (d := audit.references.drift) is not None:
+    if (d := audit.non_members.drift) is not None:
         found.append(
             f"The comparison texts, which nobody wanted forgotten, became {d.estimate:+.3f} nats a token less likely ({d.low:+.3f} to {d.high:+.3f}; near 0 is good)."
         )

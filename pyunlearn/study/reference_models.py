@@ -100,7 +100,7 @@ def score_all(
 
 def score(lm: LanguageModel, tokens: Sequence[Tokens]) -> tuple[Any, Any]:
     """Return (n,) mean NLL, nats per token, and (n,) share of tokens that are the first choice."""
-    scores = teacher_forced(lm.likelihood, tokens, pad_id=lm.pad_id, batch_size=_BATCH_SIZE)
+    scores = teacher_forced(lm, tokens, batch_size=_BATCH_SIZE)
     return -scores.mean_log_likelihood, scores.greedy_match
 
 
@@ -110,6 +110,6 @@ def translation_bleu(lm: LanguageModel, sets: Sets, config: StudyConfig) -> floa
         return float("nan")
     sources = [sets.tokens[i].ids for i in sets.test[: config.bleu_examples]]
     prompts = [Tokens(source, 0, (lm.pad_id,) * config.max_tokens) for source in sources]
-    written = greedy_continuations(lm.module, lm.tokenizer, prompts, longest=config.max_tokens, batch_size=_BATCH_SIZE)
+    written = greedy_continuations(lm, prompts, longest=config.max_tokens, batch_size=_BATCH_SIZE)
     texts = lm.tokenizer.batch_decode(written, skip_special_tokens=True)
     return bleu(texts, sets.test_texts[: config.bleu_examples])
