@@ -12,6 +12,7 @@ from typing import Any
 
 from pyunlearn import models
 from pyunlearn.auditing.assemble import Evidence
+from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.responses import Asked, Asker, Places, likeliest, opening
 from pyunlearn.auditing.result import Audit
 from pyunlearn.data import Tokens, padding_id, read_examples
@@ -21,6 +22,7 @@ from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.models.inspection import vocabulary_of
 from pyunlearn.models.loading import encoded, opened
 from pyunlearn.models.sampling import require_enough
+from pyunlearn.options import accepts
 from pyunlearn.output import model_name, versions
 from pyunlearn.probes import without_prompt
 from pyunlearn.progress import Progress
@@ -29,7 +31,7 @@ METRICS = ("answer_prior", "continuations", "membership")
 """What can be left out of an audit; likelihood, exposure, memorization and the verdicts are always there."""
 
 
-def audit(
+def _audit(
     model: Any,
     forget: Any,
     *,
@@ -140,7 +142,7 @@ def audit(
     found.passes = passes
     found.settings = versions() | {
         "model": model_name(model), "original": model_name(original), "reference_model": model_name(reference_model), "metrics": list(metrics),
-        "budget": budget, "until": until, "batch_size": batch_size, "truncate": truncate, "seed": seed,
+        "budget": budget, "target_exposure": until, "batch_size": batch_size, "truncate": truncate, "seed": seed,
     }  # fmt: skip
     found.seconds = time.perf_counter() - began
     return found
@@ -182,3 +184,40 @@ def _questions(
         if bare:
             texts["without prompt"] = bare
     return texts
+
+
+@accepts(AuditConfig)
+def audit(
+    model: Any,
+    forget: Any,
+    *,
+    retain: Any = None,
+    holdout: Any = None,
+    original: Any = None,
+    reference_model: Any = None,
+    tokenizer: Any = None,
+    cache: str | Path | None = None,
+    config: Any = None,
+    progress: bool | None = None,
+    **settings: Any,
+) -> Audit:
+    """Measure what a model remembers: model, forget, retain, holdout, original, reference_model, tokenizer, cache, config,
+    progress.
+
+    Args:
+        {options}
+    """
+    given = dict(vars(AuditConfig.of(config, settings, "audit")))
+    given["until"] = given.pop("target_exposure")
+    return _audit(
+        model,
+        forget,
+        retain=retain,
+        holdout=holdout,
+        original=original,
+        reference_model=reference_model,
+        tokenizer=tokenizer,
+        cache=cache,
+        progress=progress,
+        **given,
+    )

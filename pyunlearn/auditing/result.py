@@ -125,7 +125,7 @@ class Audit:
     """What a model remembers of the forget set, and the evidence."""
 
     examples: list[AuditedExample]
-    references: References
+    non_members: References
     null_test: ExposureTest
     """Whether the exposures, all together, could be those of unseen texts: a small p-value says no."""
     membership: list[Membership]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pyunlearn import models
+from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.comparing.measurement import UTILITY_METRICS, Yardstick
 from pyunlearn.comparing.plots import save_plots
 from pyunlearn.comparing.result import Comparison, Row, check_folder
@@ -24,9 +25,10 @@ from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, Trainin
 from pyunlearn.methods import ALIASES, METHODS
 from pyunlearn.models.loading import encoded
 from pyunlearn.models.sampling import require_enough, sampled
+from pyunlearn.options import accepts
 from pyunlearn.output import model_name, shown, versions
 from pyunlearn.progress import Progress
-from pyunlearn.unlearning.api import unlearn
+from pyunlearn.unlearning.api import _unlearn as unlearn
 
 _OURS = (
     "model",
@@ -44,7 +46,7 @@ _DEFAULTS = {n: p.default for n, p in inspect.signature(unlearn).parameters.item
 _UTILITY_TEXTS = {"retain": "retain set", "holdout": "holdout"}
 
 
-def compare(
+def _compare(
     model: Any,
     forget: Any,
     *,
@@ -233,3 +235,39 @@ def _tell(row: Row, number: int, count: int, seconds: float, progress: bool | No
             f"{row.steps} steps, {row.seconds:.0f} s of {seconds:.0f} s, {row.stopped}"
         )
     print(f"{number} of {count}  {row.method}: {row.status}, {said}", file=sys.stderr, flush=True)
+
+
+@accepts(CompareConfig)
+def compare(
+    model: Any,
+    forget: Any,
+    *,
+    retain: Any = None,
+    holdout: Any = None,
+    tokenizer: Any = None,
+    reference_model: Any = None,
+    config: Any = None,
+    output_dir: str | Path | None = None,
+    plot: bool | None = None,
+    progress: bool | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Run several methods: model, forget, retain, holdout, tokenizer, reference_model, config, output_dir, plot, progress.
+
+    Args:
+        {options}
+    """
+    given = dict(vars(CompareConfig.of(config, settings, "compare")))
+    given["until"] = given.pop("target_exposure")
+    return _compare(
+        model,
+        forget,
+        retain=retain,
+        holdout=holdout,
+        tokenizer=tokenizer,
+        reference_model=reference_model,
+        output_dir=output_dir,
+        plot=plot,
+        progress=progress,
+        **given,
+    )

@@ -17,7 +17,7 @@ from pyunlearn.edits import calibrate_by_mixing
 from pyunlearn.errors import ModelError, TrainingError
 from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.progress import Progress
-from pyunlearn.unlearning.api import unlearn
+from pyunlearn.unlearning.api import _unlearn as unlearn
 
 
 class Restored:

@@ -8,7 +8,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported at first use: the command line prints its help without torch
-    from pyunlearn.edits.base import Edited
+    from pyunlearn.edits.base import EditResult
     from pyunlearn.edits.dampening import selective_synaptic_dampening
     from pyunlearn.edits.ekfac import ekfac_step
     from pyunlearn.edits.fisher import fisher_step
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # imported at first use: the command line prints its help wit
 __all__ = [
     "EDITS",
     "Edit",
-    "Edited",
+    "EditResult",
     "Mixed",
     "Pruned",
     "calibrate_by_mixing",
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "base": ("Edited",),
+    "base": ("EditResult",),
     "dampening": ("selective_synaptic_dampening",),
     "ekfac": ("ekfac_step",),
     "fisher": ("fisher_step",),

@@ -29,7 +29,7 @@ class Kept(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Edited:
+class EditResult:
     """A model whose weights were edited in place, and what it takes to go back.
 
     `model`        the model given (or loaded), changed
@@ -195,9 +195,9 @@ class Editing:
                 found[role] = total / len(tokens)
         return found
 
-    def done(self, **diagnostics: Any) -> Edited:
+    def done(self, **diagnostics: Any) -> EditResult:
         """The edit, with what it has cost."""
-        return Edited(self.model, self.name, self.counts, self.nll_before, self.nll(), diagnostics, self.kept)
+        return EditResult(self.model, self.name, self.counts, self.nll_before, self.nll(), diagnostics, self.kept)
 
 
 def require_retain(tokens: dict[str, list[Tokens]], name: str, why: str) -> Sequence[Tokens]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.data import Tokens
-from pyunlearn.edits.base import Edited, Editing, require_positive, require_retain, wide
+from pyunlearn.edits.base import Editing, EditResult, require_positive, require_retain, wide
 from pyunlearn.models.scoring import batches_on, evaluation_mode
 from pyunlearn.probes.gradients import visited
 
@@ -17,7 +17,7 @@ from pyunlearn.probes.gradients import visited
 def selective_synaptic_dampening(
     model: Any, forget: Any, *, retain: Any = None, tokenizer: Any = None, alpha: float = 10.0, dampening: float = 1.0, batch_size: int = 8,
     truncate: bool = False, workspace: int | None = None, seed: int = 0, progress: bool | None = None,
-) -> Edited:  # fmt: skip
+) -> EditResult:  # fmt: skip
     """Shrinks the weights whose Fisher information on the forget set exceeds that on the retain set by a factor.
 
         I_F, I_D = mean over batches of the squared gradient of the batch's mean NLL a token      (elementwise, float32)
@@ -37,7 +37,7 @@ def selective_synaptic_dampening(
         progress: as in `pyunlearn.unlearn`.
 
     Returns:
-        Edited; `diagnostics`: `dampened`, parameter -> elements where I_F > alpha I_D and the factor is below 1 (those that are 0 already included),
+        EditResult; `diagnostics`: `dampened`, parameter -> elements where I_F > alpha I_D and the factor is below 1 (those that are 0 already included),
         `share`, all of them over all elements, and `batches`, the backward passes.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyunlearn.edits.base import Edited, Editing, require_positive, require_retain, wide
+from pyunlearn.edits.base import Editing, EditResult, require_positive, require_retain, wide
 from pyunlearn.edits.curvature import norm, widened
 from pyunlearn.edits.fisher_information import DAMPING, direction, drawn_loss
 from pyunlearn.edits.linear_layers import LinearLayer, even_batches, layers_of
@@ -23,7 +23,7 @@ def ekfac_step(
     model: Any, forget: Any, *, retain: Any = None, tokenizer: Any = None, rate: float = 0.01, damping: float | None = None,
     training_texts: int | None = None, samples: int = 1, batch_size: int = 8, truncate: bool = False, workspace: int | None = None,
     seed: int = 0, progress: bool | None = None,
-) -> Edited:  # fmt: skip
+) -> EditResult:  # fmt: skip
     """One step away from the forget texts in the linear layers of the blocks, along EK-FAC's inverse Fisher information.
 
         A = E a a^T, S = E g g^T     a: a layer's input at a token, with a 1 for the bias; g: gradient at its output, of labels drawn from the model
@@ -38,7 +38,7 @@ def ekfac_step(
         batch_size: texts in one pass; those of one length go together, so that no padding enters A.
 
     Returns:
-        Edited; `diagnostics`: `step_norm`, ||theta' - theta||_2, `damping`, weight -> its damping, and `unread`, layers that no text came through or
+        EditResult; `diagnostics`: `step_norm`, ||theta' - theta||_2, `damping`, weight -> its damping, and `unread`, layers that no text came through or
         no gradient reaches, left as they are.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyunlearn.edits.base import Edited, Editing, require_positive, require_retain, wide
+from pyunlearn.edits.base import Editing, EditResult, require_positive, require_retain, wide
 from pyunlearn.edits.curvature import norm, widened
 from pyunlearn.edits.fisher_information import DAMPING, direction, drawn_loss
 from pyunlearn.errors import TrainingError
@@ -19,7 +19,7 @@ def fisher_step(
     model: Any, forget: Any, *, retain: Any = None, tokenizer: Any = None, rate: float = 0.01, damping: float | None = None,
     training_texts: int | None = None, samples: int = 1, batch_size: int = 8, truncate: bool = False, workspace: int | None = None,
     seed: int = 0, progress: bool | None = None,
-) -> Edited:  # fmt: skip
+) -> EditResult:  # fmt: skip
     """One step away from the forget texts, each weight as far as the retain texts can spare it.
 
         theta' = theta + rate (D + damping)^-1 v,   v = |F| / n (mean over F of grad l - mean over R of grad l)
@@ -42,7 +42,7 @@ def fisher_step(
         progress: as in `pyunlearn.unlearn`.
 
     Returns:
-        Edited; `diagnostics`: `step_norm`, ||theta' - theta||_2, and `damping`.
+        EditResult; `diagnostics`: `step_norm`, ||theta' - theta||_2, and `damping`.
 
     Raises:
         ArgumentError: no retain, or a number out of range. TrainingError: D is 0 or not finite, and no damping is given. DataError, ModelError: as in

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pyunlearn.data import Tokens
-from pyunlearn.edits.base import Edited, Editing, require_positive, require_retain, wide
+from pyunlearn.edits.base import Editing, EditResult, require_positive, require_retain, wide
 from pyunlearn.edits.curvature import Curvature, Vector, largest_eigenvalue, norm, widened
 from pyunlearn.edits.solvers import Solution, conjugate_gradients, lissa
 from pyunlearn.errors import ArgumentError
@@ -21,7 +21,7 @@ _DAMPING = 0.01  # of the largest eigenvalue, where none is given
 def first_order_influence(
     model: Any, forget: Any, *, corrected: Any = None, retain: Any = None, tokenizer: Any = None, rate: float = 1e-3, batch_size: int = 8,
     truncate: bool = False, workspace: int | None = None, seed: int = 0, progress: bool | None = None,
-) -> Edited:  # fmt: skip
+) -> EditResult:  # fmt: skip
     """One gradient step that takes the forget texts out, or puts corrected ones in their place.
 
         G = sum over i of [ grad l(corrected_i) - grad l(forget_i) ],   theta' = theta - rate G
@@ -40,7 +40,7 @@ def first_order_influence(
         progress: as in `pyunlearn.unlearn`.
 
     Returns:
-        Edited; `diagnostics`: `step_norm`, ||theta' - theta||_2; with retain or corrected texts also `gradient_norm_before` and `gradient_norm_after`, || grad of
+        EditResult; `diagnostics`: `step_norm`, ||theta' - theta||_2; with retain or corrected texts also `gradient_norm_before` and `gradient_norm_after`, || grad of
         the mean loss over both ||_2: 0 where training on the corrected data has converged. A diagnostic: no certificate follows.
 
     Raises:
@@ -63,7 +63,7 @@ def second_order_influence(
     solver: str = "cg", damping: float | None = None, scale: float | None = None, training_texts: int | None = None, tolerance: float = 1e-3,
     max_iterations: int = 50, batch_size: int = 8, truncate: bool = False, workspace: int | None = None, seed: int = 0,
     progress: bool | None = None,
-) -> Edited:  # fmt: skip
+) -> EditResult:  # fmt: skip
     """One Newton step towards the minimum that the corrected data have.
 
         theta' = theta - (n (H + damping I))^-1 G,   G as in `first_order_influence`
@@ -85,7 +85,7 @@ def second_order_influence(
         seed: of the order of LiSSA's batches and of the power iteration.
 
     Returns:
-        Edited; `diagnostics` as in `first_order_influence`, and `iterations`, `converged` (the solver's own residual, for LiSSA that of its last batch, is within the
+        EditResult; `diagnostics` as in `first_order_influence`, and `iterations`, `converged` (the solver's own residual, for LiSSA that of its last batch, is within the
         tolerance), `relative_residual` (over all texts), `damping`, `scale` (None for cg).
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.data import Tokens, read_examples
-from pyunlearn.edits.base import Edited, Editing, require_positive, require_retain, wide
+from pyunlearn.edits.base import Editing, EditResult, require_positive, require_retain, wide
 from pyunlearn.errors import ArgumentError, DataError, ModelError, TrainingError
 from pyunlearn.methods import REFUSALS
 from pyunlearn.models.hidden_states import DownProjection, blocks
@@ -21,7 +21,7 @@ def lunar(
     model: Any, forget: Any, *, retain: Any = None, unanswerable: Sequence[str] | None = None, tokenizer: Any = None, layer: int | None = None,
     coefficient: float = 2.0, retain_weight: float = 1.0, ridge: float = 1e-3, positions: str = "prompt", batch_size: int = 8, truncate: bool = False,
     workspace: int | None = None, seed: int = 0, progress: bool | None = None,
-) -> Edited:  # fmt: skip
+) -> EditResult:  # fmt: skip
     """Makes the model answer the forgotten prompts as it answers what it cannot know, by one matrix of one layer.
 
         v  = mean h(unanswerable prompts) - mean h(forget prompts)       at the last token of the prompt
@@ -52,7 +52,7 @@ def lunar(
         progress: as in `pyunlearn.unlearn`.
 
     Returns:
-        Edited; `diagnostics`: `layer`, `moved`, the mean share of c v by which the forget prompts are moved (1: wholly), `strayed`, the root mean square
+        EditResult; `diagnostics`: `layer`, `moved`, the mean share of c v by which the forget prompts are moved (1: wholly), `strayed`, the root mean square
         share by which the tokens of the retain texts are (0: not at all), and `direction_norm`, || v ||_2.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyunlearn.edits.base import Edited, Kept, keep_difference, put_back, wide
+from pyunlearn.edits.base import EditResult, Kept, keep_difference, put_back, wide
 from pyunlearn.errors import ArgumentError, ModelError
 
 _GRID = (0.25, 0.5, 0.75, 1.0)
@@ -62,7 +62,7 @@ def calibrate_by_mixing(
     the unlearned model's parameters, of those alone that differ, in main memory.
 
     Args:
-        original: the model before, its state dict, the `Edited` that made the unlearned model, or, for a LoRA adapter (PEFT) trained from zero, None: the model
+        original: the model before, its state dict, the `EditResult` that made the unlearned model, or, for a LoRA adapter (PEFT) trained from zero, None: the model
             without it. A LoRA adapter is mixed by scaling its B, which scales its whole update; mixing A and B alike would square the weight.
         unlearned_model: of the same parameters; changed in place.
         metric: metric(model) -> a number above 0, higher = more is kept: the mean over the retain set of extraction strength, in the source. Not a
@@ -131,13 +131,13 @@ def _originals(original: Any, model: nn.Module, parameters: Mapping[str, nn.Para
                 "original can be None only for a model whose LoRA adapters alone train: give the original model or its state dict"
             )
         return {n: torch.zeros_like(parameters[n], device="cpu") for n in names if "lora_B" in n}
-    if isinstance(original, Edited):
+    if isinstance(original, EditResult):
         found = original.before()
     else:
         state = dict(original.named_parameters()) if isinstance(original, nn.Module) else original
         if original is model or not isinstance(state, Mapping):
             raise ArgumentError(
-                f"original must be another model than the unlearned one, a state dict or an Edited, got {type(original).__name__}"
+                f"original must be another model than the unlearned one, a state dict or an EditResult, got {type(original).__name__}"
             )
         wrong = next((n for n, p in parameters.items() if n not in state or state[n].shape != p.shape), None)
         if wrong is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.data import Tokens
-from pyunlearn.edits.base import Edited, Editing, require_retain, wide
+from pyunlearn.edits.base import Editing, EditResult, require_retain, wide
 from pyunlearn.edits.linear_layers import LinearLayer, by_block, even_batches, forward, layers_of
 from pyunlearn.edits.weight_scores import largest
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
@@ -23,8 +23,8 @@ GROUPS = ("row", "layer", "model")
 
 
 @dataclass(frozen=True, eq=False)
-class Pruned(Edited):
-    """An `Edited` with `mask`: name -> bool tensor like the parameter, False where a weight was set to 0. For `unlearn(..., mask=pruned.mask)`."""
+class Pruned(EditResult):
+    """An `EditResult` with `mask`: name -> bool tensor like the parameter, False where a weight was set to 0. For `unlearn(..., mask=pruned.mask)`."""
 
     mask: dict[str, Tensor] = field(repr=False)
 
@@ -57,7 +57,7 @@ def prune(
         progress: as in `pyunlearn.unlearn`.
 
     Returns:
-        Pruned, an Edited with `.mask`; `diagnostics`: `pruned`, weight -> elements set to 0; `sparsity`, all of them over all elements of these weights; `unread`,
+        Pruned, an EditResult with `.mask`; `diagnostics`: `pruned`, weight -> elements set to 0; `sparsity`, all of them over all elements of these weights; `unread`,
         weights that no text came through (experts never chosen), which are scored by magnitude.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pyunlearn import models
 from pyunlearn.data import read_examples
-from pyunlearn.edits.base import Edited
+from pyunlearn.edits.base import EditResult
 from pyunlearn.edits.dampening import selective_synaptic_dampening
 from pyunlearn.edits.ekfac import ekfac_step
 from pyunlearn.edits.fisher import fisher_step
@@ -27,7 +28,7 @@ _SHARED = ("model", "forget", "retain", "tokenizer", "batch_size", "truncate", "
 class Edit(NamedTuple):
     """An edit: the function of `pyunlearn.edits` that bears its name, and what must be given besides model and forget."""
 
-    function: Callable[..., Edited]
+    function: Callable[..., EditResult]
     needs: tuple[str, ...]
     source: str
 
@@ -62,7 +63,13 @@ def edit_named(name: str) -> Edit:
     known = name.replace("-", "_")
     if known not in EDITS:
         raise ArgumentError(f"unknown edit {name!r}: {nearest(known, EDITS)}")
-    return EDITS[known]
+    edit = EDITS[known]
+
+    @functools.wraps(edit.function)
+    def function(*given: Any, config: Any, **options: Any) -> EditResult:
+        return edit.function(*given, **vars(config), **options)
+
+    return edit._replace(function=function)
 
 
 def options_of(edit: Edit, words: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyunlearn import models
 from pyunlearn.data import TokenBatch
-from pyunlearn.edits.base import Edited, Editing, require_positive, wide
+from pyunlearn.edits.base import Editing, EditResult, require_positive, wide
 from pyunlearn.edits.curvature import wide_logits, widened
 from pyunlearn.edits.linear_layers import even_batches
 from pyunlearn.errors import ArgumentError, TrainingError
@@ -24,7 +24,7 @@ def zero_shot_smoothing(
     model: Any, forget: Any, *, retain: Any = None, tokenizer: Any = None, sigma: float = 0.5, rate: float = 0.01, samples: int = 25,
     passes: int = 1, two_sided: bool = True, batch_size: int = 8, truncate: bool = False, workspace: int | None = None, seed: int = 0,
     progress: bool | None = None,
-) -> Edited:  # fmt: skip
+) -> EditResult:  # fmt: skip
     """Gradient descent on how far noise on a forget text's embeddings moves the logits, relative to the noise.
 
         L = mean over texts and N drawings of  [ 1/T sum over scored tokens t of || f(x)_t - f(x + xi)_t ||_2 ] / || xi ||_2
@@ -50,7 +50,7 @@ def zero_shot_smoothing(
         progress: as in `pyunlearn.unlearn`.
 
     Returns:
-        Edited; `diagnostics`: `sensitivity`, L of each step, and `steps`.
+        EditResult; `diagnostics`: `sensitivity`, L of each step, and `steps`.
 
     Raises:
         ArgumentError: a number out of range. TrainingError: L is not finite. DataError, ModelError: as in `pyunlearn.unlearn`. The weights are then what they were.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pyunlearn.data import Tokens
-from pyunlearn.edits.base import Edited, Editing, gradients_of, require_positive, wide
+from pyunlearn.edits.base import Editing, EditResult, gradients_of, require_positive, wide
 from pyunlearn.errors import ArgumentError
 
 Train = Callable[[Any, Sequence[Tokens]], object]
@@ -17,7 +17,7 @@ Train = Callable[[Any, Sequence[Tokens]], object]
 def task_vector(
     model: Any, forget: Any, *, fine_tuned: Any, alpha: float = 1.0, retain: Any = None, tokenizer: Any = None, batch_size: int = 8,
     truncate: bool = False, workspace: int | None = None, seed: int = 0, progress: bool | None = None,
-) -> Edited:  # fmt: skip
+) -> EditResult:  # fmt: skip
     """Subtracts what fine-tuning on the forget set adds to the weights.
 
         theta_u = theta - alpha (theta_ft - theta)
@@ -37,7 +37,7 @@ def task_vector(
         progress: as in `pyunlearn.unlearn`.
 
     Returns:
-        Edited; `diagnostics`: `vector_norm`, ||theta_ft - theta||_2, and `relative_norm`, that over ||theta||_2.
+        EditResult; `diagnostics`: `vector_norm`, ||theta_ft - theta||_2, and `relative_norm`, that over ||theta||_2.
 
     Raises:
         ArgumentError: alpha, or a theta_ft that is the model itself, has other parameters, or other shapes, or has learned nothing.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyunlearn.edits.base import Edited, Editing, require_positive, require_retain, wide
+from pyunlearn.edits.base import Editing, EditResult, require_positive, require_retain, wide
 from pyunlearn.edits.curvature import norm, widened
 from pyunlearn.edits.fisher_information import DAMPING, direction
 from pyunlearn.edits.solvers import conjugate_gradients
@@ -21,7 +21,7 @@ def woodfisher_step(
     model: Any, forget: Any, *, retain: Any = None, tokenizer: Any = None, rate: float = 0.01, damping: float | None = None,
     training_texts: int | None = None, tolerance: float = 1e-3, max_iterations: int = 50, batch_size: int = 8, truncate: bool = False,
     workspace: int | None = None, seed: int = 0, progress: bool | None = None,
-) -> Edited:  # fmt: skip
+) -> EditResult:  # fmt: skip
     """One step away from the forget texts, shortened along every direction in which a retain text is sensitive.
 
         theta' = theta + rate (A + damping I)^-1 v,   v as in `fisher_step`
@@ -41,7 +41,7 @@ def woodfisher_step(
         seed: unused, for nothing is drawn.
 
     Returns:
-        Edited; `diagnostics`: `step_norm`, ||theta' - theta||_2, `damping`, `iterations`, and `converged`, whether the residual came below the tolerance.
+        EditResult; `diagnostics`: `step_norm`, ||theta' - theta||_2, `damping`, `iterations`, and `converged`, whether the residual came below the tolerance.
 
     Raises:
         As `fisher_step`.

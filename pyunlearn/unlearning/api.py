@@ -18,7 +18,9 @@ from pyunlearn.methods import REFUSALS, resolve
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.models.loading import encoded
 from pyunlearn.models.sampling import preferred, refused
+from pyunlearn.options import accepts
 from pyunlearn.output import check_output, shown, versions
+from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.interrupt import Interruptible
 from pyunlearn.unlearning.objectives import finite, forget_step, retain_step
 from pyunlearn.unlearning.optimizer import State
@@ -46,7 +48,7 @@ _FIXED = (
 _HALVINGS = 6  # of the learning rate, before a run gives up
 
 
-def unlearn(
+def _unlearn(
     model: Any,
     forget: Any,
     *,
@@ -371,3 +373,42 @@ def _require_same(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) 
 def _beside(folder: Path) -> Path:
     """Where a run's checkpoint stands."""
     return folder.with_name(folder.name + ".checkpoint.pt")
+
+
+@accepts(UnlearnConfig)
+def unlearn(
+    model: Any,
+    forget: Any,
+    *,
+    retain: Any = None,
+    holdout: Any = None,
+    tokenizer: Any = None,
+    reference_model: Any = None,
+    config: Any = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+    **settings: Any,
+) -> Result:
+    """Remove the forget texts from a language model: model, forget, retain, holdout, tokenizer, reference_model, config,
+    output_dir, resume, progress.
+
+    Args:
+        {options}
+    """
+    given = dict(vars(UnlearnConfig.of(config, settings, "unlearn")))
+    given["until"] = given.pop("target_exposure")
+    result = _unlearn(
+        model,
+        forget,
+        retain=retain,
+        holdout=holdout,
+        tokenizer=tokenizer,
+        reference_model=reference_model,
+        output_dir=output_dir,
+        resume=resume,
+        progress=progress,
+        **given,
+    )
+    result.settings["target_exposure"] = result.settings.pop("until")
+    return result

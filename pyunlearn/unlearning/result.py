@@ -50,7 +50,7 @@ class Utility:
     interval: tuple[float, float]
     """95 % bootstrap interval of relative_rise over the sequences (paired, percentile)."""
     budget: float
-    reference_drift: float
+    non_member_drift: float
     """Mean rise of the references' negative log-likelihood, nats a token: text of the same kind that became improbable."""
 
 
@@ -64,7 +64,7 @@ class Result:
     utility: Utility
     stopped: str
     """Why the run ended: forgotten, nothing memorized, max_steps, utility budget, over-unlearning, not finite or interrupted."""
-    reference_scores: list[float] = field(repr=False)
+    non_member_scores: list[float] = field(repr=False)
     """Mean negative log-likelihoods (nats a token) of the references under the original model: what exposures are measured against."""
     history: list[dict[str, Any]] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
@@ -81,7 +81,7 @@ class Result:
             "stopped": self.stopped,
             "utility": asdict(self.utility),
             "examples": [{**asdict(e), "forgotten": e.forgotten} for e in self.examples],
-            "reference_scores": self.reference_scores,
+            "non_member_scores": self.non_member_scores,
             "settings": self.settings,
             "history": self.history,
         }
