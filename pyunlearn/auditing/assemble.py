@@ -66,7 +66,7 @@ class Evidence:
             change = paired_difference(-self.scores_before, -self.scores, seed=self.seed)
         prior = self._prior(self.now)
         return Audit(
-            examples=audited, references=self._references(), null_test=null, membership=self._membership(), change=change,
+            examples=audited, non_members=self._references(), null_test=null, membership=self._membership(), change=change,
             answer_prior=None if prior is None else prior.mean, utility=self._kept(), writing=self._writing(self.now),
             writing_before=self._writing(self.before), passes={}, seconds=0.0, settings={},
         )  # fmt: skip
