@@ -237,7 +237,7 @@ def _unlearn(
         stopped,
         run.reference_scores.tolist(),
         history,
-        versions() | settings,
+        versions() | {'target_exposure' if k == 'until' else k: v for k, v in settings.items()},
     )
     if output_dir is not None and stopped != "interrupted":
         if run.workers.leads:
@@ -410,5 +410,4 @@ def unlearn(
         progress=progress,
         **given,
     )
-    result.settings["target_exposure"] = result.settings.pop("until")
     return result
