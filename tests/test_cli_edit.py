@@ -114,14 +114,16 @@ def test_edits_that_need_text_to_keep_say_so_and_a_full_folder_is_left_alone(edi
 
 
 def test_edits_are_listed(call):
-    """With what each needs and its defaults, as a table and as JSON: every function of pyunlearn.edits that returns an Edited."""
+    """With what each needs and its defaults, as a table and as JSON: every function of pyunlearn.edits that returns an EditResult."""
     code, out, err = call("edits")
     assert (code, err) == (0, "")
     assert all(name in out for name in EDITS)
     listed = {e["name"]: e for e in json.loads(call("edits", "--json")[1])["edits"]}
     assert set(listed) == set(EDITS)
     functions = {n for n in edits.__all__ if inspect.isfunction(getattr(edits, n))}
-    returning = {n for n in functions if inspect.signature(getattr(edits, n)).return_annotation in ("Edited", "Pruned")}
+    returning = {
+        n for n in functions if inspect.signature(getattr(edits, n)).return_annotation in ("EditResult", "Pruned")
+    }
     assert set(EDITS) == returning
     assert listed["ekfac_step"]["options"]["rate"] == 0.01
     assert listed["task_vector"]["needs"] == ["fine_tuned"]

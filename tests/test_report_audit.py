@@ -150,10 +150,10 @@ def test_the_headline_says_the_worst(found, verdicts, said, tone):
 
 def test_without_the_original_nothing_is_called_forgotten(found):
     """The page says what was not given."""
-    alone = replace(found, references=replace(found.references, anchored=False, drift=None), change=None)
+    alone = replace(found, non_members=replace(found.non_members, anchored=False, drift=None), change=None)
     alone = with_verdicts(alone, "still exposed", *["not memorized"] * 5)
     assert sentences.headline(alone) == "1 of 6 texts is memorized."
-    assert "was not given" in " ".join(sentences.summary(alone))
+    assert "There is no model before unlearning" in " ".join(sentences.summary(alone))
 
 
 def test_a_caption_does_not_gainsay_the_headline(found):
@@ -161,8 +161,8 @@ def test_a_caption_does_not_gainsay_the_headline(found):
     quiet = replace(found, null_test=found.null_test._replace(pvalue=0.24))
     exposed = with_verdicts(quiet, "still exposed", *["not memorized"] * 5)
     assert "Single texts stand out" in Page(audit_page(exposed)).text
-    assert "could be such texts" not in Page(audit_page(exposed)).text
-    assert "could be such texts" in Page(audit_page(with_verdicts(quiet, *["not memorized"] * 6))).text
+    assert "could be unseen text" not in Page(audit_page(exposed)).text
+    assert "could be unseen text" in Page(audit_page(with_verdicts(quiet, *["not memorized"] * 6))).text
 
 
 def test_every_aggregate_is_shown_with_its_interval(found):
@@ -197,7 +197,7 @@ def test_a_rate_that_the_holdout_cannot_show_is_explained(found):
 
 def test_sampled_text_is_not_said_to_be_certainly_unseen(found):
     """A holdout is unseen because its owner says so; what a model wrote itself merely stands for such text."""
-    sampled = replace(found, references=replace(found.references, source="sampled from the original model"))
+    sampled = replace(found, non_members=replace(found.non_members, source="sampled from the original model"))
     assert "that were never trained on (the holdout" in Page(audit_page(found)).text
     assert "that stand for text never trained on (written by" in Page(audit_page(sampled)).text
     assert "certainly" not in Page(audit_page(sampled)).text
@@ -286,9 +286,9 @@ def test_the_command_says_what_is_exposed(call, folder, tmp_path):
 
 
 def test_the_command_compares(call, folder):
-    """--compare with the model itself: nothing has changed."""
+    """--original with the model itself: nothing has changed."""
     code, out, _ = call(
-        "audit", folder / "model", "--compare", folder / "model", "--forget", folder / "forget.jsonl", "--cache", "kept", "--fast", "-q",
+        "audit", folder / "model", "--original", folder / "model", "--forget", folder / "forget.jsonl", "--cache", "kept", "--fast", "-q",
     )  # fmt: skip
     assert code == 1
     assert "hardly changed" in " ".join(out.split())

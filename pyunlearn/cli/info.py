@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib.metadata import version
 from typing import Any
 
 from pyunlearn.cli.options import AsJson
@@ -34,6 +33,8 @@ def info(as_json: AsJson = False) -> None:
 
 def collect() -> dict[str, Any]:
     """Return what a bug report should hold, name -> value."""
+    from importlib.metadata import version
+
     import torch
 
     import pyunlearn

@@ -251,7 +251,6 @@ def metavar(kind: Kind) -> str:
     """Return the word that stands for a value in the help."""
     plain = {
         Whole: "INTEGER",
-        Table: "NAME=VALUE",
         Number: "NUMBER",
         Several: "NAME,...",
         Choice: "CHOICE",
