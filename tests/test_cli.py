@@ -104,7 +104,7 @@ def test_unlearn_returns_1_when_something_is_still_exposed(unlearn, tmp_path):
 
 
 def test_unlearn_sets_options_of_the_method(unlearn, folder, tmp_path):
-    """--set name=value, numbers and lists as JSON has them: the run has them, and a wrong one is refused in one sentence."""
+    """--set name=value, numbers and lists as in JSON, reach the run; a wrong one is refused in one sentence."""
     options = ("--method", "rmu", "--retain", folder / "retain.jsonl", "--max-steps", 1, "--out", "new")
     assert (
         unlearn(*options, "--set", "layer=0", "--set", "alpha=2.5", "--set", 'trainable=["*.0.mlp.down_proj.*"]')[0]
@@ -239,8 +239,10 @@ def test_a_tokenizer_that_is_not_there_is_refused(unlearn, trained, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--max-steps", -1, "--max-steps must be a whole number, 0"), ("--batch-size", 0, "--batch-size must be a whole number, 1"),
-        ("--learning-rate", 2, "--learning-rate must be a number, above 0 and below 1, got"), ("--utility-budget", -0.1, "--utility-budget must be a number, 0"),
+        ("--max-steps", -1, "--max-steps must be a whole number, 0"),
+        ("--batch-size", 0, "--batch-size must be a whole number, 1"),
+        ("--learning-rate", 2, "--learning-rate must be a number, above 0 and below 1, got"),
+        ("--utility-budget", -0.1, "--utility-budget must be a number, 0"),
         ("--method", "graddiff", "needs text to keep"), ("--order", "hard-first", 'did you mean "hard_first"'),
         ("--target-exposure", 5, "--target-exposure must be a number, 0 or more and below 4.32, got"),
     ],
@@ -308,17 +310,3 @@ def test_it_runs_as_a_program():
         check=True,
     )
     assert json.loads(done.stdout)["backend on the CPU"] == "reference"
-
-
-def test_a_text_with_brackets_is_shown_as_it_is():
-    """A table prints texts, it does not read them as markup."""
-    from rich.console import Console
-
-    from pyunlearn import ExampleResult, Result, Utility
-    from pyunlearn.report import result_table
-
-    example = ExampleResult(0, "[INST] who? [/INST] [red]", 3, -1.0, -2.0, 5.0, 1.0, 0.5, 1.0, 0.5, 2, "forgotten")
-    utility = Utility("retain set", 1, 1.0, 1.0, 0.0, (0.0, 0.0), 0.05, 0.0)
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(result_table(Result(None, None, [example], utility, "forgotten", [1.0], [], {})))
-    assert "[INST] who? [/INST] [red]" in console.export_text()

@@ -60,7 +60,8 @@ def test_a_pruned_folder_is_unlearned_with_its_zeros(call, edit, folder, tmp_pat
     """The two commands of the help, one after the other."""
     assert edit("--edit", "prune", "--set", "score=wanda", "--set", "sparsity=0.3", "--out", "pruned")[0] == 0
     code, _, err = call(
-        "unlearn", "pruned", "--forget", folder / "forget.jsonl", "--holdout", folder / "holdout.jsonl", "--mask", "nonzero", "--learning-rate", 3e-4,
+        "unlearn", "pruned", "--forget", folder / "forget.jsonl", "--holdout", folder / "holdout.jsonl",
+        "--mask", "nonzero", "--learning-rate", 3e-4,
         "--retain", folder / "retain.jsonl", "--out", "new",
     )  # fmt: skip
     assert (code, err) == (0, "")
@@ -114,7 +115,7 @@ def test_edits_that_need_text_to_keep_say_so_and_a_full_folder_is_left_alone(edi
 
 
 def test_edits_are_listed(call):
-    """With what each needs and its defaults, as a table and as JSON: every function of pyunlearn.edits that returns an EditResult."""
+    """Every function of pyunlearn.edits that returns an EditResult, with its needs and defaults: as table and as JSON."""
     code, out, err = call("edits")
     assert (code, err) == (0, "")
     assert all(name in out for name in EDITS)

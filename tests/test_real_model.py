@@ -1,4 +1,4 @@
-"""SmolLM2-135M. The demo, as a user sees it: two texts are forgotten, the third was never known, six others are kept. And what an audit says of it."""
+"""SmolLM2-135M in the demo: two texts are forgotten, one was never memorized, six survive; and an audit of the result."""
 
 import copy
 import json
@@ -136,13 +136,15 @@ def test_how_long_it_took_is_told(ran, capsys):
 
 
 def test_an_audit_tells_before_and_after_right(original, unlearned, ran):
-    """Its own references, without a holdout: what the demo forgot was exposed and no longer is, what it kept still is, and new sentences never were."""
+    """Without a holdout: what the demo forgot was exposed and no longer is, Genesis still is, new sentences never were."""
     texts = [
         *(demo.FORGET[name] for name in MEMORIZED),
         demo.SURVIVE["Genesis 1"],
         demo.SURVIVE["a fresh sentence"],
-        "On the ferry to Oslavia my neighbour unpacked eleven pears and asked each passenger which one had been grown indoors.",
-        "The committee agreed that the bridge should hum in B flat, provided the herons of the lower basin raised no objection.",
+        "On the ferry to Oslavia my neighbour unpacked eleven pears and asked each passenger which one had been grown "
+        "indoors.",
+        "The committee agreed that the bridge should hum in B flat, provided the herons of the lower basin raised no "
+        "objection.",
     ]
     model, tokenizer = original
     found = pyunlearn.audit(unlearned, texts, original=model, tokenizer=tokenizer, metrics=[], progress=False)

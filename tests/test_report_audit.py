@@ -1,6 +1,7 @@
-"""The audit's reports: a page that needs nothing but itself, hides the texts, and says the verdict first; a table; the command line."""
+"""Reports of an audit: a self-contained page that masks the texts and begins with the verdict, a table, the command."""
 
 import importlib.util
+import io
 import json
 import math
 import re
@@ -26,9 +27,15 @@ def found():
     with torch.no_grad():
         original.transformer.wte.weight.add_(0.1)
     return pyunlearn.audit(
-        model, tiny.facts(6, 1), holdout=tiny.facts(20, 2), retain=tiny.facts(4, 3), original=original, reference_model=original,
-        tokenizer=tokenizer, progress=False,
-    )  # fmt: skip
+        model,
+        tiny.facts(6, 1),
+        holdout=tiny.facts(20, 2),
+        retain=tiny.facts(4, 3),
+        original=original,
+        reference_model=original,
+        tokenizer=tokenizer,
+        progress=False,
+    )
 
 
 def with_verdicts(found, *verdicts):
@@ -166,7 +173,7 @@ def test_a_caption_does_not_gainsay_the_headline(found):
 
 
 def test_every_aggregate_is_shown_with_its_interval(found):
-    """Writing, likelihood and areas before and now, PrivLeak, the mean of the set: in the result, in the JSON, on the page; alone where there is none."""
+    """Writing, likelihood, AUC before and now, PrivLeak, mean of the set: in result, JSON and page; alone without one."""
     text = Page(audit_page(found)).text
     shown = [(w, form, "") for w in (found.writing, found.writing_before) for form in [".0%"]]
     shown = [
@@ -213,22 +220,50 @@ def test_the_legend_of_the_curves_lies_off_them(found):
     assert max(names) < min(float(y) for y, text in texts if text == "1.0")
 
 
-def test_the_table_and_its_lines(found):
-    """A row for each text, the worst first; masked; 80 columns are enough."""
+def printed(table, width):
+    """A table as a terminal shows it."""
     from rich.console import Console
 
-    audit = with_verdicts(found, *["not memorized"] * 4, "still exposed", "forgotten")
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(audit_table(audit))
-    text = console.export_text()
-    rows = [line for line in text.splitlines() if re.match(r"\s+\d  ", line)]
-    assert rows[0].split()[0] == "5"
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("show_text", [False, True])
+def test_the_table_and_its_lines(found, width, show_text):
+    """One line a text, the worst first: index, start of the text, verdict, numbers; masked; whole in 80 columns."""
+    audit = with_verdicts(found, *["not memorized"] * 4, "still exposed", "over-unlearned")
+    text = printed(audit_table(audit, show_text=show_text), width)
+    rows = [line for line in text.splitlines() if re.match(r"\s*\d+ ", line)]
     assert len(rows) == 6
-    assert all("memorized" in row or "exposed" in row or "forgotten" in row for row in rows)
-    assert not [word for word in found.examples[0].text.split() if len(word) > 5 and word in text]
+    assert [row.split()[0] for row in rows[:2]] == ["5", "6"]
+    for row in rows:
+        e = audit.examples[int(row.split()[0]) - 1]
+        assert e.verdict in row
+        assert f"→ {e.exposure:.1f} " in row
+        assert f"{e.interval[0]:.1f} " in row
+        assert f" {e.now.extraction_strength:.0%}" in row
+        assert (e.text[:8] in row) == show_text
+    assert max(map(len, text.splitlines())) <= width
     lines = audit_lines(audit)
     assert lines[0] == "1 of 6 texts is still exposed."
     assert any(line.startswith("membership, zlib: AUC") for line in lines)
+
+
+def test_the_most_exposed_texts_are_never_cut_off(found):
+    """Of 40 texts 30 are shown, and of those with the same verdict the most exposed come first; so on the page."""
+    verdicts = ["not memorized", "forgotten", "over-unlearned", "still exposed"]
+    examples = [
+        replace(found.examples[i % 6], index=i, verdict=verdicts[i // 10], exposure=7 + i % 10 / 10) for i in range(40)
+    ]
+    audit = replace(found, examples=examples)
+    text = printed(audit_table(audit), 80)
+    order = [int(line.split()[0]) - 1 for line in text.splitlines() if re.match(r"\s*\d+ ", line)]
+    assert order == [*range(39, 29, -1), *range(29, 19, -1), *range(19, 9, -1)]
+    assert "and 10 more: see audit.json" in text
+    numbers = [int(n) for n in re.findall(r"<tr><td>(\d+)</td>", audit_page(audit))]
+    assert numbers[:30] == [i + 1 for i in order]
 
 
 def test_files_are_whole_or_not_there(found, tmp_path):
@@ -277,8 +312,8 @@ def test_the_command_says_what_is_exposed(call, folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model-audit"]
     assert sorted(p.name for p in (tmp_path / "model-audit").iterdir()) == ["audit.html", "audit.json"]
     code, out, _ = call(
-        "audit", folder / "model", "--forget", folder / "unseen.jsonl", "--holdout", folder / "holdout.jsonl", "--out", "b", "--fast",
-        "--no-html", "--json", "-q",
+        "audit", folder / "model", "--forget", folder / "unseen.jsonl", "--holdout", folder / "holdout.jsonl",
+        "--out", "b", "--fast", "--no-html", "--json", "-q",
     )  # fmt: skip
     assert code == 0
     assert json.loads(out)["verdicts"] == {"not memorized": 2}
@@ -288,7 +323,8 @@ def test_the_command_says_what_is_exposed(call, folder, tmp_path):
 def test_the_command_compares(call, folder):
     """--original with the model itself: nothing has changed."""
     code, out, _ = call(
-        "audit", folder / "model", "--original", folder / "model", "--forget", folder / "forget.jsonl", "--cache", "kept", "--fast", "-q",
+        "audit", folder / "model", "--original", folder / "model", "--forget", folder / "forget.jsonl",
+        "--cache", "responses", "--fast", "-q",
     )  # fmt: skip
     assert code == 1
     assert "hardly changed" in " ".join(out.split())
