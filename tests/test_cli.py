@@ -241,7 +241,7 @@ def test_a_tokenizer_that_is_not_there_is_refused(unlearn, trained, tmp_path):
     [
         ("--max-steps", -1, "--max-steps must be a whole number, 0"),
         ("--batch-size", 0, "--batch-size must be a whole number, 1"),
-        ("--learning-rate", 2, "--learning-rate must be a number, above 0 and below 1, got"),
+        ("--learning-rate", 2, "--learning-rate must be a number, above 0 and below 1"),
         ("--utility-budget", -0.1, "--utility-budget must be a number, 0"),
         ("--method", "graddiff", "needs text to keep"), ("--order", "hard-first", 'did you mean "hard_first"'),
         ("--target-exposure", 5, "--target-exposure must be a number, 0 or more and below 4.32, got"),

@@ -115,7 +115,7 @@ def test_edits_that_need_text_to_keep_say_so_and_a_full_folder_is_left_alone(edi
 
 
 def test_edits_are_listed(call):
-    """Every function of pyunlearn.edits that returns an EditResult, with its needs and defaults: as table and as JSON."""
+    """Every function of pyunlearn.edits that makes an EditResult, with its needs and defaults, as list and as JSON."""
     code, out, err = call("edits")
     assert (code, err) == (0, "")
     assert all(name in out for name in EDITS)

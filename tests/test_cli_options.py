@@ -112,8 +112,8 @@ def test_every_choice_of_a_run_can_be_made_on_the_command_line(call, seen):
     code, _, _ = call(
         "unlearn", "m", "--forget", "f.jsonl", "--method", "dpo", "--set", "beta=0.3", "--set", "divergence=tv",
         "--set", 'winners=["a=b", "c"]', "--order", "hard_first", "--difficulty", "ksd",
-        "--token-weights", "importance", "--token-share", 0.5, "--micro-batch-size", 2, "--retain-loss", "none", "--truncate", "--retain-weight", 3,
-        "--workspace", 0,
+        "--token-weights", "importance", "--token-share", 0.5, "--micro-batch-size", 2, "--retain-loss", "none",
+        "--truncate", "--retain-weight", 3, "--workspace", 0,
     )  # fmt: skip
     assert code == 130
     assert seen["config"] == UnlearnConfig(

@@ -1,4 +1,4 @@
-"""SmolLM2-135M in the demo: two texts are forgotten, one was never memorized, six survive; and an audit of the result."""
+"""SmolLM2-135M in the demo: two texts are forgotten, one never was memorized, six survive; an audit."""
 
 import copy
 import json
@@ -136,7 +136,7 @@ def test_how_long_it_took_is_told(ran, capsys):
 
 
 def test_an_audit_tells_before_and_after_right(original, unlearned, ran):
-    """Without a holdout: what the demo forgot was exposed and no longer is, Genesis still is, new sentences never were."""
+    """Without a holdout: what the demo forgot was exposed and no longer is, Genesis is, new sentences never were."""
     texts = [
         *(demo.FORGET[name] for name in MEMORIZED),
         demo.SURVIVE["Genesis 1"],

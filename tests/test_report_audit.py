@@ -173,7 +173,7 @@ def test_a_caption_does_not_gainsay_the_headline(found):
 
 
 def test_every_aggregate_is_shown_with_its_interval(found):
-    """Writing, likelihood, AUC before and now, PrivLeak, mean of the set: in result, JSON and page; alone without one."""
+    """Writing, likelihood, AUC before and now, PrivLeak, mean of the set: in result, JSON and page."""
     text = Page(audit_page(found)).text
     shown = [(w, form, "") for w in (found.writing, found.writing_before) for form in [".0%"]]
     shown = [
