@@ -72,7 +72,7 @@ def edit_named(name: str) -> Edit:
     return edit._replace(function=function)
 
 
-def options_of(edit: Edit, words: Sequence[str]) -> dict[str, Any]:
+def parse_edit_options(edit: Edit, words: Sequence[str]) -> dict[str, Any]:
     """name=value words as options, each in its type. Raises ArgumentError for one that the edit does not have, or that is missing."""
     name, found = edit.function.__name__, {}
     for word in words:
@@ -111,3 +111,6 @@ def _value(what: str, annotation: str, word: str) -> Any:
                 f"{what} must be a {'whole ' if 'int' in annotation else ''}number, got {word!r}"
             ) from None
     return word
+
+
+options_of = parse_edit_options

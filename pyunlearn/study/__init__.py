@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported at first use: the command line prints its help without torch
-    from pyunlearn.study.config import PRESETS, Config
+    from pyunlearn.study.config import PRESETS, StudyConfig
     from pyunlearn.study.study import Study, run_study
 
-__all__ = ["PRESETS", "Config", "Study", "run_study"]
+__all__ = ["PRESETS", "Study", "StudyConfig", "run_study"]
 
 _HOMES = {
-    "config": ("PRESETS", "Config"),
+    "config": ("PRESETS", "StudyConfig"),
     "study": ("Study", "run_study"),
 }
 

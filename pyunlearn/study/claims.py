@@ -10,7 +10,7 @@ import numpy as np
 
 from pyunlearn.metrics import NULL_MEAN
 from pyunlearn.study import statistics
-from pyunlearn.study.config import Config
+from pyunlearn.study.old_config import Config
 from pyunlearn.study.outcomes import YARDSTICKS, Examples, Outcome
 from pyunlearn.study.statistics import Effect
 

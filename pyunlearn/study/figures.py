@@ -10,8 +10,8 @@ import numpy as np
 from scipy import stats
 
 from pyunlearn.metrics import NULL_MEAN, StepsToForget, generalized_exposure
-from pyunlearn.study.config import Config
 from pyunlearn.study.folder import Folder
+from pyunlearn.study.old_config import Config
 from pyunlearn.study.outcomes import Examples, Outcome
 from pyunlearn.study.sets import Sets
 

@@ -10,7 +10,7 @@ import torch
 
 from pyunlearn import models
 from pyunlearn.models.from_scratch import untrained_llama, untrained_t5
-from pyunlearn.study.config import SIZES, Config
+from pyunlearn.study.old_config import SIZES, Config
 
 
 def new_model(config: Config, tokenizer: Any, device: str) -> Any:

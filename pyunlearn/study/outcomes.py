@@ -15,8 +15,8 @@ from pyunlearn.metrics import (
     generalized_exposure,
     steps_to_forget,
 )
-from pyunlearn.study.config import Config
 from pyunlearn.study.folder import Folder
+from pyunlearn.study.old_config import Config
 from pyunlearn.study.reference_models import names
 from pyunlearn.study.runs import jobs
 from pyunlearn.study.sets import ForgetSet, Sets, lengths

@@ -20,9 +20,9 @@ from pyunlearn.metrics import (
 )
 from pyunlearn.report.pages import rendered
 from pyunlearn.study.claims import SMALL, Claim
-from pyunlearn.study.config import Config
 from pyunlearn.study.figures import FIGURES, NAMES, retrained_exposures
 from pyunlearn.study.folder import Folder
+from pyunlearn.study.old_config import Config
 from pyunlearn.study.outcomes import Examples, Outcome
 from pyunlearn.study.reference_models import names
 from pyunlearn.study.sets import Sets

@@ -11,9 +11,9 @@ from pyunlearn.data import Tokens, padding_id
 from pyunlearn.metrics import bleu
 from pyunlearn.models import Likelihood
 from pyunlearn.probes import greedy_continuations, teacher_forced
-from pyunlearn.study.config import Config
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.models import load_model
+from pyunlearn.study.old_config import Config
 from pyunlearn.study.sets import Sets
 from pyunlearn.study.training import train
 

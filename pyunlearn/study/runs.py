@@ -13,9 +13,9 @@ from torch import Tensor
 from pyunlearn.data import TokenBatch, collate, padding_id
 from pyunlearn.methods import METHODS, Method
 from pyunlearn.models import Likelihood, decoder_start_id, is_encoder_decoder
-from pyunlearn.study.config import Config
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.models import load_model
+from pyunlearn.study.old_config import Config
 from pyunlearn.study.reference_models import score, translate
 from pyunlearn.study.sets import ForgetSet, Sets
 

@@ -15,7 +15,7 @@ from pyunlearn.data.examples import Example, read_examples
 from pyunlearn.errors import DataError
 from pyunlearn.metrics import make_canaries
 from pyunlearn.probes import subset_masks
-from pyunlearn.study.config import Config
+from pyunlearn.study.old_config import Config
 
 _RARE = 2000  # the least frequent words, of which canaries are made
 _WORDS = 4  # of them in one canary

@@ -16,13 +16,15 @@ from pyunlearn import __version__
 from pyunlearn.data.examples import Example
 from pyunlearn.errors import ArgumentError
 from pyunlearn.models.from_scratch import train_tokenizer
+from pyunlearn.options import accepts
 from pyunlearn.progress import Progress
 from pyunlearn.report import require_page_packages
 from pyunlearn.study.claims import Claim, findings_of, judged
-from pyunlearn.study.config import Config, configured
+from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.corpus import read_corpus, synthetic
 from pyunlearn.study.figures import draw_all
 from pyunlearn.study.folder import Folder
+from pyunlearn.study.old_config import Config, configured
 from pyunlearn.study.outcomes import examples_of, outcomes_of, tables
 from pyunlearn.study.page import write_page
 from pyunlearn.study.reference_models import score_all, train_all
@@ -41,7 +43,7 @@ class Study:
     """One verdict on each claim, with the comparisons behind it."""
 
 
-def run_study(
+def _run_study(
     out: str | Path,
     *,
     preset: str = "smoke",
@@ -136,3 +138,24 @@ def _digest(examples: list[Example]) -> str:
     for e in examples:
         found.update(f"{e.prompt}\0{e.completion}\0".encode())
     return found.hexdigest()[:16]
+
+
+@accepts(StudyConfig)
+def run_study(
+    out: str | Path,
+    *,
+    corpus: Any = None,
+    test_corpus: Any = None,
+    device: str | None = None,
+    progress: bool | None = None,
+    config: Any = None,
+    **settings: Any,
+) -> Study:
+    """Repeat the experiment: out, corpus, test_corpus, device, progress, config.
+
+    Args:
+        {options}
+    """
+    given = dict(vars(StudyConfig.of(config, settings, "run_study")))
+    given["references"] = given.pop("non_members")
+    return _run_study(out, corpus=corpus, test_corpus=test_corpus, device=device, progress=progress, **given)

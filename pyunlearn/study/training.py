@@ -13,9 +13,9 @@ import torch
 
 from pyunlearn.data import Tokens, collate, padding_id
 from pyunlearn.models import Likelihood, decoder_start_id, is_encoder_decoder
-from pyunlearn.study.config import Config
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.models import load_model, new_model, optimizer_of
+from pyunlearn.study.old_config import Config
 
 CHECKPOINT_SECONDS = 30.0  # of work that an interruption may cost
 _GROUPED = 16  # batches whose examples are sorted by length together
