@@ -6,10 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from pyunlearn.auditing.config import AuditConfig
-from pyunlearn.cli.options import PANELS, choices, flag_of
+from pyunlearn.cli.options import PANELS, choices, flag_of, written
 from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.options import Config, Flag, Option, default_of
+from pyunlearn.study.config import StudyConfig
 from pyunlearn.unlearning.config import LoopConfig, UnlearnConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "reference.md"
@@ -24,6 +25,7 @@ def generated() -> str:
         ("audit", AuditConfig, set()),
         ("compare", CompareConfig, shared),
         ("edit", EditConfig, set()),
+        ("study", StudyConfig, set()),
     ]
     blocks = []
     for name, config, left_out in parts:
@@ -48,8 +50,7 @@ def row(name: str, option: Option, default: object) -> str:
     flag = flag_of(name, option)
     words = f"`{flag}`, `{flag.replace('--', '--no-', 1)}`" if isinstance(option.kind, Flag) else f"`{flag}`"
     names = ", ".join(f"`{word}`" for word in choices(option))
-    shown = f"{default:.5g}" if isinstance(default, float) else default
-    shown = ", ".join(default) if isinstance(default, tuple) else shown
+    shown = written(default) if isinstance(default, (tuple, float)) else default
     cells = [f"`{name}`", words, f"`{shown}`", names or option.kind.wanted, option.help]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 

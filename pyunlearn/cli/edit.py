@@ -65,14 +65,14 @@ def edit(
     import torch
 
     from pyunlearn import models
-    from pyunlearn.edits.registry import edit_named, options_of
+    from pyunlearn.edits.registry import edit_named, parse_edit_options
     from pyunlearn.output import check_output, save_folder
 
     quiet_libraries()
     chosen = edit_named(edit)
     target = folder_for(model, out, "edited")
     check_output(target)
-    own = options_of(chosen, options or [])
+    own = parse_edit_options(chosen, options or [])
     loaded, loaded_tokenizer = models.load(model, tokenizer=tokenizer)
     result = chosen.function(
         loaded.to("cuda" if torch.cuda.is_available() else "cpu"),

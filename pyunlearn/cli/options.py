@@ -190,7 +190,7 @@ def with_settings(
             for name, word in words.items():
                 if word is not None and word != []:
                     settings[name] = _value(name, config.options()[name], word, settings.get(name), assign)
-            command(config=config(**settings), **given)
+            command(config=config.of(None, settings, command.__name__), **given)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -252,7 +252,7 @@ def metavar(kind: Kind) -> str:
     plain = {
         Whole: "INTEGER",
         Number: "NUMBER",
-        Several: "NAME,...",
+        Several: "A,B,...",
         Choice: "CHOICE",
         ChoiceOrObject: "CHOICE",
     }
@@ -267,9 +267,19 @@ def help_of(option: Option, default: Any) -> str:
     if isinstance(option.kind, Table):
         return f"{text} Repeatable."
     if default is not None and not isinstance(option.kind, Flag) and "Default:" not in text:
-        shown = f"{default:.5g}" if isinstance(default, float) else default
-        text += f" Default: {', '.join(default) if isinstance(default, tuple) else shown}."
+        text += f" Default: {written(default)}."
     return text
+
+
+def written(value: Any) -> str:
+    """Return a value as it is written on the command line, numbers with five digits.
+
+    >>> written((1 / 3, "a", None))
+    '0.33333,a,none'
+    """
+    if isinstance(value, (tuple, list)):
+        return ",".join(written(part) for part in value)
+    return "none" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _value(name: str, option: Option, word: Any, before: Any, assign: Callable[[Sequence[str]], dict[str, Any]]) -> Any:

@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pyunlearn.cli.options import AsJson, Quiet, assignments
+from pyunlearn.cli.options import AsJson, Quiet, with_settings
 from pyunlearn.cli.quiet import quiet_libraries
+from pyunlearn.study.config import StudyConfig
 
 
-class Preset(str, Enum):
-    """The sizes of a study."""
-
-    smoke = "smoke"
-    cpu = "cpu"
-    gpu = "gpu"
-    paper = "paper"
-
-
-class Setup(str, Enum):
-    """The kinds of models and data of a study."""
-
-    translation = "translation"
-    qa = "qa"
-    text = "text"
-
-
+@with_settings(StudyConfig)
 def study(
+    config: StudyConfig,
     corpus: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="A file of pairs, of questions and answers or of plain text; given twice: two files of parallel "
-            "lines. .gz too. Default: a small corpus made from the seed.",
+            help="A file of pairs, of questions and answers or of plain text; given twice: two files of parallel lines; "
+            ".gz too. Default: a small corpus made from the seed.",
             rich_help_panel="Data",
         ),
     ] = None,
@@ -44,40 +29,13 @@ def study(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="The same for the held-out text on which performance is measured. Default: part of the corpus.",
+            help="The same for the held-out text on which utility is measured. Default: part of the corpus.",
             rich_help_panel="Data",
         ),
     ] = None,
-    preset: Annotated[
-        Preset,
-        typer.Option(
-            help="smoke (two minutes on a CPU), cpu (half an hour), gpu (one GPU), paper (a day of one GPU).",
-            rich_help_panel="Method",
-        ),
-    ] = Preset.smoke,
-    setup: Annotated[
-        Setup,
-        typer.Option(
-            help="translation (encoder-decoder from scratch), qa (--model, fine-tuned) or text (causal from scratch).",
-            rich_help_panel="Method",
-        ),
-    ] = Setup.translation,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Any other setting that differs from the preset, such as steps=60 or unlearning_rates=[1e-4,3e-4]. "
-            "Repeatable.",
-            rich_help_panel="Method",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="The checkpoint that setup qa fine-tunes: a folder or a name.", rich_help_panel="Model"),
-    ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda. Default: cuda where there is a GPU.", rich_help_panel="Model")
+        str | None,
+        typer.Option(metavar="NAME", help="cpu or cuda. Default: cuda where there is a GPU.", rich_help_panel="Model"),
     ] = None,
     out: Annotated[
         Path,
@@ -93,30 +51,28 @@ def study(
     """Repeat the experiment of arXiv 2411.04388: unlearning in and out of distribution, memorization and difficulty.
 
     It trains models with forget sets of several kinds, unlearns them, and reports for each of the paper's claims
-    whether it holds there: a page (index.html), figures and tables. An interrupted study resumes when the same command
-    is run again.
+    whether it holds there: a page (index.html), figures and tables. The defaults below are those of the preset smoke.
+    An interrupted study resumes when the same command is run again.
 
     Examples:
 
     `pyunlearn study --preset smoke --out ./study`
 
-    `pyunlearn study --preset cpu --corpus train.en --corpus train.de --out ./study`
+    `pyunlearn study --preset cpu --steps 60 --corpus train.en --corpus train.de --out ./study`
 
     Exit code 0: done, whichever the verdicts. 2: an input cannot be used. 130: interrupted.
     """
     from pyunlearn.study import run_study
 
     quiet_libraries()
-    settings = {"setup": setup.value, "checkpoint": model} | assignments(options or [])
     try:
         result = run_study(
             out,
-            preset=preset.value,
-            corpus=corpus,
-            test_corpus=test_corpus,
+            corpus=corpus or None,
+            test_corpus=test_corpus or None,
             device=device,
+            config=config,
             progress=False if quiet else None,
-            **settings,
         )
     except KeyboardInterrupt:
         print(f"interrupted; finished parts are in {out}: run the same command again to resume", file=sys.stderr)
