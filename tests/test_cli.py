@@ -24,7 +24,7 @@ def trained(one_thread):
 
 @pytest.fixture(scope="module")
 def folder(trained, tmp_path_factory):
-    """A saved model, and the texts as files beside it."""
+    """A saved model, and the texts as files next to it."""
     folder = tmp_path_factory.mktemp("saved")
     trained.model.save_pretrained(folder / "model-1.5")
     trained.tokenizer.save_pretrained(folder / "model-1.5")
@@ -54,14 +54,14 @@ def unlearn(call, folder):
     return run
 
 
-def refused(result, tmp_path, kept=()):
+def refused(result, tmp_path, present=()):
     """The sentence, having checked the exit code, that it is one line on standard error, nothing written."""
     code, out, err = result
     assert code == 2
     assert out == ""
     assert err.startswith("pyunlearn: ")
     assert err.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+    assert {path.name for path in tmp_path.iterdir()} == set(present)
     return err
 
 
@@ -89,9 +89,9 @@ def test_unlearn_prints_json_and_names_its_folder_after_the_model(unlearn, folde
     """--json is the whole of standard output, and what result.json holds."""
     code, out, _ = unlearn("--json", "--quiet", forget=folder / "unseen.jsonl")
     assert code == 0
-    found = json.loads(out)
-    assert found["stopped"] == "nothing memorized"
-    assert found == json.loads((tmp_path / "model-1.5-unlearned" / "result.json").read_text())
+    printed = json.loads(out)
+    assert printed["stopped"] == "nothing memorized"
+    assert printed == json.loads((tmp_path / "model-1.5-unlearned" / "result.json").read_text())
 
 
 def test_unlearn_returns_1_when_something_is_still_exposed(unlearn, tmp_path):
@@ -187,7 +187,7 @@ def test_a_mask_lets_half_of_the_weights_change(unlearn, trained, tmp_path):
     pairs = [(p, q) for p, q in zip(model.parameters(), trained.model.parameters(), strict=True)]
     changed, size = sum(int((p != q).sum()) for p, q in pairs), sum(p.numel() for p, _ in pairs)
     assert size / 4 < changed <= size / 2 + 1
-    assert "got 'salience'" in refused(unlearn("--mask", "salience", "--out", "other"), tmp_path, kept=["new"])
+    assert "got 'salience'" in refused(unlearn("--mask", "salience", "--out", "other"), tmp_path, present=["new"])
 
 
 def test_a_long_text_can_be_truncated(unlearn, tmp_path):
@@ -219,18 +219,18 @@ def test_what_is_no_language_model_is_refused(unlearn, trained, tmp_path):
     headless.save_pretrained(tmp_path / "headless")
     trained.tokenizer.save_pretrained(tmp_path / "headless")
     ViTConfig().save_pretrained(tmp_path / "vit")
-    kept = {"empty", "headless", "vit"}
+    present = {"empty", "headless", "vit"}
     for model, message in (
         ("nowhere/at-all", "no language model could be loaded from nowhere/at-all"),
         (tmp_path / "empty", "holds no config.json"),
         (tmp_path / "headless", "has no language-model head"),
         (tmp_path / "vit", "no language model could be loaded from"),
     ):
-        assert message in refused(unlearn(model=model), tmp_path, kept)
+        assert message in refused(unlearn(model=model), tmp_path, present)
 
 
 def test_a_tokenizer_that_is_not_there_is_refused(unlearn, trained, tmp_path):
-    """Neither at --tokenizer nor beside the model."""
+    """Neither at --tokenizer nor next to the model."""
     trained.model.save_pretrained(tmp_path / "bare")
     refused(unlearn("--tokenizer", "nowhere/at-all"), tmp_path, {"bare"})
     refused(unlearn(model=tmp_path / "bare"), tmp_path, {"bare"})
@@ -263,7 +263,7 @@ def test_a_backend_that_does_not_exist_is_refused(call, tmp_path, monkeypatch):
         _backend.on_cpu.cache_clear()
 
 
-def test_hopper_is_asked_for_by_1(call, tmp_path, monkeypatch):
+def test_hopper_is_switched_on_by_1(call, tmp_path, monkeypatch):
     """And `pyunlearn info` says what is wanted of PYUNLEARN_HOPPER when it is anything else."""
     monkeypatch.setenv("PYUNLEARN_HOPPER", "on")
     assert "PYUNLEARN_HOPPER must be 1 or 0, got 'on'" in refused(call("info"), tmp_path)
@@ -287,15 +287,15 @@ def test_info_shows_the_backend_and_why(call):
     """As a table and as JSON; both hold the same names."""
     code, out, err = call("info", "--json")
     assert (code, err) == (0, "")
-    found = json.loads(out)
-    assert found["pyunlearn"] == pyunlearn.__version__
-    assert found["torch"] == torch.__version__
-    assert found["backend on the CPU"].split()[0] == _backend.on_cpu().kernels
-    assert found["why"]
-    assert {"compiled CUDA architectures", "CUDA driver", "CUDA devices"} <= found.keys()
+    printed = json.loads(out)
+    assert printed["pyunlearn"] == pyunlearn.__version__
+    assert printed["torch"] == torch.__version__
+    assert printed["backend on the CPU"].split()[0] == _backend.on_cpu().kernels
+    assert printed["why"]
+    assert {"compiled CUDA architectures", "CUDA driver", "CUDA devices"} <= printed.keys()
     code, out, _ = call("info")
     assert code == 0
-    assert all(name in out for name in found)
+    assert all(name in out for name in printed)
 
 
 def test_it_runs_as_a_program():

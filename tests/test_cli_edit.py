@@ -17,8 +17,8 @@ def edit(call, folder):  # noqa: F811
     """call("edit", the saved model, ...), with the forget and the retain set."""
 
     def run(*arguments, forget=folder / "forget.jsonl", retain=folder / "retain.jsonl"):
-        kept = () if retain is None else ("--retain", retain)
-        return call("edit", folder / "model-1.5", "--forget", forget, *kept, *arguments)
+        retain_words = () if retain is None else ("--retain", retain)
+        return call("edit", folder / "model-1.5", "--forget", forget, *retain_words, *arguments)
 
     return run
 
@@ -41,8 +41,8 @@ def test_an_edit_of_a_file_writes_the_model_and_its_numbers(edit, folder, traine
     assert written["nll_after"] == pytest.approx(wanted.nll_after, rel=1e-3)
     assert written["nll_after"]["forget"] > written["nll_before"]["forget"]
     assert written["settings"]["options"] == ["rate=0.03", "samples=2"]
-    found, _ = models.load(tmp_path / "new")
-    torch.testing.assert_close(found.state_dict(), model.state_dict(), rtol=1e-3, atol=1e-4)
+    loaded, _ = models.load(tmp_path / "new")
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=1e-3, atol=1e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
@@ -50,10 +50,10 @@ def test_the_numbers_come_as_json_and_the_folder_has_a_name(edit, tmp_path):
     """--json prints what edit.json holds, and nothing else."""
     code, out, err = edit("--edit", "prune", "--set", "pattern=2:4", "--json", "--quiet", retain=None)
     assert (code, err) == (0, "")
-    found = json.loads(out)
-    assert found == json.loads((tmp_path / "model-1.5-edited" / "edit.json").read_text())
-    assert found["diagnostics"]["sparsity"] == 0.5
-    assert set(found["nll_before"]) == {"forget"}
+    printed = json.loads(out)
+    assert printed == json.loads((tmp_path / "model-1.5-edited" / "edit.json").read_text())
+    assert printed["diagnostics"]["sparsity"] == 0.5
+    assert set(printed["nll_before"]) == {"forget"}
 
 
 def test_a_pruned_folder_is_unlearned_with_its_zeros(call, edit, folder, tmp_path):  # noqa: F811
@@ -110,7 +110,7 @@ def test_edits_that_need_text_to_keep_say_so_and_a_full_folder_is_left_alone(edi
     assert "pass retain=" in refused(edit("--edit", "ekfac_step", "--out", "new", retain=None), tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert "is not empty" in refused(edit("--edit", "prune", "--out", "full"), tmp_path, kept=["full"])
+    assert "is not empty" in refused(edit("--edit", "prune", "--out", "full"), tmp_path, present=["full"])
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
 
 

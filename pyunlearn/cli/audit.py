@@ -8,7 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +27,62 @@ from pyunlearn.cli.options import (
 )
 from pyunlearn.cli.quiet import quiet_libraries
 
+if TYPE_CHECKING:
+    from pyunlearn.auditing import Audit
+
+Original = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The model before unlearning: only with it can a text get the verdict forgotten.",
+        rich_help_panel="Model",
+    ),
+]
+Retrained = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="A model that never saw the texts, at best retrained without them: for PrivLeak.",
+        rich_help_panel="Model",
+    ),
+]
+Fast = Annotated[
+    bool, typer.Option("--fast", help="Leave out continuations, the slow measure.", rich_help_panel="Method")
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder for audit.json and audit.html; new or empty. Default: MODEL-audit, in this folder.",
+        rich_help_panel="Output",
+    ),
+]
+Html = Annotated[
+    bool | None,
+    typer.Option(
+        "--html/--no-html",
+        help="Write audit.html, the report for people. Default: where jinja2 and matplotlib are installed.",
+        rich_help_panel="Output",
+        show_default=False,
+    ),
+]
+ShowText = Annotated[
+    bool,
+    typer.Option(
+        "--show-text",
+        help="Show the texts. Without it table, JSON and page mask them, so that they can be passed on.",
+        rich_help_panel="Output",
+    ),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder that caches each model's responses for later audits. Default: next to --out, then removed.",
+        rich_help_panel="Output",
+    ),
+]
+
 
 @with_settings(AuditConfig)
 def audit(
@@ -35,59 +91,14 @@ def audit(
     forget: Forget,
     retain: Retain = None,
     holdout: Holdout = None,
-    original: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="The model before unlearning: only with it can a text get the verdict forgotten.",
-            rich_help_panel="Model",
-        ),
-    ] = None,
-    reference_model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="A model that never saw the texts, at best retrained without them: for PrivLeak.",
-            rich_help_panel="Model",
-        ),
-    ] = None,
+    original: Original = None,
+    reference_model: Retrained = None,
     tokenizer: Tokenizer = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Leave out continuations, the slow measure.", rich_help_panel="Method")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder for audit.json and audit.html; new or empty. Default: MODEL-audit, in this folder.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
-    html: Annotated[
-        bool | None,
-        typer.Option(
-            "--html/--no-html",
-            help="Write audit.html, the report for people. Default: where jinja2 and matplotlib are installed.",
-            rich_help_panel="Output",
-            show_default=False,
-        ),
-    ] = None,
-    show_text: Annotated[
-        bool,
-        typer.Option(
-            "--show-text",
-            help="Show the texts. Without it table, JSON and page mask them, so that they can be passed on.",
-            rich_help_panel="Output",
-        ),
-    ] = False,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder that caches each model's responses for later audits. Default: next to --out, then removed.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
+    fast: Fast = False,
+    out: Out = None,
+    html: Html = None,
+    show_text: ShowText = False,
+    cache: Cache = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -109,7 +120,7 @@ def audit(
     """
     import pyunlearn
     from pyunlearn.output import check_output
-    from pyunlearn.report import audit_lines, audit_table, require_page_packages, write_audit
+    from pyunlearn.report import require_page_packages, write_audit
 
     quiet_libraries()
     if html is None:
@@ -142,15 +153,22 @@ def audit(
     write_audit(result, target, html=html, show_text=show_text)
     if cache is None:
         shutil.rmtree(responses, ignore_errors=True)
+    _show(result, target, html, show_text, as_json)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+def _show(result: Audit, target: Path, html: bool, show_text: bool, as_json: bool) -> None:
+    """Print the table and the sentences, or the JSON."""
     if as_json:
         print(json.dumps(result.to_dict(show_text=show_text), indent=2))
-    else:
-        from rich.console import Console
+        return
+    from rich.console import Console
 
-        console = Console()
-        console.print(audit_table(result, show_text=show_text))
-        for line in audit_lines(result):
-            console.print(line, highlight=False, markup=False)
-        files = "audit.json and audit.html are" if html else "audit.json is"
-        console.print(f"{files} in {target}", highlight=False, markup=False)
-    raise typer.Exit(0 if result.passed else 1)
+    from pyunlearn.report import audit_lines, audit_table
+
+    console = Console()
+    console.print(audit_table(result, show_text=show_text))
+    for line in audit_lines(result):
+        console.print(line, highlight=False, markup=False)
+    files = "audit.json and audit.html are" if html else "audit.json is"
+    console.print(f"{files} in {target}", highlight=False, markup=False)

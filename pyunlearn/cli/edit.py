@@ -12,6 +12,24 @@ from pyunlearn.cli.options import AsJson, Forget, Model, Quiet, Retain, Tokenize
 from pyunlearn.cli.quiet import quiet_libraries
 from pyunlearn.edits.config import EditConfig
 
+OwnOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="The edit's own options, such as rate=0.02. Repeatable.",
+        rich_help_panel="Method",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder for the new model and edit.json; new or empty. Default: MODEL-edited, in this folder.",
+        rich_help_panel="Output",
+    ),
+]
+
 
 @with_settings(EditConfig, file=False)
 def edit(
@@ -25,24 +43,9 @@ def edit(
         ),
     ],
     retain: Retain = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="The edit's own options, such as rate=0.02. Repeatable.",
-            rich_help_panel="Method",
-        ),
-    ] = None,
+    options: OwnOptions = None,
     tokenizer: Tokenizer = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder for the new model and edit.json; new or empty. Default: MODEL-edited, in this folder.",
-            rich_help_panel="Output",
-        ),
-    ] = None,
+    out: Out = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

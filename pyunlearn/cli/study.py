@@ -20,8 +20,8 @@ def study(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="A file of pairs, of questions and answers or of plain text; given twice: two files of parallel lines; "
-            ".gz too. Default: a small corpus made from the seed.",
+            help="A file of pairs, of questions and answers or of plain text; given twice: two files of parallel "
+            "lines; .gz too. Default: a small corpus made from the seed.",
             rich_help_panel="Data",
         ),
     ] = None,
