@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pyunlearn.errors import DataError, DependencyError
 
-__all__ = ["Example", "Message", "read_examples"]
+__all__ = ["Example", "Message", "parse_examples", "read_examples"]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 WANTED = '"text", "prompt" and "completion", "question" and "answer", or "messages"'
@@ -85,6 +85,19 @@ def read_examples(source: object, *, role: str) -> list[Example]:
     if not examples:
         raise DataError(f"{role} holds no example: give at least one text")
     return examples
+
+
+def parse_examples(text: str, suffix: str, *, name: str) -> list[Example]:
+    """Parse the text of a file that ends in `suffix`, any of `SUFFIXES` but .parquet; errors call it `name`.
+
+    >>> parse_examples("one\\n\\ntwo", ".txt", name="standard input")[1].completion
+    'two'
+
+    Raises DataError where it is empty or no such file.
+    """
+    if not text.strip():
+        raise DataError(f"{name} is empty: give at least one text")
+    return [_example(row, where) for where, row in _text_rows(text, suffix, name)]
 
 
 def _rows(source: object, role: str) -> Rows:
