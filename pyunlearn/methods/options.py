@@ -1,4 +1,4 @@
-"""Options of a method as words of the command line."""
+"""Parser of method options given as words of the command line."""
 
 import json
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from pyunlearn.errors import ArgumentError
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:
-    """Turn words name=value into options: JSON where it is JSON, none as None, anything else as text.
+    """Return the options in words name=value: JSON where it is valid JSON, none as None, anything else as text.
+
+    Raises ArgumentError for a word without a name or a value; `resolve` checks whether the method has the option.
 
     >>> parse_options(["beta=0.5", "direction=toward"])
     {'beta': 0.5, 'direction': 'toward'}
-
-    Raises ArgumentError for a word without a name or a value; `resolve` checks whether the method has the option.
     """
     options: dict[str, Any] = {}
     for word in words:
@@ -29,7 +29,7 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_options_by_method(words: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Turn words METHOD.name=value into method -> options. Raises ArgumentError for another word.
+    """Return method -> options from words METHOD.name=value. Raises ArgumentError for another word.
 
     >>> parse_options_by_method(["npo.beta=0.5"])
     {'npo': {'beta': 0.5}}

@@ -61,7 +61,7 @@ class ForgetTerm:
     def _on_log_likelihoods(self, indices: list[int]) -> Tensor:
         """Handle methods on summed log-likelihoods, or on those of single tokens."""
         method, device = self.method, self.lm.device
-        reads = [(role, self._index(role, i)) for i in indices for role in method.reads]
+        reads = [(role, self._index(role, i)) for i in indices for role in method.roles]
         tokens = [self.texts[role][i] for role, i in reads]
         batch = self.lm.collate(tokens)
         reference = self.reference.gather(reads)
@@ -70,7 +70,7 @@ class ForgetTerm:
         reference_values = torch.as_tensor(reference, dtype=torch.float32, device=device)
         weights = self._weights(reads, tokens)
         selection = {k: v for k, v in self.options.items() if k in ("temperature", "top_fraction")}
-        group_size = len(method.reads)
+        group_size = len(method.roles)
         likelihood = self.lm.likelihood
 
         if method.token:
@@ -127,7 +127,7 @@ class ForgetTerm:
 def example_tensors(method: Method, forget: Tensor, lengths: Tensor, reference: Tensor) -> dict[str, Tensor]:
     """Name the tensors of a loss on summed log-likelihoods, (B,), or (B, 2) for the two texts of a pair."""
     if not method.pairs:
-        return {method.reads[0]: forget, "lengths": lengths, "reference": reference}
+        return {method.roles[0]: forget, "lengths": lengths, "reference": reference}
     return {
         "winner": forget[:, 0],
         "winner_reference": reference[:, 0],

@@ -22,7 +22,7 @@ def substitutes_for(
     if "refusals" in method.needs:
         texts = options.get("refusals")
         texts = REFUSALS if texts is None else texts
-        return {"refusal": with_refusals(forget, texts, seed, alone="forget" not in method.reads)}
+        return {"refusal": with_refusals(forget, texts, seed, alone="forget" not in method.roles)}
     if "winners" in method.needs:
         return {"winner": with_winners(forget, options.get("winners"))}
     return {}

@@ -43,7 +43,7 @@ class Reference:
         weights: Sequence[Floats] | None,
     ) -> None:
         """Score what the method reads, by role; as sums (times the token weights) where it sees whole texts."""
-        for role in method.reads:
+        for role in method.roles:
             tokens = scorer.token_log_likelihood(texts[role], likelihood)
             if not method.token:
                 weighted = (
