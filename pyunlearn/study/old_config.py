@@ -158,7 +158,7 @@ def _check(c: Config) -> None:
     usable = [
         m.name
         for m in METHODS.values()
-        if m.reads == ("forget",) and m.kind in ("example", "token") and set(m.needs) <= {"reference"}
+        if m.roles == ("forget",) and m.kind in ("example", "token") and set(m.needs) <= {"reference"}
     ]
     if c.method not in usable:
         raise ArgumentError(
