@@ -1,4 +1,4 @@
-"""Refusals that stand for the answer of a model that does not know."""
+"""Refusals: the answers of a model that does not know."""
 
 REFUSALS = (
     "I don't know.",

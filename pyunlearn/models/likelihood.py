@@ -133,7 +133,7 @@ class Likelihood:
 
     @torch.no_grad()
     def statistics(self, batch: TokenBatch) -> TokenStatistics:
-        """Return (n,) log-likelihood, rank, entropy and variance of batch.targets, see `pyunlearn.ops.token_statistics`."""
+        """Return (n,) log-likelihood, rank, entropy and variance of batch.targets, see `ops.token_statistics`."""
         if not self._use_fused(batch):
             return token_statistics_from_logits(self.logits(batch), batch.targets)
         hidden, head = self.hidden(batch)
