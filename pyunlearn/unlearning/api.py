@@ -98,7 +98,11 @@ def unlearn(
         check_output(output_dir)
     path = checkpoint_path(output_dir, resume=resume)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
-    examples = {role: read_examples(source, role=role) for role, source in sources.items() if role == "forget" or source is not None}
+    examples = {
+        role: read_examples(source, role=role)
+        for role, source in sources.items()
+        if role == "forget" or source is not None
+    }
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     tokens = lm.encode(examples, truncate=config.truncate)
