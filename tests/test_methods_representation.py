@@ -8,7 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
-from test_unlearn import Interrupted, run, same, timeless, weights
+from unlearning_runs import Interrupted, run, same, timeless, weights
 
 from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError

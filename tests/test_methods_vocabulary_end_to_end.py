@@ -5,7 +5,7 @@ import peft
 import pytest
 import tiny
 import torch
-from test_unlearn import Interrupted, run, same, timeless, weights
+from unlearning_runs import Interrupted, run, same, timeless, weights
 
 from pyunlearn import models
 from pyunlearn.errors import DataError
