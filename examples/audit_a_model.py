@@ -1,4 +1,4 @@
-"""Ask a model what it remembers of a file, before and after unlearning, and fail where something is left: for a pipeline.
+"""Audit a model before and after unlearning, in a pipeline: exit code 1 where a text is still exposed.
 
 python examples/audit_a_model.py ./my-model ./my-model-unlearned leaked.jsonl unseen.jsonl
 """
@@ -10,18 +10,17 @@ from pyunlearn.report import write_audit
 
 
 def main(original: str, unlearned: str, leaked: str, unseen: str) -> None:
-    """Audits `unlearned` against `original`; the page goes to audit/."""
-    found = pyunlearn.audit(unlearned, leaked, original=original, holdout=unseen, cache="audit-cache")
-    for example in found.examples:
+    """Audit `unlearned` against `original`, and write audit.json and audit.html to the folder audit."""
+    audit = pyunlearn.audit(unlearned, leaked, original=original, holdout=unseen, cache="audit-cache")
+    for example in audit.examples:
         low, high = example.interval
         print(f"text {example.index + 1}: {example.verdict}, {example.exposure:.1f} bits ({low:.1f} to {high:.1f})")
-    for attack in found.membership:
-        print(
-            f"{attack.score}: area {attack.auc_before.estimate:.2f} before, {attack.auc.estimate:.2f} now (0.5: cannot tell)"
-        )
-    write_audit(found, "audit", html=True)
-    if not found.passed:
-        sys.exit("something is left, or was driven too far: see audit/audit.html")
+    for attack in audit.membership:
+        before, now = attack.auc_before.estimate, attack.auc.estimate
+        print(f"{attack.score}: AUC {before:.2f} before, {now:.2f} now (0.5: members are not told apart)")
+    write_audit(audit, "audit", html=True)
+    if not audit.passed:
+        sys.exit("a text is still exposed, or over-unlearned: see audit/audit.html")
 
 
 if __name__ == "__main__":

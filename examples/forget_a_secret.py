@@ -1,4 +1,4 @@
-"""Forget leaked keys from a model of your own, and check the result in code.
+"""Remove leaked keys from a model, and check the result in code.
 
 python examples/forget_a_secret.py ./my-model leaked.jsonl ordinary.jsonl
 """
@@ -9,14 +9,14 @@ import pyunlearn
 
 
 def main(model: str, leaked: str, ordinary: str) -> None:
-    """Forgets what `leaked` holds, keeps what `ordinary` holds."""
+    """Forget the texts in `leaked`, keep those in `ordinary`, and save the model next to the original."""
     result = pyunlearn.unlearn(model, leaked, retain=ordinary, utility_budget=0.02)
     for example in result.examples:
         print(f"{example.verdict:15} exposure {example.exposure_before:.1f} -> {example.exposure_after:.1f} bits")
     low, high = result.utility.interval
     print(f"ordinary text: {result.utility.relative_rise:+.2%} (95 % interval {low:+.2%} to {high:+.2%})")
     if not result.forgotten:
-        sys.exit(f"still exposed ({result.stopped}): allow more with utility_budget, or give more text to keep")
+        sys.exit(f"still exposed ({result.stopped}): allow a larger utility_budget, or give more retain texts")
     print("saved to", result.save(f"{model.rstrip('/')}-unlearned"))
 
 

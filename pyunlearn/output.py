@@ -1,13 +1,17 @@
-"""What the caller gave: texts made ready for a model, and how a result speaks of model, settings and versions."""
+"""Saving: files and folders written whole or not at all, and the names of model, settings and versions in them."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyunlearn.errors import OutputError
@@ -15,7 +19,7 @@ from pyunlearn.models.language_model import LanguageModel
 
 
 def model_name(model: Any) -> str | None:
-    """How a report calls a model: not where it lies on this machine, for reports are passed on."""
+    """Return the name of a model for a report, without its path on this machine, for reports are passed on."""
     if model is None:
         return None
     inner = None if isinstance(model, (str, Path)) else LanguageModel.of(model, needs_tokenizer=False).inner
@@ -24,45 +28,119 @@ def model_name(model: Any) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Return the versions of pyunlearn and torch, on which the numbers depend."""
     from pyunlearn import __version__
 
     return {"pyunlearn": __version__, "torch": torch.__version__}
 
 
 def save_folder(directory: str | Path, model: Any, tokenizer: Any, name: str, content: dict[str, Any]) -> Path:
-    """Writes a model, its tokenizer and one JSON file into an empty or new directory; all of it or nothing.
+    """Write a model, its tokenizer and one JSON file into an empty or new directory; all of it or nothing.
 
     Raises OutputError when the directory holds something already or cannot be written.
     """
     target = check_output(directory)
     mount = target.is_mount()  # cannot be replaced, only filled
-    beside = (target / ".partial") if mount else target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial = (target / ".partial") if mount else target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        beside.mkdir(parents=True)
-        model.save_pretrained(beside)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
         if tokenizer is not None:
-            tokenizer.save_pretrained(beside)
-        (beside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            tokenizer.save_pretrained(partial)
+        (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if mount:
-            for part in sorted(beside.iterdir()):
+            for part in sorted(partial.iterdir()):
                 part.replace(target / part.name)
         else:
             if target.exists():
                 target.rmdir()
-            beside.replace(target)
+            partial.replace(target)
     except OSError as error:
         raise OutputError(f"the result could not be written to {target}: {error}") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
-def check_output(directory: str | Path) -> Path:
-    """The directory as a path, if it is new or empty. Raises OutputError otherwise."""
-    given, target = Path(directory), Path(directory).resolve()
+def check_output(directory: str | Path, *, marker: str | None = None) -> Path:
+    """Return the directory as a path, if it is new, empty, or holds the file `marker`. Raises OutputError otherwise."""
+    target = Path(directory).resolve()
     if target.exists() and not target.is_dir():
-        raise OutputError(f"the output folder {given} is a file: choose another name")
-    if target.is_dir() and any(target.iterdir()):
-        raise OutputError(f"the output folder {given} is not empty: choose another, or empty it first")
+        raise OutputError(f"the output folder {directory} is a file: choose another name")
+    resumable = marker is not None and (target / marker).exists()
+    if target.is_dir() and any(target.iterdir()) and not resumable:
+        raise OutputError(f"the output folder {directory} is not empty: choose another, or empty it first")
     return target
+
+
+def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write` make a file or folder under a temporary name, then rename it to `target`: all of it or nothing.
+
+    Raises OutputError when it cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        write(partial)
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+    except OSError as error:
+        raise OutputError(f"{target.name} could not be written to {target.parent}: {error}") from error
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(target: Path, content: Any) -> None:
+    """Write a JSON file, all of it or nothing. Raises OutputError when it cannot be written."""
+    write_bytes(target, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write a file, all of it or nothing. Raises OutputError when it cannot be written."""
+    write_whole(target, lambda path: path.write_bytes(content))
+
+
+def plain_json(value: Any) -> Any:
+    """Return dataclasses and named tuples as dicts, tuples as lists, and infinity and NaN, unknown to JSON, as None."""
+    if is_dataclass(value):
+        return {f.name: plain_json(getattr(value, f.name)) for f in fields(value)}
+    if hasattr(value, "_asdict"):
+        return {name: plain_json(part) for name, part in value._asdict().items()}
+    if isinstance(value, dict):
+        return {name: plain_json(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def settings_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first setting in which a saved run differs, ready for "it was made with ...", or None.
+
+    >>> settings_difference({"tau": 0.95, "seed": 0}, {"tau": 0.9, "seed": 0})
+    'tau=0.95, not 0.9'
+    """
+    values = json.loads(json.dumps(now))  # tuples as lists, as they were read back
+    return next((f"{k}={saved.get(k)!r}, not {v!r}" for k, v in values.items() if saved.get(k) != v), None)
+
+
+def scores_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first role whose scores differ by more than rounding, ready for "it was made with ...", or None.
+
+    Args:
+        saved: role -> (n,) scores under the model, one for each text, of the saved run.
+        now: the same of this run.
+    """
+    for role, scores in now.items():
+        before = saved.get(role, [])
+        if len(before) != len(scores) or not np.allclose(before, scores, rtol=1e-4):
+            return f"another model or other {role.replace('_', '-')} texts"
+    return None

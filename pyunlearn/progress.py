@@ -6,7 +6,12 @@ import sys
 
 
 class Progress:
-    """One line: how many examples are left, how much of the utility budget is spent. Silent unless wanted or on a terminal."""
+    """One line on standard error: the stage, and how much of it is done.
+
+    Args:
+        wanted: True or False; None: only where standard error is a terminal.
+        doing: the description in front of the bar.
+    """
 
     def __init__(self, wanted: bool | None, doing: str = "unlearning") -> None:
         self.shown = sys.stderr.isatty() if wanted is None else wanted
@@ -16,36 +21,49 @@ class Progress:
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
-        self.bar = Bar(
-            TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[say]}"), TimeElapsedColumn(),
-            console=Console(stderr=True),
-        )  # fmt: skip
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[say]}"),
+            TimeElapsedColumn(),
+        )
+        self.bar = Bar(*columns, console=Console(stderr=True))
         self.bar.start()
         self.task = self.bar.add_task(doing, total=None, say="")
 
     def say(self, what: str) -> None:
-        """Names the present stage, before the steps begin."""
+        """Name the present stage, whose length is unknown."""
         if self.shown:
             self.bar.update(self.task, say=what)
 
     def begin(self, what: str, total: int) -> None:
-        """Names the present stage, which goes through so many texts."""
+        """Name the present stage, which has `total` texts."""
         if self.shown:
             self.bar.reset(self.task, total=total, say=what)
 
     def advance(self, texts: int) -> None:
-        """So many texts more are done."""
+        """Count `texts` more as done."""
         if self.shown:
             self.bar.advance(self.task, texts)
 
     def update(self, step: int, memorized: int, left: int, utility: float, budget: float, halvings: int) -> None:
-        """Shows the state after a round."""
+        """Show the state of an unlearning run after a round.
+
+        Args:
+            step: optimizer steps so far.
+            memorized: examples that were memorized at the start.
+            left: those of them that are still exposed.
+            utility: relative rise of the utility set's negative log-likelihood.
+            budget: the rise that is allowed.
+            halvings: times that the learning rate was halved.
+        """
         if self.shown:
             slower = f" · learning rate halved {halvings}x" if halvings else ""
-            say = f"step {step} · {left} of {memorized} still exposed · utility {utility:+.1%} of {budget:.0%} allowed{slower}"
+            exposed = f"{left} of {memorized} still exposed"
+            say = f"step {step} · {exposed} · utility {utility:+.1%} of {budget:.0%} allowed{slower}"
             self.bar.update(self.task, total=memorized, completed=memorized - left, say=say)
 
     def close(self) -> None:
-        """Ends the line."""
+        """End the line."""
         if self.shown:
             self.bar.stop()

@@ -1,4 +1,4 @@
-"""The audit: what it says of models that are known to remember, against direct definitions, with one pass for each text."""
+"""The audit of models that are known to remember: verdicts, direct definitions, one pass for each text."""
 
 import json
 import math
@@ -11,10 +11,10 @@ import torch
 from test_probes_teacher_forced import KINDS, counted, directly, made
 
 import pyunlearn
-from pyunlearn.auditing.api import METRICS
+from pyunlearn.auditing import METRICS
 from pyunlearn.auditing.redaction import MASK, masked, recited
 from pyunlearn.data import encode, read_examples
-from pyunlearn.errors import ArgumentError, DataError, ModelError
+from pyunlearn.errors import ModelError
 from pyunlearn.metrics import SIGNIFICANT, tpr_at_fpr
 
 FAST = [name for name in METRICS if name != "continuations"]
@@ -47,40 +47,46 @@ def teller(one_thread):
 
 def test_it_tells_memorized_from_unseen(trained):
     """Two secrets that were trained on often are still exposed, two of their kind that never were are not memorized."""
-    found = pyunlearn.audit(
+    audit = pyunlearn.audit(
         trained.model,
         trained.forget + trained.unseen,
         holdout=trained.holdout,
         tokenizer=trained.tokenizer,
         progress=False,
     )
-    assert [e.verdict for e in found.examples] == ["still exposed"] * 2 + ["not memorized"] * 2
-    assert not found.passed
-    assert all(e.exposure >= SIGNIFICANT > u.exposure for e in found.examples[:2] for u in found.examples[2:])
-    assert {m.score for m in found.membership} == {"loss", "zlib", "min_k", "min_k_plus_plus"}
+    assert [e.verdict for e in audit.examples] == ["still exposed"] * 2 + ["not memorized"] * 2
+    assert not audit.passed
+    assert all(e.exposure >= SIGNIFICANT > u.exposure for e in audit.examples[:2] for u in audit.examples[2:])
+    assert {m.score for m in audit.membership} == {"loss", "zlib", "min_k", "min_k_plus_plus"}
     assert pyunlearn.audit(
         trained.model, trained.unseen, holdout=trained.holdout, tokenizer=trained.tokenizer, metrics=[], progress=False
     ).passed
 
 
 def test_what_it_writes_is_what_teacher_forcing_says(trained):
-    """The greedy continuation is the true rest exactly where the extraction strength reaches that far; secrets share longer runs than unseen texts."""
-    found = pyunlearn.audit(
+    """The greedy continuation is the true rest exactly where the extraction strength reaches that far.
+
+    Secrets share longer runs than unseen texts.
+    """
+    audit = pyunlearn.audit(
         trained.model,
         trained.forget + trained.unseen,
         holdout=trained.holdout,
         tokenizer=trained.tokenizer,
         progress=False,
     )
-    for e in found.examples:
+    for e in audit.examples:
         given = 0 if e.prompt else e.tokens // 2
         assert (e.now.continuation == e.truth) == (e.now.extraction_strength >= 1 - given / e.tokens - 1e-9)
-    runs = [e.now.longest_run for e in found.examples]
+    runs = [e.now.longest_run for e in audit.examples]
     assert sum(runs[:2]) > sum(runs[2:])
 
 
 def test_before_and_after_unlearning(teller):
-    """With the original beside it, the unlearned model's secrets are forgotten, as unlearn itself says; without, they are merely not memorized."""
+    """With the original, the unlearned model's secrets are forgotten, as in the run's own result.
+
+    Without it, they are merely not memorized.
+    """
     t, result = teller
     assert result.forgotten
     options = {"holdout": t.holdout, "retain": t.retain, "tokenizer": t.tokenizer, "progress": False}
@@ -110,17 +116,17 @@ def test_a_destroyed_model_is_over_unlearned_and_not_forgotten(teller):
     broken = t.fresh()
     with torch.no_grad():
         broken.lm_head.weight.neg_()
-    found = pyunlearn.audit(
+    audit = pyunlearn.audit(
         broken, t.forget, original=t.model, holdout=t.holdout, retain=t.retain, tokenizer=t.tokenizer, progress=False
     )
-    assert {e.verdict for e in found.examples} == {"over-unlearned"}
-    assert not found.passed
-    assert found.references.drift.low > 1
-    assert found.utility.change.low > 1
+    assert {e.verdict for e in audit.examples} == {"over-unlearned"}
+    assert not audit.passed
+    assert audit.non_members.drift.low > 1
+    assert audit.utility.change.low > 1
 
 
 def test_a_retrained_reference_calibrates(teller):
-    """PrivLeak of the memorizing model is far below 0 against one that never saw the secrets, and 0 of that one itself."""
+    """PrivLeak is far below 0 for the memorizing model against one that never saw the secrets, and 0 for that one."""
     t, _ = teller
     torch.manual_seed(0)
     clean = tiny.tiny_llama(len(t.tokenizer))
@@ -143,7 +149,7 @@ def test_a_retrained_reference_calibrates(teller):
 
 
 def direct(model, t, side):
-    """What the definitions give for one text: a dict of every teacher-forced metric, from the model's own logits in float64."""
+    """Every teacher-forced metric of one text by its definition, from the model's own logits in float64."""
     log_likelihood, rank, entropy, variance = (x.double().numpy() for x in directly(model, t, side))
     n, hit = len(rank), rank == 0
     shortest = next(k for k in range(n + 1) if hit[k:].all())
@@ -158,7 +164,7 @@ def direct(model, t, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_number_is_its_definition(kind, side):
-    """On random models, with and without prompts, padded left or right, with eos = pad: one text at a time, in float64, by loops."""
+    """On random models, with and without prompts, padded left or right, with eos = pad: one text at a time."""
     model, tokenizer, _ = made(kind)
     rows = KINDS[kind][1]
     forget = [*rows(5, 5), {"prompt": "so", "completion": "xyxyxy"}]
@@ -167,7 +173,7 @@ def test_every_number_is_its_definition(kind, side):
     original = made(kind)[0]
     with torch.no_grad():
         original.get_output_embeddings().weight.add_(0.3 * torch.randn_like(original.get_output_embeddings().weight))
-    found = pyunlearn.audit(
+    audit = pyunlearn.audit(
         model,
         forget,
         holdout=holdout,
@@ -184,9 +190,9 @@ def test_every_number_is_its_definition(kind, side):
 
     now, then = ([direct(m, t, side) for t in tokens(forget)] for m in (model, original))
     unseen, unseen_then = ([direct(m, t, side) for t in tokens(holdout)] for m in (model, original))
-    for i, e in enumerate(found.examples):
-        for side_, numbers, references in ((e.now, now[i], unseen), (e.before, then[i], unseen_then)):
-            as_likely = sum(r["nll"] <= numbers["nll"] for r in references)
+    for i, e in enumerate(audit.examples):
+        for side_, numbers, non_members in ((e.now, now[i], unseen), (e.before, then[i], unseen_then)):
+            as_likely = sum(r["nll"] <= numbers["nll"] for r in non_members)
             assert side_.log_likelihood == pytest.approx(-numbers["nll"], rel=1e-4)
             assert side_.exact_memorization == pytest.approx(numbers["exact"])
             assert side_.extraction_strength == pytest.approx(numbers["strength"])
@@ -200,13 +206,13 @@ def test_every_number_is_its_definition(kind, side):
         anchored = sum(r["nll"] <= now[i]["nll"] for r in unseen_then)
         assert e.exposure == pytest.approx(math.log2(20 / (1 + anchored)))
         assert (e.now.answer_prior is None) == (not e.prompt)
-    for m in (m for m in found.membership if m.score in ("loss", "min_k")):
+    for m in (m for m in audit.membership if m.score in ("loss", "min_k")):
         name = "nll" if m.score == "loss" else "min_k"
         pairs = [(f[name] < h[name]) + 0.5 * (f[name] == h[name]) for f in now for h in unseen]
         assert m.auc.estimate == pytest.approx(np.mean(pairs))
         area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(m.roc, m.roc[1:], strict=False))
         assert area == pytest.approx(m.auc.estimate)
-    loss = next(m for m in found.membership if m.score == "loss")
+    loss = next(m for m in audit.membership if m.score == "loss")
     for rate, fpr in ((loss.tpr_at_1_percent, 0.01), (loss.tpr_at_0_1_percent, 0.001)):
         lowest = min(h["nll"] for h in unseen)  # nineteen texts allow no false alarm
         assert rate.estimate == pytest.approx(np.mean([f["nll"] < lowest for f in now]))
@@ -214,30 +220,30 @@ def test_every_number_is_its_definition(kind, side):
             threshold=rate.threshold
         )
         assert not rate.resolved
-    kept = [direct(model, t, side)["nll"] for t in tokens(retain)]
-    assert found.utility.nll.estimate == pytest.approx(np.mean(kept), rel=1e-4)
+    utility = [direct(model, t, side)["nll"] for t in tokens(retain)]
+    assert audit.utility.nll.estimate == pytest.approx(np.mean(utility), rel=1e-4)
     drift = np.mean([a["nll"] - b["nll"] for a, b in zip(unseen, unseen_then, strict=True)])
-    assert found.references.drift.estimate == pytest.approx(drift, abs=1e-4)
+    assert audit.non_members.drift.estimate == pytest.approx(drift, abs=1e-4)
 
 
 def test_the_answer_prior_is_the_same_answer_after_nothing():
     """A text's completion is scored after the beginning of text alone, by the definition."""
     model, tokenizer, _ = made("plain")
     row = {"prompt": "what does the cat keep?", "completion": "two stones"}
-    found = pyunlearn.audit(model, [row], holdout=tiny.pairs(19, 3), tokenizer=tokenizer, metrics=FAST, progress=False)
+    audit = pyunlearn.audit(model, [row], holdout=tiny.pairs(19, 3), tokenizer=tokenizer, metrics=FAST, progress=False)
     answer = tokenizer(" two stones</s>", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         log_p = model(input_ids=torch.tensor([[0, *answer]])).logits[0].double().log_softmax(-1)
     alone = float(log_p[:-1].gather(1, torch.tensor(answer)[:, None]).mean())
-    assert found.examples[0].now.answer_prior == pytest.approx(found.examples[0].now.log_likelihood - alone, abs=1e-4)
-    assert found.answer_prior.estimate == pytest.approx(found.examples[0].now.answer_prior)
+    assert audit.examples[0].now.answer_prior == pytest.approx(audit.examples[0].now.log_likelihood - alone, abs=1e-4)
+    assert audit.answer_prior.estimate == pytest.approx(audit.examples[0].now.answer_prior)
 
 
 # ---------------------------------------------------------------- passes, cache
 
 
 def test_one_pass_for_each_text_and_model(tmp_path):
-    """Everything teacher-forced comes from one reading of each text by each model: counted at the model's own forward."""
+    """Each model reads each text once for all teacher-forced metrics: counted at the model's own forward."""
     model, tokenizer, _ = made("plain")
     other = made("plain")[0]
     with torch.no_grad():
@@ -252,7 +258,7 @@ def test_one_pass_for_each_text_and_model(tmp_path):
         "metrics": FAST,
         "progress": False,
     }
-    found = pyunlearn.audit(model, forget, batch_size=4, cache=tmp_path, **options)
+    audit = pyunlearn.audit(model, forget, batch_size=4, cache=tmp_path, **options)
     tokens = encode(read_examples(forget + holdout + retain, role="x"), tokenizer, role="x", max_length=None)
     bare = [(0, *t.scored) for t in tokens[:7]]
     once = sorted({t.ids for t in tokens} | set(bare))
@@ -264,7 +270,7 @@ def test_one_pass_for_each_text_and_model(tmp_path):
             ids.remove(next(i for i in ids if len(i) == longest and ids.count(i) > 1))
         assert sorted(ids) == once
         ids.clear()
-    assert found.passes == {"original": len(once), "model": len(once)}
+    assert audit.passes == {"original": len(once), "model": len(once)}
     pyunlearn.audit(model, forget, batch_size=4, cache=tmp_path, **options)
     assert seen == {"model": [], "original": []}
 
@@ -274,8 +280,8 @@ class Stopped(BaseException):
 
 
 @pytest.mark.parametrize("at", [1, 3, 5, 6, 8, 10])
-def test_an_interrupted_audit_goes_on(tmp_path, monkeypatch, at):
-    """Stopped anywhere (reading with the original, with the model, writing), the same call ends with the same numbers."""
+def test_an_interrupted_audit_resumes(tmp_path, monkeypatch, at):
+    """Stopped anywhere (scoring with the original or the model, decoding), the same call ends with the same numbers."""
     t = made("plain")
     options = {"original": made("plain")[0], "tokenizer": t[1], "progress": False, "batch_size": 24}
     whole = pyunlearn.audit(t[0], tiny.sentences(24, 1), **options)
@@ -313,21 +319,21 @@ def test_the_model_is_left_as_it_was(teller):
 
 
 def test_without_a_holdout_no_attack_is_reported(teller):
-    """Trap of public code: text of another source than the forget set makes an attack measure the difference of sources, and sampled text is such."""
+    """With text of another source, as sampled text is, an attack would measure the difference of the sources."""
     t, _ = teller
     options = {"tokenizer": t.tokenizer, "metrics": FAST, "progress": False}
-    found = pyunlearn.audit(t.model, t.forget, **options)
-    assert found.references.source == "sampled from the model"
-    assert found.membership == []
-    assert all(e.now.membership == {} for e in found.examples)
+    audit = pyunlearn.audit(t.model, t.forget, **options)
+    assert audit.non_members.source == "sampled from the model"
+    assert audit.membership == []
+    assert all(e.now.membership == {} for e in audit.examples)
     assert pyunlearn.audit(t.model, t.forget, holdout=t.holdout, **options).membership
 
 
 def test_texts_are_masked_unless_asked_for(teller):
     """No word of a forget text is in the data by default; with show_text all are. Masking shows no length."""
     t, _ = teller
-    found = pyunlearn.audit(t.model, t.forget, tokenizer=t.tokenizer, progress=False)
-    hidden, shown = json.dumps(found.to_dict()), json.dumps(found.to_dict(show_text=True))
+    audit = pyunlearn.audit(t.model, t.forget, tokenizer=t.tokenizer, progress=False)
+    hidden, shown = json.dumps(audit.to_dict()), json.dumps(audit.to_dict(show_text=True))
     json.loads(hidden, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     for text in t.forget:
         assert text in shown
@@ -338,30 +344,9 @@ def test_texts_are_masked_unless_asked_for(teller):
 
 def test_recited_words_are_runs_in_the_true_order():
     """Two in a row count, one alone does not."""
-    found = recited("so the cat sat and the dog", "look the cat sat on a dog")
-    assert [word for word, hit in found if hit] == ["the", "cat", "sat"]
+    marks = recited("so the cat sat and the dog", "look the cat sat on a dog")
+    assert [word for word, hit in marks if hit] == ["the", "cat", "sat"]
     assert recited("", "a b") == []
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "said"),
-    [
-        ({"metrics": ["membershp"]}, ArgumentError, 'did you mean "membership"'),
-        ({"metrics": "membership"}, ArgumentError, "list of names"),
-        ({"until": 5.0}, ArgumentError, "until must be"),
-        ({"batch_size": 0}, ArgumentError, "batch_size must be"),
-        ({"budget": 0}, ArgumentError, "budget must be"),
-        ({"holdout": tiny.sentences(18, 4)}, DataError, "takes 19 reference texts"),
-        ({"original": "no-such-folder/x"}, ModelError, "no language model could be loaded"),
-        ({"original": tiny.tiny_llama(77)}, ModelError, "another vocabulary"),
-    ],
-)
-def test_a_mistake_is_one_sentence(options, error, said):
-    """What is wrong, what was wanted, what came, how to mend it."""
-    model, tokenizer, _ = made("plain")
-    with pytest.raises(error, match=said) as caught:
-        pyunlearn.audit(model, tiny.sentences(3, 1), tokenizer=tokenizer, progress=False, **options)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_broken_model_is_told_so():
@@ -373,19 +358,19 @@ def test_a_broken_model_is_told_so():
         pyunlearn.audit(model, tiny.sentences(3, 1), holdout=tiny.sentences(19, 2), tokenizer=tokenizer, progress=False)
 
 
-def test_a_budget_is_spent_on_what_is_likely_recited(teller):
-    """Of 40 texts two are secrets: with a budget of four both are written out, by both models; all are read and judged."""
+def test_a_budget_is_spent_on_texts_that_are_likely_recited(teller):
+    """Of 40 texts two are secrets: a budget of four decodes both, with both models; all are scored and judged."""
     t, _ = teller
     texts = tiny.sentences(38, 77)
     texts[11:11] = t.forget
     options = {"tokenizer": t.tokenizer, "holdout": t.holdout, "batch_size": 2, "progress": False}
-    found = pyunlearn.audit(t.model, texts, original=t.model, budget=4, **options)
-    written = [e.index for e in found.examples if e.now.continuation is not None]
+    audit = pyunlearn.audit(t.model, texts, original=t.model, budget=4, **options)
+    written = [e.index for e in audit.examples if e.now.continuation is not None]
     assert len(written) == 4
     assert {11, 12} <= set(written)
-    assert [e.index for e in found.examples if e.before.continuation is not None] == written
+    assert [e.index for e in audit.examples if e.before.continuation is not None] == written
     whole = pyunlearn.audit(t.model, texts, original=t.model, **options)
-    assert [e.verdict for e in whole.examples] == [e.verdict for e in found.examples]
+    assert [e.verdict for e in whole.examples] == [e.verdict for e in audit.examples]
     assert all(e.now.continuation is not None for e in whole.examples)
     for i in written:
-        assert found.examples[i].now == whole.examples[i].now
+        assert audit.examples[i].now == whole.examples[i].now

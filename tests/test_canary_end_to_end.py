@@ -8,9 +8,8 @@ import tiny
 import torch
 
 import pyunlearn
-from pyunlearn.data import encode, padding_id, read_examples
+from pyunlearn.data import encode, read_examples
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, exposure, insert_canaries, make_canaries
-from pyunlearn.models import Likelihood
 from pyunlearn.probes import teacher_forced
 
 
@@ -32,7 +31,7 @@ def scores(model, tokenizer, canaries, texts):
         read_examples(canaries.examples(texts), role="canaries"), tokenizer, role="canaries", max_length=None,
         encoder_decoder=False,
     )  # fmt: skip
-    found = teacher_forced(Likelihood(model), tokens, pad_id=padding_id(tokenizer), batch_size=64)
+    found = teacher_forced(model, tokens, batch_size=64)
     return np.array([-part.sum() for part in found.each(found.log_likelihood)])
 
 

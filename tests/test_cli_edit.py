@@ -17,8 +17,8 @@ def edit(call, folder):  # noqa: F811
     """call("edit", the saved model, ...), with the forget and the retain set."""
 
     def run(*arguments, forget=folder / "forget.jsonl", retain=folder / "retain.jsonl"):
-        kept = () if retain is None else ("--retain", retain)
-        return call("edit", folder / "model-1.5", "--forget", forget, *kept, *arguments)
+        retain_words = () if retain is None else ("--retain", retain)
+        return call("edit", folder / "model-1.5", "--forget", forget, *retain_words, *arguments)
 
     return run
 
@@ -41,8 +41,8 @@ def test_an_edit_of_a_file_writes_the_model_and_its_numbers(edit, folder, traine
     assert written["nll_after"] == pytest.approx(wanted.nll_after, rel=1e-3)
     assert written["nll_after"]["forget"] > written["nll_before"]["forget"]
     assert written["settings"]["options"] == ["rate=0.03", "samples=2"]
-    found, _ = models.load(tmp_path / "new")
-    torch.testing.assert_close(found.state_dict(), model.state_dict(), rtol=1e-3, atol=1e-4)
+    loaded, _ = models.load(tmp_path / "new")
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=1e-3, atol=1e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
@@ -50,17 +50,18 @@ def test_the_numbers_come_as_json_and_the_folder_has_a_name(edit, tmp_path):
     """--json prints what edit.json holds, and nothing else."""
     code, out, err = edit("--edit", "prune", "--set", "pattern=2:4", "--json", "--quiet", retain=None)
     assert (code, err) == (0, "")
-    found = json.loads(out)
-    assert found == json.loads((tmp_path / "model-1.5-edited" / "edit.json").read_text())
-    assert found["diagnostics"]["sparsity"] == 0.5
-    assert set(found["nll_before"]) == {"forget"}
+    printed = json.loads(out)
+    assert printed == json.loads((tmp_path / "model-1.5-edited" / "edit.json").read_text())
+    assert printed["diagnostics"]["sparsity"] == 0.5
+    assert set(printed["nll_before"]) == {"forget"}
 
 
 def test_a_pruned_folder_is_unlearned_with_its_zeros(call, edit, folder, tmp_path):  # noqa: F811
     """The two commands of the help, one after the other."""
     assert edit("--edit", "prune", "--set", "score=wanda", "--set", "sparsity=0.3", "--out", "pruned")[0] == 0
     code, _, err = call(
-        "unlearn", "pruned", "--forget", folder / "forget.jsonl", "--holdout", folder / "holdout.jsonl", "--mask", "nonzero", "--learning-rate", 3e-4,
+        "unlearn", "pruned", "--forget", folder / "forget.jsonl", "--holdout", folder / "holdout.jsonl",
+        "--mask", "nonzero", "--learning-rate", 3e-4,
         "--retain", folder / "retain.jsonl", "--out", "new",
     )  # fmt: skip
     assert (code, err) == (0, "")
@@ -93,7 +94,7 @@ def test_corrected_texts_and_a_fine_tuned_model_are_options(edit, folder, traine
         (("--edit", "ekfac_step", "--set", "rate"), "an option is set as name=value, got 'rate'"),
         (("--edit", "ekfac_step", "--set", "rate=fast"), "ekfac_step's rate must be a number, got 'fast'"),
         (("--edit", "ekfac_step", "--set", "samples=1.5"), "samples must be a whole number, got '1.5'"),
-        (("--edit", "ekfac_step", "--set", "rate=-1"), "rate must be a number, above 0, got -1.0"),
+        (("--edit", "ekfac_step", "--set", "rate=-1"), "rate must be a number above 0, got -1.0"),
         (("--edit", "zero_shot_smoothing", "--set", "two_sided=2"), "two_sided must be true or false, got '2'"),
         (("--edit", "task_vector"), "task_vector needs fine_tuned: set fine_tuned="),
         (("--edit", "task_vector", "--set", "fine_tuned=nowhere"), "no language model could be loaded from nowhere"),
@@ -109,12 +110,12 @@ def test_edits_that_need_text_to_keep_say_so_and_a_full_folder_is_left_alone(edi
     assert "pass retain=" in refused(edit("--edit", "ekfac_step", "--out", "new", retain=None), tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert "is not empty" in refused(edit("--edit", "prune", "--out", "full"), tmp_path, kept=["full"])
+    assert "is not empty" in refused(edit("--edit", "prune", "--out", "full"), tmp_path, present=["full"])
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
 
 
 def test_edits_are_listed(call):
-    """With their needs and defaults, as a table and as JSON: every function that returns an EditResult."""
+    """Every function of pyunlearn.edits that makes an EditResult, with its needs and defaults, as list and as JSON."""
     code, out, err = call("edits")
     assert (code, err) == (0, "")
     assert all(name in out for name in EDITS)

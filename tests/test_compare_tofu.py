@@ -20,7 +20,7 @@ def benchmark():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder as TOFU's, and a model that knows none of it."""
+    """A folder like TOFU's, and a model that knows none of it."""
     folder = tmp_path_factory.mktemp("tofu")
     for name, rows in (("forget10", tiny.facts(6, 1)), ("retain90", tiny.facts(40, 2))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -31,21 +31,20 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_it_learns_compares_and_goes_on(benchmark, data, tmp_path, capsys, monkeypatch):
-    """A line of the table for each method, and the original, which knows the forget answers; run again, nothing is trained."""
+def test_it_learns_compares_and_resumes(benchmark, data, tmp_path, capsys, monkeypatch):
+    """The table has a line for each method and the original, which knows the forget answers; a rerun trains nothing."""
     threads = torch.get_num_threads()
-    arguments = [
-        "--data", data, "--out", tmp_path, "--model", data / "model", "--forget", 2, "--retain", 6, "--holdout", 20, "--epochs", 60,
-        "--fine-tuning-rate", 1e-2, "--known", 0.3, "--max-steps", 2, "--threads", 1,
-    ]  # fmt: skip
+    arguments = ["--data", data, "--out", tmp_path, "--model", data / "model", "--threads", 1]
+    arguments += ["--forget", 2, "--retain", 6, "--holdout", 20, "--max-steps", 2]
+    arguments += ["--epochs", 60, "--fine-tuning-rate", 1e-2, "--known", 0.3]
     try:
-        found = benchmark.main([*map(str, arguments), "--methods", "ga,simnpo"])
+        comparison = benchmark.main([*map(str, arguments), "--methods", "ga,simnpo"])
         table = (tmp_path / "table.md").read_text()
         assert sorted(line.split(" | ")[0] for line in table.splitlines()[4:]) == ["| `ga`", "| `simnpo`", "| original"]
-        assert found.original.verdicts["still exposed"] == 2
+        assert comparison.original.verdicts["still exposed"] == 2
         assert "fine-tuning, epoch" in capsys.readouterr().err
         monkeypatch.setattr(benchmark, "_train", None)
-        monkeypatch.setattr("pyunlearn.comparing.trial.unlearn", None)
+        monkeypatch.setattr("pyunlearn.comparing.trial.run_unlearn", None)
         again = benchmark.main([*map(str, arguments), "--methods", "ga"])
         assert [r.status for r in again.rows] == ["done", "done"]
         assert (tmp_path / "table.md").read_text() == table
@@ -54,19 +53,19 @@ def test_it_learns_compares_and_goes_on(benchmark, data, tmp_path, capsys, monke
 
 
 def test_forget_retain_and_holdout_are_drawn_apart(benchmark, data):
-    """No pair stands twice, none is longer than allowed, the same seed draws the same; too few are refused by name."""
-    found = benchmark.drawn(data, 3, 10, 20, 200, 0)
-    texts = [row["question"] + row["answer"] for rows in found.values() for row in rows]
-    assert [len(rows) for rows in found.values()] == [3, 10, 20]
+    """No pair occurs twice, none is too long, the same seed draws the same; a file with too few is named."""
+    rows_by_role = benchmark.drawn(data, 3, 10, 20, 200, 0)
+    texts = [row["question"] + row["answer"] for rows in rows_by_role.values() for row in rows]
+    assert [len(rows) for rows in rows_by_role.values()] == [3, 10, 20]
     assert len(set(texts)) == 33
     assert max(map(len, texts)) <= 200
-    assert benchmark.drawn(data, 3, 10, 20, 200, 0) == found != benchmark.drawn(data, 3, 10, 20, 200, 1)
+    assert benchmark.drawn(data, 3, 10, 20, 200, 0) == rows_by_role != benchmark.drawn(data, 3, 10, 20, 200, 1)
     with pytest.raises(SystemExit, match=r"forget10\.jsonl has 0 pairs of at most 10 characters"):
         benchmark.drawn(data, 3, 10, 20, 10, 0)
 
 
 def test_wrong_answers_are_what_dpo_prefers(benchmark, tmp_path):
-    """The first of each question's; without the file, and for a question that it lacks, there is none."""
+    """Each question's first one is taken; without the file, or without the question in it, there is none."""
     rows = tiny.facts(2, 1)
     assert benchmark.with_winners(rows, tmp_path) == rows
     wrong = {"question": rows[1]["question"], "perturbed_answer": ["a lamp.", "the sea."]}

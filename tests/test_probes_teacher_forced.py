@@ -1,4 +1,4 @@
-"""The probes: what a model is asked comes back exactly, once for each text, and survives an interruption."""
+"""Teacher-forced statistics: they equal those of the model's own logits, at one forward pass for each text."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyunlearn.data import Tokens, encode, padding_id, read_examples
+from pyunlearn.data import Tokens, encode, read_examples
 from pyunlearn.errors import OutputError
-from pyunlearn.models import Likelihood
+from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes import greedy_continuations, teacher_forced, without_prompt
 from pyunlearn.probes.cache import Cache, weights_digest
 from pyunlearn.probes.decoding import FIELDS as DECODED
@@ -41,7 +41,10 @@ def made(kind):
 
 
 def directly(model, t, side):
-    """(log-likelihood, rank, entropy, variance) of each scored token of one text, padded on `side`, from the model's own logits in float64."""
+    """(log-likelihood, rank, entropy, variance) of each scored token of one text, padded on `side`.
+
+    From the model's own logits in float64.
+    """
     pads = 5
     written = torch.tensor(t.scored)
     with torch.no_grad():
@@ -71,19 +74,19 @@ def directly(model, t, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_pass_gives_what_the_model_s_own_logits_give(kind, side):
-    """With and without prompts, padded left or right, with eos = pad: token by token, by the definition, one text at a time."""
+    """With and without prompts, padded left or right, with eos = pad: token by token, one text at a time."""
     model, tokenizer, tokens = made(kind)
-    found = teacher_forced(Likelihood(model), tokens, pad_id=padding_id(tokenizer), batch_size=5)
-    assert found.counts.tolist() == [len(t.scored) for t in tokens]
-    each = [found.each(getattr(found, name)) for name in FIELDS]
+    forced = teacher_forced(LanguageModel.of(model, tokenizer), tokens, batch_size=5)
+    assert forced.counts.tolist() == [len(t.scored) for t in tokens]
+    each = [forced.each(getattr(forced, name)) for name in FIELDS]
     for i, t in enumerate(tokens):
         log_likelihood, rank, entropy, variance = directly(model, t, side)
         np.testing.assert_allclose(each[0][i], log_likelihood, rtol=1e-4, atol=1e-4)
         assert each[1][i].tolist() == rank.tolist()
         np.testing.assert_allclose(each[2][i], entropy, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(each[3][i], variance, rtol=1e-3, atol=1e-3)
-        assert found.mean_log_likelihood[i] == pytest.approx(float(log_likelihood.mean()), rel=1e-4)
-        assert found.greedy_match[i] == pytest.approx(float((rank == 0).double().mean()))
+        assert forced.mean_log_likelihood[i] == pytest.approx(float(log_likelihood.mean()), rel=1e-4)
+        assert forced.greedy_match[i] == pytest.approx(float((rank == 0).double().mean()))
 
 
 def counted(model):
@@ -99,23 +102,26 @@ def counted(model):
 
 
 def test_each_text_is_computed_once():
-    """Whatever the batch size, and a text that occurs twice as well; the first time, one more is computed two ways to check the fast path."""
+    """At every batch size, and a text that occurs twice as well.
+
+    A model's first batch costs more: one text is computed two ways to check the fast path.
+    """
     model, _tokenizer, tokens = made("plain")
-    likelihood = Likelihood(model)
-    teacher_forced(likelihood, tokens[:1], pad_id=2)
+    lm = LanguageModel.of(model, needs_tokenizer=False)
+    teacher_forced(lm, tokens[:1])
     seen = counted(model)
     for size in (1, 4, 100):
         seen.clear()
-        teacher_forced(likelihood, [*tokens, tokens[3]], pad_id=2, batch_size=size)
+        teacher_forced(lm, [*tokens, tokens[3]], batch_size=size)
         assert sorted(seen) == sorted(t.ids for t in tokens)
 
 
 def test_training_mode_is_put_back_and_dropout_is_off():
     """A model in training mode gives the log-likelihoods of evaluation mode, and is in training mode afterwards."""
     model, _tokenizer, tokens = made("no pad token")
-    calm = teacher_forced(Likelihood(model), tokens, pad_id=1)
+    calm = teacher_forced(model, tokens)
     model.train()
-    again = teacher_forced(Likelihood(model), tokens, pad_id=1)
+    again = teacher_forced(model, tokens)
     assert model.training
     np.testing.assert_array_equal(calm.log_likelihood, again.log_likelihood)
 
@@ -126,9 +132,9 @@ def test_decoding_together_is_decoding_alone(kind):
     model, tokenizer, tokens = made(kind)
     model.generation_config.repetition_penalty = 5.0  # a model's own settings stay out
     model.generation_config.do_sample = True
-    found = greedy_continuations(model, tokenizer, tokens, longest=6, batch_size=4)
+    decoded = greedy_continuations(model, tokens, tokenizer=tokenizer, longest=6, batch_size=4)
     eos = tokenizer.eos_token_id
-    for t, said in zip(tokens, found, strict=True):
+    for t, ids in zip(tokens, decoded, strict=True):
         expected = []
         while len(expected) < min(6, len(t.scored)) and eos not in expected:
             with torch.no_grad():
@@ -138,15 +144,15 @@ def test_decoding_together_is_decoding_alone(kind):
                 else:
                     z = model(input_ids=torch.tensor([[*t.ids[: t.first], *expected]])).logits
             expected.append(int(z[0, -1].argmax()))
-        assert list(said) == expected
+        assert list(ids) == expected
     assert model.generation_config.repetition_penalty == 5.0
 
 
-def test_an_interrupted_run_goes_on(tmp_path):
+def test_an_interrupted_run_resumes(tmp_path):
     """Stopped anywhere, it computes what is left and ends with the same bits; a finished one computes nothing."""
     model, _tokenizer, tokens = made("plain")
-    likelihood = Likelihood(model)
-    whole = teacher_forced(likelihood, tokens, pad_id=2, batch_size=3)
+    lm = LanguageModel.of(model, needs_tokenizer=False)
+    whole = teacher_forced(lm, tokens, batch_size=3)
 
     class Stopped(Exception):
         pass
@@ -164,42 +170,47 @@ def test_an_interrupted_run_goes_on(tmp_path):
     for batch in (1, 2, 3):
         with pytest.raises(Stopped):
             teacher_forced(
-                likelihood, tokens, pad_id=2, batch_size=3, shelf=Cache(tmp_path, model).shelf("a", FIELDS),
+                lm, tokens, batch_size=3, store=Cache(tmp_path, model).store("a", FIELDS),
                 advance=stop_at(batch),
             )  # fmt: skip
     assert len(seen) == 9
-    found = teacher_forced(likelihood, tokens, pad_id=2, batch_size=3, shelf=Cache(tmp_path, model).shelf("a", FIELDS))
+    resumed = teacher_forced(lm, tokens, batch_size=3, store=Cache(tmp_path, model).store("a", FIELDS))
     assert sorted(seen) == sorted(t.ids for t in tokens)
-    again = teacher_forced(likelihood, tokens, pad_id=2, batch_size=3, shelf=Cache(tmp_path, model).shelf("a", FIELDS))
+    again = teacher_forced(lm, tokens, batch_size=3, store=Cache(tmp_path, model).store("a", FIELDS))
     assert len(seen) == len(tokens)
     for name in FIELDS:
-        np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+        np.testing.assert_array_equal(getattr(resumed, name), getattr(whole, name))
         np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
 
 
 def test_continuations_are_cached_too(tmp_path):
     """By their length as well."""
     model, tokenizer, tokens = made("chat")
-    first = greedy_continuations(model, tokenizer, tokens, shelf=Cache(tmp_path, model).shelf("c", DECODED))
+
+    def decode(**options):
+        store = Cache(tmp_path, model).store("c", DECODED)
+        return greedy_continuations(model, tokens, tokenizer=tokenizer, store=store, **options)
+
+    first = decode()
     model.generate = None
-    assert first == greedy_continuations(model, tokenizer, tokens, shelf=Cache(tmp_path, model).shelf("c", DECODED))
+    assert first == decode()
     with pytest.raises(TypeError):
-        greedy_continuations(model, tokenizer, tokens, longest=2, shelf=Cache(tmp_path, model).shelf("c", DECODED))
+        decode(longest=2)
 
 
 def test_a_damaged_shard_is_computed_again(tmp_path):
     """And nothing half-written is ever taken for a shard."""
     model, _tokenizer, tokens = made("plain")
-    whole = teacher_forced(Likelihood(model), tokens, pad_id=2, shelf=Cache(tmp_path, model).shelf("a", FIELDS))
+    whole = teacher_forced(model, tokens, store=Cache(tmp_path, model).store("a", FIELDS))
     (shard,) = tmp_path.rglob("*.npz")
     shard.write_bytes(shard.read_bytes()[:100])
     (shard.parent / ".x.npz.partial-1").write_bytes(b"half")
-    again = teacher_forced(Likelihood(model), tokens, pad_id=2, shelf=Cache(tmp_path, model).shelf("a", FIELDS))
+    again = teacher_forced(model, tokens, store=Cache(tmp_path, model).store("a", FIELDS))
     np.testing.assert_array_equal(whole.log_likelihood, again.log_likelihood)
 
 
 def test_the_cache_tells_models_apart():
-    """One weight, one buffer's worth of configuration, the dtype: each gives another key; a copy and another name give the same."""
+    """One weight, one field of the configuration, the dtype: each changes the key; a copy and another name do not."""
     model = made("plain")[0]
     key = weights_digest(model)
     other = made("plain")[0]
@@ -217,12 +228,12 @@ def test_the_cache_tells_models_apart():
 @given(st.lists(st.integers(0, 399), min_size=3, max_size=9), st.data())
 def test_the_cache_tells_texts_apart(ids, data):
     """What is read, and where scoring begins."""
-    shelf = Cache(None, None).shelf("a", FIELDS)
-    shelf.folder = "a folder"
+    store = Cache(None, None).store("a", FIELDS)
+    store.folder = "a folder"
     first = data.draw(st.integers(1, len(ids) - 2))
-    keys = {shelf.key(Tokens(tuple(ids), f)) for f in (first, first + 1)}
-    keys |= {shelf.key(Tokens((*ids, 0), first)), shelf.key(Tokens((*ids[:-1], ids[-1] + 1), first))}
-    keys |= {shelf.key(Tokens(tuple(ids), first, tuple(ids))), shelf.key(Tokens(tuple(ids), first), 64)}
+    keys = {store.key(Tokens(tuple(ids), f)) for f in (first, first + 1)}
+    keys |= {store.key(Tokens((*ids, 0), first)), store.key(Tokens((*ids[:-1], ids[-1] + 1), first))}
+    keys |= {store.key(Tokens(tuple(ids), first, tuple(ids))), store.key(Tokens(tuple(ids), first), 64)}
     assert len(keys) == 6
 
 
@@ -231,7 +242,7 @@ def test_a_cache_that_cannot_be_written_says_so(tmp_path):
     model, _, tokens = made("plain")
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="the cache could not be written"):
-        teacher_forced(Likelihood(model), tokens, pad_id=2, shelf=Cache(tmp_path / "file", model).shelf("a", FIELDS))
+        teacher_forced(model, tokens, store=Cache(tmp_path / "file", model).store("a", FIELDS))
 
 
 def test_without_its_prompt_the_same_tokens_are_scored():

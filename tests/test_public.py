@@ -16,7 +16,7 @@ import torch
 import typer
 
 import pyunlearn
-from pyunlearn.auditing import api, result
+from pyunlearn.auditing import config, result
 from pyunlearn.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +103,7 @@ def test_every_option_is_in_the_reference():
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     names = [*inspect.signature(pyunlearn.unlearn).parameters, *pyunlearn.ExampleResult.__annotations__]
     names += [*pyunlearn.Utility.__annotations__, *pyunlearn.Result.__annotations__]
-    names += [*inspect.signature(pyunlearn.audit).parameters, *api.METRICS]
+    names += [*inspect.signature(pyunlearn.audit).parameters, *config.METRICS]
     for kind in vars(result).values():
         if inspect.isclass(kind) and kind.__module__ == result.__name__:
             names += kind.__annotations__

@@ -1,4 +1,4 @@
-"""SmolLM2-135M. The demo, as a user sees it: two texts are forgotten, the third was never known, six others are kept. And what an audit says of it."""
+"""SmolLM2-135M in the demo: two texts are forgotten, one never was memorized, six survive; an audit."""
 
 import copy
 import json
@@ -35,9 +35,9 @@ def original(reads):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFReader", Reader)
-        found = models.load(demo.model_file())
+        loaded = models.load(demo.model_file())
         assert gguf.GGUFReader is Reader
-    return found
+    return loaded
 
 
 def test_its_file_is_parsed_once(original, reads):
@@ -78,49 +78,49 @@ def test_it_says_that_it_went_well(ran):
 @pytest.mark.parametrize("name", MEMORIZED)
 def test_a_memorized_text_is_forgotten(ran, name):
     """Its exposure falls to that of unseen text and not past it, and with it likelihood and greedy match."""
-    found = example(ran, name)
-    assert found["verdict"] == "forgotten"
-    assert found["exposure_before"] > SIGNIFICANT
-    assert found["exposure_after"] <= NULL_MEAN
-    assert found["upper_exposure_after"] < SIGNIFICANT
-    assert found["log_likelihood_after"] < found["log_likelihood_before"] - 0.5
-    assert found["greedy_match_after"] < found["greedy_match_before"] - 0.1
-    assert found["steps"] > 0
+    record = example(ran, name)
+    assert record["verdict"] == "forgotten"
+    assert record["exposure_before"] > SIGNIFICANT
+    assert record["exposure_after"] <= NULL_MEAN
+    assert record["upper_exposure_after"] < SIGNIFICANT
+    assert record["log_likelihood_after"] < record["log_likelihood_before"] - 0.5
+    assert record["greedy_match_after"] < record["greedy_match_before"] - 0.1
+    assert record["steps"] > 0
 
 
 @pytest.mark.parametrize("name", MEMORIZED)
 def test_its_continuation_has_changed(ran, name):
     """The model still writes something after the first six words: something else, and not the true next words."""
-    found = ran[1]["continuations"][name]
-    true = " ".join(demo.FORGET[name].split()).removeprefix(found["prompt"]).split()
-    assert found["after"].strip()
-    assert found["after"] != found["before"]
-    assert " ".join(true[:5]).lower() not in found["after"].lower()
+    record = ran[1]["continuations"][name]
+    true = " ".join(demo.FORGET[name].split()).removeprefix(record["prompt"]).split()
+    assert record["after"].strip()
+    assert record["after"] != record["before"]
+    assert " ".join(true[:5]).lower() not in record["after"].lower()
 
 
 def test_the_words_that_everybody_knows_are_gone(ran):
     """The model recited the Declaration after six words, and no longer does."""
-    found = ran[1]["continuations"]["Declaration of Independence"]
-    assert found["before"].startswith("self-evident, that all men are created equal")
-    assert "all men are created equal" not in found["after"]
+    record = ran[1]["continuations"]["Declaration of Independence"]
+    assert record["before"].startswith("self-evident, that all men are created equal")
+    assert "all men are created equal" not in record["after"]
 
 
 def test_the_gettysburg_address_was_not_memorized_and_is_left_alone(ran):
     """No step is spent on it, and it does not end below what unseen text gets."""
-    found = example(ran, "Gettysburg Address")
-    assert found["verdict"] == "not memorized"
-    assert found["steps"] == 0
-    assert found["exposure_before"] < SIGNIFICANT
-    assert found["upper_exposure_after"] < SIGNIFICANT
+    record = example(ran, "Gettysburg Address")
+    assert record["verdict"] == "not memorized"
+    assert record["steps"] == 0
+    assert record["exposure_before"] < SIGNIFICANT
+    assert record["upper_exposure_after"] < SIGNIFICANT
 
 
 @pytest.mark.parametrize("name", demo.SURVIVE)
 def test_what_had_to_survive_survived(ran, name):
     """Its negative log-likelihood rises by no more than the budget."""
-    found = ran[1]["survivors"][name]
-    assert found["relative_rise"] <= ran[1]["utility"]["budget"] == 0.05
-    assert found["greedy_match_after"] > found["greedy_match_before"] - 0.1
-    assert abs(found["exposure_after"] - found["exposure_before"]) < 1
+    record = ran[1]["survivors"][name]
+    assert record["relative_rise"] <= ran[1]["utility"]["budget"] == 0.05
+    assert record["greedy_match_after"] > record["greedy_match_before"] - 0.1
+    assert abs(record["exposure_after"] - record["exposure_before"]) < 1
 
 
 def test_the_utility_is_within_its_budget(ran):
@@ -136,19 +136,21 @@ def test_how_long_it_took_is_told(ran, capsys):
 
 
 def test_an_audit_tells_before_and_after_right(original, unlearned, ran):
-    """Its own references, without a holdout: what the demo forgot was exposed and no longer is, what it kept still is, and new sentences never were."""
+    """Without a holdout: what the demo forgot was exposed and no longer is, Genesis is, new sentences never were."""
     texts = [
         *(demo.FORGET[name] for name in MEMORIZED),
         demo.SURVIVE["Genesis 1"],
         demo.SURVIVE["a fresh sentence"],
-        "On the ferry to Oslavia my neighbour unpacked eleven pears and asked each passenger which one had been grown indoors.",
-        "The committee agreed that the bridge should hum in B flat, provided the herons of the lower basin raised no objection.",
+        "On the ferry to Oslavia my neighbour unpacked eleven pears and asked each passenger which one had been grown "
+        "indoors.",
+        "The committee agreed that the bridge should hum in B flat, provided the herons of the lower basin raised no "
+        "objection.",
     ]
     model, tokenizer = original
-    found = pyunlearn.audit(unlearned, texts, original=model, tokenizer=tokenizer, metrics=[], progress=False)
+    audit = pyunlearn.audit(unlearned, texts, original=model, tokenizer=tokenizer, metrics=[], progress=False)
     verdicts = ["forgotten"] * 2 + ["still exposed"] + ["not memorized"] * 3
-    assert [e.verdict for e in found.examples] == verdicts
-    before = [e.exposure_before for e in found.examples]
+    assert [e.verdict for e in audit.examples] == verdicts
+    before = [e.exposure_before for e in audit.examples]
     assert min(before[:3]) > max(before[3:]) + 3
 
 

@@ -1,6 +1,7 @@
-"""The audit's reports: a page that needs nothing but itself, hides the texts, and says the verdict first; a table; the command line."""
+"""Reports of an audit: a self-contained page that masks the texts and begins with the verdict, a table, the command."""
 
 import importlib.util
+import io
 import json
 import math
 import re
@@ -19,21 +20,27 @@ from pyunlearn.report import audit_lines, audit_page, audit_table, sentences, wr
 
 
 @pytest.fixture(scope="module")
-def found():
+def audited():
     """An audit with everything in it: holdout, retain set, original, prompts; of two random models."""
     model, tokenizer, _ = made("no pad token")
     original = made("no pad token")[0]
     with torch.no_grad():
         original.transformer.wte.weight.add_(0.1)
     return pyunlearn.audit(
-        model, tiny.facts(6, 1), holdout=tiny.facts(20, 2), retain=tiny.facts(4, 3), original=original, reference_model=original,
-        tokenizer=tokenizer, progress=False,
-    )  # fmt: skip
+        model,
+        tiny.facts(6, 1),
+        holdout=tiny.facts(20, 2),
+        retain=tiny.facts(4, 3),
+        original=original,
+        reference_model=original,
+        tokenizer=tokenizer,
+        progress=False,
+    )
 
 
-def with_verdicts(found, *verdicts):
+def with_verdicts(audited, *verdicts):
     """The same audit with other verdicts."""
-    return replace(found, examples=[replace(e, verdict=v) for e, v in zip(found.examples, verdicts, strict=False)])
+    return replace(audited, examples=[replace(e, verdict=v) for e, v in zip(audited.examples, verdicts, strict=False)])
 
 
 class Page(HTMLParser):
@@ -76,9 +83,9 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def test_the_page_needs_nothing_but_itself(found):
+def test_the_page_needs_nothing_but_itself(audited):
     """No script, no address, nothing fetched: neither by an attribute nor by a style; every tag is closed."""
-    text = audit_page(found)
+    text = audit_page(audited)
     page = Page(text)
     assert page.fetched == []
     assert page.open == []
@@ -86,43 +93,45 @@ def test_the_page_needs_nothing_but_itself(found):
     assert text.count("<svg") == 3
 
 
-def test_verdict_first_then_evidence_then_how(found):
+def test_verdict_first_then_evidence_then_how(audited):
     """In this order, for a reader who stops early."""
-    order = Page(audit_page(found)).order
-    places = [
+    order = Page(audit_page(audited)).order
+    positions = [
         order.index(x)
         for x in ("The evidence", "What the model writes by itself", "Text by text", "How it was measured")
     ]
-    assert places == sorted(places)
-    assert order.index(sentences.headline(found)) < places[0]
+    assert positions == sorted(positions)
+    assert order.index(sentences.headline(audited)) < positions[0]
 
 
-def test_the_page_hides_the_texts_unless_asked(found):
+def test_the_page_hides_the_texts_unless_asked(audited):
     """No word of a text, its prompt or a continuation; all of them with show_text."""
-    hidden, shown = Page(audit_page(found)).text, Page(audit_page(found, show_text=True)).text
-    e = found.examples[0]
+    hidden, shown = Page(audit_page(audited)).text, Page(audit_page(audited, show_text=True)).text
+    e = audited.examples[0]
     for text in (e.prompt, e.text):
         assert text.split()[-1] in shown
         assert text.split()[-1] not in hidden
-    said = {word for e in found.examples for word in e.now.continuation.split() if len(word) > 6}
-    assert said
-    assert not [word for word in said if word in hidden]
+    words = {word for e in audited.examples for word in e.now.continuation.split() if len(word) > 6}
+    assert words
+    assert not [word for word in words if word in hidden]
 
 
-def test_a_text_cannot_inject_markup(found):
+def test_a_text_cannot_inject_markup(audited):
     """Texts are shown as text."""
-    e = replace(found.examples[0], text="<script>alert(1)</script>", opening="<b>", truth="<i>x")
-    page = Page(audit_page(replace(found, examples=[e, *found.examples[1:]]), show_text=True))
+    e = replace(audited.examples[0], text="<script>alert(1)</script>", opening="<b>", truth="<i>x")
+    page = Page(audit_page(replace(audited, examples=[e, *audited.examples[1:]]), show_text=True))
     assert page.fetched == []
     assert "<script>alert(1)</script>" in page.text
 
 
-def test_plots_do_not_share_ids(found):
+def test_plots_do_not_share_ids(audited):
     """Two plots on one page with an id in common would draw each other's marks."""
-    ids = [set(re.findall(r'id="([^"]+)"', svg)) for svg in re.findall(r"<svg.*?</svg>", audit_page(found), flags=re.S)]
+    ids = [
+        set(re.findall(r'id="([^"]+)"', svg)) for svg in re.findall(r"<svg.*?</svg>", audit_page(audited), flags=re.S)
+    ]
     used = [
         set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
-        for svg in re.findall(r"<svg.*?</svg>", audit_page(found), flags=re.S)
+        for svg in re.findall(r"<svg.*?</svg>", audit_page(audited), flags=re.S)
     ]
     for i, mine in enumerate(used):
         assert mine <= ids[i]
@@ -130,7 +139,7 @@ def test_plots_do_not_share_ids(found):
 
 
 @pytest.mark.parametrize(
-    ("verdicts", "said", "tone"),
+    ("verdicts", "headline", "tone"),
     [
         (["still exposed"] * 2 + ["forgotten"] * 4, "2 of 6 texts are still exposed.", "warn"),
         (["forgotten"] * 5 + ["over-unlearned"], "Nothing is exposed, but 1 of 6 texts was driven too far.", "bad"),
@@ -139,73 +148,73 @@ def test_plots_do_not_share_ids(found):
         (["still exposed"], "The text is still exposed.", "warn"),
     ],
 )
-def test_the_headline_says_the_worst(found, verdicts, said, tone):
+def test_the_headline_says_the_worst(audited, verdicts, headline, tone):
     """One sentence, and the colour of the worst verdict."""
-    audit = with_verdicts(found, *verdicts)
-    assert sentences.headline(audit) == said
+    audit = with_verdicts(audited, *verdicts)
+    assert sentences.headline(audit) == headline
     assert sentences.tone(audit) == tone
     assert audit.passed == (tone in ("good", "plain"))
-    assert said in Page(audit_page(audit)).text
+    assert headline in Page(audit_page(audit)).text
 
 
-def test_without_the_original_nothing_is_called_forgotten(found):
+def test_without_the_original_nothing_is_called_forgotten(audited):
     """The page says what was not given."""
-    alone = replace(found, references=replace(found.references, anchored=False, drift=None), change=None)
+    alone = replace(audited, non_members=replace(audited.non_members, anchored=False, drift=None), change=None)
     alone = with_verdicts(alone, "still exposed", *["not memorized"] * 5)
     assert sentences.headline(alone) == "1 of 6 texts is memorized."
-    assert "was not given" in " ".join(sentences.summary(alone))
+    assert "There is no model before unlearning" in " ".join(sentences.summary(alone))
 
 
-def test_a_caption_does_not_gainsay_the_headline(found):
+def test_a_caption_does_not_gainsay_the_headline(audited):
     """A few exposed texts among others, which the test of the whole set cannot see, are not called like unseen text."""
-    quiet = replace(found, null_test=found.null_test._replace(pvalue=0.24))
+    quiet = replace(audited, null_test=audited.null_test._replace(pvalue=0.24))
     exposed = with_verdicts(quiet, "still exposed", *["not memorized"] * 5)
     assert "Single texts stand out" in Page(audit_page(exposed)).text
-    assert "could be such texts" not in Page(audit_page(exposed)).text
-    assert "could be such texts" in Page(audit_page(with_verdicts(quiet, *["not memorized"] * 6))).text
+    assert "could be unseen text" not in Page(audit_page(exposed)).text
+    assert "could be unseen text" in Page(audit_page(with_verdicts(quiet, *["not memorized"] * 6))).text
 
 
-def test_every_aggregate_is_shown_with_its_interval(found):
-    """Writing, likelihood and areas before and now, PrivLeak, the mean of the set: in the result, in the JSON, on the page; alone where there is none."""
-    text = Page(audit_page(found)).text
-    shown = [(w, form, "") for w in (found.writing, found.writing_before) for form in [".0%"]]
+def test_every_aggregate_is_shown_with_its_interval(audited):
+    """Writing, likelihood, AUC before and now, PrivLeak, mean of the set: in result, JSON and page."""
+    text = Page(audit_page(audited)).text
+    shown = [(w, form, "") for w in (audited.writing, audited.writing_before) for form in [".0%"]]
     shown = [
         (getattr(w, name), form, unit) for w, form, unit in shown for name in ("distinct_2", "repetition", "collapsed")
     ]
-    shown += [(found.utility.nll_before, ".3f", ""), (found.null_test.mean_interval, ".2f", "")]
-    shown += [(m.auc_before, ".2f", "") for m in found.membership]
-    shown += [(m.privleak, "+.0f", " %") for m in found.membership if m.privleak is not None]
+    shown += [(audited.utility.nll_before, ".3f", ""), (audited.null_test.mean_interval, ".2f", "")]
+    shown += [(m.auc_before, ".2f", "") for m in audited.membership]
+    shown += [(m.privleak, "+.0f", " %") for m in audited.membership if m.privleak is not None]
     assert len(shown) > 12
     for value, form, unit in shown:
         assert value.low <= value.estimate <= value.high
         assert f"({value.low:{form}} " in sentences.with_interval(value, form, unit)
         assert sentences.with_interval(value, form, unit) in text
-    data = json.loads(json.dumps(found.to_dict()))
-    assert data["writing"]["distinct_2"] == found.writing.distinct_2._asdict()
-    assert data["null_test"]["mean_interval"]["low"] == found.null_test.mean_interval.low
+    data = json.loads(json.dumps(audited.to_dict()))
+    assert data["writing"]["distinct_2"] == audited.writing.distinct_2._asdict()
+    assert data["null_test"]["mean_interval"]["low"] == audited.null_test.mean_interval.low
     assert sentences.with_interval(Interval(0.5, math.nan, math.nan), ".0%") == "50%"
     assert sentences.with_interval(Interval(-60, -80, math.inf), "+.0f", " %") == "-60 % (-80 or more)"
 
 
-def test_a_rate_that_the_holdout_cannot_show_is_explained(found):
+def test_a_rate_that_the_holdout_cannot_show_is_explained(audited):
     """Twenty texts show no false-alarm rate of 1 %: the page says what the column counts instead. A hundred do."""
-    said = "The holdout has fewer than 100 texts"
-    assert said in Page(audit_page(found)).text
-    enough = [replace(m, tpr_at_1_percent=m.tpr_at_1_percent._replace(resolved=True)) for m in found.membership]
-    assert said not in Page(audit_page(replace(found, membership=enough))).text
+    sentence = "The holdout has fewer than 100 texts"
+    assert sentence in Page(audit_page(audited)).text
+    enough = [replace(m, tpr_at_1_percent=m.tpr_at_1_percent._replace(resolved=True)) for m in audited.membership]
+    assert sentence not in Page(audit_page(replace(audited, membership=enough))).text
 
 
-def test_sampled_text_is_not_said_to_be_certainly_unseen(found):
+def test_sampled_text_is_not_said_to_be_certainly_unseen(audited):
     """A holdout is unseen because its owner says so; what a model wrote itself merely stands for such text."""
-    sampled = replace(found, references=replace(found.references, source="sampled from the original model"))
-    assert "that were never trained on (the holdout" in Page(audit_page(found)).text
+    sampled = replace(audited, non_members=replace(audited.non_members, source="sampled from the original model"))
+    assert "that were never trained on (the holdout" in Page(audit_page(audited)).text
     assert "that stand for text never trained on (written by" in Page(audit_page(sampled)).text
     assert "certainly" not in Page(audit_page(sampled)).text
 
 
-def test_the_legend_of_the_curves_lies_off_them(found):
+def test_the_legend_of_the_curves_lies_off_them(audited):
     """Curves near the diagonal go everywhere: no name stands lower than the topmost of the axis' numbers."""
-    page = audit_page(found)
+    page = audit_page(audited)
     svg = page[page.index("Could an attacker tell?") :]
     texts = re.findall(r' y="([-\d.]+)"[^>]*>([^<]+)</text>', svg[: svg.index("</svg>")])
     names = [float(y) for y, text in texts if text == "guessing" or text.startswith(("likelihood", "standardized"))]
@@ -213,41 +222,70 @@ def test_the_legend_of_the_curves_lies_off_them(found):
     assert max(names) < min(float(y) for y, text in texts if text == "1.0")
 
 
-def test_the_table_and_its_lines(found):
-    """A row for each text, the worst first; masked; 80 columns are enough."""
+def printed(table, width):
+    """A table as a terminal shows it."""
     from rich.console import Console
 
-    audit = with_verdicts(found, *["not memorized"] * 4, "still exposed", "forgotten")
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(audit_table(audit))
-    text = console.export_text()
-    rows = [line for line in text.splitlines() if re.match(r"\s+\d  ", line)]
-    assert rows[0].split()[0] == "5"
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("show_text", [False, True])
+def test_the_table_and_its_lines(audited, width, show_text):
+    """One line a text, the worst first: index, start of the text, verdict, numbers; masked; whole in 80 columns."""
+    audit = with_verdicts(audited, *["not memorized"] * 4, "still exposed", "over-unlearned")
+    text = printed(audit_table(audit, show_text=show_text), width)
+    rows = [line for line in text.splitlines() if re.match(r"\s*\d+ ", line)]
     assert len(rows) == 6
-    assert all("memorized" in row or "exposed" in row or "forgotten" in row for row in rows)
-    assert not [word for word in found.examples[0].text.split() if len(word) > 5 and word in text]
+    assert [row.split()[0] for row in rows[:2]] == ["5", "6"]
+    for row in rows:
+        e = audit.examples[int(row.split()[0]) - 1]
+        assert e.verdict in row
+        assert f"→ {e.exposure:.1f} " in row
+        assert f"{e.interval[0]:.1f} " in row
+        assert f" {e.now.extraction_strength:.0%}" in row
+        assert (e.text[:8] in row) == show_text
+    assert max(map(len, text.splitlines())) <= width
     lines = audit_lines(audit)
     assert lines[0] == "1 of 6 texts is still exposed."
     assert any(line.startswith("membership, zlib: AUC") for line in lines)
 
 
-def test_files_are_whole_or_not_there(found, tmp_path):
+def test_the_most_exposed_texts_are_never_cut_off(audited):
+    """Of 40 texts 30 are shown, and of those with the same verdict the most exposed come first; so on the page."""
+    verdicts = ["not memorized", "forgotten", "over-unlearned", "still exposed"]
+    examples = [
+        replace(audited.examples[i % 6], index=i, verdict=verdicts[i // 10], exposure=7 + i % 10 / 10)
+        for i in range(40)
+    ]
+    audit = replace(audited, examples=examples)
+    text = printed(audit_table(audit), 80)
+    order = [int(line.split()[0]) - 1 for line in text.splitlines() if re.match(r"\s*\d+ ", line)]
+    assert order == [*range(39, 29, -1), *range(29, 19, -1), *range(19, 9, -1)]
+    assert "and 10 more: see audit.json" in text
+    numbers = [int(n) for n in re.findall(r"<tr><td>(\d+)</td>", audit_page(audit))]
+    assert numbers[:30] == [i + 1 for i in order]
+
+
+def test_files_are_whole_or_not_there(audited, tmp_path):
     """Both are written into a new or empty folder; the JSON is valid and masked."""
-    folder = write_audit(found, tmp_path / "a", html=True)
+    folder = write_audit(audited, tmp_path / "a", html=True)
     assert sorted(path.name for path in folder.iterdir()) == ["audit.html", "audit.json"]
     data = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
-    assert data["passed"] == found.passed
+    assert data["passed"] == audited.passed
     assert set(data["examples"][0]["text"].split()) == {"•••"}
     with pytest.raises(OutputError, match="not empty"):
-        write_audit(found, tmp_path / "a", html=True)
+        write_audit(audited, tmp_path / "a", html=True)
 
 
-def test_a_missing_package_is_told_before_the_work(found, monkeypatch):
+def test_a_missing_package_is_told_before_the_work(audited, monkeypatch):
     """One sentence with the command that mends it."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "jinja2" else find(name, *a))
     with pytest.raises(DependencyError, match=r"pip install .*pyunlearn\[report\]"):
-        audit_page(found)
+        audit_page(audited)
 
 
 # ---------------------------------------------------------------- the command line
@@ -277,8 +315,8 @@ def test_the_command_says_what_is_exposed(call, folder, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model-audit"]
     assert sorted(p.name for p in (tmp_path / "model-audit").iterdir()) == ["audit.html", "audit.json"]
     code, out, _ = call(
-        "audit", folder / "model", "--forget", folder / "unseen.jsonl", "--holdout", folder / "holdout.jsonl", "--out", "b", "--fast",
-        "--no-html", "--json", "-q",
+        "audit", folder / "model", "--forget", folder / "unseen.jsonl", "--holdout", folder / "holdout.jsonl",
+        "--out", "b", "--fast", "--no-html", "--json", "-q",
     )  # fmt: skip
     assert code == 0
     assert json.loads(out)["verdicts"] == {"not memorized": 2}
@@ -286,16 +324,17 @@ def test_the_command_says_what_is_exposed(call, folder, tmp_path):
 
 
 def test_the_command_compares(call, folder):
-    """--compare with the model itself: nothing has changed."""
+    """--original with the model itself: nothing has changed."""
     code, out, _ = call(
-        "audit", folder / "model", "--compare", folder / "model", "--forget", folder / "forget.jsonl", "--cache", "kept", "--fast", "-q",
+        "audit", folder / "model", "--original", folder / "model", "--forget", folder / "forget.jsonl",
+        "--cache", "responses", "--fast", "-q",
     )  # fmt: skip
     assert code == 1
     assert "hardly changed" in " ".join(out.split())
 
 
 def test_an_interrupted_command_says_how_to_go_on(call, folder, tmp_path, monkeypatch):
-    """Exit code 130, the answers kept; the same command finishes and removes them."""
+    """Exit code 130, the responses cached; the same command finishes and removes them."""
     arguments = ["audit", folder / "model", "--forget", folder / "forget.jsonl", "-q"]
 
     def stop(self, texts):

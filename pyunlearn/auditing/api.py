@@ -1,34 +1,28 @@
-"""The audit: what a model remembers of given texts, measured without changing it.
-
-The function is `pyunlearn.audit`; the module has another name, so that neither hides the other.
-"""
+"""The function `audit`: measure what a model remembers of given texts, without changing it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pyunlearn import models
-from pyunlearn.auditing.assemble import Evidence
-from pyunlearn.auditing.responses import Asked, Asker, Places, likeliest, opening
+import torch
+
+from pyunlearn.auditing.assemble import AuditAssembler
+from pyunlearn.auditing.config import AuditConfig
+from pyunlearn.auditing.responses import AuditTexts, ResponseCollector, Responses
 from pyunlearn.auditing.result import Audit
-from pyunlearn.data import Tokens, padding_id, read_examples
-from pyunlearn.data.examples import Example
-from pyunlearn.errors import ArgumentError, nearest
-from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
-from pyunlearn.models.inspection import vocabulary_of
-from pyunlearn.models.loading import encoded, opened
+from pyunlearn.data import Example, read_examples
+from pyunlearn.errors import ModelError
+from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.sampling import require_enough
+from pyunlearn.options import Flag, accepts, require
 from pyunlearn.output import model_name, versions
-from pyunlearn.probes import without_prompt
+from pyunlearn.probes.cache import require_cache
 from pyunlearn.progress import Progress
 
-METRICS = ("answer_prior", "continuations", "membership")
-"""What can be left out of an audit; likelihood, exposure, memorization and the verdicts are always there."""
 
-
+@accepts(AuditConfig)
 def audit(
     model: Any,
     forget: Any,
@@ -38,147 +32,144 @@ def audit(
     original: Any = None,
     reference_model: Any = None,
     tokenizer: Any = None,
-    metrics: Sequence[str] = METRICS,
-    budget: int | None = None,
-    until: float = NULL_MEAN,
-    batch_size: int = 32,
-    truncate: bool = False,
-    workspace: int | None = None,
     cache: str | Path | None = None,
-    seed: int = 0,
+    config: AuditConfig | str | Path | None = None,
     progress: bool | None = None,
+    **settings: Any,
 ) -> Audit:
-    """Measures what a language model remembers of the forget texts: a verdict for each, and the evidence. The model is not changed.
+    """Measure what a language model remembers of the forget texts: a verdict for each, and the numbers behind it.
 
-    With nothing but `model` and `forget` it answers whether they are memorized: a text is, when it is likelier than 95 % of text that was never
-    trained on (its *generalized exposure* reaches 4.32 bits). With `original`, the model as it was before unlearning, it answers whether they are
-    forgotten: the exposures are then *anchored*, with references scored under the original, before and after alike.
+    With `model` and `forget` alone it answers whether they are memorized: a text is, when it is likelier than 95 % of
+    text that was not trained on (its *generalized exposure* reaches 4.32 bits). With `original`, the model before
+    unlearning, it answers whether they are forgotten: the exposures are then *anchored*, with the non-members scored
+    under the original model, before and after alike. The model is not changed.
 
-    Every text is read once by each model, and all that is teacher-forced follows from that one pass: likelihood, exposure, exact memorization,
-    extraction strength, membership scores, utility. Answers to prompts are read once more without the prompt (`answer_prior`), and what the model writes by
-    itself is decoded greedily (`continuations`, the slow part).
+    Each model reads each text once, and all teacher-forced metrics come from that one pass. Prompted answers are read
+    once more without the prompt (`answer_prior`), and continuations are decoded greedily (the slow part).
 
     Args:
-        model: a transformers causal or encoder-decoder language model, or a path, a .gguf file or a name to load one from.
-        forget: the texts in question: a text, a list of texts or dicts, a datasets.Dataset, or a path; see `pyunlearn.unlearn`.
-        holdout: text of the same kind that was never trained on, same forms; 19 texts or more. Default: sampled from the original model, or else
-            from the model itself; then nothing is said about membership attacks, for sampled text is no fair comparison.
+        model: a transformers causal or encoder-decoder language model, or a path, a .gguf file or a name to load from.
+        forget: the texts in question: a text, a list of texts or dicts, a datasets.Dataset, or a path.
+        holdout: text of the same kind that was not trained on, same forms; 19 texts or more. Default: sampled from the
+            original model, or else from the model; then membership attacks are left out, since sampled text is no fair
+            comparison.
         retain: text that must keep working, same forms: its likelihood is reported, with an interval.
         original: the model before unlearning, same forms as `model`.
-        reference_model: one that never saw the forget texts, the same but for them at best (retrained): it calibrates a membership score, and PrivLeak is
-            measured against it.
-        tokenizer: needed when `model` is a model object whose name leads to none.
-        metrics: which of METRICS to take beside likelihood, exposure and memorization, which are always taken.
-        budget: of how many texts the continuation is written, at most; those that are likely recited, by the original where it is given
-            (`pyunlearn.metrics.audit_within`). All texts are read, and get a verdict. Default: all of them.
-        until: bits of anchored exposure at which a memorized text counts as forgotten, as in `pyunlearn.unlearn`.
-        batch_size: texts in one pass.
-        truncate: cut examples that are longer than the model's context, instead of refusing them.
-        workspace: bytes for kept logits, see `pyunlearn.ops.token_statistics`.
-        cache: folder where each model's answers are kept, by hash of weights and text: an interrupted audit goes on, a second one takes no passes.
-            It holds token ids of continuations; treat it as you treat the texts.
-        seed: of sampling and bootstrap; the same seed gives the same audit.
-        progress: a progress bar on standard error; default: if that is a terminal.
+        reference_model: a model that never saw the forget texts, best one retrained without them: it calibrates a
+            membership score, and PrivLeak is measured against it.
+        tokenizer: the model's, or where it is. Default: where the model came from.
+        cache: folder of each model's outputs, by hash of weights and text: an interrupted audit resumes, a second one
+            takes no passes. It holds token ids of continuations; treat it as you treat the texts.
+        config: an AuditConfig, or a TOML file or audit.json to read one from; keywords change single settings of it.
+        progress: a progress bar on standard error. Default: where that is a terminal.
+        {options}
 
     Returns:
-        Audit: `.examples` (a verdict each), `.passed`, `.verdicts`, `.references`, `.membership`, `.utility`, `.to_dict()`.
+        Audit: `.examples` (a verdict each), `.passed`, `.verdicts`, `.non_members`, `.membership`, `.utility`,
+        `.to_dict()`.
 
     Raises:
-        ArgumentError, DataError, ModelError, OutputError: something given cannot be used.
+        ArgumentError, DataError, ModelError, OutputError: an argument that cannot be used.
 
-    Source: exposure after Carlini et al. 2019 (arXiv 1802.08232) and Baluta et al. 2024 (arXiv 2411.04388), our formalisation; each metric's own is
-    in docs/metrics.md.
+    Source: exposure after Carlini et al. 2019 (arXiv 1802.08232) and Baluta et al. 2024 (arXiv 2411.04388), our
+    formalisation; the source of each metric is in docs/metrics.md.
     """
     began = time.perf_counter()
-    _check(metrics, until, batch_size, budget)
+    config = AuditConfig.of(config, settings, "audit")
+    models = {"model": model, "original": original, "reference_model": reference_model}
+    _check(models, tokenizer, cache, progress)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {role: read_examples(source, role=role) for role, source in sources.items() if source is not None}
     bar = Progress(progress, "auditing")
     try:
-        bar.say("loading")
-        first, tokenizer = opened(
-            model if original is None else original, tokenizer, name="model" if original is None else "original"
-        )
-        vocabulary, passes = vocabulary_of(first), {}
-        options: dict[str, Any] = {"cache": cache, "workspace": workspace, "batch_size": batch_size, "bar": bar}
-        tokens = encoded(first, tokenizer, examples, truncate)
-        asker = Asker(first, tokenizer, **options)
-        references = tokens["holdout"] if holdout is not None else asker.sample(tokens["forget"], seed)
-        require_enough(references, holdout=holdout is not None)
-        texts = _questions(tokens, references, examples["forget"], first, tokenizer, metrics)
-        openings = [opening(t, bool(e.prompt)) for t, e in zip(tokens["forget"], examples["forget"], strict=True)]
-        places: Places = list(range(len(openings))) if "continuations" in metrics else []
-        if places and budget is not None and budget < len(openings):
-            places = likeliest(openings, [e.completion for e in examples["forget"]], budget)
-
-        # one model after the other, so that no two need to be in memory: the original, the model, the reference model
-        before: Asked | None = None
-        if original is not None:
-            before = asker.ask(texts, openings, places, "the original model")
-            places = list(before.continuations)
-            passes["original"] = before.passes
-            del asker, first
-            first, _ = opened(model, tokenizer, vocabulary=vocabulary)
-            asker = Asker(first, tokenizer, **options)
-        now = asker.ask(texts, openings, places, "the model")
-        passes["model"] = now.passes
-        retrained: Asked | None = None
-        if reference_model is not None:
-            del asker, first
-            first, _ = opened(reference_model, tokenizer, vocabulary=vocabulary, name="reference_model")
-            asked = {role: texts[role] for role in ("forget", "references")}
-            retrained = Asker(first, tokenizer, **options).ask(asked, openings, [], "the reference model")
-            passes["reference_model"] = retrained.passes
-        bar.say("weighing the evidence")
-        evidence = Evidence(
-            examples["forget"], texts["forget"], references, openings, tokenizer, now, before, retrained,
-            holdout=examples.get("holdout", []), until=until, metrics=tuple(metrics), seed=seed,
-        )  # fmt: skip
-        found = evidence.audit()
+        collected = _collect(models, tokenizer, examples, config, cache, bar)
+        bar.say("computing the metrics")
+        result = AuditAssembler(
+            collected.texts, collected.tokenizer, config, collected.now, collected.before, collected.retrained
+        ).assemble()
     finally:
         bar.close()
-    found.passes = passes
-    found.settings = versions() | {
-        "model": model_name(model), "original": model_name(original), "reference_model": model_name(reference_model), "metrics": list(metrics),
-        "budget": budget, "until": until, "batch_size": batch_size, "truncate": truncate, "seed": seed,
-    }  # fmt: skip
-    found.seconds = time.perf_counter() - began
-    return found
+    result.settings = versions() | {name: model_name(each) for name, each in models.items()} | config.to_dict()
+    result.seconds = time.perf_counter() - began
+    return result
 
 
-def _check(metrics: Sequence[str], until: float, batch_size: int, budget: int | None) -> None:
-    for name in [metrics] if isinstance(metrics, str) else metrics:
-        if name not in METRICS:
-            raise ArgumentError(f"metrics has no {name!r}: {nearest(str(name), METRICS)}")
-    if isinstance(metrics, str):
-        raise ArgumentError(f"metrics must be a list of names, got the one string {metrics!r}")
-    if not isinstance(until, (int, float)) or not 0 <= until < SIGNIFICANT:
-        raise ArgumentError(
-            f"until must be a number from 0 to below {SIGNIFICANT:.2f} bits, where a text counts as memorized, got {until!r}"
+def _check(models: dict[str, Any], tokenizer: Any, cache: Any, progress: Any) -> None:
+    """Raise for an argument that cannot be used, before any text is read or model is loaded."""
+    first: tuple[str, int] | None = None
+    for name, model in models.items():
+        if model is None and name != "model":
+            continue
+        require_model(name, model)
+        if not isinstance(model, (str, Path)):
+            vocabulary = LanguageModel.of(model, needs_tokenizer=False).vocabulary
+            first = first or (name, vocabulary)
+            _require_vocabulary(name, vocabulary, *first)
+    require_tokenizer("tokenizer", tokenizer)
+    require_cache("cache", cache)
+    if progress is not None:
+        require(Flag(), progress=progress)
+
+
+def _require_vocabulary(name: str, vocabulary: int, first: str, wanted: int) -> None:
+    if vocabulary != wanted:
+        raise ModelError(
+            f"{name} has another vocabulary than {first}, {vocabulary} tokens and not {wanted}: give one of the same "
+            "family"
         )
-    for name, value in (("batch_size", batch_size), ("budget", 1 if budget is None else budget)):
-        if not isinstance(value, int) or value < 1:
-            raise ArgumentError(f"{name} must be a whole number, 1 or more, got {value!r}")
 
 
-def _questions(
-    tokens: dict[str, list[Tokens]],
-    references: list[Tokens],
-    examples: list[Example],
-    model: Any,
+class Collected(NamedTuple):
+    """The texts of an audit, and the outputs of each model."""
+
+    texts: AuditTexts
+    tokenizer: Any
+    now: Responses
+    before: Responses | None
+    retrained: Responses | None
+
+
+def _collect(
+    models: dict[str, Any],
     tokenizer: Any,
-    metrics: Sequence[str],
-) -> dict[str, list[Tokens]]:
-    """What each model is to read, by role."""
-    texts = {"forget": tokens["forget"], "references": references}
-    if "retain" in tokens:
-        texts["retain"] = tokens["retain"]
-    if "answer_prior" in metrics:
-        known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        start = next((i for i in known if i is not None), 0)
-        if models.is_encoder_decoder(model):
-            start = padding_id(tokenizer) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        bare = [without_prompt(t, start) for t, e in zip(tokens["forget"], examples, strict=True) if e.prompt]
-        if bare:
-            texts["without prompt"] = bare
-    return texts
+    examples: dict[str, list[Example]],
+    config: AuditConfig,
+    cache: str | Path | None,
+    bar: Progress,
+) -> Collected:
+    """Run the original, the model and the reference model, one after the other: only one needs to be in memory."""
+
+    def collector_of(name: str, tokenizer: Any) -> ResponseCollector:
+        bar.say("loading")
+        lm = LanguageModel.of(models[name], tokenizer, workspace=config.workspace)
+        if isinstance(models[name], (str, Path)):
+            lm.module.to("cuda" if torch.cuda.is_available() else "cpu")
+        return ResponseCollector(lm, cache=cache, batch_size=config.batch_size, bar=bar)
+
+    first = "model" if models["original"] is None else "original"
+    collector = collector_of(first, tokenizer)
+    tokenizer, vocabulary = collector.lm.tokenizer, collector.lm.vocabulary
+    tokens = collector.lm.encode(examples, truncate=config.truncate)
+    sampled = "holdout" not in examples
+    non_members = collector.sample_non_members(tokens["forget"], config.seed) if sampled else tokens["holdout"]
+    require_enough(non_members, holdout=not sampled)
+    answer_prior = "answer_prior" in config.metrics
+    texts = AuditTexts.of(collector.lm, examples, tokens, non_members, answer_prior=answer_prior)
+    indices = list(range(len(texts.openings))) if "continuations" in config.metrics else []
+    budget = config.budget
+
+    before: Responses | None = None
+    if first == "original":
+        before = collector.collect(texts, "the original model", indices=indices, budget=budget)
+        indices, budget = list(before.continuations), None
+        del collector
+        collector = collector_of("model", tokenizer)
+        _require_vocabulary("model", collector.lm.vocabulary, first, vocabulary)
+    now = collector.collect(texts, "the model", indices=indices, budget=budget)
+    retrained: Responses | None = None
+    if models["reference_model"] is not None:
+        del collector
+        collector = collector_of("reference_model", tokenizer)
+        _require_vocabulary("reference_model", collector.lm.vocabulary, first, vocabulary)
+        retrained = collector.collect(texts, "the reference model", roles=("forget", "non_members"))
+    return Collected(texts, tokenizer, now, before, retrained)

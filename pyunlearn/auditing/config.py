@@ -8,7 +8,7 @@ from pyunlearn.options import Choice, Config, Flag, Number, Several, Whole, opti
 from pyunlearn.unlearning.config import MEAN_OF_NON_MEMBERS, MEMORIZED
 
 METRICS = ("answer_prior", "continuations", "membership")
-"""What can be left out of an audit; likelihood, exposure, memorization and the verdicts are always there."""
+"""Measures that can be left out of an audit; likelihood, exposure, memorization and the verdicts always stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class AuditConfig(Config):
     metrics: tuple[str, ...] = option(
         METRICS,
         Several(Choice(METRICS), empty=True),
-        "Measures in addition to likelihood, exposure and memorization: answer_prior (each answer once more without its "
-        "prompt), continuations (greedy decoding, the slow part), membership (attack scores).",
+        "Measures in addition to likelihood, exposure and memorization: answer_prior (each answer once more without "
+        "its prompt), continuations (greedy decoding, the slow part), membership (attack scores).",
         group="Method",
     )
     budget: int | None = option(

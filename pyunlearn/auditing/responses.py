@@ -1,145 +1,203 @@
-"""Everything that an audit asks one model: each text once, token by token, and then what it writes by itself."""
+"""Collect one model's teacher-forced statistics and greedy continuations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pyunlearn import models
-from pyunlearn.data import Tokens, padding_id
+from pyunlearn.data import Example, Tokens
 from pyunlearn.errors import ModelError
 from pyunlearn.metrics import audit_within, verbatim_match, zlib_score
-from pyunlearn.models import vocabulary_of
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.sampling import sample_non_members
-from pyunlearn.probes import TeacherForced, decoding, greedy_continuations, teacher_forced
-from pyunlearn.probes.cache import Cache, Shelf
+from pyunlearn.models.scoring import evaluation_mode
+from pyunlearn.probes import TeacherForced, decoding, greedy_continuations, teacher_forced, without_prompt
+from pyunlearn.probes.cache import Cache, RecordStore
 from pyunlearn.probes.teacher_forced import FIELDS
 from pyunlearn.progress import Progress
 
-_OPENING = 50  # tokens at most that a text without a prompt is begun with, as in arXiv 2202.07646
 LONGEST = 64
-"""Tokens that a continuation has at most."""
-
-
-Places = list[int] | Callable[["Asker", dict[str, TeacherForced]], list[int]]
+"""Tokens of the longest continuation."""
+_OPENING = 50  # tokens of the longest opening of a text without a prompt, as in arXiv 2202.07646
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """One model's answers: for each role (forget, references, ...) its texts' tokens, and what it wrote in the place of the forget texts."""
+class AuditTexts:
+    """Texts of an audit, as examples and as tokens."""
 
-    forced: dict[str, TeacherForced]
-    continuations: dict[int, tuple[int, ...]]
-    """By the place of the text; of those that were asked for."""
-    passes: int
-    """Texts that it was asked about, each once."""
+    forget: list[Example]
+    holdout: list[Example]
+    """Empty where the non-members were sampled."""
+    tokens: dict[str, list[Tokens]]
+    """By role: forget, non_members, retain (if any), without_prompt (the forget texts that have a prompt)."""
+    openings: list[Tokens]
+    """The forget texts, with the continuation as scored tokens."""
 
-
-class Asker:
-    """One model, opened: what it is asked is looked up in the cache first."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
+    @classmethod
+    def of(
+        cls,
+        lm: LanguageModel,
+        examples: dict[str, list[Example]],
+        tokens: dict[str, list[Tokens]],
+        non_members: list[Tokens],
         *,
-        cache: str | Path | None,
-        workspace: int | None,
-        batch_size: int,
-        bar: Progress,
-    ) -> None:
-        self.model, self.tokenizer, self.batch_size, self.bar = model, tokenizer, batch_size, bar
-        self.likelihood = models.Likelihood(model, workspace=workspace)
+        answer_prior: bool,
+    ) -> AuditTexts:
+        """Arrange the user's texts by role; with `answer_prior`, the prompted ones once more without their prompt."""
+        roles = {"forget": tokens["forget"], "non_members": non_members}
+        if "retain" in tokens:
+            roles["retain"] = tokens["retain"]
+        prompted = [(t, bool(e.prompt)) for t, e in zip(tokens["forget"], examples["forget"], strict=True)]
+        if answer_prior and any(has_prompt for _, has_prompt in prompted):
+            start = _start_of_text(lm)
+            roles["without_prompt"] = [without_prompt(t, start) for t, has_prompt in prompted if has_prompt]
+        openings = [opening(t, has_prompt) for t, has_prompt in prompted]
+        return cls(examples["forget"], examples.get("holdout", []), roles, openings)
+
+
+@dataclass(frozen=True, eq=False)
+class Responses:
+    """Outputs of one model: statistics of every scored token, and continuations of the forget texts."""
+
+    statistics: dict[str, TeacherForced]
+    """By role of the texts: see AuditTexts.tokens."""
+    continuations: dict[int, tuple[int, ...]]
+    """Token ids by index of the forget text; only those that were decoded."""
+    passes: int
+    """Number of different texts that were scored."""
+
+
+class ResponseCollector:
+    """Runs one model over the texts of an audit; cached outputs are not computed again.
+
+    Args:
+        lm: the model.
+        cache: folder of the records, or None for memory alone.
+        batch_size: texts in one forward pass.
+        bar: the progress bar.
+    """
+
+    def __init__(self, lm: LanguageModel, *, cache: str | Path | None, batch_size: int, bar: Progress) -> None:
+        self.lm, self.batch_size, self.bar = lm, batch_size, bar
         if cache is not None:
             bar.say("reading the weights for their hash")
-        self.cache = Cache(cache, models.unwrapped(model))
+        self.cache = Cache(cache, lm)
 
-    def read(self, texts: dict[str, list[Tokens]], who: str) -> dict[str, TeacherForced]:
-        """`texts` by role, token by token, all roles in one go."""
-        every = [t for tokens in texts.values() for t in tokens]
-        if max(max(*t.ids, *t.written) for t in every) >= vocabulary_of(self.model):
+    def score(self, roles: dict[str, list[Tokens]], who: str) -> dict[str, TeacherForced]:
+        """Score the texts of all roles together, token by token.
+
+        Raises ModelError: a token id that the model does not have; NaN or Inf. `who` is its name in the message.
+        """
+        every = [t for tokens in roles.values() for t in tokens]
+        if max(max(*t.ids, *t.written) for t in every) >= self.lm.vocabulary:
             raise ModelError(f"{who} has another vocabulary than the tokenizer: give one of the same family")
         self.bar.begin(f"reading with {who}", len(set(every)))
-        found = teacher_forced(
-            self.likelihood, every, pad_id=padding_id(self.tokenizer), batch_size=self.batch_size,
-            shelf=self.cache.shelf("teacher_forced", FIELDS), advance=self.bar.advance,
-        )  # fmt: skip
-        if not np.isfinite(found.log_likelihood).all():
+        forced = teacher_forced(
+            self.lm,
+            every,
+            batch_size=self.batch_size,
+            store=self.cache.store("teacher_forced", FIELDS),
+            advance=self.bar.advance,
+        )
+        if not np.isfinite(forced.log_likelihood).all():
             raise ModelError(
                 f"{who} gives text NaN or Inf as log-likelihood: its weights are broken, or too large for their dtype"
             )
-        forced, at = {}, 0
-        for role, tokens in texts.items():
-            forced[role], at = found.part(at, at + len(tokens)), at + len(tokens)
-        return forced
+        by_role, at = {}, 0
+        for role, tokens in roles.items():
+            by_role[role], at = forced.part(at, at + len(tokens)), at + len(tokens)
+        return by_role
 
-    def write(self, openings: Sequence[Tokens], who: str) -> list[tuple[int, ...]]:
-        """What the model writes after each opening."""
+    def decode(self, openings: Sequence[Tokens], who: str) -> list[tuple[int, ...]]:
+        """Return the greedy continuation of each opening, as token ids."""
         self.bar.begin(f"writing with {who}", len(set(openings)))
         return greedy_continuations(
-            self.model, self.tokenizer, openings, longest=LONGEST, batch_size=self.batch_size,
-            shelf=self.cache.shelf("continuations", decoding.FIELDS), advance=self.bar.advance,
-        )  # fmt: skip
-
-    def ask(self, texts: dict[str, list[Tokens]], openings: Sequence[Tokens], places: Places, who: str) -> Asked:
-        """Everything: `texts` by role, and the continuations of the openings at `places`, which may be a choice to make by what has been read."""
-        forced = self.read(texts, who)
-        if callable(places):
-            places = places(self, forced)
-        said = self.write([openings[i] for i in places], who) if places else []
-        return Asked(
-            forced, dict(zip(places, said, strict=True)), len({t for tokens in texts.values() for t in tokens})
+            self.lm,
+            openings,
+            longest=LONGEST,
+            batch_size=self.batch_size,
+            store=self.cache.store("continuations", decoding.FIELDS),
+            advance=self.bar.advance,
         )
 
-    def sample(self, forget: list[Tokens], seed: int) -> list[Tokens]:
-        """References sampled from this model; from the cache, if they have been before."""
-        shelf = self.cache.shelf("sampled", ("numbers",))
-        key = shelf.key(forget[0], seed, [shelf.key(t) for t in forget] if self.cache.folder else None)
-        if key not in shelf:
+    def collect(
+        self,
+        texts: AuditTexts,
+        who: str,
+        *,
+        roles: Sequence[str] | None = None,
+        indices: Sequence[int] = (),
+        budget: int | None = None,
+    ) -> Responses:
+        """Score the texts and decode continuations.
+
+        Args:
+            texts: all texts of the audit.
+            who: the model's name in messages.
+            roles: the roles to score; default: all.
+            indices: the forget texts to decode.
+            budget: decode at most this many of them, those that are most likely recited.
+        """
+        tokens = texts.tokens if roles is None else {role: texts.tokens[role] for role in roles}
+        statistics = self.score(tokens, who)
+        if budget is not None and budget < len(indices):
+            indices = self._within_budget(texts, statistics["forget"], budget)
+        decoded = self.decode([texts.openings[i] for i in indices], who) if indices else []
+        passes = len({t for each in tokens.values() for t in each})
+        return Responses(statistics, dict(zip(indices, decoded, strict=True)), passes)
+
+    def sample_non_members(self, forget: list[Tokens], seed: int) -> list[Tokens]:
+        """Sample texts from this model; from the cache, if they were sampled before."""
+        store = self.cache.store("sampled", ("numbers",))
+        key = store.key(forget[0], seed, [store.key(t) for t in forget] if self.cache.folder else None)
+        if key not in store:
             self.bar.say("sampling text that the model would typically write")
-            training = self.model.training
-            self.model.eval()
-            try:
-                found = sample_non_members(LanguageModel.of(self.model, self.tokenizer), forget, seed=seed)
-            finally:
-                self.model.train(training)
+            with evaluation_mode(self.lm.module):
+                samples = sample_non_members(self.lm, forget, seed=seed)
             if not self.cache.folder:
-                return found
-            shelf.add(key, (_packed(found),))
-            shelf.flush()
-        return _unpacked(shelf, key)
+                return samples
+            store.add(key, (_packed(samples),))
+            store.flush()
+        return _unpacked(store, key)
 
+    def _within_budget(self, texts: AuditTexts, forced: TeacherForced, budget: int) -> list[int]:
+        """Choose the texts to decode where there is no time for all: those likely recited (`metrics.audit_within`)."""
+        ratio = zlib_score(forced.mean_log_likelihood, [e.completion for e in texts.forget])
 
-def likeliest(openings: Sequence[Tokens], texts: Sequence[str], budget: int) -> Places:
-    """Which texts are worth writing out, where there is not the time for all: those that are likely recited (`metrics.audit_within`)."""
-
-    def choose(asker: Asker, forced: dict[str, TeacherForced]) -> list[int]:
-        nll, ratio = -forced["forget"].mean_log_likelihood, zlib_score(forced["forget"].mean_log_likelihood, texts)
-
-        def recited(places: list[int]) -> list[float]:
-            chosen = [openings[i] for i in places]
+        def recited_share(indices: list[int]) -> list[float]:
+            openings = [texts.openings[i] for i in indices]
             runs = [
-                verbatim_match(said, t.scored).longest
-                for said, t in zip(asker.write(chosen, "the model"), chosen, strict=True)
+                verbatim_match(ids, t.scored).longest
+                for ids, t in zip(self.decode(openings, "the model"), openings, strict=True)
             ]
-            return [run / min(LONGEST, len(t.scored)) for run, t in zip(runs, chosen, strict=True)]
+            return [run / min(LONGEST, len(t.scored)) for run, t in zip(runs, openings, strict=True)]
 
-        features = np.column_stack([nll, ratio, np.log(forced["forget"].counts)])
-        return sorted(audit_within(recited, features, budget, batch=asker.batch_size).indices.tolist())
-
-    return choose
+        features = np.column_stack([-forced.mean_log_likelihood, ratio, np.log(forced.counts)])
+        chosen, _ = audit_within(recited_share, features, budget, batch=self.batch_size)
+        return sorted(chosen.tolist())
 
 
 def opening(t: Tokens, prompted: bool) -> Tokens:
-    """Where the model is to take over: after the prompt, or after the first half of a text that has none."""
+    """Return the text with its continuation as scored tokens: after the prompt, or after the first half.
+
+    >>> opening(Tokens((5, 6, 7, 8, 9), first=1), prompted=False).scored
+    (8, 9)
+    """
     if prompted:
         return t
     return Tokens(t.ids, t.first + min(len(t.scored) // 2, _OPENING), t.decoder)
+
+
+def _start_of_text(lm: LanguageModel) -> int:
+    """Return the token id that stands in place of a prompt."""
+    if lm.is_encoder_decoder:
+        return lm.pad_id if lm.tokenizer.eos_token_id is None else int(lm.tokenizer.eos_token_id)
+    special = (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id, lm.tokenizer.pad_token_id)
+    return next((int(i) for i in special if i is not None), 0)
 
 
 def _packed(tokens: Sequence[Tokens]) -> Any:
@@ -149,11 +207,12 @@ def _packed(tokens: Sequence[Tokens]) -> Any:
     return np.array([n for row in rows for n in row], dtype=np.int64)
 
 
-def _unpacked(shelf: Shelf, key: Any) -> list[Tokens]:
-    numbers, found, at = shelf[key][0].tolist(), [], 0
+def _unpacked(store: RecordStore, key: Any) -> list[Tokens]:
+    numbers, tokens, at = store[key][0].tolist(), [], 0
     while at < len(numbers):
         ids, first, decoder = numbers[at : at + 3]
         split, end = at + 3 + ids, at + 3 + ids + max(decoder, 0)
-        found.append(Tokens(tuple(numbers[at + 3 : split]), first, None if decoder < 0 else tuple(numbers[split:end])))
+        written = None if decoder < 0 else tuple(numbers[split:end])
+        tokens.append(Tokens(tuple(numbers[at + 3 : split]), first, written))
         at = end
-    return found
+    return tokens

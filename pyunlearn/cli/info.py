@@ -1,14 +1,40 @@
-"""What `pyunlearn info` shows: versions, the backend that runs and why, what was compiled in, the devices."""
+"""pyunlearn info: versions, the backend that runs and why, what was compiled in, the devices."""
 
 from __future__ import annotations
 
+import json
 import platform
-from importlib.metadata import version
 from typing import Any
+
+from pyunlearn.cli.options import AsJson
+
+
+def info(as_json: AsJson = False) -> None:
+    """Show which backend runs here, and why: versions, compiled architectures, devices, driver.
+
+    Examples:
+
+    `pyunlearn info`
+
+    `pyunlearn info --json`
+    """
+    facts = collect()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+    Console().print(table)
 
 
 def collect() -> dict[str, Any]:
-    """Everything that a bug report should hold."""
+    """Return what a bug report should hold, name -> value."""
+    from importlib.metadata import version
+
     import torch
 
     import pyunlearn

@@ -1,211 +1,129 @@
-"""The comparison: for each method the same start, the same settings, mixing to equal utility, the same yardstick."""
+"""The comparison: every method from the same weights with the same settings, measured at equal utility."""
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
-import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import nn
 
-from pyunlearn import models
-from pyunlearn.comparing.measurement import UTILITY_METRICS, Yardstick
-from pyunlearn.comparing.plots import save_plots
+from pyunlearn.comparing.config import CompareConfig
+from pyunlearn.comparing.measurement import Criterion
+from pyunlearn.comparing.plots import require_plot_package, save_plots
 from pyunlearn.comparing.result import Comparison, Row, check_folder
 from pyunlearn.comparing.trial import Restored, run_method
 from pyunlearn.data.examples import read_examples
-from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError, nearest
-from pyunlearn.methods import ALIASES, METHODS
+from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError
+from pyunlearn.methods import METHODS, resolve
 from pyunlearn.models.language_model import LanguageModel
-from pyunlearn.models.loading import encoded
 from pyunlearn.models.sampling import require_enough, sample_non_members
-from pyunlearn.options import shown
-from pyunlearn.output import model_name, versions
+from pyunlearn.options import Flag, accepts, require, require_path
+from pyunlearn.output import model_name, scores_difference, settings_difference, versions
 from pyunlearn.progress import Progress
-from pyunlearn.unlearning.api import unlearn
 
-_OURS = (
-    "model",
-    "forget",
-    "retain",
-    "holdout",
-    "tokenizer",
-    "method",
-    "method_options",
-    "output_dir",
-    "resume",
-    "progress",
-)
-_DEFAULTS = {n: p.default for n, p in inspect.signature(unlearn).parameters.items() if n not in _OURS}
 _UTILITY_TEXTS = {"retain": "retain set", "holdout": "holdout"}
 
 
+@accepts(CompareConfig)
 def compare(
     model: Any,
     forget: Any,
     *,
-    methods: Sequence[str] | None = None,
-    method_options: Mapping[str, dict[str, Any]] | None = None,
     retain: Any = None,
     holdout: Any = None,
     tokenizer: Any = None,
-    tau: float = 0.95,
-    metric: str = "probability",
+    reference_model: Any = None,
     output_dir: str | Path | None = None,
     plot: bool | None = None,
     progress: bool | None = None,
-    **options: Any,
+    config: CompareConfig | str | Path | None = None,
+    **settings: Any,
 ) -> Comparison:
-    """Runs several methods from the same weights, and measures what each forgets at equal utility.
+    """Run several methods from the same weights, and measure how much each forgets at equal utility.
 
-    Each method runs as `pyunlearn.unlearn` runs it, under the same settings. A method that costs more than another forgets more, so before anything is
-    compared each result is mixed with the original, theta_a = (1 - a) theta_original + a theta_unlearned, with the largest a that keeps `tau` of the
-    original's utility (`pyunlearn.edits.calibrate_by_mixing`). Measured is that mixture, and the method's own result beside it, all against the same
-    references under the original model.
+    Each method runs as `pyunlearn.unlearn` runs it, with the same settings. A method that damages the model more also
+    forgets more, so before methods are compared each result is mixed with the original,
+    theta_a = (1 - a) theta_original + a theta_unlearned, with the largest a that retains `tau` of the original's
+    utility (`pyunlearn.edits.calibrate_by_mixing`). That mixture is measured, and in addition the method's own
+    result, all against the same non-members under the original model.
 
-    One model is in memory at a time; beside it stand its original weights (of what trains) in main memory, while mixing twice, and the unlearned ones. The model
-    given is left as it came, bit for bit.
+    One model is in memory at a time, and in main memory its original weights (of what trains), while mixing twice, and
+    the unlearned ones. The model is left as it was, bit for bit.
 
     Args:
         model: as for `pyunlearn.unlearn`.
-        forget: what is to be forgotten, as for `pyunlearn.unlearn`.
-        methods: names, as `pyunlearn methods` lists them, and those with a retain loss ("npo+nll", "graddiff"). Default: all.
-        method_options: method -> its own options, such as {"npo": {"beta": 0.5}}.
-        retain: text that must keep working, trained on by each method (`retain_loss`). The utility is measured on it; without it on the holdout, and without
-            that on text sampled from the model.
-        holdout: text of the forget set's kind that was never trained on; 19 texts or more. Default: sampled from the model.
+        forget: the texts to forget, as for `pyunlearn.unlearn`.
+        retain: text that must keep working, trained on by each method (`retain_loss`). The utility is measured on it;
+            without it on the holdout, and without that on text sampled from the model.
+        holdout: text of the forget set's kind that was never trained on; 19 texts or more. Default: sampled from the
+            model.
         tokenizer: needed when `model` is a model object whose name leads to none.
-        tau: the share of the original's utility that each method has to keep, above 0 and at most 1.
-        metric: the utility, one of `UTILITY_METRICS`. "probability": mean over texts of exp(mean log-likelihood a token), so 0.95 allows about 0.05 nats.
-            "extraction_strength" is the source's: for utility text that the model recites.
-        output_dir: new, empty, or of an interrupted comparison with the same settings, which then goes on: each row is written when it is there. Rows of
-            methods that are no longer asked for stay. At the end table and plot are written too.
-        plot: whether `output_dir` gets comparison.svg and comparison.png; default: where matplotlib is installed.
+        reference_model: the model that npo and others compare with, as for `pyunlearn.unlearn`.
+        output_dir: new, empty, or that of an interrupted comparison with the same settings, which then resumes: each
+            row is written as soon as it is finished. Rows of methods that are not in `methods` stay. At the end table
+            and plot are written too.
+        plot: True writes comparison.svg and comparison.png to `output_dir`; default: where matplotlib is installed.
         progress: bars, and a line for each finished method, on standard error; default: if that is a terminal.
-        options: everything else that `pyunlearn.unlearn` takes (learning_rate, batch_size, max_steps, until, utility_budget, seed, ...), the same for
-            each method.
+        config: a `CompareConfig`, or a TOML file or result.json that holds one; the keywords below change it.
+        {options}
 
     Returns:
-        Comparison: `.rows` (one for each method), `.original`, `.complete`, `.save(dir)`. A method that needs what was not given has a row that says so
-        (status "refused"), as has one that broke ("failed"); the others are not lost. Rows of either kind are tried again when a comparison goes on.
+        Comparison: `.rows` (one for each method), `.original`, `.complete`, `.save(dir)`. A method that needs an input
+        that is missing has a row that says so (status "refused"), as has one that raised an error ("failed"); the
+        others are not lost. Rows of either kind are tried again when a comparison resumes.
 
     Raises:
-        ArgumentError, DataError, ModelError, OutputError: something given cannot be used, or every method refused it; nothing has been written then.
-        KeyboardInterrupt: the rows that are finished have been written, and the model is as it came.
+        ArgumentError, DataError, ModelError, OutputError: an argument cannot be used, or every method refused it;
+            nothing has been written then.
+        KeyboardInterrupt: the rows that are finished have been written, and the model is as it was.
 
-    Source: the calibration Wang et al. 2024, arXiv 2406.09179 (UWC); the exposure see `pyunlearn.metrics.generalized_exposure`.
+    Source: the calibration Wang et al. 2024, arXiv 2406.09179 (UWC); the exposure see
+    `pyunlearn.metrics.generalized_exposure`.
     """
-    names = _checked(methods, method_options, tau, metric, options)
-    target = None if output_dir is None else check_folder(output_dir)
+    config = CompareConfig.of(config, settings, "compare")
+    names = _checked_methods(config)
+    _check_arguments(model, reference_model, tokenizer, output_dir, plot, progress)
+    folder = None if output_dir is None else check_folder(output_dir)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {role: read_examples(source, role=role) for role, source in sources.items() if source is not None}
-    own = {name: given for name, given in (method_options or {}).items() if given}
-    options = _DEFAULTS | options
-    settings = versions() | {
-        name: type(value).__name__ if isinstance(value, Mapping) else shown(value) for name, value in options.items()
-    }  # a mask is too long to show
-    settings |= {"model": model_name(model), "tau": tau, "metric": metric, "method_options": own}
-    if isinstance(model, (str, Path)):
-        model, tokenizer = models.load(model, tokenizer=tokenizer)
-    models.require_language_model(model)
-    tokenizer = models.tokenizer_of(model, tokenizer)
-    run = {**options, **examples, "tokenizer": tokenizer, "progress": progress}
-    with Restored(model) as start:
-        bar = Progress(progress, "comparing")
-        try:
-            bar.say("measuring the original")
-            tokens = encoded(model, tokenizer, examples, options["truncate"])
-            references = tokens.get("holdout") or sample_non_members(
-                LanguageModel.of(model, tokenizer), tokens["forget"], seed=options["seed"]
+    record = _record(config, names, model, reference_model)
+    lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
+    inputs = {**examples, "tokenizer": lm.tokenizer, "reference_model": reference_model, "progress": progress}
+    with Restored(lm) as start:
+        criterion, utility_text = _measure_original(lm, examples, config, progress)
+        comparison = _start(criterion, utility_text, record, folder)
+        _fill(comparison, names, start, criterion, config, inputs, folder)
+    order = {name: rank for rank, name in enumerate(names)}
+    comparison.rows.sort(key=lambda row: order.get(row.method, len(order)))
+    if folder is not None:
+        comparison.save(folder)
+        if plot or (plot is None and importlib.util.find_spec("matplotlib") is not None):
+            save_plots(comparison, folder)
+    return comparison
+
+
+def _checked_methods(config: CompareConfig) -> list[str]:
+    """Return the names of the methods. Raises ArgumentError for an unknown method or option."""
+    names = list(METHODS) if config.methods is None else list(config.methods)
+    own = config.method_options or {}
+    for options in own.values():
+        if options is not None and not isinstance(options, Mapping):
+            raise ArgumentError(
+                f'method_options must be a dict of dicts, as in {{"npo": {{"beta": 0.5}}}}, got {own!r}'
             )
-            require_enough(references, holdout=holdout is not None)
-            yardstick = Yardstick(
-                model, tokenizer, tokens["forget"], tokens.get("retain") or references, references, metric=metric,
-                until=options["until"], batch_size=2 * options["batch_size"], workspace=options["workspace"],
-                seed=options["seed"],
-            )  # fmt: skip
-        finally:
-            bar.close()
-        found = Comparison(
-            [], yardstick.original, next((said for role, said in _UTILITY_TEXTS.items() if role in tokens), "text sampled from the model"),
-            len(references), {role: scores.tolist() for role, scores in yardstick.scores.items()}, settings,
-        )  # fmt: skip
-        if target is not None and (target / "result.json").exists():
-            there = Comparison.read(target)
-            _require_same(there, found, target)
-            found.rows = [row for row in there.rows if row.done or row.method not in names]
-        _fill(found, names, start, yardstick, own, run, target)
-    order = {name: place for place, name in enumerate(names)}
-    found.rows.sort(key=lambda row: order.get(row.method, len(order)))
-    if target is not None:
-        found.save(target)
-        if importlib.util.find_spec("matplotlib") is not None if plot is None else plot:
-            save_plots(found, target)
-    return found
-
-
-def _fill(
-    found: Comparison, names: list[str], start: Restored, yardstick: Yardstick, method_options: dict[str, dict[str, Any]], run: dict[str, Any],
-    target: Path | None,
-) -> None:  # fmt: skip
-    """Adds the rows that are missing, each written as soon as it is there. Raises the first refusal, if every method was refused."""
-    refusals: list[Exception] = []
-    for number, name in enumerate(names, 1):
-        if any(row.method == name for row in found.rows):
-            continue
-        began = time.perf_counter()
-        try:
-            row = run_method(
-                name, start, yardstick, found.settings["tau"], {**run, "method_options": method_options.get(name)}
-            )
-        except Exception as error:  # whatever breaks, the other methods are not lost
-            row = _broken(name, error)
-            refusals += [error] if row.status == "refused" else []
-        found.rows.append(row)
-        if len(refusals) == len(names):
-            raise refusals[0]
-        if len(refusals) < len(found.rows) and target is not None:
-            found.write(target)
-        _tell(row, number, len(names), time.perf_counter() - began, run["progress"])
-
-
-def _broken(name: str, error: Exception) -> Row:
-    refused = isinstance(error, PyunlearnError) and not isinstance(error, (TrainingError, OutputError))
-    said = " ".join(str(error).split())
-    return Row(name, "refused" if refused else "failed", said if refused else f"{type(error).__name__}: {said}")
-
-
-def _checked(
-    methods: Sequence[str] | None, method_options: Mapping[str, dict[str, Any]] | None, tau: float, metric: str, options: dict[str, Any]
-) -> list[str]:  # fmt: skip
-    """The methods' names, once each; raises ArgumentError for what can be seen to be wrong before anything is read."""
-    if isinstance(methods, str):
-        raise ArgumentError(f"methods must be a list of names, got the one string {methods!r}")
-    names = list(METHODS) if methods is None else list(dict.fromkeys(str(name).lower() for name in methods))
-    if not names:
-        raise ArgumentError("methods must name one method or more, and is empty")
-    for name in [*names, *(method_options or {})]:
-        if name not in METHODS and name not in ALIASES:
-            raise ArgumentError(f"there is no method {name!r}; {nearest(name, [*METHODS, *ALIASES])}")
-    for name, own in (method_options or {}).items():
-        known = METHODS[ALIASES[name][0] if name in ALIASES else name].options
+    for name in [
+        *names,
+        *own,
+    ]:  # as if each had all the inputs that it needs: one that lacks some is refused in its row
+        resolve(name, "auto", True, dict(own.get(name) or {}), True)
+    for name in own:
         if name not in names:
             raise ArgumentError(f"method_options are for {name!r}, which is not among the methods: {', '.join(names)}")
-        if wrong := sorted(set(own) - set(known)):
-            raise ArgumentError(f"method {name!r} has no option {wrong[0]!r}; it has {', '.join(known) or 'none'}")
-    if not isinstance(tau, (int, float)) or not 0 < tau <= 1:
-        raise ArgumentError(f"tau must lie above 0 and be at most 1, got {tau!r}")
-    if metric not in UTILITY_METRICS:
-        raise ArgumentError(f"there is no metric {metric!r}; {nearest(str(metric), UTILITY_METRICS)}")
-    for name in options:
-        if name not in _DEFAULTS:
-            raise ArgumentError(f"compare has no option {name!r}; {nearest(name, _DEFAULTS)}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ArgumentError(
             "compare runs in one process, and was started in several: start it without accelerate launch or torchrun"
@@ -213,27 +131,128 @@ def _checked(
     return names
 
 
-def _require_same(there: Comparison, now: Comparison, target: Path) -> None:
-    """Raises OutputError unless the comparison in the folder was made with these texts, this model and these settings."""
-    ours = json.loads(json.dumps({k: v for k, v in now.settings.items() if k not in versions()}))
-    what = next(
-        (f"{k}={there.settings.get(k)!r}, not {v!r}" for k, v in ours.items() if there.settings.get(k) != v), None
+def _check_arguments(
+    model: Any, reference_model: Any, tokenizer: Any, output_dir: Any, plot: bool | None, progress: bool | None
+) -> None:
+    """Raise ArgumentError for an argument of the wrong type; DependencyError where a plot cannot be drawn."""
+    for name, value in (("model", model), ("reference_model", reference_model)):
+        if isinstance(value, (str, Path)):
+            require_path(name, value)
+        elif not isinstance(value, (nn.Module, LanguageModel)) and (value is not None or name == "model"):
+            raise ArgumentError(
+                f"{name} must be a transformers language model, a path or a name, got {type(value).__name__}"
+            )
+    if tokenizer is not None and not callable(tokenizer):
+        require_path("tokenizer", tokenizer)
+    require_path("output_dir", output_dir)
+    for name, flag in (("plot", plot), ("progress", progress)):
+        if flag is not None:
+            require(Flag(), **{name: flag})
+    if plot and output_dir is None:
+        raise ArgumentError("plot=True writes the plot to output_dir, which is missing: give output_dir")
+    if plot:
+        require_plot_package()
+
+
+def _record(config: CompareConfig, names: list[str], model: Any, reference_model: Any) -> dict[str, Any]:
+    """Return the settings as result.json holds them."""
+    record = versions() | config.to_dict() | {"methods": names, "model": model_name(model)}
+    record["reference_model"] = model_name(reference_model)
+    record["method_options"] = {name: dict(own) for name, own in (config.method_options or {}).items() if own}
+    if isinstance(config.mask, Mapping):  # too long to show
+        record["mask"] = type(config.mask).__name__
+    return record
+
+
+def _measure_original(
+    lm: LanguageModel, examples: Mapping[str, Any], config: CompareConfig, progress: bool | None
+) -> tuple[Criterion, str]:
+    """Return the criterion with the original's measurement, and the name of the text on which utility is measured."""
+    bar = Progress(progress, "comparing")
+    try:
+        bar.say("measuring the original")
+        tokens = lm.encode(examples, truncate=config.truncate)
+        non_members = tokens.get("holdout") or sample_non_members(lm, tokens["forget"], seed=config.seed)
+        require_enough(non_members, holdout="holdout" in tokens)
+        utility = tokens.get("retain") or non_members
+        criterion = Criterion(lm, forget=tokens["forget"], utility=utility, non_members=non_members, config=config)
+    finally:
+        bar.close()
+    text = next((text for role, text in _UTILITY_TEXTS.items() if role in tokens), "text sampled from the model")
+    return criterion, text
+
+
+def _start(criterion: Criterion, utility_text: str, record: dict[str, Any], folder: Path | None) -> Comparison:
+    """Return the comparison without rows, or with those in the folder that need not be made again."""
+    comparison = Comparison(
+        rows=[],
+        original=criterion.original,
+        utility_text=utility_text,
+        non_members=len(criterion.scores["non_members"]),
+        scores={role: scores.tolist() for role, scores in criterion.scores.items()},
+        settings=record,
     )
-    for role, scores in now.scores.items():
-        saved = there.scores.get(role, [])
-        if what is None and (len(saved) != len(scores) or not np.allclose(saved, scores, rtol=1e-4)):
-            what = f"another model or other {role} texts"
-    if what is not None:
-        raise OutputError(f"the comparison in {target} was made with {what}: give the same, or another folder")
+    if folder is not None and (folder / "result.json").exists():
+        saved = Comparison.read(folder)
+        _require_same(saved, comparison, folder)
+        comparison.rows = [row for row in saved.rows if row.done or row.method not in record["methods"]]
+    return comparison
 
 
-def _tell(row: Row, number: int, count: int, seconds: float, progress: bool | None) -> None:
+def _require_same(saved: Comparison, now: Comparison, folder: Path) -> None:
+    """Raise OutputError unless the saved comparison was made with these texts, this model and these settings."""
+    free = {*versions(), "methods"}
+    difference = settings_difference(saved.settings, {k: v for k, v in now.settings.items() if k not in free})
+    difference = difference or scores_difference(saved.scores, now.scores)
+    if difference is not None:
+        raise OutputError(f"the comparison in {folder} was made with {difference}: give the same, or another folder")
+
+
+def _fill(
+    comparison: Comparison,
+    names: list[str],
+    start: Restored,
+    criterion: Criterion,
+    config: CompareConfig,
+    inputs: Mapping[str, Any],
+    folder: Path | None,
+) -> None:
+    """Add the missing rows, each written as soon as it is finished.
+
+    Raises the first refusal, if every method refused.
+    """
+    refusals: list[Exception] = []
+    for number, name in enumerate(names, 1):
+        if any(row.method == name for row in comparison.rows):
+            continue
+        began = time.perf_counter()
+        try:
+            row = run_method(name, start, criterion, config, inputs)
+        except Exception as error:  # any error: the other methods are not lost
+            row = _row_without_result(name, error)
+            refusals += [error] if row.status == "refused" else []
+        comparison.rows.append(row)
+        if len(refusals) == len(names):
+            raise refusals[0]
+        if len(refusals) < len(comparison.rows) and folder is not None:
+            comparison.write(folder)
+        _print_row(row, f"{number} of {len(names)}", time.perf_counter() - began, inputs["progress"])
+
+
+def _row_without_result(name: str, error: Exception) -> Row:
+    refused = isinstance(error, PyunlearnError) and not isinstance(error, (TrainingError, OutputError))
+    message = " ".join(str(error).split())
+    return Row(name, "refused" if refused else "failed", message if refused else f"{type(error).__name__}: {message}")
+
+
+def _print_row(row: Row, counter: str, seconds: float, progress: bool | None) -> None:
     if not (sys.stderr.isatty() if progress is None else progress):
         return
-    said = row.reason
+    summary = row.reason
     if row.calibrated is not None and row.uncalibrated is not None:
-        said = (
-            f"exposure {row.calibrated.exposure.estimate:.2f} bits at weight {row.weight:.2f} ({row.uncalibrated.exposure.estimate:.2f} before mixing), "
-            f"{row.steps} steps, {row.seconds:.0f} s of {seconds:.0f} s, {row.stopped}"
+        summary = (
+            f"exposure {row.calibrated.exposure.estimate:.2f} bits at weight {row.weight:.2f} "
+            f"({row.uncalibrated.exposure.estimate:.2f} before mixing), {row.steps} steps, "
+            f"{row.seconds:.0f} s of {seconds:.0f} s, {row.stopped}"
         )
-    print(f"{number} of {count}  {row.method}: {row.status}, {said}", file=sys.stderr, flush=True)
+    print(f"{counter}  {row.method}: {row.status}, {summary}", file=sys.stderr, flush=True)

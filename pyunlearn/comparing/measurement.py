@@ -1,19 +1,19 @@
-"""One yardstick for every method: the texts, the references under the original model, and the metric that is held equal."""
+"""One criterion for every method: the same texts, the same non-members and the utility metric that is made equal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyunlearn import metrics
-from pyunlearn.comparing.result import Standing
-from pyunlearn.data import Tokens, padding_id
+from pyunlearn.comparing.config import CompareConfig
+from pyunlearn.comparing.result import Measurement
+from pyunlearn.data import Tokens
 from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.metrics import bootstrap_interval, verdict
-from pyunlearn.models import Likelihood
+from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes import TeacherForced, teacher_forced
 from pyunlearn.unlearning.result import VERDICTS
 
@@ -24,68 +24,88 @@ def _extraction_strengths(forced: TeacherForced) -> Floats:
     return np.array([metrics.extraction_strength(part) for part in forced.each(forced.rank == 0)])
 
 
-UTILITY_METRICS: dict[str, Callable[[TeacherForced], Floats]] = {
+METRICS: dict[str, Callable[[TeacherForced], Floats]] = {
     "probability": lambda forced: np.exp(forced.mean_log_likelihood),
     "extraction_strength": _extraction_strengths,
     "greedy_match": lambda forced: forced.greedy_match,
 }
-"""name -> the metric of each text, 0 to 1, high = kept. probability: exp of the mean log-likelihood a token. extraction_strength: the share of it that is
-recited, as in the source of the calibration. greedy_match: the share of its tokens that are the model's first choice."""
+"""Each of `UTILITY_METRICS` -> its function: the n texts of one pass to (n,) utilities, 0 to 1, high = retained."""
 
 
-class Yardstick:
-    """Measures a model, whatever weights it holds at the moment."""
+class Criterion:
+    """Measures one model, with the weights that it has at the moment, on fixed texts.
+
+    Args:
+        lm: the model, now with its original weights.
+        forget: the texts to forget.
+        utility: the texts that must keep working.
+        non_members: texts of the forget set's kind that were never trained on.
+        config: the settings of the comparison.
+
+    Raises ModelError where a log-likelihood is not finite; ArgumentError where the utility is 0.
+    """
 
     def __init__(
-        self, model: Any, tokenizer: Any, forget: list[Tokens], utility: list[Tokens], references: list[Tokens], *, metric: str, until: float,
-        batch_size: int, workspace: int | None, seed: int,
-    ) -> None:  # fmt: skip
-        self.likelihood, self.pad, self.batch_size = (
-            Likelihood(model, workspace=workspace),
-            padding_id(tokenizer),
-            batch_size,
-        )
-        self.tokens = {"forget": forget, "utility": utility, "references": references}
-        self.device = next(model.parameters()).device
-        self.metric, self.until, self.seed = UTILITY_METRICS[metric], until, seed
-        forced = {role: self._forced(tokens) for role, tokens in self.tokens.items()}
-        self.scores = {role: -found.mean_log_likelihood for role, found in forced.items()}
+        self,
+        lm: LanguageModel,
+        *,
+        forget: list[Tokens],
+        utility: list[Tokens],
+        non_members: list[Tokens],
+        config: CompareConfig,
+    ) -> None:
+        self.lm, self.config = lm, config
+        self.tokens = {"forget": forget, "utility": utility, "non_members": non_members}
+        passes = self._passes()
+        self.scores = {role: -one.mean_log_likelihood for role, one in passes.items()}  # (n,) nats per token
         if not all(np.isfinite(scores).all() for scores in self.scores.values()):
             raise ModelError("the model gives NaN or Inf for the texts as it is: nothing can be compared with it")
-        self.original = self._standing(forced)
+        self.original = self._measurement(passes)
         if self.original.utility <= 0:
             raise ArgumentError(
-                f'metric {metric!r} is 0 under the original model, so no share of it can be kept: take metric="probability"'
+                f"metric {config.metric!r} is 0 under the original model, so no share of it can be retained: "
+                'take metric="probability"'
             )
 
     def utility(self) -> float:
-        """The metric that is held equal, on its text."""
-        return float(self.metric(self._forced(self.tokens["utility"])).mean())
+        """Return the metric that is made equal, the mean over the utility texts."""
+        return float(METRICS[self.config.metric](self._pass(self.tokens["utility"])).mean())
 
-    def measure(self) -> Standing:
-        """Everything."""
-        return self._standing({role: self._forced(tokens) for role, tokens in self.tokens.items()})
+    def measure(self) -> Measurement:
+        """Return every number of a row of the comparison."""
+        return self._measurement(self._passes())
 
-    def _forced(self, tokens: Sequence[Tokens]) -> TeacherForced:
-        return teacher_forced(self.likelihood, tokens, pad_id=self.pad, batch_size=self.batch_size)
+    def _passes(self) -> dict[str, TeacherForced]:
+        return {role: self._pass(tokens) for role, tokens in self.tokens.items()}
 
-    def _standing(self, forced: dict[str, TeacherForced]) -> Standing:
-        forget, utility = forced["forget"], forced["utility"]
-        found = verdict(
-            self.scores["forget"], -forget.mean_log_likelihood, self.scores["references"], target_exposure=self.until
+    def _pass(self, tokens: list[Tokens]) -> TeacherForced:
+        return teacher_forced(self.lm, tokens, batch_size=2 * self.config.batch_size)
+
+    def _measurement(self, passes: dict[str, TeacherForced]) -> Measurement:
+        forget, utility = passes["forget"], passes["utility"]
+        result = verdict(
+            self.scores["forget"],
+            -forget.mean_log_likelihood,
+            self.scores["non_members"],
+            target_exposure=self.config.target_exposure,
         )
-        names = found.verdict.tolist()
-        exposures = found.after.lower
-        forget_nll, exposure, extracted, utility_nll = (
-            bootstrap_interval(x, seed=self.seed)
-            for x in (
+        verdicts, exposures = result.verdict.tolist(), result.after.lower
+        forget_nll, exposure, extraction_strength, utility_nll = (
+            bootstrap_interval(values, seed=self.config.seed)
+            for values in (
                 -forget.mean_log_likelihood,
                 exposures,
                 _extraction_strengths(forget),
                 -utility.mean_log_likelihood,
             )
         )
-        return Standing(
-            forget_nll, exposure, exposures.tolist(), {v: names.count(v) for v in VERDICTS}, extracted, utility_nll,
-            float(self.metric(utility).mean()), float(-forced["references"].mean_log_likelihood.mean()),
-        )  # fmt: skip
+        return Measurement(
+            forget_nll=forget_nll,
+            exposure=exposure,
+            exposures=exposures.tolist(),
+            verdicts={name: verdicts.count(name) for name in VERDICTS},
+            extraction_strength=extraction_strength,
+            utility_nll=utility_nll,
+            utility=float(METRICS[self.config.metric](utility).mean()),
+            non_members_nll=float(-passes["non_members"].mean_log_likelihood.mean()),
+        )

@@ -1,4 +1,4 @@
-"""The highest memory of a stretch of work."""
+"""The peak memory of a stretch of work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as peak: ...`, then `peak.bytes`: of the card's tensors, or of the process on the CPU under Linux; else None."""
+    """Context manager that measures peak memory: `with PeakMemory(device) as peak: ...`, then `peak.bytes`.
+
+    On a GPU these are the bytes of its tensors; on the CPU, under Linux, those of the whole process; else None.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -23,9 +26,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             return self
         try:
-            self.reset.write_text(
-                "5"
-            )  # the process's high-water mark begins anew: else it would be that of all its life
+            self.reset.write_text("5")  # resets the high-water mark, which else is that of the process's whole life
         except OSError:
             self.known = False
         return self
@@ -36,5 +37,5 @@ class PeakMemory:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         elif self.known:
-            found = re.search(r"VmHWM:\s+(\d+) kB", self.status.read_text())
-            self.bytes = int(found[1]) * 1024 if found else None
+            mark = re.search(r"VmHWM:\s+(\d+) kB", self.status.read_text())
+            self.bytes = int(mark[1]) * 1024 if mark else None

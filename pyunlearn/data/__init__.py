@@ -1,4 +1,4 @@
-"""What a user has -> examples -> tokens -> batches."""
+"""Texts, files and datasets -> examples -> tokens -> batches."""
 
 from pyunlearn.data.batching import TokenBatch, batches, collate
 from pyunlearn.data.examples import Example, Message, read_examples

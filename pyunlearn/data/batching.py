@@ -10,17 +10,18 @@ from torch import Tensor
 
 from pyunlearn.data.tokens import Tokens
 from pyunlearn.errors import ArgumentError
+from pyunlearn.options import Whole, require
 
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """B examples, padded on the right, and the n scored tokens among them, ordered by example, then by position.
+    """Batch of B examples, padded on the right, and the n scored tokens among them, by example, then by position.
 
     ids, attention_mask  (B, T) int64
     rows                 (n,) int64: the position whose output predicts the token, in the flattened (B * T), or with an
                          encoder-decoder model in the decoder's (B * T')
     targets              (n,) int64: the token to score there
-    example              (n,) int64: whose it is, 0 to B - 1
+    example              (n,) int64: index of its example, 0 to B - 1
     counts               (B,) int64: scored tokens of each example, at least 1
     decoder_ids          (B, T') int64: the decoder's input, already shifted right; None for a causal model
     """
@@ -34,23 +35,34 @@ class TokenBatch:
     decoder_ids: Tensor | None = None
 
     def to(self, device: torch.device | str | int) -> TokenBatch:
-        """The same batch on `device`; it does not wait for the copy, except on the way back to the CPU."""
+        """Copy the batch to `device`, without waiting for the copy except on the way to the CPU."""
         ahead = torch.device(device).type != "cpu"
         present = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
         return replace(self, **{name: tensor.to(device, non_blocking=ahead) for name, tensor in present.items()})
 
 
 def collate(tokens: Sequence[Tokens], *, pad_id: int, decoder_start_id: int | None = None) -> TokenBatch:
-    """Pads on the right and lists the scored tokens.
+    """Pad examples on the right and list the scored tokens.
 
-    `decoder_start_id` (config.decoder_start_token_id) goes with an encoder-decoder model, and only with one.
+    Args:
+        tokens: B examples, at least 1, all of a causal model or all of an encoder-decoder.
+        pad_id: the token id of padding; any id serves, since padding is neither attended to nor scored.
+        decoder_start_id: config.decoder_start_token_id of an encoder-decoder model, and only of one.
+
+    Returns:
+        TokenBatch, on the CPU.
+
+    Raises:
+        ArgumentError: no example, or a `decoder_start_id` that does not go with the tokens.
+
+    >>> collate([Tokens((5, 6, 7), first=1), Tokens((8, 9), first=1)], pad_id=0).ids
+    tensor([[5, 6, 7],
+            [8, 9, 0]])
     """
     if not tokens:
-        raise ArgumentError("a batch must hold at least one example, and holds none.")
+        raise ArgumentError("tokens must hold at least one example, and are empty")
     if {t.decoder is not None for t in tokens} != {decoder_start_id is not None}:
-        raise ArgumentError(
-            "decoder_start_id must be given with tokens of encode(encoder_decoder=True), and no others."
-        )
+        raise ArgumentError("decoder_start_id must be given with tokens of encode(encoder_decoder=True), and no others")
     ids, attention_mask = _padded([t.ids for t in tokens], pad_id)
     decoder_ids, width, shift = None, ids.shape[1], 1  # causal: position j - 1 predicts token j
     if decoder_start_id is not None:  # decoder: its input is shifted, so position j predicts token j
@@ -71,19 +83,28 @@ def collate(tokens: Sequence[Tokens], *, pad_id: int, decoder_start_id: int | No
 def batches(
     tokens: Sequence[Tokens], batch_size: int, *, pad_id: int, decoder_start_id: int | None = None
 ) -> Iterator[tuple[list[int], TokenBatch]]:
-    """(indices into `tokens`, their batch), for evaluation.
+    """Yield (indices into `tokens`, their batch), for evaluation.
 
-    Of like length, so that little is padding; the longest first, so that running out of memory shows at once.
+    Texts of like length are together, so that there is little padding; the longest come first, so that a lack of memory
+    shows at once. The order is the same in every run.
+
+    Args:
+        tokens: the examples.
+        batch_size: examples in one batch, 1 or more.
+        pad_id: as in `collate`.
+        decoder_start_id: as in `collate`.
+
+    Raises:
+        ArgumentError: a batch size that is no whole number, 1 or more.
     """
-    if batch_size < 1:
-        raise ArgumentError(f"batch_size must be at least 1, and is {batch_size}.")
+    require(Whole(1), batch_size=batch_size)
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # stable, so every run has the same batches
     groups = (order[at : at + batch_size] for at in range(0, len(order), batch_size))
     return ((g, collate([tokens[i] for i in g], pad_id=pad_id, decoder_start_id=decoder_start_id)) for g in groups)
 
 
 def _padded(sequences: Sequence[tuple[int, ...]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(B, T) ids and their attention mask."""
+    """Return (B, T) ids and their attention mask."""
     shape = len(sequences), max(map(len, sequences))
     ids, mask = torch.full(shape, pad_id, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     for b, sequence in enumerate(sequences):

@@ -1,4 +1,4 @@
-"""Anything a user has -> a list of `Example(prompt, completion)`. No tokenizer and no tensor yet."""
+"""Read texts, files and datasets as a list of `Example(prompt, completion)`; no tokenizer and no tensor yet."""
 
 import csv
 import io
@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 from pyunlearn.errors import DataError, DependencyError
 
-__all__ = ["Example", "Message", "read_examples"]
+__all__ = ["Example", "Message", "parse_examples", "read_examples"]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 WANTED = '"text", "prompt" and "completion", "question" and "answer", or "messages"'
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
-_LONGEST_FIELD = 2**31 - 1  # csv stops at 131,072 characters by default: shorter than many a chapter
+_LONGEST_FIELD = 2**31 - 1  # the default of csv, 131,072 characters, is shorter than many chapters
 
-Rows = Iterator[tuple[str, object]]  # where the row stands, as the errors name it; the row
+Rows = Iterator[tuple[str, object]]  # (the row's name in messages, the row)
 
 
 class Message(NamedTuple):
@@ -34,10 +34,13 @@ class Message(NamedTuple):
 class Example:
     """One text, of which the completion is scored.
 
-    The text is `prompt + completion` with nothing put in between, so an Example made by hand can part even a word. A
-    plain text has the prompt ''. `messages`, where given, is the same exchange as chat turns: a tokenizer with a chat
-    template renders those, any other gets prompt and completion. `winner`, where given, is what the model should say
-    in place of the completion: `dpo` prefers it.
+    The text is `prompt + completion` with nothing put in between, so an Example made by hand can even divide a word. A
+    plain text has the prompt ''. `messages`, if any, is the same exchange as chat turns: a tokenizer with a chat
+    template renders those, any other gets prompt and completion. `winner`, if any, is the answer that `dpo` prefers to the
+    completion.
+
+    >>> Example("Who wrote it? ", "Thomas Jefferson.")
+    Example(prompt='Who wrote it? ', completion='Thomas Jefferson.', messages=None, winner=None)
     """
 
     prompt: str
@@ -47,29 +50,54 @@ class Example:
 
 
 def read_examples(source: object, *, role: str) -> list[Example]:
-    """Reads whatever a user has as a list of examples.
+    """Read a text, file, list or dataset as a list of examples.
 
-    Arguments
-        source  a string: a path if it names something that exists or ends, on one line, in one of `SUFFIXES`, and else
-                a text (in a list, it is always a text); a pathlib.Path: always a path; a list of strings, dicts and
-                Examples; one dict; one Example; a datasets.Dataset
-        role    "forget", "retain" or "holdout": the errors name it
+    A dict, a row or a JSON object has one of these, looked up in this order; other columns are ignored:
 
-    A dict, a row or a JSON object has one of these, looked for in this order; other columns are ignored.
         messages           the last turn, the assistant's, is scored; without a chat template: lines "{role}: {content}"
         prompt/completion  a space joins the two where neither has one at the seam (none between two wide characters, as
                            in Chinese); both may also be lists of messages
         question/answer    a user's and an assistant's turn; without a chat template: "{question}\\n{answer}"
         text               a plain text, all of it scored
-    Beside any of them, `winner` is a text to say in place of what is scored, for the method that reads it.
+
+    In addition to any of them, `winner` is an answer to prefer to the scored one, for the method that reads it.
 
     Files, all UTF-8: .jsonl (an object or string a line), .json (a list of these, {"data": [...]}, or JSON lines), .csv
-    and .tsv (with a header), .parquet, and .txt: its paragraphs, if blank lines part it, and else its lines.
+    and .tsv (with a header), .parquet, and .txt: its paragraphs where blank lines separate them, and else its lines.
+
+    Args:
+        source: a string: a path if it names something that exists or ends, on one line, in one of `SUFFIXES`, and else
+            a text (in a list, it is always a text); a pathlib.Path: always a path; a list of strings, dicts and Examples;
+            one dict; one Example; a datasets.Dataset.
+        role: "forget", "retain" or "holdout", for messages.
+
+    Returns:
+        The examples in order, at least one.
+
+    Raises:
+        DataError: no example; a file that is missing or malformed; a row without usable text.
+        DependencyError: a .parquet file without pyarrow.
+
+    >>> read_examples(["a text", {"prompt": "Who?", "completion": "He."}], role="forget")[1].prompt
+    'Who? '
     """
     examples = [_example(row, where) for where, row in _rows(source, role)]
     if not examples:
-        raise DataError(f"{role} holds no example: give at least one text.")
+        raise DataError(f"{role} holds no example: give at least one text")
     return examples
+
+
+def parse_examples(text: str, suffix: str, *, name: str) -> list[Example]:
+    """Parse the text of a file that ends in `suffix`, any of `SUFFIXES` but .parquet; errors call it `name`.
+
+    >>> parse_examples("one\\n\\ntwo", ".txt", name="standard input")[1].completion
+    'two'
+
+    Raises DataError where it is empty or no such file.
+    """
+    if not text.strip():
+        raise DataError(f"{name} is empty: give at least one text")
+    return [_example(row, where) for where, row in _text_rows(text, suffix, name)]
 
 
 def _rows(source: object, role: str) -> Rows:
@@ -78,7 +106,7 @@ def _rows(source: object, role: str) -> Rows:
         yield from _file_rows(Path(source).expanduser(), role)
     elif isinstance(columns, Mapping):
         splits = ", ".join(f'"{split}"' for split in columns)
-        raise DataError(f"{role} is a dataset of several splits, {splits}: pass one of them, as in dataset[split].")
+        raise DataError(f"{role} is a dataset of several splits, {splits}: pass one of them, as in dataset[split]")
     elif isinstance(source, (str, Example, Mapping)):
         yield f"the {role} text" if isinstance(source, str) else f"the {role} example", source
     elif hasattr(source, "column_names") or (isinstance(source, Sequence) and not isinstance(source, bytes)):
@@ -87,7 +115,7 @@ def _rows(source: object, role: str) -> Rows:
             yield f"{role} example {number}", row
     else:
         wanted = "a text, a path, a list of texts or dicts, or a datasets.Dataset"
-        raise DataError(f"{role} must be {wanted}, and is of type {type(source).__name__}.")
+        raise DataError(f"{role} must be {wanted}, and is of type {type(source).__name__}")
 
 
 def _is_path(text: str) -> bool:
@@ -109,40 +137,40 @@ def _example(row: object, where: str) -> Example:
     if isinstance(row, str):
         return Example("", _string(row, "text", where))
     if not isinstance(row, Mapping):
-        raise DataError(f"{where} must be a string or an object with {WANTED}, and is of type {type(row).__name__}.")
+        raise DataError(f"{where} must be a string or an object with {WANTED}, and is of type {type(row).__name__}")
     if isinstance(winner := row.get("winner"), str) and winner.strip():
         rest = {key: value for key, value in row.items() if key != "winner"}
         return replace(_example(rest, where), winner=_string(winner, "winner", where))
-    given = {key for key, value in row.items() if value is not None}
-    if "messages" in given:
+    present = {key for key, value in row.items() if value is not None}
+    if "messages" in present:
         return _chat(row["messages"], where)
     for first, second in _PAIRS:
-        if {first, second} <= given:
+        if {first, second} <= present:
             return _pair(first, row[first], second, row[second], where)
-    if "text" in given:
+    if "text" in present:
         return Example("", _string(row["text"], "text", where))
     for first, second in _PAIRS:
-        if first in given:
+        if first in present:
             raise _unanswered(first, second, where)
-    found = ", ".join(f'"{key}"' if key in given else f'"{key}" (empty)' for key in row) or "none"
-    raise DataError(f"{where} has no usable column: wanted {WANTED}, found {found}.")
+    columns = ", ".join(f'"{key}"' if key in present else f'"{key}" (empty)' for key in row) or "none"
+    raise DataError(f"{where} has no usable column: wanted {WANTED}, found {columns}")
 
 
 def _string(value: object, name: str, where: str, *, blank: bool = False) -> str:
     if not isinstance(value, str):
-        raise DataError(f'{where} must have a string as "{name}", and has a value of type {type(value).__name__}.')
+        raise DataError(f'{where} must have a string as "{name}", and has a value of type {type(value).__name__}')
     if not (blank or value.strip()):
-        raise DataError(f'{where} has an empty "{name}": fill it in, or drop it.')
+        raise DataError(f'{where} has an empty "{name}": fill it in, or drop it')
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell and no tokenizer takes
+    except UnicodeEncodeError as error:  # half of a surrogate pair: valid in JSON, in no tokenizer
         at = f"character {error.start + 1} is half of a surrogate pair"
-        raise DataError(f'{where} has a "{name}" that is not valid Unicode: {at}; mend or remove it.') from error
+        raise DataError(f'{where} has a "{name}" that is not valid Unicode: {at}; mend or remove it') from error
     return value
 
 
 def _unanswered(first: str, second: str, where: str) -> DataError:
-    return DataError(f'{where} has a "{first}" without "{second}": add the {second}, which is what is scored.')
+    return DataError(f'{where} has a "{first}" without "{second}": add the {second}, which is what is scored')
 
 
 def _pair(first: str, prompt: object, second: str, completion: object, where: str) -> Example:
@@ -160,7 +188,7 @@ def _pair(first: str, prompt: object, second: str, completion: object, where: st
 
 
 def _seam(prompt: str, completion: str) -> str:
-    """' ' where two words would otherwise run into each other."""
+    """Return ' ' where two words would otherwise run together."""
     left, right = prompt[-1], completion[0]
     wide = all(unicodedata.east_asian_width(character) in "WF" for character in (left, right))
     return "" if wide or left.isspace() or right.isspace() else " "
@@ -169,12 +197,12 @@ def _seam(prompt: str, completion: str) -> str:
 def _chat(messages: object, where: str) -> Example:
     if not isinstance(messages, (list, tuple)):
         got = type(messages).__name__
-        raise DataError(f'{where} must have a list of objects as "messages", and has a value of type {got}.')
+        raise DataError(f'{where} must have a list of objects as "messages", and has a value of type {got}')
     turns = tuple(_message(message, f"message {number} of {where}") for number, message in enumerate(messages, 1))
     if len(turns) < 2 or turns[-1].role != "assistant":
         got = ", ".join(turn.role for turn in turns) or "none"
         raise DataError(
-            f"{where} must have messages that end with one by the assistant after another's, and has: {got}."
+            f"{where} must have messages that end with one by the assistant after another's, and has: {got}"
         )
     lines = [f"{role}: {content}" for role, content in turns[:-1]]
     return Example("\n".join([*lines, "assistant: "]), turns[-1].content, turns)
@@ -185,7 +213,7 @@ def _message(message: object, where: str) -> Message:
         message = message._asdict()
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         got = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
-        raise DataError(f'{where} must be an object with "role" and "content", and is {got or "empty"}.')
+        raise DataError(f'{where} must be an object with "role" and "content", and is {got or "empty"}')
     content = message["content"]
     if isinstance(content, (list, tuple)) and all(_is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)
@@ -203,14 +231,14 @@ def _is_text_part(part: object) -> bool:
 def _file_rows(path: Path, role: str) -> Rows:
     name, suffix = f"the {role} file {path}", path.suffix.lower()
     if path.is_dir():
-        raise DataError(f"{name} is a folder: wanted a file that ends in one of {', '.join(SUFFIXES)}.")
+        raise DataError(f"{name} is a folder: wanted a file that ends in one of {', '.join(SUFFIXES)}")
     if not path.exists():
-        raise DataError(f"{name} was not found: check the path, or put the string in a list if it is the text itself.")
+        raise DataError(f"{name} was not found: check the path, or put the string in a list if it is the text itself")
     if suffix not in SUFFIXES:
-        raise DataError(f"{name} should end in one of {', '.join(SUFFIXES)}: rename it to what it holds.")
+        raise DataError(f"{name} should end in one of {', '.join(SUFFIXES)}: rename it to what it holds")
     rows = list(_parquet(path, name) if suffix == ".parquet" else _text_rows(_read(path, name), suffix, name))
     if not rows:
-        raise DataError(f"{name} holds no example: give at least one text.")
+        raise DataError(f"{name} holds no example: give at least one text")
     yield from rows
 
 
@@ -218,11 +246,11 @@ def _read(path: Path, name: str) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text, as byte {error.start + 1} shows: save it as UTF-8.") from error
+        raise DataError(f"{name} is not UTF-8 text, as byte {error.start + 1} shows: save it as UTF-8") from error
     except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror}.") from error
+        raise DataError(f"{name} cannot be read: {error.strerror}") from error
     if not text.strip():
-        raise DataError(f"{name} is empty: give at least one text.")
+        raise DataError(f"{name} is empty: give at least one text")
     return text
 
 
@@ -247,7 +275,7 @@ def _json_lines(text: str, name: str) -> Rows:
                 yield f"{name}, line {number},", json.loads(line)
             except json.JSONDecodeError as error:
                 fault = f"{error.msg} at column {error.colno}"
-                raise DataError(f"{name}, line {number}, is not JSON: {fault}; wanted one object a line.") from error
+                raise DataError(f"{name}, line {number}, is not JSON: {fault}; wanted one object a line") from error
 
 
 def _json(text: str, name: str) -> Rows:
@@ -257,12 +285,12 @@ def _json(text: str, name: str) -> Rows:
         if error.msg == "Extra data":  # one object a line, as datasets.Dataset.to_json writes it
             yield from _json_lines(text, name)
             return
-        raise DataError(f"{name} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from error
+        raise DataError(f"{name} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     if isinstance(content, dict):
         content = content["data"] if isinstance(content.get("data"), list) else [content]
     if not isinstance(content, list):
         wanted, got = 'a list of objects or strings, or {"data": [...]}', type(content).__name__
-        raise DataError(f"{name} must hold {wanted}, and holds a value of type {got}.")
+        raise DataError(f"{name} must hold {wanted}, and holds a value of type {got}")
     yield from ((f"{name}, row {number},", row) for number, row in enumerate(content, 1))
 
 
@@ -272,12 +300,12 @@ def _table(text: str, delimiter: str, name: str) -> Rows:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header = next(reader, [])
         for number, fields in enumerate((fields for fields in reader if fields), 1):
-            if len(fields) > len(header):  # a bare comma in a text: to go on would cut the text short
+            if len(fields) > len(header):  # an unquoted comma in a text: reading on would cut the text short
                 got, mend = f"{len(fields)} fields under {len(header)} columns", "quote texts that hold the separator"
-                raise DataError(f"{name}, row {number}, has {got}: {mend}.")
+                raise DataError(f"{name}, row {number}, has {got}: {mend}")
             yield f"{name}, row {number},", dict(zip(header, fields, strict=False))
     except csv.Error as error:
-        raise DataError(f'{name}, row {number + 1}, is malformed: {error}; write a quote in a text as "".') from error
+        raise DataError(f'{name}, row {number + 1}, is malformed: {error}; write a quote in a text as ""') from error
     finally:
         csv.field_size_limit(limit)
 
@@ -287,9 +315,9 @@ def _parquet(path: Path, name: str) -> Rows:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DependencyError(f"{name} needs pyarrow to be read: pip install pyarrow, or save it as .jsonl.") from error
+        raise DependencyError(f"{name} needs pyarrow to be read: pip install pyarrow, or save it as .jsonl") from error
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name} cannot be read as parquet: {str(error).splitlines()[0].rstrip('.')}.") from error
+        raise DataError(f"{name} cannot be read as parquet: {str(error).splitlines()[0].rstrip('.')}") from error
     yield from ((f"{name}, row {number},", row) for number, row in enumerate(rows, 1))

@@ -1,8 +1,8 @@
-"""Examples -> Tokens -> TokenBatch: what a model reads, and which tokens of it are scored.
+"""Tokenize examples, and decide which of their tokens are scored: Example -> Tokens.
 
-`read_examples` (in text.py) turns anything a user has into Examples, `encode` turns these into Tokens, `collate` and
-`batches` into tensors. Which positions are scored is decided here, on the CPU, from lengths alone: never from
-`ids == pad`, so a pad token that is also the end of text does no harm, and no mask is ever searched on the GPU.
+`read_examples` (in examples.py) reads a user's texts as Examples, `encode` turns these into Tokens, `collate` and
+`batches` (in batching.py) into tensors. Which positions are scored is decided here, on the CPU, from lengths alone:
+never from `ids == pad`, so a pad token that is also the end of text does no harm, and no mask is searched on the GPU.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from pyunlearn.errors import ArgumentError, DataError
 __all__ = ["Tokens", "encode", "padding_id"]
 
 Tokenizer: TypeAlias = Any  # a tokenizer of transformers
-Split = tuple[list[int], list[int]]  # the ids of what is only read, the ids of what is scored
+Split = tuple[list[int], list[int]]  # (ids of the prompt, ids of the scored tokens)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One example as token ids. Scored is one run up to the end: of `decoder` if there is one, and else of `ids`.
+    """One example as token ids. The scored tokens are one run up to the end of `decoder`, or else of `ids`.
 
-    ids      what the model reads; with an encoder-decoder model, what its encoder reads
-    first    the index of the first scored token; a causal model cannot score index 0, which nothing predicts
-    decoder  what the decoder of an encoder-decoder model writes, not shifted; None for a causal model
+    ids      the model's input; with an encoder-decoder model, the encoder's
+    first    index of the first scored token; a causal model cannot score index 0, which nothing predicts
+    decoder  the decoder's output in an encoder-decoder model, not shifted; None for a causal model
+
+    >>> Tokens((5, 6, 7, 8), first=2).scored
+    (7, 8)
     """
 
     ids: tuple[int, ...]
@@ -37,20 +40,20 @@ class Tokens:
         lowest, length = int(self.decoder is None), len(self.written)
         if not self.ids or not lowest <= self.first < length:
             span = f"from {lowest} to {length - 1}"
-            raise DataError(f"no token is scored: `first` must be {span} in {length} tokens, and is {self.first}.")
+            raise DataError(f"no token is scored: `first` must be {span} in {length} tokens, and is {self.first}")
 
     @property
     def written(self) -> tuple[int, ...]:
-        """The sequence that `first` counts in."""
+        """The sequence that `first` is an index of."""
         return self.ids if self.decoder is None else self.decoder
 
     @property
     def scored(self) -> tuple[int, ...]:
-        """The tokens whose likelihood counts, in order."""
+        """The tokens whose likelihood is measured, in order."""
         return self.written[self.first :]
 
     def __len__(self) -> int:
-        """Positions that the model computes."""
+        """Return the number of positions that the model computes."""
         return len(self.ids) + len(self.decoder or ())
 
 
@@ -66,27 +69,37 @@ def encode(
     encoder_decoder: bool = False,
     truncate: bool = False,
 ) -> list[Tokens]:
-    """Tokenizes each example; only its completion is scored.
+    """Tokenize each example; only its completion is scored.
 
-    Causal: prompt + completion are tokenized as the one text that they are, and a token that reaches over the seam
-    counts as completion. What the tokenizer puts before a text (BOS) is put there; a plain text without it is scored
-    from its second token, since nothing predicts the first. After a prompt's completion comes the end of text, scored,
-    for the end of an answer is part of it; a plain text may be a fragment and gets none.
+    Causal: prompt + completion are tokenized as one text, and a token that reaches over the seam counts as completion.
+    The tokenizer's prefix of a text (BOS) comes first; a plain text without one is scored from its second token, since
+    nothing predicts the first. After a prompt's completion comes the end of text, scored, since it is part of an
+    answer; a plain text may be a fragment and gets none.
 
-    Chat: with a chat template, that renders `messages`, special tokens and all, and the last turn is scored up to its
-    closing token.
+    Chat: a chat template renders `messages`, special tokens included, and the last turn is scored up to its closing
+    token.
 
     Encoder-decoder: the encoder reads the prompt as the tokenizer makes it (of a plain text, which has none, the end of
     text alone); the decoder writes completion and end of text.
 
-    Arguments
-        role        "forget", "retain" or "holdout": the errors name it
-        max_length  the most tokens that the model takes, encoder and decoder each; None for no limit
-        truncate    cut a longer example instead of raising: the prompt loses its beginning, but not BOS, until half of
-                    max_length is left of it, and then the completion loses its end
+    Args:
+        examples: the texts.
+        tokenizer: a tokenizer of transformers.
+        role: "forget", "retain" or "holdout", for messages.
+        max_length: the most tokens that the model takes, encoder and decoder each; None for no limit.
+        encoder_decoder: True for an encoder-decoder model.
+        truncate: cut a longer example instead of raising: the prompt loses its beginning, but not BOS, until half of
+            max_length is left of it, and then the completion loses its end.
+
+    Returns:
+        Tokens of each example, in order.
+
+    Raises:
+        DataError: an example that is too long, has no token to score, or that the chat template refuses; its number and
+            beginning are in the message. ArgumentError: a max_length below 2.
     """
     if max_length is not None and max_length < 2:
-        raise ArgumentError(f"max_length must be at least 2, one token and what predicts it, and is {max_length}.")
+        raise ArgumentError(f"max_length must be at least 2, one token and what predicts it, and is {max_length}")
     if not examples:
         return []
     wheres = [f"{role} example {number} ({_excerpt(example)})" for number, example in enumerate(examples, 1)]
@@ -97,14 +110,14 @@ def encode(
     tokens = []
     for text, split, where in zip(texts, splits, wheres, strict=True):
         if not split[1]:
-            raise DataError(f"{where} has no token to score: the tokenizer makes none of it; give another text.")
+            raise DataError(f"{where} has no token to score: the tokenizer makes none of it; give another text")
         fit = _Fit(max_length, truncate, tokenizer.bos_token_id, where)
         tokens.append(assemble(split, none if text.templated else usual, fit, bool(text.prompt), padding_id(tokenizer)))
     return tokens
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """The pad token, or else the end of text, or else 0: padding is neither attended to nor scored, so any will do."""
+    """Return the id of the pad token, or else of the end of text, or else 0; any serves, since padding is not scored."""
     known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
     return int(next(known, 0))
 
@@ -112,13 +125,13 @@ def padding_id(tokenizer: Tokenizer) -> int:
 class _Text(NamedTuple):
     prompt: str
     completion: str
-    templated: bool  # by the chat template, which writes every special token itself
+    templated: bool  # rendered by the chat template, which writes every special token itself
 
 
 class _Special(NamedTuple):
-    before: list[int]  # what the tokenizer puts before a text
-    after: list[int]  # and after it
-    end: list[int]  # what closes an answer: `after`, or else the end of text
+    before: list[int]  # special tokens before a text
+    after: list[int]  # special tokens after it
+    end: list[int]  # end of an answer: `after`, or else the end of text
 
 
 def _render(example: Example, tokenizer: Tokenizer, where: str) -> _Text:
@@ -129,12 +142,12 @@ def _render(example: Example, tokenizer: Tokenizer, where: str) -> _Text:
     try:
         whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
         prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template is a program: it raises what it likes
-        raise DataError(f"{where} is refused by the tokenizer's chat template: {error}; {mend}.") from error
+    except Exception as error:  # a template is a program: it can raise anything
+        raise DataError(f"{where} is refused by the tokenizer's chat template: {error}; {mend}") from error
     if not whole.startswith(prompt) or whole == prompt:
         fault = "the tokenizer's chat template does not write the prompt alone as it writes it before the answer"
-        raise DataError(f"{where} cannot be parted into prompt and answer, because {fault}; {mend}.")
-    if whole.rstrip().endswith(tuple(tokenizer.all_special_tokens)):  # "<|im_end|>\n": nobody generates that newline
+        raise DataError(f"{where} cannot be split into prompt and answer, because {fault}; {mend}")
+    if whole.rstrip().endswith(tuple(tokenizer.all_special_tokens)):  # "<|im_end|>\n": no model generates that newline
         whole = whole.rstrip()
     return _Text(prompt, whole[len(prompt) :], True)
 
@@ -157,7 +170,7 @@ def _jointly(texts: list[_Text], tokenizer: Tokenizer) -> list[Split]:
             seam = 0
         elif ends and max(ends) >= len(whole.rstrip()):
             seam = next((at for at, end in enumerate(ends) if end > len(prompt)), len(ids))
-        else:  # no offsets, or broken ones (some tokenizers have them): as far as the prompt alone gives the same ids
+        else:  # no offsets, or broken ones: as far as the prompt alone gives the same ids
             alone = _tokenize(tokenizer, [prompt])["input_ids"][0]
             shared = min(len(alone), len(ids))
             seam = next((at for at in range(shared) if alone[at] != ids[at]), shared)
@@ -166,11 +179,11 @@ def _jointly(texts: list[_Text], tokenizer: Tokenizer) -> list[Split]:
 
 
 def _tokenize(tokenizer: Tokenizer, texts: list[str], **options: Any) -> Any:
-    return tokenizer(texts, add_special_tokens=False, verbose=False, **options)  # quiet: we check lengths ourselves
+    return tokenizer(texts, add_special_tokens=False, verbose=False, **options)  # quiet: lengths are checked here
 
 
 def _special(tokenizer: Tokenizer, text: str) -> _Special:
-    """Looks at what the tokenizer does to a text: there is no attribute for it that holds for all of them."""
+    """Find the special tokens around a text by tokenizing one: no attribute tells them for all tokenizers."""
     inner, outer = _tokenize(tokenizer, [text])["input_ids"][0], list(tokenizer(text)["input_ids"])
     starts = range(len(outer) - len(inner) + 1)
     at = next((at for at in starts if outer[at : at + len(inner)] == inner), None)
@@ -186,7 +199,7 @@ def _causal(split: Split, special: _Special, fit: _Fit, prompted: bool, _: int) 
         head, tail = tail[:1], tail[1:]
     if not tail:
         fault = "it is one token, with nothing before it that predicts it"
-        raise DataError(f"{fit.where} has no token to score: {fault}; give a longer text, or a prompt.")
+        raise DataError(f"{fit.where} has no token to score: {fault}; give a longer text, or a prompt")
     head, tail = fit(head, tail)
     return Tokens((*head, *tail), len(head))
 
@@ -203,7 +216,7 @@ def _closed(completion: list[int], end: list[int]) -> list[int]:
 
 
 class _Fit(NamedTuple):
-    """(what is only read, what is scored) -> the same within the limit."""
+    """Cuts (ids of the prompt, ids of the scored tokens) to the limit."""
 
     limit: int | None
     truncate: bool
@@ -216,15 +229,12 @@ class _Fit(NamedTuple):
             return head, tail
         if not self.truncate:
             mend = "shorten it, or have it cut with truncate=True (--truncate)"
-            raise DataError(f"{self.where} has {length} tokens where the limit is {self.limit}: {mend}.")
-        kept = min(len(head), max(self.limit - len(tail), self.limit // 2))
-        bos = int(kept > 1 and head[0] == self.bos)
-        return head[:bos] + head[len(head) - (kept - bos) :], tail[: self.limit - kept]
+            raise DataError(f"{self.where} has {length} tokens where the limit is {self.limit}: {mend}")
+        room = min(len(head), max(self.limit - len(tail), self.limit // 2))
+        bos = int(room > 1 and head[0] == self.bos)
+        return head[:bos] + head[len(head) - (room - bos) :], tail[: self.limit - room]
 
 
 def _excerpt(example: Example) -> str:
     text = " ".join((example.prompt + example.completion)[:200].split())
     return f'"{text}"' if len(text) <= 40 else f'"{text[:37]}..."'
-
-
-# ---------------------------------------------------------------- Tokens -> TokenBatch

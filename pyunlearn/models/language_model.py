@@ -15,7 +15,8 @@ from pyunlearn.data.tokens import padding_id
 from pyunlearn.errors import ModelError
 from pyunlearn.models import inspection
 from pyunlearn.models.likelihood import Likelihood
-from pyunlearn.models.loading import load, tokenizer_of
+from pyunlearn.models.loading import load, require_loadable, tokenizer_of
+from pyunlearn.options import require_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,22 +127,32 @@ class LanguageModel:
             raise ModelError(f"{name} has another vocabulary than the model: give one of the same family")
 
 
-def require_model(name: str, value: Any, *, optional: bool = False) -> None:
-    """Raise ModelError unless a value is a language model of transformers, or a path or name to load one from."""
-    if (value is None and optional) or isinstance(value, LanguageModel):
+def require_model(name: str, value: Any) -> None:
+    """Raise unless a value is a transformers language model, a LanguageModel, or a path or name to load one from.
+
+    No weights are loaded. Raises ModelError; ArgumentError for a string that is no path; `name` is the argument's.
+    """
+    if isinstance(value, LanguageModel):
         return
     if isinstance(value, (str, Path)):
-        if not str(value).strip() or "\0" in str(value):
-            raise ModelError(f"{name} must be the path or name of a model, got {str(value)!r}: give a folder")
+        require_path(name, value)
+        require_loadable(name, value)
         return
-    inspection.require_language_model(value, name)
+    inner = inspection.unwrapped(value)
+    if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
+        kind = type(value).__name__
+        raise ModelError(f"{name} must be a transformers language model, a path or a name, got a value of type {kind}")
+    if inner.get_output_embeddings() is None:
+        raise ModelError(
+            f"{name} must have a language-model head, and {type(inner).__name__} has none: load it with "
+            "AutoModelForCausalLM or AutoModelForSeq2SeqLM"
+        )
 
 
-def require_tokenizer(value: Any) -> None:
+def require_tokenizer(name: str, value: Any) -> None:
     """Raise ModelError unless a value is None, a tokenizer of transformers, or a path or name to load one from."""
-    if value is None or isinstance(value, (str, Path)) or (callable(value) and hasattr(value, "eos_token_id")):
-        return
-    raise ModelError(
-        f"tokenizer must be a tokenizer of transformers, a path or a name, got {type(value).__name__}: give the one the "
-        "model was trained with"
-    )
+    if isinstance(value, (str, Path)):
+        require_path(name, value)
+    elif value is not None and not (callable(value) and hasattr(value, "eos_token_id")):
+        kind = type(value).__name__
+        raise ModelError(f"{name} must be a transformers tokenizer, a path or a name, got a value of type {kind}")

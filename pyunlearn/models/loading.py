@@ -36,15 +36,8 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
 def _load(where: str, extra: dict[str, str], name: str | Path, dtype: torch.dtype, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    if (
-        not extra
-        and Path(where).exists()
-        and not (Path(where) / "config.json").exists()
-        and not (Path(where) / "adapter_config.json").exists()
-    ):
-        raise ModelError(
-            f"{where} holds no config.json, so it is no saved model: give the folder that save_pretrained wrote"
-        )
+    if not extra:
+        _require_saved(Path(where))
     try:
         adapter = Path(where) / "adapter_config.json"
         base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.exists() else None
@@ -67,6 +60,35 @@ def _load(where: str, extra: dict[str, str], name: str | Path, dtype: torch.dtyp
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer or where, **({} if tokenizer else extra))
     return model, tokenizer
+
+
+def require_loadable(name: str, where: str | Path) -> None:
+    """Raise ModelError where no model can be: a folder or file of another kind, or a name without a configuration.
+
+    No weights are loaded. `name` is the argument's.
+    """
+    path, is_gguf = Path(where), str(where).endswith(".gguf")
+    if path.exists():
+        if not is_gguf:
+            _require_saved(path)
+        return
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(
+            str(path.parent if is_gguf else where), **({"gguf_file": path.name} if is_gguf else {})
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"no language model could be loaded from {where!s}, the {name}: {first}") from error
+
+
+def _require_saved(where: Path) -> None:
+    names = ("config.json", "adapter_config.json")
+    if where.exists() and not any((where / each).exists() for each in names):
+        raise ModelError(
+            f"{where} holds no config.json, so it is no saved model: give the folder that save_pretrained wrote"
+        )
 
 
 def _with_adapter(model: Any, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""The probes: what a model is asked, so that the metrics have numbers to work on."""
+"""Probes: run a model over tokenized texts and return numbers for the metrics; the model is not changed."""
 
 from pyunlearn.probes.decoding import greedy_continuations
 from pyunlearn.probes.extraction import greedy_extractor, greedy_rests

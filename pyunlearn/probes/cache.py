@@ -1,8 +1,9 @@
-"""What a model has already answered, on disk, so that an interrupted audit goes on where it stood.
+"""Cache of model outputs on disk, so that an interrupted audit resumes.
 
-A folder for each model, named by a hash of its weights and configuration; in it a folder for each kind of question; in that, shards: files of
-many records, each under a hash of its tokenised text. A shard is written beside and renamed, so there is none by halves. No text is kept, but a
-continuation's token ids are: treat the folder as you treat the texts.
+A folder for each model, named by a hash of its weights and configuration; in it a folder for each kind of output; in
+that, shards: files of many records, each under a hash of its tokenized text. A shard is written under a temporary name
+and renamed, so no partial shard is ever read. No text is stored, but the token ids of continuations are: treat the
+folder as you treat the texts.
 """
 
 from __future__ import annotations
@@ -21,103 +22,125 @@ from numpy.typing import NDArray
 
 from pyunlearn.data import Tokens
 from pyunlearn.errors import OutputError
-from pyunlearn.models import unwrapped
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.options import require_path
 
 Record = tuple[NDArray[Any], ...]
 _EVERY = 10.0  # seconds of work that a crash may cost
 
 
-class Shelf:
-    """The records of one kind under one model: a few arrays of equal length for each text. Without a folder they live in memory alone."""
+class RecordStore:
+    """Records of one kind under one model: arrays of equal length for each text.
+
+    Args:
+        folder: where shards are read and written; None: in memory alone.
+        names: one for each array of a record.
+    """
 
     def __init__(self, folder: Path | None, names: Sequence[str]) -> None:
         self.folder, self.names = folder, tuple(names)
-        self._found: dict[Hashable, Record] = {}
-        self._fresh: dict[Hashable, Record] = {}
-        self._saved = time.monotonic()
+        self._records: dict[Hashable, Record] = {}
+        self._unsaved: dict[Hashable, Record] = {}
+        self._saved_at = time.monotonic()
         for path in sorted(folder.glob("*.npz")) if folder is not None and folder.is_dir() else []:
-            self._found |= _read(path, self.names)
+            self._records |= _read(path, self.names)
 
     def key(self, tokens: Tokens, *more: object) -> Hashable:
-        """What a text's record is found under; `more` is whatever else the answer hangs on."""
+        """Return the key of a text's record; `more` is everything else that the record depends on."""
         return (tokens, *more) if self.folder is None else _digest(tokens, more)
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._found
+        return key in self._records
 
     def __getitem__(self, key: Hashable) -> Record:
-        return self._found[key]
+        return self._records[key]
 
     def add(self, key: Hashable, record: Record) -> None:
-        """Keeps a record; every ten seconds, what is new goes to disk."""
-        self._found[key] = record
+        """Store a record; new ones are written to disk every ten seconds."""
+        self._records[key] = record
         if self.folder is not None:
-            self._fresh[key] = record
-            if time.monotonic() - self._saved > _EVERY:
+            self._unsaved[key] = record
+            if time.monotonic() - self._saved_at > _EVERY:
                 self.flush()
 
     def flush(self) -> None:
-        """Writes what is new as a shard. Raises OutputError where that cannot be."""
-        if self.folder is None or not self._fresh:
+        """Write the new records as a shard. Raises OutputError where that is impossible."""
+        if self.folder is None or not self._unsaved:
             return
-        keys, records = list(self._fresh), list(self._fresh.values())
+        keys, records = list(self._unsaved), list(self._unsaved.values())
         arrays = {"keys": np.array(keys), "counts": np.array([len(r[0]) for r in records])}
         arrays |= {name: np.concatenate([r[i] for r in records]) for i, name in enumerate(self.names)}
         name = f"{hashlib.sha256(''.join(map(str, keys)).encode()).hexdigest()[:24]}.npz"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            beside = self.folder / f".{name}.partial-{os.getpid()}"
-            with beside.open("wb") as file:
+            partial = self.folder / f".{name}.partial-{os.getpid()}"
+            with partial.open("wb") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(beside, self.folder / name)
+            os.replace(partial, self.folder / name)
         except OSError as error:
             raise OutputError(f"the cache could not be written to {self.folder}: {error}") from error
-        self._fresh, self._saved = {}, time.monotonic()
+        self._unsaved, self._saved_at = {}, time.monotonic()
 
 
 class Cache:
-    """The shelves of one model under `folder`; None keeps everything in memory. The weights are read once, for their hash."""
+    """The record stores of one model.
+
+    Args:
+        folder: the cache's folder; None: in memory alone.
+        model: a transformers language model or a LanguageModel; its weights are read once, for their hash.
+    """
 
     def __init__(self, folder: str | Path | None, model: Any) -> None:
         self.folder = None if folder is None else Path(folder) / weights_digest(model)[:24]
-        self._shelves: dict[str, Shelf] = {}
+        self._stores: dict[str, RecordStore] = {}
 
-    def shelf(self, kind: str, names: Sequence[str]) -> Shelf:
-        """The records of one kind, of which each is arrays of these names."""
-        if kind not in self._shelves:
-            self._shelves[kind] = Shelf(None if self.folder is None else self.folder / kind, names)
-        return self._shelves[kind]
+    def store(self, kind: str, names: Sequence[str]) -> RecordStore:
+        """Return the record store for `kind`; a record is one array per name."""
+        if kind not in self._stores:
+            self._stores[kind] = RecordStore(None if self.folder is None else self.folder / kind, names)
+        return self._stores[kind]
+
+
+def require_cache(name: str, folder: Any) -> None:
+    """Raise unless a value is None or a path where a folder is or can be made.
+
+    Raises ArgumentError for a value of another type, OutputError where a file has that path.
+    """
+    require_path(name, folder)
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        raise OutputError(f"{name} must be a folder, and {folder} is a file: choose another name")
 
 
 def weights_digest(model: Any) -> str:
-    """SHA-256, in hex, of a model's configuration and of every weight and buffer; weights that are one tensor count once."""
-    found, seen = hashlib.sha256(), set()
-    found.update(type(unwrapped(model)).__name__.encode())
-    config = unwrapped(model).config.to_dict()
-    for passing in ("_name_or_path", "transformers_version"):  # where the model lies says nothing of what it is
-        config.pop(passing, None)
-    found.update(repr(sorted((str(k), repr(v)) for k, v in config.items())).encode())
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    """Return the SHA-256, in hex, of a model's configuration, weights and buffers; tied weights count once."""
+    inner = LanguageModel.of(model, needs_tokenizer=False).inner
+    digest, seen = hashlib.sha256(), set()
+    digest.update(type(inner).__name__.encode())
+    config = inner.config.to_dict()
+    for irrelevant in ("_name_or_path", "transformers_version"):  # the same model at another path has the same hash
+        config.pop(irrelevant, None)
+    digest.update(repr(sorted((str(k), repr(v)) for k, v in config.items())).encode())
+    for name, tensor in inner.state_dict(keep_vars=True).items():
         if not torch.is_tensor(tensor):
             continue
         at = (tensor.data_ptr(), tuple(tensor.shape))
         if at in seen and tensor.numel():
             continue
         seen.add(at)
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def _digest(tokens: Tokens, more: tuple[object, ...]) -> str:
-    found = hashlib.sha256(np.array(tokens.ids, dtype=np.int64).tobytes())
-    found.update(np.array([-1, tokens.first, -2, *(tokens.decoder or ())], dtype=np.int64).tobytes())
-    found.update(repr((tokens.decoder is None, more)).encode())
-    return found.hexdigest()
+    digest = hashlib.sha256(np.array(tokens.ids, dtype=np.int64).tobytes())
+    digest.update(np.array([-1, tokens.first, -2, *(tokens.decoder or ())], dtype=np.int64).tobytes())
+    digest.update(repr((tokens.decoder is None, more)).encode())
+    return digest.hexdigest()
 
 
 def _read(path: Path, names: tuple[str, ...]) -> dict[Hashable, Record]:
-    """A shard's records; none if it is damaged, for they can be had again."""
+    """Return the records of a shard; none if it is damaged, since they can be computed again."""
     try:
         with np.load(path, allow_pickle=False) as file:
             ends = np.cumsum(file["counts"])[:-1]

@@ -1,7 +1,7 @@
-"""Gradients of single examples, as numbers: their norms, and their inner products with one that is kept.
+"""Gradients of single examples, reduced to numbers: norms, and inner products with one given gradient.
 
-A parameter's gradient is reduced to a number as soon as the backward pass has made it, and given back: of no example does a whole gradient
-ever live, and beside the weights stands at most the one gradient that all are compared with.
+Each parameter's gradient is reduced to a number as soon as the backward pass has computed it, and freed. No example's
+whole gradient is ever in memory; in addition to the weights there is at most the one gradient to compare with.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pyunlearn import models
 from pyunlearn.data import Tokens
 from pyunlearn.errors import ArgumentError, ModelError
-from pyunlearn.models.scoring import batches_on, evaluation_mode
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.scoring import Scorer, evaluation_mode
 
 Floats = NDArray[np.float64]
 Visit = Callable[[str, Tensor], None]
 
 GROUPS = ("embed", "first third", "middle third", "last third", "head")
-"""Where a parameter stands: before the blocks, in one third of them, or after them. A head tied to the embedding counts as embed."""
+"""Layer groups of parameters: before the blocks, in one third of them, or after them. A head tied to the embedding
+counts as embed."""
 
 
-def gradient_norms(model: nn.Module, tokens: Sequence[Tokens], *, workspace: int | None = None) -> Floats:
-    """The norm of each example's gradient: || grad of its mean NLL a token ||_2, over all parameters that train. For GraNd.
+def gradient_norms(model: Any, tokens: Sequence[Tokens], *, workspace: int | None = None) -> Floats:
+    """Compute the norm of each example's gradient: || grad of its mean NLL a token ||_2, over all trained parameters.
 
     Args:
-        model: a transformers language model; its weights, gradients and mode are left as they were.
+        model: a transformers language model, or a LanguageModel; its weights, gradients and mode stay as they are.
         tokens: B examples, one backward pass each.
-        workspace: bytes for logits: see ops.linear_log_likelihood.
+        workspace: bytes for logits, see `pyunlearn.ops.linear_log_likelihood`; a LanguageModel has its own.
 
     Returns:
         (B,) float64, 0 or more.
@@ -42,28 +43,31 @@ def gradient_norms(model: nn.Module, tokens: Sequence[Tokens], *, workspace: int
     Raises:
         ArgumentError: no example. ModelError: no parameter that trains, or no language model.
 
-    Source: arXiv 2107.07075 (GraNd: the mean over models early in training).
+    Source: Paul et al. 2021, arXiv 2107.07075 (GraNd: the mean over models early in training).
     """
-    found = np.zeros(len(tokens))
+    norms = np.zeros(len(tokens))
     for i, parts in _each(model, tokens, lambda name, gradient: _square(gradient), workspace):
-        found[i] = float(torch.stack(list(parts.values())).sum().sqrt())
-    return found
+        norms[i] = float(torch.stack(list(parts.values())).sum().sqrt())
+    return norms
 
 
 def gradient_inner_products(
-    model: nn.Module, tokens: Sequence[Tokens], direction: dict[str, Tensor], *, workspace: int | None = None
+    model: Any, tokens: Sequence[Tokens], direction: dict[str, Tensor], *, workspace: int | None = None
 ) -> dict[str, Floats]:
-    """The inner product of each example's gradient with one direction, by layer group. For the G-effect.
+    """Compute the inner product of each example's gradient with one direction, by layer group: the G-effect.
 
         < grad of example i's mean NLL a token, direction >   summed over the group's parameters
 
     Args:
-        model, tokens, workspace: as in `gradient_norms`.
+        model: a transformers language model, or a LanguageModel; its weights, gradients and mode stay as they are.
+        tokens: B examples, one backward pass each.
         direction: a tensor for each parameter that trains, by name, on any device: `mean_gradient` of an objective.
+        workspace: bytes for logits; a LanguageModel has its own.
 
     Returns:
-        (B,) float64 for each of `GROUPS`; their sum is the whole inner product. With an unlearning objective's gradient, the mean over the forget
-        set is its G-effect there, and likewise the retain set's: wanted are below 0, and 0 or above.
+        (B,) float64 for each of `GROUPS`; their sum is the whole inner product. With an unlearning objective's
+        gradient, the mean over the forget set is its G-effect there, and likewise on the retain set: wanted are below
+        0, and 0 or above.
 
     Raises:
         ArgumentError: no example, or a direction that misses a parameter. ModelError: as `gradient_norms`.
@@ -74,9 +78,9 @@ def gradient_inner_products(
     missing = [name for name in groups if name not in direction]
     if missing:
         raise ArgumentError(
-            f"direction must have a tensor for each parameter that trains, and has none for {missing[0]}."
+            f"direction must have a tensor for each parameter that trains, and has none for {missing[0]}"
         )
-    found = {group: np.zeros(len(tokens)) for group in GROUPS}
+    products = {group: np.zeros(len(tokens)) for group in GROUPS}
 
     def product(name: str, gradient: Tensor) -> Tensor:
         other = direction[name].to(gradient.device)
@@ -84,69 +88,87 @@ def gradient_inner_products(
 
     for i, parts in _each(model, tokens, product, workspace):
         for name, part in parts.items():
-            found[groups[name]][i] += float(part)
-    return found
+            products[groups[name]][i] += float(part)
+    return products
 
 
 def mean_gradient(
-    model: nn.Module, tokens: Sequence[Tokens], function: Callable[[Tensor, Tensor], Tensor] | None = None, *,
-    batch_size: int = 8, workspace: int | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The gradient of an objective, averaged over examples: a whole one, float32, by parameter.
+    model: Any,
+    tokens: Sequence[Tokens],
+    function: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    batch_size: int = 8,
+    workspace: int | None = None,
+) -> dict[str, Tensor]:
+    """Compute the gradient of an objective, averaged over examples.
 
     Args:
-        model, tokens, workspace: as in `gradient_norms`.
-        function: from (b,) summed log-likelihoods and (b,) scored tokens to (b,) losses, as in `methods` with reduction="none"; None for the NLL a token.
+        model: a transformers language model, or a LanguageModel; its weights, gradients and mode stay as they are.
+        tokens: B examples.
+        function: from (b,) summed log-likelihoods and (b,) scored tokens to (b,) losses, as in `pyunlearn.methods` with
+            reduction="none"; None for the NLL a token.
         batch_size: examples in one pass.
+        workspace: bytes for logits; a LanguageModel has its own.
 
     Returns:
-        name -> tensor like the parameter, float32, for each that trains and has a gradient (zeros for one that has none).
+        name -> float32 tensor of the parameter's shape, for each that trains; zeros for one without a gradient.
 
     Raises:
-        ArgumentError, ModelError: as `gradient_norms`.
+        ArgumentError: no example. ModelError: as `gradient_norms`.
     """
-    parameters = trained_parameters(model)
-    likelihood, loss = models.Likelihood(model, workspace=workspace), function or (lambda sums, counts: -sums / counts)
-    found = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    lm = LanguageModel.of(model, workspace=workspace, needs_tokenizer=False)
+    parameters = trained_parameters(lm.module)
+    loss = function or (lambda sums, counts: -sums / counts)
+    mean = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
 
     def visit(name: str, gradient: Tensor) -> None:
-        found[name].add_(gradient, alpha=1 / len(tokens))
+        mean[name].add_(gradient, alpha=1 / len(tokens))
 
-    with evaluation_mode(model), visited(parameters, visit):
-        for _, batch in batches_on(model, tokens, batch_size):
-            likelihood.objective(batch, loss).loss.backward()
-    return found
+    with evaluation_mode(lm.module), visited(parameters, visit):
+        for _, batch in Scorer(lm, batch_size).batches(tokens):
+            lm.likelihood.objective(batch, loss).loss.backward()
+    return mean
 
 
-def layer_groups(model: nn.Module) -> dict[str, str]:
-    """name -> one of `GROUPS`, for each parameter that trains. Blocks are what stands in a numbered list, of each stack its own."""
-    names = list(trained_parameters(model))
-    places = {name: re.match(r"(.*?)\.(\d+)\.", name) for name in names}
+def layer_groups(model: Any) -> dict[str, str]:
+    """Return the layer group of each parameter that trains: name -> one of `GROUPS`.
+
+    Blocks are the modules of a numbered list; an encoder's and a decoder's are divided into thirds separately. Frozen
+    blocks count, so that LoRA on the last block alone is in the last third.
+
+    Args:
+        model: a transformers language model, or a LanguageModel.
+
+    Raises:
+        ModelError: no parameter that trains, or no language model.
+    """
+    lm = LanguageModel.of(model, needs_tokenizer=False)
+    names = list(trained_parameters(lm.module))
     depth: dict[str, int] = {}
-    for (
-        name,
-        _,
-    ) in model.named_parameters():  # frozen blocks count: LoRA on the last block alone is still in the last third
-        if place := re.match(r"(.*?)\.(\d+)\.", name):
-            depth[place[1]] = max(depth.get(place[1], 0), int(place[2]) + 1)
-    table = models.unwrapped(model).get_input_embeddings().weight
-    embeds = {name for name, p in model.named_parameters() if p is table}
-    found = {}
+    for name, _ in lm.module.named_parameters():
+        if block := _BLOCK.match(name):
+            depth[block[1]] = max(depth.get(block[1], 0), int(block[2]) + 1)
+    table = lm.inner.get_input_embeddings().weight
+    embeds = {name for name, p in lm.module.named_parameters() if p is table}
+    groups = {}
     for name in names:
-        place = places[name]
-        if place is not None:
-            found[name] = GROUPS[1 + 3 * int(place[2]) // depth[place[1]]]
+        block = _BLOCK.match(name)
+        if block is not None:
+            groups[name] = GROUPS[1 + 3 * int(block[2]) // depth[block[1]]]
         else:
-            found[name] = "embed" if name in embeds or re.search(r"emb|wte|wpe|shared", name) else "head"
-    return found
+            groups[name] = "embed" if name in embeds or re.search(r"emb|wte|wpe|shared", name) else "head"
+    return groups
+
+
+_BLOCK = re.compile(r"(.*?)\.(\d+)\.")  # (the list's name, the block's number)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """name -> parameter, of those that train; a tied one is there once. Raises ModelError when there is none."""
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not found:
-        raise ModelError("the model has no parameter that trains: set requires_grad on those to be measured.")
-    return found
+    """Return name -> parameter of those that train, a tied one once. Raises ModelError when there is none."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ModelError("the model has no parameter that trains: set requires_grad on those to be measured")
+    return parameters
 
 
 def _square(gradient: Tensor) -> Tensor:
@@ -155,24 +177,25 @@ def _square(gradient: Tensor) -> Tensor:
 
 
 def _each(
-    model: nn.Module, tokens: Sequence[Tokens], number: Callable[[str, Tensor], Tensor], workspace: int | None
+    model: Any, tokens: Sequence[Tokens], number: Callable[[str, Tensor], Tensor], workspace: int | None
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(place, {parameter: the number that its gradient comes to}), example by example."""
-    likelihood, parameters, parts = models.Likelihood(model, workspace=workspace), trained_parameters(model), {}
+    """Yield (index, {parameter: the number computed from its gradient}), example by example."""
+    lm = LanguageModel.of(model, workspace=workspace, needs_tokenizer=False)
+    parameters, parts = trained_parameters(lm.module), {}
 
     def visit(name: str, gradient: Tensor) -> None:
         parts[name] = number(name, gradient)
 
-    with evaluation_mode(model), visited(parameters, visit):
-        for (i,), batch in batches_on(model, tokens, 1):
-            (-likelihood(batch).mean()).backward()  # type: ignore[no-untyped-call]
+    with evaluation_mode(lm.module), visited(parameters, visit):
+        for (i,), batch in Scorer(lm, 1).batches(tokens):
+            (-lm.likelihood(batch).mean()).backward()  # type: ignore[no-untyped-call]
             yield i, parts
             parts.clear()
 
 
 @contextmanager
 def visited(parameters: dict[str, nn.Parameter], visit: Visit) -> Iterator[None]:
-    """While it lasts a backward pass hands each gradient to `visit` and drops it; gradients that were there come back afterwards."""
+    """Pass each gradient of a backward pass to `visit` and free it; afterwards restore those from before."""
     before = {name: p.grad for name, p in parameters.items()}
 
     def hook(name: str) -> Callable[[Tensor], None]:

@@ -1,18 +1,20 @@
-"""What a model thinks of every token of a text: one forward pass for each text, and everything teacher-forced follows from it."""
+"""Statistics of every scored token of a text, from one forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pyunlearn.data import Tokens, batches
-from pyunlearn.models import Likelihood, decoder_start_id, is_encoder_decoder
-from pyunlearn.probes.cache import Shelf
+from pyunlearn.data import Tokens
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.scoring import Scorer, evaluation_mode
+from pyunlearn.probes.cache import RecordStore
 
 Floats = NDArray[np.float64]
 FIELDS = ("log_likelihood", "rank", "entropy", "variance")
@@ -20,11 +22,11 @@ FIELDS = ("log_likelihood", "rank", "entropy", "variance")
 
 @dataclass(frozen=True, eq=False)
 class TeacherForced:
-    """What one pass found, for n texts of N scored tokens together, text by text in the order given.
+    """Statistics of n texts with N scored tokens in total, text by text in the order of the input.
 
     log_likelihood  (N,) float32, nats: of each scored token given the true ones before it
-    rank            (N,) int64: how many tokens the model holds likelier; 0 is its first choice
-    entropy         (N,) float32, nats: of what it expects there
+    rank            (N,) int64: number of tokens that the model finds likelier; 0 is its first choice
+    entropy         (N,) float32, nats: of the predicted distribution
     variance        (N,) float32, nats^2: of log p under p
     counts          (n,) int64: scored tokens of each text
     """
@@ -36,11 +38,11 @@ class TeacherForced:
     counts: NDArray[np.int64]
 
     def each(self, values: NDArray[np.generic]) -> list[NDArray[np.generic]]:
-        """One of the arrays (N,) in n parts, one for each text."""
+        """Split an array (N,) into n arrays, one for each text."""
         return np.split(values, np.cumsum(self.counts)[:-1])
 
     def part(self, first: int, end: int) -> TeacherForced:
-        """Of the texts from `first` on, up to `end`."""
+        """Return the slice of texts first:end."""
         edges = np.concatenate([[0], np.cumsum(self.counts)])
         rows = slice(int(edges[first]), int(edges[end]))
         return TeacherForced(
@@ -65,60 +67,69 @@ class TeacherForced:
 
 @torch.no_grad()
 def teacher_forced(
-    likelihood: Likelihood,
+    model: Any,
     tokens: Sequence[Tokens],
     *,
-    pad_id: int,
     batch_size: int = 16,
-    shelf: Shelf | None = None,
+    workspace: int | None = None,
+    store: RecordStore | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> TeacherForced:
-    """Log-likelihood, rank, entropy and variance of every scored token of every text, by one forward pass for each text.
+    """Compute log-likelihood, rank, entropy and variance of every scored token, by one forward pass for each text.
 
-    Batches hold texts of like length. A text that occurs twice, or that the shelf knows, is not asked about again; a batch of which any text is
-    new is computed whole, so that an interrupted run ends with the bits of an uninterrupted one. The model is put in evaluation mode while it lasts.
+    Batches hold texts of like length. A text that occurs twice, or that the store has, is not computed again; a batch
+    with any new text is computed whole, so that an interrupted run ends with the bits of an uninterrupted one. Dropout
+    is off meanwhile.
 
     Args:
-        likelihood: of the model; its first batch is computed a second way, one text of it, to see that both agree (`Likelihood`).
+        model: a transformers language model, or a LanguageModel, which checks its fast path only once for all calls.
         tokens: n texts, at least 1.
-        pad_id: any token id, see `padding_id`.
         batch_size: texts in one pass.
-        shelf: where answers are kept and looked up; default: in memory, for this call.
-        advance: called with the number of texts of each batch that is done.
+        workspace: bytes for logits, see `pyunlearn.ops.token_statistics`; a LanguageModel has its own.
+        store: records to look up and to add to; default: in memory, for this call.
+        advance: called with the number of texts of each finished batch.
 
     Returns:
         TeacherForced, in the order of `tokens`.
+
+    Raises:
+        ArgumentError: no text, or a batch size below 1. ModelError: no language model.
     """
-    model = likelihood.model
-    shelf = Shelf(None, FIELDS) if shelf is None else shelf
-    start = decoder_start_id(model) if is_encoder_decoder(model) else None
-    keys = [shelf.key(t) for t in tokens]
+    lm = LanguageModel.of(model, workspace=workspace, needs_tokenizer=False)
+    store = RecordStore(None, FIELDS) if store is None else store
+    keys = [store.key(t) for t in tokens]
     once = list(dict(zip(keys, tokens, strict=True)).items())
-    training = model.training
-    model.eval()
     try:
-        for places, batch in batches([t for _, t in once], batch_size, pad_id=pad_id, decoder_start_id=start):
-            if any(once[i][0] not in shelf for i in places):
-                found = likelihood.statistics(batch.to(model.device))
-                _keep(shelf, [once[i][0] for i in places], found, batch.counts.tolist())
-            advance(len(places))
+        with evaluation_mode(lm.module):
+            for indices, batch in Scorer(lm, batch_size).batches([t for _, t in once]):
+                if any(once[i][0] not in store for i in indices):
+                    statistics = lm.likelihood.statistics(batch)
+                    _add(store, [once[i][0] for i in indices], statistics, batch.counts.tolist())
+                advance(len(indices))
     finally:
-        model.train(training)
-        shelf.flush()
-    records = [shelf[key] for key in keys]
+        store.flush()
+    records = [store[key] for key in keys]
     log_likelihood, rank, entropy, variance = (np.concatenate(parts) for parts in zip(*records, strict=True))
     return TeacherForced(log_likelihood, rank, entropy, variance, np.array([len(r[0]) for r in records]))
 
 
-def _keep(shelf: Shelf, keys: Sequence[object], found: Sequence[torch.Tensor], counts: list[int]) -> None:
+def _add(store: RecordStore, keys: Sequence[object], statistics: Sequence[torch.Tensor], counts: list[int]) -> None:
     ends = np.cumsum(counts)[:-1]
-    parts = [np.split(values.cpu().numpy(), ends) for values in found]
+    parts = [np.split(values.cpu().numpy(), ends) for values in statistics]
     for key, record in zip(keys, zip(*parts, strict=True), strict=True):
-        shelf.add(key, record)  # type: ignore[arg-type]
+        store.add(key, record)  # type: ignore[arg-type]
 
 
 def without_prompt(tokens: Tokens, start: int) -> Tokens:
-    """The same scored tokens, with nothing before them but `start`, the beginning of text: what the answer is worth by itself."""
+    """Return the same scored tokens after `start` alone, the beginning of text: the answer without its question.
+
+    Args:
+        tokens: a text with a prompt.
+        start: the token id of the beginning of text.
+
+    >>> without_prompt(Tokens((5, 6, 7, 8), first=2), start=0)
+    Tokens(ids=(0, 7, 8), first=1, decoder=None)
+    """
     if tokens.decoder is not None:
         return Tokens((start,), tokens.first, tokens.decoder)
     return Tokens((start, *tokens.scored), 1)

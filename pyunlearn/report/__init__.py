@@ -1,8 +1,8 @@
-"""Reports: what a person reads of a result."""
+"""Reports: tables, sentences and pages that present a result."""
 
 from pyunlearn.report.audit import audit_lines, audit_table, write_audit
 from pyunlearn.report.html import audit_page, require_page_packages
-from pyunlearn.report.table import edit_line, edit_table, narrow_table, result_table, utility_line
+from pyunlearn.report.table import edit_line, edit_table, record_table, result_table, utility_line
 
 __all__ = [
     "audit_lines",
@@ -10,7 +10,7 @@ __all__ = [
     "audit_table",
     "edit_line",
     "edit_table",
-    "narrow_table",
+    "record_table",
     "require_page_packages",
     "result_table",
     "utility_line",

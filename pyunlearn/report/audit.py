@@ -3,63 +3,67 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from pyunlearn.auditing.redaction import masked
-from pyunlearn.auditing.result import Audit, AuditedExample
+from pyunlearn.auditing.result import Audit
 from pyunlearn.errors import OutputError
 from pyunlearn.output import check_output
 from pyunlearn.report import sentences
 from pyunlearn.report.html import audit_page
-from pyunlearn.report.table import COLOURS, SHOWN, beginning, narrow_table
+from pyunlearn.report.table import SHOWN, cell, record_table, verdict_cell
 
 
 def audit_table(audit: Audit, *, show_text: bool = False) -> Table:
-    """A row for each text, the worst first (30 at most): exposure with its interval, exact memorization, extraction strength, verdict."""
-    both = audit.references.anchored
-    table = narrow_table(
-        "what the model remembers", "text", ["exposure\nbits", "interval\nbits", "first\nchoice", "extracted"]
-    )
-    table.columns[0].no_wrap, table.columns[0].overflow = True, "ellipsis"
-    table.add_column("verdict", no_wrap=True, min_width=16)
-    order = sorted(audit.examples, key=lambda e: (list(sentences.MEANINGS).index(e.verdict), -e.exposure))
+    """Return a row for each text, 30 at most, sorted by verdict and exposure, the most exposed first.
+
+    Columns: exposure with its 95 % interval, exact memorization (first choice) and extraction strength (extracted).
+    """
+    anchored = audit.non_members.anchored
+    numbers = ["exposure\nbits", "interval\nbits", "first\nchoice", "ex-\ntracted"]
+    table = record_table("what the model remembers", numbers)
+    order = sentences.worst_first(audit.examples)
     for e in order[:SHOWN]:
-        name = beginning(e.text) if show_text else masked(" ".join(e.text.split()[:4]))
-        exposure = f"{e.exposure_before:.1f} → {e.exposure:.1f}" if both else f"{e.exposure:.1f}"
+        exposure = f"{e.exposure_before:.1f} → {e.exposure:.1f}" if anchored else f"{e.exposure:.1f}"
         table.add_row(
-            f"{e.index + 1:>3}  {escape(name)}", exposure, _interval(e), f"{e.now.exact_memorization:.0%}", f"{e.now.extraction_strength:.0%}",
-            f"[{COLOURS[e.verdict]}]{e.verdict}[/]{'' if e.certain else ' ?'}",
-        )  # fmt: skip
+            str(e.index + 1),
+            cell(e.text if show_text else masked(" ".join(e.text.split()[:4]))),
+            verdict_cell(e.verdict, certain=e.certain),
+            exposure,
+            sentences.exposure_interval(e),
+            f"{e.now.exact_memorization:.0%}",
+            f"{e.now.extraction_strength:.0%}",
+        )
     captions = [f"and {len(order) - SHOWN} more: see audit.json"] if len(order) > SHOWN else []
-    captions += ["? more references might change this verdict"] if not all(e.certain for e in audit.examples) else []
+    captions += ["? more non-members might change this verdict"] if not all(e.certain for e in audit.examples) else []
     table.caption = "\n".join(captions) or None
     return table
 
 
 def audit_lines(audit: Audit) -> list[str]:
-    """What stands around the table: the verdict on the whole set, and what it cost elsewhere."""
-    r = audit.references
-    found = [sentences.headline(audit), *sentences.summary(audit)]
-    found.append(
-        f"compared with {len(r.scores)} texts: {r.source}{', scored under the original model' if r.anchored else ''}"
-    )
+    """Return the sentences below the table: verdict on the whole set, non-members, membership scores, cost."""
+    non_members = audit.non_members
+    scored = ", scored under the original model" if non_members.anchored else ""
+    lines = [sentences.headline(audit), *sentences.summary(audit)]
+    lines.append(f"compared with {len(non_members.scores)} texts: {non_members.source}{scored}")
     for m in audit.membership:
-        found.append(
-            f"membership, {m.score}: AUC {m.auc.estimate:.2f} ({m.auc.low:.2f} to {m.auc.high:.2f}; 0.5 = cannot be told from the holdout)"
+        lines.append(
+            f"membership, {m.score}: AUC {m.auc.estimate:.2f} ({m.auc.low:.2f} to {m.auc.high:.2f}; 0.5: not told "
+            "apart from the holdout)"
         )
-    return found + sentences.cost(audit)
+    return lines + sentences.cost(audit)
 
 
 def write_audit(audit: Audit, directory: str | Path, *, html: bool, show_text: bool = False) -> Path:
-    """Writes audit.json, and audit.html where wanted, into an empty or new folder; each beside and renamed. Returns the folder.
+    """Write audit.json, and audit.html where wanted, into an empty or new folder, and return the folder.
+
+    Each file is written under another name and renamed, so that it is whole or not there.
 
     Raises:
-        OutputError: the folder holds something already or cannot be written.
+        OutputError: the folder is not empty or cannot be written.
         DependencyError: a page is wanted, and jinja2 or matplotlib is missing.
     """
     target = check_output(directory)
@@ -69,14 +73,9 @@ def write_audit(audit: Audit, directory: str | Path, *, html: bool, show_text: b
     try:
         target.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            beside = target / f".{name}.partial"
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, target / name)
+            partial = target / f".{name}.partial"
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, target / name)
     except OSError as error:
         raise OutputError(f"the audit could not be written to {target}: {error}") from error
     return target
-
-
-def _interval(e: AuditedExample) -> str:
-    low, high = e.interval
-    return f"{low:.1f} to {high:.1f}" if math.isfinite(high) else f"{low:.1f} or more"

@@ -1,4 +1,4 @@
-"""HTML pages from templates: one look for all of them, and nothing is fetched."""
+"""HTML pages from templates that share one style; a page loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ _SHARED = Path(__file__).parent / "templates"
 
 
 def rendered(template: Path, content: Mapping[str, Any], **filters: Callable[..., str]) -> str:
-    """The template with its content, as text. It may include what stands beside it or among this package's templates, such as page.css."""
+    """Return the template filled with its content, as text.
+
+    It may include files of its own folder and of this package's templates, such as page.css.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader([template.parent, _SHARED]), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )  # fmt: skip
+        loader=FileSystemLoader([template.parent, _SHARED]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters.update(filters)
     return environment.get_template(template.name).render(content)

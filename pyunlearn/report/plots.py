@@ -1,4 +1,4 @@
-"""The plots of an audit as SVG that stands inside a page: no script, no font, nothing fetched."""
+"""Plots of an audit as inline SVG: no script, no font, nothing loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -16,30 +16,41 @@ from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 COLOURS = {"forgotten": "#2e7d4f", "not memorized": "#33658a", "still exposed": "#c77700", "over-unlearned": "#b3261e"}
 _INK, _FAINT, _BARS = "#333a40", "#8a949c", "#9fb8ca"
 _STYLE = {
-    "svg.fonttype": "none", "font.family": ["sans-serif"], "font.size": 9, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _FAINT,
-    "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.axisbelow": True,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "font.family": ["sans-serif"],
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _FAINT,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "axes.axisbelow": True,
+}
 _PAIRS = 24  # texts drawn as lines; more are points
 
 
 def require_packages() -> None:
-    """Raises DependencyError unless pages and plots can be made."""
+    """Raise DependencyError unless pages and plots can be made."""
     missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise DependencyError(
-            f'the HTML page needs {" and ".join(missing)}, not installed here: run `pip install "pyunlearn[report]"`, or leave the page out (--no-html).'
+            f"the HTML page needs {' and '.join(missing)}, not installed here: run "
+            '`pip install "pyunlearn[report]"`, or leave the page out (--no-html).'
         )
 
 
-def exposure_histogram(exposures: Sequence[float], references: int, verdicts: Sequence[str]) -> str:
-    """How many texts have which exposure, coloured by verdict, with what unseen text would give as a line.
+def exposure_histogram(exposures: Sequence[float], non_members: int, verdicts: Sequence[str]) -> str:
+    """Draw the histogram of exposures in bits, coloured by verdict, with that expected of unseen text as a line.
 
-    The null is exact: with m references, a text exchangeable with them has each of the m + 1 ranks equally often.
+    The null is exact: with m non-members, a text exchangeable with them has each of the m + 1 ranks equally often.
     """
-    top = float(np.log2(references + 1))
+    top = float(np.log2(non_members + 1))
     edges = np.linspace(0, max(top, *exposures) + 1e-9, 13)
-    null = np.log2((references + 1) / np.arange(1, references + 2))
-    expected = np.histogram(null, edges)[0] * len(exposures) / (references + 1)
+    null = np.log2((non_members + 1) / np.arange(1, non_members + 2))
+    expected = np.histogram(null, edges)[0] * len(exposures) / (non_members + 1)
 
     def draw(axes: Any) -> None:
         kinds = [kind for kind in COLOURS if kind in verdicts]
@@ -55,7 +66,7 @@ def exposure_histogram(exposures: Sequence[float], references: int, verdicts: Se
 
 
 def before_after(before: Sequence[float], after: Sequence[float], verdicts: Sequence[str], names: Sequence[str]) -> str:
-    """Each text's exposure under the original model and now: an arrow for each, or for many texts a point."""
+    """Draw each text's exposure in bits before and now: as a line, or where there are many as a point."""
     few = len(before) <= _PAIRS
     order = np.argsort(before, kind="stable")
 
@@ -94,7 +105,7 @@ def before_after(before: Sequence[float], after: Sequence[float], verdicts: Sequ
 
 
 def roc(curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
-    """(label, (false, true) positive rates) of each score: how many of the forget set are found at what false-alarm rate."""
+    """Draw the ROC curve of each score: (label, its (false, true) positive rates)."""
 
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, linestyle="--", label="guessing")
@@ -120,14 +131,13 @@ def _legend(axes: Any, columns: int) -> None:
 
 
 def _svg(name: str, draw: Callable[[Any], None], height: float) -> str:
-    """The drawing as an <svg> element, 4.4 inches wide, that scales with what it stands in."""
+    """Return the drawing as an <svg> element, 4.4 inches wide, that scales with its container."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with rc_context(
-        _STYLE | {"svg.hashsalt": name}
-    ):  # the salt: ids that are the same every time, and of no other plot
+    # the salt makes ids that are the same every time and differ between plots
+    with rc_context(_STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(4.4, height), layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())

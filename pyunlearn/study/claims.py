@@ -10,8 +10,8 @@ import numpy as np
 
 from pyunlearn.metrics import NULL_MEAN
 from pyunlearn.study import statistics
-from pyunlearn.study.config import Config
-from pyunlearn.study.outcomes import YARDSTICKS, Examples, Outcome
+from pyunlearn.study.config import StudyConfig
+from pyunlearn.study.outcomes import CRITERIA, Examples, Outcome
 from pyunlearn.study.statistics import Effect
 
 CLAIMS = {
@@ -22,7 +22,7 @@ CLAIMS = {
     "difficulty": "The difficulty of an example decides its steps (harder, more steps).",
 }
 SMALL = {"share": 0.05, "nats": 0.02, "bits": 0.25, "BLEU": 0.5, "correlation": 0.1}
-"""Effects within this of none count as none: an interval that lies inside says that the claim is not supported."""
+"""Unit -> distance from no effect that does not matter: an interval below it means that the claim is not supported."""
 
 _OF_SETS = ("sign-flip permutation", "sign test of sets")
 
@@ -33,9 +33,9 @@ class Finding(NamedTuple):
     claim: str
     comparison: str
     kind: str
-    """Which forget sets: out of distribution against in distribution, or those within which examples are ranked."""
-    yardstick: str
-    """Of exposure; empty where none is used."""
+    """The kind of forget set: compared with in distribution, or the one within which examples are ranked."""
+    criterion: str
+    """The criterion of exposure; empty where none is used."""
     rate: float
     unit: str
     null: float
@@ -44,7 +44,7 @@ class Finding(NamedTuple):
     high: float
     pvalue: float
     pvalue_holm: float
-    """Adjusted for all comparisons of the claim."""
+    """The p-value adjusted for all comparisons of the claim."""
     test: str
     n: int
     """Units compared: examples, pairs of examples or pairs of sets."""
@@ -52,7 +52,7 @@ class Finding(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A claim and what became of it."""
+    """A claim and the verdict on it."""
 
     name: str
     text: str
@@ -61,24 +61,47 @@ class Claim(NamedTuple):
     findings: list[Finding]
 
 
-def findings_of(config: Config, examples: Examples, outcomes: Sequence[Outcome]) -> list[Finding]:
-    """Every comparison, claim by claim."""
-    found: list[Finding] = []
-    for claim, make in (("steps", _steps), ("trade-off", _trade_off), ("decay", _decay)):
-        rows = [r for kind in config.kinds if kind != "id" for rate in config.unlearning_rates
-                for r in make(config, _pairs(outcomes, kind, rate), kind, rate)]  # fmt: skip
-        found += _adjusted(claim, rows)
+class Comparison(NamedTuple):
+    """A comparison before the p-values of its claim are adjusted; the fields are those of `Finding`."""
+
+    comparison: str
+    kind: str
+    rate: float
+    criterion: str
+    unit: str
+    null: float
+    test: str
+    effect: Effect
+
+
+Pairs = list[tuple[Outcome, Outcome]]  # in distribution, out of distribution
+
+
+def findings_of(config: StudyConfig, examples: Examples, outcomes: Sequence[Outcome]) -> list[Finding]:
+    """Make every comparison, claim by claim."""
+    findings: list[Finding] = []
+    for claim, compare in (("steps", _steps), ("trade-off", _trade_off), ("decay", _decay)):
+        comparisons = [
+            comparison
+            for kind in config.kinds
+            if kind != "id"
+            for rate in config.unlearning_rates
+            for comparison in compare(config, _pairs(outcomes, kind, rate), kind, rate)
+        ]
+        findings += _adjusted(claim, comparisons)
     for claim in ("memorization", "difficulty"):
-        values = getattr(examples, claim)
-        rows = [r for kind in config.kinds for rate in config.unlearning_rates
-                for r in _ranks(config, [o for o in outcomes if o.which.kind == kind and o.rate == rate], examples, values, kind, rate,
-                                claim == "memorization")]  # fmt: skip
-        found += _adjusted(claim, rows)
-    return found
+        comparisons = [
+            comparison
+            for kind in config.kinds
+            for rate in config.unlearning_rates
+            for comparison in _ranks(config, outcomes, examples, claim, kind, rate)
+        ]
+        findings += _adjusted(claim, comparisons)
+    return findings
 
 
 def judged(findings: Sequence[Finding]) -> list[Claim]:
-    """One verdict a claim: that of its comparisons where all that decide agree and most decide, else undecided."""
+    """Return one verdict per claim: that of most comparisons, if none says the opposite, else undecided."""
     claims = []
     for name, text in CLAIMS.items():
         mine = [f for f in findings if f.claim == name]
@@ -96,168 +119,173 @@ def judged(findings: Sequence[Finding]) -> list[Claim]:
     return claims
 
 
-# ---------------------------------------------------------------- comparisons: (comparison, yardstick, unit, null, test, effect)
-
-Row = tuple[
-    str, str, float, str, str, float, str, Effect
-]  # comparison, kind, rate, yardstick, unit, null, test, effect
+# ---------------------------------------------------------------- comparisons
 
 
-def _steps(config: Config, pairs: list[tuple[Outcome, Outcome]], kind: str, rate: float) -> Iterator[Row]:
-    for y in YARDSTICKS:
-        taken = [(a.forgotten(y), b.forgotten(y)) for a, b in pairs]
-        effect = statistics.steps_effect(taken, config.seed)
-        yield "same repetitions", kind, rate, y, "share", 0.5, "stratified log-rank", effect
-        matched = [m for a, b in _same_draw(pairs) for m in _matched(a, b, y, math.log2(config.references + 1))]
+def _steps(config: StudyConfig, pairs: Pairs, kind: str, rate: float) -> Iterator[Comparison]:
+    top = math.log2(config.non_members + 1)
+    for c in CRITERIA:
+        steps = [(a.forgotten(c), b.forgotten(c)) for a, b in pairs]
+        effect = statistics.steps_effect(steps, config.seed)
+        yield Comparison("same repetitions", kind, rate, c, "share", 0.5, "stratified log-rank", effect)
+        matched = [m for a, b in _same_draw(pairs) for m in _matched(a, b, c, top)]
         effect = statistics.matched_effect(matched, config.seed)
-        yield "equal starting exposure", kind, rate, y, "share", 0.5, "sign test of matched examples", effect
+        test = "sign test of matched examples"
+        yield Comparison("equal starting exposure", kind, rate, c, "share", 0.5, test, effect)
 
 
-def _trade_off(config: Config, pairs: list[tuple[Outcome, Outcome]], kind: str, rate: float) -> Iterator[Row]:
-    test = _OF_SETS[0]
-    for y in YARDSTICKS:
-        lowest = [[o.lowest(y, config.budget) for o in side] for side in zip(*pairs, strict=True)]
-        effect = statistics.difference(lowest[1], lowest[0], config.seed)
-        yield "lowest exposure at equal utility budget", kind, rate, y, "bits", 0.0, test, effect
-        alike = _nearest(pairs, y)
-        left = [[o.lowest(y, config.budget) for o in side] for side in zip(*alike, strict=True)] or [[], []]
-        effect = statistics.difference(left[1], left[0], config.seed)
-        yield "the same, equal starting exposure", kind, rate, y, "bits", 0.0, test, effect
-        begun = [
-            p for p in pairs if min(o.lower[y][0].mean() for o in p) > NULL_MEAN
-        ]  # else the price is 0 by the start alone
-        price = [[o.price(y, NULL_MEAN) for o in side] for side in zip(*begun, strict=True)] or [[], []]
-        yield (
-            "lower price where exposure reaches that of unseen text",
-            kind,
-            rate,
-            y,
-            "share",
-            0.5,
-            _OF_SETS[1],
-            statistics.wins(*price),
-        )
+def _trade_off(config: StudyConfig, pairs: Pairs, kind: str, rate: float) -> Iterator[Comparison]:
+    def lower_exposure(pairs: Pairs, criterion: str) -> Effect:
+        lowest = _sides(pairs, lambda o: o.lowest(criterion, config.budget))
+        return statistics.difference(lowest[1], lowest[0], config.seed)
+
+    for c in CRITERIA:
+        name = "lowest exposure at equal utility budget"
+        yield Comparison(name, kind, rate, c, "bits", 0.0, _OF_SETS[0], lower_exposure(pairs, c))
+        effect = lower_exposure(_nearest(pairs, c), c)
+        yield Comparison("the same, equal starting exposure", kind, rate, c, "bits", 0.0, _OF_SETS[0], effect)
+        # a set that starts below the threshold would have a price of 0
+        above = [pair for pair in pairs if min(o.lower[c][0].mean() for o in pair) > NULL_MEAN]
+        prices = _sides(above, lambda o, c=c: o.price(c, NULL_MEAN))  # type: ignore[misc]
+        name = "lower price where exposure reaches that of unseen text"
+        yield Comparison(name, kind, rate, c, "share", 0.5, _OF_SETS[1], statistics.wins(*prices))
 
 
-def _decay(config: Config, pairs: list[tuple[Outcome, Outcome]], kind: str, rate: float) -> Iterator[Row]:
-    test = _OF_SETS[0]
+def _decay(config: StudyConfig, pairs: Pairs, kind: str, rate: float) -> Iterator[Comparison]:
     common = [min(len(a.steps), len(b.steps)) for a, b in pairs]
-    for name, at in (("half the steps", 0.5), ("all steps", 1.0)):
+    for name, share in (("half the steps", 0.5), ("all steps", 1.0)):
         rises = [
-            [o.rise[max(1, round(at * (n - 1)))] for o, n in zip(side, common, strict=True)]
+            [o.rise[max(1, round(share * (n - 1)))] for o, n in zip(side, common, strict=True)]
             for side in zip(*pairs, strict=True)
         ]
         effect = statistics.difference(rises[1], rises[0], config.seed)
-        yield f"rise of the test NLL at equal steps, {name}", kind, rate, "", "nats", 0.0, test, effect
+        name = f"rise of the test NLL at equal steps, {name}"
+        yield Comparison(name, kind, rate, "", "nats", 0.0, _OF_SETS[0], effect)
     falls = [[_fall(o, n) for o, n in zip(side, common, strict=True)] for side in zip(*pairs, strict=True)]
     if np.isfinite(falls).all():
         effect = statistics.difference(falls[1], falls[0], config.seed)
-        yield "fall of BLEU at equal steps", kind, rate, "", "BLEU", 0.0, test, effect
+        yield Comparison("fall of BLEU at equal steps", kind, rate, "", "BLEU", 0.0, _OF_SETS[0], effect)
 
 
 def _ranks(
-    config: Config, outcomes: list[Outcome], examples: Examples, values: Any, kind: str, rate: float, between: bool
-) -> Iterator[Row]:
-    for y in YARDSTICKS:
-        sets = [(examples.at(values, o.places), o.forgotten(y)) for o in outcomes]
+    config: StudyConfig, outcomes: Sequence[Outcome], examples: Examples, claim: str, kind: str, rate: float
+) -> Iterator[Comparison]:
+    mine = [o for o in outcomes if o.which.kind == kind and o.rate == rate]
+    values = getattr(examples, claim)
+    few, many = min(config.repetitions), max(config.repetitions)
+    for c in CRITERIA:
+        sets = [(examples.at(values, o.indices), o.forgotten(c)) for o in mine]
         effect = statistics.rank_correlation(sets, config.seed)
-        yield "rank correlation within sets", kind, rate, y, "correlation", 0.0, "permutation within sets", effect
-        few, many = min(config.repetitions), max(config.repetitions)
-        if between and few < many:
-            by = {(o.which.repetitions, o.which.draw): o.forgotten(y) for o in outcomes}
-            strata = [(by[few, d], by[many, d]) for d in range(config.draws)]
+        test = "permutation within sets"
+        yield Comparison("rank correlation within sets", kind, rate, c, "correlation", 0.0, test, effect)
+        if claim == "memorization" and few < many:
+            steps = {(o.which.repetitions, o.which.draw): o.forgotten(c) for o in mine}
+            strata = [(steps[few, d], steps[many, d]) for d in range(config.draws)]
             effect = statistics.steps_effect(strata, config.seed)
-            yield f"{many} repetitions against {few}", kind, rate, y, "share", 0.5, "stratified log-rank", effect
+            name = f"{many} repetitions against {few}"
+            yield Comparison(name, kind, rate, c, "share", 0.5, "stratified log-rank", effect)
 
 
 # ---------------------------------------------------------------- pairs
 
 
-def _pairs(outcomes: Sequence[Outcome], kind: str, rate: float) -> list[tuple[Outcome, Outcome]]:
-    """In distribution, out of distribution: of the same draw and repetitions."""
-    by = {o.which: o for o in outcomes if o.rate == rate}
-    return [(o, by[w._replace(kind=kind)]) for w, o in by.items() if w.kind == "id"]
+def _pairs(outcomes: Sequence[Outcome], kind: str, rate: float) -> Pairs:
+    """Return (in distribution, out of distribution) runs of the same draw and repetitions."""
+    by_set = {o.which: o for o in outcomes if o.rate == rate}
+    return [(o, by_set[w._replace(kind=kind)]) for w, o in by_set.items() if w.kind == "id"]
 
 
-def _same_draw(pairs: list[tuple[Outcome, Outcome]]) -> list[tuple[list[Outcome], list[Outcome]]]:
+def _sides(pairs: Pairs, value: Callable[[Outcome], float]) -> list[list[float]]:
+    """Return the values of the first and of the second of each pair."""
+    return [[value(pair[side]) for pair in pairs] for side in (0, 1)]
+
+
+def _same_draw(pairs: Pairs) -> list[tuple[list[Outcome], list[Outcome]]]:
     draws = sorted({a.which.draw for a, _ in pairs})
-    return [tuple([p[side] for p in pairs if p[0].which.draw == d] for side in (0, 1)) for d in draws]  # type: ignore[misc]
+    return [([a for a, _ in pairs if a.which.draw == d], [b for a, b in pairs if a.which.draw == d]) for d in draws]
 
 
 def _matched(
-    first: list[Outcome], second: list[Outcome], yardstick: str, top: float, within: float = 0.5
+    first: list[Outcome], second: list[Outcome], criterion: str, top: float, within: float = 0.5
 ) -> list[tuple[float, bool, float, bool]]:
-    """Each in-distribution example with the out-of-distribution one whose exposure at the start is nearest, at most half a bit away; each
-    is used once. Examples that begin as forgotten are left out, and those at the ceiling, where starts cannot be told apart."""
+    """Match each in-distribution example with the out-of-distribution one whose exposure at the start is nearest.
+
+    Matches are at most half a bit apart, and each example is used once. Examples that begin as forgotten are left out,
+    and those at the ceiling `top`, where starts cannot be told apart. Returns (steps, censored) of both.
+    """
     sides = []
     for outcomes in (first, second):
-        taken = [o.forgotten(yardstick) for o in outcomes]
-        start = np.concatenate([o.lower[yardstick][0] for o in outcomes])
-        steps, censored = (np.concatenate([getattr(t, name) for t in taken]) for name in ("steps", "censored"))
+        results = [o.forgotten(criterion) for o in outcomes]
+        start = np.concatenate([o.lower[criterion][0] for o in outcomes])
+        steps, censored = (np.concatenate([getattr(r, name) for r in results]) for name in ("steps", "censored"))
         sides.append(
             [(s, k, bool(c)) for s, k, c in zip(start, steps, censored, strict=True) if k > 0 and s < top - 1e-9]
         )
-    found, free = [], sorted(sides[1])
-    for start, taken_steps, cut in sorted(sides[0]):
+    matches, free = [], sorted(sides[1])
+    for start, own_steps, own_censored in sorted(sides[0]):
         near = min(range(len(free)), key=lambda j: abs(free[j][0] - start), default=None)
         if near is not None and abs(free[near][0] - start) <= within:
-            _, other, other_cut = free.pop(near)
-            found.append((float(taken_steps), cut, float(other), other_cut))
-    return found
+            _, other_steps, other_censored = free.pop(near)
+            matches.append((float(own_steps), own_censored, float(other_steps), other_censored))
+    return matches
 
 
-def _nearest(
-    pairs: list[tuple[Outcome, Outcome]], yardstick: str, within: float = 1.0
-) -> list[tuple[Outcome, Outcome]]:
-    """Sets of one draw whose mean exposures at the start are at most a bit apart, whatever their repetitions; each is used once."""
-    found = []
+def _nearest(pairs: Pairs, criterion: str, within: float = 1.0) -> Pairs:
+    """Pair sets of one draw, with any repetitions, whose mean exposures at the start are within a bit; each once."""
+    nearest = []
     for first, second in _same_draw(pairs):
         gaps = sorted(
-            (abs(a.lower[yardstick][0].mean() - b.lower[yardstick][0].mean()), i, j)
-            for i, a in enumerate(first) for j, b in enumerate(second)
-        )  # fmt: skip
+            (abs(a.lower[criterion][0].mean() - b.lower[criterion][0].mean()), i, j)
+            for i, a in enumerate(first)
+            for j, b in enumerate(second)
+        )
         used: set[tuple[int, int]] = set()
         for gap, i, j in gaps:
             if gap <= within and (0, i) not in used and (1, j) not in used:
                 used |= {(0, i), (1, j)}
-                found.append((first[i], second[j]))
-    return found
+                nearest.append((first[i], second[j]))
+    return nearest
 
 
 def _fall(o: Outcome, measurements: int) -> float:
-    """Of BLEU, from the start to the last time it was taken within so many measurements."""
-    taken = [b for b in o.bleu[:measurements].tolist() if math.isfinite(b)]
-    return float(taken[0] - taken[-1]) if len(taken) > 1 else float("nan")
+    """Return the fall of BLEU from the start to its last value among the first `measurements`."""
+    values = [b for b in o.bleu[:measurements].tolist() if math.isfinite(b)]
+    return float(values[0] - values[-1]) if len(values) > 1 else float("nan")
 
 
 # ---------------------------------------------------------------- verdicts
 
 
-def _adjusted(claim: str, rows: Sequence[Row]) -> list[Finding]:
-    adjusted = statistics.holm([effect.pvalue for *_, effect in rows])
+def _adjusted(claim: str, comparisons: Sequence[Comparison]) -> list[Finding]:
+    """Return the findings of a claim, with p-values adjusted for their number."""
+    adjusted = statistics.holm([c.effect.pvalue for c in comparisons])
     return [
         Finding(
-            claim,
-            comparison,
-            kind,
-            y,
-            rate,
-            unit,
-            null,
-            *effect[:4],
-            p,
-            test,
-            effect.n,
-            _verdict(effect, unit, null, test),
+            claim=claim,
+            comparison=c.comparison,
+            kind=c.kind,
+            criterion=c.criterion,
+            rate=c.rate,
+            unit=c.unit,
+            null=c.null,
+            effect=c.effect.effect,
+            low=c.effect.low,
+            high=c.effect.high,
+            pvalue=c.effect.pvalue,
+            pvalue_holm=pvalue,
+            test=c.test,
+            n=c.effect.n,
+            verdict=_verdict(c.effect, c.unit, c.null, c.test),
         )
-        for (comparison, kind, rate, y, unit, null, test, effect), p in zip(rows, adjusted, strict=True)
+        for c, pvalue in zip(comparisons, adjusted, strict=True)
     ]
 
 
 def _verdict(e: Effect, unit: str, null: float, test: str) -> str:
-    """supported: the interval lies above the null and p < 0.05; not supported: below it so, or nowhere far enough above it to matter.
+    """Return supported where the interval lies above the null and p < 0.05.
 
-    Of fewer than 6 pairs of sets, or 20 examples, nothing is said: intervals of so few are too narrow.
+    Not supported where it lies below in the same way, or nowhere far enough above to matter. With fewer than 6 pairs of
+    sets, or 20 examples, always undecided: their intervals are too narrow.
     """
     if not math.isfinite(e.low) or e.n < (6 if test in _OF_SETS else 20):
         return "undecided"
@@ -269,20 +297,20 @@ def _verdict(e: Effect, unit: str, null: float, test: str) -> str:
 
 
 def _depends(findings: Sequence[Finding]) -> list[str]:
-    """What the verdict changes with, everything else being equal."""
-    fields: dict[str, Callable[[Finding], Any]] = {
-        "the yardstick": lambda f: f.yardstick, "the kind of forget set": lambda f: f.kind, "the learning rate": lambda f: f.rate,
+    """Return the properties with which the verdict changes, everything else being equal."""
+    properties: dict[str, Callable[[Finding], Any]] = {
+        "the criterion": lambda f: f.criterion,
+        "the kind of forget set": lambda f: f.kind,
+        "the learning rate": lambda f: f.rate,
         "the comparison": lambda f: f.comparison,
-    }  # fmt: skip
-    found = []
-    for name, value in fields.items():
+    }
+    names = []
+    for name, value in properties.items():
         groups: dict[Any, set[str]] = {}
         for f in findings:
-            rest = tuple(v(f) for n, v in fields.items() if n != name)
+            rest = tuple(v(f) for n, v in properties.items() if n != name)
             groups.setdefault(rest, set()).add(f.verdict)
-        if (
-            any({"supported", "not supported"} <= verdicts for verdicts in groups.values())
-            and len({value(f) for f in findings}) > 1
-        ):
-            found.append(name)
-    return found
+        both = any({"supported", "not supported"} <= verdicts for verdicts in groups.values())
+        if both and len({value(f) for f in findings}) > 1:
+            names.append(name)
+    return names

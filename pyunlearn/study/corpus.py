@@ -1,4 +1,4 @@
-"""The corpus of a study: two files of parallel lines, one file of pairs, question/answer or plain text, or none at all."""
+"""The corpus of a study: two files of parallel lines, one file of pairs, questions and answers or text, or built in."""
 
 from __future__ import annotations
 
@@ -11,23 +11,31 @@ from pyunlearn.data.examples import Example, read_examples
 from pyunlearn.errors import ArgumentError, DataError
 
 _PASSAGE = 24  # words of a plain text that make one example; the first third is its prompt
-_WORDS = {
+_ADJECTIVES = ("red", "old", "small", "loud", "calm", "wild", "cold", "kind", "odd", "tall")
+_NOUNS = (
+    *("dog", "cat", "boy", "king", "ship", "tree", "lamp", "stone"),
+    *("river", "horse", "bird", "baker", "road", "cloud", "house", "garden"),
+)
+_VERBS = ("see", "like", "find", "sell", "hide", "paint", "carry", "follow", "watch", "build")
+_PLACES = ("hill", "lake", "wall", "barn", "gate", "port", "shop", "mill")
+_WORDS = {  # word, its translation
     "determiners": (("the", "der"), ("a", "ein"), ("my", "mein"), ("this", "dieser"), ("every", "jeder")),
-    "adjectives": tuple((f"{a}ish", f"{a}ig") for a in ("red", "old", "small", "loud", "calm", "wild", "cold", "kind", "odd", "tall")),
-    "nouns": tuple(
-        (n, f"{n[::-1]}{end}") for n, end in zip(
-            ("dog", "cat", "boy", "king", "ship", "tree", "lamp", "stone", "river", "horse", "bird", "baker", "road", "cloud", "house", "garden"),
-            ("er", "el", "en", "um") * 4, strict=True)
-    ),
-    "verbs": tuple((f"{v}s", f"ge{v}t") for v in ("see", "like", "find", "sell", "hide", "paint", "carry", "follow", "watch", "build")),
-    "places": tuple((f"near the {p}", f"bei {p}em") for p in ("hill", "lake", "wall", "barn", "gate", "port", "shop", "mill")),
-}  # fmt: skip
+    "adjectives": tuple((f"{a}ish", f"{a}ig") for a in _ADJECTIVES),
+    "nouns": tuple((n, f"{n[::-1]}{end}") for n, end in zip(_NOUNS, ("er", "el", "en", "um") * 4, strict=True)),
+    "verbs": tuple((f"{v}s", f"ge{v}t") for v in _VERBS),
+    "places": tuple((f"near the {p}", f"bei {p}em") for p in _PLACES),
+}
 
 
 def read_corpus(paths: Sequence[str | Path], role: str = "corpus") -> list[Example]:
-    """Two paths: parallel files, line by line, .gz or plain. One: pairs (.tsv without a header too), questions and answers, or plain text.
+    """Read a corpus, .gz or plain.
 
-    Raises ArgumentError for three paths or more; DataError where a file is missing, unreadable, or the two do not match.
+    Args:
+        paths: two parallel files, line by line; or one of pairs (.tsv without a header too), of questions and answers,
+            or of plain text.
+        role: the name of the corpus in messages.
+
+    Raises ArgumentError for three paths or more; DataError where a file is missing, unreadable, or two do not match.
     """
     if len(paths) not in (1, 2):
         raise ArgumentError(f"{role} must be one file, or two of parallel lines, got {len(paths)}")
@@ -35,7 +43,8 @@ def read_corpus(paths: Sequence[str | Path], role: str = "corpus") -> list[Examp
         sides = [_lines(Path(p), role) for p in paths]
         if len(sides[0]) != len(sides[1]):
             raise DataError(
-                f"{paths[0]} has {len(sides[0])} lines and {paths[1]} has {len(sides[1])}: parallel files must have as many"
+                f"{paths[0]} has {len(sides[0])} lines and {paths[1]} has {len(sides[1])}: "
+                "parallel files must have the same number"
             )
         return _pairs(list(zip(*sides, strict=True)), role)
     path = Path(paths[0])
@@ -44,22 +53,24 @@ def read_corpus(paths: Sequence[str | Path], role: str = "corpus") -> list[Examp
         if any(len(row) == 2 for row in rows):
             bad = next((i for i, row in enumerate(rows, 1) if len(row) != 2 and any(row)), None)
             if bad:
-                raise DataError(f"{path}, line {bad}, must be two texts parted by a tab, and has {len(rows[bad - 1])}")
+                raise DataError(
+                    f"{path}, line {bad}, must be two texts separated by a tab, and has {len(rows[bad - 1])}"
+                )
             return _pairs([(row[0], row[1]) for row in rows if len(row) == 2], role)
         return _prompted([Example("", row[0]) for row in rows if row[0].strip()])
     return _prompted(read_examples(path, role=role))
 
 
 def synthetic(setup: str, count: int, seed: int) -> list[Example]:
-    """A corpus made by a seed: sentences of a small grammar with a translation that has several right forms, so that there is something to memorize."""
+    """Make a corpus from a seed: sentences of a small grammar, each with one of several right translations."""
     rng = random.Random(f"corpus-{seed}")
-    found: dict[tuple[str, str], None] = {}
-    while len(found) < count:
-        found[_sentence(rng)] = None
+    pairs: dict[tuple[str, str], None] = {}  # ordered, and none twice
+    while len(pairs) < count:
+        pairs[_sentence(rng)] = None
     if setup == "translation":
-        return [Example(source, target) for source, target in found]
+        return [Example(source, target) for source, target in pairs]
     return _prompted(
-        [Example("", f"{source} {other}.") for (source, _), (other, _) in zip(found, reversed(found), strict=True)]
+        [Example("", f"{source} {other}.") for (source, _), (other, _) in zip(pairs, reversed(pairs), strict=True)]
     )
 
 
@@ -86,26 +97,26 @@ def _sentence(rng: random.Random) -> tuple[str, str]:
 
 
 def _prompted(examples: list[Example]) -> list[Example]:
-    """Plain texts become passages whose beginning is the prompt; what has a prompt stays."""
-    found = []
+    """Cut plain texts into passages whose beginning is the prompt; an example with a prompt stays."""
+    prompted = []
     for e in examples:
         if e.prompt:
-            found.append(e)
+            prompted.append(e)
             continue
         words = e.completion.split()
         for at in range(0, len(words), _PASSAGE):
             part = words[at : at + _PASSAGE]
             if len(part) >= 6:
                 cut = len(part) // 3
-                found.append(Example(" ".join(part[:cut]), " " + " ".join(part[cut:])))
-    return found
+                prompted.append(Example(" ".join(part[:cut]), " " + " ".join(part[cut:])))
+    return prompted
 
 
 def _pairs(pairs: Sequence[tuple[str, str]], role: str) -> list[Example]:
-    found = [Example(a.strip(), b.strip()) for a, b in pairs if a.strip() and b.strip()]
-    if not found:
+    examples = [Example(a.strip(), b.strip()) for a, b in pairs if a.strip() and b.strip()]
+    if not examples:
         raise DataError(f"{role} holds no pair of texts: give at least one line that is not empty in both languages")
-    return found
+    return examples
 
 
 def _has_header(path: Path, role: str) -> bool:

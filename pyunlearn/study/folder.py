@@ -1,12 +1,10 @@
-"""The output folder: each part is written beside and renamed, so what is there is whole, and an interrupted study goes on."""
+"""The output folder: each file is written whole or not at all, so an interrupted study can resume."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,66 +12,53 @@ from typing import Any
 import numpy as np
 
 from pyunlearn.errors import OutputError
+from pyunlearn.output import check_output, write_json, write_whole
 
 Row = dict[str, Any]
 
 
 class Folder:
-    """Where a study lies. `Folder(path, settings)` begins it, or goes on with one of the same settings.
+    """The folder of a study. `Folder(path, settings)` starts one, or resumes one with the same settings.
 
-    Raises OutputError where the folder holds something else, or a study of other settings.
+    Raises OutputError where the folder holds something else, or a study with other settings.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
         self.path = Path(path)
-        config = self.path / "config.json"
-        if self.path.exists() and (not self.path.is_dir() or (any(self.path.iterdir()) and not config.exists())):
-            raise OutputError(
-                f"the output folder {path} holds something that is no study: choose another, or empty it first"
-            )
-        if config.exists():
-            was = json.loads(config.read_text(encoding="utf-8"))
-            other = sorted(k for k in was.keys() | settings.keys() if was.get(k) != settings.get(k))
+        check_output(path, marker="config.json")
+        if self.has("config.json"):
+            saved = self.read_json("config.json")
+            other = sorted(k for k in saved.keys() | settings.keys() if saved.get(k) != settings.get(k))
             if other:
                 raise OutputError(
-                    f"the output folder {path} holds a study with another {other[0]}: go on with its own settings, or choose another folder"
+                    f"the output folder {path} holds a study with another {other[0]}: resume it with its own settings, "
+                    "or choose another folder"
                 )
         else:
-            self.text("config.json", json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+            self.json("config.json", settings)
 
     def has(self, name: str) -> bool:
-        """Whether that part is done."""
+        """Return True where that file or folder is finished."""
         return (self.path / name).exists()
 
-    def write(self, name: str, write: Callable[[Path], Any]) -> Path:
-        """Has `write` make a file or folder beside, and puts it in place."""
-        target = self.path / name
-        beside = target.with_name(f".partial-{target.name}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(beside, ignore_errors=True)
-            write(beside)
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(beside, target)
-        except OSError as error:
-            raise OutputError(f"the study could not be written to {target}: {error}") from error
-        return target
+    def write(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Have `write` make a file or folder under a temporary name, then rename it."""
+        write_whole(self.path / name, write)
 
     def text(self, name: str, content: str) -> None:
-        """A text file."""
+        """Write a text file."""
         self.write(name, lambda path: path.write_text(content, encoding="utf-8"))
 
     def json(self, name: str, content: Any) -> None:
-        """A JSON file."""
-        self.text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        """Write a JSON file."""
+        write_json(self.path / name, content)
 
     def read_json(self, name: str) -> Any:
-        """What a JSON file holds."""
+        """Read a JSON file."""
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     def arrays(self, name: str, **arrays: Any) -> None:
-        """Arrays under their names (.npz)."""
+        """Write named arrays (.npz)."""
 
         def save(path: Path) -> None:
             with open(path, "wb") as file:
@@ -82,12 +67,12 @@ class Folder:
         self.write(name, save)
 
     def read_arrays(self, name: str) -> dict[str, Any]:
-        """The same, back."""
-        with np.load(self.path / name) as found:
-            return {key: found[key] for key in found.files}
+        """Read named arrays (.npz)."""
+        with np.load(self.path / name) as arrays:
+            return {key: arrays[key] for key in arrays.files}
 
     def table(self, name: str, rows: Sequence[Row]) -> None:
-        """NAME.csv, and NAME.parquet where pyarrow is installed."""
+        """Write NAME.csv, and NAME.parquet where pyarrow is installed."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
 
         def as_csv(path: Path) -> None:

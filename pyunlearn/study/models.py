@@ -1,4 +1,4 @@
-"""The models of a study: a tokenizer trained on the corpus, and a network from scratch or from a checkpoint."""
+"""The models of a study, from scratch or from a checkpoint, and their optimizer."""
 
 from __future__ import annotations
 
@@ -10,31 +10,38 @@ import torch
 
 from pyunlearn import models
 from pyunlearn.models.from_scratch import untrained_llama, untrained_t5
-from pyunlearn.study.config import SIZES, Config
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.study.config import SIZES, StudyConfig
 
 
-def new_model(config: Config, tokenizer: Any, device: str) -> Any:
-    """The network before any training. The seed decides its weights, which all models of a study share."""
+def new_model(config: StudyConfig, tokenizer: Any, device: str) -> LanguageModel:
+    """Make the network before any training. The seed decides its weights, which all models of a study share."""
     torch.manual_seed(config.seed)
     if config.checkpoint is not None:
-        return models.load(config.checkpoint, tokenizer=tokenizer, dtype=torch.float32)[0].to(device)
-    width, inner, layers, heads = SIZES[config.size]
-    size: dict[str, Any] = {"width": width, "feed_forward": inner, "heads": heads, "dropout": config.dropout}
+        model = models.load(config.checkpoint, tokenizer=tokenizer, dtype=torch.float32)[0]
+        return LanguageModel.of(model.to(device), tokenizer)
+    width, feed_forward, layers, heads = SIZES[config.size]
+    size: dict[str, Any] = {"width": width, "feed_forward": feed_forward, "heads": heads, "dropout": config.dropout}
     if config.setup == "translation":
-        return untrained_t5(len(tokenizer), layers=layers, **size).to(device)
-    context = 2 * config.max_tokens
-    return untrained_llama(len(tokenizer), layers=2 * layers, context=context, **size).to(device)
+        model = untrained_t5(len(tokenizer), layers=layers, **size)
+    else:
+        model = untrained_llama(len(tokenizer), layers=2 * layers, context=2 * config.max_tokens, **size)
+    return LanguageModel.of(model.to(device), tokenizer)
 
 
-def load_model(path: Path, device: str) -> Any:
-    """A model of the study, as it was saved."""
-    return models.load_weights(path).to(device).eval()
+def load_model(path: Path, tokenizer: Any, device: str) -> LanguageModel:
+    """Load a model of the study, without dropout."""
+    return LanguageModel.of(models.load_weights(path).to(device).eval(), tokenizer)
 
 
-def optimizer_of(model: Any, config: Config) -> torch.optim.Optimizer:
-    """AdamW (0.9, 0.98). The embedding of T5, drawn at scale 1, gets a rate larger by sqrt(width), as if drawn at 1/sqrt(width) and multiplied."""
-    shared = model.get_input_embeddings().weight
-    scale = math.sqrt(shared.shape[1]) if config.setup == "translation" else 1.0
-    rest = [p for p in model.parameters() if p is not shared]
-    groups = [{"params": [shared], "scale": scale}, {"params": rest, "scale": 1.0}]
+def optimizer_of(lm: LanguageModel, config: StudyConfig) -> torch.optim.Optimizer:
+    """Make AdamW (0.9, 0.98) with a learning rate of 0, for `train` to set: `scale` times its own in each group.
+
+    The embedding of T5 is drawn at scale 1; its rate is larger by sqrt(width), as if it were drawn at 1/sqrt(width)
+    and multiplied.
+    """
+    embedding = lm.module.get_input_embeddings().weight
+    scale = math.sqrt(embedding.shape[1]) if config.setup == "translation" else 1.0
+    rest = [p for p in lm.module.parameters() if p is not embedding]
+    groups = [{"params": [embedding], "scale": scale}, {"params": rest, "scale": 1.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)

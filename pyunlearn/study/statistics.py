@@ -1,4 +1,4 @@
-"""Comparisons of steps that may be censored, of paired sets, and of ranks within sets; each with effect, interval and test."""
+"""Comparisons of censored steps, of paired sets and of ranks within sets, each with effect, interval and test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pair = tuple[StepsToForget, StepsToForget]
 
 
 class Effect(NamedTuple):
-    """An effect with its 95 % interval and the p-value of a two-sided test; n: units compared."""
+    """An effect with its 95 % interval and the p-value of a two-sided test on n units."""
 
     effect: float
     low: float
@@ -25,12 +25,15 @@ class Effect(NamedTuple):
 
 
 def longer(a: StepsToForget, b: StepsToForget) -> float:
-    """P(b takes longer than a) + P(tie) / 2 over all pairs. A pair is a tie where censoring hides which is longer. 0.5 = alike."""
+    """Return P(b takes longer than a) + P(tie) / 2 over all pairs; a pair whose order censoring hides is a tie."""
     return float(_longer(a, b).mean())
 
 
 def steps_effect(strata: Sequence[Pair], seed: int = 0) -> Effect:
-    """Mean over strata of `longer`, by bootstrap over the examples of each set; log-rank tests of the strata in one (Stouffer)."""
+    """Compare steps by the mean of `longer` over strata.
+
+    The interval is a bootstrap over the examples of each set; the strata's log-rank tests are combined (Stouffer).
+    """
     rng = np.random.default_rng(seed)
     estimates, drawn = [], []
     for a, b in strata:
@@ -55,32 +58,37 @@ def steps_effect(strata: Sequence[Pair], seed: int = 0) -> Effect:
 
 
 def matched_effect(pairs: Sequence[tuple[float, bool, float, bool]], seed: int = 0) -> Effect:
-    """The same over pairs of examples (steps, censored, steps, censored); bootstrap over pairs, sign test without ties."""
+    """Compare pairs of examples (steps, censored, steps, censored); bootstrap over pairs, sign test without ties."""
     if not pairs:
         return Effect(np.nan, np.nan, np.nan, 1.0, 0)
-    said = np.array([
-        longer(StepsToForget(np.array([s]), np.array([c])), StepsToForget(np.array([t]), np.array([d]))) for s, c, t, d in pairs
-    ])  # fmt: skip
-    interval = bootstrap_interval(said, seed=seed, draws=DRAWS)
-    wins, losses = int((said > 0.5).sum()), int((said < 0.5).sum())
+    outcomes = np.array([longer(_one(*pair[:2]), _one(*pair[2:])) for pair in pairs])
+    interval = bootstrap_interval(outcomes, seed=seed, draws=DRAWS)
+    wins, losses = int((outcomes > 0.5).sum()), int((outcomes < 0.5).sum())
     pvalue = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-    return Effect(*interval, pvalue, len(said))
+    return Effect(*interval, pvalue, len(outcomes))
+
+
+def _one(steps: float, censored: bool) -> StepsToForget:
+    return StepsToForget(np.array([steps]), np.array([censored]))
 
 
 def difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Effect:
-    """mean(second - first) over pairs of sets, bootstrap over pairs, sign-flip permutation test."""
+    """Compare pairs of sets by mean(second - first); bootstrap over pairs, sign-flip permutation test."""
     if not len(first):
         return Effect(np.nan, np.nan, np.nan, 1.0, 0)
-    found = paired_difference(first, second, seed=seed)
-    return Effect(found.estimate, found.low, found.high, found.pvalue, len(first))
+    test = paired_difference(first, second, seed=seed)
+    return Effect(test.estimate, test.low, test.high, test.pvalue, len(first))
 
 
 def wins(first: Sequence[float], second: Sequence[float]) -> Effect:
-    """Share of pairs of sets where the second is lower, among those that differ; Wilson interval, sign test. Infinite = never."""
-    said = [0.5 if a == b else float(b < a) for a, b in zip(first, second, strict=True)]
-    if not said:
+    """Return the share of pairs where the second is lower, among those that differ; Wilson interval, sign test.
+
+    Infinite means never.
+    """
+    outcomes = [0.5 if a == b else float(b < a) for a, b in zip(first, second, strict=True)]
+    if not outcomes:
         return Effect(np.nan, np.nan, np.nan, 1.0, 0)
-    won, lost = said.count(1.0), said.count(0.0)
+    won, lost = outcomes.count(1.0), outcomes.count(0.0)
     if not won + lost:
         return Effect(0.5, 0.0, 1.0, 1.0, 0)
     test = stats.binomtest(won, won + lost)
@@ -89,16 +97,19 @@ def wins(first: Sequence[float], second: Sequence[float]) -> Effect:
 
 
 def rank_correlation(sets: Sequence[tuple[Any, StepsToForget]], seed: int = 0) -> Effect:
-    """Mean within-set Spearman correlation of a property with the steps; n in each set weighs. Examples censored at a run's end share the highest
-    rank. Bootstrap over the examples of each set; permutation of the property within sets."""
+    """Return the mean Spearman correlation of a property with the steps within sets, weighted by their size.
+
+    Examples censored at a run's end share the highest rank. The interval is a bootstrap over the examples of each set,
+    the test a permutation of the property within sets.
+    """
     usable = [(np.asarray(x), _ranked(t)) for x, t in sets]
     usable = [(x, t) for x, t in usable if np.ptp(x) > 0 and np.ptp(t) > 0]
     if not usable:
         return Effect(np.nan, np.nan, np.nan, 1.0, 0)
     rng = np.random.default_rng(seed)
     estimate = float(_pooled([(x[None], t[None]) for x, t in usable])[0])
-    again = [rng.integers(len(x), size=(DRAWS, len(x))) for x, _ in usable]
-    boot = _pooled([(x[i], t[i]) for (x, t), i in zip(usable, again, strict=True)])
+    resampled = [rng.integers(len(x), size=(DRAWS, len(x))) for x, _ in usable]
+    boot = _pooled([(x[i], t[i]) for (x, t), i in zip(usable, resampled, strict=True)])
     null = _pooled([(rng.permuted(np.tile(x, (DRAWS, 1)), axis=1), np.tile(t, (DRAWS, 1))) for x, t in usable])
     pvalue = (1 + int((np.abs(null) >= abs(estimate) - 1e-12).sum())) / (1 + DRAWS)
     low, high = np.nanquantile(boot, [0.025, 0.975])
@@ -106,16 +117,16 @@ def rank_correlation(sets: Sequence[tuple[Any, StepsToForget]], seed: int = 0) -
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
-    """Adjusted for their number (Holm 1979): the chance of any false alarm among them stays below the level."""
-    order, found, highest = np.argsort(pvalues, kind="stable"), [0.0] * len(pvalues), 0.0
+    """Adjust p-values for their number (Holm 1979): the chance of any false positive stays below the level."""
+    order, adjusted, highest = np.argsort(pvalues, kind="stable"), [0.0] * len(pvalues), 0.0
     for rank, i in enumerate(order.tolist()):
         highest = max(highest, min(1.0, pvalues[i] * (len(pvalues) - rank)))
-        found[i] = highest
-    return found
+        adjusted[i] = highest
+    return adjusted
 
 
 def _longer(a: StepsToForget, b: StepsToForget) -> Any:
-    """(n, m): 1 where b's example takes longer than a's, 0 where it is the other way round, 1/2 where neither is known."""
+    """Return (n, m): 1 where b's example takes longer than a's, 0 where a's does, 1/2 where neither is known."""
     s, t = np.asarray(a.steps)[:, None], np.asarray(b.steps)[None, :]
     ended_s, ended_t = ~np.asarray(a.censored)[:, None], ~np.asarray(b.censored)[None, :]
     second = ended_s & ((t > s) | ((t == s) & ~ended_t))  # a censored one lasts longer than what ended at its step
@@ -128,7 +139,7 @@ def _ranked(t: StepsToForget) -> Any:
 
 
 def _pooled(sets: Sequence[tuple[Any, Any]]) -> Any:
-    """(D,) mean Spearman correlation of pairs of (D, n), weighted by n; a set in which one side is constant does not count."""
+    """Return (D,) mean Spearman correlations of (D, n) pairs, weighted by n; a set with a constant side is skipped."""
     total, weight = 0.0, 0.0
     for x, t in sets:
         a, b = (r - r.mean(1, keepdims=True) for r in (stats.rankdata(x, axis=1), stats.rankdata(t, axis=1)))

@@ -1,4 +1,4 @@
-"""The study from end to end: each stage does what is not done yet, so an interrupted study goes on to the same result."""
+"""The study from end to end: each stage skips what is finished, so an interrupted study resumes to the same result."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from pyunlearn import __version__
 from pyunlearn.data.examples import Example
 from pyunlearn.errors import ArgumentError
 from pyunlearn.models.from_scratch import train_tokenizer
+from pyunlearn.options import Choice, Flag, Text, accepts, require, require_path
 from pyunlearn.progress import Progress
 from pyunlearn.report import require_page_packages
 from pyunlearn.study.claims import Claim, findings_of, judged
-from pyunlearn.study.config import Config, configured
+from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.corpus import read_corpus, synthetic
 from pyunlearn.study.figures import draw_all
 from pyunlearn.study.folder import Folder
-from pyunlearn.study.outcomes import examples_of, outcomes_of, tables
+from pyunlearn.study.outcomes import examples_of, outcomes_of
 from pyunlearn.study.page import write_page
 from pyunlearn.study.reference_models import score_all, train_all
-from pyunlearn.study.runs import run_all
-from pyunlearn.study.sets import make_sets
+from pyunlearn.study.runs import require_method, run_all
+from pyunlearn.study.sets import Sets, make_sets
+from pyunlearn.study.tables import write_tables
+
+Paths = str | Path | Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -35,57 +39,58 @@ class Study:
     """A finished study."""
 
     folder: Path
-    """Tables, figures, models and index.html, the page to begin with."""
-    config: Config
+    """The folder with tables, figures, models and index.html, the page to begin with."""
+    config: StudyConfig
     claims: list[Claim]
     """One verdict on each claim, with the comparisons behind it."""
 
 
+@accepts(StudyConfig)
 def run_study(
     out: str | Path,
     *,
-    preset: str = "smoke",
-    corpus: str | Path | Sequence[str | Path] | None = None,
-    test_corpus: str | Path | Sequence[str | Path] | None = None,
+    corpus: Paths | None = None,
+    test_corpus: Paths | None = None,
     device: str | None = None,
     progress: bool | None = None,
+    config: StudyConfig | str | Path | None = None,
     **settings: Any,
 ) -> Study:
-    """Repeats the experiment of Baluta et al. 2024 (arXiv 2411.04388): is it harder to forget text in or out of distribution, and at what price?
+    """Repeat the experiment of Baluta et al. 2024 (arXiv 2411.04388) on any corpus.
 
-    Models are trained with forget sets of several kinds, unlearned by gradient ascent, and measured at every few steps. If it was interrupted, the
-    same call goes on where it stood, to the same result. On a CPU the same call gives the same numbers.
+    Is it harder to forget text in or out of distribution, and at what price? Models are trained with forget sets of
+    several kinds, unlearned by gradient ascent, and measured at every few steps. The same call resumes an interrupted
+    study, to the same result. On a CPU the same call gives the same numbers.
 
     Args:
         out: the folder of the study: new, empty, or that of the same study interrupted.
-        preset: "smoke", "cpu", "gpu" or "paper".
-        corpus: one file of pairs (.tsv, .jsonl, ...), of questions and answers or of plain text, or two files of parallel lines, .gz or plain;
-            None: a small corpus made from the seed.
+        corpus: one file of pairs (.tsv, .jsonl, ...), of questions and answers or of plain text, or two files of
+            parallel lines, .gz or plain; None: a small corpus made from the seed.
         test_corpus: the same for the held-out text that utility is measured on; None: taken from the corpus.
-        device: "cpu", "cuda"; default: a card where there is one.
+        device: "cpu" or "cuda"; default: a GPU where there is one.
         progress: a progress bar on standard error; default: if that is a terminal.
-        settings: any field of `Config`, to change the preset.
+        config: a `StudyConfig`, or a TOML file or the config.json of a study; the keywords below change it. Their
+            defaults are those of the preset smoke.
+        {options}
 
     Returns:
         Study: `.folder`, `.config`, `.claims`.
 
     Raises:
-        ArgumentError, DataError, ModelError, OutputError, DependencyError: something given cannot be used, or a package is missing.
+        ArgumentError, DataError, ModelError, OutputError, DependencyError: an argument cannot be used, or a package is
+            missing.
     """
-    config = configured(preset, settings)
+    config = StudyConfig.of(config, settings, "run_study")
+    device = _checked_device(device)
+    _check_arguments(config, out, corpus, test_corpus, progress)
     require_page_packages()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ArgumentError(
-            f"device {device!r} needs a CUDA card, and none is usable here: leave device out, or use cpu"
-        )
     examples = (
         synthetic(config.setup, config.corpus_size, config.seed) if corpus is None else read_corpus(_paths(corpus))
     )
-    held = None if test_corpus is None else read_corpus(_paths(test_corpus), role="test corpus")
+    test = None if test_corpus is None else read_corpus(_paths(test_corpus), role="test corpus")
     tokenizer = _tokenizer(config, examples)
-    sets = make_sets(config, examples, held, tokenizer)
-    folder = Folder(out, config.to_json() | {"corpus": _digest(examples), "test_corpus": _digest(held or [])})
+    sets = make_sets(config, examples, test, tokenizer)
+    folder = Folder(out, config.to_dict() | {"corpus": _digest(examples), "test_corpus": _digest(test or [])})
     folder.json("environment.json", environment(device))
     bar = Progress(progress, "study")
     try:
@@ -98,10 +103,10 @@ def run_study(
         bar.close()
 
 
-def _evaluate(folder: Folder, config: Config, tokenizer: Any, sets: Any) -> Study:
+def _evaluate(folder: Folder, config: StudyConfig, tokenizer: Any, sets: Sets) -> Study:
     examples = examples_of(folder, config, sets)
     outcomes = outcomes_of(folder, config, sets, examples)
-    tables(folder, config, sets, examples, outcomes, tokenizer)
+    write_tables(folder, config, sets, examples, outcomes, tokenizer)
     findings = findings_of(config, examples, outcomes)
     claims = judged(findings)
     folder.table("claims", [f._asdict() for f in findings])
@@ -110,16 +115,45 @@ def _evaluate(folder: Folder, config: Config, tokenizer: Any, sets: Any) -> Stud
     return Study(folder.path, config, claims)
 
 
+def _check_arguments(config: StudyConfig, out: Any, corpus: Any, test_corpus: Any, progress: Any) -> None:
+    """Raise ArgumentError for an argument that cannot be used."""
+    require_method(config.method)
+    require_path("out", "" if out is None else out)
+    for name, paths in (("corpus", corpus), ("test_corpus", test_corpus)):
+        for path in paths if isinstance(paths, (list, tuple)) else [paths]:
+            require_path(name, "" if path is None and paths is not None else path)
+    if progress is not None:
+        require(Flag(), progress=progress)
+
+
+def _checked_device(device: str | None) -> str:
+    """Return the device, by default a GPU where there is one. Raises ArgumentError for one that cannot be used."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    require(Text('"cpu" or "cuda"'), device=device)
+    require(Choice(("cpu", "cuda")), device=device.partition(":")[0])
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ArgumentError(
+            f"device {device!r} needs a CUDA GPU, and none is usable here: leave device out, or use cpu"
+        )
+    return device
+
+
 def environment(device: str) -> dict[str, Any]:
-    """Versions and hardware: what the numbers may depend on beside the configuration."""
-    card = torch.cuda.get_device_name() if device.startswith("cuda") else None
+    """Return versions and hardware: the numbers may depend on them in addition to the settings."""
     return {
-        "pyunlearn": __version__, "torch": torch.__version__, "transformers": version("transformers"), "python": platform.python_version(),
-        "platform": platform.platform(), "device": device, "card": card, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "pyunlearn": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
+        "threads": torch.get_num_threads(),
+    }
 
 
-def _tokenizer(config: Config, examples: list[Example]) -> Any:
+def _tokenizer(config: StudyConfig, examples: list[Example]) -> Any:
     if config.checkpoint is None:
         return train_tokenizer((t for e in examples for t in (e.prompt, e.completion)), config.vocabulary)
     from pyunlearn.models import load_tokenizer
@@ -127,12 +161,12 @@ def _tokenizer(config: Config, examples: list[Example]) -> Any:
     return load_tokenizer(config.checkpoint)
 
 
-def _paths(given: str | Path | Sequence[str | Path]) -> list[str | Path]:
-    return [given] if isinstance(given, (str, Path)) else list(given)
+def _paths(paths: Paths) -> list[str | Path]:
+    return [paths] if isinstance(paths, (str, Path)) else list(paths)
 
 
 def _digest(examples: list[Example]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for e in examples:
-        found.update(f"{e.prompt}\0{e.completion}\0".encode())
-    return found.hexdigest()[:16]
+        digest.update(f"{e.prompt}\0{e.completion}\0".encode())
+    return digest.hexdigest()[:16]

@@ -1,4 +1,7 @@
-"""The training recipe: AdamW, warm-up, a constant rate, and a linear descent while the forget sets are in. Resumable, the same bit for bit."""
+"""Training: AdamW, warm-up, a constant rate, then a linear decay to 0 while the forget sets are seen.
+
+An interrupted training resumes to the same bits.
+"""
 
 from __future__ import annotations
 
@@ -10,113 +13,159 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pyunlearn.data import Tokens, collate, padding_id
-from pyunlearn.models import Likelihood, decoder_start_id, is_encoder_decoder
-from pyunlearn.study.config import Config
+from pyunlearn.data import Tokens
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.models import load_model, new_model, optimizer_of
 
 CHECKPOINT_SECONDS = 30.0  # of work that an interruption may cost
-_GROUPED = 16  # batches whose examples are sorted by length together
+_SORTED_TOGETHER = 16  # batches whose examples are sorted by length together
 
 
 def train(
-    folder: Folder, name: str, config: Config, tokenizer: Any, learned: Sequence[Tokens], epochs: Sequence[Sequence[int]],
-    *, base: str | None, keep_optimizer: bool, device: str, say: Callable[[str], None] = lambda _: None,
-) -> None:  # fmt: skip
-    """Trains models/NAME on the places of `epochs`, one list an epoch, unless it is there. It goes on from `base`, its optimizer included.
+    folder: Folder,
+    name: str,
+    config: StudyConfig,
+    tokenizer: Any,
+    learned: Sequence[Tokens],
+    epochs: Sequence[Sequence[int]],
+    *,
+    base: str | None,
+    keep_optimizer: bool,
+    device: str,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Train models/NAME, unless it is finished, or resume its training.
 
-    The learning rate rises over `warmup` steps, stays, and in a model that is finished (not keep_optimizer) falls linearly to nothing over the
-    epochs, of a model without base over the second half of them. Gradients are clipped to norm 1; the loss is the mean over the batch's tokens.
+    The learning rate rises over `warmup` steps and stays constant. In a final model (keep_optimizer False) it falls
+    linearly to 0 over the epochs, in one without base over the second half of them. Gradients are clipped to norm 1;
+    the loss is the mean over the batch's tokens.
+
+    Args:
+        folder: of the study.
+        name: of the model.
+        config: the settings of the study.
+        tokenizer: saved with the model.
+        learned: the examples, as they are trained on.
+        epochs: one list of indices into `learned` for each epoch.
+        base: the model from whose weights and optimizer state the training starts; None: from new weights.
+        keep_optimizer: save the optimizer state, for models that start from this one.
+        device: "cpu" or "cuda".
+        say: called with a line about the progress.
     """
-    where = f"models/{name}"
-    if folder.has(where):
+    if folder.has(f"models/{name}"):
         return
-    started = 0
-    model = new_model(config, tokenizer, device) if base is None else load_model(folder.path / "models" / base, device)
-    optimizer = optimizer_of(model, config)
-    if base is not None:
-        stored = torch.load(folder.path / "models" / base / "optimizer.pt", map_location=device)
-        optimizer.load_state_dict(stored["optimizer"])
-        started = stored["steps"]
+    lm, optimizer, steps_before = _start(folder, base, config, tokenizer, device)
     seed = zlib.crc32(f"{name}-{config.seed}".encode())
     torch.manual_seed(seed)
     plan = [b for e, rows in enumerate(epochs) for b in _batches(learned, rows, config.batch_size, (seed, e))]
-    half = len(plan) // 2 if base is None else 0
-    checkpoint, losses, done = folder.path / "models" / f"{name}.checkpoint", [], 0
-    if checkpoint.exists():
-        stored = torch.load(checkpoint, map_location=device, weights_only=False)
-        model.load_state_dict(stored["model"])
-        optimizer.load_state_dict(stored["optimizer"])
-        losses, done = stored["losses"], stored["done"]
-        _set_noise(stored["noise"])
-    likelihood, pad = Likelihood(model), padding_id(tokenizer)
-    start = decoder_start_id(model) if is_encoder_decoder(model) else None
-    model.train()
+    decay_start = len(plan) // 2 if base is None else 0
+    losses, done = _resume(folder, name, lm, optimizer, device)
+    lm.module.train()
     saved = time.monotonic()
     while done < len(plan):
-        rate = config.learning_rate * min(1.0, (started + done + 1) / max(1, config.warmup))
+        rate = config.learning_rate * min(1.0, (steps_before + done + 1) / max(1, config.warmup))
         if not keep_optimizer:
-            rate *= min(1.0, (len(plan) - done) / max(1, len(plan) - half))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        batch = collate([learned[i] for i in plan[done]], pad_id=pad, decoder_start_id=start).to(device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda")):
-            loss = -likelihood(batch).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = loss.detach()
-        losses.append(loss)
+            rate *= min(1.0, (len(plan) - done) / max(1, len(plan) - decay_start))
+        losses.append(_step(lm, optimizer, rate, learned, plan[done]))
         done += 1
         if done % 20 == 0:
-            say(f"{name}: step {done} of {len(plan)}, loss {float(loss):.2f}")
+            say(f"{name}: step {done} of {len(plan)}, loss {float(losses[-1]):.2f}")
         if time.monotonic() - saved >= CHECKPOINT_SECONDS:
             losses = [float(x) for x in losses]
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "losses": losses,
-                "done": done,
-                "noise": _noise(),
-            }
-            folder.write(f"models/{name}.checkpoint", lambda path, state=state: torch.save(state, path))  # type: ignore[misc]
+            _save_checkpoint(folder, name, lm, optimizer, losses, done)
             saved = time.monotonic()
-    model.eval()
+    lm.module.eval()
 
     def save(path: Path) -> None:
-        model.save_pretrained(path)
+        lm.module.save_pretrained(path)
         tokenizer.save_pretrained(path)
         if keep_optimizer:
-            torch.save({"optimizer": optimizer.state_dict(), "steps": started + done}, path / "optimizer.pt")
+            state = {"optimizer": optimizer.state_dict(), "steps": steps_before + done}
+            torch.save(state, path / "optimizer.pt")
 
     per_epoch = np.array_split(np.array([float(x) for x in losses]), len(epochs))
-    folder.json(
-        f"training/{name}.json",
-        {"steps": done, "loss_by_epoch": [float(part.mean()) for part in per_epoch if part.size]},
-    )
-    folder.write(where, save)
-    checkpoint.unlink(missing_ok=True)
+    loss_by_epoch = [float(part.mean()) for part in per_epoch if part.size]
+    folder.json(f"training/{name}.json", {"steps": done, "loss_by_epoch": loss_by_epoch})
+    folder.write(f"models/{name}", save)
+    _checkpoint(folder, name).unlink(missing_ok=True)
+
+
+def _start(
+    folder: Folder, base: str | None, config: StudyConfig, tokenizer: Any, device: str
+) -> tuple[LanguageModel, torch.optim.Optimizer, int]:
+    """Return the model, its optimizer and the steps that both have behind them: new, or those of the base."""
+    if base is None:
+        lm = new_model(config, tokenizer, device)
+        return lm, optimizer_of(lm, config), 0
+    lm = load_model(folder.path / "models" / base, tokenizer, device)
+    optimizer = optimizer_of(lm, config)
+    stored = torch.load(folder.path / "models" / base / "optimizer.pt", map_location=device)
+    optimizer.load_state_dict(stored["optimizer"])
+    return lm, optimizer, stored["steps"]
+
+
+def _step(
+    lm: LanguageModel, optimizer: torch.optim.Optimizer, rate: float, learned: Sequence[Tokens], indices: list[int]
+) -> Tensor:
+    """Take one optimizer step; return the loss before it, nats per token."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+    batch = lm.collate(learned, indices)
+    with torch.autocast("cuda", torch.bfloat16, enabled=lm.device.type == "cuda"):
+        loss = -lm.likelihood(batch).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(lm.module.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
 
 
 def _batches(learned: Sequence[Tokens], rows: Sequence[int], size: int, seed: tuple[int, int]) -> list[list[int]]:
-    """The epoch's batches: examples of like length together, so that little is padding, in random order."""
+    """Return an epoch's batches in random order, examples of like length together, so that there is little padding."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(np.asarray(rows)).tolist()
-    found = []
-    for at in range(0, len(order), size * _GROUPED):
-        group = sorted(order[at : at + size * _GROUPED], key=lambda i: len(learned[i]))
-        found += [group[i : i + size] for i in range(0, len(group), size)]
-    return [found[i] for i in rng.permutation(len(found))]
+    batches = []
+    for start in range(0, len(order), size * _SORTED_TOGETHER):
+        group = sorted(order[start : start + size * _SORTED_TOGETHER], key=lambda i: len(learned[i]))
+        batches += [group[i : i + size] for i in range(0, len(group), size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def _noise() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+# ---------------------------------------------------------------- checkpoints
 
 
-def _set_noise(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    for number, each in enumerate(state["cuda"]):
-        torch.cuda.set_rng_state(each.cpu(), number)
+def _checkpoint(folder: Folder, name: str) -> Path:
+    return folder.path / "models" / f"{name}.checkpoint"
+
+
+def _resume(
+    folder: Folder, name: str, lm: LanguageModel, optimizer: torch.optim.Optimizer, device: str
+) -> tuple[list[Any], int]:
+    """Load the checkpoint, if there is one; return the losses so far and the number of steps."""
+    if not _checkpoint(folder, name).exists():
+        return [], 0
+    stored = torch.load(_checkpoint(folder, name), map_location=device, weights_only=False)
+    lm.module.load_state_dict(stored["model"])
+    optimizer.load_state_dict(stored["optimizer"])
+    torch.set_rng_state(stored["noise"]["cpu"].cpu())
+    for number, state in enumerate(stored["noise"]["cuda"]):
+        torch.cuda.set_rng_state(state.cpu(), number)
+    return stored["losses"], stored["done"]
+
+
+def _save_checkpoint(
+    folder: Folder, name: str, lm: LanguageModel, optimizer: torch.optim.Optimizer, losses: list[float], done: int
+) -> None:
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    state = {
+        "model": lm.module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "losses": losses,
+        "done": done,
+        "noise": {"cpu": torch.get_rng_state(), "cuda": on_gpu},
+    }
+    folder.write(f"models/{name}.checkpoint", lambda path: torch.save(state, path))

@@ -85,8 +85,9 @@ def unlearn(
     require(Flag(), resume=resume, **({} if progress is None else {"progress": progress}))
     require_path("output_dir", output_dir)
     require_model("model", model)
-    require_model("reference_model", reference_model, optional=True)
-    require_tokenizer(tokenizer)
+    if reference_model is not None:
+        require_model("reference_model", reference_model)
+    require_tokenizer("tokenizer", tokenizer)
     require_mask(config.mask)
     options = dict(config.method_options or {})
     method, retain_loss = resolve(

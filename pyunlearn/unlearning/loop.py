@@ -7,7 +7,7 @@ round that breaks the utility budget or drives an example too far is rolled back
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning.checkpoint import Checkpoint
 from pyunlearn.unlearning.config import LoopConfig
+from pyunlearn.unlearning.distributed import Processes
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
-from pyunlearn.unlearning.objectives import finite
+from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, finite
 from pyunlearn.unlearning.optimizer import TrainedWeights
+from pyunlearn.unlearning.schedule import Schedule
 from pyunlearn.unlearning.setup import Session
 from pyunlearn.unlearning.stopping import Measurement
 
@@ -26,6 +28,18 @@ Indices = NDArray[np.int64]
 MAX_HALVINGS = 6
 """Halvings of the learning rate before a run gives up."""
 CHECKPOINT_SECONDS = 300
+
+
+class StepParts(NamedTuple):
+    """What an optimizer step works with."""
+
+    accelerator: Any
+    processes: Processes
+    schedule: Schedule
+    forget_term: ForgetTerm
+    retain_term: RetainTerm
+    weights: TrainedWeights
+    optimizer: Any  # of the weights, as the accelerator prepared it
 
 
 def ascend(
@@ -45,6 +59,15 @@ def ascend(
     """
     state, stopping, schedule = session.state, session.stopping, session.schedule
     learning_rate = config.learning_rate or 0.0
+    parts = StepParts(
+        session.accelerator,
+        session.processes,
+        schedule,
+        session.forget_term,
+        session.retain_term,
+        weights,
+        optimizer,
+    )
     weights.set_learning_rate(learning_rate / 2**state.halvings)
     rejection_reason: str | None = None
     last_saved = time.monotonic()
@@ -59,7 +82,8 @@ def ascend(
             for forget_indices in round_batches:
                 step = state.step + len(records)
                 started = time.perf_counter()
-                record = optimizer_step(session, optimizer, weights, forget_indices, step, config)
+                l1 = config.l1 * (1 - step / config.max_steps)
+                record = optimizer_step(parts, forget_indices, step, max_grad_norm=config.max_grad_norm, l1=l1)
                 state.visits[forget_indices] += 1
                 interrupt.check()
                 records.append({
@@ -104,16 +128,20 @@ def ascend(
 
 
 def optimizer_step(
-    session: Session,
-    optimizer: Any,
-    weights: TrainedWeights,
-    forget_indices: Indices,
-    step: int,
-    config: LoopConfig,
+    parts: StepParts, forget_indices: Indices, step: int, *, max_grad_norm: float, l1: float = 0.0
 ) -> dict[str, float | None]:
-    """Take one optimizer step on some forget examples and the retain examples of step `step`; return its losses."""
-    forget_term, retain_term, schedule = session.forget_term, session.retain_term, session.schedule
-    accelerator, processes = session.accelerator, session.processes
+    """Take one optimizer step on some forget examples and the retain examples of step number `step`.
+
+    Args:
+        parts: the two terms of the loss, the weights, and what runs them.
+        forget_indices: the forget examples.
+        step: number of the step, from 0; it decides the retain examples.
+        max_grad_norm: gradients are clipped to this norm.
+        l1: strength of the l1 penalty in this step.
+
+    Returns what the history says of it: forget_loss, the retain loss, gradient_norm.
+    """
+    accelerator, processes, schedule, forget_term, retain_term, weights, optimizer = parts
     # ------------------------------------------------------------------------------------------------
     optimizer.zero_grad()
 
@@ -135,12 +163,12 @@ def optimizer_step(
             accelerator.backward(loss)
             retain_total += amount
 
-    # the update: gradients summed over processes, masked, clipped; l1 decays linearly to 0
+    # the update: gradients summed over processes, masked, clipped; then the l1 penalty, apart from the optimizer
     processes.sum_gradients(weights.parameters.values())
     weights.mask_gradients()
-    gradient_norm = accelerator.clip_grad_norm_(weights.parameters.values(), config.max_grad_norm)
+    gradient_norm = accelerator.clip_grad_norm_(weights.parameters.values(), max_grad_norm)
     optimizer.step()
-    weights.shrink(config.l1 * (1 - step / config.max_steps))
+    weights.shrink(l1)
     weights.restore_masked()
     # ------------------------------------------------------------------------------------------------
     losses = {"forget_loss": finite(processes.sum(forget_loss))}

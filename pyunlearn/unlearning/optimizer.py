@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_NO_MOMENTUM = 0.0  # an example that has stopped must not be carried further by its earlier steps
 
-def _adam(parameters: Iterable[Tensor], lr: float) -> torch.optim.AdamW:
-    """Make AdamW without momentum: an example that has stopped must not be carried further by its earlier steps."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.0, 0.999), weight_decay=0.0)
+
+def _adam(parameters: Iterable[Tensor], lr: float, momentum: float = _NO_MOMENTUM) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=0.0)
 
 
 class MasterWeights(torch.optim.Optimizer):
@@ -22,12 +23,12 @@ class MasterWeights(torch.optim.Optimizer):
     copy most would round to nothing and the run would silently do nothing.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = _NO_MOMENTUM) -> None:
         self.narrow = [p for p in parameters if p.requires_grad]
         self.wide = [
             p.detach().float().clone().requires_grad_() if p.dtype != torch.float64 else p for p in self.narrow
         ]
-        self.inner = _adam(self.wide, lr)
+        self.inner = _adam(self.wide, lr, momentum)
         super().__init__(self.narrow, {"lr": lr})
 
     @torch.no_grad()
@@ -50,17 +51,24 @@ class TrainedWeights:
         learning_rate: of AdamW.
         resumable: True keeps the accepted optimizer state too, for checkpoints: twice the memory of what is trained.
         mask: name -> bool tensor, False where a weight must keep its bits.
+        momentum: beta1 of AdamW.
     """
 
     def __init__(
-        self, model: nn.Module, learning_rate: float, *, resumable: bool = False, mask: dict[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        *,
+        resumable: bool = False,
+        mask: dict[str, Tensor] | None = None,
+        momentum: float = _NO_MOMENTUM,
     ) -> None:
         self.mask = mask or {}
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters.values())
         every = list(self.parameters.values())
         self.optimizer: torch.optim.Optimizer = (
-            MasterWeights(every, learning_rate) if narrow else _adam(every, learning_rate)
+            MasterWeights(every, learning_rate, momentum) if narrow else _adam(every, learning_rate, momentum)
         )
         self._accepted: list[Tensor] = []
         self._accepted_moments: dict[str, Any] | None = {} if resumable else None

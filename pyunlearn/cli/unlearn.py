@@ -1,0 +1,107 @@
+"""pyunlearn unlearn: forget the texts of a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pyunlearn.cli.options import (
+    AsJson,
+    Forget,
+    Holdout,
+    Model,
+    Quiet,
+    ReferenceModel,
+    Retain,
+    Tokenizer,
+    folder_for,
+    texts,
+    with_settings,
+)
+from pyunlearn.cli.quiet import quiet_libraries
+from pyunlearn.unlearning.config import UnlearnConfig
+
+
+@with_settings(UnlearnConfig)
+def unlearn(
+    model: Model,
+    config: UnlearnConfig,
+    forget: Forget,
+    retain: Retain = None,
+    holdout: Holdout = None,
+    tokenizer: Tokenizer = None,
+    reference_model: ReferenceModel = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for the new model and result.json; new or empty. Default: MODEL-unlearned, in this folder.",
+            rich_help_panel="Output",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Resume an interrupted run from its checkpoint; give the same options and --out.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Forget the texts of a file.
+
+    Examples:
+
+    `pyunlearn unlearn ./my-model --forget secrets.jsonl --retain keep.jsonl --out ./my-model-unlearned`
+
+    `pyunlearn unlearn ./my-model --forget secrets.jsonl --retain keep.jsonl --method npo --set beta=0.3`
+
+    `echo "the text to forget" | pyunlearn unlearn ./my-model --forget -`
+
+    Exit code 0: everything is forgotten or was never memorized. 1: something is still exposed; the best state within
+    the utility budget is saved. 2: an input cannot be used. 130: interrupted; --resume resumes the run.
+    """
+    import pyunlearn
+
+    quiet_libraries()
+    target = folder_for(model, out, "unlearned")
+    result = pyunlearn.unlearn(
+        model,
+        texts(forget, "forget"),
+        retain=texts(retain, "retain"),
+        holdout=texts(holdout, "holdout"),
+        tokenizer=tokenizer,
+        reference_model=reference_model,
+        config=config,
+        output_dir=target,
+        resume=resume,
+        progress=False if quiet else None,
+    )
+    if result.stopped == "interrupted":
+        print(
+            f"interrupted; the checkpoint is next to {target}: run the same command with --resume to resume",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the main process prints
+        pass
+    elif as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        from pyunlearn.report import result_table, utility_line
+
+        console = Console()
+        console.print(result_table(result))
+        console.print(utility_line(result), highlight=False)
+        where = f"stopped: {result.stopped} · model, tokenizer and result.json are in {target}"
+        console.print(where, highlight=False, markup=False)
+    raise typer.Exit(0 if result.forgotten else 1)

@@ -1,0 +1,178 @@
+"""Arguments of the audit: one sentence for every wrong value, before any text is read."""
+
+import inspect
+import math
+
+import pytest
+import tiny
+import torch
+from test_probes_teacher_forced import made
+
+import pyunlearn
+from pyunlearn.auditing import METRICS, AuditConfig
+from pyunlearn.errors import ArgumentError, DataError, ModelError, OutputError
+
+MISSING = "no/such/texts.jsonl"  # reading it would end in another error
+
+
+class Headless(torch.nn.Linear):
+    """A module that is no language model."""
+
+
+def headless():
+    """A transformers model without a language-model head."""
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return LlamaModel(LlamaConfig(vocab_size=11, **sizes))
+
+
+MODELS = [
+    (3, ModelError, "must be a transformers language model, a path or a name, got a value of type int"),
+    ([], ModelError, "got a value of type list"),
+    (Headless(2, 2), ModelError, "got a value of type Headless"),
+    ("", ArgumentError, "must be the path"),
+    ("a\0b", ArgumentError, "must be the path"),
+    ("no-such-folder/x", ModelError, "no language model could be loaded from no-such-folder/x"),
+    ("/no/such/model.gguf", ModelError, "no language model could be loaded from /no/such/model.gguf"),
+]
+SETTINGS = [
+    ("metrics", ["membershp"]),
+    ("metrics", "membership"),
+    ("metrics", 3),
+    ("target_exposure", 5.0),
+    ("target_exposure", -1),
+    ("target_exposure", math.nan),
+    ("batch_size", 0),
+    ("batch_size", True),
+    ("batch_size", "x"),
+    ("budget", 0),
+    ("budget", 2.5),
+    ("workspace", -1),
+    ("workspace", "big"),
+    ("truncate", "yes"),
+    ("seed", -1),
+    ("seed", "x"),
+]
+
+
+def audit(*arguments, **options):
+    """Run an audit of texts that cannot be read; return the error's one sentence and its type."""
+    model, tokenizer, _ = made("plain")
+    options = {"tokenizer": tokenizer, "progress": False, **options}
+    with pytest.raises(pyunlearn.PyunlearnError) as error:
+        pyunlearn.audit(*(arguments or (model,)), MISSING, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value), type(error.value)
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS)
+def test_a_wrong_setting(name, value):
+    """The sentence names the setting, what was wanted and what came."""
+    message, kind = audit(**{name: value})
+    assert message.startswith(f"{name} must be ")
+    assert ", got " in message
+    assert kind is ArgumentError
+
+
+@pytest.mark.parametrize("name", ["model", "original", "reference_model"])
+@pytest.mark.parametrize(("value", "error", "message"), MODELS)
+def test_a_wrong_model(name, value, error, message):
+    """The sentence names the argument, for paths as well as for objects."""
+    got, kind = audit(value) if name == "model" else audit(**{name: value})
+    assert name in got
+    assert message in got
+    assert kind is error
+
+
+@pytest.mark.parametrize("name", ["model", "original", "reference_model"])
+def test_a_model_without_a_head(name):
+    """It gives text no probability."""
+    got, kind = audit(headless()) if name == "model" else audit(**{name: headless()})
+    assert got.startswith(f"{name} must have a language-model head")
+    assert kind is ModelError
+
+
+def test_no_model_at_all():
+    """None is a value of the optional ones only."""
+    assert audit(None) == (
+        "model must be a transformers language model, a path or a name, got a value of type NoneType",
+        ModelError,
+    )
+
+
+@pytest.mark.parametrize("name", ["original", "reference_model"])
+def test_a_model_of_another_vocabulary(name):
+    """The sentence names both."""
+    message, kind = audit(**{name: tiny.tiny_llama(77)})
+    assert message.startswith(f"{name} has another vocabulary than model, 77 tokens and not ")
+    assert kind is ModelError
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("tokenizer", 1, ModelError),
+        ("tokenizer", [], ModelError),
+        ("tokenizer", "", ArgumentError),
+        ("cache", 1, ArgumentError),
+        ("cache", "", ArgumentError),
+        ("cache", True, ArgumentError),
+        ("progress", "yes", ArgumentError),
+        ("progress", 1, ArgumentError),
+        ("config", 3, ArgumentError),
+        ("config", {"seed": 1}, ArgumentError),
+    ],
+)
+def test_another_wrong_value(name, value, error):
+    """The sentence names the argument."""
+    message, kind = audit(**{name: value})
+    assert message.startswith(f"{name} must be ")
+    assert kind is error
+
+
+def test_a_cache_that_is_a_file(tmp_path):
+    """Before the work, and not after it."""
+    (tmp_path / "cache").write_text("")
+    message, kind = audit(cache=tmp_path / "cache")
+    assert message.startswith("cache must be a folder")
+    assert kind is OutputError
+
+
+def test_an_unknown_option_is_told_the_nearest():
+    """As for every function with a config."""
+    assert audit(bach_size=3)[0] == "audit has no option 'bach_size': did you mean \"batch_size\"?"
+
+
+def test_texts_that_cannot_be_used():
+    """Missing ones, and too few of the holdout."""
+    assert audit() == audit(seed=1)
+    assert "the forget file no/such/texts.jsonl was not found" in audit()[0]
+    model, tokenizer, _ = made("plain")
+    with pytest.raises(DataError, match="takes 19 "):
+        pyunlearn.audit(model, tiny.sentences(3, 1), holdout=tiny.sentences(18, 4), tokenizer=tokenizer, progress=False)
+
+
+def test_settings_come_from_a_config_a_file_and_keywords(tmp_path):
+    """A config, a TOML file and an earlier audit.json; keywords change single settings."""
+    model, tokenizer, _ = made("plain")
+    options = {"holdout": tiny.sentences(19, 2), "tokenizer": tokenizer, "progress": False}
+    config = AuditConfig(metrics=["membership"], batch_size=5)
+    first = pyunlearn.audit(model, tiny.sentences(3, 1), config=config, seed=7, **options)
+    wanted = {"metrics": ["membership"], "batch_size": 5, "seed": 7, "truncate": False, "budget": None}
+    assert wanted.items() <= first.settings.items()
+    from pyunlearn.report import write_audit
+
+    folder = write_audit(first, tmp_path / "audit", html=False)
+    again = pyunlearn.audit(model, tiny.sentences(3, 1), config=folder / "audit.json", **options)
+    assert again.settings == first.settings
+    assert again.examples == first.examples
+
+
+def test_the_signature_lists_every_setting():
+    """With the defaults of AuditConfig, and so does the docstring."""
+    parameters = inspect.signature(pyunlearn.audit).parameters
+    for name, value in vars(AuditConfig()).items():
+        assert parameters[name].default == value
+        assert f"\n        {name}: " in pyunlearn.audit.__doc__
+    assert AuditConfig().metrics == METRICS

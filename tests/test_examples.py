@@ -1,0 +1,46 @@
+"""The programs in examples/ run as their first lines say."""
+
+import functools
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import folder, trained  # noqa: F401
+
+import pyunlearn
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_a_secret_is_forgotten_and_the_audit_agrees(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The first example writes the model that the second one audits; untouched, the model fails the audit."""
+    monkeypatch.chdir(tmp_path)
+    # a tiny model needs larger steps and a larger budget than the defaults
+    unlearn = functools.partial(pyunlearn.unlearn, learning_rate=3e-4)
+    monkeypatch.setattr(
+        pyunlearn, "unlearn", lambda *args, **options: unlearn(*args, **options | {"utility_budget": 0.05})
+    )
+    model = tmp_path / "model"
+    model.symlink_to(folder / "model-1.5")
+    run("forget_a_secret", model, folder / "forget.jsonl", folder / "retain.jsonl", monkeypatch=monkeypatch)
+    out = capsys.readouterr().out
+    assert "forgotten" in out
+    assert f"saved to {model}-unlearned" in out
+    texts = (folder / "forget.jsonl", folder / "holdout.jsonl")
+    with pytest.raises(SystemExit, match="still exposed"):
+        run("audit_a_model", model, model, *texts, monkeypatch=monkeypatch)
+    assert json.loads((tmp_path / "audit" / "audit.json").read_text())["passed"] is False
+    assert "AUC" in capsys.readouterr().out
+
+
+def run(name, *arguments, monkeypatch):
+    """Run one of the examples as a program."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+def test_every_example_is_run():
+    """A new one needs its test."""
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"audit_a_model", "forget_a_secret"}

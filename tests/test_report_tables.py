@@ -1,0 +1,124 @@
+"""The tables of a run and an edit, and the lists of methods and edits: one line a record, whole in 80 columns."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from pyunlearn import ExampleResult, Result, Utility
+from pyunlearn.edits import EDITS
+from pyunlearn.methods import METHODS
+from pyunlearn.report import edit_line, edit_table, result_table, utility_line
+from pyunlearn.report.catalogue import catalogue, verdict_lines
+
+LONG = "The plumber's cat learned to whistle in the spring of the year when the harbour froze, and nobody could agree."
+
+
+def printed(table, width):
+    """A table as a terminal shows it."""
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def result(*texts, verdict="over-unlearned"):
+    """A result of these texts, with the widest numbers that a run has."""
+    examples = [
+        ExampleResult(i, text, 3, -12.34, -15.67, 12.3, 12.3, 0.5, 1.0, 1.0, 200, verdict)
+        for i, text in enumerate(texts)
+    ]
+    utility = Utility("retain set", 1, 1.0, 1.02, 0.02, (0.01, 0.03), 0.05, 0.125)
+    return Result(None, None, examples, utility, "forgotten", [1.0], [], {})
+
+
+def rows(text):
+    """The lines that begin with an index."""
+    return [line for line in text.splitlines() if re.match(r"\s*\d+ ", line)]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_run_has_one_line_a_text(width):
+    """Index, start of the text, verdict, numbers; nothing but the text is cut."""
+    text = printed(result_table(result(LONG, "two\nlines of it", *["x"] * 10)), width)
+    assert len(rows(text)) == 12
+    assert max(map(len, text.splitlines())) <= width
+    for number, line in enumerate(rows(text), 1):
+        assert line.split()[0] == str(number)
+        for part in ("over-unlearned", "-12.34 → -15.67", "12.3 → 12.3", "100% → 100%", " 200"):
+            assert part in line
+    assert LONG[: 7 if width == 80 else 40] in rows(text)[0]
+    assert "…" in rows(text)[0]
+    assert "two" in rows(text)[1]
+
+
+def test_texts_are_not_read_as_markup():
+    """A text with brackets is shown as it is, and so is a name given for it."""
+    text = "[INST] who? [/INST] [red]"
+    assert text in printed(result_table(result(text)), 120)
+    assert text in printed(result_table(result("x"), [text]), 120)
+
+
+def test_more_than_thirty_texts_are_in_the_file():
+    """The table says where."""
+    text = printed(result_table(result(*["x"] * 31)), 80)
+    assert len(rows(text)) == 30
+    assert "and 1 more: see result.json" in text
+
+
+def test_the_utility_line_says_what_was_measured():
+    """With interval, budget and drift."""
+    line = utility_line(result("x"))
+    assert "retain set, 1 texts" in line
+    assert "+2.0% (95 % interval +1.0% to +3.0%) of 5% allowed" in line
+    assert "drift of the non-members: +0.125 nats" in line
+
+
+def test_an_edit_has_one_line_a_role():
+    """Before, after, change."""
+    import torch
+
+    class Edited:
+        edit, nll_before, nll_after = "prune", {"forget": 1.0, "retain": 2.0}, {"forget": 1.5, "retain": 2.0}
+        model, changed, diagnostics = torch.nn.Linear(2, 2), {"weight": 3}, {"step_norm": 0.5, "note": "x", "ok": True}
+
+    lines = printed(edit_table(Edited), 80).splitlines()
+    assert ["forget", "1.000", "1.500", "+0.500"] in [line.split() for line in lines]
+    assert ["retain", "2.000", "2.000", "+0.000"] in [line.split() for line in lines]
+    assert edit_line(Edited) == "3 of 6 weights changed, in 1 parameters; step norm 0.5"
+
+
+@pytest.mark.parametrize("name", ["methods", "edits"])
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_lists_fit_the_terminal(call, monkeypatch, name, columns):
+    """One line for a name with its source, its options below, each of them whole."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, err = call(name)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= columns
+    for key, entry in (METHODS if name == "methods" else EDITS).items():
+        at = next(i for i, line in enumerate(lines) if line.split()[:1] == [key])
+        assert entry.source in lines[at]
+        below = lines[at + 1 :]
+        end = next((i for i, line in enumerate(below) if not line.startswith("    ")), len(below))
+        assert below[:end] or not entry.options
+        assert (
+            "  ".join(line.strip() for line in below[:end]).split("  ")
+            == [f"{k}={v}" for k, v in entry.options.items()]
+            or not entry.options
+        )
+
+
+def test_a_list_without_options_and_needs():
+    """Has a dash for what is not needed, and no line below."""
+    text = catalogue([{"name": "x", "needs": (), "options": {}}], ("name", "needs"), "note")
+    assert text == "name  needs\nx     -\n\nnote"
+
+
+def test_verdicts_stand_before_their_claims():
+    """Claim and reason are wrapped in columns of their own."""
+    lines = verdict_lines([("holds", LONG, "because " + LONG), ("not shown", "Claim.", "Reason.")], 60)
+    assert lines[0].startswith("holds      The plumber's cat")
+    assert all(len(line) <= 60 for block in lines for line in block.splitlines())
+    assert lines[2:] == ["not shown  Claim.", "             Reason."]

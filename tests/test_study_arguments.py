@@ -1,0 +1,125 @@
+"""Settings and arguments of a study: presets, files, and one sentence for every wrong value."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from study_settings import TINY
+
+from pyunlearn.errors import ArgumentError, DataError, OutputError
+from pyunlearn.study import PRESETS, StudyConfig, run_study
+from pyunlearn.study.config import parsed
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+WRONG = [
+    ({"step": 3}, ArgumentError, "run_study has no option 'step': did you mean \"steps\""),
+    ({"preset": "huge"}, ArgumentError, "preset must be one of smoke, cpu, gpu, paper"),
+    ({"preset": 5}, ArgumentError, "preset must be one of"),
+    ({"preset": "cpu", "config": StudyConfig()}, ArgumentError, "give one of them"),
+    ({"config": 5}, ArgumentError, "config must be a StudyConfig or a path, got int"),
+    ({"config": "missing.toml"}, DataError, "the settings file missing.toml cannot be read"),
+    ({"examples": 2}, ArgumentError, "examples must be a whole number, 4 or more, got 2"),
+    ({"non_members": 18}, ArgumentError, "non_members must be a whole number, 19 or more"),
+    ({"subset_models": 1}, ArgumentError, "subset_models must be a whole number, 2 or more"),
+    ({"bleu_examples": 101}, ArgumentError, "bleu_examples must be at most test_examples, 100, got 101"),
+    ({"steps": 0}, ArgumentError, "steps must be a whole number"),
+    ({"steps": True}, ArgumentError, "steps must be a whole number"),
+    ({"background": 0}, ArgumentError, "background must be a whole number, 1 or more or None"),
+    ({"budget": -1}, ArgumentError, "budget must be a number, 0 or more"),
+    ({"learning_rate": float("nan")}, ArgumentError, "learning_rate must be a number"),
+    ({"dropout": 1}, ArgumentError, "dropout must be a number"),
+    ({"kinds": ("canary",)}, ArgumentError, '"id" and at least one other'),
+    ({"kinds": ("id", "canaries")}, ArgumentError, "kinds must be a list of different values, each one of id"),
+    ({"kinds": "id"}, ArgumentError, "kinds must be a list"),
+    ({"repetitions": (1, 1)}, ArgumentError, "repetitions must be a list of different values"),
+    ({"repetitions": (0, 1)}, ArgumentError, "repetitions must be a list"),
+    ({"unlearning_rates": (2.0,)}, ArgumentError, "unlearning_rates must be a list .* above 0 and below 1"),
+    ({"unlearning_rates": ()}, ArgumentError, "unlearning_rates must be a list"),
+    ({"method": "dpo"}, ArgumentError, "reads the forget text alone"),
+    ({"method": 5}, ArgumentError, "method must be the name of a method"),
+    ({"setup": "qa"}, ArgumentError, "fine-tunes a checkpoint"),
+    ({"checkpoint": "./model"}, ArgumentError, "fine-tunes a checkpoint"),
+    ({"size": "huge"}, ArgumentError, "size must be one of"),
+    ({"out": 5}, ArgumentError, "out must be the path"),
+    ({"out": None}, ArgumentError, "out must be the path"),
+    ({"corpus": 5}, ArgumentError, "corpus must be the path"),
+    ({"corpus": [None]}, ArgumentError, "corpus must be the path"),
+    ({"corpus": []}, ArgumentError, "corpus must be one file"),
+    ({"corpus": "missing.tsv"}, DataError, "missing.tsv was not found"),
+    ({"test_corpus": {}}, ArgumentError, "test_corpus must be the path"),
+    ({"device": "tpu"}, ArgumentError, "device must be one of cpu, cuda"),
+    ({"device": 0}, ArgumentError, 'device must be "cpu" or "cuda"'),
+    ({"progress": "x"}, ArgumentError, "progress must be True or False"),
+    ({"out": __file__}, OutputError, "is a file"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), WRONG)
+def test_every_wrong_argument_is_one_sentence(tmp_path, monkeypatch, changes, error, message):
+    """The sentence names the argument, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message) as caught:
+        run_study(**{"out": "out", **changes})
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path):
+    """Its files stay."""
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(OutputError, match="is not empty"):
+        run_study(tmp_path, **TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_every_preset_is_valid():
+    """Each is found under its own name, also after a change."""
+    assert list(PRESETS) == ["smoke", "cpu", "gpu", "paper"]
+    for name, preset in PRESETS.items():
+        assert preset.preset == name
+        assert StudyConfig.of(None, {"preset": name}, "run_study") == preset
+        assert StudyConfig.of(None, {"preset": name, "seed": 3}, "run_study").seed == 3
+        assert StudyConfig.of(preset, {}, "run_study") == preset
+
+
+def test_every_setting_has_help():
+    """A sentence each, in a group of the command line's help."""
+    for name, option in StudyConfig.options().items():
+        assert option.help.endswith("."), name
+        assert option.group in ("Data", "Method", "Loop", "Model", "Output"), name
+
+
+def test_a_file_changes_its_preset(tmp_path):
+    """Settings that a file lacks are those of the preset that it names; keywords come after."""
+    toml = tmp_path / "study.toml"
+    toml.write_text('preset = "cpu"\nsteps = 7\nunlearning_rates = [1e-3]\n')
+    config = StudyConfig.read(toml)
+    assert (config.preset, config.non_members, config.steps, config.unlearning_rates) == ("cpu", 199, 7, (1e-3,))
+    assert StudyConfig.of(toml, {"steps": 8}, "run_study").steps == 8
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps(config.to_dict() | {"corpus": "0123"}))
+    assert StudyConfig.read(saved) == config
+
+
+def test_the_signature_lists_every_setting():
+    """Editors and help() show them all."""
+    import inspect
+
+    parameters = inspect.signature(run_study).parameters
+    assert set(StudyConfig.options()) < set(parameters)
+    assert all(f"{name}: " in run_study.__doc__ for name in parameters)
+
+
+def test_changes_on_the_command_line_are_json():
+    """Anything that is not JSON is a string."""
+    changes = parsed(["steps=7", "unlearning_rates=[0.1]", "size=base"])
+    assert changes == {"steps": 7, "unlearning_rates": [0.1], "size": "base"}
+
+
+def test_settings_are_read_without_torch():
+    """The command line's help shows them, and has to be quick."""
+    code = "import sys, pyunlearn.study.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
