@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import tiny
 import torch
 from torch import nn
 from unlearning_runs import same, weights
@@ -159,9 +160,9 @@ def test_16_bit_weights_are_trained_through_float32_copies():
     assert (wide < 0.99).all()
 
 
-def test_rollback_restores_the_accepted_weights_of_a_model(story):
+def test_rollback_restores_the_accepted_weights_of_a_model():
     """Weights and their float32 copies return bit for bit; the optimizer's moments are cleared."""
-    for model in (story.fresh(), story.fresh().bfloat16()):
+    for model in (tiny.tiny_llama(60), tiny.tiny_llama(60).bfloat16()):
         state, start = TrainedWeights(model, 1e-3), weights(model)
         for _ in range(3):
             for p in model.parameters():
