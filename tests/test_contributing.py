@@ -14,9 +14,9 @@ import torch
 
 import pyunlearn
 from pyunlearn import methods, metrics, ops
+from pyunlearn.cli.options import assignments
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import METHODS, Method
-from pyunlearn.methods.options import parse_options
 from pyunlearn.ops import _backend, _kernels, reference
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def test_the_example_s_method_is_described_as_it_is(method):
     assert (name, needs, int(passes), source) == (f"`{new.name}`", ", ".join(new.needs), new.passes, new.source)
     assert formula.startswith(f"- `{new.name}`: ")
     assert new.options == {"delta": 2.0}
-    new.check(parse_options(["delta=3"]))
+    new.check(assignments(["delta=3"]))
     with pytest.raises(ArgumentError, match="delta"):
         new.check({"delta": -1.0})
 
