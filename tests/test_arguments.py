@@ -1,6 +1,7 @@
 """Every wrong argument of every public function gets one sentence, before anything is read, written or changed."""
 
 import inspect
+from typing import Any
 
 import pytest
 import tiny
@@ -18,11 +19,11 @@ class Odd:
     """An object that is nothing that an argument can be."""
 
 
-PATHS = [5, True, b"x", "a\0b", "", Odd(), ["a"]]
-MODELS = [3, True, None, [1], {}, Odd(), torch.nn.Linear(2, 2), "", "a\0b"]
-SOURCES = [3, True, Odd(), 1.5, b"x", [], [3], [None], {}, [{"texte": "a"}], "missing.jsonl", [""]]
-SWITCHES = ["yes", 0, 1, "true", Odd(), [True]]
-WRONG = {
+PATHS: list[Any] = [5, True, b"x", "a\0b", "", Odd(), ["a"]]
+MODELS: list[Any] = [3, True, None, [1], {}, Odd(), torch.nn.Linear(2, 2), "", "a\0b"]
+SOURCES: list[Any] = [3, True, Odd(), 1.5, b"x", [], [3], [None], {}, [{"texte": "a"}], "missing.jsonl", [""]]
+SWITCHES: list[Any] = ["yes", 0, 1, "true", Odd(), [True]]
+WRONG: dict[str, list[Any]] = {
     "model": MODELS,
     "original": [m for m in MODELS if m is not None],
     "reference_model": [m for m in MODELS if m is not None],
@@ -37,7 +38,7 @@ WRONG = {
     "progress": SWITCHES,
     "plot": SWITCHES,
 }
-FUNCTIONS = {"unlearn": pyunlearn.unlearn, "audit": pyunlearn.audit, "compare": pyunlearn.compare}
+FUNCTIONS: dict[str, Any] = {"unlearn": pyunlearn.unlearn, "audit": pyunlearn.audit, "compare": pyunlearn.compare}
 FUNCTIONS |= {name: edit.function for name, edit in edits.EDITS.items()}
 CASES = [
     pytest.param(name, argument, at, id=f"{name}-{argument}-{at}")

@@ -1,5 +1,7 @@
 """Wrong arguments of compare(): one sentence each, before anything is read or written."""
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -28,7 +30,7 @@ def compare(model, /, **options):
     return pyunlearn.compare(**(arguments | options))
 
 
-WRONG = [
+WRONG: list[Any] = [
     ({"methods": ["gaa"]}, ArgumentError, 'did you mean "ga"'),
     ({"methods": "ga"}, ArgumentError, "methods must be a list"),
     ({"methods": []}, ArgumentError, "methods must be a list"),

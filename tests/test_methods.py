@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pyunlearn.methods.options import parse_options
 
 from pyunlearn import methods
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import ALIASES, METHODS, OF_THE_LOOP, SYNONYMS, ga, npo, resolve, simnpo
-from pyunlearn.methods.options import parse_options
 
 FLOATS = {"allow_nan": False, "allow_infinity": False}
 rows = st.lists(

@@ -81,7 +81,7 @@ def test_a_loss_is_its_formula(name, side):
     def loss(*tensors):
         return method.loss(token_tensors(*tensors) if method.token else example_tensors(method, *tensors), {})
 
-    found = call(batch, loss, given, group_size=len(method.reads))
+    found = call(batch, loss, given, group_size=len(method.roles))
     assert likelihood.fused
     assert found.loss.item() == pytest.approx(right.item(), rel=digits)
     found = torch.autograd.grad(found.loss, list(model.parameters()))

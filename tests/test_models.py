@@ -11,7 +11,8 @@ from tokenizers.models import WordLevel
 
 from pyunlearn.data import Tokens, collate
 from pyunlearn.errors import ModelError
-from pyunlearn.models import Likelihood, context_length, load, unwrapped
+from pyunlearn.models import LanguageModel, Likelihood, load
+from pyunlearn.models.inspection import unwrapped
 from pyunlearn.ops import _backend
 
 V = 96
@@ -295,6 +296,10 @@ def test_a_model_without_a_head_is_refused():
 
 def test_context_length():
     """Positions where there are any, no limit for T5's relative ones."""
+
+    def context_length(model):
+        return LanguageModel.of(model, needs_tokenizer=False).context_length
+
     assert context_length(made(CAUSAL["gpt2"])) == 64
     assert context_length(made(BOTH["t5, tied"])) is None
     assert context_length(made(CAUSAL["bloom"])) is None

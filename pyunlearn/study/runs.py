@@ -52,7 +52,7 @@ def require_method(name: str) -> None:
     usable = [
         m.name
         for m in METHODS.values()
-        if m.reads == ("forget",) and m.kind in ("example", "token") and set(m.needs) <= {"reference"}
+        if m.roles == ("forget",) and m.kind in ("example", "token") and set(m.needs) <= {"reference"}
     ]
     if name not in usable:
         raise ArgumentError(f"method must be one that reads the forget text alone ({', '.join(usable)}), got {name!r}")
