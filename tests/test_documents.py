@@ -6,11 +6,11 @@ import inspect
 import json
 import re
 import shlex
+import sys
 from dataclasses import replace
 
 import pytest
 import tiny
-import sys
 import torch
 import typer
 from test_public import PACKAGES, ROOT
