@@ -288,7 +288,7 @@ def test_greedy_matches(name):
 
 def test_a_model_without_a_head_is_refused():
     """One sentence, with the mend."""
-    with pytest.raises(ModelError, match=r"has no language-model head.*AutoModelForCausalLM"):
+    with pytest.raises(ModelError, match=r"must have a language-model head, .*AutoModelForCausalLM"):
         Likelihood(tf.LlamaModel(tf.LlamaConfig(**KV)))
     with pytest.raises(ModelError, match="must be a transformers language model"):
         Likelihood(torch.nn.Linear(2, 2))
