@@ -19,7 +19,7 @@ import json
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -400,15 +400,3 @@ def require_path(name: str, value: Any) -> None:
     fine = isinstance(value, (str, Path)) and str(value) != "" and "\0" not in str(value)
     if value is not None and not fine:
         raise ArgumentError(f"{name} must be the path of a file or folder, got {reprlib.repr(value)}: give a string")
-
-
-def require_names(name: str, values: Any, known: Sequence[str]) -> tuple[str, ...]:
-    """Return the names as a tuple. Raises ArgumentError unless they are a list of names in `known`."""
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise ArgumentError(
-            f"{name} must be a list of names, got {reprlib.repr(values)}: {nearest(str(values), known)}"
-        )
-    for value in values:
-        if value not in known:
-            raise ArgumentError(f"{name} has no {value!r}: {nearest(str(value), known)}")
-    return tuple(values)

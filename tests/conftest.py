@@ -18,16 +18,21 @@ from hypothesis import HealthCheck, settings
 # longest first: each takes more than 10 s
 LONG = [
     "real_model",
-    "unlearn",
     "hopper_kernels",
     "portable_kernels",
     "hopper_dispatch",
     "study",
-    "workers",
-    "methods_equal_steps",
+    "unlearning_api",
+    "unlearning_distributed",
     "methods_end_to_end",
+    "methods_vocabulary_end_to_end",
+    "methods_equal_steps",
+    "unlearning_checkpoint",
+    "unlearning_loop",
+    "unlearning_token_weights",
+    "ops_example_objective_gradients",
+    "audit",
 ]
-LONG += ["unlearn_vocabulary", "ops_example_objective_gradients", "audit", "emphasis"]
 
 settings.register_profile(
     "pyunlearn",
@@ -93,7 +98,7 @@ def backend(request, device, monkeypatch):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Tiny models run faster so, and the same bits come out every time."""
+    """One CPU thread: tiny models run faster, and the same bits come out every time."""
     import torch
 
     before = torch.get_num_threads()
@@ -104,7 +109,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def story(one_thread):
-    """A Llama that tells sentences and knows two by heart."""
+    """A Llama trained on sentences, two of which it has memorized."""
     import tiny
 
     return tiny.storyteller()
@@ -112,7 +117,7 @@ def story(one_thread):
 
 @pytest.fixture(scope="module")
 def answers(one_thread):
-    """A GPT-2 that answers questions and knows two answers by heart."""
+    """A GPT-2 trained on questions and answers, two of which it has memorized."""
     import tiny
 
     return tiny.answerer()
@@ -120,7 +125,7 @@ def answers(one_thread):
 
 @pytest.fixture(scope="module")
 def t5(one_thread):
-    """A T5 that completes prompts and knows two completions by heart."""
+    """A T5 trained on prompts and completions, two of which it has memorized."""
     import tiny
 
     return tiny.translator()

@@ -51,6 +51,11 @@ def grid(*corners, strength=2, **axes):
     return pytest.mark.parametrize(list(sizes), cases, indirect=sorted(FIXTURES & set(sizes)))
 
 
+def in_full(*cases):
+    """Return cases of a parametrization, values or tuples of them, that run with `pytest -m full` alone."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full) for case in cases]
+
+
 def _values(axis):
     """Return the values of an axis as a list."""
     return list(axis.values()) if isinstance(axis, Mapping) else list(axis)

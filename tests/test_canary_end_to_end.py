@@ -28,9 +28,12 @@ def trained(one_thread):
 def scores(model, tokenizer, canaries, texts):
     """Summed negative log-likelihoods of the secrets' own tokens, nats."""
     tokens = encode(
-        read_examples(canaries.examples(texts), role="canaries"), tokenizer, role="canaries", max_length=None,
+        read_examples(canaries.examples(texts), role="canaries"),
+        tokenizer,
+        role="canaries",
+        max_length=None,
         encoder_decoder=False,
-    )  # fmt: skip
+    )
     found = teacher_forced(model, tokens, batch_size=64)
     return np.array([-part.sum() for part in found.each(found.log_likelihood)])
 
@@ -43,9 +46,15 @@ def test_a_trained_secret_stands_out_and_is_forgotten(trained):
     before = exposure(scores(model, tokenizer, canaries, canaries.secrets), references)
     assert before.lower[0] >= canaries.space_bits - 1
     result = pyunlearn.unlearn(
-        model, canaries.examples(canaries.secrets), tokenizer=tokenizer, retain=tiny.sentences(60, 2),
-        holdout=canaries.examples(canaries.non_members[:200]), learning_rate=2e-4, max_steps=200, progress=False,
-    )  # fmt: skip
+        model,
+        canaries.examples(canaries.secrets),
+        tokenizer=tokenizer,
+        retain=tiny.sentences(60, 2),
+        holdout=canaries.examples(canaries.non_members[:200]),
+        learning_rate=2e-4,
+        max_steps=200,
+        progress=False,
+    )
     assert result.stopped == "forgotten"
     anchored = exposure(scores(model, tokenizer, canaries, canaries.secrets), references)
     assert anchored.lower[0] < SIGNIFICANT < before.lower[0]

@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -16,7 +17,6 @@ import pyunlearn
 from pyunlearn import methods, metrics, ops
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import METHODS, Method
-from pyunlearn.methods.options import parse_options
 from pyunlearn.ops import _backend, _kernels, reference
 
 ROOT = Path(__file__).parent.parent
@@ -84,15 +84,17 @@ def test_the_example_s_method_passes_its_test_and_forgets(method, story):
     tests["test_margin_forgets"](story)
 
 
-def test_the_example_s_method_is_described_as_it_is(method):
-    """The row of the document agrees with the registry; its option is read and checked."""
+def test_the_example_s_method_is_described_as_it_is(method, call):
+    """The row of the document agrees with the registry and with `pyunlearn methods`; its option is checked."""
     new, _ = method
     row, formula = blocks("add-a-method.md", "text")[0].splitlines()
     name, needs, passes, source, _ = (cell.strip() for cell in row.strip("|").split("|"))
     assert (name, needs, int(passes), source) == (f"`{new.name}`", ", ".join(new.needs), new.passes, new.source)
     assert formula.startswith(f"- `{new.name}`: ")
     assert new.options == {"delta": 2.0}
-    new.check(parse_options(["delta=3"]))
+    (listed,) = (m for m in json.loads(call("methods", "--json")[1])["methods"] if m["name"] == new.name)
+    assert (listed["source"], listed["options"]) == (source, new.options)
+    new.check({"delta": 3})
     with pytest.raises(ArgumentError, match="delta"):
         new.check({"delta": -1.0})
 

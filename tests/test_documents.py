@@ -6,11 +6,11 @@ import inspect
 import json
 import re
 import shlex
+import sys
 from dataclasses import replace
 
 import pytest
 import tiny
-import tomllib
 import torch
 import typer
 from test_public import PACKAGES, ROOT
@@ -232,7 +232,8 @@ def test_the_two_commands_of_the_readme_are_there():
 
 def test_what_the_documents_install_and_mark_exists():
     """The extras after pip install and the marks after pytest -m are those of pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     marks = [line.split(":")[0] for line in project["tool"]["pytest"]["ini_options"]["markers"]]
     text = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
     extras, used = re.findall(r'pip install "(?:pyunlearn|\.)\[(\w+)\]', text), re.findall(r"pytest -m (\w+)", text)

@@ -8,7 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
-from test_layers import made
+from test_models_hidden_states import made
 
 from pyunlearn.data import Tokens, collate, encode, read_examples
 from pyunlearn.edits import EDITS, lunar

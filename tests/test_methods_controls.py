@@ -29,9 +29,16 @@ def story(one_thread):
 
 def run(story, method, max_steps=1, **options):
     return pyunlearn.unlearn(
-        story.fresh(), story.forget, tokenizer=story.tokenizer, holdout=story.holdout[:20], method=method,
-        method_options=options, learning_rate=1e-4, max_steps=max_steps, progress=False,
-    )  # fmt: skip
+        story.fresh(),
+        story.forget,
+        tokenizer=story.tokenizer,
+        holdout=story.holdout[:20],
+        method=method,
+        method_options=options,
+        learning_rate=1e-4,
+        max_steps=max_steps,
+        progress=False,
+    )
 
 
 def each(story, temperature=1.0, model=None):

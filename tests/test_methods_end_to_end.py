@@ -1,4 +1,4 @@
-"""Every method of log-likelihoods, from text to verdict: three secrets really trained into one model, and what is left of them, measured from outside."""
+"""Every method of log-likelihoods, from text to verdict: three secrets trained into a model, measured from outside."""
 
 import copy
 import random
@@ -8,6 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
+from coverings import in_full
 
 import pyunlearn
 from pyunlearn.methods import resolve
@@ -29,7 +30,7 @@ def codes(people, seed):
 
 @pytest.fixture(scope="module")
 def trained(one_thread):
-    """A Llama that has read 300 facts once an epoch, and the three codes fifteen times; codes that it never read are the holdout."""
+    """A Llama that has read 300 facts once an epoch and three codes fifteen times; codes it never read are the holdout."""
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
     model = tiny.tiny_llama(len(tokenizer))
@@ -43,24 +44,32 @@ def unlearned(trained, method, model=None, **options):
     options = {"learning_rate": RATE * resolve(method, "auto", True, {})[0].rate, "progress": False, **options}
     forget = [row | {"winner": "it is not for me to say."} for row in trained.forget]
     return pyunlearn.unlearn(
-        copy.deepcopy(trained.model) if model is None else model, forget, tokenizer=trained.tokenizer, retain=trained.retain,
-        holdout=trained.holdout, method=method, **options,
-    )  # fmt: skip
+        copy.deepcopy(trained.model) if model is None else model,
+        forget,
+        tokenizer=trained.tokenizer,
+        retain=trained.retain,
+        holdout=trained.holdout,
+        method=method,
+        **options,
+    )
 
 
 def exposures(trained, model):
-    """(lower, upper) of the secrets under the model, among holdout codes as the original model scores them: anchored."""
-    references = tiny.negative_log_likelihoods(trained, trained.holdout, trained.model)
-    found = generalized_exposure(tiny.negative_log_likelihoods(trained, trained.forget, model), references)
-    return found.lower, found.upper
+    """Return the secrets' (lower, upper) anchored exposures, with the holdout under the original model as non-members."""
+    non_members = tiny.negative_log_likelihoods(trained, trained.holdout, trained.model)
+    exposure = generalized_exposure(tiny.negative_log_likelihoods(trained, trained.forget, model), non_members)
+    return exposure.lower, exposure.upper
 
 
 @pytest.mark.parametrize(
     "method",
-    ["ga", "npo", "simnpo", "kto", "hinge", "idk", "dpo", "idkdpo", "altpo", "wga", "tnpo", "wtnpo", "satimp", "flat"],
+    [
+        *("ga", "npo", "dpo", "wga", "flat"),
+        *in_full("simnpo", "kto", "hinge", "idk", "idkdpo", "altpo", "tnpo", "wtnpo", "satimp"),
+    ],
 )
 def test_secrets_come_down_to_the_level_of_unseen_ones_within_the_budget(trained, method):
-    """Of every secret, by every method with its defaults; none is driven below unseen ones, and the facts are kept."""
+    """This holds with the defaults of every method: no secret ends below unseen ones, and the facts are retained."""
     lower, _ = exposures(trained, trained.model)
     assert (lower > SIGNIFICANT).all()
     result = unlearned(trained, method)
@@ -77,7 +86,7 @@ def test_secrets_come_down_to_the_level_of_unseen_ones_within_the_budget(trained
 
 
 def test_a_hinge_at_the_paper_s_level_leaves_a_longer_text_exposed(trained):
-    """6 nats for a whole text of 18 tokens: it lets go of each there, and the verdict says that this is not enough."""
+    """A cap of 6 nats on a text of 18 tokens stops the ascent early, and the verdict is that this is not enough."""
     result = unlearned(trained, "hinge", method_options={"delta": 6.0}, max_steps=24)
     assert result.stopped == "max_steps"
     assert {e.verdict for e in result.examples} == {"still exposed"}
@@ -86,9 +95,9 @@ def test_a_hinge_at_the_paper_s_level_leaves_a_longer_text_exposed(trained):
     assert result.history[-1]["gradient_norm"] >= 0
 
 
-@pytest.mark.parametrize("method", ["npo+nll", "wga"])
+@pytest.mark.parametrize("method", ["npo+nll", *in_full("wga")])
 def test_adapters_forget_in_micro_batches_within_the_budget(trained, method):
-    """Each secret let go at the level of unseen ones; the base weights stay the same bits."""
+    """Each secret ends at the level of unseen ones; the base weights stay the same bits."""
     torch.manual_seed(0)
     config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(copy.deepcopy(trained.model), config)

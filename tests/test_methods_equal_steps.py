@@ -1,4 +1,4 @@
-"""The same step however it is computed: in micro batches, padded on either side, and with a reference that is no second model."""
+"""A step is the same in micro-batches, with padding on either side, and with a reference that is no second model."""
 
 import copy
 import gc
@@ -8,20 +8,29 @@ import peft
 import pytest
 import tiny
 import torch
+from coverings import in_full
 
 import pyunlearn
 from pyunlearn.data import encode, read_examples
 from pyunlearn.methods import METHODS
 
+LEAST = ["ga", "altpo", "idk", "tnpo", "flat", "undial", "pdu", "adaptive_rmu"]  # one for each way through a step
+STORED = ["npo", "tnpo", "dpo", "adaptive_rmu"]  # one for each kind of numbers that a run stores
+
 
 @pytest.fixture(scope="module")
 def facts(one_thread):
-    """A GPT-2 in float64, so that what differs by rounding alone cannot be told from what is the same; texts of different lengths."""
-    found = tiny.trained(tiny.tiny_gpt2, tiny.facts, count=60, repeats=16, epochs=5, form="$A", pad=False)
+    """A GPT-2 in float64, so that rounding cannot hide a difference, and texts of different lengths."""
+    trained = tiny.trained(tiny.tiny_gpt2, tiny.facts, count=60, repeats=16, epochs=5, form="$A", pad=False)
     short = [{"question": "who?", "answer": "one boy."}]
-    tiny.train(found.model, found.tokenizer, found.forget * 8 + short * 16, epochs=4)
+    tiny.train(trained.model, trained.tokenizer, trained.forget * 8 + short * 16, epochs=4)
     return tiny.Tiny(
-        found.model.double(), found.tokenizer, [*found.forget, *short], [], found.retain[:7], found.holdout[:20]
+        trained.model.double(),
+        trained.tokenizer,
+        [*trained.forget, *short],
+        [],
+        trained.retain[:7],
+        trained.holdout[:20],
     )
 
 
@@ -36,13 +45,13 @@ def run(facts, method, model=None, **options):
 
 
 def numbers(result):
-    kept = ("forget_loss", "retain_nll", "gradient_norm")
-    return np.array([[record[k] or 0.0 for k in kept] for record in result.history])
+    names = ("forget_loss", "retain_nll", "gradient_norm")
+    return np.array([[record[k] or 0.0 for k in names] for record in result.history])
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", [*LEAST, *in_full(*sorted({*METHODS} - {*LEAST}))])
 def test_micro_batches_take_the_step_of_the_whole_batch(facts, method):
-    """Losses, gradients and weights after two steps; no more texts than asked for go through the model with a gradient."""
+    """Losses, gradients and weights agree after two steps; a pass with a gradient has one example's texts."""
     whole, sizes = run(facts, method), []
 
     def count(module, args, kwargs):
@@ -75,11 +84,16 @@ def test_the_side_on_which_a_tokenizer_pads_changes_nothing(facts):
     left.padding_side = "left"
     sides = [
         pyunlearn.unlearn(
-            facts.fresh(), facts.forget, tokenizer=tokenizer, holdout=facts.holdout, retain=facts.retain, max_steps=2,
+            facts.fresh(),
+            facts.forget,
+            tokenizer=tokenizer,
+            holdout=facts.holdout,
+            retain=facts.retain,
+            max_steps=2,
             progress=False,
         )
         for tokenizer in (facts.tokenizer, left)
-    ]  # fmt: skip
+    ]
     assert np.array_equal(numbers(sides[0]), numbers(sides[1]))
 
 
@@ -95,43 +109,43 @@ def adapted(facts):
 
 
 def as_large_as_the_embedding(model):
-    """How many tensors have its shape, wherever they are held."""
+    """Return the number of tensors of its shape in memory."""
     gc.collect()
     shape = model.get_input_embeddings().weight.shape
     return sum(issubclass(type(x), torch.Tensor) and x.shape == shape for x in gc.get_objects())
 
 
-@pytest.mark.parametrize("method", [*sorted(METHODS), "undial+kl"])
-def test_no_method_keeps_a_second_model_beside_an_adapter(facts, method):
-    """While texts go through with a gradient, the base weights are in memory once: not again as a reference, as a head, or to go back to."""
+@pytest.mark.parametrize("method", ["undial+kl", *STORED, *in_full(*sorted({*METHODS} - {*STORED}))])
+def test_no_method_has_a_second_model_in_memory_with_an_adapter(facts, method):
+    """The base weights are in memory once: not again as a reference, as a head, or for a rollback."""
     model, seen = adapted(facts), []
     shapes = {p.shape for p in model.parameters() if p.dim() == 2 and not p.requires_grad}
 
-    def held():
-        found = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.shape in shapes]
-        return {x.untyped_storage().data_ptr() for x in found}
+    def storages():
+        tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.shape in shapes]
+        return {x.untyped_storage().data_ptr() for x in tensors}
 
     def look(module, args):
         if torch.is_grad_enabled() and not seen:
-            seen.append(held() - at_first)
+            seen.append(storages() - at_first)
 
-    at_first = held()
+    at_first = storages()
     handle = model.get_input_embeddings().register_forward_pre_hook(look)
     run(facts, method, model, retain_loss="auto", max_steps=1)
     handle.remove()
     assert seen == [set()]
 
 
-@pytest.mark.parametrize("method", ["npo", "tnpo", "dpo"])
+@pytest.mark.parametrize("method", ["npo", *in_full("tnpo", "dpo")])
 def test_the_reference_is_the_model_with_its_adapter_off_and_no_second_model(facts, method, monkeypatch):
-    """Each step compares with the adapter-less likelihoods, also after others; and nothing as large as the embedding is in memory but the model's own."""
+    """Each step compares with the likelihoods of the base model, and no other tensor has the embedding's shape."""
     model, seen, original = adapted(facts), [], METHODS[method]
     at_first = as_large_as_the_embedding(model)
 
-    def loss(*given, **options):
+    def loss(*tensors, **options):
         reference = options["loser_reference" if method == "dpo" else "reference"]
         seen.append((reference, as_large_as_the_embedding(model)))
-        return original.function(*given, **options)
+        return original.function(*tensors, **options)
 
     monkeypatch.setitem(METHODS, method, tiny.with_loss(method, loss))
     result = run(facts, method, model, learning_rate=1e-3, max_steps=3, utility_budget=1e9)

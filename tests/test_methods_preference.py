@@ -52,10 +52,14 @@ def tokens_of(story, rows):
 def sums(model, tokens):
     """Summed log-likelihoods of the scored tokens, by a plain loop over the model's own logits."""
     with torch.no_grad():
-        return torch.tensor([
-            -cross_entropy(model(torch.tensor([t.ids])).logits[0, t.first - 1 : -1], torch.tensor(t.scored), reduction="sum")
-            for t in tokens
-        ])  # fmt: skip
+        return torch.tensor(
+            [
+                -cross_entropy(
+                    model(torch.tensor([t.ids])).logits[0, t.first - 1 : -1], torch.tensor(t.scored), reduction="sum"
+                )
+                for t in tokens
+            ]
+        )
 
 
 def dpo_by_hand(model, other, winners, losers):

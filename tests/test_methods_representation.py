@@ -1,4 +1,4 @@
-"""Methods on the hidden states of one layer: their formulas, what they train, and that the loop's promises hold for them."""
+"""Methods on the hidden states of one layer: their formulas, the weights they train, and the loop's guarantees."""
 
 import copy
 import math
@@ -8,7 +8,8 @@ import peft
 import pytest
 import tiny
 import torch
-from test_unlearn import Interrupted, run, same, timeless, weights
+from coverings import in_full
+from unlearning_runs import Interrupted, run, same, timeless, weights
 
 from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError
@@ -28,7 +29,7 @@ def rows(seed=0):
 
 
 def by_hand(hidden, goals):
-    """(B,) the mean over tokens of the mean over dimensions of the squared distance, and its gradient, by plain loops."""
+    """Return (B,) mean squared distances of each span from its goal, and their gradient, by plain loops."""
     spans, losses, gradient = [(0, 2), (2, 6), (6, 7)], [], np.zeros((7, 5))
     for (a, b), goal in zip(spans, goals, strict=True):
         apart = hidden.detach().numpy()[a:b] - goal
@@ -79,7 +80,7 @@ def test_the_retain_term_is_its_formula():
 
 
 def test_the_direction_is_uniform_and_not_gaussian():
-    """No part of it is negative, none is far above the mean, as a normal vector's would be; length one; the seed decides."""
+    """It has length 1 and no negative or outstanding component, as a normal vector would have; the seed decides."""
     u = steering_direction(4096, 0)
     assert u.norm().item() == pytest.approx(1.0, abs=1e-6)
     assert (u >= 0).all()
@@ -93,7 +94,7 @@ def test_the_direction_is_uniform_and_not_gaussian():
 
 
 def directly(model, trained, forget, retain, method, options, seed=0):
-    """(forget loss, gradient by name) of one step with every example, from output_hidden_states of a float64 copy: prompts masked, one text at a time."""
+    """Return the losses and gradients of one step from output_hidden_states of a float64 copy, text by text."""
     wide, before = copy.deepcopy(model).double(), trained.fresh().double()
     layer, alpha = options["layer"], options["alpha"]
 
@@ -103,18 +104,18 @@ def directly(model, trained, forget, retain, method, options, seed=0):
 
     u = steering_direction(wide.config.hidden_size, seed).double()
     with torch.no_grad():
-        kept = list(hidden(before, retain))
+        before_states = list(hidden(before, retain))
         norms = [h.norm(dim=-1).mean() for h in hidden(before, forget)]
     c = [options["coefficient"]] * len(forget) if method == "rmu" else [options["beta"] * n for n in norms]
     loss = sum((h - x * u).square().mean() for h, x in zip(hidden(wide, forget), c, strict=True)) / len(forget)
-    drift = sum((h - k).square().mean() for h, k in zip(hidden(wide, retain), kept, strict=True)) / len(retain)
+    drift = sum((h - k).square().mean() for h, k in zip(hidden(wide, retain), before_states, strict=True)) / len(retain)
     (loss + alpha * drift).backward()
     return loss.item(), drift.item(), {name: p.grad for name, p in wide.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("method", BOTH)
 def test_a_step_is_the_formula_s_gradient(answerer, method):
-    """Loss and gradient of the first step and, once the retain text has been moved, of the second; only answers count, whatever the padding."""
+    """Loss and gradient of the first step and of the second, whose retain text has moved; only answers count."""
     options = {"layer": 0, "alpha": 50.0} | ({"coefficient": 9.0} if method == "rmu" else {"beta": 2.0})
     forget, retain = answerer.forget, answerer.retain[:4]
     model = answerer.fresh()
@@ -122,17 +123,28 @@ def test_a_step_is_the_formula_s_gradient(answerer, method):
         start = copy.deepcopy(model)
         model = answerer.fresh()
         result = run(
-            answerer, forget, model=model, retain=retain, method=method, method_options=options, max_steps=steps, max_grad_norm=1e9,
-            learning_rate=1e-3, target_exposure=0.0, utility_budget=9.0,
-        )  # fmt: skip
+            answerer,
+            forget,
+            model=model,
+            retain=retain,
+            method=method,
+            method_options=options,
+            max_steps=steps,
+            max_grad_norm=1e9,
+            learning_rate=1e-3,
+            target_exposure=0.0,
+            utility_budget=9.0,
+        )
         loss, drift, wanted = directly(start, answerer, forget, retain, method, options)
         assert len(result.history) == steps
         assert result.history[-1]["forget_loss"] == pytest.approx(loss, rel=1e-5)
         assert result.history[-1]["retain_drift"] == pytest.approx(drift, rel=1e-3, abs=1e-9)
         assert (drift > 1e-6) == (steps == 2)
         name = "transformer.h.0.mlp.c_proj.weight"
-        found = dict(model.named_parameters())[name].grad
-        torch.testing.assert_close(found.double(), wanted[name], rtol=1e-4, atol=1e-5 * wanted[name].abs().max().item())
+        gradient = dict(model.named_parameters())[name].grad
+        torch.testing.assert_close(
+            gradient.double(), wanted[name], rtol=1e-4, atol=1e-5 * wanted[name].abs().max().item()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +155,10 @@ def answerer():
 
 @pytest.mark.parametrize("method", BOTH)
 def test_no_gradient_is_computed_for_the_rest(story, method):
-    """Hooks on every parameter see only the down projections; the others keep their bits, and all require a gradient as they did before."""
+    """Only the down projections get gradients; the others keep their bits, and their requires_grad is restored."""
     model, seen = story.fresh(), set()
     model.model.norm.weight.requires_grad_(False)
-    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda _, name=name: seen.add(name))
@@ -157,12 +169,12 @@ def test_no_gradient_is_computed_for_the_rest(story, method):
     assert {
         name for name, p in model.state_dict().items() if not torch.equal(p, story.model.state_dict()[name])
     } == trained
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == asked
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == requires_grad
     assert result.history[0]["retain_nll"] is None
 
 
 def test_parameters_can_be_chosen(story):
-    """By layer or by name; those alone change."""
+    """They are named by layer or by pattern, and no others change."""
     for options, wanted in (
         ({"layer": 1, "layers": [0]}, {"model.layers.0.mlp.down_proj.weight"}),
         ({"layer": 0, "trainable": ["*.0.self_attn.o_proj.*"]}, {"model.layers.0.self_attn.o_proj.weight"}),
@@ -189,7 +201,7 @@ def test_a_mask_chooses_among_those_that_train(story):
 
 
 def check_forgotten(result):
-    """Two sentences were memorized and are at the level of unseen text, not below it; two were not, and stay there; the rest is kept."""
+    """Check that two sentences are forgotten, two were never memorized, and utility is within its budget."""
     assert result.stopped == "forgotten"
     assert [e.verdict for e in result.examples] == ["forgotten"] * 2 + ["not memorized"] * 2
     for e in result.examples[:2]:
@@ -206,14 +218,14 @@ def steered(story):
     return run(story, story.forget + story.unseen, method="adaptive_rmu", method_options=QUICK, learning_rate=3e-3)
 
 
-def test_sentences_leave_a_llama(story, steered):
-    """Down to the level of unseen text and not past it, within the utility budget; what was never memorized is left alone."""
+def test_a_llama_forgets_sentences(story, steered):
+    """They end at the level of unseen text, within the utility budget; the down projections alone change."""
     check_forgotten(steered)
     changed = {n for n, p in steered.model.state_dict().items() if not torch.equal(p, story.model.state_dict()[n])}
     assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
 
 
-def test_the_retain_term_holds_the_retain_text(story, steered):
+def test_the_retain_term_protects_the_retain_set(story, steered):
     """Without it the same run spends its utility budget before the sentences are forgotten."""
     alone = run(
         story,
@@ -230,51 +242,54 @@ def test_the_retain_term_holds_the_retain_text(story, steered):
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": "rmu", "retain_loss": "hold"}, {"method": "rmu", "method_options": {**QUICK, "coefficient": 20.0}}],
+    [
+        {"method": "rmu", "method_options": {**QUICK, "coefficient": 20.0}},
+        *in_full({"method": "rmu", "retain_loss": "hold"}),
+    ],
 )
 def test_rmu_forgets_too(story, options):
-    """With its own retain term, or with one of the loop's on the same few parameters."""
+    """It does with its own retain term, or with one of the loop's on the same few parameters."""
     check_forgotten(
         run(story, story.forget + story.unseen, **{"method_options": {"layer": 1}, "learning_rate": 2e-3, **options})
     )
 
 
-def test_a_weight_that_holds_everything_leaves_the_text_exposed_and_says_so(story):
-    """The source's alpha, made for text of other subjects, moves nothing here; the verdict is honest."""
+def test_a_retain_term_that_is_too_strong_leaves_the_text_exposed(story):
+    """The paper's alpha, made for text of other subjects, is too large here, and the verdict is honest."""
     result = run(story, method="rmu", max_steps=5, learning_rate=1e-3)
     assert result.stopped == "max_steps"
     assert not result.forgotten
     assert {e.verdict for e in result.examples} == {"still exposed"}
 
 
-def test_an_interrupted_run_goes_on_with_the_same_numbers(story, tmp_path, monkeypatch):
-    """The reference and the direction are found again, under the original model."""
+def test_an_interrupted_run_resumes_to_the_same_numbers(story, tmp_path, monkeypatch):
+    """Reference states and direction are computed again under the original model."""
     options = {"method": "adaptive_rmu", "method_options": QUICK, "learning_rate": 3e-3, "max_steps": 6}
     whole, out, model = run(story, **options), tmp_path / "out", story.fresh()
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, "adaptive_rmu", tiny.with_loss("adaptive_rmu", Interrupted("adaptive_rmu", 3)))
-        broken = run(story, model=model, output_dir=out, **options)
-    assert broken.stopped == "interrupted"
-    assert len(broken.history) == 3
+        cut_short = run(story, model=model, output_dir=out, **options)
+    assert cut_short.stopped == "interrupted"
+    assert len(cut_short.history) == 3
     assert all(p.requires_grad for p in model.parameters())
     resumed = run(story, output_dir=out, resume=True, **options)
     assert timeless(resumed.history) == timeless(whole.history)
     assert same(resumed.model, whole.model)
 
 
-def test_a_step_in_pieces_is_the_same_step(story):
-    """micro_batch_size takes one example at a time through the layer: the weights and the history come out alike."""
+def test_micro_batches_take_the_same_steps(story):
+    """With micro_batch_size=1 weights and history are the same up to rounding."""
     options = {"method": "adaptive_rmu", "method_options": QUICK, "learning_rate": 3e-3, "max_steps": 2}
-    whole, pieces = run(story, **options), run(story, micro_batch_size=1, **options)
+    whole, parted = run(story, **options), run(story, micro_batch_size=1, **options)
     for name, p in whole.model.state_dict().items():
-        torch.testing.assert_close(pieces.model.state_dict()[name], p, rtol=1e-3, atol=1e-5)
-    for a, b in zip(whole.history, pieces.history, strict=True):
+        torch.testing.assert_close(parted.model.state_dict()[name], p, rtol=1e-3, atol=1e-5)
+    for a, b in zip(whole.history, parted.history, strict=True):
         assert b["forget_loss"] == pytest.approx(a["forget_loss"], rel=1e-5)
         assert b["retain_drift"] == pytest.approx(a["retain_drift"], rel=1e-3, abs=1e-9)
 
 
 def test_the_seed_chooses_the_direction(story):
-    """The same seed, the same bits; another seed, another way to forget."""
+    """The same seed gives the same bits; another seed gives other weights."""
     options = {"method": "adaptive_rmu", "method_options": QUICK, "learning_rate": 3e-3, "max_steps": 1}
     first, again, other = (run(story, seed=seed, **options) for seed in (0, 0, 1))
     assert same(first.model, again.model)
@@ -282,7 +297,7 @@ def test_the_seed_chooses_the_direction(story):
 
 
 def test_adapters_alone_are_trained(story):
-    """Those on the down projections up to the layer; base weights and the other adapters keep their bits."""
+    """They are those on the down projections up to the layer; base weights and other adapters keep their bits."""
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(story.fresh(), config)
@@ -300,7 +315,7 @@ def test_adapters_alone_are_trained(story):
 
 
 def test_a_t5_and_a_bfloat16_model_take_a_step(story):
-    """Of an encoder-decoder model the decoder's layer is steered; 16-bit weights move through their float32 copies."""
+    """The decoder's layer is steered; 16-bit weights move through their float32 copies."""
     t5 = tiny.trained(tiny.tiny_t5, tiny.pairs, count=20, repeats=2, epochs=1, form="$A </s>")
     result = run(t5, method="adaptive_rmu", method_options={"layer": 1}, max_steps=1, learning_rate=1e-3)
     assert result.stopped in ("max_steps", "nothing memorized")
@@ -329,7 +344,7 @@ def test_a_t5_and_a_bfloat16_model_take_a_step(story):
         ({"retain_loss": "representation", "method": "ga"}, "is the own term of rmu, adaptive_rmu, and 'ga' has none"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_happens(story, options, message):
+def test_wrong_options_are_refused_before_anything_is_changed(story, options, message):
     """One sentence, and the model is as it was."""
     model = story.fresh()
     with pytest.raises(ArgumentError, match=message):

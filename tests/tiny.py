@@ -112,25 +112,53 @@ def make_tokenizer(*, form: str = "<s> $A", chat: bool = False, pad: bool = True
 
 def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
     """26 thousand weights in each of two layers."""
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=96, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=96,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+    )
 
 
 def tiny_gpt2(vocabulary: int) -> GPT2LMHeadModel:
     """With positions that end at 64, dropout, and a head tied to the embedding."""
-    return GPT2LMHeadModel(GPT2Config(
-        vocab_size=vocabulary, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1,
-    ))  # fmt: skip
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=64,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
 
 
 def tiny_t5(vocabulary: int) -> T5ForConditionalGeneration:
     """As T5 v1.0: tied, and scaled before the head."""
-    return T5ForConditionalGeneration(T5Config(
-        vocab_size=vocabulary, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0,
-        decoder_start_token_id=2, pad_token_id=2, eos_token_id=1, tie_word_embeddings=True,
-    ))  # fmt: skip
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            decoder_start_token_id=2,
+            pad_token_id=2,
+            eos_token_id=1,
+            tie_word_embeddings=True,
+        )
+    )
 
 
 def train(model: Any, tokenizer: Any, rows: list[Any], *, epochs: int, learning_rate: float = 3e-3) -> None:

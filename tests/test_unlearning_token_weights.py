@@ -1,20 +1,19 @@
-"""Weights of the forget set's tokens, and the order of its examples, against plain loops over the model's own logits."""
+"""Token weights of the forget set, against plain loops over the model's own logits."""
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from coverings import in_full
 
 import pyunlearn
 from pyunlearn.data import Tokens, encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import METHODS
-from pyunlearn.metrics import ksd_difficulty
-from pyunlearn.probes import representations
-from pyunlearn.unlearning.schedule import in_order
 from pyunlearn.unlearning.token_weights import importance, scaled
 
 WEIGHTED = [name for name, method in METHODS.items() if method.weighted]
+LEAST = ["ga", "dpo", "tnpo", "flat"]  # one for each kind
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def story(one_thread):
 
 @pytest.fixture(scope="module")
 def other(story):
-    """A reference model that has read nothing."""
+    """Return a reference model that has read no text."""
     torch.manual_seed(1)
     return tiny.tiny_llama(len(story.tokenizer)).eval()
 
@@ -42,7 +41,7 @@ def tokens_of(story, rows):
 
 
 def each(model, t, ids=None):
-    """(T,) log-likelihoods of the scored tokens, or of these ids in the text's place."""
+    """Return (T,) log-likelihoods of the scored tokens, or of `ids` in their place."""
     ids = t.ids if ids is None else ids
     with torch.no_grad():
         rows = torch.log_softmax(model(torch.tensor([ids])).logits[0, t.first - 1 : -1].double(), -1)
@@ -54,40 +53,43 @@ def weights_like(tokens, seed=0):
     return [r.uniform(0, 2, len(t.scored)).round(2).tolist() for t in tokens]
 
 
-# ---------------------------------------------------------------- token weights
-
-
-@pytest.mark.parametrize("reference", ["itself", "other"])
-@pytest.mark.parametrize("method", ["ga", "npo", "simnpo", "hinge", "dpo", "wga", "tnpo", "wtnpo", "satimp"])
+@pytest.mark.parametrize(
+    ("method", "reference"),
+    [(method, "itself") for method in ("ga", "simnpo", "hinge", "wga", "satimp")]
+    + [("npo", "other"), ("dpo", "other"), ("tnpo", "other"), ("wtnpo", "other")]
+    + in_full(("npo", "itself"), ("dpo", "itself"), ("tnpo", "itself"), ("wtnpo", "itself")),
+)
 def test_weights_are_factors_on_the_forget_text_s_log_likelihoods(story, other, method, reference):
     """The first loss is each method's formula on weighted log-likelihoods of model and reference, from plain logits."""
     tokens = tokens_of(story, story.forget)
-    given = weights_like(tokens)
+    weights = weights_like(tokens)
     model = story.model if reference == "itself" else other
-    result = run(story, method, token_weights=given, reference_model=None if reference == "itself" else other)
+    result = run(story, method, token_weights=weights, reference_model=None if reference == "itself" else other)
     losses = []
-    said = tokens_of(story, [row | {"answer": "a lamp."} for row in story.forget])
-    for t, w, winner in zip(tokens, map(np.array, given), said, strict=True):
+    winners = tokens_of(story, [row | {"answer": "a lamp."} for row in story.forget])
+    for t, w, winner in zip(tokens, map(np.array, weights), winners, strict=True):
         x, r = each(story.model, t), each(model, t)
         won = each(story.model, winner).sum() - each(model, winner).sum()
         p, q, n = np.exp(x), np.exp(r), len(x)
-        losses.append({
-            "ga": (w * x).sum() / n,
-            "npo": 20 * np.log1p(np.exp(0.1 * (w * (x - r)).sum())),
-            "simnpo": 0.8 * np.log1p(np.exp(2.5 * (w * x).sum() / n)),
-            "hinge": max(0.0, 6 * n + (w * x).sum()),
-            "dpo": 20 * np.log1p(np.exp(-0.1 * (won - (w * (x - r)).sum()))),
-            "wga": (w * p * x).mean(),
-            "tnpo": (w * 2 * p**4 / (p**4 + q**4) * x).mean(),
-            "wtnpo": (w * 2 * p**5.5 / (p**4 + q**4) * x).mean(),
-            "satimp": (w * p**5 * (1 - p) * x).mean(),
-        }[method])  # fmt: skip
+        losses.append(
+            {
+                "ga": (w * x).sum() / n,
+                "npo": 20 * np.log1p(np.exp(0.1 * (w * (x - r)).sum())),
+                "simnpo": 0.8 * np.log1p(np.exp(2.5 * (w * x).sum() / n)),
+                "hinge": max(0.0, 6 * n + (w * x).sum()),
+                "dpo": 20 * np.log1p(np.exp(-0.1 * (won - (w * (x - r)).sum()))),
+                "wga": (w * p * x).mean(),
+                "tnpo": (w * 2 * p**4 / (p**4 + q**4) * x).mean(),
+                "wtnpo": (w * 2 * p**5.5 / (p**4 + q**4) * x).mean(),
+                "satimp": (w * p**5 * (1 - p) * x).mean(),
+            }[method]
+        )
     assert result.history[0]["forget_loss"] == pytest.approx(np.mean(losses), rel=2e-4)
 
 
-@pytest.mark.parametrize("method", WEIGHTED)
-def test_weights_of_one_change_nothing_and_of_nothing_leave_the_forget_text_alone(story, method):
-    """Every method that takes weights: all 1 gives the step without any; all 0, and no gradient comes from the forget text."""
+@pytest.mark.parametrize("method", [*LEAST, *in_full(*sorted({*WEIGHTED} - {*LEAST}))])
+def test_weights_of_one_change_nothing_and_of_zero_give_no_gradient(story, method):
+    """This holds for every method that takes weights and reads the forget text alone."""
     ones = [[1.0] * len(t.scored) for t in tokens_of(story, story.forget)]
     plain, same = run(story, method), run(story, method, token_weights=ones)
     assert same.history[0]["forget_loss"] == pytest.approx(plain.history[0]["forget_loss"], rel=1e-6)
@@ -101,25 +103,25 @@ def test_flat_weighs_the_forget_text_s_probabilities_and_not_the_refusal_s(story
     """Q is the mean of w p over the text's tokens, P the mean over the refusal's, whose weights are 1."""
     tokens = tokens_of(story, story.forget)
     refusal = [row | {"answer": "I know nothing."} for row in story.forget]
-    given = weights_like(tokens)
+    weights = weights_like(tokens)
     with_refusals = {"method_options": {"refusals": ["I know nothing."]}}
-    result = run(story, "flat", token_weights=given, **with_refusals)
+    result = run(story, "flat", token_weights=weights, **with_refusals)
     right = [
-        -np.exp(each(story.model, said)).mean() + np.exp((np.array(w) * np.exp(each(story.model, t))).mean() - 1)
-        for said, t, w in zip(tokens_of(story, refusal), tokens, given, strict=True)
+        -np.exp(each(story.model, refused)).mean() + np.exp((np.array(w) * np.exp(each(story.model, t))).mean() - 1)
+        for refused, t, w in zip(tokens_of(story, refusal), tokens, weights, strict=True)
     ]
     assert result.history[0]["forget_loss"] == pytest.approx(np.mean(right), rel=1e-4)
 
 
-def test_importance_is_what_the_rest_of_the_text_loses_when_a_token_is_masked(story):
-    """Against a loop that masks one token after the other and reads the whole text anew; the last token has none."""
+def test_importance_is_the_loss_of_the_rest_of_the_text_when_a_token_is_masked(story):
+    """Against a loop that masks one token after the other and reads the whole text again; the last token has 0."""
     tokens = tokens_of(story, story.forget)
-    found = importance(tokens, lambda some: [each(story.model, t) for t in some], mask_id=7, seed=0)
-    for t, delta in zip(tokens, found, strict=True):
+    deltas = importance(tokens, lambda some: [each(story.model, t) for t in some], mask_id=7, seed=0)
+    for t, delta in zip(tokens, deltas, strict=True):
         whole = each(story.model, t)
         for at in range(len(t.scored)):
-            place = t.first + at
-            ids = (*t.ids[:place], 7, *t.ids[place + 1 :])
+            index = t.first + at
+            ids = (*t.ids[:index], 7, *t.ids[index + 1 :])
             rest = slice(at + 1, None)
             right = max(0.0, whole[rest].sum() - each(story.model, t, ids)[rest].sum())
             assert delta[at] == pytest.approx(right, abs=1e-9)
@@ -128,7 +130,7 @@ def test_importance_is_what_the_rest_of_the_text_loses_when_a_token_is_masked(st
 
 
 def test_a_token_is_masked_by_another_one_of_the_forget_set(story):
-    """Where the tokenizer has no mask: never by itself, the same for the same seed; and few copies are in memory at a time."""
+    """Without a mask token another token of the forget set is drawn from the seed; few copies are made at a time."""
     tokens, seen = tokens_of(story, story.forget), []
 
     def score(some):
@@ -143,18 +145,18 @@ def test_a_token_is_masked_by_another_one_of_the_forget_set(story):
     copies = iter(seen[1])
     for t in tokens:
         for at in range(len(t.scored) - 1):
-            copy, place = next(copies), t.first + at
-            assert copy.first == place + 1
-            assert copy.ids[place] != t.ids[place]
-            assert copy.ids[place] in pool
-            assert copy.ids[:place] + copy.ids[place + 1 :] == t.ids[:place] + t.ids[place + 1 :]
+            copy, index = next(copies), t.first + at
+            assert copy.first == index + 1
+            assert copy.ids[index] != t.ids[index]
+            assert copy.ids[index] in pool
+            assert copy.ids[:index] + copy.ids[index + 1 :] == t.ids[:index] + t.ids[index + 1 :]
     short = Tokens((5, 6), 1)
     (alone,) = importance([short], lambda some: [np.zeros(len(t.scored)) for t in some], mask_id=None, seed=0)
     assert alone.tolist() == [0.0]
 
 
-def test_computed_weights_have_mean_one_and_keep_the_largest_share():
-    """Equal ones the first; a text without any weight above 0 is weighted evenly."""
+def test_computed_weights_have_mean_one_and_the_smallest_are_zero():
+    """The first of equal weights count; a text without a weight above 0 is weighted evenly."""
     w = [np.array([0.0, 3.0, 1.0, 2.0]), np.zeros(3), np.array([1.0, 1.0, 1.0])]
     whole, half = scaled(w, 1.0), scaled(w, 0.5)
     np.testing.assert_allclose(whole[0], [0, 2, 2 / 3, 4 / 3])
@@ -164,7 +166,7 @@ def test_computed_weights_have_mean_one_and_keep_the_largest_share():
     assert all(x.mean() == pytest.approx(1) for x in whole + half)
 
 
-def test_a_run_weighs_tokens_by_what_is_memorized_beyond_a_reference(story, other):
+def test_a_run_weighs_tokens_by_their_likelihood_beyond_a_reference_model(story, other):
     """The first loss of ascent is the mean of w log p, w in proportion to max(0, log p - log q)."""
     tokens = tokens_of(story, story.forget)
     for share in (1.0, 0.4):
@@ -177,9 +179,9 @@ def test_a_run_weighs_tokens_by_what_is_memorized_beyond_a_reference(story, othe
         assert result.history[0]["forget_loss"] == pytest.approx(np.mean(right), rel=1e-4)
 
 
-@pytest.mark.parametrize(("method", "share"), [("ga", 1.0), ("tnpo", 0.5)])
+@pytest.mark.parametrize(("method", "share"), [("tnpo", 0.5), *in_full(("ga", 1.0))])
 def test_secrets_are_forgotten_by_their_important_tokens(story, method, share):
-    """Weighted by importance, all of the tokens or half of them: enough to bring the whole text down within the budget."""
+    """Weighted by importance, all or half of the tokens are enough to forget the whole text within the budget."""
     how = {"token_weights": "importance", "token_share": share, "max_steps": 60, "retain": story.retain}
     result = run(story, method, **how)
     assert result.stopped == "forgotten"
@@ -190,27 +192,36 @@ def test_secrets_are_forgotten_by_their_important_tokens(story, method, share):
     ("options", "message"),
     [
         ({"method": "idk", "token_weights": "importance"}, "method 'idk' reads none: choose from ga, npo"),
-        ({"token_weights": "loss"}, "must be 'importance', 'reference' or a list of numbers for each forget example, got 'loss'"),
+        (
+            {"token_weights": "loss"},
+            "must be 'importance', 'reference' or a list of numbers for each forget example, got 'loss'",
+        ),
         ({"token_weights": "reference"}, "pass reference_model="),
         ({"token_weights": [[1.0]]}, "must be 2 lists, one for each forget example, got 1"),
-        ({"token_weights": [[1.0], [1.0]]}, r"of forget example 1 must be \d+ numbers, 0 or more, one for each of its scored tokens"),
+        (
+            {"token_weights": [[1.0], [1.0]]},
+            r"of forget example 1 must be \d+ numbers, 0 or more, one for each of its scored tokens",
+        ),
         ({"token_share": 0.5}, "token_share keeps the tokens of the largest weight: pass token_weights="),
-        ({"token_weights": "importance", "token_share": 0.0}, "token_share must be a number, above 0 and at most 1, got 0.0"),
+        (
+            {"token_weights": "importance", "token_share": 0.0},
+            "token_share must be a number, above 0 and at most 1, got 0.0",
+        ),
         ({"order": "hardest"}, "order must be one of random, easy_first, hard_first, got 'hardest'"),
         ({"order": "easy_first", "difficulty": "mrd"}, "difficulty must be 'nll', 'ksd' or a list"),
         ({"order": "easy_first", "difficulty": "ksd"}, "pass some of it as retain="),
         ({"order": "easy_first", "difficulty": [1.0]}, "difficulty must be 2 numbers, one for each forget example"),
     ],
-)  # fmt: skip
-def test_what_does_not_fit_is_refused(story, options, message):
-    """One sentence that says what would."""
+)
+def test_wrong_token_weights_and_orders_are_refused(story, options, message):
+    """One sentence that says which values are allowed."""
     with pytest.raises(ArgumentError, match=message) as error:
         run(story, **options)
     assert "\n" not in str(error.value)
 
 
-def test_other_weights_do_not_go_on_from_a_checkpoint(story, tmp_path, monkeypatch):
-    """Weights and difficulties are part of what a resumed run must agree in; and the same ones go on."""
+def test_a_checkpoint_of_other_token_weights_is_refused(story, tmp_path, monkeypatch):
+    """Weights and difficulties are part of a checkpoint's fingerprint; a run with the same ones resumes."""
     tokens = tokens_of(story, story.forget)
     options = {"max_steps": 3, "batch_size": 1, "output_dir": tmp_path / "out", "token_weights": weights_like(tokens)}
     calls = []
@@ -230,39 +241,3 @@ def test_other_weights_do_not_go_on_from_a_checkpoint(story, tmp_path, monkeypat
     with pytest.raises(DataError, match="order='random', not 'easy_first'"):
         run(story, **options | {"order": "easy_first"}, resume=True)
     assert run(story, **options, resume=True).stopped in ("max_steps", "forgotten")
-
-
-# ---------------------------------------------------------------- order
-
-
-def taken(result):
-    """The examples of the first round, in the order in which its steps take them."""
-    return [i for record in result.history if record["round"] == 0 for i in record["examples"]]
-
-
-def test_the_order_is_that_of_the_difficulties(story, other):
-    """By the caller's numbers, by the likelihood under a reference, by the Stein discrepancy to the retain set; backwards from the hard end."""
-    forget = story.forget + story.retain[:3]
-    tokens = tokens_of(story, forget)
-    options = {"forget": forget, "batch_size": 1, "max_steps": 5, "learning_rate": 1e-7, "retain": story.retain[3:40]}
-    own = [3.0, 1.0, 2.0, 5.0, 4.0]
-    nll = [-each(other, t).mean() for t in tokens]
-    sets = (representations(story.model, x, batch_size=4) for x in (tokens, tokens_of(story, story.retain[3:40])))
-    (h, s), (corpus_h, corpus_s) = sets
-    ksd = ksd_difficulty(h, s, corpus_h, corpus_s)
-    for difficulty, values in ((own, own), ("nll", nll), ("ksd", ksd)):
-        easy = run(story, order="easy_first", difficulty=difficulty, reference_model=other, **options)
-        memorized = [e.index for e in easy.examples if e.steps]
-        assert len(memorized) >= 2
-        assert taken(easy) == sorted(memorized, key=lambda i: values[i])
-        hard = run(story, order="hard_first", difficulty=difficulty, reference_model=other, **options)
-        assert taken(hard) == taken(easy)[::-1]
-
-
-def test_equal_difficulties_stay_as_they_stand_and_random_is_what_it_was():
-    """A stable sort, whichever end it begins from; without an order the shuffle of earlier versions."""
-    todo, difficulty = np.array([4, 0, 2, 3]), np.array([1.0, 9.0, 1.0, 0.5, 1.0])
-    assert in_order(todo, "easy_first", difficulty, (0, 0)).tolist() == [3, 4, 0, 2]
-    assert in_order(todo, "hard_first", difficulty, (0, 0)).tolist() == [4, 0, 2, 3]
-    shuffled = np.random.default_rng((7, 3)).permutation(todo)
-    assert in_order(todo, "random", None, (7, 3)).tolist() == shuffled.tolist()

@@ -1,4 +1,4 @@
-"""Several processes: the same run as alone, said and saved once."""
+"""Several processes give the run of one, printed and saved once."""
 
 import json
 import os
@@ -15,6 +15,8 @@ from pyunlearn.errors import ArgumentError
 from pyunlearn.unlearning.distributed import Processes
 
 METHODS = {"ga": {"mask": "saliency"}, "pdu+kl": {}}
+
+
 BOTH = """
 import sys
 from pyunlearn.cli import main as cli
@@ -29,60 +31,73 @@ for arguments in " ".join(sys.argv[1:]).split(" , "):
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """(story, folder, what was printed): `pyunlearn unlearn` with each method, in two processes; one launch for all, since most of it is imports."""
+    """Run `pyunlearn unlearn` with each method in two processes, in one launch: (story, folder, output)."""
     story, folder = tiny.storyteller(), tmp_path_factory.mktemp("launch")
     for part in (story.model, story.tokenizer):
         part.save_pretrained(folder / "model")
     for role in ("forget", "retain"):
         (folder / f"{role}.json").write_text(json.dumps([{"text": text} for text in getattr(story, role)]))
     (folder / "both.py").write_text(BOTH)
-    given = "unlearn model --forget forget.json --retain retain.json --learning-rate 3e-4 --batch-size 3 --json --quiet"
+    common = (
+        "unlearn model --forget forget.json --retain retain.json --learning-rate 3e-4 --batch-size 3 --json --quiet"
+    )
     each = [
-        f"{given} --method {method} --out {method} " + " ".join(f"--{k} {v}" for k, v in options.items())
+        f"{common} --method {method} --out {method} " + " ".join(f"--{k} {v}" for k, v in options.items())
         for method, options in METHODS.items()
     ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "both.py"]
     done = subprocess.run(
-        [*launch, *" , ".join(each).split()], cwd=folder, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        [*launch, *" , ".join(each).split()],
+        cwd=folder,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     return story, folder, done.stdout
 
 
-def printed(text):
-    """The JSON documents that stand one after the other."""
-    found = []
+def documents(text):
+    """Return the JSON documents of a text, one after the other."""
+    parsed = []
     while text := text.lstrip():
         document, end = json.JSONDecoder().raw_decode(text)
-        found.append(document)
+        parsed.append(document)
         text = text[end:]
-    return found
+    return parsed
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_give_the_run_of_one(launched, method, one_thread):
-    """Examples, steps and log-likelihoods are those of one process; one of the two prints and saves."""
-    story, folder, said = launched
+    """Examples, steps and log-likelihoods are those of one process; only the main process prints and saves."""
+    story, folder, output = launched
     alone = pyunlearn.unlearn(
-        story.fresh(), story.forget, retain=story.retain, tokenizer=story.tokenizer, learning_rate=3e-4, batch_size=3, progress=False,
-        method=method, **METHODS[method],
-    )  # fmt: skip
-    assert len(printed(said)) == len(METHODS)  # each printed once
-    found = printed(said)[list(METHODS).index(method)]
-    assert found["stopped"] == alone.stopped == "forgotten"
-    assert found["non_member_scores"] == pytest.approx(alone.non_member_scores, abs=1e-4)
-    assert [r["examples"] for r in found["history"]] == [r["examples"] for r in alone.history]
+        story.fresh(),
+        story.forget,
+        retain=story.retain,
+        tokenizer=story.tokenizer,
+        learning_rate=3e-4,
+        batch_size=3,
+        progress=False,
+        method=method,
+        **METHODS[method],
+    )
+    assert len(documents(output)) == len(METHODS)  # one process prints
+    printed = documents(output)[list(METHODS).index(method)]
+    assert printed["stopped"] == alone.stopped == "forgotten"
+    assert printed["non_member_scores"] == pytest.approx(alone.non_member_scores, abs=1e-4)
+    assert [r["examples"] for r in printed["history"]] == [r["examples"] for r in alone.history]
     for name in (
         "forget_loss",
         "retain_kl" if "+kl" in method else "retain_nll",
         "gradient_norm",
         *(["multiplier"] if "pdu" in method else []),
     ):
-        assert [r[name] for r in found["history"]] == pytest.approx(
+        assert [r[name] for r in printed["history"]] == pytest.approx(
             [r[name] for r in alone.history], rel=1e-3, abs=1e-5
         )
-    for mine, theirs in zip(found["examples"], alone.examples, strict=True):
+    for mine, theirs in zip(printed["examples"], alone.examples, strict=True):
         assert mine["log_likelihood_after"] == pytest.approx(theirs.log_likelihood_after, abs=2e-3)
         assert (mine["verdict"], mine["steps"]) == (theirs.verdict, theirs.steps)
     saved = type(story.model).from_pretrained(folder / method)
@@ -91,14 +106,14 @@ def test_two_processes_give_the_run_of_one(launched, method, one_thread):
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_a_model_in_pieces_is_refused(kind):
-    """One sentence that names the launch and the mend."""
+def test_a_sharded_model_is_refused(kind):
+    """One sentence names the launch and says what to do instead."""
     with pytest.raises(ArgumentError, match=f"hold the whole model .* this launch is {kind}: .* adapter"):
         Processes(types.SimpleNamespace(distributed_type=kind, process_index=0, num_processes=2))
 
 
-def test_shares_cover_everything_once():
-    """Whatever the number of processes, and also when there are fewer items than processes."""
+def test_shards_cover_every_item_once():
+    """With any number of processes, also more than there are items."""
     for count in (1, 2, 5):
         every = [
             Processes(types.SimpleNamespace(distributed_type="MULTI_CPU", process_index=i, num_processes=count))

@@ -13,9 +13,16 @@ from pyunlearn.models import inputs_of
 from pyunlearn.models.hidden_states import Layer, blocks, trainable
 
 _SMALL = {
-    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _GROUPED = {**_SMALL, "num_key_value_heads": 2}
 _GPT2 = {
     "vocab_size": 50,
@@ -39,16 +46,30 @@ _T5 = {
 KINDS = {
     "llama": (hf.LlamaForCausalLM, lambda: hf.LlamaConfig(**_GROUPED), "model.layers.{}.mlp.down_proj.weight"),
     "qwen2": (hf.Qwen2ForCausalLM, lambda: hf.Qwen2Config(**_GROUPED), "model.layers.{}.mlp.down_proj.weight"),
-    "gemma2": (hf.Gemma2ForCausalLM, lambda: hf.Gemma2Config(**_GROUPED, head_dim=4), "model.layers.{}.mlp.down_proj.weight"),
+    "gemma2": (
+        hf.Gemma2ForCausalLM,
+        lambda: hf.Gemma2Config(**_GROUPED, head_dim=4),
+        "model.layers.{}.mlp.down_proj.weight",
+    ),
     "phi3": (hf.Phi3ForCausalLM, lambda: hf.Phi3Config(**_GROUPED), "model.layers.{}.mlp.down_proj.weight"),
-    "mixtral": (hf.MixtralForCausalLM, lambda: hf.MixtralConfig(**_GROUPED, num_local_experts=4), "model.layers.{}.mlp.experts.down_proj"),
+    "mixtral": (
+        hf.MixtralForCausalLM,
+        lambda: hf.MixtralConfig(**_GROUPED, num_local_experts=4),
+        "model.layers.{}.mlp.experts.down_proj",
+    ),
     "gpt2": (hf.GPT2LMHeadModel, lambda: hf.GPT2Config(**_GPT2), "transformer.h.{}.mlp.c_proj.weight"),
     "neox": (hf.GPTNeoXForCausalLM, lambda: hf.GPTNeoXConfig(**_SMALL), "gpt_neox.layers.{}.mlp.dense_4h_to_h.weight"),
     "opt": (
-        hf.OPTForCausalLM, lambda: hf.OPTConfig(**{**_SMALL, "ffn_dim": 40, "word_embed_proj_dim": 16}), "model.decoder.layers.{}.fc2.weight",
+        hf.OPTForCausalLM,
+        lambda: hf.OPTConfig(**{**_SMALL, "ffn_dim": 40, "word_embed_proj_dim": 16}),
+        "model.decoder.layers.{}.fc2.weight",
     ),
-    "t5": (hf.T5ForConditionalGeneration, lambda: hf.T5Config(**_T5), "decoder.block.{}.layer.2.DenseReluDense.wo.weight"),
-}  # fmt: skip
+    "t5": (
+        hf.T5ForConditionalGeneration,
+        lambda: hf.T5Config(**_T5),
+        "decoder.block.{}.layer.2.DenseReluDense.wo.weight",
+    ),
+}
 
 
 def made(kind):
@@ -118,8 +139,12 @@ def test_padding_does_not_count(model):
         other = Layer(model, 2)(replace(batch, ids=torch.where(batch.attention_mask == 0, 33, batch.ids)))
         both = model.config.is_encoder_decoder
         alone = Layer(model, 2)(
-            collate([Tokens((9, 8, 7), 1, tuple(range(20, 24))) if both else Tokens(tuple(range(20, 24)), 1)], pad_id=0, decoder_start_id=0 if both else None)
-        )  # fmt: skip
+            collate(
+                [Tokens((9, 8, 7), 1, tuple(range(20, 24))) if both else Tokens(tuple(range(20, 24)), 1)],
+                pad_id=0,
+                decoder_start_id=0 if both else None,
+            )
+        )
     torch.testing.assert_close(together, other, rtol=0, atol=0)
     torch.testing.assert_close(together[batch.example == 1], alone, rtol=1e-4, atol=1e-5)
 
@@ -161,8 +186,9 @@ def test_with_adapters_theirs_are_trained():
         found = trainable(model, 2, layers=[1, 2])
         assert list(found) == [
             f"base_model.model.model.layers.{i}.{'mlp' if wanted == 'down_proj' else 'self_attn'}.{wanted}.lora_{ab}.default.weight"
-            for i in (1, 2) for ab in "AB"
-        ]  # fmt: skip
+            for i in (1, 2)
+            for ab in "AB"
+        ]
         Layer(model, 2)(batch_for(model.get_base_model())).sum().backward()
         assert all(p.grad is not None for p in found.values())
 
@@ -173,14 +199,20 @@ def test_with_adapters_theirs_are_trained():
         (lambda m: Layer(m, 4), "layer must be a whole number from 0 to 3 with this model, got 4"),
         (lambda m: Layer(m, -1), "from 0 to 3 with this model, got -1"),
         (lambda m: Layer(m, True), "got True"),
-        (lambda m: trainable(m, 1, layers=[0, 2]), r"from 0 to 1, those whose down projections are trained, got \[0, 2\]"),
+        (
+            lambda m: trainable(m, 1, layers=[0, 2]),
+            r"from 0 to 1, those whose down projections are trained, got \[0, 2\]",
+        ),
         (lambda m: trainable(m, 1, layers=1), "layers must be a list"),
         (lambda m: trainable(m, 1, patterns="*.w2.*"), r"trainable='\*.w2.\*' matches no parameter"),
         (lambda m: trainable(m, 1, patterns="*.mlp.*"), "model.layers.2.mlp.gate_proj.weight lies above layer 1"),
         (lambda m: trainable(m, 3, patterns="lm_head.weight"), "lm_head.weight lies above layer 3"),
-        (lambda m: trainable(m.requires_grad_(False), 1), "none of the parameters that require a gradient is a down projection of layers 0, 1"),
+        (
+            lambda m: trainable(m.requires_grad_(False), 1),
+            "none of the parameters that require a gradient is a down projection of layers 0, 1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused(call, message):
     """One sentence that names it and what would do."""
     with pytest.raises(ArgumentError, match=message):

@@ -1,0 +1,94 @@
+"""Loading models and tokenizers from folders, their context length, and the wrappers around them."""
+
+import pytest
+import torch
+import transformers as tf
+from architectures import BOTH, CAUSAL, KV, batch_for, made, own_log_likelihoods
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from pyunlearn.errors import ModelError
+from pyunlearn.models import LanguageModel, Likelihood, load
+from pyunlearn.models.inspection import unwrapped
+
+
+def test_context_length():
+    """It is the number of positions, or None where positions are relative as in T5."""
+
+    def context_length(model):
+        return LanguageModel.of(model, needs_tokenizer=False).context_length
+
+    assert context_length(made(CAUSAL["gpt2"])) == 64
+    assert context_length(made(BOTH["t5, tied"])) is None
+    assert context_length(made(CAUSAL["bloom"])) is None
+    assert context_length(tf.LlamaForCausalLM(tf.LlamaConfig(**KV, max_position_embeddings=77))) == 77
+
+
+def test_wrappers_are_removed():
+    """These are torch.compile, DDP and PEFT, in any order."""
+    model = made(CAUSAL["llama"])
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    parallel = type("DistributedDataParallel", (torch.nn.Module,), {})()  # a real one needs a process group
+    parallel.module = adapted
+    assert unwrapped(model) is unwrapped(torch.compile(parallel)) is model
+
+
+def save_tokenizer(folder):
+    """Save a tokenizer that has one word."""
+    raw = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    tf.PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5, its own head"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_saved_model_is_loaded(name, adapted, tmp_path):
+    """A model, or an adapter with its base, has the same log-likelihoods, the dtype passed, and trains as before."""
+    model, batch = made((CAUSAL | BOTH)[name]), batch_for(name)
+    model.save_pretrained(tmp_path / "base")
+    where = tmp_path / "base"
+    if adapted:
+        target = ["q_proj"] if name == "llama" else ["q"]
+        model = get_peft_model(
+            type(model).from_pretrained(where), LoraConfig(target_modules=target, init_lora_weights=False)
+        ).eval()
+        where = tmp_path / "adapter"
+        model.save_pretrained(where)
+    save_tokenizer(where)
+    loaded, tokenizer = load(where)
+    assert tokenizer("a")["input_ids"] == [1]
+    torch.testing.assert_close(
+        Likelihood(loaded.eval())(batch), own_log_likelihoods(model, batch), rtol=1e-5, atol=1e-5
+    )
+    assert {p.dtype for p in load(where, dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
+    trains = {n for n, p in loaded.named_parameters() if p.requires_grad}
+    assert trains == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trains
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_config.json").exists() == adapted
+
+
+def test_a_saved_trunk_is_refused(tmp_path):
+    """transformers would initialize the missing head at random; one sentence says that it is missing."""
+    tf.LlamaModel(tf.LlamaConfig(**KV)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(ModelError, match="has no language-model head"):
+        load(tmp_path)
+
+
+def test_an_empty_folder_and_an_unknown_name_are_refused(tmp_path):
+    """One sentence each."""
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        load(tmp_path)
+    with pytest.raises(ModelError, match="no language model could be loaded from no/such-model"):
+        load("no/such-model")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    """The sentence is about the tokenizer; a missing head is reported before a missing tokenizer."""
+    made(CAUSAL["llama"]).save_pretrained(tmp_path / "whole")
+    with pytest.raises(ModelError, match=r"no tokenizer could be loaded from .*--tokenizer"):
+        load(tmp_path / "whole")
+    tf.LlamaModel(tf.LlamaConfig(**KV)).save_pretrained(tmp_path / "trunk")
+    with pytest.raises(ModelError, match="no language-model head"):
+        load(tmp_path / "trunk")

@@ -1,0 +1,87 @@
+"""Non-members sampled from the model: their number, their length, and the first token that departs from the text."""
+
+import pytest
+import torch
+
+from pyunlearn.data import Tokens, encode, read_examples
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.sampling import COUNT, sample_non_members
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tokens_of(trained):
+    """Return the tokenized forget set of a model."""
+    both = trained.model.config.is_encoder_decoder
+    examples = read_examples(trained.forget, role="forget")
+    return encode(examples, trained.tokenizer, role="forget", max_length=None, encoder_decoder=both)
+
+
+@pytest.fixture
+def language_model(story):
+    return LanguageModel.of(story.model, story.tokenizer)
+
+
+def test_plain_texts_are_sampled_from_the_beginning_of_text_token(story, language_model):
+    """Their number is `count`, all tokens are scored, the seed decides, and the global generator is not advanced."""
+    tokens = tokens_of(story)
+    state = torch.get_rng_state()
+    samples = sample_non_members(language_model, tokens)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(samples) == COUNT
+    length = sorted(len(t.scored) for t in tokens)[1]
+    assert {(t.ids[0], t.first, len(t.scored)) for t in samples} == {(story.tokenizer.bos_token_id, 1, length)}
+    assert len(set(samples)) > COUNT / 2
+    assert sample_non_members(language_model, tokens) == samples
+    assert sample_non_members(language_model, tokens, seed=1) != samples
+    assert len(sample_non_members(language_model, tokens, count=5)) == 5
+
+
+@pytest.mark.parametrize("scored", [3, 20, 60])
+def test_samples_have_the_median_length_of_the_forget_texts_within_8_to_48(language_model, scored):
+    """Lengths are in scored tokens."""
+    tokens = [Tokens(tuple(range(10, 11 + n)), 1) for n in (2, scored, 70)]
+    samples = sample_non_members(language_model, tokens, count=3)
+    assert {len(t.scored) for t in samples} == {min(48, max(8, scored))}
+
+
+@pytest.mark.parametrize("kind", ["answers", "t5"])
+def test_answers_to_a_prompt_depart_from_the_memorized_answer(kind, request):
+    """Each prompt is answered, never with the memorized first token, and that token is not scored."""
+    trained = request.getfixturevalue(kind)
+    both = kind == "t5"
+    lm = LanguageModel.of(trained.model, trained.tokenizer)
+    tokens = tokens_of(trained)
+    samples = sample_non_members(lm, tokens)
+    assert len(samples) == COUNT
+    for t, source in zip(samples, [tokens[0]] * (COUNT // 2) + [tokens[1]] * (COUNT // 2), strict=True):
+        prompt = source.ids if both else source.ids[: source.first]
+        assert (t.ids if both else t.ids[: len(prompt)]) == prompt
+        assert t.first == (1 if both else len(prompt) + 1)
+        assert t.written[t.first - 1] != source.scored[0]
+        assert 1 <= len(t.scored) <= 48
+        assert trained.tokenizer.eos_token_id not in t.scored[:-1]
+    assert sample_non_members(lm, tokens) == samples
+    assert sample_non_members(lm, tokens, seed=1) != samples
+
+
+def test_samples_stay_within_the_model_s_context(answers):
+    """A long prompt loses its beginning, so that prompt and answer do not run past GPT-2's last position."""
+    long_prompt, long_answer = Tokens((9,) * 60, 56), Tokens((9,) * 60, 2)
+    samples = sample_non_members(
+        LanguageModel.of(answers.model, answers.tokenizer), [long_prompt, long_answer], count=4
+    )
+    assert len(samples) == 4
+    assert all(len(t) <= 64 for t in samples)
+    assert all(t.scored for t in samples)
+
+
+def test_the_generation_config_of_a_model_does_not_change_its_samples(story):
+    """A saved penalty, temperature or top-p would make non-members that the model does not typically write."""
+    tokens = tokens_of(story)
+    model = story.fresh()
+    plain = sample_non_members(LanguageModel.of(model, story.tokenizer), tokens, count=20)
+    config = model.generation_config
+    config.update(repetition_penalty=1.5, no_repeat_ngram_size=1, temperature=0.3, top_p=0.5, do_sample=True)
+    assert sample_non_members(LanguageModel.of(model, story.tokenizer), tokens, count=20) == plain
+    assert model.generation_config is config

@@ -1,0 +1,72 @@
+"""Ctrl-C takes effect at step boundaries, where weights, optimizer and history agree."""
+
+import os
+import signal
+import time
+
+import pytest
+import tiny
+import torch
+from unlearning_runs import Interrupted, run, same, timeless, weights
+
+from pyunlearn.methods import METHODS
+from pyunlearn.unlearning.interrupt import DeferredInterrupt
+from pyunlearn.unlearning.optimizer import TrainedWeights
+from pyunlearn.unlearning.stopping import StoppingRule
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("within", ["accept", "measure", "step"])
+def test_a_signal_waits_until_the_step_is_complete(story, tmp_path, monkeypatch, within):
+    """Sent while weights are copied, scored or updated, it leaves a state that resumes to the same numbers."""
+    model = story.fresh()
+    start, options = weights(model), {"max_steps": 8, "batch_size": 1, "learning_rate": 2e-4}
+    whole = run(story, **options, model=model)
+    model.load_state_dict(start)
+    owner, name = {
+        "accept": (TrainedWeights, "_copy_moments"),
+        "measure": (StoppingRule, "rejection_reason"),
+        "step": (torch.optim.AdamW, "step"),
+    }[within]
+    original, calls = getattr(owner, name), []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(name)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # the handler runs here
+        return original(self, *args, **kwargs)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        cut_short = run(story, **options, model=model, output_dir=tmp_path / "out")
+    assert cut_short.stopped == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is handler
+    model.load_state_dict(start)
+    resumed = run(story, **options, model=model, output_dir=tmp_path / "out", resume=True)
+    assert timeless(resumed.history) == timeless(whole.history)
+    assert same(resumed.model, whole.model)
+
+
+def test_a_second_signal_interrupts_at_once():
+    """It raises KeyboardInterrupt in the handler."""
+    with pytest.raises(KeyboardInterrupt), DeferredInterrupt() as interrupt:  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert interrupt.pending
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        pytest.fail("the second signal did not raise")
+
+
+def test_an_interrupted_run_leaves_the_last_accepted_weights_in_the_model(story, tmp_path, monkeypatch):
+    """The steps since the last evaluation are rolled back, and their counts with them."""
+    cut = tiny.with_loss("ga", Interrupted("ga", 1))
+    monkeypatch.setitem(METHODS, "ga", cut)
+    cut_short = run(story, batch_size=1, output_dir=tmp_path / "out")
+    assert cut_short.stopped == "interrupted"
+    assert cut_short.history == []
+    assert [e.steps for e in cut_short.examples] == [0, 0]
+    assert same(cut_short.model, story.model)

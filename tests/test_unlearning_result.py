@@ -1,0 +1,121 @@
+"""The result of a run: its history, its JSON form, and the folder that it is saved to."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from unlearning_runs import run, same
+
+import pyunlearn
+from pyunlearn import models
+from pyunlearn.errors import OutputError
+
+STEP = {"step", "round", "examples", "forget_loss", "retain_nll", "gradient_norm", "learning_rate", "seconds"}
+ROUND = {"accepted", "rejection_reason", "active", "utility_rise", "mean_log_likelihood", "exposure"}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_the_history_has_one_record_a_step_and_the_state_after_each_round(story):
+    """Every record has all documented fields, the last accepted round agrees with the result, and all of it is JSON."""
+    result = run(story, story.forget + story.unseen, batch_size=1, learning_rate=1e-3)
+    rounds = [record for record in result.history if "accepted" in record]
+    assert all(record.keys() in (STEP, STEP | ROUND) for record in result.history)
+    assert [record["step"] for record in result.history] == list(range(1, len(result.history) + 1))
+    assert result.history[-1] is rounds[-1]
+    assert [record["round"] for record in rounds] == list(range(len(rounds)))
+    assert all(len(record["exposure"]) == len(record["mean_log_likelihood"]) == 4 for record in rounds)
+    last = [record for record in rounds if record["accepted"]][-1]
+    assert last["active"] == 0
+    assert last["exposure"] == [e.exposure_after for e in result.examples]
+    assert last["mean_log_likelihood"] == [e.log_likelihood_after for e in result.examples]
+    assert last["utility_rise"] == result.utility.relative_rise
+    low, high = result.utility.interval
+    assert low <= result.utility.relative_rise <= high
+    then, now = (tiny.negative_log_likelihoods(story, story.holdout, m) for m in (story.model, result.model))
+    assert result.utility.non_member_drift == pytest.approx((now - then).mean(), abs=1e-5) != 0
+
+    data = result.to_dict()
+    assert json.loads(json.dumps(data, allow_nan=False)) == json.loads(json.dumps(data))
+    assert data.keys() == {"forgotten", "stopped", "non_member_scores", "utility", "examples", "settings", "history"}
+    assert data["examples"][0] == {**asdict(result.examples[0]), "forgotten": True}
+    assert data["settings"]["pyunlearn"] == pyunlearn.__version__
+    assert (data["settings"]["method"], data["settings"]["learning_rate"], data["settings"]["seed"]) == ("ga", 1e-3, 0)
+
+
+def test_a_saved_model_loads_with_the_same_weights(story, tmp_path):
+    """The folder has safetensors, tokenizer and result.json."""
+    result = run(story, output_dir=tmp_path / "a" / "out")
+    out = tmp_path / "a" / "out"
+    names = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "result.json"} <= names
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert same(model, result.model)
+    assert tokenizer(story.forget)["input_ids"] == story.tokenizer(story.forget)["input_ids"]
+    np.testing.assert_allclose(
+        tiny.negative_log_likelihoods(story, story.forget, model),
+        [-e.log_likelihood_after for e in result.examples],
+        rtol=1e-5,
+    )
+    written = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(result.to_dict()))
+    assert str(out) in written["settings"]["output_dir"]
+    (tmp_path / "empty").mkdir()
+    assert result.save(tmp_path / "empty") == tmp_path / "empty"
+    loaded, _ = models.load(tmp_path / "empty")
+    assert same(loaded, model)
+
+
+def test_an_output_folder_that_is_not_empty_is_refused_before_anything_is_changed(story, tmp_path):
+    """A file is refused too; the content of both stays."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    model = story.fresh()
+    for target, message in ((tmp_path / "out", "is not empty"), (tmp_path / "out" / "mine.txt", "is a file")):
+        with pytest.raises(OutputError, match=message):
+            run(story, model=model, output_dir=target)
+        with pytest.raises(OutputError, match=message):
+            run(story, story.unseen).save(target)
+    assert same(model, story.model)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+
+
+def test_files_are_written_into_a_mount_point(story, tmp_path, monkeypatch):
+    """A folder that cannot be replaced, as the volume of a container, gets the files themselves and no others."""
+    out = tmp_path / "out"
+    out.mkdir()
+    before = out.stat().st_ino
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == out)
+    monkeypatch.setattr(Path, "rmdir", lambda self: pytest.fail("a mount point cannot be removed"))
+    run(story, story.unseen).save(out)
+    assert out.stat().st_ino == before
+    names = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "result.json", "config.json"} <= names
+    assert not any(name.startswith(".") for name in names)
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(OSError("disk full"), OutputError), (RuntimeError("odd"), RuntimeError)]
+)
+def test_a_result_is_saved_completely_or_not_at_all(story, tmp_path, monkeypatch, error, raised):
+    """A save that fails in the middle leaves no file."""
+    result = run(story, story.unseen)
+    (tmp_path / "out").mkdir()
+
+    def half(folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(result.model, "save_pretrained", half)
+    for target in (tmp_path / "out", tmp_path / "new"):
+        with pytest.raises(raised, match=str(error)):
+            result.save(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert list((tmp_path / "out").iterdir()) == []

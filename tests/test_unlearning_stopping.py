@@ -1,0 +1,127 @@
+"""The stopping rule with a handful of numbers: active examples, rejected rounds, verdicts, the utility interval."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+from pyunlearn.unlearning.result import VERDICTS
+from pyunlearn.unlearning.stopping import StoppingRule
+
+NON_MEMBERS = np.linspace(2.0, 4.0, 40)  # negative log-likelihoods, nats a token
+
+
+def rule(log_likelihood=(-0.1, -1.0, -3.0), non_members=NON_MEMBERS, utility=(1.5, 2.5), **options):
+    """Return a rule for three examples, of which the first two are likelier than all non-members."""
+    options = {"target_exposure": NULL_MEAN, "utility_budget": 0.05, **options}
+    return StoppingRule(np.array(log_likelihood), np.array(non_members), np.array(utility), **options)
+
+
+def measured(stopping, log_likelihood, utility=(1.5, 2.5)):
+    """Return the measurement of those log-likelihoods and utility NLLs."""
+    return stopping.measurement(np.array(log_likelihood, dtype=float), np.array(utility, dtype=float))
+
+
+def test_examples_likelier_than_nearly_all_non_members_are_memorized():
+    """The threshold is log2(20) bits: below all of 19 non-members counts, below all of 18 does not."""
+    assert rule().memorized.tolist() == [True, True, False]
+    assert rule([-0.1], np.linspace(2, 4, 19)).initial.exposure[0] == pytest.approx(SIGNIFICANT)
+    assert rule([-0.1], np.linspace(2, 4, 19)).memorized.all()
+    assert not rule([-0.1], np.linspace(2, 4, 18)).memorized.any()
+
+
+def test_an_example_is_active_until_its_own_target_is_reached():
+    """One that was never memorized is not active, however likely it becomes."""
+    stopping = rule()
+    assert stopping.active.tolist() == [0, 1]
+    stopping.current = measured(stopping, [-2.9, -1.0, -0.1])
+    assert stopping.active.tolist() == [1]
+    stopping.current = measured(stopping, [-2.9, -2.9, -0.1])
+    assert stopping.active.tolist() == []
+    stopping.current = measured(stopping, [-2.9, -2.0, -3.0])
+    assert stopping.active.tolist() == [1]
+
+
+def test_an_exposure_equal_to_the_target_is_reached():
+    """Above it by any amount the example is active."""
+    exposure = float(rule().measurement(np.array([-2.5, -2.5, -3.0]), np.array([2.0, 2.0])).exposure[0])
+    for target, active in ((exposure, []), (exposure - 1e-6, [0])):
+        stopping = rule(target_exposure=target)
+        stopping.current = measured(stopping, [-2.5, -3.0, -3.0])
+        assert stopping.active.tolist() == active
+        assert stopping.verdicts()[0] == ("still exposed" if active else "forgotten")
+
+
+def test_the_rise_is_relative_to_the_mean_and_to_one_nat_at_least():
+    """A utility set of 0.5 nats is measured as one of 1 nat."""
+    for utility, rise in (((2.0, 6.0), 0.4 / 4.0), ((0.5, 0.5), 0.4 / 1.0)):
+        stopping = rule(utility=utility)
+        assert stopping.initial.utility_rise == 0
+        assert measured(stopping, [-1, -1, -3], np.array(utility) + 0.4).utility_rise == pytest.approx(rise)
+
+
+def test_rejection_reasons_come_in_order():
+    """Not finite before utility budget before over-unlearning; None where a round is accepted."""
+    stopping = rule()
+    assert stopping.rejection_reason(measured(stopping, [-2.5, -1.0, -3.0])) is None
+    assert stopping.rejection_reason(measured(stopping, [-9.0, -1.0, -3.0])) == "over-unlearning"
+    assert stopping.rejection_reason(measured(stopping, [-9.0, -1.0, -3.0], (1.8, 2.5))) == "utility budget"
+    for worse in (math.nan, math.inf):
+        assert stopping.rejection_reason(measured(stopping, [-9.0, -1.0, -3.0], (1.8, worse))) == "not finite"
+        assert stopping.rejection_reason(measured(stopping, [-9.0, -worse, -3.0], (1.8, 2.5))) == "not finite"
+
+
+def test_a_rise_equal_to_the_budget_is_accepted():
+    """Above the budget the round is rejected; a fall never is."""
+    stopping = rule(utility=(2.0, 2.0), utility_budget=0.25)
+    assert stopping.rejection_reason(measured(stopping, [-1, -1, -3], (2.5, 2.5))) is None
+    assert stopping.rejection_reason(measured(stopping, [-1, -1, -3], (2.5, 2.5 + 1e-6))) == "utility budget"
+    assert stopping.rejection_reason(measured(stopping, [-1, -1, -3], (0.1, 0.1))) is None
+
+
+def test_an_example_that_began_below_all_non_members_is_not_over_unlearned():
+    """The run has not put it there; another one that falls there rejects the round."""
+    stopping = rule([-0.1, -9.0, -3.0])
+    assert stopping.rejection_reason(stopping.initial) is None
+    assert stopping.rejection_reason(measured(stopping, [-1.0, -9.5, -3.0])) is None
+    assert stopping.rejection_reason(measured(stopping, [-1.0, -9.0, -9.0])) == "over-unlearning"
+    assert stopping.verdicts() == ["still exposed", "not memorized", "not memorized"]
+
+
+def test_each_verdict_is_given():
+    """Over-unlearned has precedence over all others, not memorized over forgotten."""
+    stopping = rule([-0.1, -0.1, -3.0, -0.1, -3.0])
+    stopping.current = measured(stopping, [-3.0, -1.0, -3.0, -9.0, -9.0])
+    verdicts = ["forgotten", "still exposed", "not memorized", "over-unlearned", "over-unlearned"]
+    assert stopping.verdicts() == verdicts
+    assert set(verdicts) == set(VERDICTS)
+
+
+def test_numbers_that_are_not_finite_give_nan_and_no_exposure():
+    """One of them is enough; the log-likelihoods themselves are reported."""
+    stopping = rule()
+    for log_likelihood, utility in (((-1, math.nan, -3), (1.5, 2.5)), ((-1, -1, -3), (math.inf, 2.5))):
+        measurement = measured(stopping, log_likelihood, utility)
+        assert np.isnan(measurement.exposure).all()
+        assert np.isnan(measurement.upper_exposure).all()
+        assert math.isnan(measurement.utility_rise)
+        np.testing.assert_equal(measurement.log_likelihood, np.array(log_likelihood, dtype=float))
+
+
+def test_the_utility_interval_covers_the_rise_and_is_seeded():
+    """It is paired: equal rises of different texts leave no width; it is that of a plain bootstrap."""
+    before = np.linspace(1.0, 3.0, 30)
+    stopping = rule(utility=before)
+    assert stopping.utility_interval(0) == (0.0, 0.0)
+    stopping.current = measured(stopping, [-1, -1, -3], before * 1.04)
+    np.testing.assert_allclose(stopping.utility_interval(0), 0.04)
+    after = before + np.random.default_rng(0).normal(0.05, 0.2, 30)
+    stopping.current = measured(stopping, [-1, -1, -3], after)
+    low, high = stopping.utility_interval(0)
+    assert low < stopping.current.utility_rise < high
+    assert stopping.utility_interval(0) == (low, high)
+    assert stopping.utility_interval(1) != (low, high)
+    rng = np.random.default_rng(5)
+    rises = [after[i].mean() / before[i].mean() - 1 for i in (rng.integers(0, 30, 30) for _ in range(4000))]
+    np.testing.assert_allclose([low, high], np.quantile(rises, [0.025, 0.975]), atol=0.005)

@@ -1,0 +1,73 @@
+"""Runs of pyunlearn.unlearn on the models of tiny.py, and comparisons of their weights and histories."""
+
+import torch
+
+import pyunlearn
+from pyunlearn.methods import METHODS
+from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+
+
+def run(trained, forget=None, *, model=None, **options):
+    """Unlearn on a copy of the trained model, by default with its retain set and its holdout."""
+    options = {
+        "retain": trained.retain,
+        "holdout": trained.holdout,
+        "learning_rate": 3e-4,
+        "progress": False,
+        **options,
+    }
+    model = trained.fresh() if model is None else model
+    return pyunlearn.unlearn(
+        model, trained.forget if forget is None else forget, tokenizer=trained.tokenizer, **options
+    )
+
+
+def weights(model):
+    """Return a copy of a model's state dict."""
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+def same(a, b):
+    """Return whether two models or state dicts are equal bit for bit; NaN equals NaN."""
+    a, b = (x if isinstance(x, dict) else x.state_dict() for x in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[name].nan_to_num(7.5), b[name].nan_to_num(7.5)) for name in a)
+
+
+def timeless(history):
+    """Return a history without the seconds that its steps took."""
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in history]
+
+
+def check_forgotten(result, trained, *, memorized=2):
+    """Check that the first examples are forgotten, the others untouched, and utility within its budget."""
+    assert result.stopped == "forgotten"
+    assert result.forgotten
+    for e in result.examples[:memorized]:
+        assert e.verdict == "forgotten"
+        assert e.forgotten
+        assert e.exposure_before > SIGNIFICANT
+        assert e.exposure_after <= NULL_MEAN
+        assert e.upper_exposure_after < SIGNIFICANT
+        assert e.log_likelihood_after < e.log_likelihood_before
+        assert e.greedy_match_after < e.greedy_match_before
+        assert e.steps > 0
+    for e in result.examples[memorized:]:
+        assert e.verdict == "not memorized"
+        assert not e.forgotten
+        assert e.exposure_before < SIGNIFICANT
+        assert e.upper_exposure_after < SIGNIFICANT
+        assert e.steps == 0
+    assert result.utility.relative_rise <= result.utility.budget == 0.05
+
+
+class Interrupted:
+    """The loss of a method, which raises KeyboardInterrupt at its call number `at` as Ctrl-C does."""
+
+    def __init__(self, method, at):
+        self.loss, self.left = METHODS[method].function, at
+
+    def __call__(self, *args, **options):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        return self.loss(*args, **options)
