@@ -34,7 +34,7 @@ def require_language_model(model: Any, name: str = "model") -> Any:
         raise ModelError(f"{name} must be a transformers language model, a path or a name, got a value of type {kind}")
     if inner.get_output_embeddings() is None:
         raise ModelError(
-            f"{name} must have a language-model head, and {type(inner).__name__} has no language-model head: load it "
+            f"{name} must have a language-model head, and {type(inner).__name__} has none: load it "
             "with AutoModelForCausalLM or AutoModelForSeq2SeqLM"
         )
     return inner
