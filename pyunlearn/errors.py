@@ -45,7 +45,7 @@ class ModelError(PyunlearnError, ValueError):
 
 
 class OutputError(PyunlearnError, OSError):
-    """Output folder to which the result cannot be written."""
+    """Raised where the result cannot be written to the output folder."""
 
 
 class DependencyError(PyunlearnError, ImportError):

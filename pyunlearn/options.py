@@ -355,7 +355,7 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def shown(value: Any) -> Any:
-    """Return a value in JSON's types: itself, the beginning of a long text, or the name of its type."""
+    """Return a value as JSON has it: itself, the beginning of a long text, or the name of its type."""
     if isinstance(value, (str, Path)):
         return str(value) if len(str(value)) <= 200 else str(value)[:200] + "..."
     if isinstance(value, Mapping):

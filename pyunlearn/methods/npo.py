@@ -16,7 +16,7 @@ def npo(
     beta: Annotated[float, Number(above=0)] = 0.1,
     reduction: str = "mean",
 ) -> Tensor:
-    """Compute gradient ascent whose gradient vanishes as a text becomes less likely than under the reference model.
+    """Compute the NPO loss: its gradient vanishes as a text becomes less likely than under the reference model.
 
         loss_i = -2/beta log sigmoid(-beta (forget_i - reference_i))
 

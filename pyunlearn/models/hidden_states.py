@@ -20,7 +20,7 @@ _ATTENTION = re.compile(r"att(e?n|ention)", re.IGNORECASE)
 
 
 def blocks(model: Any) -> nn.ModuleList:
-    """Return the transformer layers in order; of an encoder-decoder model, those of the decoder.
+    """Return the model's transformer layers in order; for an encoder-decoder model, the decoder's layers.
 
     Raises ModelError where the model has no list of layers.
     """
@@ -137,7 +137,7 @@ class DownProjection(Layer):
         return values[0].reshape(-1, values[0].shape[-1]).index_select(0, batch.rows)
 
     def require_plain(self, batch: TokenBatch) -> None:
-        """Raise ModelError unless the layer adds the matrix's output unchanged; Gemma 2 normalizes it first."""
+        """Raise ModelError unless the layer adds this matrix's output as it is; Gemma 2 normalizes it."""
         before = self(batch).float()
         push = torch.linspace(-1, 1, before.shape[-1], device=before.device) * before.std()
         handle = self.module.register_forward_hook(lambda _module, _args, output: output + push.to(output.dtype))

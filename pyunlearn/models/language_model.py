@@ -81,7 +81,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Device of the parameters at present."""
+        """Device that holds the parameters at present."""
         device: torch.device = next(self.inner.parameters()).device
         return device
 
@@ -152,7 +152,7 @@ def require_tokenizer(name: str, value: Any) -> None:
 
 
 def _tokenizer(inner: Any, tokenizer: Any) -> Any:
-    """Return a tokenizer object as it is; else load it from the path or name, or from where the model was loaded."""
+    """Return the tokenizer: the object, or one loaded from a path or name, by default from the model's."""
     if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
         return tokenizer
     where = str(tokenizer or getattr(inner, "name_or_path", "") or "")

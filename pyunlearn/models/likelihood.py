@@ -110,7 +110,9 @@ class Likelihood:
         group_size: int = 1,
         temperature: float = 1.0,
     ) -> TokenObjective:
-        """Return the sum over examples of function(log-likelihood (m,), example (m,), counts (b,), *per_token).
+        """Return a differentiable objective on single tokens: a sum over examples of a function of log-likelihoods.
+
+        The function gets log-likelihoods (m,), the example of each token (m,), token counts (b,) and `per_token`.
 
         See `pyunlearn.ops.token_objective`; the arguments are those of `objective`.
         """
@@ -140,7 +142,7 @@ class Likelihood:
         return token_statistics(hidden, head.weight, batch.targets, **self._head_options(head))
 
     def distributions(self, batch: TokenBatch) -> Distributions:
-        """Return the whole distribution at each of batch.rows; differentiable."""
+        """Return the next-token distributions (n, V) at the scored positions; differentiable."""
         if not self._use_fused(batch):
             return Distributions(self.logits(batch), None, self.workspace)
         return Distributions(*self.hidden(batch), self.workspace)

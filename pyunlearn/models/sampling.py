@@ -45,7 +45,7 @@ def sample_non_members(
         lm: the model, in evaluation mode.
         forget: the forget texts.
         count: number of samples.
-        seed: of the sampling.
+        seed: seed of the sampling.
 
     Returns:
         At most `count` texts.
@@ -81,7 +81,7 @@ def sample_alternates(lm: LanguageModel, forget: Sequence[Tokens], *, count: int
         lm: the model, in evaluation mode.
         forget: B texts.
         count: answers per text, 1 or more.
-        seed: of the sampling.
+        seed: seed of the sampling.
 
     Returns:
         B * count texts, example by example.

@@ -42,7 +42,7 @@ class OneProcess:
 
 
 class Scorer:
-    """Log-likelihoods and greedy matches of texts under one model.
+    """Computes log-likelihoods and greedy matches of texts under one model.
 
     Args:
         lm: the model.

@@ -101,9 +101,9 @@ class Checkpoint:
 
 
 def checkpoint_path(output_dir: str | Path | None, *, resume: bool) -> Path | None:
-    """Return the path of a run's checkpoint, next to its output folder; None without one.
+    """Return the path of a run's checkpoint, next to its output folder, or None if the run has no output folder.
 
-    Raises ArgumentError where there is none to resume from, or one that would be overwritten.
+    Raises ArgumentError if the run is to resume and has no checkpoint, or if a new run would overwrite one.
     """
     if output_dir is None:
         if resume:

@@ -34,7 +34,7 @@ def with_refusals(forget: Sequence[Example], texts: Sequence[str], seed: int, *,
     Args:
         forget: the examples.
         texts: refusals to draw from.
-        seed: of the draw.
+        seed: seed of the draw.
         alone: True where nothing else is trained on.
 
     Raises ArgumentError unless the texts are a list of one text or more; DataError where, alone, an example has no

@@ -23,7 +23,7 @@ class RepresentationTarget:
     """One layer of the model: its trained parameters, the random direction, and its output before the first step.
 
     Args:
-        scorer: of the model, for batches.
+        scorer: scorer of the model; it makes the batches.
         method: a method on hidden states, such as rmu.
         options: the method's options that the user set.
         forget: the forget texts, whose mean hidden-state norms are measured.
@@ -31,7 +31,7 @@ class RepresentationTarget:
         retain_indices: the retain texts that the run may use; their hidden states are cached in main memory.
         keeps_retain: True where retain_loss is "representation".
         batch_size: texts in one forward pass.
-        seed: of the direction.
+        seed: seed of the direction.
 
     Raises ArgumentError for an option out of range, before anything is changed.
     """

@@ -78,7 +78,7 @@ class Result:
 
     @property
     def forgotten(self) -> bool:
-        """True where every example is forgotten or was not memorized before the run."""
+        """True if every example is forgotten or was never memorized."""
         return all(e.verdict in ("forgotten", "not memorized") for e in self.examples)
 
     def to_dict(self) -> dict[str, Any]:

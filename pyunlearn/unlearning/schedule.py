@@ -18,7 +18,7 @@ STEPS_PER_ROUND = 16
 
 
 class Schedule:
-    """Order of a run's examples, a function of its seed, so that a resumed run takes the same ones.
+    """Order in which a run visits its examples. It depends on the seed alone: a resumed run visits the same ones.
 
     Args:
         batch_size: forget examples in one optimizer step.
@@ -26,7 +26,7 @@ class Schedule:
         retain_examples: size of the retain set, 0 without one.
         order: "random", "easy_first" or "hard_first".
         difficulty: (B,) high = hard; None for random order.
-        seed: of the shuffles.
+        seed: seed of the shuffles.
 
     >>> schedule = Schedule(batch_size=2, micro_batch_size=None, retain_examples=3, seed=0)
     >>> [len(batch) for batch in schedule.round_batches(np.arange(5), round_number=0, steps_left=99)]

@@ -208,7 +208,7 @@ def _non_members(
 def _alternate_sampler(
     lm: LanguageModel, forget: list[Tokens], count: int, seed: int, processes: Processes, bar: Progress
 ) -> Callable[[], list[Tokens]]:
-    """Return a function that samples alternates in the main process and broadcasts them."""
+    """Return a function that samples alternative answers (AltPO) in the main process and broadcasts them."""
 
     def sample() -> list[Tokens]:
         bar.say("sampling other answers of the model's own")

@@ -39,15 +39,15 @@ def check_token_weights(token_weights: Any, method: Method, *, has_reference: bo
 def token_weights_of(
     kind: Any, share: float, forget: Sequence[Tokens], scorer: Scorer, reference: Likelihood, *, seed: int
 ) -> list[Floats] | None:
-    """Return (T,) weights of each forget example's tokens, or None without token weights.
+    """Return one array of token weights (T,) for each forget example, T its scored tokens; None if `kind` is None.
 
     Args:
         kind: "importance", "reference", the caller's own list, or None.
         share: share of each text's tokens that get a weight above 0.
         forget: the forget texts.
-        scorer: of the model.
+        scorer: scorer of the model that is unlearned.
         reference: likelihood of the reference model.
-        seed: of the tokens that replace masked ones.
+        seed: seed of the draw of tokens that replace masked ones.
     """
     if kind is None:
         return None
