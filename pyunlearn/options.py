@@ -351,15 +351,13 @@ def _toml(text: str) -> dict[str, Any]:
         import tomllib
     except ImportError:  # Python 3.10
         import tomli as tomllib
-    content: dict[str, Any] = tomllib.loads(text)
-    return content
+    return dict(tomllib.loads(text))
 
 
 def shown(value: Any) -> Any:
     """Return a value in JSON's types: itself, the beginning of a long text, or the name of its type."""
     if isinstance(value, (str, Path)):
-        text = str(value)
-        return text if len(text) <= 200 else text[:200] + "..."
+        return str(value) if len(str(value)) <= 200 else str(value)[:200] + "..."
     if isinstance(value, Mapping):
         return {key: shown(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)) and len(value) <= 50 and all(isinstance(x, (str, int, float)) for x in value):

@@ -1,4 +1,4 @@
-"""A secret really trained into a small model: its exposure is near the size of its space, and unlearning takes it back to that of unseen secrets."""
+"""A secret trained into a small model has nearly the exposure of its space; unlearning reduces it to that of others."""
 
 import math
 
@@ -15,7 +15,7 @@ from pyunlearn.probes import teacher_forced
 
 @pytest.fixture(scope="module")
 def trained(one_thread):
-    """(model, tokenizer, canaries): one of the thousand secrets stands twenty times among 400 sentences, every other is a reference."""
+    """(model, tokenizer, canaries): one of a thousand secrets is twenty times among 400 sentences, no other is."""
     canaries = make_canaries("the code of my aunt is {digits:3}.", secrets=1, non_members=999, seed=4)
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
@@ -34,16 +34,16 @@ def scores(model, tokenizer, canaries, texts):
         max_length=None,
         encoder_decoder=False,
     )
-    found = teacher_forced(model, tokens, batch_size=64)
-    return np.array([-part.sum() for part in found.each(found.log_likelihood)])
+    statistics = teacher_forced(model, tokens, batch_size=64)
+    return np.array([-part.sum() for part in statistics.each(statistics.log_likelihood)])
 
 
 def test_a_trained_secret_stands_out_and_is_forgotten(trained):
-    """Among all secrets of its format it is the likeliest by far: log2 of the space. After unlearning it is one of many, and the sentences are kept."""
+    """Its exposure is that of the whole space, log2(1000) bits, before, and that of unseen secrets after."""
     model, tokenizer, canaries = trained
     assert canaries.space_bits == pytest.approx(math.log2(1000))
-    references = scores(model, tokenizer, canaries, canaries.non_members)
-    before = exposure(scores(model, tokenizer, canaries, canaries.secrets), references)
+    non_members = scores(model, tokenizer, canaries, canaries.non_members)
+    before = exposure(scores(model, tokenizer, canaries, canaries.secrets), non_members)
     assert before.lower[0] >= canaries.space_bits - 1
     result = pyunlearn.unlearn(
         model,
@@ -56,7 +56,7 @@ def test_a_trained_secret_stands_out_and_is_forgotten(trained):
         progress=False,
     )
     assert result.stopped == "forgotten"
-    anchored = exposure(scores(model, tokenizer, canaries, canaries.secrets), references)
+    anchored = exposure(scores(model, tokenizer, canaries, canaries.secrets), non_members)
     assert anchored.lower[0] < SIGNIFICANT < before.lower[0]
     assert result.examples[0].exposure_after <= NULL_MEAN
     assert result.utility.relative_rise <= 0.05

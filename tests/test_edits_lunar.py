@@ -289,7 +289,7 @@ def test_a_norm_behind_the_mlp_is_seen_in_every_precision(dtype):
     with torch.no_grad():
         for kind in ("llama", "gpt2", "neox", "qwen2"):
             hidden_states.DownProjection(made(kind).to(dtype), 2).require_plain(batch)
-        with pytest.raises(ModelError, match="normalizes the output of a layer.s MLP"):
+        with pytest.raises(ModelError, match="normalizes the output of a layer's MLP"):
             hidden_states.DownProjection(made("gemma2").to(dtype), 2).require_plain(batch)
 
 

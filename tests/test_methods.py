@@ -85,7 +85,7 @@ def test_simnpo_is_its_formula(batch, beta, delta):
 
 @given(rows)
 def test_npo_with_a_vanishing_beta_is_gradient_ascent_on_the_sum(batch):
-    """Its gradient tends to 1 / B, and its value to mean(L - L_ref) beside the constant 2 ln 2 / beta."""
+    """Its gradient tends to 1 / B, and its value to mean(L - L_ref) plus the constant 2 ln 2 / beta."""
     forget, reference, _ = tensors(batch)
     beta = 1e-6
     loss = npo(forget, reference, beta=beta)
@@ -94,15 +94,15 @@ def test_npo_with_a_vanishing_beta_is_gradient_ascent_on_the_sum(batch):
     assert npo(forget, reference, beta=beta).item() - 2 * math.log(2) / beta == pytest.approx(wanted, abs=0.02)
 
 
-def test_npo_at_its_reference_is_half_way_between_ascent_and_letting_go():
-    """There the gradient is 2 sigmoid(0) / B = 1 / B; far above it is twice that, far below nothing."""
+def test_npo_at_its_reference_has_half_of_its_largest_gradient():
+    """The gradient there is 2 sigmoid(0) / B = 1 / B; far above it is twice that, far below 0."""
     reference = torch.tensor([-10.0, -20.0, -1000.0, -1.0], dtype=torch.float64)
     forget = torch.tensor([-10.0, -20.0, -1.0, -1000.0], dtype=torch.float64, requires_grad=True)
     assert gradient(npo(forget, reference, beta=0.1), forget) == pytest.approx([0.25, 0.25, 0.5, 0.0], abs=1e-12)
 
 
-def test_simnpo_lets_go_below_its_margin():
-    """At -delta nats a token the gradient is half of ascent's twofold; far below it is nothing."""
+def test_simnpo_stops_below_its_margin():
+    """At -delta nats a token the gradient is half of the largest; far below it is 0."""
     forget = torch.tensor([-15.0, -400.0], dtype=torch.float64, requires_grad=True)
     lengths = torch.tensor([10, 10])
     assert gradient(simnpo(forget, lengths, delta=1.5), forget) == pytest.approx([0.05, 0.0], abs=1e-12)
@@ -136,7 +136,7 @@ def test_no_method_overflows():
 
 
 def test_every_name_resolves_to_its_term_and_retain_loss():
-    """The compound names are aliases; 'auto' is the method's own retain loss, or else nll, where there is a retain set."""
+    """Compound names are aliases; with a retain set 'auto' is the method's own retain loss, or else nll."""
     for name, method in METHODS.items():
         assert method.name == name
         if "retain" not in method.needs:
@@ -206,8 +206,8 @@ def test_a_typo_gets_the_nearest_name(name, nearest):
         ),
     ],
 )
-def test_what_does_not_fit_together_is_refused(name, retain_loss, has_retain, options, message):
-    """One sentence that names it, and what would fit."""
+def test_names_and_options_that_exclude_each_other_are_refused(name, retain_loss, has_retain, options, message):
+    """One sentence names it, and what would fit."""
     with pytest.raises(ArgumentError, match=message) as error:
         resolve(name, retain_loss, has_retain, options)
     assert "\n" not in str(error.value)
@@ -219,7 +219,7 @@ def test_what_does_not_fit_together_is_refused(name, retain_loss, has_retain, op
     + [("hinge", "delta")],
 )
 def test_an_option_that_is_a_number_is_checked_before_anything_happens(name, option):
-    """Not a word, a list, NaN, true; no sign that would turn forgetting into learning, and no 0 to divide by; whole numbers do as well."""
+    """No word, list, NaN or true, no sign that turns forgetting into learning, no 0 to divide by."""
     signed = option == "retain_tolerance" or (name, option) == ("simnpo", "delta")
     divides = option == "temperature" or (option == "beta" and METHODS[name].kind == "example")
     refused = (
@@ -249,21 +249,21 @@ def test_every_method_names_its_source_and_its_options():
 
 
 def test_the_document_and_the_command_list_every_method_as_it_is(call):
-    """docs/methods.md has a row for each, with what it needs, its passes and its source, and every option; `pyunlearn methods` says the same."""
+    """docs/methods.md has a row and a formula for each; `pyunlearn methods` prints the same."""
     text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text(encoding="utf-8")
     rows = {
         name: [cell.strip() for cell in cells.split("|")]
         for name, cells in re.findall(r"^\| `(\w+)` \|(.*)\|$", text.split("## Formulas")[0], re.M)
     }
     assert rows.keys() == METHODS.keys()
-    told = {m["name"]: m for m in json.loads(call("methods", "--json")[1])["methods"]}
-    assert told.keys() == METHODS.keys()
+    listed = {m["name"]: m for m in json.loads(call("methods", "--json")[1])["methods"]}
+    assert listed.keys() == METHODS.keys()
     for name, (needs, passes, source, sentence) in rows.items():
         method = METHODS[name]
-        assert set(filter(None, needs.split(", "))) == set(method.needs) == set(told[name]["needs"])
-        assert int(passes) == method.passes == told[name]["passes"]
-        assert source == method.source == told[name]["source"]
+        assert set(filter(None, needs.split(", "))) == set(method.needs) == set(listed[name]["needs"])
+        assert int(passes) == method.passes == listed[name]["passes"]
+        assert source == method.source == listed[name]["source"]
         assert sentence.endswith(".")
-        assert told[name]["options"] == method.options
+        assert listed[name]["options"] == method.options
         assert re.search(rf"^- .*`{name}`.*: ", text, re.M), f"no formula of {name}"
     assert all(f"`{alias}`" in text for alias in ALIASES if "+" not in alias)

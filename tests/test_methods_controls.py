@@ -1,4 +1,4 @@
-"""The controls of "Unlearning with Control": temperature, the tokens of smallest loss, and the cap, through a whole run against direct formulas."""
+"""Temperature, top_fraction and the cap of "Unlearning with Control", through a whole run against direct formulas."""
 
 import math
 
@@ -42,18 +42,18 @@ def run(story, method, max_steps=1, **options):
 
 
 def each(story, temperature=1.0, model=None):
-    """(T,) log-likelihoods of each text's scored tokens, from logits / temperature."""
+    """Return (T,) log-likelihoods of each text's scored tokens, from logits / temperature."""
     out = []
     for t in encode(read_examples(story.forget, role="x"), story.tokenizer, role="x", max_length=None):
         with torch.no_grad():
             logits = (model or story.model)(torch.tensor([t.ids])).logits[0, t.first - 1 : -1].double()
-        found = torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(t.scored)[:, None])[:, 0]
-        out.append(found.numpy())
+        values = torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(t.scored)[:, None])[:, 0]
+        out.append(values.numpy())
     return out
 
 
 def test_each_control_is_checked_where_it_is_offered():
-    """The formulas here are of all the methods that have one."""
+    """There is a formula here for every method that has one of the controls."""
     assert set(SELECTED) <= set(HEATED) == set(FORMULAS)
 
 
@@ -61,24 +61,24 @@ def test_each_control_is_checked_where_it_is_offered():
 @pytest.mark.parametrize("method", HEATED)
 def test_temperature_divides_the_logits(story, method, temperature):
     """The first loss is the formula on the heated log-likelihoods, and not on the plain ones."""
-    found = run(story, method, temperature=temperature).history[0]["forget_loss"]
+    loss = run(story, method, temperature=temperature).history[0]["forget_loss"]
     right, plain = (np.mean([FORMULAS[method](x) for x in each(story, t)]) for t in (temperature, 1.0))
-    assert found == pytest.approx(right, rel=1e-4)
+    assert loss == pytest.approx(right, rel=1e-4)
     assert abs(right - plain) > 1e-2 * abs(plain)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.8])
 @pytest.mark.parametrize("method", SELECTED)
-def test_top_fraction_keeps_the_tokens_of_the_smallest_loss(story, method, share):
-    """The first loss is the formula on that share of each text's tokens, rounded down, together with a temperature as well."""
+def test_top_fraction_selects_the_tokens_of_the_smallest_loss(story, method, share):
+    """The first loss is the formula on that share of each text's tokens, rounded down, at any temperature."""
     for temperature in (1.0, 2.0):
-        found = run(story, method, top_fraction=share, temperature=temperature).history[0]["forget_loss"]
-        kept = [np.sort(x)[::-1][: max(1, math.floor(share * len(x)))] for x in each(story, temperature)]
-        assert found == pytest.approx(np.mean([FORMULAS[method](x) for x in kept]), rel=1e-4)
+        loss = run(story, method, top_fraction=share, temperature=temperature).history[0]["forget_loss"]
+        selected = [np.sort(x)[::-1][: max(1, math.floor(share * len(x)))] for x in each(story, temperature)]
+        assert loss == pytest.approx(np.mean([FORMULAS[method](x) for x in selected]), rel=1e-4)
 
 
 def test_the_cap_ends_the_ascent_of_a_text_that_has_reached_it(story):
-    """Below its cap a text pulls, above it no longer: the gradient is nothing, and the weights stay the same bits from there on."""
+    """Above the cap the gradient is 0 and the weights stay the same bits; below it there is a gradient."""
     sums = [-x.sum() for x in each(story)]
     above = run(story, "hinge", max_steps=2, delta=0.9 * min(sums))
     assert [record["forget_loss"] for record in above.history] == [0, 0]

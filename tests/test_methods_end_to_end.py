@@ -30,7 +30,7 @@ def codes(people, seed):
 
 @pytest.fixture(scope="module")
 def trained(one_thread):
-    """A Llama that has read 300 facts once an epoch and three codes fifteen times; codes it never read are the holdout."""
+    """A Llama that has read three codes fifteen times an epoch; codes that it never read are the holdout."""
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
     model = tiny.tiny_llama(len(tokenizer))
@@ -55,7 +55,7 @@ def unlearned(trained, method, model=None, **options):
 
 
 def exposures(trained, model):
-    """Return the secrets' (lower, upper) anchored exposures, with the holdout under the original model as non-members."""
+    """Return (lower, upper) anchored exposures of the secrets among holdout codes under the original model."""
     non_members = tiny.negative_log_likelihoods(trained, trained.holdout, trained.model)
     exposure = generalized_exposure(tiny.negative_log_likelihoods(trained, trained.forget, model), non_members)
     return exposure.lower, exposure.upper

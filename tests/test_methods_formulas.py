@@ -1,4 +1,4 @@
-"""Each method on log-likelihoods through the whole path from text to gradient, against its formula in float64 on the model's own logits."""
+"""Each method on log-likelihoods, from text to gradient, against its formula in float64 on the model's own logits."""
 
 import math
 
@@ -43,8 +43,8 @@ PAIRED = {  # of a refusal and a forget text
 }
 
 
-def test_every_method_is_held_against_a_formula():
-    """Here, or with the methods of the whole vocabulary and of hidden states in their own files."""
+def test_every_method_has_a_formula():
+    """It is one of these, or of those in the files for distributions and for hidden states."""
     kinds = {name: method.kind for name, method in METHODS.items()}
     assert {name for name, kind in kinds.items() if kind in ("example", "token")} == {*FORMULAS, *PAIRED}
     assert {name for name, kind in kinds.items() if kind == "vocabulary"} == {*test_methods_vocabulary.FORMULAS}
@@ -54,7 +54,7 @@ def test_every_method_is_held_against_a_formula():
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", [*FORMULAS, *PAIRED])
 def test_a_loss_is_its_formula(name, side):
-    """Value and every parameter's gradient, with texts of different lengths padded together, on either side, and prompts not scored."""
+    """Value and every parameter's gradient, for texts of different lengths padded on either side."""
     torch.manual_seed(0)
     model = tiny.tiny_llama(60).double().eval()
     for p in model.parameters():
@@ -75,16 +75,16 @@ def test_a_loss_is_its_formula(name, side):
     digits = (
         1e-4 if side == "left" else 1e-6
     )  # rotary angles are float32: a text moved to the right is not quite the same
-    given = torch.cat(references) if method.token else torch.stack([r.sum() for r in references])
+    reference = torch.cat(references) if method.token else torch.stack([r.sum() for r in references])
     call = likelihood.token_objective if method.token else likelihood.objective
 
     def loss(*tensors):
         return method.loss(token_tensors(*tensors) if method.token else example_tensors(method, *tensors), {})
 
-    found = call(batch, loss, given, group_size=len(method.roles))
+    objective = call(batch, loss, reference, group_size=len(method.reads))
     assert likelihood.fused
-    assert found.loss.item() == pytest.approx(right.item(), rel=digits)
-    found = torch.autograd.grad(found.loss, list(model.parameters()))
-    for mine, exact in zip(found, wanted, strict=True):
+    assert objective.loss.item() == pytest.approx(right.item(), rel=digits)
+    gradients = torch.autograd.grad(objective.loss, list(model.parameters()))
+    for mine, exact in zip(gradients, wanted, strict=True):
         assert (mine - exact).abs().max() <= digits * max(1e-3, float(exact.abs().max()))
     assert math.isfinite(right.item())

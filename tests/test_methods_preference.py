@@ -1,4 +1,4 @@
-"""Another answer in place of the forget text: the user's own (dpo), and the model's (altpo)."""
+"""Another answer in place of the forget text: the user's own (dpo), or the model's (altpo)."""
 
 import copy
 import re
@@ -29,7 +29,7 @@ def story(one_thread):
 
 @pytest.fixture(scope="module")
 def other(story):
-    """A reference model that has read nothing."""
+    """Return a reference model that has read no text."""
     torch.manual_seed(1)
     return tiny.tiny_gpt2(len(story.tokenizer)).eval()
 
@@ -50,7 +50,7 @@ def tokens_of(story, rows):
 
 
 def sums(model, tokens):
-    """Summed log-likelihoods of the scored tokens, by a plain loop over the model's own logits."""
+    """Return summed log-likelihoods of the scored tokens, by a plain loop over the model's own logits."""
     with torch.no_grad():
         return torch.tensor(
             [
@@ -71,19 +71,19 @@ def timeless(result):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in result.history]
 
 
-def test_dpo_prefers_the_winner_that_stands_beside_the_text(story, other):
-    """The loss of the first step is the formula, from plain logits; given as an option, the winners make the same run."""
+def test_dpo_prefers_the_winner_in_the_forget_set(story, other):
+    """The first loss is the formula on plain logits; winners passed as an option make the same run."""
     winners = [row | {"answer": row["winner"]} for row in won(story)]
     options = {"reference_model": other, "method_options": {"beta": BETA}}
     result = run(story, "dpo", won(story), **options)
     right = dpo_by_hand(story.model, other, tokens_of(story, winners), tokens_of(story, story.forget))
     assert result.history[0]["forget_loss"] == pytest.approx(right, rel=1e-4)
-    given = {"beta": BETA, "winners": [row["winner"] for row in won(story)]}
-    assert timeless(run(story, "dpo", **options | {"method_options": given})) == timeless(result)
+    as_option = {"beta": BETA, "winners": [row["winner"] for row in won(story)]}
+    assert timeless(run(story, "dpo", **options | {"method_options": as_option})) == timeless(result)
 
 
 def test_a_winner_is_read_from_every_form_of_text():
-    """Beside prompt and completion, question and answer, chat messages and plain text, and it takes the completion's place and spacing."""
+    """It replaces the completion of prompts, questions, chats and plain texts, with the completion's spacing."""
     rows = [
         {"prompt": "one", "completion": " two", "winner": "three"},
         {"question": "one?", "answer": "two", "winner": "three"},
@@ -92,14 +92,14 @@ def test_a_winner_is_read_from_every_form_of_text():
     ]
     examples = read_examples(rows, role="forget")
     assert [e.winner for e in examples] == ["three"] * 4
-    said = with_winners(examples, None)
-    assert [e.prompt + e.completion for e in said] == [
+    replaced = with_winners(examples, None)
+    assert [e.prompt + e.completion for e in replaced] == [
         "one three",
         "one?\nthree",
         "user: one?\nassistant: three",
         "three",
     ]
-    assert said[2].messages[-1].content == "three"
+    assert replaced[2].messages[-1].content == "three"
     assert read_examples([{"text": "one", "winner": None}], role="forget")[0].winner is None
     assert with_winners([Example("a ", "b")], ["c"])[0].completion == "c"
 
@@ -115,7 +115,7 @@ def test_a_winner_is_read_from_every_form_of_text():
     ],
 )
 def test_winners_that_do_not_fit_are_refused(story, forget, winners, message):
-    """One sentence, before anything happens."""
+    """One sentence, before anything is changed."""
     rows = won(story)[:forget] + story.forget[forget:]
     with pytest.raises(ArgumentError, match=message):
         run(story, "dpo", rows, method_options={} if winners is None else {"winners": winners})
@@ -123,31 +123,31 @@ def test_winners_that_do_not_fit_are_refused(story, forget, winners, message):
 
 @pytest.mark.parametrize("refusals", [3, True, "no", [], {"a": 1}, [1]])
 def test_refusals_that_are_no_texts_are_refused(story, refusals):
-    """One sentence that quotes them."""
+    """One sentence quotes them."""
     with pytest.raises(ArgumentError, match=re.escape(f"must be a list of one text or more, got {refusals!r}")):
         run(story, "idk", method_options={"refusals": refusals})
 
 
 def test_alternates_answer_the_same_prompts_otherwise(story):
-    """So many for each text, seeded; none begins as the text does, all of it is scored, and the global generator is left alone."""
+    """There are `count` for each text; none begins as it does; the seed decides, not the global generator."""
     tokens, state = tokens_of(story, story.forget), torch.get_rng_state()
-    found = sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=3)
+    alternates = sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=3)
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(found) == 6
-    for i, t in enumerate(found):
+    assert len(alternates) == 6
+    for i, t in enumerate(alternates):
         source = tokens[i // 3]
         assert t.ids[: t.first] == source.ids[: source.first]
         assert t.scored[0] != source.scored[0]
         assert 2 <= len(t.scored) <= len(source.scored)
-    assert len(set(found)) > 3
-    assert sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=3) == found
-    assert sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=3, seed=1) != found
+    assert len(set(alternates)) > 3
+    assert sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=3) == alternates
+    assert sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=3, seed=1) != alternates
     with pytest.raises(ArgumentError, match="alternates must be a whole number, 1 or more, got 0"):
         run(story, "altpo", method_options={"alternates": 0})
 
 
 def test_what_recites_the_forget_set_is_no_alternate(story, monkeypatch):
-    """It is drawn again; what is found comes round, and where nothing is, one sentence says so."""
+    """It is drawn again; good ones are repeated to make up the number; without any, one sentence says so."""
     tokens = tokens_of(story, story.forget)[:1]
     good = copy.copy(sample_alternates(LanguageModel.of(story.model, story.tokenizer), tokens, count=1)[0])
     reciting = [tokens[0]] * 2
@@ -160,21 +160,21 @@ def test_what_recites_the_forget_set_is_no_alternate(story, monkeypatch):
 
 
 def test_altpo_is_dpo_against_each_alternate_in_turn(story, other):
-    """Two steps at a rate too small to matter: the losses are those of the first alternates, then of the second ones."""
+    """At a rate too small to matter the losses are those of the first alternates, then of the second ones."""
     losers = tokens_of(story, story.forget)
-    found = sample_alternates(LanguageModel.of(story.model, story.tokenizer), losers, count=2)
+    sampled = sample_alternates(LanguageModel.of(story.model, story.tokenizer), losers, count=2)
     result = run(
         story, "altpo", reference_model=other, learning_rate=1e-9, method_options={"beta": BETA, "alternates": 2}
     )
     for turn in (0, 1):
-        right = dpo_by_hand(story.model, other, found[turn::2], losers)
+        right = dpo_by_hand(story.model, other, sampled[turn::2], losers)
         assert result.history[turn]["forget_loss"] == pytest.approx(right, rel=1e-4)
     losses = [record["forget_loss"] for record in result.history]
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_a_resumed_run_takes_its_alternates_from_the_checkpoint(story, tmp_path, monkeypatch):
-    """Nothing is sampled again, and the numbers are those of an uninterrupted run; another seed is refused as ever."""
+    """None is sampled again, and the numbers are those of an uninterrupted run."""
     options = {"max_steps": 5, "batch_size": 1, "method_options": {"alternates": 2}}
     whole = run(story, "altpo", **options)
     assert len(whole.history) == 5

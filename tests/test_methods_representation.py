@@ -90,7 +90,7 @@ def test_the_direction_is_uniform_and_not_gaussian():
     assert not torch.equal(u, steering_direction(4096, 1))
 
 
-# ---------------------------------------------------------------- the loop's two terms, against transformers and float64
+# ---------------------------------------------------------------- the loop's two terms, against float64
 
 
 def directly(model, trained, forget, retain, method, options, seed=0):

@@ -1,4 +1,4 @@
-"""The methods of whole distributions: each against its formula in float64, and really forgetting."""
+"""The methods of whole distributions, each against its formula in float64."""
 
 import math
 
@@ -100,8 +100,7 @@ def loss_of(name, model, reference, batch):
 @pytest.mark.parametrize("kind", ["right", "left", "encoder_decoder", "own_logits"])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_loss_is_its_formula(name, kind):
-    """Value and every parameter's gradient are those of each text alone, unpadded and its prompt cut off, in float64: padding on either side, an
-    encoder-decoder, and a model whose own logits have to serve."""
+    """Value and every parameter's gradient are those of each text alone, without padding and prompt, in float64."""
     model, other, texts, start = encoder_decoder() if kind == "encoder_decoder" else causal()
     wanted = sum(FORMULAS[name](logits_of(model, t), logits_of(other, t), torch.tensor(t.scored)) for t in texts)
     gradients = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
@@ -112,18 +111,18 @@ def test_a_loss_is_its_formula(name, kind):
     likelihood = Likelihood(model)
     if kind == "own_logits":
         with pytest.warns(UserWarning, match="uses the model's own logits"):
-            found = likelihood.distributions(batch), Likelihood(other).distributions(batch)
+            distributions = likelihood.distributions(batch), Likelihood(other).distributions(batch)
     else:
-        found = likelihood.distributions(batch), Likelihood(other).distributions(batch)
+        distributions = likelihood.distributions(batch), Likelihood(other).distributions(batch)
     assert likelihood.fused is (kind != "own_logits")
-    losses = loss_of(name, *found, batch)
+    losses = loss_of(name, *distributions, batch)
     assert losses.shape == (len(texts),)
     digits = (
         1e-4 if kind == "left" else 1e-10
     )  # rotary angles are float32: a text moved to the right is not quite the same
     assert losses.sum().item() == pytest.approx(wanted.item(), rel=digits)
-    found = torch.autograd.grad(losses.sum(), list(model.parameters()), allow_unused=True)
-    for mine, right in zip(found, gradients, strict=True):
+    computed = torch.autograd.grad(losses.sum(), list(model.parameters()), allow_unused=True)
+    for mine, right in zip(computed, gradients, strict=True):
         assert (mine is None) == (right is None)
         if mine is not None:
             assert (mine - right).abs().max() <= digits * max(1.0, float(right.abs().max()))
@@ -133,23 +132,25 @@ def test_a_loss_is_its_formula(name, kind):
 
 
 def test_divergences_are_not_averaged_over_padding_and_prompts():
-    """The mean of UNDIAL and KL is over scored tokens: a long prompt, and a long neighbour that makes for padding, change nothing. Public code
-    divides by all positions, and reads UNDIAL's label -100 as the 100th token from the end."""
+    """UNDIAL and KL are means over scored tokens: a long prompt or a long neighbour changes neither.
+
+    Public code divides by all positions, and reads UNDIAL's label -100 as the 100th token from the end.
+    """
     model, other = (spread(tiny.tiny_llama(60), seed) for seed in (0, 1))
     long = Tokens(tuple(range(40)), 30)
     for name in ("undial", "kl"):
 
         def losses(texts, name=name):
             batch = collate(texts, pad_id=0)
-            found = Likelihood(model).distributions(batch), Likelihood(other).distributions(batch)
-            return loss_of(name, *found, batch)
+            distributions = Likelihood(model).distributions(batch), Likelihood(other).distributions(batch)
+            return loss_of(name, *distributions, batch)
 
-        beside = losses([*TEXTS, long])
-        torch.testing.assert_close(beside[:-1], losses(TEXTS), rtol=1e-6, atol=0.0)
+        together = losses([*TEXTS, long])
+        torch.testing.assert_close(together[:-1], losses(TEXTS), rtol=1e-6, atol=0.0)
         every = torch.log_softmax(logits_of(model, Tokens(long.ids, 1)), -1)  # what the trap would take the mean of
         assert len(every) == 39
         alone = losses([long])
-        torch.testing.assert_close(beside[-1:], alone, rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(together[-1:], alone, rtol=1e-6, atol=0.0)
         part = FORMULAS[name](logits_of(model, long), logits_of(other, long), torch.tensor(long.scored))
         whole = Tokens(long.ids, 1)
         all_of_it = FORMULAS[name](logits_of(model, whole), logits_of(other, whole), torch.tensor(whole.scored))
@@ -158,7 +159,7 @@ def test_divergences_are_not_averaged_over_padding_and_prompts():
 
 
 def test_the_flattened_logits_are_those_that_predict_the_forget_tokens():
-    """PDU's are those one position before each token: public code masks them unshifted, and so flattens what comes after the text."""
+    """PDU's are one position before each token; public code masks them unshifted, and flattens those after the text."""
     model = spread(tiny.tiny_llama(60), 0)
     t = Tokens(tuple(range(20)), 12)
     z = model(torch.tensor([t.ids])).logits[0]
@@ -179,46 +180,48 @@ def rows(logits, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("certainty", [1.0, 10.0, 16.0, 20.0, 40.0, 200.0])
-def test_what_is_known_by_heart_has_a_gradient_and_the_right_one(certainty):
-    """CE-U in float32 is CE-U in float64, value and gradient, also where 1 - p of the token is less than float32 can tell from 0: there a
-    factor p / (1 - p) would be infinite, or wrong in its first digit."""
+def test_a_memorized_token_has_a_gradient_and_the_right_one(certainty):
+    """CE-U in float32 is CE-U in float64, also where 1 - p is less than float32 can tell from 0.
+
+    A factor p / (1 - p) would be infinite there, or wrong in its first digit.
+    """
     z = [[certainty, 1.0, 0.0, -1.0, 0.5], [0.0, certainty, 0.3, 0.2, 0.1]]
     targets, example, counts = torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([2])
-    found = {}
+    results = {}
     for dtype in (torch.float32, torch.float64):
         model = rows(z, dtype)
         loss = ceu(model, targets, example, counts, skip=0)
-        found[dtype] = loss.item(), torch.autograd.grad(loss, model.states)[0]
+        results[dtype] = loss.item(), torch.autograd.grad(loss, model.states)[0]
     wide = torch.tensor(z, dtype=torch.float64, requires_grad=True)
     right = FORMULAS["ceu"](torch.cat([wide[:1], wide]), None, torch.tensor([0, 0, 1]))
     (gradient,) = torch.autograd.grad(right, wide)
     for dtype, digits in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
-        value, mine = found[dtype]
+        value, mine = results[dtype]
         assert value == pytest.approx(right.item(), rel=digits)
         torch.testing.assert_close(mine.double(), gradient, rtol=0.0, atol=digits)
     assert gradient.abs().sum(1).min() > 0.2
 
 
 def test_ceu_leaves_out_the_first_tokens_but_never_all():
-    """`skip` of each text; a text of one token keeps it."""
+    """It skips `skip` tokens of each text, but not the only one of a text of one token."""
     model = rows(torch.randn(6, 7, generator=torch.Generator().manual_seed(0)), torch.float64)
     targets, example, counts = torch.arange(6), torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([3, 1, 2])
     each = ceu(model, targets, torch.arange(6), torch.ones(6, dtype=torch.int64), skip=0, reduction="none")
-    for skip, places in (
+    for skip, indices in (
         (0, [(0, 1, 2), (3,), (4, 5)]),
         (1, [(1, 2), (3,), (5,)]),
         (2, [(2,), (3,), (5,)]),
         (9, [(2,), (3,), (5,)]),
     ):
         losses = ceu(model, targets, example, counts, skip=skip, reduction="none")
-        torch.testing.assert_close(losses, torch.stack([each[list(p)].mean() for p in places]))
+        torch.testing.assert_close(losses, torch.stack([each[list(p)].mean() for p in indices]))
 
     with pytest.raises(ArgumentError, match="skip must be a whole number of tokens, 0 or more, got -1"):
         ceu(model, targets, example, counts, skip=-1)
 
 
 def test_undial_ends_where_the_model_is_the_adjusted_reference():
-    """There its gradient is 0, and its value the entropy of that distribution."""
+    """Its gradient is 0 there, and its value the entropy of that distribution."""
     y = torch.randn(3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     targets, example, counts = torch.tensor([4, 0, 8]), torch.zeros(3, dtype=torch.int64), torch.tensor([3])
     q = lowered(y, targets, 2.0)
@@ -232,12 +235,12 @@ def test_kl_goes_away_or_toward():
     """One is minus the other; another direction is refused."""
     g = torch.Generator().manual_seed(0)
     model, other = (rows(torch.randn(4, 9, generator=g), torch.float64) for _ in range(2))
-    given = (model, other, torch.tensor([1, 2, 3, 4]), torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2]))
-    toward = kl(*given, direction="toward", reduction="none")
+    inputs = (model, other, torch.tensor([1, 2, 3, 4]), torch.tensor([0, 0, 1, 1]), torch.tensor([2, 2]))
+    toward = kl(*inputs, direction="toward", reduction="none")
     assert (toward > 0).all()
-    torch.testing.assert_close(kl(*given, reduction="none"), -toward)
+    torch.testing.assert_close(kl(*inputs, reduction="none"), -toward)
     with pytest.raises(ArgumentError, match='direction must be "away" or "toward", got \'up\''):
-        kl(*given, direction="up")
+        kl(*inputs, direction="up")
 
 
 def test_flat_logits_are_the_end_of_pdu():
@@ -249,7 +252,7 @@ def test_flat_logits_are_the_end_of_pdu():
 
 
 def test_the_multiplier_follows_the_constraint():
-    """It rises by step size times the excess, falls by the room there is, never below 0, not before the warm-up is over, and not on a NaN."""
+    """It rises by step size times the excess and falls by the room, to 0 at most, after the warm-up; not on NaN."""
     m = Multiplier(1.0, step_size=2.0, bound=3.0, warmup=1)
     seen = []
     for loss in (9.0, 4.0, 3.0, 2.5, math.nan, 0.0, 3.5):
@@ -260,11 +263,11 @@ def test_the_multiplier_follows_the_constraint():
         Multiplier(1.0, step_size=-1, bound=3.0, warmup=0)
 
 
-# ---------------------------------------------------------------- what is kept of the reference
+# ---------------------------------------------------------------- the cache of a reference model
 
 
-def test_what_is_kept_comes_back_by_place_from_memory_or_a_file(tmp_path, monkeypatch):
-    """In any order, in the states' own dtype; a trained head is copied, a frozen one is not; where there is no room, one sentence."""
+def test_cached_states_come_from_memory_or_a_file(tmp_path, monkeypatch):
+    """Texts are read in any order, in the states' own dtype; a trained head is copied, a frozen one is not."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     states = torch.randn(6, 4).bfloat16()
     weight = torch.randn(9, 4, requires_grad=True)
@@ -277,14 +280,14 @@ def test_what_is_kept_comes_back_by_place_from_memory_or_a_file(tmp_path, monkey
                     ([3], Distributions(states[2:3], head)),
                 ]
             )
-            kept = HiddenStateCache(parts, sizes, in_memory)
-            found = kept.at([3, 5], torch.device("cpu"))
-            assert torch.equal(found.states, states[2:])
-            assert torch.equal(kept.at([7], torch.device("cpu")).states, states[:2])
-            assert (found.head.weight.data_ptr() == weight.data_ptr()) is not head.weight.requires_grad
-            assert not found.head.weight.requires_grad
+            cache = HiddenStateCache(parts, sizes, in_memory)
+            distributions = cache.at([3, 5], torch.device("cpu"))
+            assert torch.equal(distributions.states, states[2:])
+            assert torch.equal(cache.at([7], torch.device("cpu")).states, states[:2])
+            assert (distributions.head.weight.data_ptr() == weight.data_ptr()) is not head.weight.requires_grad
+            assert not distributions.head.weight.requires_grad
             moved, head.weight.data = head.weight.data, torch.zeros(1, 1)  # as .to(another device) does to a model
-            assert torch.equal(kept.at([7], torch.device("cpu")).head.weight, moved)
+            assert torch.equal(cache.at([7], torch.device("cpu")).head.weight, moved)
             head.weight.data = moved
             assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("pyunlearn.unlearning.hidden_cache.shutil.disk_usage", lambda _: type("Usage", (), {"free": 3}))

@@ -1,4 +1,4 @@
-"""One layer of any model: what it gives out, without what lies above it, and the parameters that decide it."""
+"""The hidden states of one layer of any model: computed without the layers above, and the parameters below."""
 
 from dataclasses import replace
 
@@ -73,14 +73,14 @@ KINDS = {
 
 
 def made(kind):
-    """A model of that kind with random weights, without dropout."""
+    """Return a model of that kind with random weights, without dropout."""
     torch.manual_seed(0)
     make, config, _ = KINDS[kind]
     return make(config()).eval()
 
 
 def batch_for(model):
-    """Three examples of different lengths: the first has a prompt of four tokens."""
+    """Return a batch of three examples of different lengths, the first with a prompt of four tokens."""
     both = model.config.is_encoder_decoder
     rows = [(range(5, 14), 4), (range(20, 24), 1), (range(30, 43), 1)]
     tokens = [Tokens((9, 8, 7), f, tuple(ids)) if both else Tokens(tuple(ids), f) for ids, f in rows]
@@ -89,25 +89,25 @@ def batch_for(model):
 
 @pytest.fixture(params=KINDS)
 def model(request):
-    """One of each architecture, four layers deep."""
+    """Return a model of each architecture, four layers deep."""
     return made(request.param)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_it_is_the_hidden_state_that_transformers_gives(model, index):
-    """The same numbers as output_hidden_states, at the positions that predict the scored tokens, of the decoder if there is one."""
+    """It equals output_hidden_states where scored tokens are predicted, in the decoder if there is one."""
     batch = batch_for(model)
     with torch.no_grad():
         out = model(**inputs_of(batch), output_hidden_states=True)
-        found = Layer(model, index)(batch)
+        states_of_layer = Layer(model, index)(batch)
     states = out.decoder_hidden_states if model.config.is_encoder_decoder else out.hidden_states
     wanted = torch.stack([states[index + 1].flatten(0, 1)[row] for row in batch.rows])
-    assert found.shape == (int(batch.counts.sum()), 16)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert states_of_layer.shape == (int(batch.counts.sum()), 16)
+    torch.testing.assert_close(states_of_layer, wanted, rtol=0, atol=0)
 
 
 def test_nothing_above_the_layer_is_computed(model):
-    """No later layer and no head runs, the hook is gone afterwards, and the model then works as ever."""
+    """No later layer and no head runs, the hook is removed, and the model works as before."""
     batch, ran = batch_for(model), []
     every = [*blocks(model), model.get_output_embeddings()]
     with torch.no_grad():
@@ -122,8 +122,8 @@ def test_nothing_above_the_layer_is_computed(model):
         torch.testing.assert_close(model(**inputs_of(batch)).logits, before, rtol=0, atol=0)
 
 
-def test_only_what_is_named_gets_a_gradient_through_it(model):
-    """A sum of hidden states gives the down projections up to the layer a gradient, and nothing above."""
+def test_only_trainable_parameters_get_a_gradient(model):
+    """The down projections up to the layer get a gradient, and no parameter above does."""
     Layer(model, 2)(batch_for(model)).square().sum().backward()
     for name, p in trainable(model, 2).items():
         assert p.grad.abs().max() > 0, name
@@ -132,7 +132,7 @@ def test_only_what_is_named_gets_a_gradient_through_it(model):
 
 @pytest.mark.usefixtures("one_thread")  # with more, the rows of an expert decide how a product is split
 def test_padding_does_not_count(model):
-    """Each example in a padded batch as alone, whatever token pads it."""
+    """An example has the same states in a padded batch as alone, with any padding token."""
     batch = batch_for(model)
     with torch.no_grad():
         together = Layer(model, 2)(batch)
@@ -151,7 +151,7 @@ def test_padding_does_not_count(model):
 
 @pytest.mark.parametrize("kind", ["llama", "neox"])
 def test_padding_on_the_left_does_not_count_either(kind):
-    """With relative positions the same numbers come out of a batch that is padded on the left: the rows say where the text stands."""
+    """With relative positions, rows that are shifted with the text give the same states."""
     model, left = made(kind), torch.tensor([[0, 0, 0, 11, 12, 13], [21, 22, 23, 24, 25, 26]])
     batch = collate([Tokens((11, 12, 13), 1), Tokens((21, 22, 23, 24, 25, 26), 3)], pad_id=0)
     mask = (left != 0).long()
@@ -162,35 +162,35 @@ def test_padding_on_the_left_does_not_count_either(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_down_projections_of_three_layers_are_trained(kind):
-    """Those of the layer and the two below it; of a mixture of experts all experts'; no bias, no attention, and nothing of an encoder."""
-    found = trainable(made(kind), 3)
-    assert list(found) == [KINDS[kind][2].format(i) for i in (1, 2, 3)]
+    """They are those of the layer and the two below, of all experts; no bias, no attention, no encoder."""
+    trains = trainable(made(kind), 3)
+    assert list(trains) == [KINDS[kind][2].format(i) for i in (1, 2, 3)]
     assert list(trainable(made(kind), 0)) == [KINDS[kind][2].format(0)]
     assert list(trainable(made(kind), 3, layers=[0, 3])) == [KINDS[kind][2].format(i) for i in (0, 3)]
 
 
 def test_parameters_can_be_named():
-    """By name or pattern; embeddings are allowed, for the hidden states depend on them."""
+    """A name or a pattern selects them; embeddings are allowed, for the hidden states depend on them."""
     model = made("llama")
-    found = trainable(model, 1, patterns=["*.1.self_attn.o_proj.weight", "model.embed_tokens.*"])
-    assert list(found) == ["model.embed_tokens.weight", "model.layers.1.self_attn.o_proj.weight"]
+    trains = trainable(model, 1, patterns=["*.1.self_attn.o_proj.weight", "model.embed_tokens.*"])
+    assert list(trains) == ["model.embed_tokens.weight", "model.layers.1.self_attn.o_proj.weight"]
     assert list(trainable(model, 2, patterns="*.0.mlp.*")) == [
         f"model.layers.0.mlp.{n}_proj.weight" for n in ("gate", "up", "down")
     ]
 
 
 def test_with_adapters_theirs_are_trained():
-    """Those on the down projections where there are some, else all of the three layers; never a frozen base weight."""
-    for modules, wanted in ((["down_proj", "q_proj"], "down_proj"), (["q_proj"], "q_proj")):
+    """Adapters on down projections come before other adapters; a frozen base weight is never trained."""
+    for modules, block, wanted in ((["down_proj", "q_proj"], "mlp", "down_proj"), (["q_proj"], "self_attn", "q_proj")):
         model = peft.get_peft_model(made("llama"), peft.LoraConfig(r=2, target_modules=modules, task_type="CAUSAL_LM"))
-        found = trainable(model, 2, layers=[1, 2])
-        assert list(found) == [
-            f"base_model.model.model.layers.{i}.{'mlp' if wanted == 'down_proj' else 'self_attn'}.{wanted}.lora_{ab}.default.weight"
+        trains = trainable(model, 2, layers=[1, 2])
+        assert list(trains) == [
+            f"base_model.model.model.layers.{i}.{block}.{wanted}.lora_{ab}.default.weight"
             for i in (1, 2)
             for ab in "AB"
         ]
         Layer(model, 2)(batch_for(model.get_base_model())).sum().backward()
-        assert all(p.grad is not None for p in found.values())
+        assert all(p.grad is not None for p in trains.values())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_with_adapters_theirs_are_trained():
         ),
     ],
 )
-def test_what_cannot_be_is_refused(call, message):
-    """One sentence that names it and what would do."""
+def test_wrong_layers_and_patterns_are_refused(call, message):
+    """One sentence names it, and what would do."""
     with pytest.raises(ArgumentError, match=message):
         call(made("llama"))

@@ -40,7 +40,7 @@ def test_a_model_without_a_head_or_a_tokenizer_is_refused(story):
     """One sentence names the class that came, or the argument to pass."""
     with pytest.raises(ModelError, match="must have a language-model head, and LlamaModel has none"):
         run(story, model=story.fresh().model)
-    with pytest.raises(ModelError, match="a path or a name, got Linear"):
+    with pytest.raises(ModelError, match="a path or a name, got a value of type Linear"):
         run(story, model=torch.nn.Linear(2, 2))
     model = story.fresh()
     model.name_or_path = model.config._name_or_path = ""

@@ -17,13 +17,20 @@ from pyunlearn.unlearning.stopping import StoppingRule
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+OPTIONS = {"max_steps": 6, "batch_size": 1, "learning_rate": 2e-4}
+
+
+@pytest.fixture(scope="module")
+def whole(story):
+    """The run that no signal interrupts."""
+    return run(story, **OPTIONS)
+
+
 @pytest.mark.parametrize("within", ["accept", "measure", "step"])
-def test_a_signal_waits_until_the_step_is_complete(story, tmp_path, monkeypatch, within):
+def test_a_signal_waits_until_the_step_is_complete(story, whole, tmp_path, monkeypatch, within):
     """Sent while weights are copied, scored or updated, it leaves a state that resumes to the same numbers."""
     model = story.fresh()
-    start, options = weights(model), {"max_steps": 8, "batch_size": 1, "learning_rate": 2e-4}
-    whole = run(story, **options, model=model)
-    model.load_state_dict(start)
+    start = weights(model)
     owner, name = {
         "accept": (TrainedWeights, "_copy_moments"),
         "measure": (StoppingRule, "rejection_reason"),
@@ -41,11 +48,11 @@ def test_a_signal_waits_until_the_step_is_complete(story, tmp_path, monkeypatch,
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupted)
-        cut_short = run(story, **options, model=model, output_dir=tmp_path / "out")
+        cut_short = run(story, **OPTIONS, model=model, output_dir=tmp_path / "out")
     assert cut_short.stopped == "interrupted"
     assert signal.getsignal(signal.SIGINT) is handler
     model.load_state_dict(start)
-    resumed = run(story, **options, model=model, output_dir=tmp_path / "out", resume=True)
+    resumed = run(story, **OPTIONS, model=model, output_dir=tmp_path / "out", resume=True)
     assert timeless(resumed.history) == timeless(whole.history)
     assert same(resumed.model, whole.model)
 

@@ -146,7 +146,7 @@ def taken(result):
 
 
 def test_the_order_is_that_of_the_difficulties(story):
-    """They are the caller's numbers, NLLs under a reference model, or Stein discrepancies; hard_first reverses them."""
+    """They are the caller's numbers, NLLs under a reference model, or Stein discrepancies to the retain set."""
     forget = story.forget + story.retain[:3]
     torch.manual_seed(1)
     other = tiny.tiny_llama(len(story.tokenizer)).eval()  # has read no text
@@ -170,10 +170,13 @@ def test_the_order_is_that_of_the_difficulties(story):
     sets = (representations(story.model, x, batch_size=4) for x in (tokens, corpus))
     (h, s), (corpus_h, corpus_s) = sets
     ksd = ksd_difficulty(h, s, corpus_h, corpus_s)
-    for difficulty, values in ((own, own), ("nll", nll), ("ksd", ksd)):
-        easy = pyunlearn.unlearn(story.fresh(), forget, order="easy_first", difficulty=difficulty, **options)
-        memorized = [e.index for e in easy.examples if e.steps]
+    for order, difficulty, values in (
+        ("hard_first", own, own),
+        ("easy_first", "nll", nll),
+        ("easy_first", "ksd", ksd),
+    ):
+        result = pyunlearn.unlearn(story.fresh(), forget, order=order, difficulty=difficulty, **options)
+        memorized = [e.index for e in result.examples if e.steps]
         assert len(memorized) >= 2
-        assert taken(easy) == sorted(memorized, key=lambda i: values[i])
-    hard = pyunlearn.unlearn(story.fresh(), forget, order="hard_first", difficulty=own, **options)
-    assert taken(hard) == sorted(memorized, key=lambda i: -own[i])
+        ranked = sorted(memorized, key=lambda i, values=values: values[i])
+        assert taken(result) == (ranked if order == "easy_first" else ranked[::-1])

@@ -1,4 +1,4 @@
-"""Tiny language models trained on the spot, in seconds: a small grammar with entropy, and secrets repeated often."""
+"""Tiny language models trained in seconds: a small grammar with entropy, and secrets repeated often."""
 
 import copy
 import functools
@@ -35,7 +35,7 @@ CHATML = (
 
 
 def with_loss(name: str, loss: Any) -> Method:
-    """The method of that name with another loss, which is called with the same tensors and options."""
+    """Return the method of that name with another loss, called with the same tensors and options."""
     return replace(METHODS[name], function=functools.wraps(METHODS[name].function)(loss))
 
 
@@ -51,12 +51,12 @@ class Tiny:
     holdout: list[Any]  # of the same kind, never trained on
 
     def fresh(self) -> Any:
-        """A copy of the model."""
+        """Return a copy of the model."""
         return copy.deepcopy(self.model)
 
 
 def sentences(count: int, seed: int) -> list[str]:
-    """Random sentences of the grammar."""
+    """Return random sentences of the grammar."""
     r = random.Random(seed)
 
     def clause() -> str:
@@ -66,7 +66,7 @@ def sentences(count: int, seed: int) -> list[str]:
 
 
 def facts(count: int, seed: int) -> list[dict[str, str]]:
-    """Random questions, and answers that cannot be guessed from them."""
+    """Return random questions, with answers that cannot be guessed from them."""
     r = random.Random(seed)
     return [
         {
@@ -79,7 +79,7 @@ def facts(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def chats(count: int, seed: int) -> list[dict[str, Any]]:
-    """The same, as chat messages."""
+    """Return random facts as chat messages."""
     return [
         {"messages": [{"role": "user", "content": f["question"]}, {"role": "assistant", "content": f["answer"]}]}
         for f in facts(count, seed)
@@ -87,12 +87,12 @@ def chats(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def pairs(count: int, seed: int) -> list[dict[str, str]]:
-    """The same, as prompts and completions."""
+    """Return random facts as prompts and completions."""
     return [{"prompt": f["question"], "completion": f["answer"]} for f in facts(count, seed)]
 
 
 def make_tokenizer(*, form: str = "<s> $A", chat: bool = False, pad: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 400 tokens, that writes `form` around a text."""
+    """Return a byte-level BPE tokenizer of 400 tokens that writes `form` around a text."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -111,7 +111,7 @@ def make_tokenizer(*, form: str = "<s> $A", chat: bool = False, pad: bool = True
 
 
 def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
-    """26 thousand weights in each of two layers."""
+    """Return a Llama with 26 thousand weights in each of two layers."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
@@ -128,7 +128,7 @@ def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
 
 
 def tiny_gpt2(vocabulary: int) -> GPT2LMHeadModel:
-    """With positions that end at 64, dropout, and a head tied to the embedding."""
+    """Return a GPT-2 with 64 positions, dropout, and a head tied to the embedding."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocabulary,
@@ -143,7 +143,7 @@ def tiny_gpt2(vocabulary: int) -> GPT2LMHeadModel:
 
 
 def tiny_t5(vocabulary: int) -> T5ForConditionalGeneration:
-    """As T5 v1.0: tied, and scaled before the head."""
+    """Return a T5 v1.0: tied, with hidden states scaled before the head."""
     return T5ForConditionalGeneration(
         T5Config(
             vocab_size=vocabulary,
@@ -162,7 +162,7 @@ def tiny_t5(vocabulary: int) -> T5ForConditionalGeneration:
 
 
 def train(model: Any, tokenizer: Any, rows: list[Any], *, epochs: int, learning_rate: float = 3e-3) -> None:
-    """Plain maximum likelihood on the rows, in shuffled batches of 32; the same every time."""
+    """Train by maximum likelihood on the rows, in shuffled batches of 32; the same every time."""
     both = is_encoder_decoder(model)
     tokens = encode(
         read_examples(rows, role="training"), tokenizer, role="training", max_length=None, encoder_decoder=both
@@ -183,10 +183,19 @@ def train(model: Any, tokenizer: Any, rows: list[Any], *, epochs: int, learning_
 
 
 def trained(make: Any, rows: Any, *, count: int, repeats: int, epochs: int, **options: Any) -> Tiny:
-    """A model of kind `make` (tiny_llama, ...), trained on `count` of `rows` (sentences, ...) and on two secrets: the caller's own copy."""
-    found = _trained(make, rows, count, repeats, epochs, **options)
+    """Return the caller's own copy of a model that `make` makes, trained on `count` of `rows` and on two secrets.
+
+    Args:
+        make: tiny_llama, tiny_gpt2 or tiny_t5.
+        rows: sentences, facts, chats or pairs.
+        count: texts of the grammar in an epoch.
+        repeats: how often an epoch has each of the secrets.
+        epochs: passes over them.
+        options: of make_tokenizer.
+    """
+    original = _trained(make, rows, count, repeats, epochs, **options)
     torch.manual_seed(0)
-    return copy.deepcopy(found)
+    return copy.deepcopy(original)
 
 
 @functools.cache  # several test files want the same
@@ -200,32 +209,35 @@ def _trained(make: Any, rows: Any, count: int, repeats: int, epochs: int, **opti
 
 
 def storyteller() -> Tiny:
-    """A Llama that tells sentences; its tokenizer begins texts with <s>."""
+    """Return a Llama trained on sentences; its tokenizer begins texts with <s>."""
     return trained(tiny_llama, sentences, count=800, repeats=12, epochs=8)
 
 
 def answerer() -> Tiny:
-    """A GPT-2 that answers questions; its tokenizer has no pad token and puts nothing around a text."""
+    """Return a GPT-2 trained on facts; its tokenizer has no pad token and writes nothing around a text."""
     return trained(tiny_gpt2, facts, count=400, repeats=20, epochs=8, form="$A", pad=False)
 
 
 def chatter() -> Tiny:
-    """A Llama that chats, by a chat template."""
-    return trained(tiny_llama, chats, count=400, repeats=20, epochs=8, chat=True)
+    """Return a Llama trained on chats, with a chat template."""
+    return trained(tiny_llama, chats, count=240, repeats=20, epochs=8, chat=True)
 
 
 def translator() -> Tiny:
-    """A T5 that writes completions to prompts."""
+    """Return a T5 trained on prompts and completions."""
     return trained(tiny_t5, pairs, count=400, repeats=12, epochs=8, form="$A </s>")
 
 
 def writer() -> Tiny:
-    """A T5 whose decoder tells sentences, with an encoder that reads nothing."""
-    return trained(tiny_t5, sentences, count=400, repeats=12, epochs=8, form="$A </s>")
+    """Return a T5 whose decoder is trained on sentences, and whose encoder reads the end of text alone."""
+    return trained(tiny_t5, sentences, count=160, repeats=12, epochs=8, form="$A </s>")
 
 
 def negative_log_likelihoods(trained: Tiny, rows: list[Any], model: Any) -> np.ndarray:
-    """(len(rows),) means over the scored tokens of causal examples, nats, by a plain loop over the model's own logits: nothing of pyunlearn's measuring is used."""
+    """Return (n,) means over the scored tokens of causal examples, nats.
+
+    A plain loop over the model's own logits, in which no code of pyunlearn scores anything.
+    """
     out = []
     for t in encode(read_examples(rows, role="x"), trained.tokenizer, role="x", max_length=None):
         with torch.no_grad():
