@@ -268,7 +268,7 @@ def test_greedy_matches(name):
 
 def test_a_model_without_a_head_is_refused():
     """One sentence names the class that came and the one to load instead."""
-    with pytest.raises(ModelError, match=r"has no language-model head.*AutoModelForCausalLM"):
+    with pytest.raises(ModelError, match=r"must have a language-model head, .*AutoModelForCausalLM"):
         Likelihood(tf.LlamaModel(tf.LlamaConfig(**KV)))
     with pytest.raises(ModelError, match="must be a transformers language model"):
         Likelihood(torch.nn.Linear(2, 2))
