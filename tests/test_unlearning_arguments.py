@@ -54,7 +54,8 @@ def test_a_model_with_nan_in_its_weights_is_refused(story):
     with torch.no_grad():
         model.model.norm.weight[3] = math.nan
     start = weights(model)
-    with pytest.raises(TrainingError, match="NaN or Inf for the forget set before the first step"):
+    error = pytest.raises(TrainingError, match="NaN or Inf for the forget set before the first step")
+    with pytest.warns(UserWarning, match="differ from those of its own logits by up to nan nats"), error:
         run(story, model=model)
     assert same(model, start)
 
