@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pyunlearn import models
 from pyunlearn.data import TokenBatch, Tokens, read_examples
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
-from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.scoring import Scorer, evaluation_mode
-from pyunlearn.options import Flag, Kind, Number, Whole, require, require_path
+from pyunlearn.options import Flag, Kind, Number, Whole, require
 from pyunlearn.probes.gradients import trained_parameters
 from pyunlearn.progress import Progress
 
@@ -162,8 +160,8 @@ class Editing:
         needs: Mapping[str, str] | None = None,
     ) -> None:
         require_optional(Flag(), progress=progress)
-        _require_model(model)
-        _require_tokenizer(tokenizer)
+        require_model("model", model)
+        require_tokenizer("tokenizer", tokenizer)
         for role, reason in (needs or {}).items():
             if sources.get(role) is None:
                 raise ArgumentError(f"{name} needs {role} texts, {reason}: pass {role}=")
@@ -263,25 +261,6 @@ def require_optional(kind: Kind, **values: Any) -> None:
     pyunlearn.errors.ArgumentError: passes must be a whole number, 1 or more, got 0
     """
     require(kind, **{name: value for name, value in values.items() if value is not None})
-
-
-def _require_model(model: Any) -> None:
-    """Raise ArgumentError or ModelError for an object that is no language model and no path of one."""
-    if isinstance(model, (str, Path)):
-        require_path("model", model)
-    elif not isinstance(model, LanguageModel):
-        models.require_language_model(model)
-
-
-def _require_tokenizer(tokenizer: Any) -> None:
-    """Raise ArgumentError for an object that is no tokenizer and no path of one."""
-    if isinstance(tokenizer, (str, Path)):
-        require_path("tokenizer", tokenizer)
-    elif tokenizer is not None and not callable(tokenizer):
-        raise ArgumentError(
-            f"tokenizer must be a tokenizer of transformers or its path, got {type(tokenizer).__name__}: "
-            "leave it out for the one that was saved with the model"
-        )
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
