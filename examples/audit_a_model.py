@@ -16,6 +16,8 @@ def main(original: str, unlearned: str, leaked: str, unseen: str) -> None:
         low, high = example.interval
         print(f"text {example.index + 1}: {example.verdict}, {example.exposure:.1f} bits ({low:.1f} to {high:.1f})")
     for attack in audit.membership:
+        if attack.auc_before is None or attack.auc is None:  # both are there with a holdout and an original
+            continue
         before, now = attack.auc_before.estimate, attack.auc.estimate
         print(f"{attack.score}: AUC {before:.2f} before, {now:.2f} now (0.5: members are not told apart)")
     write_audit(audit, "audit", html=True)

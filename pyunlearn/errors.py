@@ -1,16 +1,16 @@
-"""Every exception that pyunlearn raises for a user's mistake or a run gone wrong.
+"""Exceptions that pyunlearn raises for a wrong argument, text or model, or a failed run.
 
     Exception
-    └── PyunlearnError                      catch this one to catch them all
-        ├── ArgumentError   (ValueError)    an option: unknown name, out of range, two that exclude each other
-        ├── DataError       (ValueError)    the text: missing or empty file, no usable column, too long, unscored
-        ├── ModelError      (ValueError)    the model or tokenizer: no head, not loadable, not a language model
-        ├── OutputError     (OSError)       the place to write to: not empty, not writable
-        ├── DependencyError (ImportError)   an optional package that this input needs and that is not installed
-        └── TrainingError   (RuntimeError)  the run itself: NaN or Inf before any good state
+    └── PyunlearnError                      base class of all
+        ├── ArgumentError   (ValueError)    an option: unknown name, out of range, in conflict with another
+        ├── DataError       (ValueError)    the texts: missing or empty file, no usable column, too long
+        ├── ModelError      (ValueError)    the model or tokenizer: no head, cannot be loaded
+        ├── OutputError     (OSError)       the output folder: not empty, not writable
+        ├── DependencyError (ImportError)   an optional package that is needed and not installed
+        └── TrainingError   (RuntimeError)  the run: NaN or Inf before the first step
 
-Each is also the built-in exception that a caller would expect, so `except ValueError` works as well. Each message is
-one sentence: what is wrong, what was wanted, what came, how to mend it.
+Each class is also a subclass of the built-in exception in parentheses. Each message is one sentence: the argument, what
+is wanted, what came, how to correct it.
 """
 
 from collections.abc import Iterable
@@ -29,35 +29,39 @@ __all__ = [
 
 
 class PyunlearnError(Exception):
-    """The base of every error that pyunlearn raises on purpose."""
+    """Base class of the errors that pyunlearn raises."""
 
 
 class ArgumentError(PyunlearnError, ValueError):
-    """An option has a value that it cannot have."""
+    """Wrong value of an option."""
 
 
 class DataError(PyunlearnError, ValueError):
-    """The text given cannot be used as it is."""
+    """Texts that cannot be used."""
 
 
 class ModelError(PyunlearnError, ValueError):
-    """The model or tokenizer given cannot be used."""
+    """Model or tokenizer that cannot be used."""
 
 
 class OutputError(PyunlearnError, OSError):
-    """The result cannot be written where it was asked for."""
+    """Raised where the result cannot be written to the output folder."""
 
 
 class DependencyError(PyunlearnError, ImportError):
-    """An optional package is needed and missing."""
+    """Missing optional package."""
 
 
 class TrainingError(PyunlearnError, RuntimeError):
-    """The run broke down and there is no good state to return."""
+    """Failed run without an accepted state to return."""
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """The end of a sentence about an unknown `name`: 'did you mean "npo"?', or all the choices when none is near."""
+    """Return the end of a message about an unknown name: the nearest choice, or all choices where none is near.
+
+    >>> nearest("nqo", ["npo", "ga"]), nearest("xyz", ["npo", "ga"])
+    ('did you mean "npo"?', 'choose from ga, npo.')
+    """
     known = {choice.lower(): choice for choice in choices}
     close = get_close_matches(name.lower(), known, n=1)
     return f'did you mean "{known[close[0]]}"?' if close else f"choose from {', '.join(sorted(known.values()))}."

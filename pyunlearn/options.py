@@ -1,4 +1,4 @@
-"""Options: one description of each setting, from which validation, the command line, files and docs are made.
+"""Options: one description of each setting for validation, the command line, settings files and the docs.
 
 A configuration is a frozen dataclass whose fields are made with `option(default, kind, help)`:
 
@@ -19,7 +19,7 @@ import json
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,15 +31,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Kind:
-    """The values that an option can have."""
+    """Set of values that an option accepts."""
 
     @property
     def wanted(self) -> str:
-        """The end of the sentence "it must be ..."."""
+        """Description of the accepted values, as in "steps must be {wanted}"."""
         raise NotImplementedError
 
     def accepts(self, value: Any) -> bool:
-        """Return whether a value is one of them."""
+        """Return True for an accepted value."""
         raise NotImplementedError
 
     def parse(self, word: str) -> Any:
@@ -49,7 +49,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Whole(Kind):
-    """Whole numbers from `minimum` on. True and False are none."""
+    """Whole numbers from `minimum` on; True and False are not accepted."""
 
     minimum: int = 0
 
@@ -94,7 +94,7 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class Choice(Kind):
-    """One of some names."""
+    """One of a few names."""
 
     names: tuple[str, ...]
 
@@ -108,7 +108,7 @@ class Choice(Kind):
 
 @dataclass(frozen=True)
 class Flag(Kind):
-    """True or False, and nothing that merely counts as either."""
+    """True or False; no other truth value is accepted."""
 
     @property
     def wanted(self) -> str:
@@ -125,7 +125,7 @@ class Flag(Kind):
 
 @dataclass(frozen=True)
 class Text(Kind):
-    """A word or sentence that is not blank."""
+    """Text that is not blank; `what` describes it in messages."""
 
     what: str = "a text that is not blank"
 
@@ -160,7 +160,7 @@ class Several(Kind):
 
 @dataclass(frozen=True)
 class Table(Kind):
-    """A dict with strings as keys."""
+    """Dict with strings as keys."""
 
     @property
     def wanted(self) -> str:
@@ -175,7 +175,7 @@ class Table(Kind):
 
 @dataclass(frozen=True)
 class ChoiceOrObject(Kind):
-    """One of some names, or an object of Python that `other` describes: numbers for each example, a dict of tensors."""
+    """One of a few names, or a Python object that `other` describes, such as a list of numbers."""
 
     names: tuple[str, ...]
     other: str
@@ -190,19 +190,19 @@ class ChoiceOrObject(Kind):
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of one setting besides its name and default."""
+    """Description of one setting, without its name and default."""
 
     kind: Kind
     help: str
     group: str
-    optional: bool  # None is a value too
-    fixed: bool  # a resumed run must agree in it
-    flag: str | None  # on the command line, where it is not the name itself
+    optional: bool  # None is accepted
+    fixed: bool  # a resumed run must have the same value
+    flag: str | None  # on the command line; None: the name
 
     def checked(self, name: str, value: Any, default: Any) -> Any:
-        """Return the value, a plain int, float or tuple where it counts as one.
+        """Return the value as a plain int, float or tuple.
 
-        Raises ArgumentError: the name, what is wanted, what came, how to mend it.
+        Raises ArgumentError, with the name, what is wanted, what came and how to correct it.
         """
         if value is None and self.optional:
             return None
@@ -221,7 +221,7 @@ class Option:
         return tuple(value) if isinstance(self.kind, Several) else value
 
     def parsed(self, name: str, word: str) -> Any:
-        """Return the value of a word of the command line. Raises ArgumentError as `checked` does."""
+        """Return the value of a word of the command line. Raises ArgumentError, see `checked`."""
         if word.lower() == "none" and self.optional:
             return None
         try:
@@ -241,7 +241,17 @@ def option(
     fixed: bool = False,
     flag: str | None = None,
 ) -> Any:
-    """Make the field of a setting for a `Config`; optional by default where the default is None."""
+    """Make a field of a `Config`.
+
+    Args:
+        default: the default value.
+        kind: the accepted values.
+        help: a sentence for the command line and the docs.
+        group: heading under which the command line lists it.
+        optional: True where None is accepted; by default where None is the default.
+        fixed: True where a resumed run must have the same value.
+        flag: name on the command line; None: the field's name.
+    """
     metadata = {"option": Option(kind, help, group, default is None if optional is None else optional, fixed, flag)}
     if isinstance(default, Mapping):
         return field(default_factory=lambda: dict(default), metadata=metadata)
@@ -250,7 +260,7 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings of one function. Making one checks each value; `check` what holds between them."""
+    """Settings of one function; the constructor checks each value, and `check` their combination."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -259,7 +269,7 @@ class Config:
         self.check()
 
     def check(self) -> None:
-        """Raise ArgumentError where two values exclude each other."""
+        """Raise ArgumentError where two values contradict each other."""
 
     @classmethod
     def options(cls) -> dict[str, Option]:
@@ -268,9 +278,15 @@ class Config:
 
     @classmethod
     def of(cls: type[C], config: Config | str | Path | None, settings: Mapping[str, Any], function: str) -> C:
-        """Make the configuration of a call of `function`: `config`, or a file that holds one, changed by keywords.
+        """Return the configuration of a call: `config`, or the file at that path, with the keywords' values replaced.
 
-        Raises ArgumentError for a keyword that is no setting, and for a value that cannot be.
+        Args:
+            config: a configuration, a path for `read`, or None for the defaults.
+            settings: keyword -> value.
+            function: name of the function, for messages.
+
+        Raises:
+            ArgumentError: an unknown keyword or a wrong value.
         """
         known = cls.options()
         for name in settings:
@@ -288,16 +304,16 @@ class Config:
     def read(cls: type[C], path: str | Path) -> C:
         """Read a TOML file, or the settings of a result.json.
 
-        Raises DataError where there is no such file or it holds something else; ArgumentError for a wrong name or value.
+        Raises DataError where the file cannot be read or has another format; ArgumentError for a wrong name or value.
         """
         return cls(**read_settings(path, cls.options()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return name -> value, as JSON shows it."""
+        """Return name -> value in JSON's types."""
         return {f.name: shown(getattr(self, f.name)) for f in fields(self)}
 
     def fixed(self) -> dict[str, Any]:
-        """Return the settings in which a resumed run must agree with the run that it resumes."""
+        """Return the settings that a resumed run must have in common with the interrupted run."""
         return {name: value for name, value in self.to_dict().items() if self.options()[name].fixed}
 
 
@@ -307,7 +323,10 @@ def default_of(f: Any) -> Any:
 
 
 def read_settings(path: str | Path, known: Mapping[str, Option]) -> dict[str, Any]:
-    """Return the settings in a TOML file or a result.json; of the latter only those in `known`, for it holds more."""
+    """Return the settings in a TOML file, or those in `known` of a result.json, which holds more.
+
+    Raises DataError and ArgumentError, see `Config.read`.
+    """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -317,10 +336,10 @@ def read_settings(path: str | Path, known: Mapping[str, Option]) -> dict[str, An
     except ValueError as error:
         raise DataError(f"the settings file {file} is neither TOML nor JSON: {error}") from error
     if file.suffix == ".json":
-        found = whole.get("settings", whole) if isinstance(whole, dict) else None
-        if not isinstance(found, dict):
+        settings = whole.get("settings", whole) if isinstance(whole, dict) else None
+        if not isinstance(settings, dict):
             raise DataError(f'the settings file {file} has no "settings": give a result.json or a TOML file')
-        return {name: value for name, value in found.items() if name in known}
+        return {name: value for name, value in settings.items() if name in known}
     for name in whole:
         if name not in known:
             raise ArgumentError(f"the settings file {file} has no option {name!r}: {nearest(name, known)}")
@@ -332,15 +351,13 @@ def _toml(text: str) -> dict[str, Any]:
         import tomllib
     except ImportError:  # Python 3.10
         import tomli as tomllib
-    content: dict[str, Any] = tomllib.loads(text)
-    return content
+    return dict(tomllib.loads(text))
 
 
 def shown(value: Any) -> Any:
-    """Return a value as JSON shows it: itself, the beginning of a long text, or the name of its type."""
+    """Return a value as JSON has it: itself, the beginning of a long text, or the name of its type."""
     if isinstance(value, (str, Path)):
-        text = str(value)
-        return text if len(text) <= 200 else text[:200] + "..."
+        return str(value) if len(str(value)) <= 200 else str(value)[:200] + "..."
     if isinstance(value, Mapping):
         return {key: shown(x) for key, x in value.items()}
     if isinstance(value, (list, tuple)) and len(value) <= 50 and all(isinstance(x, (str, int, float)) for x in value):
@@ -360,8 +377,8 @@ def accepts(config: type[Config]) -> Callable[[F], F]:
         settings = [
             inspect.Parameter(f.name, keyword, default=default_of(f), annotation=f.type) for f in fields(config)
         ]
-        kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        function.__signature__ = own.replace(parameters=[*kept, *settings])  # type: ignore[attr-defined]
+        parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        function.__signature__ = own.replace(parameters=[*parameters, *settings])  # type: ignore[attr-defined]
         if function.__doc__:
             lines = "\n".join(f"        {name}: {o.help}" for name, o in config.options().items())
             function.__doc__ = function.__doc__.replace("        {options}", lines)
@@ -381,15 +398,3 @@ def require_path(name: str, value: Any) -> None:
     fine = isinstance(value, (str, Path)) and str(value) != "" and "\0" not in str(value)
     if value is not None and not fine:
         raise ArgumentError(f"{name} must be the path of a file or folder, got {reprlib.repr(value)}: give a string")
-
-
-def require_names(name: str, values: Any, known: Sequence[str]) -> tuple[str, ...]:
-    """Return the names as a tuple. Raises ArgumentError unless they are a list of names in `known`."""
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise ArgumentError(
-            f"{name} must be a list of names, got {reprlib.repr(values)}: {nearest(str(values), known)}"
-        )
-    for value in values:
-        if value not in known:
-            raise ArgumentError(f"{name} has no {value!r}: {nearest(str(value), known)}")
-    return tuple(values)

@@ -69,7 +69,7 @@ class Problem(NamedTuple):
     """A case, the example index of its rows, and the reference log-likelihood of each example."""
 
     case: Case
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index
     before: torch.Tensor
 
 

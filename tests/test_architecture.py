@@ -79,7 +79,7 @@ def arrows_back(path, modules, root=ROOT):
 
 
 def circle(files, modules, root=ROOT):
-    """The modules of a circle of imports, or None. A package's __init__ is its face: importing one of its files is not importing it."""
+    """The modules of a circle of imports, or None. To import a file of a package is not to import its __init__."""
     names = {dotted(f, root): f for f in files}
     graph = {n: {t for _, t in imports(f, modules) if t in names and t != n} for n, f in names.items()}
     graph.pop("pyunlearn", None)

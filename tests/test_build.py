@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
-SOURCES = [(path.name, ("80", "90")) for path in sorted(CUDA.glob("*.cu")) if "<<<" in path.read_text()]
+SOURCES: list[tuple[str, tuple[str, ...]]] = [
+    (path.name, ("80", "90")) for path in sorted(CUDA.glob("*.cu")) if "<<<" in path.read_text()
+]
 SOURCES += [
     (f"hopper/{path.name}", ("90a",)) for path in sorted((CUDA / "hopper").glob("*.cu")) if path.stem != "tensor_map"
 ]

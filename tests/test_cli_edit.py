@@ -94,7 +94,7 @@ def test_corrected_texts_and_a_fine_tuned_model_are_options(edit, folder, traine
         (("--edit", "ekfac_step", "--set", "rate"), "an option is set as name=value, got 'rate'"),
         (("--edit", "ekfac_step", "--set", "rate=fast"), "ekfac_step's rate must be a number, got 'fast'"),
         (("--edit", "ekfac_step", "--set", "samples=1.5"), "samples must be a whole number, got '1.5'"),
-        (("--edit", "ekfac_step", "--set", "rate=-1"), "rate must be a number above 0, got -1.0"),
+        (("--edit", "ekfac_step", "--set", "rate=-1"), "rate must be a number, above 0, got -1.0"),
         (("--edit", "zero_shot_smoothing", "--set", "two_sided=2"), "two_sided must be true or false, got '2'"),
         (("--edit", "task_vector"), "task_vector needs fine_tuned: set fine_tuned="),
         (("--edit", "task_vector", "--set", "fine_tuned=nowhere"), "no language model could be loaded from nowhere"),

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import typer
@@ -24,7 +25,7 @@ from pyunlearn.study import run_study
 from pyunlearn.study.config import PRESETS, StudyConfig
 from pyunlearn.unlearning.config import UnlearnConfig
 
-GROUP = typer.main.get_command(cli.app)
+GROUP: Any = typer.main.get_command(cli.app)
 CONFIGS = {
     "unlearn": UnlearnConfig,
     "audit": AuditConfig,

@@ -169,7 +169,7 @@ def test_a_method_that_breaks_does_not_lose_the_others(trained, monkeypatch, tmp
         trained.model.lm_head.weight.requires_grad_(False)
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setitem(METHODS, "ga", plain._replace(loss=loss))
+    monkeypatch.setitem(METHODS, "ga", tiny.with_loss("ga", loss))
     comparison = compare(trained, output_dir=tmp_path / "c")
     assert [r.status for r in comparison.rows] == ["failed", "done"]
     assert comparison.rows[0].reason == "RuntimeError: out of memory"

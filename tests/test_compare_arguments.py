@@ -1,5 +1,7 @@
 """Wrong arguments of compare(): one sentence each, before anything is read or written."""
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -28,7 +30,7 @@ def compare(model, /, **options):
     return pyunlearn.compare(**(arguments | options))
 
 
-WRONG = [
+WRONG: list[Any] = [
     ({"methods": ["gaa"]}, ArgumentError, 'did you mean "ga"'),
     ({"methods": "ga"}, ArgumentError, "methods must be a list"),
     ({"methods": []}, ArgumentError, "methods must be a list"),
@@ -42,7 +44,7 @@ WRONG = [
     ({"method_options": {"simnpo": {"beta": "x"}}}, ArgumentError, "beta must be a number"),
     ({"method": "ga"}, ArgumentError, "compare has no option 'method': did you mean \"methods\""),
     ({"tau": 0}, ArgumentError, "above 0"),
-    ({"tau": 1.5}, ArgumentError, "1 at most"),
+    ({"tau": 1.5}, ArgumentError, "at most 1"),
     ({"tau": True}, ArgumentError, "tau must be a number"),
     ({"metric": "accuracy"}, ArgumentError, "metric must be one of .* choose from"),
     ({"metric": 5}, ArgumentError, "metric must be one of"),
@@ -66,7 +68,7 @@ WRONG = [
     ({"progress": "x"}, ArgumentError, "progress must be True or False"),
     ({"forget": 5}, DataError, "forget must be a text"),
     ({"retain": 5}, DataError, "retain must be a text"),
-    ({"holdout": ["one text"]}, DataError, "19 reference texts"),
+    ({"holdout": ["one text"]}, DataError, "19 non-members"),
     ({"retain": "no such file.jsonl"}, DataError, "was not found"),
 ]
 

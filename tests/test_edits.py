@@ -12,7 +12,7 @@ from pyunlearn.edits import dampening, selective_synaptic_dampening, task_vector
 from pyunlearn.edits.base import Editing
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
-from pyunlearn.models import unwrapped
+from pyunlearn.models.inspection import unwrapped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

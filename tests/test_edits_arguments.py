@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ NEVER = {
     "bool": [0, 1, "yes", "true", np.True_],
     "str": ["nonsense", "", 3, True, ["nonsense"]],
 }
-NEVER_NAMED = {
+NEVER_NAMED: dict[str, list[Any]] = {
     "model": [3, None, "", ["a"], torch.nn.Linear(2, 2)],
     "forget": [3, [], [3], b"text"],
     "retain": [5, [], [None]],

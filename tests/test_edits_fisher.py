@@ -176,7 +176,7 @@ def small_gpt2():
 def fixed_loss(edit, batch, generator):
     """Compute drawn_loss with labels that a test knows."""
     labels = (batch.targets + 1) % 50
-    log_likelihood = edit.lm.likelihood._logits(batch).log_softmax(-1)[range(len(labels)), labels]
+    log_likelihood = edit.lm.likelihood.logits(batch).log_softmax(-1)[range(len(labels)), labels]
     return -(log_likelihood * batch.counts[batch.example].double().rsqrt()).sum()
 
 

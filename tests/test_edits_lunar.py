@@ -242,7 +242,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_changed(modest, options, error
     ("kind", "message"),
     [
         ("mixtral", "must have one plain matrix .* mlp.experts.down_proj"),
-        ("gemma2", "normalises behind the MLP of a layer"),
+        ("gemma2", "normalizes the output of a layer.s MLP"),
         ("lora", "must have one plain matrix .* merge"),
     ],
 )
@@ -289,7 +289,7 @@ def test_a_norm_behind_the_mlp_is_seen_in_every_precision(dtype):
     with torch.no_grad():
         for kind in ("llama", "gpt2", "neox", "qwen2"):
             hidden_states.DownProjection(made(kind).to(dtype), 2).require_plain(batch)
-        with pytest.raises(ModelError, match="normalises behind the MLP"):
+        with pytest.raises(ModelError, match="normalizes the output of a layer's MLP"):
             hidden_states.DownProjection(made("gemma2").to(dtype), 2).require_plain(batch)
 
 
@@ -316,6 +316,6 @@ def test_the_last_token_of_each_prompt_is_found_in_a_padded_batch():
     down = hidden_states.DownProjection(model, 2)
     tokens = [Tokens((5, 6, 7, 8, 9), 1), Tokens((11, 12, 13), 1)]
     with torch.no_grad():
-        together = down.reads(collate(tokens, pad_id=0))
-        alone = [down.reads(collate([t], pad_id=0)) for t in tokens]
+        together = down.inputs(collate(tokens, pad_id=0))
+        alone = [down.inputs(collate([t], pad_id=0)) for t in tokens]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-6)

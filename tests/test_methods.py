@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pyunlearn import methods
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import ALIASES, METHODS, OF_THE_LOOP, SYNONYMS, ga, npo, resolve, simnpo
-from pyunlearn.methods.options import parse_options
 
 finite_floats = functools.partial(st.floats, allow_nan=False, allow_infinity=False)
 rows = st.lists(
@@ -269,28 +268,3 @@ def test_the_document_and_the_command_list_every_method_as_it_is(call):
         assert listed[name]["options"] == method.options
         assert re.search(rf"^- .*`{name}`.*: ", text, re.M), f"no formula of {name}"
     assert all(f"`{alias}`" in text for alias in ALIASES if "+" not in alias)
-
-
-@pytest.mark.parametrize(
-    ("word", "value"),
-    [
-        ("x=3", 3),
-        ("x=0.5", 0.5),
-        ("x = true", True),
-        ("x=null", None),
-        ("x=None", None),
-        ("x=[5, 7]", [5, 7]),
-        ("x=*.mlp.*", "*.mlp.*"),
-        ("x=a=b", "a=b"),
-    ],
-)
-def test_words_become_options(word, value):
-    """Numbers, lists, true, false and null as JSON has them, all else as text; the value may hold an equals sign."""
-    assert parse_options([word]) == {"x": value}
-
-
-@pytest.mark.parametrize("word", ["x", "=3", "x=", " = "])
-def test_a_word_without_name_or_value_is_refused(word):
-    """One sentence that quotes it."""
-    with pytest.raises(ArgumentError, match="set as name=value, got "):
-        parse_options([word])

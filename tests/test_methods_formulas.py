@@ -81,7 +81,7 @@ def test_a_loss_is_its_formula(name, side):
     def loss(*tensors):
         return method.loss(token_tensors(*tensors) if method.token else example_tensors(method, *tensors), {})
 
-    objective = call(batch, loss, reference, group_size=len(method.reads))
+    objective = call(batch, loss, reference, group_size=len(method.roles))
     assert likelihood.fused
     assert objective.loss.item() == pytest.approx(right.item(), rel=digits)
     gradients = torch.autograd.grad(objective.loss, list(model.parameters()))

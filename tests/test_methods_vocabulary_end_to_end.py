@@ -8,10 +8,10 @@ import torch
 from coverings import grid, in_full
 from unlearning_runs import Interrupted, run, same, timeless, weights
 
-from pyunlearn import models
 from pyunlearn.errors import DataError
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+from pyunlearn.models.inspection import unwrapped
 from pyunlearn.unlearning import api
 from pyunlearn.unlearning.objectives import RetainTerm
 
@@ -90,7 +90,7 @@ def test_an_adapter_forgets_with_no_copy_of_the_head(story, monkeypatch):
     result = run(story, model=model, method="undial+kl", learning_rate=3e-3)
     assert result.stopped == "forgotten"
     assert result.utility.relative_rise <= 0.05
-    head = models.unwrapped(model).get_output_embeddings().weight
+    head = unwrapped(model).get_output_embeddings().weight
     reference = sessions[0].forget_term.reference
     assert [c.head.weight.data_ptr() for c in (reference.forget, reference.retain)] == [head.data_ptr()] * 2
 

@@ -9,11 +9,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from pyunlearn.errors import ModelError
-from pyunlearn.models import Likelihood, context_length, load, unwrapped
+from pyunlearn.models import LanguageModel, Likelihood, load
+from pyunlearn.models.inspection import unwrapped
 
 
 def test_context_length():
     """It is the number of positions, or None where positions are relative as in T5."""
+
+    def context_length(model):
+        return LanguageModel.of(model, needs_tokenizer=False).context_length
+
     assert context_length(made(CAUSAL["gpt2"])) == 64
     assert context_length(made(BOTH["t5, tied"])) is None
     assert context_length(made(CAUSAL["bloom"])) is None

@@ -1,4 +1,7 @@
+# mypy: disable-error-code="misc"
 """Every op on a head: repeated, on other streams, in CUDA graphs, and on the second GPU."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +40,7 @@ def row_weights(case):
     return torch.linspace(-1, 2, len(case.targets), device=case.targets.device)
 
 
-OPS = {
+OPS: dict[str, Any] = {
     "linear_log_likelihood": lambda case: linear_log_likelihood(*case[:2], case.targets, bias=case.bias),
     "token_statistics": lambda case: token_statistics(*case[:2], case.targets, bias=case.bias).entropy,
     "kl_divergence": lambda case: kl_divergence(

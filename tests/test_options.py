@@ -12,11 +12,11 @@ from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, DataError
-from pyunlearn.options import Choice, ChoiceOrObject, Flag, Number, Several, Table, Text, Whole
+from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Several, Table, Text, Whole
 from pyunlearn.unlearning import config
 from pyunlearn.unlearning.config import UnlearnConfig
 
-CONFIGS = [UnlearnConfig, AuditConfig, CompareConfig, EditConfig]
+CONFIGS: list[type[Config]] = [UnlearnConfig, AuditConfig, CompareConfig, EditConfig]
 
 
 class Odd:

@@ -12,7 +12,7 @@ from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.methods import ga
 from pyunlearn.metrics import counterfactual_memorization
-from pyunlearn.models import is_encoder_decoder, unwrapped
+from pyunlearn.models.inspection import is_encoder_decoder, unwrapped
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes import (
     GROUPS,

@@ -1,6 +1,7 @@
 """Arguments of the probes: one sentence for every wrong value, before anything is computed."""
 
 import math
+from typing import Any
 
 import pytest
 import tiny
@@ -32,7 +33,12 @@ def llama():
 
 FORWARD = [teacher_forced, mean_gradient, representations, noisy_log_likelihoods]
 DECODING = [greedy_continuations, greedy_extractor, greedy_rests]
-WRONG = {"batch_size": [0, -1, 1.5, "x", True], "n": [0, True], "longest": [0, None], "sigma": [0.0, -1, "x", math.inf]}
+WRONG: dict[str, list[Any]] = {
+    "batch_size": [0, -1, 1.5, "x", True],
+    "n": [0, True],
+    "longest": [0, None],
+    "sigma": [0.0, -1, "x", math.inf],
+}
 WRONG |= {"draws": [0, 2.5], "seed": [-1, "x"], "count": [0, "x"], "fraction": [2.0, math.nan]}
 
 

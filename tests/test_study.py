@@ -154,7 +154,9 @@ def test_a_finished_study_is_not_done_again(finished, monkeypatch):
 
 def test_the_command_resumes_a_study(finished):
     """The same settings find the study finished and print the verdicts; others are refused."""
-    changes = [x for k, v in TINY.items() for x in ("--set", f"{k}={json.dumps(v)}")]
+    changes = [
+        x for k, v in TINY.items() for x in (f"--{k.replace('_', '-')}", v if isinstance(v, str) else json.dumps(v))
+    ]
 
     def run(*more):
         return typer.testing.CliRunner().invoke(cli.app, ["study", "--out", str(finished.folder), *changes, *more])
@@ -162,7 +164,7 @@ def test_the_command_resumes_a_study(finished):
     again = run("--json")
     assert again.exit_code == 0
     assert [c["claim"] for c in json.loads(again.stdout)] == list(CLAIMS)
-    refused = run("--set", "seed=5")
+    refused = run("--seed", "5")
     assert isinstance(refused.exception, OutputError)
 
 

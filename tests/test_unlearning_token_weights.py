@@ -31,7 +31,7 @@ def other(story):
 def run(story, method="ga", forget=None, **options):
     options = {"max_steps": 1, "learning_rate": 1e-4, "progress": False, "holdout": story.holdout, **options}
     forget = story.forget if forget is None else forget
-    if METHODS[method].reads[0] == "winner":
+    if METHODS[method].roles[0] == "winner":
         options["method_options"] = {"winners": ["a lamp."] * len(forget)}
     return pyunlearn.unlearn(story.fresh(), forget, tokenizer=story.tokenizer, method=method, **options)
 
@@ -95,7 +95,7 @@ def test_weights_of_one_change_nothing_and_of_zero_give_no_gradient(story, metho
     assert same.history[0]["forget_loss"] == pytest.approx(plain.history[0]["forget_loss"], rel=1e-6)
     assert same.history[0]["gradient_norm"] == pytest.approx(plain.history[0]["gradient_norm"], rel=1e-4)
     none = run(story, method, token_weights=[[0.0] * len(w) for w in ones])
-    if METHODS[method].reads == ("forget",):
+    if METHODS[method].roles == ("forget",):
         assert none.history[0]["gradient_norm"] == 0
 
 

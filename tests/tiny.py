@@ -22,7 +22,8 @@ from transformers import (
 
 from pyunlearn.data import batches, encode, padding_id, read_examples
 from pyunlearn.methods import METHODS, Method
-from pyunlearn.models import Likelihood, decoder_start_id, is_encoder_decoder
+from pyunlearn.models import Likelihood
+from pyunlearn.models.inspection import decoder_start_id, is_encoder_decoder
 
 SUBJECTS = ["the cat", "a dog", "my aunt", "the king", "one boy", "our boat", "the moon", "a ship"]
 VERBS = ["sees", "likes", "paints", "finds", "sells", "hides"]

@@ -79,7 +79,11 @@ def audit(
     models = {"model": model, "original": original, "reference_model": reference_model}
     _check(models, tokenizer, cache, progress)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
-    examples = {role: read_examples(source, role=role) for role, source in sources.items() if source is not None}
+    examples = {
+        role: read_examples(source, role=role)
+        for role, source in sources.items()
+        if role == "forget" or source is not None
+    }
     bar = Progress(progress, "auditing")
     try:
         collected = _collect(models, tokenizer, examples, config, cache, bar)

@@ -20,7 +20,7 @@ def methods(as_json: AsJson = False) -> None:
     """
     from pyunlearn.methods import ALIASES, METHODS
 
-    names = ("name", "reads", "needs", "pairs", "token", "kind", "passes", "options", "source")
+    names = ("name", "roles", "needs", "pairs", "token", "kind", "passes", "options", "source")
     rows: list[dict[str, Any]] = [{name: getattr(m, name) for name in names} for m in METHODS.values()]
     if as_json:
         print(json.dumps({"methods": rows, "aliases": ALIASES}, indent=2))

@@ -186,7 +186,7 @@ def _continuations(lm: LanguageModel, console: Any) -> dict[str, str]:
 
 
 class Scored(NamedTuple):
-    """Scores of one text: negative log-likelihood in nats a token, and share of tokens that are the first choice."""
+    """Scores of one text: negative log-likelihood (nats a token), share of tokens that are the first choice."""
 
     nll: float
     greedy_match: float

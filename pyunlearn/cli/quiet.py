@@ -1,4 +1,4 @@
-"""On the command line the libraries below are silent."""
+"""Silence the log lines and progress bars of the libraries below the command line."""
 
 from __future__ import annotations
 

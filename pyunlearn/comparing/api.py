@@ -90,7 +90,11 @@ def compare(
     _check_arguments(model, reference_model, tokenizer, output_dir, plot, progress)
     folder = None if output_dir is None else check_folder(output_dir)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
-    examples = {role: read_examples(source, role=role) for role, source in sources.items() if source is not None}
+    examples = {
+        role: read_examples(source, role=role)
+        for role, source in sources.items()
+        if role == "forget" or source is not None
+    }
     record = _record(config, names, model, reference_model)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     inputs = {**examples, "tokenizer": lm.tokenizer, "reference_model": reference_model, "progress": progress}

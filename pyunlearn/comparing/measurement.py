@@ -72,7 +72,7 @@ class Criterion:
         return float(METRICS[self.config.metric](self._pass(self.tokens["utility"])).mean())
 
     def measure(self) -> Measurement:
-        """Return every number of a row of the comparison."""
+        """Measure the model as it is now: the numbers of its row in the comparison."""
         return self._measurement(self._passes())
 
     def _passes(self) -> dict[str, TeacherForced]:

@@ -36,8 +36,8 @@ class Example:
 
     The text is `prompt + completion` with nothing put in between, so an Example made by hand can even divide a word. A
     plain text has the prompt ''. `messages`, if any, is the same exchange as chat turns: a tokenizer with a chat
-    template renders those, any other gets prompt and completion. `winner`, if any, is the answer that `dpo` prefers to the
-    completion.
+    template renders those, any other gets prompt and completion. `winner`, if any, is the answer that `dpo` prefers to
+    the completion.
 
     >>> Example("Who wrote it? ", "Thomas Jefferson.")
     Example(prompt='Who wrote it? ', completion='Thomas Jefferson.', messages=None, winner=None)
@@ -67,8 +67,8 @@ def read_examples(source: object, *, role: str) -> list[Example]:
 
     Args:
         source: a string: a path if it names something that exists or ends, on one line, in one of `SUFFIXES`, and else
-            a text (in a list, it is always a text); a pathlib.Path: always a path; a list of strings, dicts and Examples;
-            one dict; one Example; a datasets.Dataset.
+            a text (in a list, it is always a text); a pathlib.Path: always a path; a list of strings, dicts and
+            Examples; one dict; one Example; a datasets.Dataset.
         role: "forget", "retain" or "holdout", for messages.
 
     Returns:

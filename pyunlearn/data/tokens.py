@@ -117,7 +117,7 @@ def encode(
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """Return the id of the pad token, or else of the end of text, or else 0; any serves, since padding is not scored."""
+    """Return the id of the pad token, or else of the end of text, or else 0: padding is never scored."""
     known = (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None)
     return int(next(known, 0))
 

@@ -285,5 +285,5 @@ def _require_tokenizer(tokenizer: Any) -> None:
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
-    """Return name -> the gradient that the parameter has now."""
+    """Return a dict from parameter name to the parameter's present gradient."""
     return {name: p.grad for name, p in model.named_parameters()}

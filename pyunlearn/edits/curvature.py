@@ -59,7 +59,7 @@ class Curvature:
 
 def wide_logits(edit: Editing, batch: TokenBatch) -> Tensor:
     """Return (n, V) logits at the scored tokens, in float32 or float64, differentiable."""
-    logits = edit.lm.likelihood._logits(batch)
+    logits = edit.lm.likelihood.logits(batch)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

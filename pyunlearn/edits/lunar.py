@@ -179,7 +179,7 @@ def normal_equations(
     total = torch.zeros(size, dtype=torch.float64, device=home)
     outer, count = torch.zeros(size, size, dtype=torch.float64, device=home), 0
     for indices, batch in edit.batches(tokens):
-        inputs = down.reads(batch).to(home, torch.float64)  # (n, I)
+        inputs = down.inputs(batch).to(home, torch.float64)  # (n, I)
         if last:
             inputs = inputs[batch.counts.to(home).cumsum(0) - 1]
         total += inputs.sum(dim=0)

@@ -33,7 +33,7 @@ class Edit(NamedTuple):
 
     @property
     def function(self) -> Callable[..., EditResult]:
-        """The function of that name."""
+        """Function in `pyunlearn.edits` that makes the edit; imported at first use."""
         function: Callable[..., EditResult] = getattr(
             importlib.import_module(f"pyunlearn.edits.{self.module}"), self.name
         )
@@ -41,7 +41,7 @@ class Edit(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """name -> default, of the options that other edits do not share; None for a required one."""
+        """Options of this edit alone, as name -> default; None for a required one."""
         parameters = inspect.signature(self.function).parameters
         return {
             name: None if p.default is inspect.Parameter.empty else p.default

@@ -1,4 +1,4 @@
-"""The methods: each a plain function of log-likelihoods, one paper per file."""
+"""Unlearning methods: plain functions of log-likelihoods or hidden states, one paper per file."""
 
 from pyunlearn.methods.adaptive_rmu import adaptive_rmu
 from pyunlearn.methods.ceu import ceu
@@ -22,6 +22,30 @@ from pyunlearn.methods.wga import wga
 from pyunlearn.methods.wtnpo import wtnpo
 
 __all__ = [
-    "ALIASES", "METHODS", "OF_THE_LOOP", "REFUSALS", "SYNONYMS", "Method", "Multiplier", "adaptive_rmu", "ceu", "dpo", "flat", "ga", "hinge", "idk", "kl", "kto",
-    "npo", "pdu", "resolve", "rmu", "satimp", "simnpo", "tnpo", "undial", "wga", "wtnpo",
-]  # fmt: skip
+    "ALIASES",
+    "METHODS",
+    "OF_THE_LOOP",
+    "REFUSALS",
+    "SYNONYMS",
+    "Method",
+    "Multiplier",
+    "adaptive_rmu",
+    "ceu",
+    "dpo",
+    "flat",
+    "ga",
+    "hinge",
+    "idk",
+    "kl",
+    "kto",
+    "npo",
+    "pdu",
+    "resolve",
+    "rmu",
+    "satimp",
+    "simnpo",
+    "tnpo",
+    "undial",
+    "wga",
+    "wtnpo",
+]

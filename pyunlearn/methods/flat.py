@@ -1,4 +1,4 @@
-"""FLAT: a divergence between refusal and forget text, from forget data alone."""
+"""FLAT: an f-divergence between refusal and forget text, computed from forget data alone."""
 
 import math
 
@@ -13,25 +13,33 @@ from pyunlearn.methods.reduction import reduced
 def flat(
     winner_probability: Tensor, loser_probability: Tensor, *, divergence: str = "kl", reduction: str = "mean"
 ) -> Tensor:
-    """Raises the mean probability of the refusal's tokens, w, and lowers that of the forget text's, f.
+    """Raise the mean token probability of the refusal, w, and lower that of the forget text, f.
 
         kl       -w + exp(f - 1)
         tv       -tanh(w) / 2 + tanh(f) / 2
         pearson  -w + f^2 / 4 + f
         js       log(1 + exp(-w)) + f + log(1 + exp(-f)) - 2 log 2
 
+    Each is the negative variational lower bound of an f-divergence between the two.
+
     Args:
-        winner_probability, loser_probability: (B,) mean probabilities of the tokens of refusal and forget text: of real tokens, not of padding.
+        winner_probability: (B,) w, mean over the refusal's scored tokens, 0 to 1; padding is not counted.
+        loser_probability: (B,) f, the same of the forget text.
         divergence: "kl", "tv", "pearson" or "js".
-        reduction: "mean", or "none" for the losses themselves.
+        reduction: "mean" over the examples, or "none".
 
     Returns:
         () the mean loss, or (B,) losses.
 
     Raises:
-        ArgumentError: for another divergence.
+        ArgumentError: another divergence or reduction.
 
     Source: Wang et al. 2024, arXiv 2410.11143.
+
+    >>> flat(torch.tensor([0.2]), torch.tensor([0.9]))
+    tensor(0.7048)
+    >>> flat(torch.tensor([0.2]), torch.tensor([0.9]), divergence="pearson")
+    tensor(0.9025)
     """
     winner, loser = winner_probability, loser_probability
     if divergence == "kl":

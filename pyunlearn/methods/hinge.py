@@ -1,4 +1,4 @@
-"""Gradient ascent that ends at a given likelihood: likelihood capping."""
+"""Hinge loss: gradient ascent with a likelihood cap."""
 
 from typing import Annotated
 
@@ -10,24 +10,34 @@ from pyunlearn.options import Number
 
 
 def hinge(
-    forget: Tensor, lengths: Tensor, *, delta: Annotated[float | None, Number(0)] = None, reduction: str = "mean"
+    forget: Tensor,
+    lengths: Tensor,
+    *,
+    delta: Annotated[float | None, Number(0)] = None,
+    reduction: str = "mean",
 ) -> Tensor:
-    """Ascends on the whole text until its negative log-likelihood is delta, and then has no gradient.
+    """Ascend on the negative log-likelihood of the whole text up to delta, where the gradient becomes 0.
 
         loss_i = max(0, delta + forget_i)
 
-    The paper's delta, 6 nats for the whole text, suits answers of one or two tokens: a longer text is still exposed there. So the default counts by
-    the token.
+    The paper's delta, 6 nats for the whole text, suits answers of one or two tokens: a longer text is still exposed
+    there. So the default is 6 nats per token.
 
     Args:
         forget: (B,) summed log-likelihoods, nats.
         lengths: (B,) scored tokens of each.
-        delta: negative log-likelihood of the whole text at which it lets go, nats; None: 6 nats a token.
-        reduction: "mean", or "none" for the losses themselves.
+        delta: negative log-likelihood of the whole text at which the ascent stops, nats; None: 6 nats per token.
+        reduction: "mean" over the examples, or "none".
 
     Returns:
-        () the mean loss, or (B,) losses.
+        () the mean loss, or (B,) losses, nats.
 
-    Source: Wang et al. 2024, arXiv 2406.09179v1, unlearning with control; 6 nats a token are ours.
+    Raises:
+        ArgumentError: another reduction.
+
+    Source: Wang et al. 2024, arXiv 2406.09179v1, unlearning with control; 6 nats per token are our choice.
+
+    >>> hinge(torch.tensor([-2.0, -9.0]), torch.tensor([4, 1]), reduction="none")
+    tensor([22.,  0.])
     """
     return reduced(torch.relu((6.0 * lengths if delta is None else delta) + forget), reduction)

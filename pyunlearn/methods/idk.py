@@ -1,4 +1,4 @@
-"""Learning to refuse."""
+"""Refusal training: the model learns to answer "I don't know"."""
 
 from torch import Tensor
 
@@ -6,18 +6,27 @@ from pyunlearn.methods.reduction import reduced
 
 
 def idk(refusal: Tensor, lengths: Tensor, *, reduction: str = "mean") -> Tensor:
-    """The refusal's negative log-likelihood per token: the forget text itself is never read, and only falls as far as the refusal takes its place.
+    """Compute the refusal's negative log-likelihood per token.
 
         loss_i = -refusal_i / lengths_i
+
+    The forget text itself is not in the loss; it becomes less likely only as far as the refusal replaces it.
 
     Args:
         refusal: (B,) summed log-likelihoods of the refusals, nats.
         lengths: (B,) scored tokens of each.
-        reduction: "mean", or "none" for the losses themselves.
+        reduction: "mean" over the examples, or "none".
 
     Returns:
-        () the mean loss, or (B,) losses.
+        () the mean loss, or (B,) losses, nats per token.
 
-    Source: Maini et al. 2024, arXiv 2401.06121 (preference optimization).
+    Raises:
+        ArgumentError: another reduction.
+
+    Source: Maini et al. 2024, arXiv 2401.06121.
+
+    >>> import torch
+    >>> idk(torch.tensor([-12.0]), torch.tensor([4]))
+    tensor(3.)
     """
     return reduced(-refusal / lengths, reduction)

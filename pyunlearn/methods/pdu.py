@@ -13,33 +13,53 @@ from pyunlearn.models.distributions import Distributions
 
 
 def pdu(model: Distributions, example: Tensor, counts: Tensor, *, reduction: str = "mean") -> Tensor:
-    """How far the logits are from flat: 0 for the uniform distribution.
+    """Compute the squared logit margin, which is 0 for the uniform distribution.
 
         loss_i = mean over its tokens of (max over v of z[v] - mean over v of z[v])^2
 
     Args:
         model: the model's distributions at N scored rows; z are their logits.
-        example: (N,) whose each is, in [0, B), ascending.
+        example: (N,) index of the example of each row, in [0, B), ascending.
         counts: (B,) tokens of each example.
         reduction: "mean" over the examples, or "none".
 
     Returns:
-        () the mean loss, or (B,) losses.
+        () the mean loss, or (B,) losses, in squared logits.
+
+    Raises:
+        ArgumentError: another reduction.
 
     Source: Entesari et al. 2025, arXiv 2506.05314, logit-margin flattening.
+
+    >>> import torch
+    >>> pdu(Distributions(torch.tensor([[3.0, 0.0, 0.0]]), None), torch.tensor([0]), torch.tensor([1]))
+    tensor(4.)
     """
     return reduced(token_means(model.margin().square(), example, counts), reduction)
 
 
 @dataclass
 class Multiplier:
-    """The weight of the retain loss in PDU: it grows while the constraint is broken and shrinks while there is room.
+    """The dual variable of PDU: a weight of the retain loss that grows while the loss is above its bound.
 
         value <- max(0, value + step_size (retain loss - bound)),    after the first `warmup` steps
 
-    Raises ArgumentError where one of these is no finite number, or value, step_size or warmup is negative.
+    Args:
+        value: initial weight, 0 or more.
+        step_size: step size of the dual ascent, 0 or more.
+        bound: upper bound on the retain loss, in its unit.
+        warmup: steps without an update, 0 or more.
+        steps: steps done.
+
+    Raises:
+        ArgumentError: a value that is not a finite number, or a negative value, step_size or warmup.
 
     Source: arXiv 2506.05314, the dual update.
+
+    >>> multiplier = Multiplier(1.0, 0.5, 2.0, 0)
+    >>> multiplier.update(4.0)
+    >>> multiplier.value
+    2.0
     """
 
     value: float
@@ -53,11 +73,11 @@ class Multiplier:
             x = getattr(self, name)
             if not isinstance(x, (int, float)) or not math.isfinite(x) or (x < 0 and name != "bound"):
                 raise ArgumentError(
-                    f"PDU's multiplier needs a number for its {name}, 0 or more (the bound any), got {x!r}"
+                    f"PDU's multiplier needs a number for its {name}, 0 or more (any for the bound), got {x!r}"
                 )
 
     def update(self, retain_loss: float) -> None:
-        """Takes in the retain loss of one step; one that is not finite changes nothing."""
+        """Update the value with the retain loss of one step; a loss that is not finite changes nothing."""
         self.steps += 1
         if self.steps > self.warmup and math.isfinite(retain_loss):
             self.value = max(0.0, self.value + self.step_size * (retain_loss - self.bound))

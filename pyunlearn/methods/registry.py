@@ -1,4 +1,4 @@
-"""The methods by name: one row each. A loss is called by the names of its parameters, so a new one needs no adapter."""
+"""Registry of the methods: one row each. A loss is called by its parameter names, so a new one needs no adapter."""
 
 from __future__ import annotations
 
@@ -37,56 +37,65 @@ _KINDS = {"log_likelihood": "token", "winner_probability": "token", "model": "vo
 
 @dataclass(frozen=True)
 class Method:
-    """A forget term: a loss, and what the loop around it has to provide.
+    """A forget term: a loss, and the inputs that the loop has to provide.
 
-    The loop computes what the parameters of `function` are named after:
+    The names of the loss's positional parameters decide what the loop computes:
 
         forget, refusal, lengths   (B,) summed log-likelihoods of the forget text or of a refusal, and its scored tokens
         winner, loser              (B,) summed log-likelihoods of the preferred text and of the forget text
-        reference, *_reference     the same under the reference model: (B,), or (n,) for a loss on tokens
+        reference, *_reference     the same under the reference model: (B,), or (n,) for a loss of single tokens
         log_likelihood             (n,) log-likelihoods of single tokens, with example (n,), counts (B,), weights (n,)
         *_probability              (B,) mean token probabilities of the two texts of a pair
         model, reference           `Distributions` at the scored rows, with targets (n,), example (n,), counts (B,)
         hidden                     (n, D) hidden states of one layer, with example, counts, direction (D,), norms (B,)
+
+    Args:
+        name: the name that a user passes.
+        function: the loss, see above. Its keyword-only parameters are the method's options.
+        source: the paper.
+        extras: name -> default of options that the loop reads instead of the loss.
+        pair: role of the text that is scored before the forget text: "refusal", "winner" or "alternate".
+        needs_retain: True where the method does not work without a retain set.
+        rate: factor on the default learning rate.
     """
 
     name: str
     function: Callable[..., Tensor]
     source: str
-    extras: Mapping[str, Any] = field(default_factory=dict)  # options of the loop around it, with their defaults
-    pair: str | None = None  # the text that is read before the forget text: "refusal", "winner" or "alternate"
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    pair: str | None = None
     needs_retain: bool = False
-    rate: float = 1.0  # factor on the default learning rate
+    rate: float = 1.0
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
-        """The names of the tensors that the loss takes."""
+        """Names of the tensors that the loss takes."""
         parameters = inspect.signature(self.function).parameters.values()
         own = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.name == "weights"]
         return tuple(own)
 
     @cached_property
     def kind(self) -> str:
-        """What the loss sees of a text: "example", "token", "vocabulary" or "hidden"."""
+        """Level of the loss: "example", "token", "vocabulary" (whole distributions) or "hidden" (hidden states)."""
         return next((kind for name, kind in _KINDS.items() if name in self.inputs), "example")
 
     @cached_property
-    def reads(self) -> tuple[str, ...]:
-        """The texts that are scored for one example in a step, in order."""
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the texts that are scored for one example in a step, in order."""
         if self.pair:
             return (self.pair, "forget")
         return ("refusal",) if "refusal" in self.inputs else ("forget",)
 
     @cached_property
     def needs(self) -> tuple[str, ...]:
-        """What the run has to provide: "reference", "refusals", "winners", "alternates", "retain"."""
+        """Inputs that the run has to provide: "reference", "refusals", "winners", "alternates", "retain"."""
         reference = ("reference",) if any(name.endswith("reference") for name in self.inputs) else ()
-        texts = tuple(f"{role}s" for role in self.reads if role != "forget")
+        texts = tuple(f"{role}s" for role in self.roles if role != "forget")
         return (*reference, *texts, *(("retain",) if self.needs_retain else ()))
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """Name -> default of every option that a user can set: those of the loss, then those of the loop around it."""
+        """Name -> default of every option that a user can set: those of the loss, then those that the loop reads."""
         parameters = inspect.signature(self.function).parameters.values()
         own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_OPTIONS}
         refusals = {"refusals": None} if "refusals" in self.needs else {}
@@ -94,7 +103,7 @@ class Method:
 
     @property
     def pairs(self) -> bool:
-        """True where another text and the forget text are read together."""
+        """True where another text and the forget text are scored together."""
         return self.pair is not None
 
     @property
@@ -104,24 +113,29 @@ class Method:
 
     @property
     def weighted(self) -> bool:
-        """True where token weights mean something to it."""
-        return "forget" in self.reads and self.kind in ("example", "token")
+        """True where the loss accepts token weights."""
+        return "forget" in self.roles and self.kind in ("example", "token")
 
     @property
     def passes(self) -> int:
-        """The texts that go forward and backward for one example in one step."""
-        return len(self.reads)
+        """Number of texts in the forward and backward pass of one example."""
+        return len(self.roles)
 
     def loss(self, tensors: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
-        """Return (B,) losses, from tensors by the names of the loss's parameters and the options that a user set."""
+        """Return (B,) losses.
+
+        Args:
+            tensors: name of a parameter of the loss -> tensor.
+            options: the options that a user set.
+        """
         own = {k: v for k, v in options.items() if k not in OF_THE_LOOP}
-        given = {name: tensors[name] for name in self.inputs if name != "weights" or tensors.get(name) is not None}
-        return self.function(**given, **own, reduction="none")
+        inputs = {name: tensors[name] for name in self.inputs if name != "weights" or tensors.get(name) is not None}
+        return self.function(**inputs, **own, reduction="none")
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Raise ArgumentError for an option that it does not have, or a number that it cannot take.
+        """Raise ArgumentError for an option that the method does not have, or a number out of range.
 
-        A wrong sign would turn what is to be forgotten into what is to be learned, and nothing would say so.
+        Without the check, a wrong sign would silently train on the forget set.
         """
         unknown = sorted(set(options) - set(self.options))
         if unknown:
@@ -136,7 +150,7 @@ class Method:
 
 
 def _declared(hint: Any, default: Any) -> Kind | None:
-    """Return the kind in `Annotated[float, Number(...)]`; numbers from 0 on for a plain float."""
+    """Return the kind in `Annotated[float, Number(...)]`; for a plain float, numbers from 0 on."""
     kinds = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Kind)]
     return kinds[0] if kinds else Number(0) if isinstance(default, float) else None
 
@@ -152,7 +166,7 @@ _EXTRAS: dict[str, Kind] = {
     "alpha": Number(0),
 }
 OF_THE_LOOP = (*_EXTRAS, "refusals", "winners", "layer", "layers", "trainable")
-"""Options that the loss itself never sees."""
+"""Options that the loop reads and the loss does not get."""
 
 _TEMPERATURE = {"temperature": 1.0}
 _SELECT = {"temperature": 1.0, "top_fraction": 1.0}
@@ -167,7 +181,7 @@ METHODS = {
         Method("simnpo", simnpo, "arXiv 2410.07163", _SELECT),
         Method("kto", kto, "arXiv 2402.01306"),
         Method("hinge", hinge, "arXiv 2406.09179", _SELECT),
-        # it descends: what it has to learn is unlikely at first, and an ascent's small steps do not get there
+        # a descent on refusals, which are unlikely at first: the small steps of an ascent would not suffice
         Method("idk", idk, "arXiv 2401.06121", rate=10.0),
         Method("dpo", dpo, "arXiv 2305.18290", {"winners": None}, pair="winner"),
         Method("idkdpo", dpo, "arXiv 2401.06121", pair="refusal"),
@@ -185,13 +199,13 @@ METHODS = {
         Method("pdu", pdu, "arXiv 2506.05314", _MULTIPLIER, needs_retain=True),
     )
 }
-"""The forget terms."""
+"""Name -> forget term."""
 
 ALIASES = {"graddiff": ("ga", "nll")} | {f"{name}+{loss}": (name, loss) for loss in ("nll", "kl") for name in METHODS}
-"""The field's compound names: (forget term, retain loss)."""
+"""Compound name, as papers use it -> (forget term, retain loss)."""
 
 SYNONYMS = {"ce-u": "ceu"}
-"""Other spellings of a forget term's name."""
+"""Other spelling of a forget term's name -> name."""
 
 _EDITS = {"lunar": "pyunlearn.edits.lunar(model, forget, retain=retain)"}
 
@@ -207,13 +221,22 @@ def resolve(
 
     Args:
         name: a forget term, with or without "+nll" or "+kl"; "graddiff" is ga+nll.
-        retain_loss: "auto" is the method's own, or else nll, where there is a retain set; see `methods.retain`.
+        retain_loss: a name in `methods.retain`, None, or "auto": the default, nll or the method's own, if there is a
+            retain set.
         has_retain: True where there is a retain set.
-        options: the method's own options, checked here.
-        has_reference: True where a reference model of its own is given.
+        options: the method's options, checked here.
+        has_reference: True where a reference model other than the original one is passed.
 
-    Raises ArgumentError for an unknown name (with the nearest), a wrong option, a retain loss that the name or the
-    method contradicts or that has no retain set, and for kl where model and reference model would be the same.
+    Returns:
+        The method, and the name of the retain loss or None.
+
+    Raises:
+        ArgumentError: an unknown name, a wrong option, a retain loss that contradicts the name or the method or has no
+            retain set, or kl where model and reference model would be the same.
+
+    >>> method, retain_loss = resolve("npo+kl", "auto", has_retain=True)
+    >>> method.name, method.source, retain_loss
+    ('npo', 'arXiv 2404.05868', 'kl')
     """
     term, plus, rest = name.lower().partition("+")
     key = SYNONYMS.get(term, term) + plus + rest
@@ -246,6 +269,7 @@ def resolve(
 
 
 def _check_retain_loss(method: Method, name: str, retain_loss: str | None, has_retain: bool) -> None:
+    """Raise ArgumentError where the retain loss is unknown, or the method or the data does not allow it."""
     if retain_loss not in ("nll", "kl", "hold", "representation", None):
         raise ArgumentError(
             f'retain_loss must be "auto", "nll", "kl", "hold", "representation" or None, got {retain_loss!r}'

@@ -1,11 +1,11 @@
-"""The retain losses: what an optimizer step does for the text that must keep working.
+"""Retain losses: the terms of an optimizer step that preserve the text that must keep working.
 
-    nll             the mean negative log-likelihood a token: go on training on it
-    hold            mean over examples of max(0, NLL - NLL before the run): only undo what the run has cost it
-    kl              the mean divergence a token from the reference model: keep its whole distributions
-    representation  alpha times the mean squared distance of the hidden states from where they were (RMU)
+    nll             mean negative log-likelihood per token: training continues on the retain set
+    hold            mean over examples of max(0, NLL - NLL before the run): only a loss of utility is reversed
+    kl              mean divergence per token from the reference model: whole distributions are preserved
+    representation  alpha times the mean squared distance of the hidden states from their original values (RMU)
 
-Each function gives the share of some examples in the loss of the step, so that micro-batches add up.
+Each function returns the share of some examples in the loss of the step, so that micro-batches add up.
 """
 
 import torch
@@ -13,7 +13,14 @@ from torch import Tensor
 
 
 def retain_nll(log_likelihood: Tensor, weight: float, tokens: int) -> Tensor:
-    """Return (b,) -weight * log_likelihood / tokens, for examples of a step with `tokens` scored tokens in all.
+    """Return (b,) the negative log-likelihood's share in the loss of a step.
+
+        loss_i = -weight * log_likelihood_i / tokens
+
+    Args:
+        log_likelihood: (b,) summed, nats.
+        weight: factor on the loss.
+        tokens: scored tokens of the whole step.
 
     >>> retain_nll(torch.tensor([-2.0, -4.0]), 1.0, 3)
     tensor([0.6667, 1.3333])
@@ -22,23 +29,53 @@ def retain_nll(log_likelihood: Tensor, weight: float, tokens: int) -> Tensor:
 
 
 def retain_hold(log_likelihood: Tensor, lengths: Tensor, initial: Tensor, weight: float, examples: int) -> Tensor:
-    """Return (b,) weight / examples * max(0, rise of the mean negative log-likelihood a token above `initial`).
+    """Return (b,) the share in the loss of a step of what the run has cost each example.
+
+        loss_i = weight / examples * max(0, -log_likelihood_i / lengths_i - initial_i)
 
     Args:
         log_likelihood: (b,) summed, nats.
         lengths: (b,) scored tokens.
-        initial: (b,) mean negative log-likelihoods a token before the first step.
+        initial: (b,) mean negative log-likelihoods per token before the first step, nats.
         weight: factor on the loss.
         examples: examples in the whole step.
+
+    >>> retain_hold(torch.tensor([-6.0, -2.0]), torch.tensor([2, 2]), torch.tensor([2.0, 2.0]), 1.0, 2)
+    tensor([0.5000, 0.0000])
     """
     return weight / examples * torch.relu(-log_likelihood / lengths - initial)
 
 
 def retain_kl(divergence: Tensor, weight: float, tokens: int) -> Tensor:
-    """Return () weight / tokens * the summed divergence (n,) from the reference model, nats."""
+    """Return () the share in the loss of a step of the divergence from the reference model.
+
+        loss = weight / tokens * sum of divergence_t
+
+    Args:
+        divergence: (n,) KL(reference || model) of each token, nats.
+        weight: factor on the loss.
+        tokens: scored tokens of the whole step.
+
+    >>> retain_kl(torch.tensor([0.5, 1.0]), 2.0, 3)
+    tensor(1.)
+    """
     return weight / tokens * divergence.sum()
 
 
 def retain_representation(drift: Tensor, weight: float, alpha: float, examples: int) -> Tensor:
-    """Return () weight * alpha / examples * the summed drift (b,) of the hidden states (arXiv 2403.03218)."""
+    """Return () the share in the loss of a step of the drift of the hidden states.
+
+        loss = weight * alpha / examples * sum of drift_i
+
+    Args:
+        drift: (b,) losses of `pyunlearn.methods.rmu.representation_drift`.
+        weight: factor on the loss.
+        alpha: RMU's own factor.
+        examples: examples in the whole step.
+
+    Source: arXiv 2403.03218, section 4.
+
+    >>> retain_representation(torch.tensor([0.5, 1.0]), 1.0, 4.0, 2)
+    tensor(3.)
+    """
     return weight * alpha / examples * drift.sum()

@@ -1,4 +1,4 @@
-"""Representation misdirection: the hidden states of one layer are led to a random direction, where the later layers can read nothing."""
+"""RMU: representation misdirection, which moves the hidden states of one layer to a random direction."""
 
 import torch
 from torch import Tensor
@@ -7,51 +7,77 @@ from pyunlearn.methods.reduction import reduced, token_means
 
 
 def rmu(
-    hidden: Tensor, example: Tensor, counts: Tensor, direction: Tensor, *, coefficient: float = 6.5, reduction: str = "mean"
-) -> Tensor:  # fmt: skip
-    """Leads the hidden states of one layer to one random vector, the same for every token of every text.
+    hidden: Tensor,
+    example: Tensor,
+    counts: Tensor,
+    direction: Tensor,
+    *,
+    coefficient: float = 6.5,
+    reduction: str = "mean",
+) -> Tensor:
+    """Move the hidden states of one layer to one random vector, the same for every token of every text.
 
         loss_i = mean over its tokens of || h_t - c u ||^2 / D
 
-    Only positions that predict a scored token count: neither prompt nor padding.
-
     Args:
-        hidden: (N, D) what the layer gives out there.
-        example: (N,) whose it is, in [0, B).
-        counts: (B,) positions of each example.
-        direction: (D,) the unit vector u: `steering_direction`.
-        coefficient: c, the length that they are led to; 6.5 was chosen for Zephyr-7B, `adaptive_rmu` measures it.
+        hidden: (N, D) output of the layer at the positions that predict a scored token.
+        example: (N,) index of the example of each row, in [0, B).
+        counts: (B,) rows of each example.
+        direction: (D,) the unit vector u, see `steering_direction`.
+        coefficient: c, the norm of the target; 6.5 was chosen for Zephyr-7B, `adaptive_rmu` measures it.
         reduction: "mean" over the examples, or "none".
 
     Returns:
-        () the mean loss, or (B,) losses.
+        () the mean loss, or (B,) losses, in squared units of the hidden states.
 
-    Source: Li et al. 2024, arXiv 2403.03218, section 4 (RMU); the mean over D is their code's.
+    Raises:
+        ArgumentError: another reduction.
+
+    Source: Li et al. 2024, arXiv 2403.03218, section 4 (RMU); the mean over D is that of their code.
+
+    >>> hidden, direction = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([1.0, 0.0])
+    >>> rmu(hidden, torch.tensor([0, 0]), torch.tensor([2]), direction, coefficient=2.0)
+    tensor(2.)
     """
-    apart = (hidden - coefficient * direction).square().mean(dim=-1)
-    return reduced(token_means(apart, example, counts), reduction)
+    distances = (hidden - coefficient * direction).square().mean(dim=-1)  # (N,)
+    return reduced(token_means(distances, example, counts), reduction)
 
 
 def representation_drift(
     hidden: Tensor, reference: Tensor, example: Tensor, counts: Tensor, *, reduction: str = "mean"
 ) -> Tensor:
-    """The retain term of RMU: hidden states stay where they were.
+    """Compute the retain term of RMU, which holds the hidden states at their original values.
 
-        loss_i = mean over its tokens of || h_t - h_t(reference) ||^2 / D
+        loss_i = mean over its tokens of || h_t - h_t(original) ||^2 / D
 
     Args:
-        hidden, reference: (N, D) what the layer gives out, and what it gave out before.
-        example, counts, reduction: as in `rmu`.
+        hidden: (N, D) output of the layer.
+        reference: (N, D) output of the layer of the original model.
+        example: (N,) index of the example of each row, in [0, B).
+        counts: (B,) rows of each example.
+        reduction: "mean" over the examples, or "none".
 
     Returns:
-        () the mean loss, or (B,) losses.
+        () the mean loss, or (B,) losses, in squared units of the hidden states.
+
+    Raises:
+        ArgumentError: another reduction.
 
     Source: arXiv 2403.03218, section 4.
+
+    >>> representation_drift(torch.ones(1, 4), torch.zeros(1, 4), torch.tensor([0]), torch.tensor([1]))
+    tensor(1.)
     """
     return reduced(token_means((hidden - reference).square().mean(dim=-1), example, counts), reduction)
 
 
 def steering_direction(size: int, seed: int) -> Tensor:
-    """(size,) float32: a vector drawn uniformly from [0, 1)^size, made one long. Not Gaussian: all its parts are 0 or more, as in the authors' code."""
-    drawn = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return (drawn / drawn.norm()).float()
+    """Return (size,) float32: a random unit vector, drawn uniformly from [0, 1)^size and normalized.
+
+    All components are 0 or more, as in the authors' code, and not Gaussian.
+
+    >>> float((steering_direction(3, seed=0) >= 0).sum())
+    3.0
+    """
+    sample = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (sample / sample.norm()).float()

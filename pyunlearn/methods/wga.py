@@ -14,24 +14,31 @@ def wga(
     weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Gradient ascent that leaves alone what is already improbable.
+    """Compute gradient ascent with a weight that is small for tokens that are already improbable.
 
         loss_i = mean over its tokens of p^beta log p,   p = exp(log_likelihood)
 
     The weight is a constant: no gradient goes through it.
 
     Args:
-        log_likelihood: (N,) of each token, nats.
-        example: (N,) whose it is, in [0, B).
+        log_likelihood: (N,) log-likelihoods of the tokens, nats.
+        example: (N,) index of the example of each token, in [0, B).
         counts: (B,) tokens of each example.
-        beta: 0 is gradient ascent; the larger, the more only the certain tokens count.
-        weights: (N,) factors on the tokens in the mean; default: 1.
+        beta: exponent of the weight; 0 is gradient ascent. The larger, the less an improbable token counts.
+        weights: (N,) factors on the tokens in the mean; None: all 1.
         reduction: "mean" over the examples, or "none".
 
     Returns:
-        () the mean loss, or (B,) losses.
+        () the mean loss, or (B,) losses, nats per token.
+
+    Raises:
+        ArgumentError: another reduction.
 
     Source: Wang et al. 2025, arXiv 2502.19301 (WGA).
+
+    >>> import torch
+    >>> wga(torch.tensor([-0.5, -3.0]), torch.tensor([0, 1]), torch.tensor([1, 1]), reduction="none")
+    tensor([-0.3033, -0.1494])
     """
     weight = (beta * log_likelihood.detach()).exp()
     return reduced(token_means(weight * log_likelihood, example, counts, weights), reduction)

@@ -17,26 +17,34 @@ def wtnpo(
     weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """TNPO that also leaves alone what is already improbable.
+    """Compute TNPO with an additional weight that is small for tokens that are already improbable.
 
         loss_i = mean over its tokens of 2 p^(beta + alpha) / (p^beta + q^beta) log p
 
-    The weight is a constant: no gradient goes through it.
+    Here p = exp(log_likelihood) and q = exp(reference). The weight is a constant: no gradient goes through it.
 
     Args:
-        log_likelihood: (N,) of each token, nats.
-        example: (N,) whose it is, in [0, B).
+        log_likelihood: (N,) log-likelihoods of the tokens, nats.
+        example: (N,) index of the example of each token, in [0, B).
         counts: (B,) tokens of each example.
-        reference: (N,) log-likelihoods under the reference model.
-        beta, alpha: exponents; alpha = 0 is TNPO.
-        weights: (N,) factors on the tokens in the mean; default: 1.
+        reference: (N,) the same under the reference model.
+        beta: slope of TNPO's weight, per nat; the larger, the sooner the weight vanishes.
+        alpha: exponent of the additional weight p^alpha; 0 is TNPO.
+        weights: (N,) factors on the tokens in the mean; None: all 1.
         reduction: "mean" over the examples, or "none".
 
     Returns:
-        () the mean loss, or (B,) losses.
+        () the mean loss, or (B,) losses, nats per token.
+
+    Raises:
+        ArgumentError: another reduction.
 
     Source: Wang et al. 2025, arXiv 2502.19301 (WTNPO).
+
+    >>> log_likelihood, reference = torch.tensor([-1.0, -1.5]), torch.tensor([-1.0, -1.0])
+    >>> wtnpo(log_likelihood, torch.tensor([0, 1]), torch.tensor([1, 1]), reference, reduction="none")
+    tensor([-0.2231, -0.0377])
     """
-    fixed = log_likelihood.detach()
-    weight = 2 * torch.sigmoid(beta * (fixed - reference)) * (alpha * fixed).exp()
+    detached = log_likelihood.detach()
+    weight = 2 * torch.sigmoid(beta * (detached - reference)) * (alpha * detached).exp()
     return reduced(token_means(weight * log_likelihood, example, counts, weights), reduction)

@@ -1,4 +1,4 @@
-"""In or out of distribution: distance of an example from the text that a model was trained on."""
+"""Distance of an example from the text that a model was trained on: in or out of distribution."""
 
 from __future__ import annotations
 

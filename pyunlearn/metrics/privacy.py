@@ -256,7 +256,7 @@ def _areas(
 
 
 def _sides(forget: ArrayLike, holdout: ArrayLike, members: str) -> tuple[Floats, Floats]:
-    """Check both sides and return them with the sign low = member."""
+    """Check the scores of members and non-members; return both with the sign for which low means member."""
     one_of("members", members, ("low", "high"))
     sign = 1.0 if members == "low" else -1.0
     return sign * numbers("forget", forget, empty=False), sign * numbers("holdout", holdout, empty=False)

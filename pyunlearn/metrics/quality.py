@@ -37,7 +37,7 @@ class TruthRatio(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """The two fields of ForgetQuality that unpack."""
+    """Base of ForgetQuality: the two fields of `statistic, pvalue = forget_quality(...)`."""
 
     statistic: float
     """Kolmogorov-Smirnov distance, 0 to 1; low = like the retrained model."""

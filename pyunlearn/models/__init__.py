@@ -1,30 +1,19 @@
-"""Everything that knows how a transformers model is put together."""
+"""Adapters to transformers: loading, inspection, likelihoods, hidden states and sampling of language models."""
 
-from pyunlearn.models.inspection import (
-    context_length,
-    decoder_start_id,
-    is_encoder_decoder,
-    require_language_model,
-    unwrapped,
-    vocabulary_of,
-)
+from pyunlearn.models.inspection import require_language_model
+from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import Likelihood, head_problem, inputs_of
-from pyunlearn.models.loading import encoded, load, load_tokenizer, load_weights, opened, tokenizer_of
+from pyunlearn.models.loading import load, load_tokenizer, load_weights
+from pyunlearn.models.scoring import Scorer
 
 __all__ = [
+    "LanguageModel",
     "Likelihood",
-    "context_length",
-    "decoder_start_id",
-    "encoded",
+    "Scorer",
     "head_problem",
     "inputs_of",
-    "is_encoder_decoder",
     "load",
     "load_tokenizer",
     "load_weights",
-    "opened",
     "require_language_model",
-    "tokenizer_of",
-    "unwrapped",
-    "vocabulary_of",
 ]

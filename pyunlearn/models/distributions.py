@@ -1,6 +1,7 @@
-"""The next-token distributions at some rows, as hidden states and a head: what methods of the whole vocabulary are made of.
+"""Next-token distributions as hidden states and a head, for methods that use the whole vocabulary.
 
-Where a model's head cannot be read (see `models.head_problem`), its logits stand in for both: right, but as wide as the vocabulary.
+Where the fast path cannot use a model's head (see `pyunlearn.models.head_problem`), the logits take the place of hidden
+states and head: correct, but as wide as the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pyunlearn.ops.logit_margin import logit_margin
 
 
 class Head(NamedTuple):
-    """The output head: logits = cap(logit_scale * (hidden @ weight.T + bias)), weight (V, D), bias (V,) or None."""
+    """Output head: logits = cap(logit_scale * (hidden @ weight.T + bias)), weight (V, D), bias (V,) or None."""
 
     weight: Tensor
     bias: Tensor | None
@@ -26,38 +27,58 @@ class Head(NamedTuple):
 
 
 class Distributions(NamedTuple):
-    """softmax(logits) at N rows."""
+    """Next-token distributions softmax(logits) at N rows.
 
-    states: Tensor  # (N, D), what the head reads; (N, V) logits where there is no head
+    >>> Distributions(torch.zeros(1, 4), None).entropy(torch.tensor([0])).exp()
+    tensor([4.])
+    """
+
+    states: Tensor  # (N, D) input of the head; (N, V) logits where head is None
     head: Head | None
     workspace: int | None = None  # bytes, see ops.linear_log_likelihood
 
     def kl_from(self, other: Distributions, targets: Tensor, target_shift: float = 0.0) -> Tensor:
-        """(N,) KL(other || self), nats, differentiable in self; target_shift is first taken off the targets' (N,) logits of `other`."""
-        mine, theirs = self.head, other.head
-        if mine is None or theirs is None or mine[2:] != theirs[2:]:
+        """Return (N,) KL(other || self), nats, differentiable with respect to self.
+
+        Args:
+            other: distributions at the same N rows.
+            targets: (N,) token ids.
+            target_shift: subtracted from the targets' logits of `other`.
+        """
+        head, other_head = self.head, other.head
+        if head is None or other_head is None or head[2:] != other_head[2:]:
             return definition.kl_divergence_of(
                 self._logits(), _shifted(other._logits().detach(), targets, target_shift)
             )
         return kl_divergence(
-            self.states, mine.weight, other.states, theirs.weight, targets, bias=mine.bias, reference_bias=theirs.bias,
-            logit_scale=mine.logit_scale, softcap=mine.softcap, target_shift=target_shift, ignore_index=None, workspace=self.workspace,
-        )  # fmt: skip
+            self.states,
+            head.weight,
+            other.states,
+            other_head.weight,
+            targets,
+            bias=head.bias,
+            reference_bias=other_head.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            target_shift=target_shift,
+            ignore_index=None,
+            workspace=self.workspace,
+        )
 
     @torch.no_grad()
     def entropy(self, targets: Tensor, target_shift: float = 0.0) -> Tensor:
-        """(N,) entropy, nats, with target_shift taken off the targets' logits first. No gradient."""
+        """Return (N,) the entropy, nats, after target_shift is subtracted from the targets' logits. No gradient."""
         if self.head is None:
             log_p = torch.log_softmax(_shifted(self._logits(), targets, target_shift), dim=-1)
             return -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(dim=-1)
-        # log V - KL(self || uniform): a model of one hidden state, all of whose logits are 0
+        # log V - KL(self || uniform); uniform is a head of zeros on one hidden state
         size = len(self.head.weight)
         uniform = Head(self.states.new_zeros((size, 1)), None, *self.head[2:])
         flat = Distributions(self.states.new_zeros((len(self.states), 1)), uniform, self.workspace)
         return math.log(size) - flat.kl_from(self, targets, target_shift)
 
     def margin(self) -> Tensor:
-        """(N,) largest logit minus mean logit; differentiable."""
+        """Return (N,) the largest logit minus the mean logit; differentiable."""
         if self.head is None:
             return definition.logit_margin_of(self._logits())
         weight, bias, scale, softcap = self.head
@@ -66,11 +87,11 @@ class Distributions(NamedTuple):
         )
 
     def detached(self) -> Distributions:
-        """The same as constants."""
+        """Return the distributions as constants, without a gradient."""
         return self._replace(states=self.states.detach())
 
     def _logits(self) -> Tensor:
-        """(N, V) in whole, float32 or wider."""
+        """Return (N, V) materialized logits, float32 or wider."""
         if self.head is None:
             return self.states if self.states.dtype.itemsize > 2 else self.states.float()
         weight, bias, scale, softcap = self.head
@@ -79,5 +100,5 @@ class Distributions(NamedTuple):
 
 
 def _shifted(logits: Tensor, targets: Tensor, shift: float) -> Tensor:
-    """The logits (N, V) with so much taken off the targets' ones."""
+    """Return the logits (N, V) with `shift` subtracted from those of the targets."""
     return logits.scatter_add(1, targets[:, None], logits.new_full((len(targets), 1), -shift)) if shift else logits

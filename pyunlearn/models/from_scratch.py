@@ -1,4 +1,4 @@
-"""Untrained models and tokenizers of a given size: small ones for experiments that train their own."""
+"""Tokenizers trained from scratch and untrained models of any size, for experiments that train their own model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """Train byte-pair encoding on texts, split at spaces and punctuation, with <pad>, </s>, <unk>; </s> ends every text."""
+    """Train byte-pair encoding on texts that are split at spaces and punctuation.
+
+    The special tokens are <pad>, </s> and <unk>; </s> ends every text.
+    """
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
@@ -26,7 +29,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
 def untrained_t5(
     vocabulary: int, *, width: int, feed_forward: int, layers: int, heads: int, dropout: float = 0.0
 ) -> Any:
-    """Build a T5 with tied embeddings and a gated MLP, `layers` in the encoder and as many in the decoder."""
+    """Build a T5 with tied embeddings and gated MLPs; encoder and decoder have `layers` layers each."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(

@@ -1,4 +1,4 @@
-"""Text generation with our settings alone: nothing of the model's own generation_config gets in."""
+"""Text generation with explicit settings: the model's own generation_config is ignored."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def generate(
 
     Args:
         lm: the model, in evaluation mode, with its tokenizer.
-        inputs: what `generate` of transformers takes: input_ids, attention_mask, ...
-        prompt_length: columns of its output that are prompt.
-        max_new_tokens: the most tokens generated.
-        score_hook: changes the scores of each step.
-        options: more fields of GenerationConfig: do_sample, temperature, ...
+        inputs: keyword arguments of transformers' `generate`: input_ids, attention_mask, ...
+        prompt_length: columns of the output that are prompt.
+        max_new_tokens: largest number of tokens generated.
+        score_hook: function (input ids (B, T), scores (B, V)) -> scores, called at each step.
+        options: further fields of GenerationConfig: do_sample, temperature, ...
 
     Returns:
-        B lists of token ids, each cut after the end of text.
+        B lists of token ids, each cut after the end-of-text token.
     """
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -54,7 +54,7 @@ def generate(
         **options,
     )
     hooks = LogitsProcessorList([] if score_hook is None else [Hook()])
-    # transformers fills what a config leaves unset from the model's own, a repetition penalty for one
+    # transformers fills unset fields, a repetition penalty for example, from the model's own config
     own, inner.generation_config = inner.generation_config, config
     try:
         rows = inner.generate(**inputs, generation_config=config, logits_processor=hooks)[:, prompt_length:].tolist()

@@ -1,4 +1,4 @@
-"""A language model and all that is known of it: made once at each entry point, then passed on whole."""
+"""LanguageModel: a model, its tokenizer and the facts derived from both, made once at each entry point."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyunlearn.data.tokens import padding_id
 from pyunlearn.errors import ModelError
 from pyunlearn.models import inspection
 from pyunlearn.models.likelihood import Likelihood
-from pyunlearn.models.loading import load, require_loadable, tokenizer_of
+from pyunlearn.models.loading import load, load_tokenizer, require_loadable
 from pyunlearn.options import require_path
 
 
@@ -23,10 +23,10 @@ from pyunlearn.options import require_path
 class LanguageModel:
     """A causal or encoder-decoder language model of transformers, its tokenizer, and the facts derived from both.
 
-    `module`               the model as it is called and trained: perhaps in a PEFT, DDP or torch.compile wrapper
+    `module`               the model that is called and trained, with its PEFT, DDP or torch.compile wrappers
     `inner`                the transformers model inside
     `tokenizer`            the model's own; None where no text is encoded or generated
-    `is_encoder_decoder`   True for T5 and its like
+    `is_encoder_decoder`   True for T5 and other encoder-decoder models
     `context_length`       positions of the longest sequence, or None without a limit
     `pad_id`               the id that pads batches; padding is neither attended to nor scored
     `decoder_start_id`     the id that a decoder starts from; None for a causal model
@@ -48,31 +48,31 @@ class LanguageModel:
     def of(
         cls, model: Any, tokenizer: Any = None, *, workspace: int | None = None, needs_tokenizer: bool = True
     ) -> LanguageModel:
-        """Take a model as a user has it: an object, a path or a name to load from, or a LanguageModel already.
+        """Make one from a model object, or from a path or name to load it from; return a LanguageModel unchanged.
 
         Args:
             model: a transformers language model, a folder, a .gguf file, a name on the Hugging Face hub.
-            tokenizer: the model's, or where it is; default: where the model came from.
+            tokenizer: the model's, or where to load it from; default: where the model was loaded from.
             workspace: bytes for cached logits.
-            needs_tokenizer: False where nothing is going to be encoded or generated.
+            needs_tokenizer: False where no text is encoded or generated.
 
-        Raises ModelError where it has no language-model head, or no tokenizer can be found.
+        Raises:
+            ModelError: the model has no language-model head, or it does not tell where its tokenizer is.
         """
         if isinstance(model, LanguageModel):
             return model
         if isinstance(model, (str, Path)):
             model, tokenizer = load(model, tokenizer=tokenizer)
-        inspection.require_language_model(model)
-        inner = inspection.unwrapped(model)
+        inner = inspection.require_language_model(model)
         if needs_tokenizer:
-            tokenizer = tokenizer_of(inner, tokenizer)
+            tokenizer = _tokenizer(inner, tokenizer)
         both = inspection.is_encoder_decoder(inner)
         return cls(
             module=model,
             inner=inner,
             tokenizer=tokenizer,
             is_encoder_decoder=both,
-            context_length=inspection.context_length(inner),
+            context_length=inspection.context_length(inner, encoder_decoder=both),
             pad_id=0 if tokenizer is None else padding_id(tokenizer),
             decoder_start_id=inspection.decoder_start_id(inner) if both else None,
             vocabulary=int(inner.get_input_embeddings().weight.shape[0]),
@@ -81,18 +81,18 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where its parameters are now."""
+        """Device that holds the parameters at present."""
         device: torch.device = next(self.inner.parameters()).device
         return device
 
     @property
     def name(self) -> str:
-        """The name of its class, for messages."""
+        """Name of the model's class, for messages."""
         return type(self.inner).__name__
 
     @cached_property
     def likelihood(self) -> Likelihood:
-        """Token log-likelihoods under this model: made at first use, since making it settles the backend."""
+        """Token log-likelihoods under this model; made at first use, since making it chooses the backend."""
         return Likelihood(self.module, workspace=self.workspace)
 
     def encode(self, examples: Mapping[str, Sequence[Example]], *, truncate: bool = False) -> dict[str, list[Tokens]]:
@@ -122,15 +122,16 @@ class LanguageModel:
             yield indices, batch.to(device)
 
     def require_vocabulary(self, other: LanguageModel, name: str) -> None:
-        """Raise ModelError unless another model, `name` in the message, reads as many token ids as this one."""
+        """Raise ModelError unless another model, `name` in the message, has as many token ids as this one."""
         if other.vocabulary != self.vocabulary:
             raise ModelError(f"{name} has another vocabulary than the model: give one of the same family")
 
 
 def require_model(name: str, value: Any) -> None:
-    """Raise unless a value is a transformers language model, a LanguageModel, or a path or name to load one from.
+    """Check that a value is a transformers language model, a LanguageModel, or a path or name to load one from.
 
-    No weights are loaded. Raises ModelError; ArgumentError for a string that is no path; `name` is the argument's.
+    No weights are loaded. `name` is the argument's name, for the message. Raises ArgumentError for a string that is not
+    a path, ModelError for any other value.
     """
     if isinstance(value, LanguageModel):
         return
@@ -138,15 +139,7 @@ def require_model(name: str, value: Any) -> None:
         require_path(name, value)
         require_loadable(name, value)
         return
-    inner = inspection.unwrapped(value)
-    if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
-        kind = type(value).__name__
-        raise ModelError(f"{name} must be a transformers language model, a path or a name, got a value of type {kind}")
-    if inner.get_output_embeddings() is None:
-        raise ModelError(
-            f"{name} must have a language-model head, and {type(inner).__name__} has none: load it with "
-            "AutoModelForCausalLM or AutoModelForSeq2SeqLM"
-        )
+    inspection.require_language_model(value, name)
 
 
 def require_tokenizer(name: str, value: Any) -> None:
@@ -156,3 +149,15 @@ def require_tokenizer(name: str, value: Any) -> None:
     elif value is not None and not (callable(value) and hasattr(value, "eos_token_id")):
         kind = type(value).__name__
         raise ModelError(f"{name} must be a transformers tokenizer, a path or a name, got a value of type {kind}")
+
+
+def _tokenizer(inner: Any, tokenizer: Any) -> Any:
+    """Return the tokenizer: the object, or one loaded from a path or name, by default from the model's."""
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    where = str(tokenizer or getattr(inner, "name_or_path", "") or "")
+    if where:
+        return load_tokenizer(where)
+    raise ModelError(
+        "the model does not say where its tokenizer is: pass tokenizer=, the one the model was trained with"
+    )

@@ -1,10 +1,10 @@
-"""TokenBatch -> token log-likelihoods under one model.
+"""Likelihood: token log-likelihoods of batches under one model.
 
-The fast path never makes logits. It runs the model with its output head replaced by the identity, so the input of the
-head comes out, whatever the architecture does before it (OPT's projection, T5's d_model ** -0.5); what a model does to
-logits after the head (Gemma 2's softcap, Cohere's and Granite's scales) is read from its config. The first batch of a
-run is computed both ways. If they disagree beyond rounding, the model's own logits are used from then on, and one
-warning says why.
+The fast path does not materialize logits. It runs the model with its output head replaced by the identity, which
+returns the head's input for any architecture (after OPT's projection, T5's d_model ** -0.5). Operations on the logits
+after the head (Gemma 2's softcap, Cohere's and Granite's scales) are read from the config. The first batch of a run is
+computed both ways. If they differ by more than rounding, the model's own logits are used for the whole run, with one
+warning that names the reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyunlearn.data import TokenBatch
 from pyunlearn.models.distributions import Distributions, Head
-from pyunlearn.models.inspection import _text_config, require_language_model, unwrapped
+from pyunlearn.models.inspection import require_language_model, text_config
 from pyunlearn.ops import _backend
 from pyunlearn.ops.example_objective import ExampleObjective, example_objective, objective_of
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
@@ -33,23 +33,25 @@ from pyunlearn.options import Whole, require
 class Likelihood:
     """Token log-likelihoods of batches under one model: `Likelihood(model)(batch)` -> (n,) float32, nats.
 
-    Their order is that of batch.rows. `fused` is True where the fast path is used; it is None until the first batch has
+    The order is that of batch.rows. `fused` is True where the fast path is used, and None before the first batch has
     been computed both ways.
 
     Args:
         model: a transformers language model, wrapped or not.
         workspace: bytes for cached logits, see `pyunlearn.ops.linear_log_likelihood`.
 
-    Raises ArgumentError for a workspace that cannot be; ModelError where the model has no language-model head.
+    Raises:
+        ArgumentError: a workspace that is not a whole number, 0 or more.
+        ModelError: a model without a language-model head.
     """
 
     def __init__(self, model: Any, *, workspace: int | None = None) -> None:
-        require_language_model(model)
+        self.model: Any = model
+        self.inner = require_language_model(model)
         if workspace is not None:
             require(Whole(0), workspace=workspace)
-        # a backend that is not available is reported here, and not taken for a fault of the model later
-        _backend.kernels_for(next(unwrapped(model).parameters()))
-        self.model: Any = model
+        # an unavailable backend raises here; in the comparison of both ways it would look like a fault of the model
+        _backend.kernels_for(next(self.inner.parameters()))
         self.workspace = workspace
         self.fused: bool | None = None
 
@@ -74,7 +76,7 @@ class Likelihood:
         Args:
             batch: B examples.
             function: from summed log-likelihoods to losses (b,).
-            per_example: (B,) more arguments of the function.
+            per_example: (B,) further arguments of the function.
             group_size: neighbouring examples that the function sees together, as (b, group_size).
             top_fraction: share of each example's tokens that count, those of the largest log-likelihood.
             temperature: the log-likelihoods are those of logits / temperature.
@@ -108,7 +110,9 @@ class Likelihood:
         group_size: int = 1,
         temperature: float = 1.0,
     ) -> TokenObjective:
-        """Return the sum over examples of function(log-likelihood (m,), example (m,), counts (b,), *per_token).
+        """Return a differentiable objective on single tokens: a sum over examples of a function of log-likelihoods.
+
+        The function gets log-likelihoods (m,), the example of each token (m,), token counts (b,) and `per_token`.
 
         See `pyunlearn.ops.token_objective`; the arguments are those of `objective`.
         """
@@ -131,16 +135,16 @@ class Likelihood:
 
     @torch.no_grad()
     def statistics(self, batch: TokenBatch) -> TokenStatistics:
-        """Return log-likelihood, rank, entropy and variance of each of batch.targets, (n,): see ops.token_statistics."""
+        """Return (n,) log-likelihood, rank, entropy and variance of batch.targets, see `ops.token_statistics`."""
         if not self._use_fused(batch):
-            return token_statistics_from_logits(self._logits(batch), batch.targets)
+            return token_statistics_from_logits(self.logits(batch), batch.targets)
         hidden, head = self.hidden(batch)
         return token_statistics(hidden, head.weight, batch.targets, **self._head_options(head))
 
     def distributions(self, batch: TokenBatch) -> Distributions:
-        """Return the whole distribution at each of batch.rows; differentiable."""
+        """Return the next-token distributions (n, V) at the scored positions; differentiable."""
         if not self._use_fused(batch):
-            return Distributions(self._logits(batch), None, self.workspace)
+            return Distributions(self.logits(batch), None, self.workspace)
         return Distributions(*self.hidden(batch), self.workspace)
 
     def greedy_matches(self, batch: TokenBatch) -> Tensor:
@@ -148,26 +152,26 @@ class Likelihood:
         return self.statistics(batch).rank == 0
 
     def hidden(self, batch: TokenBatch) -> tuple[Tensor, Head]:
-        """Return the head's input at the scored rows, (n, D), and the head, one that `head_problem` has no objection to."""
-        inner = unwrapped(self.model)
-        module = inner.get_output_embeddings()
+        """Return the head's input at the scored rows, (n, D), and the head, for which `head_problem` returns None."""
+        module = self.inner.get_output_embeddings()
         with _captured(module) as captured:
             self.model(**inputs_of(batch))
-        return captured[0].flatten(0, 1).index_select(0, batch.rows), _head(inner, module)
+        return captured[0].flatten(0, 1).index_select(0, batch.rows), _head(self.inner, module)
 
     def _from_hidden(self, batch: TokenBatch) -> Tensor:
         hidden, head = self.hidden(batch)
         return linear_log_likelihood(hidden, head.weight, batch.targets, **self._head_options(head))
 
     def _from_logits(self, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
-        return log_likelihood(self._logits(batch), batch.targets, logit_scale=1 / temperature)
+        return log_likelihood(self.logits(batch), batch.targets, logit_scale=1 / temperature)
 
-    def _logits(self, batch: TokenBatch) -> Tensor:
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """Return (n, V) the model's own logits at batch.rows; differentiable."""
         logits = self.model(**inputs_of(batch)).logits  # (B, T, V)
         return logits.flatten(0, 1).index_select(0, batch.rows)  # (n, V)
 
     def _head_options(self, head: Head, temperature: float = 1.0) -> dict[str, Any]:
-        """Return what every op is told about the head."""
+        """Return the keyword arguments of every op that describe the head."""
         return {
             "bias": head.bias,
             "logit_scale": head.logit_scale / temperature,
@@ -177,14 +181,14 @@ class Likelihood:
         }
 
     def _use_fused(self, batch: TokenBatch) -> bool:
-        """Return whether the fast path serves this model; the first batch decides, once, with a warning if not."""
+        """Return True where the fast path works for this model; decided on the first batch, with a warning if not."""
         if self.fused is None:
-            problem = head_problem(self.model) or self._difference(batch)
+            problem = head_problem(self.inner) or self._difference(batch)
             self.fused = problem is None
             if problem:
                 warnings.warn(
-                    f"{type(unwrapped(self.model)).__name__}: {problem}. The run uses the model's own logits: right, "
-                    "but slower and with more memory.",
+                    f"{type(self.inner).__name__}: {problem}. The run uses the model's own logits: right, but slower "
+                    "and with more memory.",
                     stacklevel=4,
                 )
         return self.fused
@@ -193,13 +197,13 @@ class Likelihood:
     def _difference(self, batch: TokenBatch) -> str | None:
         """Compute the batch's first example both ways, without dropout; return how they differ, or None.
 
-        A lack of memory is no fault of the head, and the other way would need more: it is raised.
+        Running out of memory is not a fault of the head, and the other way needs more, so that error is raised.
         """
         first = _first_example(batch)
         training = self.model.training
         self.model.eval()
         try:
-            logits = self._logits(first)
+            logits = self.logits(first)
             fused, plain = self._from_hidden(first), log_likelihood(logits, first.targets)
         except torch.OutOfMemoryError:
             raise
@@ -207,7 +211,7 @@ class Likelihood:
             return f"its forward does not run without its head ({(str(error).splitlines() or [''])[0]})"
         finally:
             self.model.train(training)
-        # a logit is good to about its dtype's epsilon times the largest of its row
+        # rounding error of a logit: about its dtype's epsilon times the largest logit
         device = logits.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else logits.dtype
         tolerance = 8 * torch.finfo(dtype).eps * max(1.0, float(logits.float().abs().max())) + 1e-4
@@ -217,9 +221,9 @@ class Likelihood:
         return f"log-likelihoods from its head differ from those of its own logits by up to {difference:.3g} nats"
 
 
-def head_problem(model: nn.Module) -> str | None:
-    """Return why the fused path cannot serve this model's head, as half a sentence, or None."""
-    module: Any = unwrapped(model).get_output_embeddings()
+def head_problem(inner: Any) -> str | None:
+    """Return the reason why the fast path cannot use a transformers model's head, as a clause, or None."""
+    module: Any = inner.get_output_embeddings()
     if type(module) is not nn.Linear:
         return (
             f"its head is a {type(module).__name__}, not a plain linear layer (an adapter or quantization on the head?)"
@@ -230,7 +234,8 @@ def head_problem(model: nn.Module) -> str | None:
 
 
 def _head(inner: Any, module: Any) -> Head:
-    config = _text_config(inner.config)
+    """Return the head's weights, with the operations on its logits that the config names."""
+    config = text_config(inner)
     scale = 1.0
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / float(config.logits_scaling)
@@ -241,7 +246,7 @@ def _head(inner: Any, module: Any) -> Head:
 
 
 def inputs_of(batch: TokenBatch) -> dict[str, Any]:
-    """Return the keyword arguments with which a transformers model is called."""
+    """Return the keyword arguments of a transformers model's forward pass."""
     inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.attention_mask, "use_cache": False}
     if batch.decoder_ids is not None:
         inputs["decoder_input_ids"] = batch.decoder_ids
@@ -249,16 +254,23 @@ def inputs_of(batch: TokenBatch) -> dict[str, Any]:
 
 
 def _first_example(batch: TokenBatch) -> TokenBatch:
-    mine = batch.example == 0
+    """Return the batch of the first example alone."""
+    rows = batch.example == 0  # (n,) bool
     return replace(
-        batch, ids=batch.ids[:1], attention_mask=batch.attention_mask[:1], rows=batch.rows[mine], targets=batch.targets[mine],
-        example=batch.example[mine], counts=batch.counts[:1], decoder_ids=None if batch.decoder_ids is None else batch.decoder_ids[:1],
-    )  # fmt: skip
+        batch,
+        ids=batch.ids[:1],
+        attention_mask=batch.attention_mask[:1],
+        rows=batch.rows[rows],
+        targets=batch.targets[rows],
+        example=batch.example[rows],
+        counts=batch.counts[:1],
+        decoder_ids=None if batch.decoder_ids is None else batch.decoder_ids[:1],
+    )
 
 
 @contextmanager
 def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Let a module return its input for a while, and put that into the list."""
+    """Replace a module's forward by the identity; the yielded list holds the input of the last call."""
     captured: list[Tensor] = []
 
     def identity(x: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pyunlearn.data.examples import Example
-from pyunlearn.data.tokens import Tokens, encode
 from pyunlearn.errors import ModelError
 from pyunlearn.models import gguf
-from pyunlearn.models.inspection import (
-    context_length,
-    is_encoder_decoder,
-    require_language_model,
-    unwrapped,
-    vocabulary_of,
-)
 
 
 def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any = None) -> tuple[Any, Any]:
-    """The model and tokenizer behind a name or path; a path to a .gguf file is dequantized.
+    """Load a model and its tokenizer from a folder, a .gguf file or a name on the Hugging Face hub.
 
-    Raises ModelError when nothing can be loaded from there, or what is there writes no text.
+    Args:
+        name: path or name; a folder may hold a PEFT adapter. The weights in a .gguf file are dequantized.
+        dtype: of the weights.
+        tokenizer: a tokenizer, or where to load it from; None: where the model is.
+
+    Returns:
+        The model on the CPU and the tokenizer.
+
+    Raises:
+        ModelError: no language model or tokenizer can be loaded from there.
     """
     if not str(name).endswith(".gguf"):
         return _load(str(name), {}, name, dtype, tokenizer)
-    with gguf.read_once():
+    with gguf.cached_headers():
         return _load(str(Path(name).parent), {"gguf_file": Path(name).name}, name, dtype, tokenizer)
 
 
@@ -48,12 +47,13 @@ def _load(where: str, extra: dict[str, str], name: str | Path, dtype: torch.dtyp
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"no language model could be loaded from {name!s}: {first}") from error
     if extra:
-        gguf.dequantized(model)
+        gguf.mark_dequantized(model)
     head = model.get_output_embeddings()
     names = {n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(head, "weight", None)}
-    if names and names <= set(loading["missing_keys"]):  # transformers makes one up, at random, and goes on
+    if names and names <= set(loading["missing_keys"]):  # transformers initializes one at random
         raise ModelError(
-            f"the model saved in {name!s} has no language-model head, so it gives text no probability: give one that was saved with it"
+            f"the model saved in {name!s} has no language-model head, so it gives text no probability: give one that "
+            "was saved with it"
         )
     if base:
         model = _with_adapter(model, where)
@@ -63,9 +63,9 @@ def _load(where: str, extra: dict[str, str], name: str | Path, dtype: torch.dtyp
 
 
 def require_loadable(name: str, where: str | Path) -> None:
-    """Raise ModelError where no model can be: a folder or file of another kind, or a name without a configuration.
+    """Raise ModelError unless a folder, a file or a name on the hub holds the configuration of a model.
 
-    No weights are loaded. `name` is the argument's.
+    No weights are loaded. `name` is the argument's name, for the message.
     """
     path, is_gguf = Path(where), str(where).endswith(".gguf")
     if path.exists():
@@ -84,6 +84,7 @@ def require_loadable(name: str, where: str | Path) -> None:
 
 
 def _require_saved(where: Path) -> None:
+    """Raise ModelError for a folder that save_pretrained did not write."""
     names = ("config.json", "adapter_config.json")
     if where.exists() and not any((where / each).exists() for each in names):
         raise ModelError(
@@ -92,7 +93,7 @@ def _require_saved(where: Path) -> None:
 
 
 def _with_adapter(model: Any, where: str) -> Any:
-    """The model with the PEFT adapter saved there, which trains; transformers alone would load it frozen."""
+    """Return the model with the PEFT adapter saved there, trainable; transformers alone would load it frozen."""
     try:
         from peft import PeftModel
 
@@ -103,52 +104,16 @@ def _with_adapter(model: Any, where: str) -> Any:
 
 
 def load_tokenizer(name: str | Path, **extra: Any) -> Any:
-    """The tokenizer behind a name or path. Raises ModelError when there is none."""
+    """Load the tokenizer in a folder or of a name on the hub. Raises ModelError where there is none."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(name), **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            f"no tokenizer could be loaded from {name!s}: give the one the model was trained with (tokenizer=, --tokenizer)"
+            f"no tokenizer could be loaded from {name!s}: give the one the model was trained with (tokenizer=, "
+            "--tokenizer)"
         ) from error
-
-
-def tokenizer_of(model: Any, tokenizer: Any = None) -> Any:
-    """The tokenizer given, or the one that lies where it says or where the model came from. Raises ModelError when there is none."""
-    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
-        return tokenizer
-    where = str(tokenizer or getattr(unwrapped(model), "name_or_path", "") or "")
-    if where:
-        return load_tokenizer(where)
-    raise ModelError(
-        "the model does not say where its tokenizer is: pass tokenizer=, the one the model was trained with"
-    )
-
-
-def encoded(
-    model: Any, tokenizer: Any, examples: Mapping[str, Sequence[Example]], truncate: bool
-) -> dict[str, list[Tokens]]:
-    """The examples of each role as tokens of this model. Raises DataError as `data.encode` does."""
-    both, length = is_encoder_decoder(model), context_length(model)
-    return {
-        role: encode(found, tokenizer, role=role, max_length=length, encoder_decoder=both, truncate=truncate)
-        for role, found in examples.items()
-    }
-
-
-def opened(given: Any, tokenizer: Any, *, vocabulary: int | None = None, name: str = "model") -> tuple[Any, Any]:
-    """(model, its tokenizer); one that is loaded here goes to a card where there is one.
-
-    Raises ModelError when it cannot be used, or reads another number of tokens than `vocabulary`.
-    """
-    if isinstance(given, (str, Path)):
-        given, tokenizer = load(given, tokenizer=tokenizer)
-        given = given.to("cuda" if torch.cuda.is_available() else "cpu")
-    require_language_model(given)
-    if vocabulary is not None and vocabulary_of(given) != vocabulary:
-        raise ModelError(f"{name} has another vocabulary than the model: give one of the same family")
-    return given, tokenizer_of(given, tokenizer)
 
 
 def load_weights(path: Path) -> Any:

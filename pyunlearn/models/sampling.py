@@ -1,4 +1,4 @@
-"""Texts sampled from the model itself: non-members to compare with, and other answers to a prompt."""
+"""Texts sampled from the model itself: non-members for the comparison, and alternate answers to a prompt."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pyunlearn.models.generation import generate
 from pyunlearn.models.language_model import LanguageModel
 
 COUNT = 64
-"""Non-members that are sampled: exposure is then measured up to log2(65) = 6.02 bits."""
+"""Number of sampled non-members, which limits the measured exposure to log2(65) = 6.02 bits."""
 
-_RECITED = 10  # tokens in a row that count as recited
-_ATTEMPTS = 4  # at an answer that does not recite the forget set
-_FEWEST = 19  # with fewer non-members no exposure can be significant: log2(20) = 4.32 bits
+_RECITED = 10  # consecutive tokens that count as recited
+_ATTEMPTS = 4  # number of attempts to sample an answer that does not recite the forget set
+_FEWEST = 19  # with fewer non-members no exposure is significant: log2(20) = 4.32 bits
 
 
 def require_enough(non_members: Sequence[Tokens], *, holdout: bool) -> None:
-    """Raise DataError where there are too few non-members for any text to stand out among them."""
+    """Raise DataError where there are fewer than 19 non-members, so that no exposure can be significant."""
     if len(non_members) < _FEWEST:
         role = "holdout" if holdout else "text the model writes that is not the forget set itself"
         raise DataError(
@@ -36,16 +36,16 @@ def sample_non_members(
 ) -> list[Tokens]:
     """Sample completions at temperature 1 from the model, as long as the forget texts (8 to 48 tokens).
 
-    A text without a prompt is answered by samples from the beginning-of-text token. A text with a prompt is answered by
-    samples for that prompt that differ from it in the first token, which is not scored: a model that has memorized the
-    answer would otherwise recite it, and be compared with itself. Samples that recite ten tokens in a row of the forget
-    set all the same are left out.
+    For texts without a prompt, the samples start from the beginning-of-text token. For texts with a prompt, they
+    continue that prompt with another first token, which is not scored: a model that has memorized the answer would
+    otherwise recite it and be compared with itself. Samples that contain ten consecutive tokens of the forget set are
+    left out.
 
     Args:
         lm: the model, in evaluation mode.
         forget: the forget texts.
-        count: texts sampled.
-        seed: the same seed gives the same texts.
+        count: number of samples.
+        seed: seed of the sampling.
 
     Returns:
         At most `count` texts.
@@ -60,7 +60,7 @@ def sample_non_members(
         torch.manual_seed(seed)
         for t in pool:
             prompt, departs = _prompt(lm, t)
-            if lm.context_length is not None:  # a long prompt loses its beginning, so that the completion fits after it
+            if lm.context_length is not None:  # cut a long prompt at its start
                 prompt = prompt[-max(1, lm.context_length - length) :]
             wanted = min(per_prompt, count - len(samples))
             samples += _sample(lm, prompt, t.scored[0] if departs else None, length, wanted)
@@ -72,21 +72,22 @@ def sample_non_members(
 
 @torch.no_grad()
 def sample_alternates(lm: LanguageModel, forget: Sequence[Tokens], *, count: int, seed: int = 0) -> list[Tokens]:
-    """Sample other answers in place of each forget text, at temperature 1.
+    """Sample alternate answers for each forget text, at temperature 1.
 
-    Each departs from the text in its first token, which is scored here, and none recites the forget set; where the
-    model recites it again and again, the others are repeated.
+    Each differs from the text in its first token, which is scored here, and none recites the forget set. Where too few
+    of the attempts succeed, their answers are repeated.
 
     Args:
         lm: the model, in evaluation mode.
         forget: B texts.
-        count: answers for each, 1 or more.
-        seed: the same seed gives the same answers.
+        count: answers per text, 1 or more.
+        seed: seed of the sampling.
 
     Returns:
         B * count texts, example by example.
 
-    Raises DataError where a model gives no other answer.
+    Raises:
+        DataError: the model recites the forget set in every attempt.
     """
     known = {run for t in forget for run in _runs(t)}
     alternates: list[Tokens] = []
@@ -112,6 +113,7 @@ def sample_alternates(lm: LanguageModel, forget: Sequence[Tokens], *, count: int
 
 
 def _cuda_devices(lm: LanguageModel) -> list[torch.device]:
+    """Return the GPU whose random state has to be restored, if any."""
     return [lm.device] if lm.device.type == "cuda" else []
 
 
@@ -121,7 +123,7 @@ def _runs(t: Tokens) -> set[tuple[int, ...]]:
 
 
 def _prompt(lm: LanguageModel, t: Tokens) -> tuple[tuple[int, ...], bool]:
-    """Return the token ids to sample from, and whether they are a prompt of the user's own."""
+    """Return the token ids to continue, and True where they are a prompt of the user's own."""
     if lm.is_encoder_decoder:
         return t.ids, len(t.ids) > 1
     prompt = t.ids[: t.first]

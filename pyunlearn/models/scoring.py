@@ -1,4 +1,4 @@
-"""Score texts under a model: the one loop over batches that gives a number for each text or each token."""
+"""Scorer: the loop over batches that computes a number for each text or each token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Floats = NDArray[np.float64]
 
 
 class Processes(Protocol):
-    """The processes that share the work, as seen from one of them."""
+    """Interface of the processes that share the work."""
 
     rank: int
     count: int
@@ -31,24 +31,24 @@ class Processes(Protocol):
 
 
 class OneProcess:
-    """The identity: all batches are scored here."""
+    """Single process, which scores all batches."""
 
     rank = 0
     count = 1
 
     def sum_array(self, values: Floats) -> Floats:
-        """Return the values as they are."""
+        """Return the values unchanged."""
         return values
 
 
 class Scorer:
-    """Log-likelihoods and greedy matches of texts under one model.
+    """Computes log-likelihoods and greedy matches of texts under one model.
 
     Args:
         lm: the model.
         batch_size: texts in one forward pass.
-        autocast: opens the context of mixed precision around each pass.
-        processes: those that share the work; each scores its own batches, and every one gets all numbers.
+        autocast: returns the mixed-precision context of a forward pass.
+        processes: the processes that share the work; each scores its share of the batches, and all get all numbers.
     """
 
     def __init__(
@@ -70,17 +70,22 @@ class Scorer:
 
     @torch.no_grad()
     def mean_log_likelihood(self, tokens: Sequence[Tokens], likelihood: Likelihood | None = None) -> Floats:
-        """Return (len(tokens),) mean log-likelihoods per scored token, nats; under another model's `likelihood`, if given."""
+        """Return (len(tokens),) mean log-likelihoods per scored token, nats.
+
+        Args:
+            tokens: the texts.
+            likelihood: of another model with the same vocabulary; default: of this one.
+        """
         return self._means(tokens, likelihood or self.lm.likelihood)
 
     @torch.no_grad()
     def greedy_match(self, tokens: Sequence[Tokens]) -> Floats:
-        """Return (len(tokens),) shares of each text's scored tokens that are the model's first choice, 0 to 1."""
+        """Return (len(tokens),) the share of each text's scored tokens that are the model's first choice, 0 to 1."""
         return self._means(tokens, lambda batch: self.lm.likelihood.greedy_matches(batch).float())
 
     @torch.no_grad()
     def token_log_likelihood(self, tokens: Sequence[Tokens], likelihood: Likelihood | None = None) -> list[Floats]:
-        """Return (T,) log-likelihoods of each text's scored tokens, nats."""
+        """Return for each text (T,) the log-likelihoods of its scored tokens, nats; arguments as above."""
         score = likelihood or self.lm.likelihood
         ends = np.cumsum([len(t.scored) for t in tokens])
         out = np.zeros(int(ends[-1]))
@@ -92,11 +97,12 @@ class Scorer:
         return np.split(self.processes.sum_array(out), ends[:-1])
 
     def _means(self, tokens: Sequence[Tokens], score: Callable[[TokenBatch], Tensor]) -> Floats:
+        """Return (len(tokens),) means over each text's scored tokens of (n,) values of a batch."""
         out = np.zeros(len(tokens))
         for indices, batch in self.batches(tokens):
             with self.autocast():
                 values = score(batch)  # (n,)
-            # a sum for each text, no atomics: the same bits every time
+            # one sum per text, without atomics: deterministic
             sums = torch.stack([part.sum() for part in by_example(values, tokens, indices)])
             out[indices] = sums.double().cpu().numpy() / scored_tokens(tokens, indices)
         return self.processes.sum_array(out)
@@ -108,13 +114,13 @@ def by_example(values: Tensor, tokens: Sequence[Tokens], indices: Sequence[int])
 
 
 def scored_tokens(tokens: Sequence[Tokens], indices: Sequence[int]) -> list[int]:
-    """Return the number of scored tokens of each text at `indices`, without asking the GPU."""
+    """Return the number of scored tokens of each text at `indices`, without a GPU synchronization."""
     return [len(tokens[i].scored) for i in indices]
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while; afterwards every module is in the mode that it was in."""
+    """Switch a model to evaluation mode (no dropout), and restore every module's mode at the end."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -122,8 +128,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def batches_on(model: object, tokens: Sequence[Tokens], batch_size: int) -> Iterator[tuple[list[int], TokenBatch]]:
-    """Yield (indices into `tokens`, their batch on the model's device)."""
-    return Scorer(LanguageModel.of(model, needs_tokenizer=False), batch_size).batches(tokens)

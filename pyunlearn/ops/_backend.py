@@ -1,7 +1,8 @@
-"""Choice of the row kernels' implementation: cuda (C++/CUDA), cpu (C++) or reference (PyTorch).
+"""Choice of the implementation of the vocabulary kernels: cuda (C++/CUDA), cpu (C++) or reference (PyTorch).
 
 The choice is made once for the CPU, and once for each GPU. PYUNLEARN_BACKEND overrides it: `reference` runs the
-reference everywhere, `cpu` runs it for CUDA tensors, `cuda` raises an error where the CUDA kernels cannot run.
+reference everywhere, `cpu` runs the reference for CUDA tensors,
+`cuda` raises an error where the CUDA kernels cannot run.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def check_examples(targets: Tensor, example_index: Tensor, per_example: tuple[Te
 
 
 def ignored(ignore_index: int | None) -> int:
-    """Return the target value that marks ignored rows, or NOTHING for None."""
+    """Return the target value that marks ignored rows; the sentinel NOTHING if ignore_index is None."""
     return NOTHING if ignore_index is None else ignore_index
 
 

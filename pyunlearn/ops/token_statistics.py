@@ -138,7 +138,7 @@ class _Sums:
         self.rank = x.new_zeros((n,), dtype=torch.int64)
 
     def add(self, x: Tensor, first: int, bias: Tensor | None, logit_scale: float, softcap: float) -> None:
-        """Add the raw products x (n, v) of the columns from `first` on."""
+        """Update the statistics with the logits x (n, v) of the vocabulary's columns from `first` on."""
         _backend.token_statistics(
             x, first, bias, logit_scale, softcap, self.targets, self.threshold, self.maximum, self.total, self.moments,
             self.target_logit, self.rank,

@@ -41,7 +41,7 @@ def noisy_log_likelihoods(
         tokens: B examples.
         sigma: standard deviation of the noise, in the unit of the weights; the source's code has 1e-5.
         draws: S, 1 or more.
-        seed: of the noise.
+        seed: seed of the noise.
         batch_size: examples in one pass.
         workspace: bytes for logits; a LanguageModel has its own.
 
@@ -77,7 +77,7 @@ def perturbed(model: nn.Module, *, sigma: float, seed: int, draw: int = 0) -> It
     Args:
         model: any module.
         sigma: standard deviation of the noise, in the unit of the weights.
-        seed: of the noise.
+        seed: seed of the noise.
         draw: number of the draw under this seed.
 
     Raises:

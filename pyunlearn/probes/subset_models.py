@@ -40,7 +40,7 @@ def subset_masks(examples: int, *, count: int, fraction: float = 0.5, seed: int 
         examples: n, 1 or more.
         count: K models, 2 or more.
         fraction: of the models that train on an example; it must leave one in and one out. The source has 0.25 of 400.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Returns:
         (K, n) bool.
@@ -81,7 +81,7 @@ def subset_models(
         examples: n of them, as tokens.
         count: K models, as in `subset_masks`.
         fraction: of the models that train on an example, as in `subset_masks`.
-        seed: of the draw.
+        seed: seed of the draw.
         batch_size: examples in one pass when scoring.
 
     Returns:

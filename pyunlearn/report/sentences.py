@@ -66,7 +66,7 @@ def summary(audit: Audit) -> list[str]:
 
 
 def null_sentence(audit: Audit) -> str:
-    """Return a sentence about the whole set: could its exposures be those of unseen text?"""
+    """Return a sentence that says whether the set's exposures are consistent with those of unseen text."""
     p = audit.null_test.pvalue
     if p >= 0.05 and audit.verdicts.get("still exposed"):
         return f"Single texts stand out; all together they are too few, or too mixed, to show it (p = {p:.2g})."

@@ -231,7 +231,7 @@ def _matched(
 
 
 def _nearest(pairs: Pairs, criterion: str, within: float = 1.0) -> Pairs:
-    """Pair sets of one draw, with any repetitions, whose mean exposures at the start are within a bit; each once."""
+    """Pair forget sets of one draw whose mean exposures at the start differ by a bit at most; each set is used once."""
     nearest = []
     for first, second in _same_draw(pairs):
         gaps = sorted(

@@ -97,7 +97,7 @@ def _sentence(rng: random.Random) -> tuple[str, str]:
 
 
 def _prompted(examples: list[Example]) -> list[Example]:
-    """Cut plain texts into passages whose beginning is the prompt; an example with a prompt stays."""
+    """Split plain texts into passages whose first tokens become the prompt; an example with a prompt is unchanged."""
     prompted = []
     for e in examples:
         if e.prompt:

@@ -15,7 +15,7 @@ from pyunlearn.study.config import SIZES, StudyConfig
 
 
 def new_model(config: StudyConfig, tokenizer: Any, device: str) -> LanguageModel:
-    """Make the network before any training. The seed decides its weights, which all models of a study share."""
+    """Build the untrained network. The seed decides its weights, which are the same for all models of a study."""
     torch.manual_seed(config.seed)
     if config.checkpoint is not None:
         model = models.load(config.checkpoint, tokenizer=tokenizer, dtype=torch.float32)[0]

@@ -1,4 +1,4 @@
-"""Exposures, steps to forget and distances of every run, computed from its trajectory."""
+"""Outcomes of every run, from its trajectory: exposures, steps to forget, distance of the weights from the start."""
 
 from __future__ import annotations
 

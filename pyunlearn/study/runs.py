@@ -52,7 +52,7 @@ def require_method(name: str) -> None:
     usable = [
         m.name
         for m in METHODS.values()
-        if m.reads == ("forget",) and m.kind in ("example", "token") and set(m.needs) <= {"reference"}
+        if m.roles == ("forget",) and m.kind in ("example", "token") and set(m.needs) <= {"reference"}
     ]
     if name not in usable:
         raise ArgumentError(f"method must be one that reads the forget text alone ({', '.join(usable)}), got {name!r}")
@@ -99,7 +99,7 @@ def unlearn_set(lm: LanguageModel, config: StudyConfig, sets: Sets, job: Job) ->
 
 
 def _minibatches(count: int, size: int, seed: tuple[int, ...]) -> Iterator[list[int]]:
-    """Yield indices of minibatches for ever: each round a permutation, whose rest is dropped if it fills no batch."""
+    """Yield minibatches of indices without end: each epoch a new permutation, less an incomplete last batch."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(count).tolist()
@@ -119,7 +119,7 @@ class Ascent:
         tokens: the forget examples.
         method: the name of the forget loss, with its default options.
         rate: the learning rate of AdamW, constant.
-        seed: of the schedule.
+        seed: seed of the schedule.
     """
 
     def __init__(self, lm: LanguageModel, tokens: list[Tokens], method: str, rate: float, seed: int) -> None:

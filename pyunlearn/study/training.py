@@ -97,7 +97,7 @@ def train(
 def _start(
     folder: Folder, base: str | None, config: StudyConfig, tokenizer: Any, device: str
 ) -> tuple[LanguageModel, torch.optim.Optimizer, int]:
-    """Return the model, its optimizer and the steps that both have behind them: new, or those of the base."""
+    """Return the model, its optimizer and the steps trained so far: new ones, or those restored from the base run."""
     if base is None:
         lm = new_model(config, tokenizer, device)
         return lm, optimizer_of(lm, config), 0

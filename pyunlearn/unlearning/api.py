@@ -1,4 +1,4 @@
-"""pyunlearn.unlearn: check every argument, set the run up, run the loop, return the result."""
+"""Public function `unlearn`: check every argument, set up the run, run the loop, return the result."""
 
 from __future__ import annotations
 
@@ -46,40 +46,38 @@ def unlearn(
 ) -> Result:
     """Remove the forget texts from a language model.
 
-    With nothing but `model` and `forget`, completions sampled from the model stand for text that was never trained on
-    (non-members). A forget example is *memorized* when it is likelier than 95 % of them; such examples are made less
-    likely step by step, each until its anchored generalized exposure (see `pyunlearn.metrics.generalized_exposure`) has
-    come down to that of non-members. Every round must keep the utility set within its budget, and no example may end
-    below what non-members get; a round that breaks this is rolled back and the learning rate halved. So what is returned
-    is always the best state within the budget.
+    Each forget example is compared with *non-members*: text that was never trained on, the holdout, or else completions
+    sampled from the model. An example is *memorized* when it is likelier than 95 % of them. Memorized examples are made
+    less likely step by step, each until its anchored generalized exposure (`pyunlearn.metrics.generalized_exposure`) is
+    that of non-members. A round that exceeds the utility budget, or makes an example less likely than non-members, is
+    rolled back and the learning rate is halved. So the returned model is the best state within the budget.
 
     Args:
         model: a transformers causal or encoder-decoder language model (PEFT-wrapped or not), or a path, a .gguf file or
-            a name to load one from. It is changed in place. With adapters, only what requires a gradient is trained.
+            a name to load one from. It is changed in place. Only parameters that require a gradient are trained.
         forget: a text, a list of texts, a list of dicts (`text`; `prompt`/`completion`; `question`/`answer`; chat
             `messages`), a datasets.Dataset, or a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. With prompts, only
-            the completion is scored and forgotten. `winner` next to them is what `dpo` prefers.
-        retain: text that must keep working, same forms: trained on next to the ascent (`retain_loss`), and the utility
-            set.
-        holdout: text of the forget set's kind that was never trained on, same forms; 19 texts or more. Default: sampled
-            from the model.
-        tokenizer: needed when `model` is a model object whose name leads to none.
-        reference_model: the model that NPO, UNDIAL, KL and their like compare with; default: the model as it came.
-        config: all settings in one object, or the path of a TOML file or a result.json; keywords change single ones.
-        output_dir: where the result is saved at the end (new or empty). A checkpoint is next to it during the run.
-        resume: continue from that checkpoint; the numbers are those of an uninterrupted run.
-        progress: a progress bar on standard error; default: if that is a terminal.
+            the completion is scored and forgotten. With `dpo`, each example has a preferred answer `winner`.
+        retain: text that must keep working, same forms: for the retain loss (`retain_loss`), and as the utility set.
+        holdout: text of the forget set's kind that was never trained on, same forms, 19 texts or more; default:
+            sampled from the model.
+        tokenizer: a tokenizer, or where to load it from; default: where the model was loaded from.
+        reference_model: the model with which NPO, UNDIAL, KL and other methods compare; default: the original model.
+        config: all settings in one object, or the path of a TOML file or a result.json; keywords replace single ones.
+        output_dir: new or empty folder for the result; during the run, a checkpoint is next to it.
+        resume: True continues from that checkpoint; the numbers are those of an uninterrupted run.
+        progress: True shows a progress bar on standard error; default: only on a terminal.
         {options}
 
     Returns:
-        Result: `.model`, `.examples` (one verdict each), `.utility`, `.history` (one record a step), `.stopped`,
+        Result: `.model`, `.examples` (one verdict each), `.utility`, `.history` (one record per step), `.stopped`,
         `.save(dir)`.
 
     Raises:
-        ArgumentError, DataError, ModelError, OutputError: an argument cannot be used; nothing has been changed then.
-        TrainingError: the model's own log-likelihoods are not finite before the first step.
+        ArgumentError, DataError, ModelError, OutputError: an argument cannot be used; the model is unchanged.
+        TrainingError: the model's log-likelihoods are not finite before the first step.
 
-    Source: Baluta et al. 2024 (arXiv 2411.04388) for the ascent and what it is compared with; the stop is ours.
+    Source: Baluta et al. 2024 (arXiv 2411.04388) for the ascent and the metric; the per-example stopping is ours.
     """
     config = UnlearnConfig.of(config, settings, "unlearn")
     require(Flag(), resume=resume, **({} if progress is None else {"progress": progress}))
@@ -98,7 +96,11 @@ def unlearn(
         check_output(output_dir)
     path = checkpoint_path(output_dir, resume=resume)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
-    examples = {role: read_examples(source, role=role) for role, source in sources.items() if source is not None}
+    examples = {
+        role: read_examples(source, role=role)
+        for role, source in sources.items()
+        if role == "forget" or source is not None
+    }
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     tokens = lm.encode(examples, truncate=config.truncate)
@@ -107,32 +109,32 @@ def unlearn(
     processes = Processes(accelerator)
     lm.module.to(accelerator.device)
     processes.broadcast_weights(lm.module)
-    lm.module.eval()  # no dropout: the same weights always give the same log-likelihoods
+    lm.module.eval()  # no dropout, so that log-likelihoods are a function of the weights
     trained = accelerator.unwrap_model(lm.module)
     default_rate = _ADAPTER_LEARNING_RATE if hasattr(trained, "peft_config") else _LEARNING_RATE
     config = replace(config, learning_rate=config.learning_rate or default_rate * method.rate)
     bar = Progress(progress if processes.is_main else False)
     try:
         session = setup(
-            lm, config, method, options, retain_loss, tokens, reference_model=reference_model,
-            sampled=sampled_texts(path if resume else None), accelerator=accelerator, processes=processes, bar=bar,
-        )  # fmt: skip
+            lm,
+            config,
+            method,
+            options,
+            retain_loss,
+            tokens,
+            reference_model=reference_model,
+            sampled=sampled_texts(path if resume else None),
+            accelerator=accelerator,
+            processes=processes,
+            bar=bar,
+        )
         checkpoint = Checkpoint(path, _fingerprint(config, session), session.sampled)
         stopped = _train(session, config, checkpoint, resume, bar)
     finally:
         bar.close()
-    described = {"model": model_name(lm), "reference_model": model_name(reference_model)}
-    described |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
-    result = Result(
-        trained,
-        lm.tokenizer,
-        _examples(session, examples["forget"]),
-        _utility(session, config.seed),
-        stopped,
-        session.stopping.non_member_scores.tolist(),
-        session.state.history,
-        versions() | described | config.to_dict() | {"mask": digest_of(config.mask)},
-    )
+    inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
+    inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
+    result = _result(session, config, trained, examples["forget"], stopped, inputs)
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
             result.save(output_dir)
@@ -144,7 +146,7 @@ def unlearn(
 def _check_together(
     config: UnlearnConfig, method: Method, retain_loss: str | None, retain: Any, reference_model: Any
 ) -> None:
-    """Raise ArgumentError where two arguments exclude each other, or one that is given would be ignored."""
+    """Raise ArgumentError where two arguments contradict each other, or one would be ignored."""
     check_token_weights(config.token_weights, method, has_reference=reference_model is not None)
     by_ksd = isinstance(config.difficulty, str) and config.difficulty == "ksd"
     if by_ksd and config.order != "random" and retain is None:
@@ -162,12 +164,12 @@ def _fingerprint(config: UnlearnConfig, session: Session) -> dict[str, Any]:
     """Return the settings and scores in which a run that resumes from a checkpoint must agree."""
     settings = config.fixed() | {"mask": digest_of(config.mask)}
     if config.l1:
-        settings["max_steps"] = config.max_steps  # its strength falls to 0 there
+        settings["max_steps"] = config.max_steps  # at which its strength reaches 0
     return settings | {name: values.tolist() for name, values in session.scores.items()}
 
 
 def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resume: bool, bar: Progress) -> str:
-    """Make the optimizer, resume from the checkpoint, run the loop; return why it ended."""
+    """Make the optimizer, resume from the checkpoint and run the loop; return the reason why it ended."""
     lm, learning_rate = session.scorer.lm, config.learning_rate
     assert learning_rate is not None
     freeze_rest = session.target.freeze_rest() if session.target else nullcontext()
@@ -186,6 +188,27 @@ def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resu
             checkpoint.load(weights, session.state)
             session.stopping.current = measure(session)
         return ascend(session, weights, optimizer, config, checkpoint, interrupt, bar)
+
+
+def _result(
+    session: Session,
+    config: UnlearnConfig,
+    model: Any,
+    examples: list[Example],
+    stopped: str,
+    inputs: dict[str, Any],
+) -> Result:
+    """Return the result of a run; `inputs` describes the arguments of `unlearn` besides its settings."""
+    return Result(
+        model,
+        session.scorer.lm.tokenizer,
+        _examples(session, examples),
+        _utility(session, config.seed),
+        stopped,
+        session.stopping.non_member_scores.tolist(),
+        session.state.history,
+        versions() | inputs | config.to_dict() | {"mask": digest_of(config.mask)},
+    )
 
 
 def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
@@ -213,7 +236,7 @@ def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
 
 
 def _utility(session: Session, seed: int) -> Utility:
-    """Return what the run cost the utility set and the non-members."""
+    """Return the cost of the run on the utility set and on the non-members."""
     stopping, texts = session.stopping, session.texts
     drift = 0.0
     if session.state.visits.any():

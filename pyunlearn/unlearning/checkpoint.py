@@ -1,4 +1,4 @@
-"""Checkpoints: the state of a run on disk next to its output folder, and the state of the loop outside the weights."""
+"""Checkpoints: the state of a run in a file next to its output folder."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from pyunlearn.unlearning.optimizer import TrainedWeights
 
 @dataclass
 class LoopState:
-    """The state of the loop outside the weights. A rollback restores visits and multiplier to those of `snapshot`."""
+    """State of the loop except the weights. A rollback restores the visits and the multiplier of `snapshot`."""
 
     visits: NDArray[np.int64]
-    """(B,) optimizer steps that took each example and were accepted."""
+    """(B,) accepted optimizer steps that took each example."""
     multiplier: Multiplier | None = None
-    """PDU's."""
+    """PDU's dual variable."""
     step: int = 0
     round_number: int = 0
     halvings: int = 0
-    """How often the learning rate was halved."""
+    """Number of halvings of the learning rate."""
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def snapshot(self) -> tuple[NDArray[np.int64], Multiplier | None]:
-        """Return what a rollback has to restore."""
+        """Return copies of the visits and the multiplier."""
         return self.visits.copy(), None if self.multiplier is None else replace(self.multiplier)
 
     def restore(self, snapshot: tuple[NDArray[np.int64], Multiplier | None]) -> None:
-        """Go back to what `snapshot` returned, in place: others hold the same array and multiplier."""
+        """Restore a `snapshot` in place, since other objects share the array and the multiplier."""
         self.visits[:] = snapshot[0]
         if self.multiplier is not None and snapshot[1] is not None:
             for name, value in asdict(snapshot[1]).items():
@@ -44,19 +44,19 @@ class LoopState:
 
 
 class Checkpoint:
-    """The file in which an interrupted run is stored, OUTPUT.checkpoint.pt.
+    """File in which an interrupted run is stored, OUTPUT.checkpoint.pt.
 
     Args:
-        path: the file; None where the run has no output folder: then nothing is stored.
+        path: the file; None where the run has no output folder and stores nothing.
         fingerprint: settings and scores in which a run that resumes from it must agree.
-        sampled: texts that were sampled before the first step, by name; sampling need not give the same twice.
+        sampled: name -> texts that were sampled before the first step; sampling is not reproducible on every device.
     """
 
     def __init__(self, path: Path | None, fingerprint: dict[str, Any], sampled: dict[str, Any]) -> None:
         self.path, self.fingerprint, self.sampled = path, fingerprint, sampled
 
     def save(self, weights: TrainedWeights, state: LoopState) -> None:
-        """Write everything under another name, then rename it."""
+        """Write the state under a temporary name, then rename the file."""
         if self.path is None:
             return
         partial = self.path.with_name(self.path.name + ".partial")
@@ -75,7 +75,7 @@ class Checkpoint:
         os.replace(partial, self.path)
 
     def load(self, weights: TrainedWeights, state: LoopState) -> None:
-        """Continue from the file, in place.
+        """Restore weights and state in place from the file.
 
         Raises DataError where it was made with another model, other texts or settings; nothing has been changed then.
         """
@@ -101,9 +101,9 @@ class Checkpoint:
 
 
 def checkpoint_path(output_dir: str | Path | None, *, resume: bool) -> Path | None:
-    """Return where a run's checkpoint is, next to its output folder; None without one.
+    """Return the path of a run's checkpoint, next to its output folder, or None if the run has no output folder.
 
-    Raises ArgumentError where there is none to resume from, or one that would be overwritten.
+    Raises ArgumentError if the run is to resume and has no checkpoint, or if a new run would overwrite one.
     """
     if output_dir is None:
         if resume:
@@ -127,7 +127,7 @@ def checkpoint_path(output_dir: str | Path | None, *, resume: bool) -> Path | No
 
 
 def sampled_texts(path: Path | None) -> dict[str, Any]:
-    """Return the texts that the run of a checkpoint has sampled, by name."""
+    """Return name -> texts that a checkpoint's run had sampled."""
     if path is None or not path.exists():
         return {}
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -1,4 +1,4 @@
-"""The settings of a run: defaults, ranges and help, from which keywords, command line, files and docs are made."""
+"""Settings of a run: the source of keywords, command-line options, settings files and the reference page."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ RETAIN_LOSSES = ("auto", "nll", "kl", "hold", "representation")
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig(Config):
-    """The settings that a run has whatever its method: `UnlearnConfig` and `CompareConfig` add theirs."""
+    """Settings of a run with any method; `UnlearnConfig` and `CompareConfig` add their own."""
 
     retain_loss: str | None = option(
         "auto",
         Choice(RETAIN_LOSSES),
-        "What keeps the retain set: nll trains on it; kl keeps the reference model's distribution at each of its tokens; "
-        "hold only undoes what the run has cost it; representation (rmu, adaptive_rmu) keeps its hidden states; none; "
-        "auto: the method's own term, or else nll, where there is a retain set.",
+        "Loss on the retain set: nll trains on it; kl preserves the reference model's distribution at each of its "
+        "tokens; hold only reverses a rise of its negative log-likelihood; representation (rmu, adaptive_rmu) "
+        "preserves its hidden states; none; auto: the method's own term, or else nll, where there is a retain set.",
         group="Method",
         optional=True,
         fixed=True,
@@ -42,7 +42,7 @@ class LoopConfig(Config):
     micro_batch_size: int | None = option(
         None,
         Whole(1),
-        "Examples that go through the model together; gradients are accumulated over the batch, so the steps are the "
+        "Examples in one forward and backward pass; gradients are accumulated over the batch, so the steps are the "
         "same up to rounding, in less memory. Default: the whole batch.",
     )
     order: str = option(
@@ -51,26 +51,26 @@ class LoopConfig(Config):
     difficulty: Any = option(
         "nll",
         ChoiceOrObject(("nll", "ksd"), "a list of one number for each forget example"),
-        "What that order goes by: nll, the mean negative log-likelihood under the reference model (give one that never "
-        "saw the texts); ksd, how much the retain set supports an example; in Python also one number for each forget "
-        "example, high = hard.",
+        "Measure of difficulty for the order: nll, the mean negative log-likelihood under the reference model (pass "
+        "one that was not trained on the texts); ksd, the kernelized Stein discrepancy from the retain set; in Python "
+        "also one number for each forget example, high = hard.",
     )
     token_weights: Any = option(
         None,
         ChoiceOrObject(("importance", "reference"), "a list of numbers for each forget example"),
-        "Factors on the log-likelihoods of a forget text's tokens: importance, how much the rest of the text depends on "
-        "a token (as many forward passes as tokens); reference, how much likelier it is than under the reference model; "
-        "both have mean 1 in each text. In Python also a list of numbers for each forget example. Default: all 1.",
+        "Factors on the log-likelihoods of a forget text's tokens: importance, the effect of a token on the rest of "
+        "the text (one forward pass per token); reference, the log-likelihood in excess of the reference model's; both "
+        "have mean 1 in each text. In Python also a list of numbers for each forget example. Default: all 1.",
         group="Method",
     )
     token_share: float = option(
         1.0,
         Number(above=0, maximum=1),
-        "Share of each text's tokens that are unlearned, those of the largest weight; the others get weight 0.",
+        "Share of each text's tokens that are unlearned, those with the largest weights; the others get weight 0.",
         group="Method",
         fixed=True,
     )
-    max_steps: int = option(200, Whole(0), "Optimizer steps at most.")
+    max_steps: int = option(200, Whole(0), "Largest number of optimizer steps.")
     target_exposure: float = option(
         MEAN_OF_NON_MEMBERS,
         Number(0, below=round(MEMORIZED, 2)),
@@ -88,8 +88,8 @@ class LoopConfig(Config):
     mask: Any = option(
         None,
         ChoiceOrObject(("saliency", "nonzero"), "a dict of boolean tensors"),
-        "Weights that may change; all others keep their bits: saliency (the half on which the forget loss depends "
-        "most) or nonzero (pruned weights stay 0). In Python also a dict of parameter names to boolean tensors. "
+        "Weights that may change; all others keep their bits: saliency (the half with the largest gradients of the "
+        "forget loss) or nonzero (pruned weights stay 0). In Python also a dict of parameter names to boolean tensors. "
         "Default: all.",
         fixed=True,
     )
@@ -101,18 +101,19 @@ class LoopConfig(Config):
         fixed=True,
     )
     truncate: bool = option(
-        False, Flag(), "Cut texts that are longer than the model's context, instead of refusing them.", group="Data"
+        False, Flag(), "Cut texts that are longer than the model's context, instead of raising an error.", group="Data"
     )
     workspace: int | None = option(
         None,
         Whole(0),
-        "Bytes for cached logits: more memory for less time, with the same result. Default: chosen from what is free.",
+        "Bytes for cached logits: more memory for less time, with the same result. Default: chosen from the free "
+        "memory.",
         group="Model",
     )
     seed: int = option(0, Whole(0), "Seed of sampling and order: the same seed gives the same run.", fixed=True)
 
     def check(self) -> None:
-        """Raise ArgumentError where token_share has nothing to choose by."""
+        """Raise ArgumentError for a token_share without token weights."""
         if self.token_share < 1 and self.token_weights is None:
             raise ArgumentError(
                 'token_share keeps the tokens of the largest weight: pass token_weights="importance", for example'
@@ -121,7 +122,7 @@ class LoopConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class UnlearnConfig(LoopConfig):
-    """The settings of `pyunlearn.unlearn`.
+    """Settings of `pyunlearn.unlearn`.
 
     >>> UnlearnConfig(method="npo", max_steps=50).batch_size
     8
@@ -130,7 +131,8 @@ class UnlearnConfig(LoopConfig):
     method: str = option(
         "ga",
         Text('the name of a method, such as "ga"'),
-        "The unlearning method; `pyunlearn methods` lists them. With a retain set also graddiff, npo+nll, simnpo+kl, ...",
+        "The unlearning method; `pyunlearn methods` lists them. With a retain set also graddiff, npo+nll, simnpo+kl "
+        "and others.",
         group="Method",
         fixed=True,
     )

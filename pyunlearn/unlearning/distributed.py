@@ -20,7 +20,7 @@ _SERVED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
 
 class Processes:
-    """The processes of a run, as seen from one of them. Alone, everything here is the identity.
+    """Processes of a run, as seen from one of them. With one process, every operation is the identity.
 
     Raises ArgumentError where the processes hold the model in parts (FSDP, DeepSpeed, tensor parallel).
     """
@@ -52,8 +52,8 @@ class Processes:
         """Return the sum of an array over all processes."""
         if self.count == 1:
             return values
-        mine = torch.as_tensor(values, device=self._accelerator.device)
-        total: NDArray[np.float64] = self._accelerator.reduce(mine, "sum").cpu().numpy()
+        local = torch.as_tensor(values, device=self._accelerator.device)
+        total: NDArray[np.float64] = self._accelerator.reduce(local, "sum").cpu().numpy()
         return total
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -91,13 +91,16 @@ class Processes:
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes to get here."""
         if self.count > 1:
             self._accelerator.wait_for_everyone()
 
 
 def make_accelerator(module: nn.Module) -> Any:
-    """Make an Accelerator; on a GPU that has bfloat16, float32 weights compute in it. An earlier one's state is reused."""
+    """Make an Accelerator; float32 weights compute in bfloat16 on a GPU that has it.
+
+    The state of an earlier Accelerator is reused.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 

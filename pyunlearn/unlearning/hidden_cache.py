@@ -17,20 +17,20 @@ from pyunlearn.errors import OutputError
 from pyunlearn.models.distributions import Distributions, Head
 
 IN_MEMORY = 1 << 30
-"""Bytes cached in memory; more goes to a temporary file that is mapped."""
+"""Bytes of states in main memory; larger caches use a memory-mapped temporary file."""
 
 
 class HiddenStateCache:
-    """The distributions of some texts under one model: a state (D,) for each scored token, on the CPU, and its head.
+    """Distributions of texts under one model: a state (D,) for each scored token, on the CPU, and the head.
 
-    The head is copied only where it is going to be trained.
+    The head is copied only where it is trained.
 
     Args:
         parts: (indices of some texts, their distributions in that order).
         sizes: index of a text -> its scored tokens.
-        in_memory: bytes that may stay in main memory.
+        in_memory: bytes allowed in main memory.
 
-    Raises OutputError where the states fit neither there nor on the disk.
+    Raises OutputError where the states fit neither in main memory nor on the disk.
     """
 
     def __init__(
@@ -56,25 +56,25 @@ class HiddenStateCache:
             self.head = self.head._replace(weight=weight, bias=None if bias is None else _constant(bias))
 
     def at(self, indices: Iterable[int], device: torch.device) -> Distributions:
-        """Return the distributions of those texts, text by text."""
+        """Return the concatenated distributions of texts."""
         assert self.states is not None
         states = torch.cat([self.states[slice(*self.ends[i])] for i in indices])
         return Distributions(states.to(device), self.head, self.workspace)
 
     def magnitudes(self, indices: Iterable[int]) -> NDArray[np.float64]:
-        """Return (n,) the mean magnitude of each of those texts' states: a fingerprint of the reference model."""
+        """Return (n,) the mean magnitude of each text's states, a fingerprint of the reference model."""
         assert self.states is not None
         states = [self.states[slice(*self.ends[i])] for i in indices]
         return np.array([float(s.abs().double().mean()) for s in states], dtype=np.float64)
 
 
 def _constant(parameter: Tensor) -> Tensor:
-    """Copy what will be trained; share the memory of what will not be, wherever its model is moved later."""
+    """Return a copy of a parameter that is trained; share the memory of one that is not."""
     return parameter.detach().clone() if parameter.requires_grad else parameter.detach()
 
 
 def _allocate(rows: int, like: Tensor, in_memory: int) -> Tensor:
-    """Return an empty (rows, width) tensor of the dtype, on the CPU or in a file that vanishes with the process."""
+    """Return an empty (rows, width) tensor of the dtype, on the CPU or in a file that is deleted with the process."""
     shape = (rows, like.shape[1])
     size = math.prod(shape) * like.dtype.itemsize
     if size <= in_memory:
@@ -88,5 +88,5 @@ def _allocate(rows: int, like: Tensor, in_memory: int) -> Tensor:
     with tempfile.NamedTemporaryFile(prefix="pyunlearn-", delete=False) as file:
         path = Path(file.name)
     mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=like.dtype)
-    path.unlink()  # the mapping holds it
+    path.unlink()  # the mapping remains valid
     return mapped.view(shape)

@@ -75,7 +75,7 @@ class InContextSelection:
             coarser clusters.
         gamma: clusters below this share of the mean size n / k are moved towards their previous centroid, 0 to 1.
         iterations: of k-means, 1 or more.
-        seed: of all random numbers.
+        seed: seed of all random numbers.
         ids: (n,) a whole number, 0 or more, for each example, which stays the same; default 0 to n - 1. Equal
             embeddings, seed and ids give equal choices.
 

@@ -8,13 +8,15 @@ from types import FrameType, TracebackType
 
 
 class DeferredInterrupt:
-    """Context in which the first Ctrl-C waits for `check`, called where the state is whole; a second one raises at once."""
+    """Context in which the first Ctrl-C waits for the next `check`, between two steps; a second one raises at once."""
 
     def __init__(self) -> None:
         self.pending = False
 
     def __enter__(self) -> DeferredInterrupt:
-        self._listens = threading.current_thread() is threading.main_thread()  # Python allows no other thread to
+        self._listens = (
+            threading.current_thread() is threading.main_thread()
+        )  # Python allows signal handlers there only
         if self._listens:
             self._before = signal.signal(signal.SIGINT, self._note)
         return self

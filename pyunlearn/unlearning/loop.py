@@ -1,7 +1,7 @@
-"""The training loop: ascend on memorized examples and stop each at the level of text that was not trained on.
+"""Training loop: ascend on memorized examples and stop each at the level of text that was not trained on.
 
 A round takes every active example once (16 optimizer steps at most), then scores the forget set and the utility set. A
-round that breaks the utility budget or drives an example too far is rolled back, and the learning rate halved.
+round that exceeds the utility budget or over-unlearns an example is rolled back, and the learning rate is halved.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from pyunlearn.unlearning.stopping import Measurement
 Indices = NDArray[np.int64]
 
 MAX_HALVINGS = 6
-"""Halvings of the learning rate before a run gives up."""
+"""Largest number of halvings of the learning rate before a run ends."""
+
 CHECKPOINT_SECONDS = 300
+"""Least time between two checkpoints."""
 
 
 class StepParts(NamedTuple):
-    """What an optimizer step works with."""
+    """Parts of a run that an optimizer step uses."""
 
     accelerator: Any
     processes: Processes
@@ -39,7 +41,7 @@ class StepParts(NamedTuple):
     forget_term: ForgetTerm
     retain_term: RetainTerm
     weights: TrainedWeights
-    optimizer: Any  # of the weights, as the accelerator prepared it
+    optimizer: Any  # the optimizer of the weights, prepared by the accelerator
 
 
 def ascend(
@@ -53,9 +55,10 @@ def ascend(
 ) -> str:
     """Run rounds until every memorized example is forgotten, a limit is reached, or Ctrl-C.
 
-    The model ends with the best state within the budget; `session.state.history` has one record a step.
+    The model ends in the best state within the budget. `session.state.history` gets one record per step.
 
-    Returns why it ended: one of `Result.stopped`.
+    Returns:
+        The reason why it ended, see `Result.stopped`.
     """
     state, stopping, schedule = session.state, session.stopping, session.schedule
     learning_rate = config.learning_rate or 0.0
@@ -86,14 +89,15 @@ def ascend(
                 record = optimizer_step(parts, forget_indices, step, max_grad_norm=config.max_grad_norm, l1=l1)
                 state.visits[forget_indices] += 1
                 interrupt.check()
-                records.append({
+                step_record = {
                     "step": step + 1,
                     "round": state.round_number,
                     "examples": [int(i) for i in forget_indices],
                     **record,
                     "learning_rate": learning_rate / 2**state.halvings,
                     "seconds": time.perf_counter() - started,
-                })  # fmt: skip
+                }
+                records.append(step_record)
 
             measurement = measure(session)
             rejection_reason = stopping.rejection_reason(measurement)
@@ -133,19 +137,20 @@ def optimizer_step(
     """Take one optimizer step on some forget examples and the retain examples of step number `step`.
 
     Args:
-        parts: the two terms of the loss, the weights, and what runs them.
+        parts: the two terms of the loss, the weights, the optimizer and the processes.
         forget_indices: the forget examples.
-        step: number of the step, from 0; it decides the retain examples.
+        step: number of the step, from 0, which selects the retain examples.
         max_grad_norm: gradients are clipped to this norm.
         l1: strength of the l1 penalty in this step.
 
-    Returns what the history says of it: forget_loss, the retain loss, gradient_norm.
+    Returns:
+        The step's record for the history: forget_loss, the retain loss, gradient_norm.
     """
     accelerator, processes, schedule, forget_term, retain_term, weights, optimizer = parts
     # ------------------------------------------------------------------------------------------------
     optimizer.zero_grad()
 
-    # the forget term, gradients accumulated over micro-batches; before the retain term, so one graph is alive
+    # forget term: gradients accumulate over micro-batches; it precedes the retain term, so only one graph is in memory
     forget_loss = 0.0
     for micro_batch in schedule.micro_batches(processes.shard(forget_indices)):
         with accelerator.autocast():
@@ -153,7 +158,7 @@ def optimizer_step(
         accelerator.backward(loss)
         forget_loss += loss.item()
 
-    # the retain term
+    # retain term
     retain_batch, retain_total = None, 0.0
     if retain_term.active:
         retain_batch = retain_term.batch(schedule.retain_indices(step))
@@ -163,7 +168,7 @@ def optimizer_step(
             accelerator.backward(loss)
             retain_total += amount
 
-    # the update: gradients summed over processes, masked, clipped; then the l1 penalty, apart from the optimizer
+    # update: gradients are summed over processes, masked and clipped; the l1 penalty is a step of its own
     processes.sum_gradients(weights.parameters.values())
     weights.mask_gradients()
     gradient_norm = accelerator.clip_grad_norm_(weights.parameters.values(), max_grad_norm)
@@ -184,7 +189,7 @@ def measure(session: Session) -> Measurement:
 
 
 def _round_record(session: Session, measurement: Measurement, rejection_reason: str | None) -> dict[str, Any]:
-    """Return what the history says at the end of a round."""
+    """Return the record of a round for the history."""
     return {
         "accepted": rejection_reason is None,
         "rejection_reason": rejection_reason,
@@ -196,6 +201,7 @@ def _round_record(session: Session, measurement: Measurement, rejection_reason: 
 
 
 def _show(session: Session, bar: Progress) -> None:
+    """Update the progress bar."""
     state, stopping = session.state, session.stopping
     memorized, active = int(stopping.memorized.sum()), len(stopping.active)
     rise, budget = stopping.current.utility_rise, stopping.utility_budget

@@ -1,4 +1,4 @@
-"""The two terms of the loss in one optimizer step: the forget term and the retain term."""
+"""Terms of the loss in one optimizer step: the forget term and the retain term."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Floats = NDArray[np.float64]
 
 
 class ForgetTerm:
-    """The forget loss of a method: `term(indices)` -> () the sum of those examples' losses.
+    """Forget loss of a method: `term(indices)` -> () the sum of those examples' losses.
 
     Args:
         lm: the model.
         method: the method.
-        options: what the user set of its options.
-        texts: role -> the texts that it reads: "forget", and "refusal", "winner" or "alternate".
+        options: the method's options that the user set.
+        texts: role -> texts; the roles are "forget", and "refusal", "winner" or "alternate".
         reference: the reference model's numbers.
         weights: (T,) token weights of each forget text, or None.
         target: the layer, for methods on hidden states.
-        visits: (B,) steps that took each example so far; counted up by the loop, they say whose turn an alternate has.
+        visits: (B,) steps that took each example so far, counted by the loop; they select the alternate of a step.
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class ForgetTerm:
         return self._loss(indices)
 
     def _on_log_likelihoods(self, indices: list[int]) -> Tensor:
-        """Handle methods on summed log-likelihoods, or on those of single tokens."""
+        """Compute the loss of a method on summed log-likelihoods or on those of single tokens."""
         method, device = self.method, self.lm.device
-        reads = [(role, self._index(role, i)) for i in indices for role in method.reads]
-        tokens = [self.texts[role][i] for role, i in reads]
+        rows = [(role, self._index(role, i)) for i in indices for role in method.roles]
+        tokens = [self.texts[role][i] for role, i in rows]
         batch = self.lm.collate(tokens)
-        reference = self.reference.gather(reads)
+        reference = self.reference.gather(rows)
         if reference is None:
             reference = np.zeros(sum(len(t.scored) for t in tokens) if method.token else len(tokens))
         reference_values = torch.as_tensor(reference, dtype=torch.float32, device=device)
-        weights = self._weights(reads, tokens)
+        weights = self._weights(rows, tokens)
         selection = {k: v for k, v in self.options.items() if k in ("temperature", "top_fraction")}
-        group_size = len(method.reads)
+        group_size = len(method.roles)
         likelihood = self.lm.likelihood
 
         if method.token:
@@ -89,7 +89,7 @@ class ForgetTerm:
         ).loss
 
     def _on_distributions(self, indices: list[int]) -> Tensor:
-        """Handle methods on whole next-token distributions."""
+        """Compute the loss of a method on whole next-token distributions."""
         batch = self.lm.collate(self.texts["forget"], indices)
         cache = self.reference.forget
         tensors = {
@@ -102,22 +102,22 @@ class ForgetTerm:
         return self.method.loss(tensors, self.options).sum()
 
     def _on_hidden_states(self, indices: list[int]) -> Tensor:
-        """Handle methods on the hidden states of one layer."""
+        """Compute the loss of a method on the hidden states of one layer."""
         assert self.target is not None
         return self.target.forget_loss(indices)
 
-    def _weights(self, reads: Sequence[tuple[str, int]], tokens: Sequence[Tokens]) -> Tensor | None:
-        """Return (n,) token weights of the texts read, 1 in all but the forget texts; None where none are weighted."""
+    def _weights(self, rows: Sequence[tuple[str, int]], tokens: Sequence[Tokens]) -> Tensor | None:
+        """Return (n,) token weights of the texts, 1 in all but the forget texts; None without token weights."""
         if self.weights is None:
             return None
         own = self.weights
         each = [
-            own[i] if role == "forget" else np.ones(len(t.scored)) for (role, i), t in zip(reads, tokens, strict=True)
+            own[i] if role == "forget" else np.ones(len(t.scored)) for (role, i), t in zip(rows, tokens, strict=True)
         ]
         return torch.as_tensor(np.concatenate(each), dtype=torch.float32, device=self.lm.device)
 
     def _index(self, role: str, i: int) -> int:
-        """Return where in `texts[role]` the example's text is; its alternates take turns."""
+        """Return the index in `texts[role]` of example i's text; the alternates of an example take turns."""
         if role != "alternate":
             return i
         count = len(self.texts[role]) // len(self.texts["forget"])
@@ -127,7 +127,7 @@ class ForgetTerm:
 def example_tensors(method: Method, forget: Tensor, lengths: Tensor, reference: Tensor) -> dict[str, Tensor]:
     """Name the tensors of a loss on summed log-likelihoods, (B,), or (B, 2) for the two texts of a pair."""
     if not method.pairs:
-        return {method.reads[0]: forget, "lengths": lengths, "reference": reference}
+        return {method.roles[0]: forget, "lengths": lengths, "reference": reference}
     return {
         "winner": forget[:, 0],
         "winner_reference": reference[:, 0],
@@ -145,7 +145,7 @@ def token_tensors(
 
 
 class _TokenTensors(dict[str, Any]):
-    """Computes the mean token probabilities of a pair where a loss asks for them."""
+    """Tensors by name; the mean token probabilities of a pair are computed on first access."""
 
     def __missing__(self, name: str) -> Tensor:
         index = ("winner_probability", "loser_probability").index(name)
@@ -157,24 +157,24 @@ class _TokenTensors(dict[str, Any]):
 
 
 class RetainBatch(NamedTuple):
-    """The retain examples of one optimizer step."""
+    """Retain examples of one optimizer step."""
 
     indices: list[int]
     tokens: int  # scored tokens of all of them
 
 
 class RetainTerm:
-    """The retain loss: `term(micro_batch, step_batch)` -> (() its share of the loss, the sum that the history reports).
+    """Retain loss: `term(micro_batch, step_batch)` -> (() its share of the loss, the sum that the history reports).
 
     Args:
         lm: the model.
         loss: "nll", "hold", "kl" or "representation"; None where there is no retain loss.
         weight: factor on the loss.
         retain: the retain texts, or None.
-        initial_nll: (R,) negative log-likelihoods a token before the run, for "hold".
+        initial_nll: (R,) negative log-likelihoods per token before the run, nats, for "hold".
         reference: the reference model's numbers, for "kl".
         target: the layer, for "representation".
-        multiplier: PDU's, which takes the place of a constant weight.
+        multiplier: PDU's dual variable, a further factor on the loss.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class RetainTerm:
 
     @property
     def weight(self) -> float:
-        """The factor on the loss in this step."""
+        """Factor on the loss in this step."""
         return self._weight if self.multiplier is None else self._weight * self.multiplier.value
 
     def batch(self, indices: list[int]) -> RetainBatch:
@@ -213,10 +213,11 @@ class RetainTerm:
         return self._term(indices, step)
 
     def report(self, total: float, step: RetainBatch | None) -> dict[str, float | None]:
-        """Return what the history says of a step, and update the multiplier.
+        """Return a step's record for the history, and update the multiplier.
 
-        That is `retain_nll`, the mean negative log-likelihood a token, `retain_kl`, the mean divergence a token, or
-        `retain_drift`, the mean squared distance of the hidden states from where they were; and the `multiplier`.
+        The record holds `retain_nll`, the mean negative log-likelihood per token, `retain_kl`, the mean divergence per
+        token, or `retain_drift`, the mean squared distance of the hidden states from their original values; and the
+        `multiplier`.
         """
         if step is None:
             return {"retain_nll": None}
@@ -232,6 +233,8 @@ class RetainTerm:
         return report
 
     def _nll(self, indices: list[int], step: RetainBatch) -> tuple[Tensor, float]:
+        """Compute the losses "nll" and "hold"."""
+
         def loss(log_likelihood: Tensor, lengths: Tensor, initial: Tensor | None = None) -> Tensor:
             if initial is None:
                 return retain_nll(log_likelihood, self.weight, step.tokens)
@@ -244,6 +247,7 @@ class RetainTerm:
         return objective.loss, -objective.log_likelihood.sum().item()
 
     def _kl(self, indices: list[int], step: RetainBatch) -> tuple[Tensor, float]:
+        """Compute the loss "kl"."""
         assert self.reference.retain is not None
         batch = self._collate(indices)
         reference = self.reference.retain.at(indices, self.lm.device)
@@ -251,6 +255,7 @@ class RetainTerm:
         return retain_kl(divergence, self.weight, step.tokens), divergence.sum().item()
 
     def _representation(self, indices: list[int], step: RetainBatch) -> tuple[Tensor, float]:
+        """Compute the loss "representation"."""
         assert self.target is not None
         drift = self.target.retain_drift(indices)  # (b,)
         loss = retain_representation(drift, self.weight, self.target.alpha, len(step.indices))
@@ -263,16 +268,16 @@ class RetainTerm:
 def multiplier_of(
     settings: Mapping[str, Any], retain_loss: str | None, utility: Sequence[Tokens], utility_nll: Floats
 ) -> Multiplier:
-    """Return PDU's multiplier, which bounds the retain loss a little above where it begins.
+    """Return PDU's multiplier, whose bound is a little above the initial retain loss.
 
-    It begins at the mean NLL a token of the utility set, for retain_loss "kl" at 0.
+    That is the mean negative log-likelihood per token of the utility set; 0 for retain_loss "kl".
     """
     lengths = [len(t.scored) for t in utility]
-    begins = 0.0 if retain_loss == "kl" else float(np.average(utility_nll, weights=lengths))
-    bound = begins + settings["retain_tolerance"] * max(begins, 1.0)
+    initial = 0.0 if retain_loss == "kl" else float(np.average(utility_nll, weights=lengths))
+    bound = initial + settings["retain_tolerance"] * max(initial, 1.0)
     return Multiplier(settings["multiplier"], settings["multiplier_step_size"], bound, settings["multiplier_warmup"])
 
 
 def finite(x: float) -> float | None:
-    """Return the number, or None where it is NaN or infinite, which JSON has not."""
+    """Return the number, or None where it is NaN or infinite, which JSON cannot represent."""
     return float(x) if math.isfinite(x) else None

@@ -1,4 +1,4 @@
-"""AdamW on the trained weights, with masks, float32 copies of 16-bit weights, and rollback to the last accepted ones."""
+"""AdamW on the trained weights, with masks, float32 copies of 16-bit weights and rollback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_NO_MOMENTUM = 0.0  # an example that has stopped must not be carried further by its earlier steps
+_NO_MOMENTUM = 0.0  # earlier steps must not move an example that has stopped
 
 
 def _adam(parameters: Iterable[Tensor], lr: float, momentum: float = _NO_MOMENTUM) -> torch.optim.AdamW:
@@ -20,7 +20,7 @@ class MasterWeights(torch.optim.Optimizer):
     """AdamW with a float32 copy of 16-bit parameters.
 
     At unlearning's learning rates an update is smaller than half the distance of two bfloat16 numbers, so without the
-    copy most would round to nothing and the run would silently do nothing.
+    copy most updates would round to zero.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = _NO_MOMENTUM) -> None:
@@ -44,12 +44,12 @@ class MasterWeights(torch.optim.Optimizer):
 
 
 class TrainedWeights:
-    """The trained parameters and their optimizer, with the last accepted weights to roll back to.
+    """Trained parameters and their optimizer, with rollback to the last accepted weights.
 
     Args:
         model: whose parameters that require a gradient are trained.
         learning_rate: of AdamW.
-        resumable: True keeps the accepted optimizer state too, for checkpoints: twice the memory of what is trained.
+        resumable: True stores the accepted optimizer state for checkpoints: twice the memory of the trained weights.
         mask: name -> bool tensor, False where a weight must keep its bits.
         momentum: beta1 of AdamW.
     """
@@ -66,9 +66,9 @@ class TrainedWeights:
         self.mask = mask or {}
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters.values())
-        every = list(self.parameters.values())
+        parameters = list(self.parameters.values())
         self.optimizer: torch.optim.Optimizer = (
-            MasterWeights(every, learning_rate, momentum) if narrow else _adam(every, learning_rate, momentum)
+            MasterWeights(parameters, learning_rate, momentum) if narrow else _adam(parameters, learning_rate, momentum)
         )
         self._accepted: list[Tensor] = []
         self._accepted_moments: dict[str, Any] | None = {} if resumable else None
@@ -84,7 +84,7 @@ class TrainedWeights:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zero the gradients where the mask is False: neither the clipping nor the optimizer sees them."""
+        """Zero the gradients where the mask is False, before clipping."""
         for name, mask in self.mask.items():
             if (gradient := self.parameters[name].grad) is not None:
                 gradient.masked_fill_(~mask, 0)
@@ -93,8 +93,8 @@ class TrainedWeights:
     def shrink(self, strength: float) -> None:
         """Apply the proximal step of an l1 penalty: move every weight towards 0 by learning rate * strength.
 
-        Apart from the optimizer, as AdamW's decay is: inside it the penalty's gradient would be normalised to the same
-        step whatever its strength.
+        It is decoupled from the optimizer, as AdamW's decay is: AdamW would normalize the penalty's gradient, so that
+        its strength had no effect.
         """
         amount = strength * self.optimizer.param_groups[0]["lr"]
         if amount <= 0:
@@ -106,7 +106,7 @@ class TrainedWeights:
 
     @torch.no_grad()
     def restore_masked(self) -> None:
-        """Undo what a step moved where the mask is False: momentum and decay move weights without a gradient too."""
+        """Restore the weights where the mask is False: momentum and decay change weights without a gradient too."""
         if not self.mask:
             return
         for (name, narrow), wide, accepted in zip(self.parameters.items(), self._weights, self._accepted, strict=True):
@@ -117,7 +117,7 @@ class TrainedWeights:
 
     @torch.no_grad()
     def accept(self) -> None:
-        """Make the present weights those that a rollback returns to."""
+        """Store the present weights for a rollback."""
         if not self._accepted:
             self._accepted = [p.detach().clone() for p in self._weights]
         for accepted, p in zip(self._accepted, self._weights, strict=True):

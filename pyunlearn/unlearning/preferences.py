@@ -1,4 +1,4 @@
-"""Texts that are read in place of the forget texts: refusals, preferred answers, answers of the model's own."""
+"""Texts in place of the forget texts: refusals, preferred answers and answers sampled from the model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pyunlearn.methods import REFUSALS, Method
 def substitutes_for(
     forget: Sequence[Example], method: Method, options: Mapping[str, Any], seed: int
 ) -> dict[str, list[Example]]:
-    """Return role ("refusal" or "winner") -> a text for each forget example, where the method reads one.
+    """Return role ("refusal" or "winner") -> a text for each forget example, where the method needs one.
 
-    Raises ArgumentError for an option `refusals` or `winners` that cannot be; DataError where there is no prompt.
+    Raises ArgumentError for a wrong option `refusals` or `winners`; DataError where there is no prompt.
     """
     if "refusals" in method.needs:
         texts = options.get("refusals")
         texts = REFUSALS if texts is None else texts
-        return {"refusal": with_refusals(forget, texts, seed, alone="forget" not in method.reads)}
+        return {"refusal": with_refusals(forget, texts, seed, alone="forget" not in method.roles)}
     if "winners" in method.needs:
         return {"winner": with_winners(forget, options.get("winners"))}
     return {}
@@ -34,10 +34,11 @@ def with_refusals(forget: Sequence[Example], texts: Sequence[str], seed: int, *,
     Args:
         forget: the examples.
         texts: refusals to draw from.
-        seed: of the draw.
+        seed: seed of the draw.
         alone: True where nothing else is trained on.
 
-    Raises ArgumentError unless the texts are a list of some; DataError where, alone, an example has no prompt.
+    Raises ArgumentError unless the texts are a list of one text or more; DataError where, alone, an example has no
+    prompt.
     """
     if not texts or not _are_texts(texts):
         raise ArgumentError(f"refusals must be a list of one text or more, got {texts!r}")
@@ -47,14 +48,14 @@ def with_refusals(forget: Sequence[Example], texts: Sequence[str], seed: int, *,
                 f"forget example {number} has no prompt that could be refused: give prompt and completion, or use "
                 "idkdpo"
             )
-    drawn = np.random.default_rng((seed, 2)).integers(len(texts), size=len(forget))
-    return [_with_completion(example, texts[i]) for example, i in zip(forget, drawn, strict=True)]
+    indices = np.random.default_rng((seed, 2)).integers(len(texts), size=len(forget))
+    return [_with_completion(example, texts[i]) for example, i in zip(forget, indices, strict=True)]
 
 
 def with_winners(forget: Sequence[Example], winners: Sequence[str] | None) -> list[Example]:
-    """Return each forget example with its winner in place of its completion: of the list, or else the example's own.
+    """Return each forget example with its winner in place of its completion.
 
-    Raises ArgumentError unless there is one for each.
+    The winners are those of the list, or the examples' own. Raises ArgumentError unless there is one for each.
     """
     if winners is not None and (not _are_texts(winners) or len(winners) != len(forget)):
         got = f"{len(winners)} entries" if _are_texts(winners) else repr(winners)
@@ -72,16 +73,16 @@ def with_winners(forget: Sequence[Example], winners: Sequence[str] | None) -> li
 def alternates_of(
     stored: Sequence[Any], forget: Sequence[Tokens], count: int, vocabulary: int, sample: Callable[[], list[Tokens]]
 ) -> tuple[list[Tokens], list[Any]]:
-    """Return `count` alternates for each forget example, one after the other, and the same as a checkpoint stores them.
+    """Return `count` alternates for each forget example, example by example, and their form in a checkpoint.
 
-    Sampling need not give the same twice, so those of a checkpoint are used where they fit.
+    Sampling is not reproducible on every device, so those of a checkpoint are used where they fit.
 
     Args:
-        stored: what the checkpoint of an interrupted run holds, or an empty list.
+        stored: alternates in the checkpoint of an interrupted run, or an empty list.
         forget: the forget texts.
-        count: alternates for each.
-        vocabulary: token ids that the model reads.
-        sample: draws them where there are none.
+        count: alternates per example.
+        vocabulary: number of token ids of the model.
+        sample: samples them where none are stored.
     """
     alternates = [Tokens(tuple(ids), first, decoder and tuple(decoder)) for ids, first, decoder in stored]
     complete = len(alternates) == count * len(forget)
@@ -91,7 +92,7 @@ def alternates_of(
 
 
 def _are_texts(values: Any) -> bool:
-    """Return whether it is a list of texts that are not blank."""
+    """Return True for a list of texts that are not blank."""
     return isinstance(values, (list, tuple)) and all(isinstance(x, str) and bool(x.strip()) for x in values)
 
 

@@ -1,4 +1,4 @@
-"""Precomputed inputs from the reference model: log-likelihoods and hidden states, read once before the first step."""
+"""Precomputed numbers of the reference model: log-likelihoods and hidden states, computed before the first step."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Floats = NDArray[np.float64]
 
 
 class Reference:
-    """What the reference model gives the texts of a run.
+    """Log-likelihoods and distributions of a run's texts under the reference model.
 
     `log_likelihood`   role -> for each text (T,) of its tokens, or (1,) their sum, nats; empty where none is needed
     `forget`           distributions of the forget texts, for methods on the whole vocabulary
-    `retain`           distributions of the retain texts that the run comes to, for retain_loss "kl"
+    `retain`           distributions of the retain texts that the run may use, for retain_loss "kl"
     """
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ class Reference:
         texts: dict[str, list[Tokens]],
         weights: Sequence[Floats] | None,
     ) -> None:
-        """Score what the method reads, by role; as sums (times the token weights) where it sees whole texts."""
-        for role in method.reads:
+        """Score the method's texts by role; for methods on whole texts, as sums with the token weights."""
+        for role in method.roles:
             tokens = scorer.token_log_likelihood(texts[role], likelihood)
             if not method.token:
                 weighted = (
@@ -52,14 +52,14 @@ class Reference:
                 tokens = [x.sum(keepdims=True) for x in weighted]
             self.log_likelihood[role] = tokens
 
-    def gather(self, reads: Sequence[tuple[str, int]]) -> Floats | None:
-        """Return the log-likelihoods of texts (role, index), one after the other; None where none are needed."""
+    def gather(self, rows: Sequence[tuple[str, int]]) -> Floats | None:
+        """Return the concatenated log-likelihoods of texts (role, index); None where none are needed."""
         if not self.log_likelihood:
             return None
-        return np.concatenate([self.log_likelihood[role][i] for role, i in reads])
+        return np.concatenate([self.log_likelihood[role][i] for role, i in rows])
 
     def fingerprint(self, forget: int, first_retain: Sequence[int]) -> dict[str, Floats]:
-        """Return numbers by which a resumed run recognizes the reference model; later retain steps may differ."""
+        """Return numbers that identify the reference model to a resumed run; later retain steps may differ."""
         scores = {f"{role}s": np.array([x.sum() for x in each]) for role, each in self.log_likelihood.items()}
         if self.forget is not None:
             scores["reference_model"] = self.forget.magnitudes(range(forget))
@@ -70,9 +70,9 @@ class Reference:
 
 @contextmanager
 def reference_likelihood(lm: LanguageModel, reference_model: Any) -> Iterator[Likelihood]:
-    """Provide log-likelihoods under the reference model, on the device for a while, or under the run's own as it came.
+    """Provide log-likelihoods under the reference model, which is moved to the device within the context.
 
-    Raises ModelError where it has another vocabulary.
+    Without a reference model, those under the original model. Raises ModelError where it has another vocabulary.
     """
     if reference_model is None:
         yield lm.likelihood
@@ -81,18 +81,18 @@ def reference_likelihood(lm: LanguageModel, reference_model: Any) -> Iterator[Li
         reference_model, lm.tokenizer, workspace=lm.likelihood.workspace, needs_tokenizer=False
     )
     lm.require_vocabulary(reference, "reference_model")
-    home = reference.device
+    original_device = reference.device
     try:
         yield Likelihood(reference.module.to(lm.device).eval(), workspace=lm.likelihood.workspace)
     finally:
-        reference.module.to(home)
+        reference.module.to(original_device)
 
 
 @torch.no_grad()
 def cached_states(
     scorer: Scorer, likelihood: Likelihood, tokens: Sequence[Tokens], indices: Sequence[int], batch_size: int
 ) -> HiddenStateCache:
-    """Read the distributions of some texts, in every process: which of them it will need is not known yet."""
+    """Cache the distributions of texts, in every process: a process's share of a later step is not known yet."""
 
     def parts() -> Iterator[tuple[list[int], Distributions]]:
         for within, batch in scorer.lm.batches([tokens[i] for i in indices], batch_size):

@@ -1,4 +1,4 @@
-"""Methods on the hidden states of one layer (RMU): what they train, compare with, and their two losses."""
+"""RMU and other methods on the hidden states of one layer: trained parameters, targets and the two losses."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class RepresentationTarget:
     """One layer of the model: its trained parameters, the random direction, and its output before the first step.
 
     Args:
-        scorer: of the model, for batches.
-        method: rmu, adaptive_rmu or their like.
-        options: what the user set of the method's options.
+        scorer: scorer of the model; it makes the batches.
+        method: a method on hidden states, such as rmu.
+        options: the method's options that the user set.
         forget: the forget texts, whose mean hidden-state norms are measured.
         retain: the retain texts.
-        retain_indices: those of them that the run may come to; their hidden states are cached in main memory.
+        retain_indices: the retain texts that the run may use; their hidden states are cached in main memory.
         keeps_retain: True where retain_loss is "representation".
         batch_size: texts in one forward pass.
-        seed: of the direction.
+        seed: seed of the direction.
 
-    Raises ArgumentError for an option that cannot be, before anything is changed.
+    Raises ArgumentError for an option out of range, before anything is changed.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RepresentationTarget:
 
     @contextmanager
     def freeze_rest(self) -> Iterator[None]:
-        """Let nothing else require a gradient for a while, so none is computed for it."""
+        """Freeze all other parameters within the context, so that no gradient is computed for them."""
         chosen = set(self.parameters.values())
         others = [p for p in self.lm.module.parameters() if p.requires_grad and p not in chosen]
         for p in others:
@@ -96,7 +96,7 @@ class RepresentationTarget:
         return self.method.loss(tensors, self.options).sum()
 
     def retain_drift(self, indices: Sequence[int]) -> Tensor:
-        """Return (b,) mean squared distances of those retain examples' hidden states from where they were."""
+        """Return (b,) mean squared distances of those retain examples' hidden states from their original values."""
         batch = self.lm.collate(self.retain, indices)
         initial = torch.cat([self.retained[int(i)] for i in indices]).to(self.lm.device, torch.float32)
         hidden = self.layer(batch).float()

@@ -1,4 +1,4 @@
-"""What a run returns, and how it is written to disk."""
+"""Result of a run: the model, a verdict for each example, the cost in utility, and how they are saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ VERDICTS = ("forgotten", "not memorized", "still exposed", "over-unlearned")
 
 @dataclass(frozen=True)
 class ExampleResult:
-    """One forget example, before and after. Log-likelihoods are means over its scored tokens, in nats; exposures are bits, anchored."""
+    """One forget example before and after the run.
+
+    Log-likelihoods are means over its scored tokens, nats. Exposures are anchored, bits.
+    """
 
     index: int
     text: str
@@ -23,23 +26,24 @@ class ExampleResult:
     exposure_before: float
     exposure_after: float
     upper_exposure_after: float
-    """The other side: how far below unseen text it lies. 4.32 bits and more is over-unlearned."""
+    """Exposure of the opposite side, for texts less likely than the non-members; over-unlearned from 4.32 bits on."""
     greedy_match_before: float
-    """Share of its tokens that are the model's first choice."""
+    """Share of its tokens that are the model's first choice, 0 to 1."""
     greedy_match_after: float
     steps: int
-    """Optimizer steps that ascended on it."""
+    """Accepted optimizer steps that included it."""
     verdict: str
+    """One of VERDICTS."""
 
     @property
     def forgotten(self) -> bool:
-        """Whether it was memorized and is now within what unseen text gets."""
+        """True where it was memorized and its exposure is now that of non-members."""
         return self.verdict == "forgotten"
 
 
 @dataclass(frozen=True)
 class Utility:
-    """What the run cost elsewhere: mean negative log-likelihood (nats a token) of text that had to keep working."""
+    """Cost of the run: mean negative log-likelihood per token, nats, of the utility set before and after."""
 
     measured_on: str
     sequences: int
@@ -51,31 +55,34 @@ class Utility:
     """95 % bootstrap interval of relative_rise over the sequences (paired, percentile)."""
     budget: float
     non_member_drift: float
-    """Mean rise of the non-members' negative log-likelihood, nats a token: text of the same kind that became improbable."""
+    """Mean rise of the non-members' negative log-likelihood, nats per token."""
 
 
 @dataclass
 class Result:
-    """The model without the forget set, and the evidence."""
+    """Result of `pyunlearn.unlearn`: the model without the forget set, and the evidence."""
 
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
     examples: list[ExampleResult]
     utility: Utility
     stopped: str
-    """Why the run ended: forgotten, nothing memorized, max_steps, utility budget, over-unlearning, not finite or interrupted."""
+    """Reason why the run ended.
+
+    One of forgotten, nothing memorized, max_steps, utility budget, over-unlearning, not finite, interrupted.
+    """
     non_member_scores: list[float] = field(repr=False)
-    """Mean negative log-likelihoods (nats a token) of the non-members under the original model: what exposures are measured against."""
+    """Mean negative log-likelihoods of the non-members under the original model, nats per token."""
     history: list[dict[str, Any]] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
 
     @property
     def forgotten(self) -> bool:
-        """Whether nothing is left to forget: every example is forgotten or was never memorized."""
+        """True if every example is forgotten or was never memorized."""
         return all(e.verdict in ("forgotten", "not memorized") for e in self.examples)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the model, ready for JSON."""
+        """Return everything except the model and the tokenizer, ready for JSON."""
         return {
             "forgotten": self.forgotten,
             "stopped": self.stopped,
@@ -87,8 +94,15 @@ class Result:
         }
 
     def save(self, directory: str | Path) -> Path:
-        """Writes the model (safetensors), the tokenizer and result.json into an empty or new directory; all of it or nothing.
+        """Write the model (safetensors), the tokenizer and result.json into a new or empty directory, all or nothing.
 
-        Raises OutputError when the directory holds something already or cannot be written.
+        Args:
+            directory: the path.
+
+        Returns:
+            The path.
+
+        Raises:
+            OutputError: the directory is not empty or cannot be written.
         """
         return save_folder(directory, self.model, self.tokenizer, "result.json", self.to_dict())

@@ -1,4 +1,4 @@
-"""The schedule: which examples an optimizer step takes, in which order, in which micro-batches."""
+"""Schedule of a run: the examples of each optimizer step, their order and their micro-batches."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 STEPS_PER_ROUND = 16
-"""Optimizer steps between two evaluations, at most."""
+"""Largest number of optimizer steps between two evaluations."""
 
 
 class Schedule:
-    """The order of a run's examples, drawn from its seed: a resumed run takes the same ones.
+    """Order in which a run visits its examples. It depends on the seed alone: a resumed run visits the same ones.
 
     Args:
         batch_size: forget examples in one optimizer step.
-        micro_batch_size: examples that go through the model together; None: all of a step.
+        micro_batch_size: examples in one forward and backward pass; None: all of a step.
         retain_examples: size of the retain set, 0 without one.
         order: "random", "easy_first" or "hard_first".
         difficulty: (B,) high = hard; None for random order.
-        seed: of every shuffle.
+        seed: seed of the shuffles.
 
     >>> schedule = Schedule(batch_size=2, micro_batch_size=None, retain_examples=3, seed=0)
     >>> [len(batch) for batch in schedule.round_batches(np.arange(5), round_number=0, steps_left=99)]
@@ -62,20 +62,20 @@ class Schedule:
         return [int(epoch[(step * size + i) % n]) for i in range(size)]
 
     def retain_ahead(self, max_steps: int) -> list[int]:
-        """Return the retain examples that a run of `max_steps` steps takes, sorted."""
+        """Return the sorted retain examples that a run of `max_steps` steps takes."""
         if not self.retain_examples:
             return []
         one_epoch = -(-self.retain_examples // min(self.batch_size, self.retain_examples))
         return sorted({i for step in range(min(max_steps, one_epoch)) for i in self.retain_indices(step)})
 
     def micro_batches(self, indices: Iterable[int]) -> list[list[int]]:
-        """Split a step's examples into groups that go through the model together (gradient accumulation)."""
-        every, size = [int(i) for i in indices], self.micro_batch_size
-        return [every[i : i + size] for i in range(0, len(every), size)]
+        """Split a step's examples into micro-batches for gradient accumulation."""
+        examples, size = [int(i) for i in indices], self.micro_batch_size
+        return [examples[i : i + size] for i in range(0, len(examples), size)]
 
 
 def in_order(active: Indices, order: str, difficulty: Floats | None, seed: tuple[int, ...]) -> Indices:
-    """Return the indices shuffled, or sorted by their difficulty, equals as they stand."""
+    """Return the indices shuffled, or sorted by difficulty (stable)."""
     if order == "random" or difficulty is None:
         return np.random.default_rng(seed).permutation(active)
     sign = 1.0 if order == "easy_first" else -1.0
@@ -83,7 +83,7 @@ def in_order(active: Indices, order: str, difficulty: Floats | None, seed: tuple
 
 
 def check_difficulty(values: Any, examples: int) -> Floats:
-    """Return (examples,) difficulties as numbers. Raises ArgumentError unless there is a finite one for each example."""
+    """Return (examples,) difficulties. Raises ArgumentError unless there is a finite number for each example."""
     try:
         difficulty = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):

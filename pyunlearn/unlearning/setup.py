@@ -1,8 +1,8 @@
-"""Set a run up: score every text under the original model, and make the parts that the loop works with."""
+"""Setup of a run: score every text under the original model and make the parts that the loop uses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ from pyunlearn.unlearning.token_weights import token_weights_of
 
 Floats = NDArray[np.float64]
 _UTILITY_TOKENS = 1024  # scored tokens of the utility set, at each evaluation
-_CORPUS = 256  # retain examples that the Stein discrepancy is taken to
+_CORPUS = 256  # retain examples in the Stein discrepancy
 
 
 class Texts(NamedTuple):
@@ -40,7 +40,7 @@ class Texts(NamedTuple):
     forget: list[Tokens]
     retain: list[Tokens] | None
     non_members: list[Tokens]  # the holdout, or sampled from the model
-    utility: list[Tokens]  # what the utility budget is measured on
+    utility: list[Tokens]  # the texts on which the utility budget is measured
     utility_source: str
 
 
@@ -57,9 +57,9 @@ class Session(NamedTuple):
     retain_term: RetainTerm
     state: LoopState
     target: RepresentationTarget | None
-    greedy_before: Floats  # (B,) share of each forget text's tokens that were the first choice
-    sampled: dict[str, Any]  # texts that a checkpoint has to store, by name
-    scores: dict[str, Floats]  # numbers in which a resumed run must agree, by what they are of
+    greedy_before: Floats  # (B,) share of each forget text's tokens that were the model's first choice
+    sampled: dict[str, Any]  # name -> texts that a checkpoint has to store
+    scores: dict[str, Floats]  # name of a set -> numbers in which a resumed run must agree
 
 
 def setup(
@@ -81,117 +81,108 @@ def setup(
     Args:
         lm: the model, on its device, in evaluation mode.
         config: the settings.
-        method, options, retain_loss: as `methods.resolve` returned them.
+        method, options, retain_loss: as returned by `pyunlearn.methods.resolve`.
         tokens: role -> texts: forget; retain, holdout, refusal, winner where there are some.
-        reference_model: an object or a path; None: the model as it is.
-        sampled: texts that the run which is resumed has sampled, by name.
-        accelerator, processes: of accelerate, and the processes that share the work.
-        bar: names the present stage.
+        reference_model: an object or a path; None: the original model.
+        sampled: name -> texts that were sampled before the run was interrupted.
+        accelerator: of accelerate.
+        processes: the processes that share the work.
+        bar: shows the present stage.
     """
     micro_batch_size = config.micro_batch_size or config.batch_size
-    scoring_batch = 2 * min(config.batch_size, micro_batch_size)
-    scorer = Scorer(lm, scoring_batch, autocast=accelerator.autocast, processes=processes)
+    scorer = Scorer(
+        lm, 2 * min(config.batch_size, micro_batch_size), autocast=accelerator.autocast, processes=processes
+    )
     forget, retain = tokens["forget"], tokens.get("retain")
 
-    bar.say("scoring the forget set")
-    forget_scores = scorer.mean_log_likelihood(forget)
-    if not np.isfinite(forget_scores).all():
-        raise TrainingError(
-            "the model gives NaN or Inf for the forget set before the first step: it cannot be trained from here"
-        )
-    greedy_before = scorer.greedy_match(forget)
+    forget_scores, greedy_before = _score_forget_set(scorer, forget, bar)
     non_members = _non_members(lm, forget, tokens.get("holdout"), config.seed, processes, bar)
-    reads = tokens | {"forget": forget}
+    texts_by_role = dict(tokens)
     if "alternates" in method.needs:
         count = (method.options | options)["alternates"]
-        reads["alternate"], sampled["alternates"] = alternates_of(
-            sampled.get("alternates", []), forget, count, lm.vocabulary, _alternate_sampler(lm, forget, count, config.seed, processes, bar),
-        )  # fmt: skip
-    non_member_scores = -scorer.mean_log_likelihood(non_members)
-    utility = evenly_spaced(non_members if retain is None else retain, _UTILITY_TOKENS)
-    source = "retain set" if retain is not None else "holdout" if "holdout" in tokens else "text sampled from the model"
-    utility_nll = -scorer.mean_log_likelihood(utility)
-    texts = Texts(forget, retain, non_members, utility, source)
-    stopping = StoppingRule(
-        forget_scores, non_member_scores, utility_nll,
-        target_exposure=config.target_exposure, utility_budget=config.utility_budget,
-    )  # fmt: skip
+        sample = _alternate_sampler(lm, forget, count, config.seed, processes, bar)
+        texts_by_role["alternate"], sampled["alternates"] = alternates_of(
+            sampled.get("alternates", []), forget, count, lm.vocabulary, sample
+        )
+    texts, stopping = _stopping_rule(config, scorer, tokens, non_members, forget_scores)
 
-    ahead = _schedule(config, retain, None).retain_ahead(config.max_steps)
-    reference = Reference()
+    retain_ahead = _schedule(config, retain, None).retain_ahead(config.max_steps)
     compares = uses_reference(config, method, retain_loss)
     with reference_likelihood(lm, reference_model if compares else None) as likelihood:
-        if config.token_weights is not None:
-            bar.say("weighing the tokens")
-        weights = token_weights_of(
-            config.token_weights, config.token_share, forget, scorer, likelihood, seed=config.seed
-        )
-        if "reference" in method.needs and method.kind == "vocabulary":
-            reference.forget = cached_states(scorer, likelihood, forget, range(len(forget)), scoring_batch)
-        elif "reference" in method.needs:
-            reference.read_log_likelihoods(scorer, likelihood, method, reads, weights)
-        if retain_loss == "kl" and retain is not None:
-            reference.retain = cached_states(scorer, likelihood, retain, ahead, scoring_batch)
-        if config.order != "random":
-            bar.say("ranking the examples")
-        difficulty = _difficulty(config, texts, scorer, likelihood, micro_batch_size)
+        weights = _token_weights(config, forget, scorer, likelihood, bar)
+        reference = _read_reference(scorer, likelihood, method, retain_loss, texts_by_role, weights, retain_ahead)
+        difficulty = _difficulty(config, texts, scorer, likelihood, micro_batch_size, bar)
 
     initial_nll = -scorer.mean_log_likelihood(retain) if retain_loss == "hold" and retain is not None else None
     multiplier = None
     if method.needs_retain:
-        multiplier = multiplier_of(method.options | options, retain_loss, utility, utility_nll)
-    target = None
-    if method.kind == "hidden":
-        bar.say("reading the hidden states")
-        keeps = retain_loss == "representation"
-        target = RepresentationTarget(
-            scorer, method, options, forget, retain or [], retain_indices=ahead if keeps else (), keeps_retain=keeps,
-            batch_size=2 * config.batch_size, seed=config.seed,
-        )  # fmt: skip
+        multiplier = multiplier_of(method.options | options, retain_loss, texts.utility, stopping.utility_before)
+    target = _representation_target(config, scorer, method, options, retain_loss, texts, retain_ahead, bar)
     schedule = _schedule(config, retain, difficulty)
     state = LoopState(np.zeros(len(forget), dtype=np.int64), multiplier)
-    first_retain = schedule.retain_indices(0) if retain else []
+    forget_term = ForgetTerm(
+        lm, method, options, texts_by_role, reference=reference, weights=weights, target=target, visits=state.visits
+    )
+    retain_term = RetainTerm(
+        lm,
+        retain_loss,
+        config.retain_weight if retain_loss else 0.0,
+        retain,
+        initial_nll=initial_nll,
+        reference=reference,
+        target=target,
+        multiplier=multiplier,
+    )
     scores = {
         "forget set": forget_scores,
-        "holdout": non_member_scores,
-        "retain set": utility_nll,
+        "holdout": stopping.non_member_scores,
+        "retain set": stopping.utility_before,
         "token weights": np.concatenate(weights or [np.empty(0)]),
         "difficulty": np.empty(0) if difficulty is None else difficulty,
-    } | reference.fingerprint(len(forget), first_retain)
+    } | reference.fingerprint(len(forget), schedule.retain_indices(0) if retain else [])
     return Session(
-        accelerator=accelerator,
-        processes=processes,
-        scorer=scorer,
-        texts=texts,
-        stopping=stopping,
-        schedule=schedule,
-        forget_term=ForgetTerm(
-            lm, method, options, reads, reference=reference, weights=weights, target=target, visits=state.visits
-        ),
-        retain_term=RetainTerm(
-            lm, retain_loss, config.retain_weight if retain_loss else 0.0, retain,
-            initial_nll=initial_nll, reference=reference, target=target, multiplier=multiplier,
-        ),
-        state=state,
-        target=target,
-        greedy_before=greedy_before,
-        sampled=sampled,
-        scores=scores,
-    )  # fmt: skip
+        accelerator,
+        processes,
+        scorer,
+        texts,
+        stopping,
+        schedule,
+        forget_term,
+        retain_term,
+        state,
+        target,
+        greedy_before,
+        sampled,
+        scores,
+    )
 
 
 def uses_reference(config: LoopConfig, method: Method, retain_loss: str | None) -> bool:
-    """Return whether a run reads anything under a reference model."""
+    """Return True where a run needs numbers of a reference model."""
     by_difficulty = config.order != "random" and isinstance(config.difficulty, str) and config.difficulty == "nll"
     by_weights = isinstance(config.token_weights, str) and config.token_weights == "reference"
     return "reference" in method.needs or retain_loss == "kl" or by_difficulty or by_weights
 
 
 def evenly_spaced(tokens: list[Tokens], limit: int) -> list[Tokens]:
-    """Return evenly spaced texts whose scored tokens are about `limit`, one text at least."""
+    """Return evenly spaced texts with about `limit` scored tokens in all, one text at least."""
     total = sum(len(t.scored) for t in tokens)
     count = max(1, min(len(tokens), len(tokens) * limit // max(total, 1)))
     return tokens if count == len(tokens) else [tokens[i * len(tokens) // count] for i in range(count)]
+
+
+def _score_forget_set(scorer: Scorer, forget: list[Tokens], bar: Progress) -> tuple[Floats, Floats]:
+    """Return (B,) mean log-likelihoods per token, nats, and (B,) shares of tokens that are the model's first choice.
+
+    Raises TrainingError where a log-likelihood is not finite.
+    """
+    bar.say("scoring the forget set")
+    log_likelihood = scorer.mean_log_likelihood(forget)
+    if not np.isfinite(log_likelihood).all():
+        raise TrainingError(
+            "the model gives NaN or Inf for the forget set before the first step: it cannot be trained from here"
+        )
+    return log_likelihood, scorer.greedy_match(forget)
 
 
 def _non_members(
@@ -216,7 +207,9 @@ def _non_members(
 
 def _alternate_sampler(
     lm: LanguageModel, forget: list[Tokens], count: int, seed: int, processes: Processes, bar: Progress
-) -> Any:
+) -> Callable[[], list[Tokens]]:
+    """Return a function that samples alternative answers (AltPO) in the main process and broadcasts them."""
+
     def sample() -> list[Tokens]:
         bar.say("sampling other answers of the model's own")
         own = sample_alternates(lm, forget, count=count, seed=seed) if processes.is_main else []
@@ -225,7 +218,89 @@ def _alternate_sampler(
     return sample
 
 
+def _stopping_rule(
+    config: LoopConfig,
+    scorer: Scorer,
+    tokens: dict[str, list[Tokens]],
+    non_members: list[Tokens],
+    forget_scores: Floats,
+) -> tuple[Texts, StoppingRule]:
+    """Score the non-members and the utility set; return the texts of the run and its stopping rule."""
+    retain = tokens.get("retain")
+    non_member_scores = -scorer.mean_log_likelihood(non_members)
+    utility = evenly_spaced(non_members if retain is None else retain, _UTILITY_TOKENS)
+    source = "retain set" if retain is not None else "holdout" if "holdout" in tokens else "text sampled from the model"
+    utility_nll = -scorer.mean_log_likelihood(utility)
+    stopping = StoppingRule(
+        forget_scores,
+        non_member_scores,
+        utility_nll,
+        target_exposure=config.target_exposure,
+        utility_budget=config.utility_budget,
+    )
+    return Texts(tokens["forget"], retain, non_members, utility, source), stopping
+
+
+def _token_weights(
+    config: LoopConfig, forget: list[Tokens], scorer: Scorer, reference: Likelihood, bar: Progress
+) -> list[Floats] | None:
+    """Return (T,) weights of each forget text's tokens, or None."""
+    if config.token_weights is not None:
+        bar.say("weighing the tokens")
+    return token_weights_of(config.token_weights, config.token_share, forget, scorer, reference, seed=config.seed)
+
+
+def _read_reference(
+    scorer: Scorer,
+    likelihood: Likelihood,
+    method: Method,
+    retain_loss: str | None,
+    texts_by_role: dict[str, list[Tokens]],
+    weights: list[Floats] | None,
+    retain_ahead: list[int],
+) -> Reference:
+    """Return the reference model's numbers that the two terms of the loss need."""
+    reference = Reference()
+    forget, retain, batch_size = texts_by_role["forget"], texts_by_role.get("retain"), scorer.batch_size
+    if "reference" in method.needs and method.kind == "vocabulary":
+        reference.forget = cached_states(scorer, likelihood, forget, range(len(forget)), batch_size)
+    elif "reference" in method.needs:
+        reference.read_log_likelihoods(scorer, likelihood, method, texts_by_role, weights)
+    if retain_loss == "kl" and retain is not None:
+        reference.retain = cached_states(scorer, likelihood, retain, retain_ahead, batch_size)
+    return reference
+
+
+def _representation_target(
+    config: LoopConfig,
+    scorer: Scorer,
+    method: Method,
+    options: dict[str, Any],
+    retain_loss: str | None,
+    texts: Texts,
+    retain_ahead: list[int],
+    bar: Progress,
+) -> RepresentationTarget | None:
+    """Return the layer that a method on hidden states changes; None for other methods."""
+    if method.kind != "hidden":
+        return None
+    bar.say("reading the hidden states")
+    keeps_retain = retain_loss == "representation"
+    return RepresentationTarget(
+        scorer,
+        method,
+        options,
+        texts.forget,
+        texts.retain or [],
+        retain_indices=retain_ahead if keeps_retain else (),
+        keeps_retain=keeps_retain,
+        batch_size=2 * config.batch_size,
+        seed=config.seed,
+    )
+
+
 def _schedule(config: LoopConfig, retain: Sequence[Tokens] | None, difficulty: Floats | None) -> Schedule:
+    """Return the order of the run's examples."""
     return Schedule(
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
@@ -237,11 +312,12 @@ def _schedule(config: LoopConfig, retain: Sequence[Tokens] | None, difficulty: F
 
 
 def _difficulty(
-    config: LoopConfig, texts: Texts, scorer: Scorer, reference: Likelihood, batch_size: int
+    config: LoopConfig, texts: Texts, scorer: Scorer, reference: Likelihood, batch_size: int, bar: Progress
 ) -> Floats | None:
-    """Return (B,) difficulties, high = hard, or None where no order asks for them."""
+    """Return (B,) difficulties, high = hard, or None for a random order."""
     if config.order == "random":
         return None
+    bar.say("ranking the examples")
     if not isinstance(config.difficulty, str):
         return check_difficulty(config.difficulty, len(texts.forget))
     if config.difficulty == "nll":

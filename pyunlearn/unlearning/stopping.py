@@ -1,4 +1,4 @@
-"""Per-example stopping and the utility budget: which examples are still unlearned, and which rounds are accepted."""
+"""Per-example stopping and the utility budget: selection of active examples, acceptance of rounds, verdicts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measurement:
-    """Forgetting and utility at one moment."""
+    """Forgetting and utility after a round."""
 
     log_likelihood: Floats  # (B,) of the forget set, mean a token, nats
     exposure: Floats  # (B,) anchored, bits
@@ -25,11 +25,11 @@ class Measurement:
 
 
 class StoppingRule:
-    """Decides for each example whether it is unlearned further, and for each round whether it is accepted.
+    """Decision for each example whether it is unlearned further, and for each round whether it is accepted.
 
     An example is *memorized* where its exposure is significant at 5 %, and *active* while it is memorized and above
     `target_exposure`. A round is rejected where the utility set lost more than `utility_budget`, or where an example
-    became less likely than nearly all non-members.
+    became less likely than 95 % of the non-members.
 
     Args:
         log_likelihood: (B,) of the forget set under the original model, mean a token, nats.
@@ -75,11 +75,11 @@ class StoppingRule:
 
     @property
     def active(self) -> NDArray[np.int64]:
-        """Indices of the examples that are still to be unlearned."""
+        """Indices of the active examples."""
         return np.flatnonzero(self.memorized & (self.current.exposure > self.target_exposure))
 
     def rejection_reason(self, measurement: Measurement) -> str | None:
-        """Return why a round that ended there has to be rolled back, or None."""
+        """Return the reason to roll back a round that ended with this measurement, or None."""
         if not math.isfinite(measurement.utility_rise):
             return "not finite"
         if measurement.utility_rise > self.utility_budget:

@@ -1,4 +1,4 @@
-"""Token weights of the forget set: which tokens of a text are unlearned more than others."""
+"""Token weights of the forget set: factors that unlearn some tokens of a text more than others."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pyunlearn.models.scoring import Scorer
 Floats = NDArray[np.float64]
 Score = Callable[[Sequence[Tokens]], list[Floats]]  # log-likelihoods of each text's scored tokens, nats
 
-_MASKED_TOKENS = 4096  # scored tokens whose masked copies are in memory together
+_MASKED_TOKENS = 4096  # scored tokens whose masked copies are scored together
 
 
 def check_token_weights(token_weights: Any, method: Method, *, has_reference: bool) -> None:
-    """Raise ArgumentError where the method reads no token weights, or "reference" has no reference model."""
+    """Raise ArgumentError where the method accepts no token weights, or "reference" has no reference model."""
     if token_weights is not None and not method.weighted:
         able = ", ".join(m.name for m in METHODS.values() if m.weighted)
         raise ArgumentError(
@@ -39,15 +39,15 @@ def check_token_weights(token_weights: Any, method: Method, *, has_reference: bo
 def token_weights_of(
     kind: Any, share: float, forget: Sequence[Tokens], scorer: Scorer, reference: Likelihood, *, seed: int
 ) -> list[Floats] | None:
-    """Return (T,) weights of each forget example's tokens, or None where none are weighted.
+    """Return one array of token weights (T,) for each forget example, T its scored tokens; None if `kind` is None.
 
     Args:
         kind: "importance", "reference", the caller's own list, or None.
         share: share of each text's tokens that get a weight above 0.
         forget: the forget texts.
-        scorer: of the model.
+        scorer: scorer of the model that is unlearned.
         reference: likelihood of the reference model.
-        seed: of the tokens that stand for masked ones.
+        seed: seed of the draw of tokens that replace masked ones.
     """
     if kind is None:
         return None
@@ -62,16 +62,16 @@ def token_weights_of(
 
 
 def importance(tokens: Sequence[Tokens], score: Score, *, mask_id: int | None, seed: int) -> list[Floats]:
-    """Return for each text (T,) how much the rest of it depends on each token.
+    """Compute for each text (T,) the effect of each token on the likelihood of the tokens after it.
 
         delta_t = max(0, NLL(rest | token t masked) - NLL(rest))
 
-    The rest are the tokens after it, for a causal model reads nothing else behind a mask; so the last token has 0.
-    Masked means replaced by `mask_id`, or, where there is none, by another token of the forget set, drawn from the
-    seed. T - 1 forward passes for a text, in batches.
+    The rest are the tokens after t, the only ones on which a causal model's mask has an effect; the last token has 0. A
+    masked token is replaced by `mask_id`, or, where there is none, by another token of the forget set, drawn from the
+    seed. It takes T - 1 forward passes per text, in batches.
 
-    Source: the causal objective of arXiv 1910.12336 (CXPlain), which arXiv 2009.14454 builds on; for tokens of a
-    language model, ours.
+    Source: the causal objective of arXiv 1910.12336 (CXPlain), used by arXiv 2009.14454; the form for tokens of a
+    language model is ours.
     """
     rng, pool = np.random.default_rng((seed, 4)), sorted({i for t in tokens for i in t.scored})
     weights = []
@@ -79,14 +79,14 @@ def importance(tokens: Sequence[Tokens], score: Score, *, mask_id: int | None, s
         copies = [_masked(t, at, mask_id, pool, rng) for t in group for at in range(len(t.scored) - 1)]
         unmasked, masked = score(group), iter(score(copies) if copies else [])
         for own in unmasked:
-            rest = own.sum() - own.cumsum()  # (T,) of the tokens behind each
+            rest = own.sum() - own.cumsum()  # (T,) of the tokens after each
             rest_masked = np.array([*(next(masked).sum() for _ in own[:-1]), 0.0])
             weights.append(np.append(np.maximum(rest - rest_masked, 0.0)[:-1], 0.0))
     return weights
 
 
 def beyond_reference(log_likelihood: Sequence[Floats], reference: Sequence[Floats]) -> list[Floats]:
-    """Return for each text (T,) how much likelier each token is than under the reference: max(0, ln p_t - ln q_t)."""
+    """Return for each text (T,) max(0, ln p_t - ln q_t), the log-likelihood in excess of the reference model's."""
     return [np.maximum(x - r, 0.0) for x, r in zip(log_likelihood, reference, strict=True)]
 
 
@@ -132,7 +132,7 @@ def check_weights(weights: Any, tokens: Sequence[Tokens]) -> list[Floats]:
 
 
 def _masked(t: Tokens, at: int, mask_id: int | None, pool: Sequence[int], rng: np.random.Generator) -> Tokens:
-    """Replace a text's scored token `at`; scored is what follows it."""
+    """Return a text with its scored token `at` replaced, in which only the tokens after it are scored."""
     index, ids = t.first + at, list(t.written)
     if mask_id is None:
         others = [i for i in pool if i != ids[index]] or list(pool)
