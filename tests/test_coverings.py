@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import conftest
 import pytest
-from coverings import covering, grid
+from coverings import covering, grid, in_full
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,3 +103,10 @@ def test_what_runs_by_default(expression, rest_runs):
     conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name: expression, hook=hook), items)
     assert items == ([covered, rest, plain] if rest_runs else [covered, plain])
     assert deselected == ([] if rest_runs else [rest])
+
+
+def test_cases_in_full_have_the_mark_and_are_in_no_covering():
+    """Their values are single ones or tuples."""
+    single, pair = in_full("a", ("b", 2))
+    assert (single.values, pair.values) == (("a",), ("b", 2))
+    assert [(mark.name, mark.kwargs) for case in (single, pair) for mark in case.marks] == [("full", {})] * 2

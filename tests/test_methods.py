@@ -1,5 +1,6 @@
 """Each method against its formula, and the methods by name."""
 
+import functools
 import json
 import math
 import re
@@ -14,9 +15,9 @@ from pyunlearn import methods
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import ALIASES, METHODS, OF_THE_LOOP, SYNONYMS, ga, npo, resolve, simnpo
 
-FLOATS = {"allow_nan": False, "allow_infinity": False}
+finite_floats = functools.partial(st.floats, allow_nan=False, allow_infinity=False)
 rows = st.lists(
-    st.tuples(st.floats(-90, -0.1, **FLOATS), st.floats(-90, -0.1, **FLOATS), st.integers(1, 40)),
+    st.tuples(finite_floats(-90, -0.1), finite_floats(-90, -0.1), st.integers(1, 40)),
     min_size=1,
     max_size=6,
 )

@@ -203,7 +203,7 @@ def test_with_adapters_theirs_are_trained():
             lambda m: trainable(m, 1, layers=[0, 2]),
             r"from 0 to 1, those whose down projections are trained, got \[0, 2\]",
         ),
-        (lambda m: trainable(m, 1, layers=1), "layers must be a list"),
+        (lambda m: trainable(m, 1, layers=1), "layers must be a list"),  # type: ignore[arg-type]
         (lambda m: trainable(m, 1, patterns="*.w2.*"), r"trainable='\*.w2.\*' matches no parameter"),
         (lambda m: trainable(m, 1, patterns="*.mlp.*"), "model.layers.2.mlp.gate_proj.weight lies above layer 1"),
         (lambda m: trainable(m, 3, patterns="lm_head.weight"), "lm_head.weight lies above layer 3"),

@@ -48,6 +48,7 @@ def test_a_model_without_a_head_or_a_tokenizer_is_refused(story):
         pyunlearn.unlearn(model, story.forget)
 
 
+@pytest.mark.filterwarnings("ignore:.*own logits by up to nan nats")
 def test_a_model_with_nan_in_its_weights_is_refused(story):
     """One sentence, and nothing has been changed."""
     model = story.fresh()

@@ -220,7 +220,7 @@ def answerer() -> Tiny:
 
 def chatter() -> Tiny:
     """Return a Llama trained on chats, with a chat template."""
-    return trained(tiny_llama, chats, count=240, repeats=20, epochs=8, chat=True)
+    return trained(tiny_llama, chats, count=400, repeats=20, epochs=8, chat=True)
 
 
 def translator() -> Tiny:
