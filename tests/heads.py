@@ -65,7 +65,7 @@ def cast(case, **to):
 
 def error(actual, wanted):
     """Return the largest difference, relative to the largest wanted number or to 1, if that is larger."""
-    wanted = wanted.double().cpu()
+    actual, wanted = actual.detach(), wanted.detach().double().cpu()
     size = max(1.0, float(wanted.abs().max())) if wanted.numel() else 1.0
     return float((actual.double().cpu() - wanted).abs().max()) / size if wanted.numel() else 0.0
 

@@ -67,7 +67,7 @@ def test_a_share_of_one_is_everything_and_others_are_refused():
     model = make(len(tokenizer))
     assert all(bool(m.all()) for m in saliency_mask(model, rows, share=1, tokenizer=tokenizer).values())
     for share in (0, 1.5, float("nan"), True, "half"):
-        with pytest.raises(ArgumentError, match="share must be a number, above 0 and 1 at most"):
+        with pytest.raises(ArgumentError, match="share must be a number, above 0 and at most 1"):
             saliency_mask(model, rows, share=share, tokenizer=tokenizer)
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.inf)
@@ -108,7 +108,7 @@ def test_a_text_is_forgotten_by_the_salient_weights_alone(story, method):
         assert same(weights(run(story, mask="saliency").model), weights(result.model))
 
 
-def restless(parameters, lr):
+def restless(parameters, lr, momentum=0.9):
     """Momentum and decay move a weight that has no gradient."""
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), weight_decay=10.0)
 

@@ -148,7 +148,7 @@ def test_what_cannot_be_mixed_is_refused_and_the_unlearned_weights_stay():
         ({"original": unlearned}, ArgumentError, "another model than the unlearned one"),
         ({"original": {"x": torch.ones(1)}}, ArgumentError, "and has no model.embed_tokens.weight"),
         ({"original": None}, ModelError, "nothing but LoRA adapters"),
-        ({"tau": 1.5}, ArgumentError, "tau must be a number, above 0 and 1 at most"),
+        ({"tau": 1.5}, ArgumentError, "tau must be a number, above 0 and at most 1"),
     ):
         with pytest.raises(error, match=message):
             calibrate_by_mixing(

@@ -126,6 +126,7 @@ def test_strided_weight_and_memory_from_elsewhere(emulated):
     assert_agree([linear_log_likelihood(case.hidden, odd, case.targets)], expected[:1], 1e-5)
 
 
+@pytest.mark.full
 def test_the_self_test_passes_and_can_fail(emulated, monkeypatch):
     """The self-test accepts these kernels twice, and reports one that is wrong or not repeatable."""
     assert selftest.compare(torch.device("cpu"), times=2) is None

@@ -164,7 +164,7 @@ NO_NUMBERS = [True, "3", [3], np.inf, np.nan, -1, None]
         ({"k": 4}, "k must be a whole number from 1 to 3"),
         *(({"k": value}, "k must be a whole number") for value in (*NO_NUMBERS, 0, 1.5)),
         *(({"epsilon": value}, "epsilon must be a number, above 0") for value in (*NO_NUMBERS, 0)),
-        *(({"gamma": value}, "gamma must be a number, 0 or more and 1 at most") for value in (*NO_NUMBERS, 2)),
+        *(({"gamma": value}, "gamma must be a number, 0 or more and at most 1") for value in (*NO_NUMBERS, 2)),
         *(({"iterations": value}, "iterations must be a whole number") for value in (*NO_NUMBERS, 0, 1.5)),
         *(({"seed": value}, "seed must be a whole number") for value in (*NO_NUMBERS, 1.5)),
         *(({"ids": value}, "ids must be a different whole number") for value in ([1, 1, 2], [0.5, 1, 2], 3, "abc")),

@@ -81,6 +81,7 @@ def test_a_float64_bias(dtype, emulated):
     assert_agree([log_likelihood(logits, case.targets, bias=case.bias.detach())], [expected], 1e-5)
 
 
+@pytest.mark.full
 def test_the_portable_self_test_passes_and_can_fail(emulated, monkeypatch):
     """The self-test runs every kernel at every width, and detects one wrong number in a wide row."""
     assert _backend._self_test_problem(torch.device("cpu")) is None

@@ -70,7 +70,7 @@ def test_every_wrong_option_of_a_mask_is_named_in_one_sentence(name, value):
 @pytest.mark.parametrize("model", [3, None, torch.nn.Linear(2, 2)])
 def test_what_is_no_language_model_is_refused(probe, model):
     """By its type."""
-    with pytest.raises(ModelError, match=f"got {type(model).__name__}"):
+    with pytest.raises(ModelError, match=f"a path or a name, got a value of type {type(model).__name__}"):
         probe(model, [Tokens((1, 2, 3), 1)], **({"n": 1} if probe is greedy_rests else {}))
 
 

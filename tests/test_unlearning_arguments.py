@@ -48,15 +48,13 @@ def test_a_model_without_a_head_or_a_tokenizer_is_refused(story):
         pyunlearn.unlearn(model, story.forget)
 
 
-@pytest.mark.filterwarnings("ignore:.*own logits by up to nan nats")
 def test_a_model_with_nan_in_its_weights_is_refused(story):
-    """One sentence, and nothing has been changed."""
+    """One sentence, no warning that takes the head for the fault, and nothing has been changed."""
     model = story.fresh()
     with torch.no_grad():
         model.model.norm.weight[3] = math.nan
     start = weights(model)
-    error = pytest.raises(TrainingError, match="NaN or Inf for the forget set before the first step")
-    with pytest.warns(UserWarning, match="differ from those of its own logits by up to nan nats"), error:
+    with pytest.raises(TrainingError, match="NaN or Inf for the forget set before the first step"):
         run(story, model=model)
     assert same(model, start)
 

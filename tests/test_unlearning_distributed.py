@@ -68,6 +68,7 @@ def documents(text):
     return parsed
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_give_the_run_of_one(launched, method, one_thread):
     """Examples, steps and log-likelihoods are those of one process; only the main process prints and saves."""
