@@ -102,6 +102,14 @@ def test_a_bound_is_allowed_unless_it_is_excluded(kind, inside, outside):
     assert not any(kind.accepts(x) for x in outside)
 
 
+def test_a_list_has_different_values_and_one_at_least():
+    """Unless it may be empty."""
+    kind = Several(Whole(1))
+    assert all(kind.accepts(x) for x in ([1], (1, 2), [2, 1]))
+    assert not any(kind.accepts(x) for x in ([], [1, 1], (2, 1, 2), [0, 1], {1, 2}, "12"))
+    assert Several(Whole(1), empty=True).accepts([])
+
+
 def test_a_resumed_run_must_agree_in_all_settings_that_change_its_numbers():
     """All settings are fixed but those that save memory, extend the run, or are compared by the scores they give."""
     free = {"micro_batch_size", "workspace", "max_steps", "difficulty", "token_weights", "truncate"}
