@@ -13,6 +13,7 @@ from transformers import LlamaModel, ViTConfig
 
 import pyunlearn
 from pyunlearn import models
+from pyunlearn.cli import demo
 from pyunlearn.methods import METHODS
 from pyunlearn.ops import _backend
 
@@ -296,6 +297,20 @@ def test_info_shows_the_backend_and_why(call):
     code, out, _ = call("info")
     assert code == 0
     assert all(name in out for name in printed)
+
+
+@pytest.mark.parametrize(("forgotten", "code"), [(True, 0), (False, 1)])
+def test_the_demo_returns_1_when_a_text_is_still_exposed(call, monkeypatch, forgotten, code):
+    """Its options reach the run; the run itself is tested with the real model."""
+    runs = []
+
+    def run(out, *, save_model, seed):
+        runs.append((str(out), save_model, seed))
+        return forgotten
+
+    monkeypatch.setattr(demo, "run", run)
+    assert call("demo", "--out", "d", "--seed", 5) == (code, "", "")
+    assert runs == [("d", False, 5)]
 
 
 def test_it_runs_as_a_program():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pyunlearn.data import Tokens, encode, read_examples
+from pyunlearn.models import sampling
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.sampling import COUNT, sample_non_members
 
@@ -85,3 +86,11 @@ def test_the_generation_config_of_a_model_does_not_change_its_samples(story):
     config.update(repetition_penalty=1.5, no_repeat_ngram_size=1, temperature=0.3, top_p=0.5, do_sample=True)
     assert sample_non_members(LanguageModel.of(model, story.tokenizer), tokens, count=20) == plain
     assert model.generation_config is config
+
+
+def test_samples_that_recite_the_forget_set_are_left_out(language_model, monkeypatch):
+    """Ten scored tokens in a row of a forget text count as recited, nine do not, wherever they are."""
+    forget = [Tokens(tuple(range(10, 40)), 1)]
+    nine, ten = (Tokens((0, 50, 51, *range(20, 20 + n), 60), 1) for n in (9, 10))
+    monkeypatch.setattr(sampling, "_sample", lambda *_: [ten, nine, ten])
+    assert sample_non_members(language_model, forget, count=3) == [nine]

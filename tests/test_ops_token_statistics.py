@@ -122,6 +122,16 @@ def test_first_choice(dtype, bias, width, device, backend):
             assert torch.equal(rank[clear], torch.full_like(rank[clear], place))
 
 
+@pytest.mark.parametrize("columns", [2, 4])
+def test_a_target_above_its_own_threshold_does_not_count(columns, device, backend):
+    """The threshold is a bound of rounding errors above an exact product, and the block's own product may exceed it."""
+    z, targets = torch.tensor([[3.0, 1.0, 2.0, 0.0]] * 4, device=device), torch.arange(4, device=device)
+    sums = op_module._Sums(z, targets, torch.full((4,), 0.5, device=device))
+    for first in range(0, 4, columns):
+        sums.add(z[:, first : first + columns].contiguous(), first, None, 1.0, 0.0)
+    assert sums.rank.tolist() == [2, 2, 2, 3]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_a_token_and_its_copies(dtype, softcap, device, backend):

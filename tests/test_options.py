@@ -84,6 +84,40 @@ def test_numbers_become_plain_ones():
     assert (type(made.batch_size), type(made.utility_budget), type(made.l1)) == (int, float, float)
 
 
+@pytest.mark.parametrize(
+    ("kind", "inside", "outside"),
+    [
+        (Number(0), [0, 1e9], [-1e-9]),
+        (Number(above=0), [1e-9], [0, -0.0]),
+        (Number(maximum=1), [1, -1e9], [1 + 1e-9]),
+        (Number(below=1), [1 - 1e-9], [1, 1 + 1e-9]),
+        (Number(above=0, below=1), [1e-9, 1 - 1e-9], [0, 1]),
+        (Number(0, maximum=1), [0, 1], [-1e-9, 1 + 1e-9]),
+        (Whole(1), [1, 10**9], [0]),
+    ],
+)
+def test_a_bound_is_allowed_unless_it_is_excluded(kind, inside, outside):
+    """`minimum` and `maximum` are allowed values, `above` and `below` are not, by however little."""
+    assert all(kind.accepts(x) for x in inside)
+    assert not any(kind.accepts(x) for x in outside)
+
+
+def test_a_list_has_different_values_and_one_at_least():
+    """Unless it may be empty."""
+    kind = Several(Whole(1))
+    assert all(kind.accepts(x) for x in ([1], (1, 2), [2, 1]))
+    assert not any(kind.accepts(x) for x in ([], [1, 1], (2, 1, 2), [0, 1], {1, 2}, "12"))
+    assert Several(Whole(1), empty=True).accepts([])
+
+
+def test_a_resumed_run_must_agree_in_all_settings_that_change_its_numbers():
+    """All settings are fixed but those that save memory, extend the run, or are compared by the scores they give."""
+    free = {"micro_batch_size", "workspace", "max_steps", "difficulty", "token_weights", "truncate"}
+    made = UnlearnConfig(seed=3, target_exposure=1.0, batch_size=2)
+    assert made.fixed() == {name: value for name, value in made.to_dict().items() if name not in free}
+    assert (made.fixed()["seed"], made.fixed()["target_exposure"], made.fixed()["batch_size"]) == (3, 1.0, 2)
+
+
 def test_an_unknown_keyword_is_told_the_nearest():
     """Whichever way it comes."""
     with pytest.raises(ArgumentError, match="unlearn has no option 'max_step': did you mean \"max_steps\""):

@@ -95,6 +95,21 @@ def test_a_run_continues_after_one_step_that_is_not_finite(story, monkeypatch):
     assert [record["learning_rate"] for record in result.history][:3] == [3e-4, 3e-4, 1.5e-4]
 
 
+def test_every_step_is_taken_at_the_learning_rate_in_its_record(story, monkeypatch):
+    """Each rollback halves it for the next step, in the optimizer itself."""
+    rates, step = [], torch.optim.AdamW.step
+
+    def recorded(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    result = run(story, learning_rate=5e-3, max_steps=4)
+    assert [record["accepted"] for record in result.history[:2]] == [False, False]
+    assert rates == [record["learning_rate"] for record in result.history]
+    assert rates[:3] == [5e-3, 2.5e-3, 1.25e-3]
+
+
 @pytest.mark.parametrize("method", [*LEAST, *in_full(*sorted({*METHODS} - {*LEAST}))])
 def test_no_buffer_of_logits_is_larger_than_the_workspace(story, answers, method):
     """No flat buffer and no tensor as wide as the vocabulary is, but the head and tensors of its shape."""

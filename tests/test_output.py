@@ -1,0 +1,97 @@
+"""Files written completely or not at all; saved settings and scores that differ from those of a run."""
+
+import pytest
+
+from pyunlearn.errors import OutputError
+from pyunlearn.output import scores_difference, settings_difference, write_whole
+
+SETTINGS = {"tau": 0.95, "seed": 0, "methods": ("ga", "npo"), "mask": None, "method_options": {"ga": {"beta": 1.0}}}
+SAVED = SETTINGS | {"methods": ["ga", "npo"]}  # as JSON gives it back
+SCORES = {"forget": [1.5, 2.5], "non_members": [3.0, 4.0]}
+
+
+def test_equal_settings_do_not_differ():
+    """A tuple comes back as a list; what only the saved run has is not compared."""
+    assert settings_difference(SAVED, SETTINGS) is None
+    assert settings_difference(SAVED | {"torch": "2"}, SETTINGS) is None
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_that_differs_is_named(name):
+    """Both values are in the sentence."""
+    message = settings_difference(SAVED, SETTINGS | {name: "other"})
+    assert message == f"{name}={SAVED[name]!r}, not 'other'"
+
+
+def test_a_setting_that_the_saved_run_lacks_is_named():
+    """A run of an older version did not have it."""
+    saved = {name: value for name, value in SAVED.items() if name != "tau"}
+    assert settings_difference(saved, SETTINGS) == "tau=None, not 0.95"
+
+
+def test_scores_that_differ_by_rounding_are_the_same():
+    """The same texts on other hardware; a difference of a thousandth is another model."""
+    assert scores_difference(SCORES, SCORES) is None
+    assert scores_difference(SCORES, SCORES | {"forget": [1.50005, 2.5]}) is None
+    assert scores_difference(SCORES, SCORES | {"forget": [1.5015, 2.5]}) == "another model or other forget texts"
+
+
+@pytest.mark.parametrize("scores", [[3.0], [3.0, 4.0, 5.0], [4.0, 3.0]])
+def test_scores_of_other_texts_are_named(scores):
+    """Fewer, more, or in another order."""
+    assert scores_difference(SCORES, SCORES | {"non_members": scores}) == "another model or other non-members texts"
+
+
+def test_scores_of_a_role_that_the_saved_run_lacks_are_named():
+    """It was made without a holdout, for example."""
+    assert scores_difference(SCORES, SCORES | {"utility": [1.0]}) == "another model or other utility texts"
+
+
+# ---------------------------------------------------------------- files
+
+
+def tree(folder):
+    """Return name -> content of every file in a folder."""
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_file_or_folder_replaces_the_one_before(tmp_path):
+    """Missing parents are made, and nothing else is left."""
+    target = tmp_path / "deep" / "run"
+    write_whole(target, lambda path: path.write_text("first"))
+    write_whole(target, lambda path: path.write_text("second"))
+    assert tree(tmp_path) == {"deep/run": "second"}
+    folder = tmp_path / "deep" / "folder"
+    for name in ("a", "b"):
+        write_whole(folder, lambda path, name=name: (path.mkdir(), (path / name).write_text(name)))
+    assert tree(tmp_path) == {"deep/run": "second", "deep/folder/b": "b"}
+
+
+@pytest.mark.parametrize(("error", "raised"), [(OSError("disk full"), OutputError), (KeyboardInterrupt(), None)])
+def test_what_fails_half_way_leaves_the_one_before(tmp_path, error, raised):
+    """A full disk is one sentence; an interrupt stays one."""
+
+    def half(path):
+        path.write_text("half")
+        raise error
+
+    target = tmp_path / "result.json"
+    target.write_text("before")
+    with pytest.raises(raised or type(error)):
+        write_whole(target, half)
+    assert tree(tmp_path) == {"result.json": "before"}
+
+
+def test_the_file_is_not_there_before_it_is_complete(tmp_path):
+    """A process that is killed meanwhile leaves no half of it under its name."""
+    target = tmp_path / "result.json"
+    seen = []
+
+    def write(path):
+        path.write_text("half")
+        seen.append(target.exists())
+        path.write_text("whole")
+
+    write_whole(target, write)
+    assert seen == [False]
+    assert tree(tmp_path) == {"result.json": "whole"}
