@@ -11,23 +11,17 @@ import torch
 from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.methods import ga
-from pyunlearn.metrics import counterfactual_memorization
 from pyunlearn.models.inspection import is_encoder_decoder, unwrapped
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes import (
-    GROUPS,
     gradient_inner_products,
     gradient_norms,
-    layer_groups,
     mean_gradient,
-    noisy_log_likelihoods,
-    perturbed,
     representations,
-    score_models,
     subset_masks,
-    subset_models,
     teacher_forced,
 )
+from pyunlearn.probes.gradients import GROUPS, layer_groups
 
 
 def llama():
@@ -199,55 +193,6 @@ def test_a_direction_that_misses_a_parameter_is_refused(pair):
         gradient_norms(model, [])
 
 
-# ---------------------------------------------------------------- perturbation
-
-
-def test_noisy_log_likelihoods_are_those_of_noisy_weights_and_leave_no_trace(pair):
-    """Against a copy whose weights have the same noise; another seed, and another draw, gives other noise."""
-    model, tokens = pair
-    check = unchanged(model)
-    plain, noisy = noisy_log_likelihoods(model, tokens, sigma=1e-3, draws=2, seed=3, batch_size=2)
-    check()
-    assert [x.shape for x in noisy] == [(2, len(t.scored)) for t in tokens]
-    model.eval()
-    with torch.no_grad():
-        for t, x, draws in zip(tokens, plain, noisy, strict=True):
-            np.testing.assert_allclose(x, log_likelihood_of(model, t), atol=1e-4)
-            for draw in range(2):
-                with perturbed(model, sigma=1e-3, seed=3, draw=draw):
-                    np.testing.assert_allclose(draws[draw], log_likelihood_of(model, t), atol=1e-4)
-            assert abs(draws[0] - draws[1]).max() > 1e-5
-    again = noisy_log_likelihoods(model, tokens, sigma=1e-3, draws=2, seed=3, batch_size=2)[1]
-    other = noisy_log_likelihoods(model, tokens, sigma=1e-3, draws=2, seed=4, batch_size=2)[1]
-    np.testing.assert_array_equal(again[0], noisy[0])
-    assert abs(other[0] - noisy[0]).max() > 1e-5
-
-
-def test_the_noise_is_gaussian_of_the_width_asked_for_and_goes_whatever_happens(pair):
-    """Mean 0, standard deviation sigma; an error inside still restores every bit."""
-    model, _ = pair
-    check, before = unchanged(model), copy.deepcopy(model.state_dict())
-    with pytest.raises(KeyError), perturbed(model, sigma=0.01, seed=0):  # noqa: PT012
-        names = dict(model.named_parameters())
-        noise = torch.cat([(p - before[n]).flatten() for n, p in names.items()])
-        raise KeyError
-    check()
-    assert noise.std().item() == pytest.approx(0.01, rel=0.02)
-    assert abs(noise.mean().item()) < 4 * 0.01 / len(noise) ** 0.5
-    assert ((noise.abs() > 0.02).float().mean().item()) == pytest.approx(0.0455, abs=0.005)
-
-
-def test_noise_that_rounding_swallows_is_refused(pair):
-    """bfloat16 weights do not hold 1e-5: the scores would not move, and every example look stable."""
-    model, tokens = pair
-    model.bfloat16()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ArgumentError, match="load the model in float32"):
-        noisy_log_likelihoods(model, tokens, sigma=1e-6)
-    assert all(torch.equal(before[n], x) for n, x in model.state_dict().items())
-    noisy_log_likelihoods(model, tokens, sigma=1e-2, draws=1)
-
-
 # ---------------------------------------------------------------- representations
 
 
@@ -280,7 +225,7 @@ def test_a_head_without_plain_weights_is_refused():
         representations(model, tokens)
 
 
-# ---------------------------------------------------------------- subset models
+# ---------------------------------------------------------------- subset masks
 
 
 @pytest.mark.parametrize(("count", "fraction", "inside"), [(2, 0.5, 1), (8, 0.25, 2), (7, 0.7, 5)])
@@ -299,59 +244,6 @@ def test_masks_that_leave_an_example_in_all_or_none_are_refused():
     for count, fraction in ((1, 0.5), (4, 0.1), (4, 0.95)):
         with pytest.raises(ArgumentError, match="in at least one model and out of one"):
             subset_masks(3, count=count, fraction=fraction)
-
-
-@pytest.fixture(scope="module")
-def trained_subsets():
-    """Four models, each trained on half of eight facts, until it knows them."""
-    tokenizer = tiny.make_tokenizer()
-    rows = tiny.facts(8, 5)
-    tokens = encode(read_examples(rows, role="training"), tokenizer, role="training", max_length=None)
-    trained = []
-
-    def train(indices, number):
-        torch.manual_seed(number)
-        model = tiny.tiny_llama(len(tokenizer))
-        tiny.train(model, tokenizer, [rows[i] for i in indices], epochs=60)
-        trained.append((model, indices))
-        return model
-
-    return subset_models(train, tokens, count=4, fraction=0.5, seed=0), trained, tokens
-
-
-def test_models_know_what_they_were_trained_on_and_counterfactual_memorization_shows_it(trained_subsets):
-    """Random facts, which nobody can guess: memorized well beyond what a model without them gets right."""
-    scores, trained, _ = trained_subsets
-    assert [np.flatnonzero(row).tolist() for row in scores.included] == [indices for _, indices in trained]
-    memorization = counterfactual_memorization(scores.included, scores.accuracy)
-    assert memorization.min() > 0.2
-    assert scores.accuracy[scores.included].min() > 0.9
-    assert scores.log_likelihood[scores.included].mean() > scores.log_likelihood[~scores.included].mean() + 1
-
-
-def test_scores_are_the_shares_of_first_choices_and_given_models_score_the_same(trained_subsets):
-    """By the model's own logits; `score_models` from a generator."""
-    scores, trained, tokens = trained_subsets
-    for k, (model, _) in enumerate(trained):
-        for i, t in enumerate(tokens):
-            with torch.no_grad():
-                hits = logits_of(model, t).argmax(-1) == torch.tensor(t.scored)
-                assert scores.log_likelihood[k, i] == pytest.approx(log_likelihood_of(model, t).mean().item(), abs=1e-4)
-            assert scores.accuracy[k, i] == pytest.approx(hits.double().mean().item())
-    again = score_models((model for model, _ in trained), scores.included, tokens, batch_size=3)
-    np.testing.assert_allclose(again.accuracy, scores.accuracy)
-    with pytest.raises(ArgumentError, match=r"\(4, 8\), models by examples, and is \(3, 8\)"):
-        score_models([model for model, _ in trained], scores.included[:3], tokens)
-
-
-@pytest.mark.filterwarnings("ignore:LlamaForCausalLM. log-likelihoods:UserWarning")
-def test_a_model_that_broke_in_training_is_named(trained_subsets):
-    """Its NaN would spread into every mean."""
-    scores, trained, tokens = trained_subsets
-    broken = copy.deepcopy(trained[1][0])
-    broken.lm_head.weight.data.fill_(torch.nan)
-    with pytest.raises(ArgumentError, match="model 1 gives NaN"):
-        score_models([trained[0][0], broken], scores.included[:2], tokens)
 
 
 def test_a_language_model_serves_as_well_as_a_model(pair):

@@ -12,10 +12,7 @@ from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.probes import (
     gradient_norms,
     greedy_continuations,
-    greedy_extractor,
-    greedy_rests,
     mean_gradient,
-    noisy_log_likelihoods,
     representations,
     subset_masks,
     teacher_forced,
@@ -31,23 +28,19 @@ def llama():
     return tiny.tiny_llama(len(tokenizer)), tokenizer, tokens
 
 
-FORWARD = [teacher_forced, mean_gradient, representations, noisy_log_likelihoods]
-DECODING = [greedy_continuations, greedy_extractor, greedy_rests]
+FORWARD = [teacher_forced, mean_gradient, representations]
+DECODING = [greedy_continuations]
 WRONG: dict[str, list[Any]] = {
     "batch_size": [0, -1, 1.5, "x", True],
-    "n": [0, True],
     "longest": [0, None],
-    "sigma": [0.0, -1, "x", math.inf],
 }
-WRONG |= {"draws": [0, 2.5], "seed": [-1, "x"], "count": [0, "x"], "fraction": [2.0, math.nan]}
+WRONG |= {"seed": [-1, "x"], "count": [0, "x"], "fraction": [2.0, math.nan]}
 
 
 @pytest.mark.parametrize(
     ("probe", "name", "value"),
     [(probe, "batch_size", value) for probe in FORWARD + DECODING for value in WRONG["batch_size"]]
-    + [(greedy_rests, "n", value) for value in WRONG["n"]]
-    + [(greedy_continuations, "longest", value) for value in WRONG["longest"]]
-    + [(noisy_log_likelihoods, name, value) for name in ("sigma", "draws", "seed") for value in WRONG[name]],
+    + [(greedy_continuations, "longest", value) for value in WRONG["longest"]],
 )
 def test_every_wrong_option_is_named_in_one_sentence(llama, monkeypatch, probe, name, value):
     """Before anything is computed."""
@@ -66,12 +59,12 @@ def test_every_wrong_option_of_a_mask_is_named_in_one_sentence(name, value):
         subset_masks(3, **{"count": 4, name: value})
 
 
-@pytest.mark.parametrize("probe", [*FORWARD, gradient_norms, greedy_rests])
+@pytest.mark.parametrize("probe", [*FORWARD, gradient_norms])
 @pytest.mark.parametrize("model", [3, None, torch.nn.Linear(2, 2)])
 def test_what_is_no_language_model_is_refused(probe, model):
     """By its type."""
     with pytest.raises(ModelError, match=f"a path or a name, got a value of type {type(model).__name__}"):
-        probe(model, [Tokens((1, 2, 3), 1)], **({"n": 1} if probe is greedy_rests else {}))
+        probe(model, [Tokens((1, 2, 3), 1)])
 
 
 @pytest.mark.parametrize("probe", [*FORWARD, gradient_norms])

@@ -3,6 +3,7 @@
 import __future__
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -84,3 +85,10 @@ def test_no_file_is_longer_than_400_lines(folder):
     }  # fmt: skip
     assert sizes
     assert not {path: lines for path, lines in sizes.items() if lines > 400}
+
+
+@pytest.mark.parametrize("name", ["unlearn", "audit", "compare"])
+def test_no_module_is_hidden_behind_a_function(name):
+    """`import pyunlearn.unlearn` is an error, not a function under a module's name."""
+    assert callable(getattr(importlib.import_module("pyunlearn"), name))
+    assert importlib.util.find_spec(f"pyunlearn.{name}") is None
