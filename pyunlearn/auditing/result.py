@@ -38,7 +38,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class AuditedExample:
-    """One text of the forget set."""
+    """A text of the forget set, with all that the audit measured on it."""
 
     index: int
     prompt: str

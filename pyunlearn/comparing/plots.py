@@ -1,4 +1,4 @@
-"""A comparison for the eye: one table, one plot."""
+"""Show a comparison of methods as one table and one plot."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _STYLE = {
 
 
 class _Column(NamedTuple):
-    """A column of the table: a function of measurement and utility share, or of the row, which the original lacks."""
+    """A table column: a function of measurement and utility share, or of the row (the original has no row)."""
 
     title: str
     narrow: bool  # also part of a table of 80 columns

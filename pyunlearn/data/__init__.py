@@ -1,4 +1,4 @@
-"""Texts, files and datasets -> examples -> tokens -> batches."""
+"""Turn texts, files and datasets into examples, examples into tokens, and tokens into batches."""
 
 from pyunlearn.data.batching import TokenBatch, batches, collate
 from pyunlearn.data.examples import Example, Message, read_examples

@@ -44,7 +44,7 @@ class Tokens:
 
     @property
     def written(self) -> tuple[int, ...]:
-        """The sequence that `first` is an index of."""
+        """Token ids that hold the scored tokens: the decoder's where there is one, else `ids`; `first` indexes them."""
         return self.ids if self.decoder is None else self.decoder
 
     @property

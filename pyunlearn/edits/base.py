@@ -240,7 +240,7 @@ class Editing:
         self.write(name, wide(p) + factor * step.to(p.device, wide(p).dtype))
 
     def nll(self) -> dict[str, float]:
-        """Return role -> mean over its texts of the negative log-likelihood, nats per token."""
+        """Return a dict from set ("forget", "retain") to its mean negative log-likelihood, nats per token."""
         means = {}
         with evaluation_mode(self.model):
             for role, tokens in self.tokens.items():

@@ -154,7 +154,7 @@ def _eigenvalues(
     samples: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Return weight -> Lambda (out, in) or (out, in + 1)."""
+    """Return a dict from weight to its EK-FAC eigenvalues Lambda, (out, in), or (out, in + 1) with a bias."""
     spectra: dict[str, Tensor] = {}
     count = samples * len(edit.tokens["retain"])
 

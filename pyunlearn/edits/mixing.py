@@ -125,7 +125,7 @@ class _Mixer:
 
     @torch.no_grad()
     def mix(self, weight: float) -> None:
-        """Write the mixture: the original's bits at weight 0, the unlearned model's at 1."""
+        """Write (1 - weight) * original + weight * unlearned into the model; bit for bit at weights 0 and 1."""
         for name, before in self.before.items():
             p, after = self.parameters[name], self.after[name]
             if weight in (0.0, 1.0):
@@ -134,7 +134,7 @@ class _Mixer:
                 p.copy_(torch.lerp(wide(before), wide(after).to(wide(before).dtype), weight))
 
     def difference(self) -> dict[str, SavedValues]:
-        """Return the unlearned values of the parameters that the mixture has changed."""
+        """Return name -> the unlearned model's values, of the parameters that differ from the original's."""
         differences = {n: saved_difference(a, self.parameters[n].detach().cpu()) for n, a in self.after.items()}
         return {name: difference[0] for name, difference in differences.items() if difference is not None}
 

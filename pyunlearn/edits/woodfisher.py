@@ -113,7 +113,7 @@ def _spared(
 
 
 def _inner(edit: Editing, vector: dict[str, Tensor]) -> Tensor:
-    """Return G v: (m,) float64."""
+    """Return the inner products of the m gradients, the rows of G, with a vector v: (m,) float64."""
     groups = gradient_inner_products(edit.model, edit.tokens["retain"], vector, workspace=edit.config.workspace)
     return torch.from_numpy(np.sum(list(groups.values()), axis=0))
 

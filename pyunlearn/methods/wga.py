@@ -14,7 +14,7 @@ def wga(
     weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Compute gradient ascent with a weight that is small for tokens that are already improbable.
+    """Compute the gradient-ascent loss with a weight that is small for tokens that are already improbable.
 
         loss_i = mean over its tokens of p^beta log p,   p = exp(log_likelihood)
 

@@ -75,7 +75,7 @@ def zlib_score(log_likelihood: ArrayLike, texts: Sequence[str]) -> Floats:
 
 
 def reference_score(log_likelihood: ArrayLike, reference_log_likelihood: ArrayLike) -> Floats:
-    """Compute the reference attack: the loss minus that of a model not trained on the text. Low = member.
+    """Compute the score of the reference attack: the loss minus that of a model not trained on the text. Low = member.
 
         reference_log_likelihood - log_likelihood
 

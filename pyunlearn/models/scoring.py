@@ -31,7 +31,7 @@ class Processes(Protocol):
 
 
 class OneProcess:
-    """Single process, which scores all batches."""
+    """The work of scoring undivided: one process scores all batches."""
 
     rank = 0
     count = 1

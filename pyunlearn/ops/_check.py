@@ -86,7 +86,7 @@ def check_bias(bias: Tensor | None, rows: Tensor, vocabulary: int, *, name: str)
 def check_reference(
     hidden: Tensor, weight: Tensor, reference_hidden: Tensor, reference_weight: Tensor, reference_bias: Tensor | None
 ) -> None:
-    """Raise ArgumentError unless a reference (..., D'), (V, D'), (V,) fits a model (..., D), (V, D)."""
+    """Raise ArgumentError unless a reference's hidden states, head and bias fit the model's rows and vocabulary."""
     if not isinstance(reference_hidden, Tensor) or reference_hidden.dtype not in FLOATS or not reference_hidden.dim():
         raise ArgumentError(f"reference_hidden must be a floating-point tensor, got {_describe(reference_hidden)}")
     if reference_hidden.shape[:-1] != hidden.shape[:-1] or reference_hidden.device != hidden.device:

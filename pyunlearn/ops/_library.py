@@ -35,7 +35,7 @@ def kernel_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | No
 
 
 def no_second_derivative(ctx: Any, *gradients: Any) -> Any:
-    """Raise NotImplementedError: the autograd formula of the backward ops."""
+    """Raise NotImplementedError on double backward; registered as the autograd formula of the backward ops."""
     raise NotImplementedError(
         "pyunlearn's log-likelihoods can be differentiated once, not twice: "
         "use pyunlearn.ops.reference for second derivatives"

@@ -1,4 +1,4 @@
-"""Log-likelihood, rank, entropy and variance of each token, from the same single product as the log-likelihood."""
+"""Log-likelihood, rank, entropy and variance of each token, all from one product of hidden states and head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyunlearn.ops.log_likelihood import rows_contiguous
 
 
 class TokenStatistics(NamedTuple):
-    """Per-token statistics, (...) each: float32 (float64 for float64 inputs), the rank int64. See token_statistics."""
+    """Log-likelihood, rank (int64), entropy and variance of each token, shaped as the targets; see token_statistics."""
 
     log_likelihood: Tensor
     rank: Tensor
@@ -128,7 +128,7 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class _Sums:
-    """Running statistics of the rows of x (n, ...), in its precision."""
+    """Running maximum, sums of exponentials and rank of n rows of logits, updated block by block of the vocabulary."""
 
     def __init__(self, x: Tensor, targets: Tensor, threshold: Tensor) -> None:
         real, n = real_of(x), x.shape[0]
@@ -155,7 +155,7 @@ class _Sums:
 
 
 def _for_all(computed: Four, rows: Tensor | None, targets: Tensor, ignore_index: int) -> Four:
-    """Scatter the four fields of some rows to all of `targets` (N,)."""
+    """Expand the four statistics from the live rows to all N targets; ignored rows get their fill values."""
     log_likelihood, rank, *rest = computed
     fields = [log_likelihood, rank.masked_fill(log_likelihood.isnan(), -1), *rest]
     if rows is not None:

@@ -83,7 +83,7 @@ def _decode(lm: LanguageModel, group: Sequence[Tokens], new: int) -> list[list[i
 
 
 def _prompt(t: Tokens) -> tuple[int, ...]:
-    """Return the tokens before the scored ones of a causal model, or all that an encoder reads."""
+    """Return the prompt: a causal model's tokens before the scored ones, or the whole input of an encoder."""
     return t.ids[: t.first] if t.decoder is None else t.ids
 
 

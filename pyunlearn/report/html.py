@@ -121,7 +121,7 @@ def _start(text: str, words: int = 12) -> str:
 
 
 def _continuation(e: AuditedExample, show_text: bool) -> dict[str, Any]:
-    """Return the opening, the true text and what each model wrote, as words with a mark on those in the true order."""
+    """Return the opening, the true text and each model's text as words; those that match in order are marked."""
     sides = [("the original model wrote", e.before)] if e.before is not None else []
     outputs = []
     for label, side in [*sides, ("the model writes", e.now)]:

@@ -1,4 +1,4 @@
-"""The paper's claims, each as comparisons with an effect, an interval, a test and a verdict."""
+"""The claims of Baluta et al. 2024 as comparisons, each with an effect, an interval, a test and a verdict."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _ranked(t: StepsToForget) -> Any:
 
 
 def _pooled(sets: Sequence[tuple[Any, Any]]) -> Any:
-    """Return (D,) mean Spearman correlations of (D, n) pairs, weighted by n; a set with a constant side is skipped."""
+    """Average the Spearman correlations (D,) of several sets, weighted by size n; a constant variable is skipped."""
     total, weight = 0.0, 0.0
     for x, t in sets:
         a, b = (r - r.mean(1, keepdims=True) for r in (stats.rankdata(x, axis=1), stats.rankdata(t, axis=1)))

@@ -153,7 +153,7 @@ class InContextSelection:
     # -- the clustering
 
     def _cluster(self) -> None:
-        """Compute seeds, clusters, centroids and the order of the examples in each cluster."""
+        """Cluster the examples: initial centers, clusters, centroids, and the order of the examples in each cluster."""
         rows = np.flatnonzero(self._present)
         x: Floats = (self._steps[rows] * _UNIT).astype(np.float64)
         seeds = self._seed_rows(x, self._ids[rows])

@@ -164,7 +164,7 @@ class RetainBatch(NamedTuple):
 
 
 class RetainTerm:
-    """Retain loss: `term(micro_batch, step_batch)` -> (() its share of the loss, the sum that the history reports).
+    """Retain loss: `term(micro_batch, step_batch)` returns its share of the step's loss and the sum for the history.
 
     Args:
         lm: the model.
@@ -233,7 +233,7 @@ class RetainTerm:
         return report
 
     def _nll(self, indices: list[int], step: RetainBatch) -> tuple[Tensor, float]:
-        """Compute the losses "nll" and "hold"."""
+        """Compute the loss "nll", the NLL a token, or "hold", its rise above the value before the run."""
 
         def loss(log_likelihood: Tensor, lengths: Tensor, initial: Tensor | None = None) -> Tensor:
             if initial is None:
