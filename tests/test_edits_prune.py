@@ -209,6 +209,6 @@ def test_adapters_and_broken_models_are_refused_and_frozen_layers_left_alone():
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight.fill_(torch.inf)
     before = weights(model)
-    with pytest.raises(TrainingError, match="that are infinite or NaN"), pytest.warns(match="logits"):
+    with pytest.raises(TrainingError, match="that are infinite or NaN"):
         prune(model, retain=rows, score="wanda", tokenizer=tokenizer)
     assert same(weights(model), before)
