@@ -44,6 +44,11 @@ settings.register_profile(
 settings.load_profile("pyunlearn")
 
 
+def pytest_configure(config):
+    """Tell tests/coverings.py whether the run asks for whole grids."""
+    os.environ["WHOLE_GRIDS"] = "1" if "full" in config.getoption("-m") else "0"
+
+
 def _left_out(item, marks):
     """Return whether an item has one of the marks; of `full`, whether it is outside its grid's covering."""
     full = item.get_closest_marker("full")

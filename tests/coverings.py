@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping
 
 import pytest
@@ -34,7 +35,8 @@ def grid(*corners, strength=2, **axes):
     Every case carries the mark `full`, by which `pytest -m full` selects it. Those of the covering, pairwise unless
     `strength` is 1, carry `full(covering=True)`; tests/conftest.py deselects the others unless the run asks for `full`.
     The covering contains each corner, see `covering`. An axis named `device` or `backend` replaces the parameters of
-    that fixture.
+    that fixture. Where conftest.py has set WHOLE_GRIDS=0, because the run does not ask for `full`, the other cases are
+    not even made: collecting them would take longer than running the covering.
     """
     values = {name: _values(axis) for name, axis in axes.items()}
     names = {name: _names(axis) for name, axis in axes.items()}
@@ -47,6 +49,7 @@ def grid(*corners, strength=2, **axes):
             id="-".join(names[name][at] for name, at in zip(sizes, row, strict=True)),
         )
         for row in itertools.product(*map(range, sizes.values()))
+        if row in covered or os.environ.get("WHOLE_GRIDS") != "0"
     ]
     return pytest.mark.parametrize(list(sizes), cases, indirect=sorted(FIXTURES & set(sizes)))
 

@@ -65,8 +65,9 @@ def test_a_corner_off_the_grid_is_an_error():
         covering({"a": 7}, a=range(3), b=range(2))
 
 
-def test_grid_is_the_full_product():
+def test_grid_is_the_full_product(monkeypatch):
     """grid holds every case once, with a readable id, and marks exactly the pairwise covering as such."""
+    monkeypatch.setenv("WHOLE_GRIDS", "1")
     axes = {"a": [1, 2, 3], "b": {"low": -1, "high": 1}, "c": [None, (2, 3)], "backend": ["compiled", "reference"]}
     corner = {"a": 3, "b": -1, "c": None, "backend": "reference"}
     _, cases = (mark := grid(corner, **axes).mark).args
@@ -92,6 +93,17 @@ class Item:
     def get_closest_marker(self, name):
         """Return the mark of that name, or None."""
         return self.marks.get(name)
+
+
+def test_a_run_that_does_not_ask_for_full_makes_the_covering_alone(monkeypatch):
+    """With WHOLE_GRIDS=0 the cases are those of the covering, in the same order."""
+    axes = {"a": [1, 2, 3], "b": [1, 2, 3], "c": [1, 2, 3]}
+    monkeypatch.setenv("WHOLE_GRIDS", "1")
+    _, whole = grid(**axes).mark.args
+    monkeypatch.setenv("WHOLE_GRIDS", "0")
+    _, part = grid(**axes).mark.args
+    assert [case.id for case in part] == [case.id for case in whole if case.marks[0].kwargs["covering"]]
+    assert len(part) < len(whole)
 
 
 @pytest.mark.parametrize(("expression", "rest_runs"), [("", False), ("not real_model", False), ("full", True)])
