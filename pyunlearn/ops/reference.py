@@ -146,8 +146,9 @@ def gradient(
     else:
         z = logits_of(x.to(real), None if bias is None else bias.to(real), logit_scale, softcap)
         if block_maximum is not None:
-            rounded = _cached_form(z, block_maximum, softcap).to(out.dtype).to(real)  # as if it had been cached
-            p = rounded * torch.exp(block_maximum - maximum)[:, None]
+            # as if it had been cached; without a name of its own, so that it is freed before p is used
+            p = _cached_form(z, block_maximum, softcap).to(out.dtype).to(real)
+            p = p * torch.exp(block_maximum - maximum)[:, None]
         else:
             p = _cached_form(z, maximum, softcap)
     g = p * (-logit_scale * coefficients / total)[:, None]
