@@ -48,7 +48,7 @@ for hopper in 0 1; do
   else
     echo "no compute-sanitizer here: memory is not checked"
   fi
-  timeout 1800 pytest -o addopts="-ra --strict-markers" -m "cuda or (cuda and full)" || failed+=("pytest, PYUNLEARN_HOPPER=$hopper")
+  timeout 1800 pytest -o addopts="-ra --strict-markers" -m "cuda or (cuda and (full or emulator))" || failed+=("pytest, PYUNLEARN_HOPPER=$hopper")
   timeout 3600 python -m benchmarks --device cuda --save || failed+=("benchmarks, PYUNLEARN_HOPPER=$hopper")
 done
 printf 'failed: %s\n' "${failed[@]:-nothing}"

@@ -18,6 +18,8 @@ from pyunlearn.ops import (
 )
 from pyunlearn.ops.hopper import dispatch, kernels, selftest
 
+pytestmark = pytest.mark.emulator
+
 
 @pytest.mark.parametrize("trained", ["hidden", "weight", "both"])
 @pytest.mark.parametrize("workspace", [0, None])

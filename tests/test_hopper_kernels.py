@@ -8,6 +8,8 @@ from heads import Case, assert_agree, assert_equal, cast, op_module, statistics_
 from pyunlearn.ops import _passes, linear_log_likelihood, reference, token_statistics
 from pyunlearn.ops.hopper import kernels
 
+pytestmark = pytest.mark.emulator
+
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5, "softcap": 3.0}])

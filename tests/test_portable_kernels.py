@@ -11,6 +11,8 @@ from heads import assert_agree, assert_equal, plain_from_logits
 from pyunlearn.ops import _backend, _kernels, linear_log_likelihood, log_likelihood, reference, token_statistics
 from pyunlearn.ops.hopper import dispatch
 
+pytestmark = pytest.mark.emulator
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5, "softcap": 3.0}])

@@ -2,12 +2,19 @@
 
 import copy
 import functools
+import hashlib
+import os
 import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -198,13 +205,31 @@ def trained(make: Any, rows: Any, *, count: int, repeats: int, epochs: int, **op
     return copy.deepcopy(original)
 
 
+@contextmanager
+def _shared(name: str) -> Iterator[Path]:
+    """Yield a file that the processes of one run of pytest share, one process at a time; it is new in each run."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    folder = Path(tempfile.gettempdir()) / f"pyunlearn-tiny-{run}"
+    folder.mkdir(exist_ok=True)
+    file = folder / hashlib.sha256(name.encode()).hexdigest()[:16]
+    with FileLock(f"{file}.lock"):
+        yield file
+
+
 @functools.cache  # several test files want the same
 def _trained(make: Any, rows: Any, count: int, repeats: int, epochs: int, **options: Any) -> Tiny:
     torch.manual_seed(0)
     tokenizer = make_tokenizer(**options)
     model = make(len(tokenizer))
     retain, forget = rows(count, 2), rows(2, 3)
-    train(model, tokenizer, retain + forget * repeats, epochs=epochs)
+    name = f"{make.__name__}-{rows.__name__}-{count}-{repeats}-{epochs}-{sorted(options.items())}"
+    with _shared(name) as weights:
+        if weights.exists():
+            model.load_state_dict(torch.load(weights))
+            model.eval()
+        else:
+            train(model, tokenizer, retain + forget * repeats, epochs=epochs)
+            torch.save(model.state_dict(), weights)
     return Tiny(model, tokenizer, forget, rows(2, 14), retain[:60], rows(60, 6))
 
 

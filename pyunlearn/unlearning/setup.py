@@ -45,7 +45,7 @@ class Texts(NamedTuple):
 
 
 class Session(NamedTuple):
-    """What the loop of one run works with: texts, stopping rule, schedule, the two loss terms, state."""
+    """Inputs of the loop of one run: texts, stopping rule, schedule, the two loss terms, state."""
 
     accelerator: Any
     processes: Processes
