@@ -15,7 +15,7 @@ from pyunlearn.models.inspection import unwrapped
 from pyunlearn.unlearning import api
 from pyunlearn.unlearning.objectives import RetainTerm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.full]
 
 
 def sessions_of(monkeypatch):

@@ -33,6 +33,8 @@ MADE = (
     "index.html",
 )
 
+pytestmark = pytest.mark.full
+
 
 def digests(folder: Path) -> dict[str, str]:
     """Hash every file that a study makes for people."""
@@ -78,7 +80,6 @@ def test_each_step_s_numbers_are_those_of_the_trajectory(finished):
     assert float(rows[0]["test_nll"]) == pytest.approx(float(trained["test_nll"]), rel=1e-6)
 
 
-@pytest.mark.full
 def test_an_interrupted_study_resumes_to_the_same_files(finished, tmp_path, monkeypatch):
     """Stopped within a training (after a checkpoint), and again between two runs: the same files, byte for byte."""
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
@@ -104,7 +105,6 @@ def test_an_interrupted_study_resumes_to_the_same_files(finished, tmp_path, monk
     assert not list(again.folder.rglob(".*.partial"))
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("setup", ["text", "qa"])
 def test_the_other_setups_come_to_verdicts(tmp_path, monkeypatch, setup):
     """A causal model from scratch on text, and a checkpoint fine-tuned on questions and answers; neither has BLEU."""

@@ -72,6 +72,7 @@ def test_a_gpt2_forgets_the_answers_in_a_jsonl_file(answers, tmp_path):
     assert abs(result.examples[0].tokens - len(answer) - 1) <= 1
 
 
+@pytest.mark.full
 def test_a_llama_forgets_chat_messages():
     """The last turn is scored, in the form of the chat template."""
     chats = tiny.chatter()
@@ -85,6 +86,7 @@ def test_a_t5_forgets_completions(t5):
     check_forgotten(run(t5, t5.forget + t5.unseen, retain_weight=4.0), t5)
 
 
+@pytest.mark.full
 def test_a_t5_forgets_plain_texts():
     """The encoder reads the end-of-text token alone."""
     writer = tiny.writer()
