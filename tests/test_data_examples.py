@@ -185,7 +185,7 @@ def test_an_unusable_file_is_refused_in_one_sentence(tmp_path, name, content, me
 
 @pytest.mark.parametrize("source", ["no/such.jsonl", "gone.txt", Path("gone")])
 def test_a_missing_file_is_never_taken_for_a_text(source):
-    """Whatever ends like a file we read, and any Path, has to exist."""
+    """A string that ends like a supported file, and any Path, has to exist."""
     with pytest.raises(DataError, match="was not found: check the path") as error:
         read_examples(source, role="holdout")
     assert sentence_of(error).startswith("the holdout file ")
