@@ -291,29 +291,29 @@ HEAVY = ("torch", "numpy", "scipy", "transformers", "accelerate", "matplotlib")
 CHILD = f"""
 import sys
 from pyunlearn.cli.main import app
-try:
-    app(sys.argv[1:], prog_name="pyunlearn")
-except SystemExit:
-    print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+for command in sys.argv[1:]:
+    try:
+        app([*command.split(), "--help"], prog_name="pyunlearn")
+    except SystemExit:
+        print(command, [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("name", ["", *GROUP.commands])
-def test_help_loads_nothing_heavy(name):
+def test_help_loads_nothing_heavy():
     """Neither torch nor numpy nor scipy nor transformers: so it takes a moment, not seconds."""
-    words = [name] * bool(name)
-    done = subprocess.run([sys.executable, "-c", CHILD, *words, "--help"], capture_output=True, text=True, timeout=60)
-    assert done.stderr == "[]\n"
-    assert "Usage" in done.stdout
+    commands = ["", *GROUP.commands]
+    done = subprocess.run([sys.executable, "-c", CHILD, *commands], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines() == [f"{command} []" for command in commands]
+    assert done.stdout.count("Usage: ") == len(commands)
 
 
 EMPTY = "import typer; app = typer.Typer(); app.command()(lambda x: None); app(['--help'])"
 
 
 def fastest(*words):
-    """Seconds of the fastest of five runs of Python."""
+    """Seconds of the fastest of three runs of Python."""
     seconds = []
-    for _ in range(5):
+    for _ in range(3):
         began = time.perf_counter()
         subprocess.run([sys.executable, *words], capture_output=True, timeout=60)
         seconds.append(time.perf_counter() - began)

@@ -4,6 +4,7 @@ import peft
 import pytest
 import tiny
 import torch
+from coverings import grid, in_full
 from test_edits import adapted, check_undone, encoded, gpt2, llama, mean_loss, narrow, same, weights
 from test_edits_influence import ROWS, flat, small  # noqa: F401
 from test_edits_prune import as_rows, linear_layers, t5
@@ -246,8 +247,7 @@ def test_ekfac_is_the_inverse_of_its_whole_matrix(small, kind, damping, monkeypa
 # ---------------------------------------------------------------- all of them
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("make_pair", [llama, gpt2, narrow, adapted, t5])
+@grid(strength=1, make_pair=[llama, gpt2, narrow, adapted, t5], step=[*STEPS])
 def test_every_kind_of_model_takes_a_step_and_its_undoing(make_pair, step):
     """Tied heads, dropout, 16 bits, adapters, encoder-decoder: the step is finite, reproducible, and undone exactly."""
     tokenizer, make, rows = make_pair()
@@ -268,7 +268,7 @@ def test_every_kind_of_model_takes_a_step_and_its_undoing(make_pair, step):
 RATES = {"fisher": 0.003, "woodfisher": 0.06, "ekfac": 0.03}
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", ["fisher", "ekfac", *in_full("woodfisher")])
 def test_a_step_of_the_right_length_takes_the_exposure_away_and_little_else(story, step):
     """Exposure falls from the maximum for both texts, below significance for one, at less than 1 % of utility."""
     model, options, retain = story.fresh(), {}, story.retain

@@ -86,13 +86,13 @@ def flat(model):
 
 @pytest.mark.parametrize("kind", ["hessian", "gauss-newton"])
 def test_products_are_those_of_the_whole_matrix(small, truth, kind):
-    """Every third column, in batches of two, with damping; this Hessian has a negative eigenvalue."""
+    """Every seventh column, in batches of two, with damping; this Hessian has a negative eigenvalue."""
     model, tokenizer = small
     wanted = truth[0][kind]
     with Editing("x", model, {"forget": ROWS[2:]}, tokenizer, EditConfig(batch_size=2)) as edit:
         product = Curvature(edit, edit.tokens["forget"], kind, damping=0.25)
         shapes = [p.shape for p in edit.parameters.values()]
-        for e, column in list(zip(torch.eye(len(wanted), dtype=torch.float64), wanted, strict=True))[::3]:
+        for e, column in list(zip(torch.eye(len(wanted), dtype=torch.float64), wanted, strict=True))[::7]:
             vector = [part.view(s) for part, s in zip(e.split([s.numel() for s in shapes]), shapes, strict=True)]
             computed = torch.cat([part.flatten() for part in product(vector)])
             torch.testing.assert_close(

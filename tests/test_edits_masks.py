@@ -4,6 +4,7 @@ import peft
 import pytest
 import tiny
 import torch
+from coverings import in_full
 from hypothesis import given
 from hypothesis import strategies as st
 from test_edits import adapted, bits, encoded, gpt2, llama, mean_loss, same, weights
@@ -94,7 +95,7 @@ def check_held(mask, before, after):
     assert moved
 
 
-@pytest.mark.parametrize("method", ["ga", "npo", "simnpo"])
+@pytest.mark.parametrize("method", ["ga", *in_full("npo", "simnpo")])
 def test_a_text_is_forgotten_by_the_salient_weights_alone(story, method):
     """Any method forgets; the other half of the weights keep every bit."""
     mask, options = saliency_mask(story.model, story.forget, tokenizer=story.tokenizer), {}

@@ -5,7 +5,7 @@ import peft
 import pytest
 import tiny
 import torch
-from coverings import grid, in_full
+from coverings import in_full
 from unlearning_runs import Interrupted, run, same, timeless, weights
 
 from pyunlearn.errors import DataError
@@ -175,7 +175,7 @@ def test_a_rollback_restores_the_multiplier(story):
             assert first[r["round"] + 1] == first[r["round"]]
 
 
-@grid(strength=1, method=["pdu", "undial+kl"], at=[1, 3])
+@pytest.mark.parametrize(("method", "at"), [("pdu", 1), *in_full(("pdu", 3), ("undial+kl", 1), ("undial+kl", 3))])
 def test_an_interrupted_run_resumes_to_the_same_numbers(story, clean, tmp_path, monkeypatch, method, at):
     """The multiplier comes from the checkpoint, the reference from the model as it came; another one is refused."""
     options = {"max_steps": 6, "batch_size": 1, "learning_rate": 1e-4, "method": method}

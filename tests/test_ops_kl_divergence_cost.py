@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from coverings import BACKENDS, grid
+from coverings import BACKENDS, grid, in_full
 from heads import (
     Allocations,
     assert_agree,
@@ -202,7 +202,7 @@ def test_opcheck(device):
         torch.library.opcheck(back, (torch.ones_like(kl), maximum, total, cached, *rest, needs), test_utils=static)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, *in_full(True)])
 def test_compile(dynamic, device):
     """torch.compile(fullgraph=True) must compile it and agree with eager bit for bit, at every shape."""
     torch._dynamo.reset()

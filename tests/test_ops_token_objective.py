@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from coverings import BACKENDS, grid
+from coverings import BACKENDS, grid, in_full
 from heads import TOLERANCE, assert_agree, assert_equal, bytes_of, cast, error, make, plain, products, watch_chunks
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,7 +144,7 @@ def test_gradcheck(capacity, backend, chunks):
     assert torch.autograd.gradcheck(loss, [t.requires_grad_() for t in case[:3]], fast_mode=True)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, *in_full(True)])
 def test_compile(dynamic):
     """torch.compile(fullgraph=True) must compile it and agree with eager to rounding, at every number of rows."""
     torch._dynamo.reset()

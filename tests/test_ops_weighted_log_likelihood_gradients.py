@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 import torch.utils.checkpoint
-from coverings import BACKENDS, grid
+from coverings import BACKENDS, grid, in_full
 from heads import (
     Allocations,
     assert_agree,
@@ -188,7 +188,7 @@ def test_no_graph_without_gradients(mode, capacity, device, backend, chunks):
         assert_agree([value], wanted, 4e-6)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, *in_full(True)])
 def test_compile(dynamic, device):
     """torch.compile(fullgraph=True) must compile it and agree with eager to rounding, at every shape."""
     torch._dynamo.reset()

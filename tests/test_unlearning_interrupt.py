@@ -7,6 +7,7 @@ import time
 import pytest
 import tiny
 import torch
+from coverings import in_full
 from unlearning_runs import Interrupted, run, same, timeless, weights
 
 from pyunlearn.methods import METHODS
@@ -26,7 +27,7 @@ def whole(story):
     return run(story, **OPTIONS)
 
 
-@pytest.mark.parametrize("within", ["accept", "measure", "step"])
+@pytest.mark.parametrize("within", ["accept", "step", *in_full("measure")])
 def test_a_signal_waits_until_the_step_is_complete(story, whole, tmp_path, monkeypatch, within):
     """Sent while weights are copied, scored or updated, it leaves a state that resumes to the same numbers."""
     model = story.fresh()

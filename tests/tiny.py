@@ -222,7 +222,8 @@ def _trained(make: Any, rows: Any, count: int, repeats: int, epochs: int, **opti
     tokenizer = make_tokenizer(**options)
     model = make(len(tokenizer))
     retain, forget = rows(count, 2), rows(2, 3)
-    name = f"{make.__name__}-{rows.__name__}-{count}-{repeats}-{epochs}-{sorted(options.items())}"
+    form = {key: value for key, value in options.items() if key != "pad"}  # padding is masked: the weights are the same
+    name = f"{make.__name__}-{rows.__name__}-{count}-{repeats}-{epochs}-{sorted(form.items())}"
     with _shared(name) as weights:
         if weights.exists():
             model.load_state_dict(torch.load(weights))
