@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from coverings import in_full
+from coverings import grid, in_full
 from test_probes_teacher_forced import KINDS, counted, directly, made
 
 import pyunlearn
@@ -162,8 +162,7 @@ def direct(model, t, side):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", KINDS)
+@grid(strength=1, kind=[*KINDS], side=["left", "right"])
 def test_every_number_is_its_definition(kind, side):
     """On random models, with and without prompts, padded left or right, with eos = pad: one text at a time."""
     model, tokenizer, _ = made(kind)

@@ -22,6 +22,19 @@ def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def define(schema: str, op: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an op of that schema, `name(arguments) -> results`; `fake` returns empty results of the right shapes."""
+    name = LIBRARY.define(schema)
+    LIBRARY.impl(name, on_its_device(op), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyunlearn::{name}", fake, lib=LIBRARY)
+
+
+def define_gradient(name: str, autograd: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Register the autograd formula of an op, and that its backward op, NAME_backward, has none."""
+    torch.library.register_autograd(f"pyunlearn::{name}", autograd, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"pyunlearn::{name}_backward", no_second_derivative, lib=LIBRARY)
+
+
 def host_may_wait(x: torch.Tensor) -> bool:
     """Return whether Python may read tensor values: not while torch.compile traces or a CUDA graph is captured."""
     return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())

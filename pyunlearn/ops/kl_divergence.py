@@ -10,7 +10,7 @@ from torch import Tensor
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend
 from pyunlearn.ops._check import check, check_head, check_reference, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, kernel_bias, no_second_derivative, on_its_device
+from pyunlearn.ops._library import define, define_gradient, kernel_bias
 from pyunlearn.ops._passes import live_rows, real_of, resolve_ignored, select_rows, zero_ignored_rows
 from pyunlearn.ops._plan import Plan, allowance, default_workspace, plan
 from pyunlearn.ops._products import Logits, add_product, product
@@ -113,11 +113,6 @@ _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor reference_hidden, Tensor reference_weight, "
     "Tensor? reference_bias, Tensor targets, float logit_scale, float softcap, float target_shift, bool itself, "
     "int ignore_index, int? workspace"
-)
-LIBRARY.define(f"kl_divergence({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor[])")
-LIBRARY.define(
-    f"kl_divergence_backward(Tensor d_kl, Tensor maximum, Tensor total, Tensor[] cached, {_INPUTS}, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -311,9 +306,11 @@ def _autograd(ctx: Any, d_kl: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return (*(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 11)
 
 
-LIBRARY.impl("kl_divergence", on_its_device(_forward), "CompositeExplicitAutograd")
-LIBRARY.impl("kl_divergence_backward", on_its_device(_backward), "CompositeExplicitAutograd")
-torch.library.register_fake("pyunlearn::kl_divergence", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("pyunlearn::kl_divergence_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("pyunlearn::kl_divergence", _autograd, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("pyunlearn::kl_divergence_backward", no_second_derivative, lib=LIBRARY)
+define(f"kl_divergence({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor[])", _forward, _fake_forward)
+define(
+    f"kl_divergence_backward(Tensor d_kl, Tensor maximum, Tensor total, Tensor[] cached, {_INPUTS}, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+define_gradient("kl_divergence", _autograd, _setup_context)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyunlearn.ops import hopper
 from pyunlearn.ops._check import check, check_head, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, kernel_bias, no_second_derivative, on_its_device
+from pyunlearn.ops._library import define, define_gradient, kernel_bias
 from pyunlearn.ops._passes import (
     Gradients,
     Head,
@@ -86,19 +86,6 @@ def linear_log_likelihood(
     if rows is not None:
         log_likelihood = log_likelihood.new_zeros((count,)).index_copy(0, rows, log_likelihood)
     return log_likelihood.reshape(targets.shape)
-
-
-LIBRARY.define(
-    "linear_log_likelihood(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, "
-    "float softcap, int ignore_index, int? workspace, bool keep, bool release) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])"
-)
-LIBRARY.define(
-    "linear_log_likelihood_backward(Tensor d_log_likelihood, Tensor hidden, Tensor weight, Tensor? bias, "
-    "Tensor targets, Tensor log_likelihood, Tensor maximum, Tensor total, Tensor block_maximum, Tensor[] cached, "
-    "float logit_scale, float softcap, int ignore_index, int? workspace, bool release, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor)"
-)
 
 
 def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> Plan:
@@ -212,11 +199,19 @@ def _autograd(ctx: Any, d_log_likelihood: Tensor | None, *_: Any) -> tuple[Tenso
     return (*(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 7)
 
 
-LIBRARY.impl("linear_log_likelihood", on_its_device(_forward), "CompositeExplicitAutograd")
-LIBRARY.impl("linear_log_likelihood_backward", on_its_device(_backward), "CompositeExplicitAutograd")
-torch.library.register_fake("pyunlearn::linear_log_likelihood", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("pyunlearn::linear_log_likelihood_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd(
-    "pyunlearn::linear_log_likelihood", _autograd, setup_context=_setup_context, lib=LIBRARY
+define(
+    "linear_log_likelihood(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, "
+    "float softcap, int ignore_index, int? workspace, bool keep, bool release) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    _forward,
+    _fake_forward,
 )
-torch.library.register_autograd("pyunlearn::linear_log_likelihood_backward", no_second_derivative, lib=LIBRARY)
+define(
+    "linear_log_likelihood_backward(Tensor d_log_likelihood, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor targets, Tensor log_likelihood, Tensor maximum, Tensor total, Tensor block_maximum, Tensor[] cached, "
+    "float logit_scale, float softcap, int ignore_index, int? workspace, bool release, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+define_gradient("linear_log_likelihood", _autograd, _setup_context)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyunlearn.ops import _backend
 from pyunlearn.ops._check import check, check_bias, check_targets
-from pyunlearn.ops._library import LIBRARY, kernel_bias, no_second_derivative, on_its_device
+from pyunlearn.ops._library import define, define_gradient, kernel_bias
 from pyunlearn.ops._passes import real_of
 
 
@@ -55,16 +55,6 @@ def log_likelihood(
         flat, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index
     )
     return out[0].reshape(targets.shape)
-
-
-LIBRARY.define(
-    "log_likelihood(Tensor logits, Tensor? bias, Tensor targets, float logit_scale, float softcap, int ignore_index) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    "log_likelihood_backward(Tensor d_log_likelihood, Tensor logits, Tensor? bias, Tensor targets, "
-    "Tensor log_likelihood, Tensor maximum, Tensor total, float logit_scale, float softcap, int ignore_index) -> Tensor"
-)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -129,9 +119,17 @@ def _autograd(ctx: Any, d_log_likelihood: Tensor | None, *_: Any) -> tuple[Tenso
     return torch.ops.pyunlearn.log_likelihood_backward(d_log_likelihood, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
-LIBRARY.impl("log_likelihood", on_its_device(_forward), "CompositeExplicitAutograd")
-LIBRARY.impl("log_likelihood_backward", on_its_device(_backward), "CompositeExplicitAutograd")
-torch.library.register_fake("pyunlearn::log_likelihood", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("pyunlearn::log_likelihood_backward", _fake_backward, lib=LIBRARY)
-torch.library.register_autograd("pyunlearn::log_likelihood", _autograd, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd("pyunlearn::log_likelihood_backward", no_second_derivative, lib=LIBRARY)
+define(
+    "log_likelihood(Tensor logits, Tensor? bias, Tensor targets, float logit_scale, float softcap, int ignore_index) "
+    "-> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+define(
+    "log_likelihood_backward(Tensor d_log_likelihood, Tensor logits, Tensor? bias, Tensor targets, "
+    "Tensor log_likelihood, Tensor maximum, Tensor total, float logit_scale, float softcap, int ignore_index) "
+    "-> Tensor",
+    _backward,
+    _fake_backward,
+)
+define_gradient("log_likelihood", _autograd, _setup_context)

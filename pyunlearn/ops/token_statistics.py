@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyunlearn.ops import _backend, hopper, reference
 from pyunlearn.ops._check import check, check_bias, check_head, check_targets, ignored, in_one_dtype
-from pyunlearn.ops._library import LIBRARY, kernel_bias, on_its_device
+from pyunlearn.ops._library import define, kernel_bias
 from pyunlearn.ops._passes import Head, live_rows, real_of, select_rows
 from pyunlearn.ops._plan import plan
 from pyunlearn.ops._products import Logits
@@ -116,14 +116,6 @@ def token_statistics_from_logits(
 
 
 _OUT = " -> (Tensor, Tensor, Tensor, Tensor)"
-LIBRARY.define(
-    "token_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float softcap, "
-    "int ignore_index, int? workspace)" + _OUT
-)
-LIBRARY.define(
-    "token_statistics_from_logits(Tensor logits, Tensor? bias, Tensor targets, float logit_scale, float softcap, "
-    "int ignore_index)" + _OUT
-)
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -241,7 +233,15 @@ def _fake_from_logits(
     return _fake(logits, targets)
 
 
-LIBRARY.impl("token_statistics", on_its_device(_forward), "CompositeExplicitAutograd")
-LIBRARY.impl("token_statistics_from_logits", on_its_device(_forward_from_logits), "CompositeExplicitAutograd")
-torch.library.register_fake("pyunlearn::token_statistics", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("pyunlearn::token_statistics_from_logits", _fake_from_logits, lib=LIBRARY)
+define(
+    "token_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float logit_scale, float softcap, "
+    "int ignore_index, int? workspace)" + _OUT,
+    _forward,
+    _fake_forward,
+)
+define(
+    "token_statistics_from_logits(Tensor logits, Tensor? bias, Tensor targets, float logit_scale, float softcap, "
+    "int ignore_index)" + _OUT,
+    _forward_from_logits,
+    _fake_from_logits,
+)
