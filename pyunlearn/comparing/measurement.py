@@ -1,4 +1,4 @@
-"""One criterion for every method: the same texts, the same non-members and the utility metric that is made equal."""
+"""One evaluation for every method: the same texts and non-members, and the utility metric that is made equal."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _STYLE = {
 
 
 class _Column(NamedTuple):
-    """A table column: a function of measurement and utility share, or of the row (the original has no row)."""
+    """A table column: its text is made of a measurement and the utility it retains, or of a method's row."""
 
     title: str
     narrow: bool  # also part of a table of 80 columns

@@ -40,7 +40,7 @@ class Mixed:
     saved: dict[str, SavedValues] = field(repr=False)
 
     def undo(self) -> Any:
-        """Restore the unlearned weights bit for bit, and return the model."""
+        """Restore the weights from before the mixing bit for bit, and return the model."""
         parameters = dict(self.model.named_parameters())
         for name, saved in self.saved.items():
             restore(parameters[name], saved)

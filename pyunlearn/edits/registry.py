@@ -1,4 +1,4 @@
-"""The table of edits by name: where each function is, what it needs, and its options read from words."""
+"""The table of edits by name: where each function is, what it needs, and its options parsed from text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Solvers of linear systems that need products alone: conjugate gradients and LiSSA, with a check for divergence."""
+"""Matrix-free solvers of linear systems: conjugate gradients and LiSSA, with a check for divergence."""
 
 from __future__ import annotations
 

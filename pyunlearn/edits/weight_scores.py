@@ -1,4 +1,4 @@
-"""Selection of the largest of many numbers in many tensors: an exact count, without joining or sorting them."""
+"""Selection of exactly the k largest numbers of many tensors, without concatenating or sorting them."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class Method:
 
 
 def _declared(hint: Any, default: Any) -> Kind | None:
-    """Return the kind in `Annotated[float, Number(...)]`; for a plain float, numbers from 0 on."""
+    """Return the constraint in `Annotated[float, Number(...)]`; for a plain float, a number of 0 or more."""
     kinds = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Kind)]
     return kinds[0] if kinds else Number(0) if isinstance(default, float) else None
 

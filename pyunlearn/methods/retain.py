@@ -29,7 +29,7 @@ def retain_nll(log_likelihood: Tensor, weight: float, tokens: int) -> Tensor:
 
 
 def retain_hold(log_likelihood: Tensor, lengths: Tensor, initial: Tensor, weight: float, examples: int) -> Tensor:
-    """Return (b,) the share in the loss of a step of what the run has cost each example.
+    """Return (b,) the terms of a step's loss that penalize a rise of each example's NLL since the run began.
 
         loss_i = weight / examples * max(0, -log_likelihood_i / lengths_i - initial_i)
 
@@ -47,7 +47,7 @@ def retain_hold(log_likelihood: Tensor, lengths: Tensor, initial: Tensor, weight
 
 
 def retain_kl(divergence: Tensor, weight: float, tokens: int) -> Tensor:
-    """Return () the share in the loss of a step of the divergence from the reference model.
+    """Return () the term that the KL divergence from the reference model adds to a step's loss.
 
         loss = weight / tokens * sum of divergence_t
 

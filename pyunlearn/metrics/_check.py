@@ -1,4 +1,4 @@
-"""Checks of the metrics' inputs: conversion to arrays, and one sentence for an input that does not fit."""
+"""Checks of the metrics' inputs: conversion to arrays, and an error message of one sentence for invalid ones."""
 
 from __future__ import annotations
 

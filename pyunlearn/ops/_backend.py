@@ -199,7 +199,7 @@ def bf16_products() -> str | None:
 
 
 def multiplies_bf16(x: Tensor) -> bool:
-    """Return whether our product of bfloat16 operands with a float32 result serves x: csrc/bf16_products.h."""
+    """Return whether our matmul of bfloat16 into float32 supports x's device and dtype: csrc/bf16_products.h."""
     return x.dtype is torch.bfloat16 and kernels_for(x) == "cpu" and bf16_products() is not None
 
 

@@ -56,7 +56,7 @@ def token_statistics(
 
 
 def target_products(run: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return (2, n) float64: each row of h (n, d) times its target's row of the weight, and the sum of its magnitudes.
+    """Return (2, n) float64: the dot product of each row of h (n, d) with its target's row, and the sum of |terms|.
 
     Contract in csrc/token_statistics.h.
     """

@@ -20,7 +20,7 @@ from pyunlearn.ops._plan import allowance, bytes_of_sum, plan, rows_at_a_time
 
 
 class Work(NamedTuple):
-    """An objective over the live rows, with everything that needs no gradient.
+    """An objective over the live rows, those whose targets are not ignored, with its inputs that get no gradient.
 
     `step(k, log_likelihood, differentiate)` gets the log-likelihoods (m,) of chunk k. It returns a tuple of tensors,
     the first of which holds the summands of the value, and the derivative (m,) of their sum, which is used only if

@@ -52,8 +52,8 @@ class Logits:
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Compute out += a @ b for a gradient; out is float32 for 16-bit operands.
 
-    On a CPU without AMX each bfloat16 product is rounded before it is added. Each sum has a few products, so this costs
-    no more than the one rounding at the end, and saves float32 copies of both operands.
+    On a CPU without AMX each bfloat16 product is rounded before it is added. A sum has few products, so its error is
+    at most that of the final rounding; float32 copies of both operands are saved.
     """
     if out.dtype is torch.float32 and _backend.multiplies_bf16_gradient(out, a, b):
         _backend.bf16_gradient(out, a, b, True)

@@ -153,7 +153,7 @@ def example_objective(
 
 
 def top_counts(counts: Tensor, top_fraction: float) -> Tensor:
-    """Compute (B,) the number of used tokens of each example: that fraction, rounded down, but at least one of any."""
+    """Compute (B,) the used tokens per example: floor(top_fraction * count), but 1 at least where count is not 0."""
     if top_fraction == 1:
         return counts
     used = (counts.double() * top_fraction + 1e-9).long()  # a hair above, so that 0.29 of 100 is 29

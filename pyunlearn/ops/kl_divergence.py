@@ -182,7 +182,7 @@ class _Pair:
 
 
 def _cached_blocks(hidden: Tensor, p: Plan, itself: bool) -> list[Tensor]:
-    """Allocate (2, N * columns), or (1, ...) if one product serves both, for each block of the cached groups."""
+    """Allocate the cached logits of each block of columns: (2, N * columns), or (1, ...) if both models share them."""
     spans = [s for g in p.groups()[: p.cached] for s in p.blocks_of(*g)]
     return [
         hidden.new_empty((1 if itself else 2, hidden.shape[0] * (e - b)), dtype=real_of(hidden)) for _, b, e in spans

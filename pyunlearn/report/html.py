@@ -121,7 +121,7 @@ def _start(text: str, words: int = 12) -> str:
 
 
 def _continuation(e: AuditedExample, show_text: bool) -> dict[str, Any]:
-    """Return the opening, the true text and each model's text as words; those that match in order are marked."""
+    """Return prompt, true text and generated texts as words; marks what each recites of the true text."""
     sides = [("the original model wrote", e.before)] if e.before is not None else []
     outputs = []
     for label, side in [*sides, ("the model writes", e.now)]:
