@@ -38,6 +38,7 @@ def scores(model, tokenizer, canaries, texts):
     return np.array([-part.sum() for part in statistics.each(statistics.log_likelihood)])
 
 
+@pytest.mark.full
 def test_a_trained_secret_stands_out_and_is_forgotten(trained):
     """Its exposure is that of the whole space, log2(1000) bits, before, and that of unseen secrets after."""
     model, tokenizer, canaries = trained

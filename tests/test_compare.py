@@ -141,6 +141,7 @@ def test_without_a_retain_set_and_holdout_the_model_writes_its_own(trained):
     assert compare(trained, methods=["ga"], retain=None, max_steps=0).utility_text == "holdout"
 
 
+@pytest.mark.full
 def test_an_adapter_is_compared_and_left_as_it_came(trained):
     """Adapters are mixed by scaling and the base stays; one that does not start from zero is refused at once."""
     peft = pytest.importorskip("peft")

@@ -127,17 +127,10 @@ def test_the_example_s_metric_is_documented_like_the_others(in_package):
 # ---------------------------------------------------------------- an op
 
 
-def files(block, comment):
-    """Return {path: code} of a block in which a comment with its path stands before each file."""
-    parts = re.split(rf"^{comment} ([\w/]+\.\w+).*\n", block, flags=re.MULTILINE)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True))
-
-
 @pytest.fixture(scope="module")
 def op():
     """(the public function, the code of its test): registered once, since torch keeps it for the whole process."""
-    block, test = blocks("add-an-op.md")
-    definition, kernel, source = files(block, "#").values()
+    definition, kernel, source, test = blocks("add-an-op.md")
     with pytest.MonkeyPatch.context() as patch:
         for module, code in ((reference, definition), (_kernels, kernel)):
             new = run(code, "add-an-op.md", dict(vars(module)))["squared_norm"]
@@ -163,7 +156,8 @@ def sources(folder):
     """Write the example's C++ and CUDA files and its binding into a copy of the sources; return the folder."""
     shutil.copytree(ROOT / "csrc", folder)
     (cpp,), (cuda,) = blocks("add-an-op.md", "cpp"), blocks("add-an-op.md", "cuda")
-    code = {**files(cpp, "//"), "csrc/cuda/squared_norm.cu": cuda}
+    parts = re.split(r"^// (csrc/.*)\n", cpp, flags=re.MULTILINE)[1:]  # each file follows a comment with its path
+    code = {**dict(zip(parts[::2], parts[1::2], strict=True)), "csrc/cuda/squared_norm.cu": cuda}
     text = (folder / "bindings.cpp").read_text(encoding="utf-8")
     registration = re.search(r"`(m\.def\(.*?;)`", (PAGES / "add-an-op.md").read_text(encoding="utf-8"))[1]
     text = text.replace("LogitPair logit_pair(", f"{code['csrc/bindings.cpp']}\nLogitPair logit_pair(", 1)

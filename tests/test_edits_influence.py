@@ -241,6 +241,7 @@ def test_steps_that_cannot_be_are_refused_and_nothing_is_changed(small):
         assert same(weights(model), before)
 
 
+@pytest.mark.full
 def test_steps_make_the_secret_unlikely_and_little_else(story):
     """A long first-order step does; a second-order step, given each secret twelve times, at almost no cost."""
     model = story.fresh()

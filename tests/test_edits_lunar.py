@@ -160,6 +160,7 @@ def answers_of(trained, model, rows):
     return answers
 
 
+@pytest.mark.full
 def test_a_model_that_can_decline_declines_the_forgotten_questions(modest):
     """The edited model declines both; most other questions are answered as before, word for word."""
     model, others = modest.fresh(), modest.retain[:20]

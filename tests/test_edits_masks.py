@@ -159,6 +159,7 @@ def test_nonzero_keeps_pruned_weights_at_zero(story):
     assert result.settings["mask"] == "nonzero"
 
 
+@pytest.mark.full
 def test_a_resumed_run_keeps_its_mask_and_no_other_is_let_in(story, tmp_path, monkeypatch):
     """The checkpoint holds it: the numbers are those of an uninterrupted run."""
     mask = saliency_mask(story.model, story.forget, share=0.3, tokenizer=story.tokenizer)

@@ -97,6 +97,7 @@ def test_the_secret_s_surroundings_become_smooth_and_its_exposure_falls(story):
     assert sum(likelihoods(model, story, story.holdout)) < 1.02 * sum(non_members)
 
 
+@pytest.mark.full
 def test_the_gradient_through_one_side_alone_does_not_smooth(story):
     """The loss falls by half with both sides, which are the default, and rises with one."""
     fell = {}

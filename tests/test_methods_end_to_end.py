@@ -85,6 +85,7 @@ def test_secrets_come_down_to_the_level_of_unseen_ones_within_the_budget(trained
     assert (after - before) / max(before, 1.0) <= 0.05 + 1e-6
 
 
+@pytest.mark.full
 def test_a_hinge_at_the_paper_s_level_leaves_a_longer_text_exposed(trained):
     """A cap of 6 nats on a text of 18 tokens stops the ascent early, and the verdict is that this is not enough."""
     result = unlearned(trained, "hinge", method_options={"delta": 6.0}, max_steps=24)
@@ -95,6 +96,7 @@ def test_a_hinge_at_the_paper_s_level_leaves_a_longer_text_exposed(trained):
     assert result.history[-1]["gradient_norm"] >= 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["npo+nll", *in_full("wga")])
 def test_adapters_forget_in_micro_batches_within_the_budget(trained, method):
     """Each secret ends at the level of unseen ones; the base weights stay the same bits."""

@@ -173,6 +173,7 @@ def test_altpo_is_dpo_against_each_alternate_in_turn(story, other):
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
+@pytest.mark.full
 def test_a_resumed_run_takes_its_alternates_from_the_checkpoint(story, tmp_path, monkeypatch):
     """None is sampled again, and the numbers are those of an uninterrupted run."""
     options = {"max_steps": 5, "batch_size": 1, "method_options": {"alternates": 2}}

@@ -240,6 +240,7 @@ def test_the_retain_term_protects_the_retain_set(story, steered):
     assert steered.utility.relative_rise < 0.05
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [
@@ -262,6 +263,7 @@ def test_a_retain_term_that_is_too_strong_leaves_the_text_exposed(story):
     assert {e.verdict for e in result.examples} == {"still exposed"}
 
 
+@pytest.mark.full
 def test_an_interrupted_run_resumes_to_the_same_numbers(story, tmp_path, monkeypatch):
     """Reference states and direction are computed again under the original model."""
     options = {"method": "adaptive_rmu", "method_options": QUICK, "learning_rate": 3e-3, "max_steps": 6}
@@ -277,6 +279,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(story, tmp_path, monkeyp
     assert same(resumed.model, whole.model)
 
 
+@pytest.mark.full
 def test_micro_batches_take_the_same_steps(story):
     """With micro_batch_size=1 weights and history are the same up to rounding."""
     options = {"method": "adaptive_rmu", "method_options": QUICK, "learning_rate": 3e-3, "max_steps": 2}

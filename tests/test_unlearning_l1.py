@@ -19,6 +19,7 @@ def test_the_penalty_decays_linearly_to_zero(story, monkeypatch):
     assert seen == pytest.approx([2.0, 1.5, 1.0, 0.5])
 
 
+@pytest.mark.full
 def test_a_run_with_the_penalty_ends_with_weights_that_are_exactly_zero(story):
     """The text is forgotten within the utility budget; weights outside a mask keep their bits."""
     plain, sparse = run(story), run(story, l1=3.0)

@@ -179,6 +179,7 @@ def test_a_run_weighs_tokens_by_their_likelihood_beyond_a_reference_model(story,
         assert result.history[0]["forget_loss"] == pytest.approx(np.mean(right), rel=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("method", "share"), [("tnpo", 0.5), *in_full(("ga", 1.0))])
 def test_secrets_are_forgotten_by_their_important_tokens(story, method, share):
     """Weighted by importance, all or half of the tokens are enough to forget the whole text within the budget."""
@@ -220,6 +221,7 @@ def test_wrong_token_weights_and_orders_are_refused(story, options, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_other_token_weights_is_refused(story, tmp_path, monkeypatch):
     """Weights and difficulties are part of a checkpoint's fingerprint; a run with the same ones resumes."""
     tokens = tokens_of(story, story.forget)

@@ -19,7 +19,7 @@ def _adam(parameters: Iterable[Tensor], lr: float, momentum: float = _NO_MOMENTU
 class MasterWeights(torch.optim.Optimizer):
     """AdamW with a float32 copy of 16-bit parameters.
 
-    At unlearning's learning rates an update is smaller than half the gap between neighbouring bfloat16 numbers, so without
+    At unlearning's learning rates an update is smaller than half the gap between two bfloat16 numbers, so without
     the copy most updates would round to zero.
     """
 
