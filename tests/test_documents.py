@@ -117,8 +117,8 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_no_line_is_longer_than_120(path):
-    """Tables excepted, which Markdown cannot wrap."""
-    lines = path.read_text(encoding="utf-8").splitlines()
+    """Tables and addresses excepted, which Markdown cannot wrap: the README of a release has long ones."""
+    lines = re.sub(r"\]\(https:[^)]*\)", "]", path.read_text(encoding="utf-8")).splitlines()
     assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
 
 
