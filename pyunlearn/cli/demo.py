@@ -161,28 +161,18 @@ def opening(name: str) -> str:
     return " ".join(FORGET[name].split()[: _OPENING_WORDS[name]])
 
 
-def continuation(lm: LanguageModel, beginning: str, *, tokens: int = 24) -> str:
-    """Return the model's greedy continuation of a beginning, on one line."""
-    ids = lm.tokenizer(beginning, return_tensors="pt").to(lm.device)
-    output = lm.inner.generate(
-        **ids,
-        max_new_tokens=tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=lm.pad_id,
-    )
-    written = lm.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(written.split())
-
-
 def _continuations(lm: LanguageModel, console: Any) -> dict[str, str]:
-    """Return the continuation of each opening, and print it."""
+    """Return the model's greedy continuation of each opening, 24 tokens on one line, and print it."""
     from rich.markup import escape
 
-    written = {name: continuation(lm, opening(name)) for name in FORGET}
-    for name, text in written.items():
+    from pyunlearn.data import Example, encode
+    from pyunlearn.probes import greedy_continuations
+
+    examples = [Example(opening(name), text.removeprefix(opening(name))) for name, text in FORGET.items()]
+    tokens = encode(examples, lm.tokenizer, role="forget", max_length=None)
+    written = {}
+    for name, ids in zip(FORGET, greedy_continuations(lm, tokens, longest=24), strict=True):
+        text = written[name] = " ".join(lm.tokenizer.decode(ids, skip_special_tokens=True).split())
         space = "" if text[:1] in tuple(",.;:") else " "
         console.print(f"  [dim]{opening(name)}[/]{space}[bold]{escape(text)}[/]", highlight=False)
     return written
@@ -198,11 +188,11 @@ class Scored(NamedTuple):
 def scored(lm: LanguageModel, texts: dict[str, str]) -> dict[str, Scored]:
     """Score each text under a model."""
     from pyunlearn.data import Example, encode
-    from pyunlearn.models.scoring import Scorer
+    from pyunlearn.probes import teacher_forced
 
     tokens = encode([Example("", text) for text in texts.values()], lm.tokenizer, role="utility", max_length=None)
-    scorer = Scorer(lm, 8)
-    columns = zip(texts, scorer.mean_log_likelihood(tokens), scorer.greedy_match(tokens), strict=True)
+    scores = teacher_forced(lm, tokens, batch_size=8)
+    columns = zip(texts, scores.mean_log_likelihood, scores.greedy_match, strict=True)
     return {name: Scored(-float(value), float(match)) for name, value, match in columns}
 
 
