@@ -24,6 +24,7 @@ __all__ = [
     "OutputError",
     "PyunlearnError",
     "TrainingError",
+    "missing_packages",
     "nearest",
 ]
 
@@ -54,6 +55,24 @@ class DependencyError(PyunlearnError, ImportError):
 
 class TrainingError(PyunlearnError, RuntimeError):
     """Failed run without an accepted state to return."""
+
+
+def missing_packages(feature: str, *packages: str, otherwise: str = "") -> DependencyError:
+    """Return the error for a feature whose optional packages are not installed, with the command that installs them.
+
+    Args:
+        feature: what needs the packages, the subject of the sentence.
+        packages: their names on the package index.
+        otherwise: what to do instead, the end of the sentence.
+
+    >>> print(missing_packages("the plot", "matplotlib", otherwise="leave it out (--no-plot)"))
+    the plot needs matplotlib, not installed here: run `pip install matplotlib`, or leave it out (--no-plot)
+    """
+    alternative = f", or {otherwise}" if otherwise else ""
+    return DependencyError(
+        f"{feature} needs {' and '.join(packages)}, not installed here: run `pip install {' '.join(packages)}`"
+        f"{alternative}"
+    )
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

@@ -24,6 +24,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
     ROOT / "pyunlearn" / "ops" / "README.md",
 ]
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))

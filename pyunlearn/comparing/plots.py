@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pyunlearn.comparing.result import Comparison, Measurement, Row
-from pyunlearn.errors import ArgumentError, DependencyError
+from pyunlearn.errors import ArgumentError, missing_packages
 from pyunlearn.metrics import NULL_MEAN
 from pyunlearn.output import write_bytes
 
@@ -118,10 +118,7 @@ def _captions(comparison: Comparison) -> list[str]:
 def require_plot_package() -> None:
     """Raise DependencyError unless plots can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise DependencyError(
-            'the plot needs matplotlib, not installed here: run `pip install "pyunlearn[report]"`, '
-            "or leave it out (--no-plot)"
-        )
+        raise missing_packages("the plot", "matplotlib", otherwise="leave it out (--no-plot)")
 
 
 def comparison_plot(comparison: Comparison, kind: str = "svg") -> bytes:

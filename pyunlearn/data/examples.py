@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from pyunlearn.errors import DataError, DependencyError
+from pyunlearn.errors import DataError, missing_packages
 
 __all__ = ["Example", "Message", "parse_examples", "read_examples"]
 
@@ -315,7 +315,7 @@ def _parquet(path: Path, name: str) -> Rows:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DependencyError(f"{name} needs pyarrow to be read: pip install pyarrow, or save it as .jsonl") from error
+        raise missing_packages(f"reading {name}", "pyarrow", otherwise="save it as .jsonl") from error
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyunlearn.errors import ArgumentError, DependencyError
+from pyunlearn.errors import ArgumentError, missing_packages
 from pyunlearn.metrics._check import Floats, log_likelihoods, one_of, same_length
 
 
@@ -133,9 +133,7 @@ def rouge_l(written: Sequence[str], truth: Sequence[str], *, measure: str = "f1"
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise DependencyError(
-            "rouge_l needs the package rouge-score, which is not installed: pip install 'pyunlearn[metrics]'."
-        ) from error
+        raise missing_packages("rouge_l", "rouge-score") from error
     for i, text in enumerate(truth):
         if not any(c.isascii() and c.isalnum() for c in text):
             raise ArgumentError(

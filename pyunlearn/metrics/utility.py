@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pyunlearn.errors import ArgumentError, DependencyError
+from pyunlearn.errors import ArgumentError, missing_packages
 from pyunlearn.metrics._check import log_likelihoods, same_length
 
 COLLAPSED = 0.5
@@ -79,9 +79,7 @@ def bleu(written: Sequence[str], truth: Sequence[str | Sequence[str]]) -> float:
     try:
         import sacrebleu
     except ImportError as error:
-        raise DependencyError(
-            "bleu needs the package sacrebleu, which is not installed: pip install 'pyunlearn[metrics]'."
-        ) from error
+        raise missing_packages("bleu", "sacrebleu") from error
     same_length("written", written, "truth", truth)
     every = [[t] if isinstance(t, str) else list(t) for t in truth]
     if not every or not all(every):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pyunlearn.errors import DependencyError
+from pyunlearn.errors import missing_packages
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 
 COLOURS = {"forgotten": "#2e7d4f", "not memorized": "#33658a", "still exposed": "#c77700", "over-unlearned": "#b3261e"}
@@ -36,10 +36,7 @@ def require_packages() -> None:
     """Raise DependencyError unless pages and plots can be made."""
     missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
-        raise DependencyError(
-            f"the HTML page needs {' and '.join(missing)}, not installed here: run "
-            '`pip install "pyunlearn[report]"`, or leave the page out (--no-html).'
-        )
+        raise missing_packages("the HTML page", *missing, otherwise="leave the page out (--no-html)")
 
 
 def exposure_histogram(exposures: Sequence[float], non_members: int, verdicts: Sequence[str]) -> str:
