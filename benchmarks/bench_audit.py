@@ -54,9 +54,9 @@ def subjects() -> dict[str, Callable[[], tuple[Any, Any]]]:
     def tiny() -> tuple[Any, Any]:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        from pyunlearn.cli.demo import model_file
+        from pyunlearn.cli.demo_model import demo_model
 
-        tokenizer = models.load_tokenizer(model_file().parent, gguf_file=model_file().name)
+        tokenizer = models.load_tokenizer(demo_model().parent, gguf_file=demo_model().name)
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -69,9 +69,9 @@ def subjects() -> dict[str, Callable[[], tuple[Any, Any]]]:
         return LlamaForCausalLM(config).eval(), tokenizer
 
     def smollm2() -> tuple[Any, Any]:
-        from pyunlearn.cli.demo import model_file
+        from pyunlearn.cli.demo_model import demo_model
 
-        return models.load(model_file())
+        return models.load(demo_model())
 
     return {"tiny": tiny, "SmolLM2-135M": smollm2}
 

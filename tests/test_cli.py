@@ -304,13 +304,28 @@ def test_the_demo_returns_1_when_a_text_is_still_exposed(call, monkeypatch, forg
     """Its options reach the run; the run itself is tested with the real model."""
     runs = []
 
-    def run(out, *, save_model, seed):
-        runs.append((str(out), save_model, seed))
+    def run(out, *, model, save_model, seed):
+        runs.append((str(out), model, save_model, seed))
         return forgotten
 
     monkeypatch.setattr(demo, "run", run)
     assert call("demo", "--out", "d", "--seed", 5) == (code, "", "")
-    assert runs == [("d", False, 5)]
+    assert call("demo", "--model", "some/model") == (code, "", "")
+    assert runs == [("d", None, False, 5), ("pyunlearn-demo", "some/model", False, 0)]
+
+
+@pytest.mark.full
+def test_the_demo_takes_any_model(call, tmp_path):
+    """One that has read none of the texts has memorized none of them: exit code 0, nothing changed."""
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tokenizer()
+    model = tiny.tiny_llama(len(tokenizer), max_position_embeddings=1024)
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "any-model")
+    code, out, err = call("demo", "--model", tmp_path / "any-model", "--out", tmp_path / "out")
+    assert (code, out.split(",")[0]) == (0, f"{tmp_path / 'any-model'}"), err
+    written = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [e["verdict"] for e in written["examples"]] == ["not memorized"] * 3
 
 
 def test_it_runs_as_a_program():

@@ -10,6 +10,7 @@ import torch
 import pyunlearn
 from pyunlearn import models
 from pyunlearn.cli import demo
+from pyunlearn.cli.demo_model import demo_model
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]  # a minute and a half where nothing else runs
@@ -35,14 +36,14 @@ def original(reads):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFReader", Reader)
-        loaded = models.load(demo.model_file())
+        loaded = models.load(demo_model())
         assert gguf.GGUFReader is Reader
     return loaded
 
 
 def test_its_file_is_parsed_once(original, reads):
     """transformers alone does so four times, for seconds each."""
-    assert [str(path) for path in reads] == [str(demo.model_file())]
+    assert [str(path) for path in reads] == [str(demo_model())]
 
 
 @pytest.fixture(scope="module")

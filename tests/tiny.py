@@ -117,7 +117,7 @@ def make_tokenizer(*, form: str = "<s> $A", chat: bool = False, pad: bool = True
     return tokenizer
 
 
-def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
+def tiny_llama(vocabulary: int, *, max_position_embeddings: int = 96) -> LlamaForCausalLM:
     """Return a Llama with 26 thousand weights in each of two layers."""
     return LlamaForCausalLM(
         LlamaConfig(
@@ -126,7 +126,7 @@ def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
             intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=96,
+            max_position_embeddings=max_position_embeddings,
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=2,

