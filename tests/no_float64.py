@@ -1,0 +1,172 @@
+"""A simulated device without float64, such as Apple's MPS: its tensors compute on the CPU and refuse what MPS refuses.
+
+Refused are float64, operands on two devices, the resizing of storages, and operators that this version of torch does
+not implement for MPS, by its own table. An access that bypasses the dispatcher, such as `data_ptr()`, reads no memory.
+"""
+
+import functools
+import importlib.resources
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+NAME = "simulated"
+WIDE = (torch.float64, torch.complex128)
+ACROSS = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_")
+FALLBACKS = {"embedding_renorm_", "linalg_svd", "linalg_svd.U", "col2im", "upsample_nearest3d.vec"}  # torch's own
+COMPOSITE = torch._C.DispatchKey.CompositeExplicitAutograd
+
+
+class OnDevice(Tensor):
+    """A tensor on the simulated device; `data_` is its tensor on the CPU."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, data):
+        if data.dtype in WIDE:
+            raise TypeError(f"Cannot convert a MPS Tensor to {data.dtype} dtype as the MPS framework doesn't support it")
+        x = Tensor._make_wrapper_subclass(
+            cls, data.shape, strides=data.stride(), storage_offset=data.storage_offset(), dtype=data.dtype,
+            device=f"{NAME}:0",
+        )  # fmt: skip
+        x.data_ = data
+        return x
+
+    def __repr__(self, *, tensor_contents=None):
+        return f"OnDevice({self.data_!r})"
+
+    def tolist(self):
+        """Return nested lists; torch refuses that for subclasses."""
+        return self.data_.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        return call(op, args, kwargs or {})
+
+
+def call(op, args, kwargs):
+    """Run an operator on the CPU tensors, and return its results on the device where they belong there."""
+    if op.namespace != "aten":
+        return op._op_dk(COMPOSITE, *args, **kwargs)  # ours: composed of operators that come back here
+    require_implemented(op)
+    flat, form = pytree.tree_flatten((args, kwargs))
+    inside = {id(x.data_): x for x in flat if isinstance(x, OnDevice)}
+    if inside and op.name() not in ACROSS:
+        strangers = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, OnDevice) and x.dim()]
+        if strangers:
+            raise RuntimeError(f"{op}: expected all tensors to be on the same device, found {NAME} and cpu")
+    target = kwargs.get("device")
+    on_device = torch.device(target).type == NAME if target is not None else None
+    if on_device is None:
+        on_device = isinstance(flat[0], OnDevice) if op.name() in ACROSS else bool(inside)
+    plain = [x.data_ if isinstance(x, OnDevice) else x for x in flat]
+    args, kwargs = pytree.tree_unflatten(plain, form)
+    if target is not None:
+        kwargs["device"] = torch.device("cpu")
+    kwargs.pop("pin_memory", None)
+    result = op(*args, **kwargs)
+
+    def wrap(x):
+        return (inside.get(id(x)) if id(x) in inside else OnDevice(x)) if isinstance(x, Tensor) else x
+
+    return pytree.tree_map(wrap, result) if on_device else result
+
+
+@functools.cache
+def table():
+    """Return operator -> set of the keys that implement it, of torch's own table."""
+    import yaml
+
+    text = importlib.resources.files("torchgen").joinpath("packaged/ATen/native/native_functions.yaml").read_text()
+    rows = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    keys = {row["func"].split("(")[0]: ",".join(row.get("dispatch", {})).replace(" ", "").split(",") for row in rows}
+    delegates = {row["func"].split("(")[0]: row.get("structured_delegate") for row in rows}
+    return {name: set(keys[delegates[name] or name]) - {""} for name in keys}
+
+
+@functools.cache
+def require_implemented(op):
+    """Raise NotImplementedError where torch has no kernel of the operator for MPS."""
+    name = op.name().removeprefix("aten::")
+    keys = table()[name]
+    if keys and "MPS" not in keys and not any(key.startswith("Composite") for key in keys) and name not in FALLBACKS:
+        raise NotImplementedError(f"The operator 'aten::{name}' is not currently implemented for the MPS device.")
+
+
+class Hooks(torch._C._acc.PrivateUse1Hooks):
+    """What torch.accelerator asks."""
+
+    present = False
+
+    def is_available(self):
+        return Hooks.present
+
+    def has_primary_context(self, index):
+        return Hooks.present
+
+    def is_built(self):
+        return True
+
+
+class Module:
+    """torch.simulated."""
+
+    def __getattr__(self, name):
+        return {
+            "is_available": lambda: Hooks.present,
+            "is_initialized": lambda: True,
+            "device_count": lambda: int(Hooks.present),
+            "current_device": lambda: 0,
+            "_is_in_bad_fork": lambda: False,
+            "manual_seed_all": lambda seed: None,
+            "get_rng_state": lambda device=None: torch.zeros(1, dtype=torch.uint8),
+            "set_rng_state": lambda state, device=None: None,
+        }[name]
+
+
+@functools.cache
+def register():
+    """Make the device known to torch, once in a process; it is absent until `present`."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as setup
+
+    setup(rename=NAME, backend_module=Module(), hook=Hooks())
+    library = torch.library.Library("aten", "IMPL")
+
+    def empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+        return OnDevice(torch.empty(size, dtype=dtype, memory_format=memory_format))
+
+    def empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
+        return OnDevice(torch.empty_strided(size, stride, dtype=dtype))
+
+    library.impl("empty.memory_format", empty, "PrivateUse1")
+    def copy_from(source, target, non_blocking=False):
+        plain = [x.data_ if isinstance(x, OnDevice) else x for x in (source, target)]
+        plain[1].copy_(plain[0])
+        return target
+
+    library.impl("empty_strided", empty_strided, "PrivateUse1")
+    library.impl("_copy_from", copy_from, "PrivateUse1")  # torch.tensor(..., device=) comes here
+    return library
+
+
+@contextmanager
+def present(monkeypatch):
+    """The machine has the device: torch.accelerator and accelerate choose it."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    register()
+    monkeypatch.setattr(Hooks, "present", True)
+    monkeypatch.setattr(PartialState, "default_device", property(lambda self: torch.device(NAME)))
+    monkeypatch.setattr("pyunlearn.edits.base.Tensor", OnDevice)  # that module refuses other subclasses
+    AcceleratorState._reset_state(reset_partial_state=True)
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # so that tied weights stay tied
+    try:
+        with torch.autograd.set_multithreading_enabled(False):  # the engine has no thread for the device
+            yield torch.device(NAME, 0)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+        AcceleratorState._reset_state(reset_partial_state=True)
