@@ -6,7 +6,7 @@ not implement for MPS, by its own table. An access that bypasses the dispatcher,
 
 import functools
 import importlib.resources
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ NAME = "simulated"
 WIDE = (torch.float64, torch.complex128)
 ACROSS = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_")
 FALLBACKS = {"embedding_renorm_", "linalg_svd", "linalg_svd.U", "col2im", "upsample_nearest3d.vec"}  # torch's own
+FACTORIES = ("empty.memory_format", "empty_strided", "arange", "arange.start", "arange.start_step", "linspace", "eye.m")
 COMPOSITE = torch._C.DispatchKey.CompositeExplicitAutograd
 
 
@@ -27,7 +28,9 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, data):
         if data.dtype in WIDE:
-            raise TypeError(f"Cannot convert a MPS Tensor to {data.dtype} dtype as the MPS framework doesn't support it")
+            raise TypeError(
+                f"Cannot convert a MPS Tensor to {data.dtype} dtype as the MPS framework doesn't support it"
+            )
         x = Tensor._make_wrapper_subclass(
             cls, data.shape, strides=data.stride(), storage_offset=data.storage_offset(), dtype=data.dtype,
             device=f"{NAME}:0",
@@ -70,7 +73,11 @@ def call(op, args, kwargs):
     result = op(*args, **kwargs)
 
     def wrap(x):
-        return (inside.get(id(x)) if id(x) in inside else OnDevice(x)) if isinstance(x, Tensor) else x
+        if not isinstance(x, Tensor) or id(x) not in inside:
+            return OnDevice(x) if isinstance(x, Tensor) else x
+        own = inside[id(x)]
+        assert own.shape == x.shape, f"{op} resizes its output, which the simulation cannot follow"
+        return own
 
     return pytree.tree_map(wrap, result) if on_device else result
 
@@ -135,19 +142,21 @@ def register():
     setup(rename=NAME, backend_module=Module(), hook=Hooks())
     library = torch.library.Library("aten", "IMPL")
 
-    def empty(size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
-        return OnDevice(torch.empty(size, dtype=dtype, memory_format=memory_format))
+    def maker(op):
+        def make(*args, device=None, pin_memory=None, **kwargs):
+            return OnDevice(op(*args, **kwargs, device="cpu"))
 
-    def empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory=None):
-        return OnDevice(torch.empty_strided(size, stride, dtype=dtype))
+        return make
 
-    library.impl("empty.memory_format", empty, "PrivateUse1")
     def copy_from(source, target, non_blocking=False):
         plain = [x.data_ if isinstance(x, OnDevice) else x for x in (source, target)]
         plain[1].copy_(plain[0])
         return target
 
-    library.impl("empty_strided", empty_strided, "PrivateUse1")
+    for name in FACTORIES:
+        packet, _, overload = name.partition(".")
+        op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        library.impl(name, maker(op), "PrivateUse1")
     library.impl("_copy_from", copy_from, "PrivateUse1")  # torch.tensor(..., device=) comes here
     return library
 
@@ -155,13 +164,12 @@ def register():
 @contextmanager
 def present(monkeypatch):
     """The machine has the device: torch.accelerator and accelerate choose it."""
-    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.state import PartialState
 
     register()
     monkeypatch.setattr(Hooks, "present", True)
     monkeypatch.setattr(PartialState, "default_device", property(lambda self: torch.device(NAME)))
-    monkeypatch.setattr("pyunlearn.edits.base.Tensor", OnDevice)  # that module refuses other subclasses
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_the_choice()
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # so that tied weights stay tied
     try:
@@ -169,4 +177,11 @@ def present(monkeypatch):
             yield torch.device(NAME, 0)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(swaps)
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_the_choice()
+
+
+def forget_the_choice():
+    """Make accelerate choose its device again."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
