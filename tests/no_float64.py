@@ -1,11 +1,13 @@
 """A simulated device without float64, such as Apple's MPS: its tensors compute on the CPU and refuse what MPS refuses.
 
-Refused are float64, operands on two devices, the resizing of storages, and operators that this version of torch does
-not implement for MPS, by its own table. An access that bypasses the dispatcher, such as `data_ptr()`, reads no memory.
+Refused are float64, operands on two devices, the resizing of storages, copies from the CPU that do not wait (MPS makes
+them wrong: https://github.com/pytorch/pytorch/issues/189690), and operators without a kernel for MPS by torch's own
+table, or that torch 2.6 had none for. An access that bypasses the dispatcher, such as `data_ptr()`, reads no memory.
 """
 
 import functools
 import importlib.resources
+import re
 from contextlib import contextmanager
 
 import torch
@@ -16,8 +18,14 @@ NAME = "simulated"
 WIDE = (torch.float64, torch.complex128)
 ACROSS = ("aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_")
 FALLBACKS = {"embedding_renorm_", "linalg_svd", "linalg_svd.U", "col2im", "upsample_nearest3d.vec"}  # torch's own
+OLD = {"index_copy", "index_copy_", "index_copy.out"}  # torch 2.6 and 2.7
 FACTORIES = ("empty.memory_format", "empty_strided", "arange", "arange.start", "arange.start_step", "linspace", "eye.m")
 COMPOSITE = torch._C.DispatchKey.CompositeExplicitAutograd
+
+
+def supported():
+    """Return whether this torch can have a device that is written in Python; 2.9 cannot."""
+    return hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend")
 
 
 class OnDevice(Tensor):
@@ -55,6 +63,7 @@ def call(op, args, kwargs):
     if op.namespace != "aten":
         return op._op_dk(COMPOSITE, *args, **kwargs)  # ours: composed of operators that come back here
     require_implemented(op)
+    require_blocking(op, args)
     flat, form = pytree.tree_flatten((args, kwargs))
     inside = {id(x.data_): x for x in flat if isinstance(x, OnDevice)}
     if inside and op.name() not in ACROSS:
@@ -82,16 +91,28 @@ def call(op, args, kwargs):
     return pytree.tree_map(wrap, result) if on_device else result
 
 
+def require_blocking(op, args):
+    """Raise RuntimeError for a copy from the CPU that does not wait: MPS would read memory that is free by then."""
+    if op.name() == "aten::copy_" and args[2:] == (True,) and not isinstance(args[1], OnDevice):
+        raise RuntimeError("a copy to MPS that does not wait reads memory that may be free")
+
+
 @functools.cache
 def table():
     """Return operator -> set of the keys that implement it, of torch's own table."""
-    import yaml
-
     text = importlib.resources.files("torchgen").joinpath("packaged/ATen/native/native_functions.yaml").read_text()
-    rows = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    keys = {row["func"].split("(")[0]: ",".join(row.get("dispatch", {})).replace(" ", "").split(",") for row in rows}
-    delegates = {row["func"].split("(")[0]: row.get("structured_delegate") for row in rows}
-    return {name: set(keys[delegates[name] or name]) - {""} for name in keys}
+    keys, delegates, name, inside = {}, {}, "", False
+    for line in text.splitlines():
+        if line.startswith("- func: "):
+            name = line[8:].partition("(")[0]
+            keys[name], inside = set(), False
+        elif re.match(r"  \w", line):
+            inside = line.startswith("  dispatch:")
+            if line.startswith("  structured_delegate: "):
+                delegates[name] = line.split()[1]
+        elif inside and re.match(r"    \w", line):
+            keys[name] |= {key.strip() for key in line.partition(":")[0].split(",")}
+    return {name: keys[delegates.get(name, name)] for name in keys}
 
 
 @functools.cache
@@ -99,11 +120,12 @@ def require_implemented(op):
     """Raise NotImplementedError where torch has no kernel of the operator for MPS."""
     name = op.name().removeprefix("aten::")
     keys = table()[name]
-    if keys and "MPS" not in keys and not any(key.startswith("Composite") for key in keys) and name not in FALLBACKS:
+    served = not keys or "MPS" in keys or any(key.startswith("Composite") for key in keys) or name in FALLBACKS
+    if name in OLD or not served:
         raise NotImplementedError(f"The operator 'aten::{name}' is not currently implemented for the MPS device.")
 
 
-class Hooks(torch._C._acc.PrivateUse1Hooks):
+class Hooks(torch._C._acc.PrivateUse1Hooks if supported() else object):
     """What torch.accelerator asks."""
 
     present = False

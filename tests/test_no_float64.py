@@ -20,6 +20,7 @@ from pyunlearn.probes import gradient_norms, mean_gradient, representations, tea
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="torch knows one accelerator, and here it is CUDA"),
+    pytest.mark.skipif(not no_float64.supported(), reason="this torch knows no device that is written in Python"),
 ]
 
 
@@ -54,12 +55,13 @@ def test_float64_on_the_device_raises_type_error(device, refused):
 
 
 def test_other_refusals_of_the_device(device):
-    """Operands on two devices, operators without a kernel, resized storages, and arrays of the device's memory."""
+    """Operands on two devices, operators without a kernel, resized storages, early copies, arrays of its memory."""
     x = torch.ones(2).to(device)
     for refused in (
         lambda: x + torch.ones(2),
         lambda: torch.linalg.eigh(torch.eye(2).to(device)),
         lambda: x.untyped_storage().resize_(0),
+        lambda: torch.ones(2).to(device, non_blocking=True),
         lambda: torch.segment_reduce(x, "sum", lengths=torch.tensor([2]).to(device)),
     ):
         with pytest.raises((RuntimeError, NotImplementedError)):
@@ -107,13 +109,12 @@ def numbers(result):
     return np.array([[record[k] or 0.0 for k in names] for record in result.history])
 
 
-LEAST = ["npo", "undial+kl", "pdu", "rmu"]
+LEAST = ["npo", "undial+kl", "rmu"]
 OPTIONS = [
     {"method": "wga", "token_weights": "importance", "token_share": 0.5},
     {"method": "wga", "method_options": {"temperature": 0.7}, "micro_batch_size": 1, "l1": 1e-6},
     {"method": "ga", "method_options": {"top_fraction": 0.29}, "order": "easy_first", "difficulty": "ksd"},
     {"method": "simnpo", "order": "hard_first", "mask": "saliency"},
-    {"method": "ga", "retain_loss": "hold"},
 ]
 
 
@@ -125,7 +126,7 @@ def on_the_cpu(monkeypatch):
 
 
 def same_run(monkeypatch, data, method, **options):
-    """Run on the device, then on the CPU, and compare the steps: the gradient of a KL from itself is mostly rounding."""
+    """Run on the device and on the CPU, and compare the steps; the gradient of a KL from itself is mostly rounding."""
     result = unlearned(data, method, **options)
     assert result.model.device.type == default_device().type == no_float64.NAME
     on_the_cpu(monkeypatch)
@@ -145,6 +146,14 @@ def test_unlearn(answers, device, monkeypatch, method):
 def test_unlearn_with_options(answers, device, monkeypatch, options):
     """Token weights, shares, orders, masks and penalties have no float64 either."""
     same_run(monkeypatch, answers, **options)
+
+
+@pytest.mark.full
+def test_unlearn_with_the_utility_held(answers, device):
+    """At first rounding decides which texts are above their bound, so the CPU's steps may be others."""
+    result = unlearned(answers, "ga", retain_loss="hold")
+    assert result.model.device == device
+    assert np.isfinite(numbers(result)).all()
 
 
 @pytest.mark.full
@@ -190,7 +199,7 @@ def test_compare(answers, device):
     assert all(torch.equal(p, before[name]) for name, p in answers.model.named_parameters())
 
 
-QUICK = ["lunar", "fisher_step", "ekfac_step"]
+QUICK = ["lunar", "fisher_step"]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *in_full(*sorted({*EDITS} - {*QUICK}))])

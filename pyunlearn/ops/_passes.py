@@ -13,6 +13,7 @@ from pyunlearn.ops._check import NOTHING, check_targets
 from pyunlearn.ops._library import host_may_wait
 from pyunlearn.ops._plan import MIB, Plan, balance
 from pyunlearn.ops._portable import release as free
+from pyunlearn.ops._portable import write_rows
 from pyunlearn.ops._products import Logits, add_product, product
 from pyunlearn.ops._types import Gradients as Gradients
 from pyunlearn.ops._types import Head as Head
@@ -159,7 +160,7 @@ def differentiate(
             del group, d_logits
             free(buffer)
     if active is not None and into.hidden is not None and into_hidden is not None:
-        into.hidden.index_copy_(0, active, into_hidden)
+        write_rows(into.hidden, active, into_hidden)
 
 
 def rows_with_gradient(

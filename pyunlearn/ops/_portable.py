@@ -1,4 +1,4 @@
-"""Replacements for what some devices lack: Apple's MPS has no float64, no segment_reduce, no eigh and no resize_."""
+"""Replacements for what some devices lack: Apple's MPS has no float64, segment_reduce and eigh, and fixed storages."""
 
 from __future__ import annotations
 
@@ -34,6 +34,18 @@ def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
     if values.device.type in _COMPLETE:
         return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
     return torch.stack([part.sum() for part in values.split(lengths.tolist())])  # synchronizes
+
+
+def write_rows(out: Tensor, rows: Tensor, values: Tensor, dim: int = 0) -> Tensor:
+    """Write the slices of values to the indices `rows` of one dimension of out, in place, and return out.
+
+    >>> write_rows(torch.zeros(3), torch.tensor([2, 0]), torch.tensor([1.0, 2.0]))
+    tensor([2., 0., 1.])
+    """
+    if out.device.type in _COMPLETE:
+        return out.index_copy_(dim, rows, values)
+    out[(slice(None),) * dim + (rows,)] = values  # MPS has index_copy from torch 2.8 on only
+    return out
 
 
 def eigenvectors(symmetric: Tensor) -> Tensor:

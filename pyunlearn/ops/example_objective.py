@@ -21,7 +21,7 @@ from pyunlearn.ops._check import (
 from pyunlearn.ops._objective import Function, checked, chunk_by_example, differentiated, require_graph
 from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves
 from pyunlearn.ops._passes import real_of, select_rows
-from pyunlearn.ops._portable import segment_sums, to_float64
+from pyunlearn.ops._portable import segment_sums, to_float64, write_rows
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 
 
@@ -172,7 +172,7 @@ def top_tokens(log_likelihood: Tensor, lengths: Tensor, counted: Tensor) -> Tens
     order = log_likelihood.argsort(descending=True, stable=True)
     order = order[example[order].argsort(stable=True)]
     position = torch.arange(len(order), device=order.device) - (lengths.cumsum(0) - lengths)[example]
-    return torch.empty_like(example, dtype=torch.bool).index_copy_(0, order, position < counted[example])
+    return write_rows(torch.empty_like(example, dtype=torch.bool), order, position < counted[example])
 
 
 def _losses(function: Function, sums: Tensor, counts: Tensor, per_example: Sequence[Tensor], group_size: int) -> Tensor:

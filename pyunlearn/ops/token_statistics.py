@@ -12,7 +12,7 @@ from pyunlearn.ops._check import check, check_bias, check_head, check_targets, i
 from pyunlearn.ops._library import define, kernel_bias
 from pyunlearn.ops._passes import Head, live_rows, real_of, select_rows
 from pyunlearn.ops._plan import plan
-from pyunlearn.ops._portable import to_float64
+from pyunlearn.ops._portable import to_float64, write_rows
 from pyunlearn.ops._products import Logits
 from pyunlearn.ops.log_likelihood import rows_contiguous
 
@@ -155,7 +155,7 @@ def _for_all(computed: Four, rows: Tensor | None, targets: Tensor, ignore_index:
     log_likelihood, rank, *rest = computed
     fields = [log_likelihood, rank.masked_fill(log_likelihood.isnan(), -1), *rest]
     if rows is not None:
-        fields = [x.new_zeros(targets.shape).index_copy_(0, rows, x) for x in fields]
+        fields = [write_rows(x.new_zeros(targets.shape), rows, x) for x in fields]
     masked = targets == ignore_index
     a, b, c, d = (x.masked_fill(masked, 0) for x in fields)
     return a, b, c, d
