@@ -8,6 +8,7 @@ table, or that torch 2.6 had none for. An access that bypasses the dispatcher, s
 import functools
 import importlib.resources
 import re
+import types
 from contextlib import contextmanager
 
 import torch
@@ -140,20 +141,16 @@ class Hooks(torch._C._acc.PrivateUse1Hooks if supported() else object):
         return True
 
 
-class Module:
-    """torch.simulated."""
-
-    def __getattr__(self, name):
-        return {
-            "is_available": lambda: Hooks.present,
-            "is_initialized": lambda: True,
-            "device_count": lambda: int(Hooks.present),
-            "current_device": lambda: 0,
-            "_is_in_bad_fork": lambda: False,
-            "manual_seed_all": lambda seed: None,
-            "get_rng_state": lambda device=None: torch.zeros(1, dtype=torch.uint8),
-            "set_rng_state": lambda state, device=None: None,
-        }[name]
+MODULE = types.SimpleNamespace(  # torch.simulated
+    is_available=lambda: Hooks.present,
+    is_initialized=lambda: True,
+    device_count=lambda: int(Hooks.present),
+    current_device=lambda: 0,
+    _is_in_bad_fork=lambda: False,
+    manual_seed_all=lambda seed: None,
+    get_rng_state=lambda device=None: torch.zeros(1, dtype=torch.uint8),
+    set_rng_state=lambda state, device=None: None,
+)
 
 
 @functools.cache
@@ -161,7 +158,7 @@ def register():
     """Make the device known to torch, once in a process; it is absent until `present`."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as setup
 
-    setup(rename=NAME, backend_module=Module(), hook=Hooks())
+    setup(rename=NAME, backend_module=MODULE, hook=Hooks())
     library = torch.library.Library("aten", "IMPL")
 
     def maker(op):
