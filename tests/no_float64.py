@@ -3,6 +3,7 @@
 Refused are float64, operands on two devices, the resizing of storages, copies from the CPU that do not wait (MPS makes
 them wrong: https://github.com/pytorch/pytorch/issues/189690), and operators without a kernel for MPS by torch's own
 table, or that torch 2.6 had none for. An access that bypasses the dispatcher, such as `data_ptr()`, reads no memory.
+A refusal inside a hook of a backward pass aborts the process, since torch unwinds through a guard written in Python.
 """
 
 import functools

@@ -1,5 +1,7 @@
 """On a simulated device that refuses what Apple's MPS refuses, every command runs and gives the numbers of the CPU."""
 
+import json
+
 import no_float64
 import numpy as np
 import pytest
@@ -231,6 +233,20 @@ def test_edits(answers, device, monkeypatch, name):
     there.undo()
     for p, original in zip(there.model.parameters(), answers.model.parameters(), strict=True):
         assert torch.equal(p.cpu(), original)
+
+
+@pytest.mark.full
+def test_the_edit_command_loads_onto_the_device(answers, device, monkeypatch, tmp_path, call):
+    """Saving is left out, because transformers reads addresses of storages, which the simulation has not."""
+    answers.model.save_pretrained(tmp_path / "model")
+    answers.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "forget.jsonl").write_text("\n".join(map(json.dumps, answers.forget)))
+    saved = []
+    monkeypatch.setattr("pyunlearn.edits.base.Tensor", no_float64.OnDevice)
+    monkeypatch.setattr("pyunlearn.output.save_folder", lambda target, model, *rest: saved.append(model.device.type))
+    words = ("--forget", tmp_path / "forget.jsonl", "--edit", "first_order_influence", "--out", tmp_path / "edited")
+    code, _, err = call("edit", tmp_path / "model", *words)
+    assert (code, saved) == (0, [no_float64.NAME]), err
 
 
 def test_probes(answers, device):
