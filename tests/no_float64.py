@@ -2,8 +2,8 @@
 
 Refused are float64, operands on two devices, the resizing of storages, copies from the CPU that do not wait (MPS makes
 them wrong: https://github.com/pytorch/pytorch/issues/189690), and operators without a kernel for MPS by torch's own
-table, or that torch 2.6 had none for. An access that bypasses the dispatcher, such as `data_ptr()`, reads no memory.
-A refusal inside a hook of a backward pass aborts the process, since torch unwinds through a guard written in Python.
+table, or that torch 2.6 had none for. The process crashes where a compiled kernel reads memory of the device, and where
+a hook of a backward pass is refused something, since torch then unwinds through a guard written in Python.
 """
 
 import functools
@@ -54,6 +54,16 @@ class OnDevice(Tensor):
     def tolist(self):
         """Return nested lists; torch refuses that for subclasses."""
         return self.data_.tolist()
+
+    def data_ptr(self):
+        """Return an address that is the tensor's own, and at which the CPU may not read."""
+        return self.data_.data_ptr() + (1 << 60)
+
+    def __deepcopy__(self, memo):
+        memo[id(self)] = copied = OnDevice(self.data_.clone()).requires_grad_(self.requires_grad)
+        if isinstance(self, torch.nn.Parameter):
+            copied._is_param = True
+        return copied
 
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):

@@ -9,14 +9,13 @@ import torch
 from coverings import in_full
 
 import pyunlearn
+from pyunlearn import ops
 from pyunlearn.data import encode, read_examples
 from pyunlearn.edits.registry import EDITS
 from pyunlearn.methods import METHODS
 from pyunlearn.models import default_device
 from pyunlearn.models.devices import seeded
 from pyunlearn.ops import _backend
-from pyunlearn.ops.example_objective import example_objective
-from pyunlearn.ops.token_statistics import token_statistics
 from pyunlearn.probes import gradient_norms, mean_gradient, representations, teacher_forced
 
 pytestmark = [
@@ -73,27 +72,47 @@ def test_other_refusals_of_the_device(device):
     assert (x + 1.0).tolist() == [2.0, 2.0]
 
 
-def test_token_statistics_and_objectives_have_the_numbers_of_the_cpu(device):
-    """Ranks with ties and a bias; a share of the tokens, in examples of different lengths, with their gradients."""
+def sums(log_likelihood, example, counts):
+    """Sum the log-likelihoods of each example, for token_objective."""
+    return torch.zeros(len(counts), device=counts.device).index_add(0, example, log_likelihood)
+
+
+OPS = {
+    "linear_log_likelihood": lambda h, w, t, e: ops.linear_log_likelihood(h, w, t, logit_scale=0.5),
+    "kl_divergence": lambda h, w, t, e: ops.kl_divergence(h, w, h.detach() / 2, w.detach(), t, target_shift=1.0),
+    "logit_margin": lambda h, w, t, e: ops.logit_margin(h, w),
+    "a share of the tokens": lambda h, w, t, e: (
+        ops.example_objective(h, w, t, e, lambda sums, counts: sums / counts, top_fraction=0.29).loss
+    ),
+    "example_objective": lambda h, w, t, e: ops.example_objective(h, w, t, e, lambda sums, counts: sums / counts).loss,
+    "token_objective": lambda h, w, t, e: ops.token_objective(h, w, t, e, sums).loss,
+    "weighted_log_likelihood": lambda h, w, t, e: ops.weighted_log_likelihood(h, w, t, h.detach()[:, 0]),
+    "token_statistics": lambda h, w, t, e: ops.token_statistics(h, w, t, bias=w.detach()[:, 0], softcap=5.0),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_ops_have_the_numbers_of_the_cpu(device, name):
+    """With ignored rows, examples of different lengths, ties of two words of the vocabulary, and gradients."""
     torch.manual_seed(0)
-    hidden, weight, bias = torch.randn(40, 16), torch.randn(50, 16), torch.randn(50)
-    weight[7], bias[7] = weight[3], bias[3]
-    targets, example = torch.randint(50, (40,)), torch.arange(40) // 7
-    targets[::5] = 3
-    there = [x.to(device) for x in (hidden, weight, targets, bias, example)]
-    options = {"softcap": 5.0, "logit_scale": 0.5}
-    ours = token_statistics(*there[:3], bias=there[3], **options)
-    for a, b in zip(ours, token_statistics(hidden, weight, targets, bias=bias, **options), strict=True):
-        assert a.device == device
-        torch.testing.assert_close(a.cpu(), b)
+    hidden, weight, example = torch.randn(40, 16), torch.randn(50, 16), torch.arange(40) // 7
+    targets = torch.randint(50, (40,))
+    weight[7], targets[::5], targets[3::9] = weight[3], 3, -100
 
-    def objective(h, w, t, _, e):
-        h, w = h.detach().requires_grad_(), w.detach().requires_grad_()
-        out = example_objective(h, w, t, e, lambda sums, counts: sums / counts, top_fraction=0.29)
-        out.loss.backward()
-        return [x.detach().cpu() for x in (out.losses, out.counts, h.grad, w.grad)]
+    def outputs(*tensors):
+        h, w = (x.requires_grad_() for x in tensors[:2])
+        out = OPS[name](h, w, *tensors[2:])
+        out = [*out] if isinstance(out, tuple) else [out]
+        assert all(x.device == h.device for x in out)
+        if out[0].requires_grad:
+            out[0].sum().backward()
+            out += [h.grad, w.grad]
+        return [x.detach().cpu() for x in out]
 
-    for a, b in zip(objective(*there), objective(hidden, weight, targets, bias, example), strict=True):
+    inputs = (hidden, weight, targets, example)
+    ours, expected = outputs(*(x.to(device) for x in inputs)), outputs(*(x.clone() for x in inputs))
+    assert len(ours) > 1
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
