@@ -152,15 +152,16 @@ class Hooks(torch._C._acc.PrivateUse1Hooks if supported() else object):
         return True
 
 
+NOISE = torch.zeros(1, dtype=torch.uint8)  # the state of the device's random generator
 MODULE = types.SimpleNamespace(  # torch.simulated
     is_available=lambda: Hooks.present,
     is_initialized=lambda: True,
     device_count=lambda: int(Hooks.present),
     current_device=lambda: 0,
     _is_in_bad_fork=lambda: False,
-    manual_seed_all=lambda seed: None,
-    get_rng_state=lambda device=None: torch.zeros(1, dtype=torch.uint8),
-    set_rng_state=lambda state, device=None: None,
+    manual_seed_all=lambda seed: NOISE.fill_(seed % 256),
+    get_rng_state=lambda device=None: NOISE.clone(),
+    set_rng_state=lambda state, device=None: NOISE.copy_(state),
 )
 
 

@@ -283,10 +283,14 @@ def test_probes(answers, device):
 
 
 def test_seeded_restores_the_generators(device):
-    """On the CPU and on a device with its own generator."""
+    """Those of the CPU and of the device."""
+    torch.manual_seed(7)
     before = torch.get_rng_state()
     with seeded(3, torch.device("cpu")):
         first = torch.rand(2)
+    torch.manual_seed(7)
     with seeded(3, device):
         assert torch.equal(torch.rand(2), first)
+        assert no_float64.NOISE.item() == 3
+    assert no_float64.NOISE.item() == 7
     assert torch.equal(torch.get_rng_state(), before)

@@ -30,12 +30,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     ...     torch.equal(torch.rand(2), first)
     True
     """
-    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None  # fork_rng does not know its one generator
-    devices = [] if device.type in ("cpu", "mps") else [device]
+    devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            if on_mps is not None:
-                torch.mps.set_rng_state(on_mps)
+        yield
