@@ -6,14 +6,13 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from pyunlearn.auditing.assemble import AuditAssembler
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.responses import AuditTexts, ResponseCollector, Responses
 from pyunlearn.auditing.result import Audit
 from pyunlearn.data import Example, read_examples
 from pyunlearn.errors import ModelError
+from pyunlearn.models.devices import default_device
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.sampling import require_enough
 from pyunlearn.options import Flag, accepts, require
@@ -147,7 +146,7 @@ def _collect(
         bar.say("loading")
         lm = LanguageModel.of(models[name], tokenizer, workspace=config.workspace)
         if isinstance(models[name], (str, Path)):
-            lm.module.to("cuda" if torch.cuda.is_available() else "cpu")
+            lm.module.to(default_device())
         return ResponseCollector(lm, cache=cache, batch_size=config.batch_size, bar=bar)
 
     first = "model" if models["original"] is None else "original"

@@ -65,8 +65,6 @@ def edit(
     Exit code 0: the edit is made and saved. 2: an input cannot be used, or the edit cannot be made; nothing is written.
     130: interrupted.
     """
-    import torch
-
     from pyunlearn import models
     from pyunlearn.edits.registry import edit_named, parse_edit_options
     from pyunlearn.output import check_output, save_folder
@@ -78,7 +76,7 @@ def edit(
     own = parse_edit_options(chosen, options or [])
     loaded, loaded_tokenizer = models.load(model, tokenizer=tokenizer)
     result = chosen.function(
-        loaded.to("cuda" if torch.cuda.is_available() else "cpu"),
+        loaded.to(models.default_device()),
         texts(forget, "forget"),
         retain=texts(retain, "retain"),
         tokenizer=loaded_tokenizer,

@@ -35,8 +35,11 @@ class TokenBatch:
     decoder_ids: Tensor | None = None
 
     def to(self, device: torch.device | str | int) -> TokenBatch:
-        """Copy the batch to `device`, without waiting for the copy except on the way to the CPU."""
-        ahead = torch.device(device).type != "cpu"
+        """Copy the batch to `device`, without waiting for the copy on the way to a CUDA GPU.
+
+        Elsewhere the copy is waited for: MPS would read memory of the CPU that is already free.
+        """
+        ahead = torch.device(device).type == "cuda"
         present = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
         return replace(self, **{name: tensor.to(device, non_blocking=ahead) for name, tensor in present.items()})
 

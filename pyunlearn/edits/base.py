@@ -222,7 +222,7 @@ class Editing:
     def write(self, name: str, values: Tensor) -> None:
         """Write one parameter; call it once for each. Raises TrainingError where a value is not finite."""
         p = self.parameters[name]
-        values = values.to(p.dtype)
+        values = values.to(p.device, p.dtype)
         if not bool(torch.isfinite(values).all()):
             raise TrainingError(
                 f"{self.name} would make {name} infinite or NaN, so nothing was changed: "

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pyunlearn.data import TokenBatch, Tokens
 from pyunlearn.edits.base import Editing, wide
 from pyunlearn.models.scoring import evaluation_mode
+from pyunlearn.ops._portable import to_float64
 
 Vector = list[Tensor]
 
@@ -132,7 +133,7 @@ def dot(a: Vector, b: Vector) -> float:
     >>> dot([torch.ones(2), torch.ones(1)], [torch.ones(2), 3 * torch.ones(1)])
     5.0
     """
-    return float(sum(torch.dot(x.flatten().double(), y.flatten().double()) for x, y in zip(a, b, strict=True)))
+    return float(sum(torch.dot(to_float64(x.flatten()), to_float64(y.flatten())) for x, y in zip(a, b, strict=True)))
 
 
 def norm(a: Vector) -> float:

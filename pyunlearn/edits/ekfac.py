@@ -16,6 +16,7 @@ from pyunlearn.edits.fisher_information import DAMPING, NEEDS, direction, drawn_
 from pyunlearn.edits.linear_layers import LinearLayer, even_batches, layers_of
 from pyunlearn.errors import TrainingError
 from pyunlearn.models.scoring import evaluation_mode
+from pyunlearn.ops._portable import eigenvectors
 from pyunlearn.options import accepts, require
 from pyunlearn.probes.gradients import visited
 
@@ -143,7 +144,7 @@ def _bases(
             raise TrainingError(
                 f"the inputs or gradients of {name} are not finite, and nothing was changed: the model is broken"
             )
-        bases[name] = (torch.linalg.eigh(pair[0]).eigenvectors, torch.linalg.eigh(pair[1]).eigenvectors)
+        bases[name] = (eigenvectors(pair[0]), eigenvectors(pair[1]))
     return bases
 
 

@@ -14,6 +14,7 @@ from pyunlearn.edits.curvature import norm, widened
 from pyunlearn.edits.fisher_information import DAMPING, NEEDS, direction, drawn_loss
 from pyunlearn.errors import TrainingError
 from pyunlearn.models.scoring import evaluation_mode
+from pyunlearn.ops._portable import to_float64
 from pyunlearn.options import accepts, require
 from pyunlearn.probes.gradients import visited
 
@@ -78,7 +79,7 @@ def fisher_step(
         with widened(edit.model):
             step, fisher = direction(edit, training_texts), _diagonal(edit, samples, config.seed)
         if damping is None:
-            total = sum(float(d.double().sum()) for d in fisher.values())
+            total = sum(float(to_float64(d).sum()) for d in fisher.values())
             damping = DAMPING * total / sum(map(torch.numel, step.values()))
             if not 0 < damping < float("inf"):
                 raise TrainingError(

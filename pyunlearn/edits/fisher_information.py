@@ -8,6 +8,7 @@ from torch import Tensor
 from pyunlearn.data import TokenBatch
 from pyunlearn.edits.base import Editing, wide
 from pyunlearn.edits.curvature import wide_logits
+from pyunlearn.ops._portable import to_float64
 from pyunlearn.probes.gradients import mean_gradient
 
 DAMPING = 0.1
@@ -44,8 +45,9 @@ def drawn_loss(edit: Editing, batch: TokenBatch, generator: torch.Generator) -> 
     "empirical" Fisher information, which is another matrix.
     """
     logits = wide_logits(edit, batch)  # (n, V)
-    cumulative = logits.detach().double().softmax(-1).cumsum(-1)
-    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+    cumulative = to_float64(logits.detach()).softmax(-1).cumsum(-1)
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(cumulative.device)
     labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
+    labels = labels.to(logits.device)
     log_likelihood = logits.log_softmax(-1).gather(1, labels)[:, 0]  # (n,)
     return -(log_likelihood * batch.counts[batch.example].to(log_likelihood.dtype).rsqrt()).sum()

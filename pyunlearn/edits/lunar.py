@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from pyunlearn.data import Example, Tokens, read_examples
-from pyunlearn.edits.base import POSITIVE, Editing, EditResult, require_optional, wide
+from pyunlearn.edits.base import POSITIVE, Editing, EditResult, require_optional
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, DataError, ModelError, TrainingError
 from pyunlearn.methods import REFUSALS
 from pyunlearn.models.hidden_states import DownProjection, blocks
 from pyunlearn.models.scoring import evaluation_mode
+from pyunlearn.ops._portable import float64_device, to_float64
 from pyunlearn.options import Choice, Text, Whole, accepts, require
 
 
@@ -112,8 +113,9 @@ def lunar(
         of_retain = normal_equations(edit, down, retain_texts)
         x = _solve(of_forget, of_retain, retain_weight, ridge)  # (I,): (A + lambda I)^-1 s
         p = edit.parameters[down.name]
-        step = down.oriented(torch.outer(coefficient * v.to(x.device), x)).to(p.device, torch.float64)
-        edit.write(down.name, wide(p).double() + step)
+        before = to_float64(p.detach())
+        step = down.oriented(torch.outer(coefficient * v.to(x.device), x)).to(before.device)
+        edit.write(down.name, before + step)
         return edit.finish(
             layer=layer,
             moved=float(of_forget.sum @ x) / of_forget.tokens,
@@ -173,13 +175,12 @@ def normal_equations(
     edit: Editing, down: DownProjection, tokens: Sequence[Tokens], *, last: bool = False
 ) -> NormalEquations:
     """Sum over all scored tokens of the texts, or over the last token of each, in float64."""
-    device = down.module.weight.device
-    home = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    home = float64_device(down.module.weight.device)
     size = down.oriented(down.module.weight).shape[1]
     total = torch.zeros(size, dtype=torch.float64, device=home)
     outer, count = torch.zeros(size, size, dtype=torch.float64, device=home), 0
     for indices, batch in edit.batches(tokens):
-        inputs = down.inputs(batch).to(home, torch.float64)  # (n, I)
+        inputs = to_float64(down.inputs(batch))  # (n, I)
         if last:
             inputs = inputs[batch.counts.to(home).cumsum(0) - 1]
         total += inputs.sum(dim=0)

@@ -14,6 +14,8 @@ from pyunlearn.data import Tokens
 from pyunlearn.edits.base import POSITIVE, Editing, EditResult, gradients_of, wide
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError
+from pyunlearn.models.devices import seeded
+from pyunlearn.ops._portable import to_float64
 from pyunlearn.options import accepts, require
 
 Train = Callable[[Any, Sequence[Tokens]], object]
@@ -81,8 +83,8 @@ def task_vector(
         for name, p in edit.parameters.items():
             theta = wide(edit.backups[name].to(p.device) if edit.backups else p)
             vector = wide(theirs[name]).to(theta.device, theta.dtype) - theta
-            square += float(vector.double().square().sum())
-            size += float(theta.double().square().sum())
+            square += float(to_float64(vector).square().sum())
+            size += float(to_float64(theta).square().sum())
             edit.write(name, theta - alpha * vector)
         if square == 0:
             raise ArgumentError(
@@ -125,9 +127,7 @@ def _train(edit: Editing, train: Train) -> None:
     for p in model.parameters():
         p.grad = None
     try:
-        devices = [p.device for p in list(edit.parameters.values())[:1] if p.device.type == "cuda"]
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(edit.config.seed)
+        with seeded(edit.config.seed, edit.lm.device):
             train(model, edit.tokens["forget"])
     finally:
         for name, p in model.named_parameters():

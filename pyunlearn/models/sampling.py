@@ -9,6 +9,7 @@ import torch
 
 from pyunlearn.data import Tokens
 from pyunlearn.errors import DataError
+from pyunlearn.models.devices import seeded
 from pyunlearn.models.generation import generate
 from pyunlearn.models.language_model import LanguageModel
 
@@ -56,8 +57,7 @@ def sample_non_members(
     pool = prompted if len(prompted) * 2 > len(forget) else [t for t in forget if not _prompt(lm, t)[1]]
     per_prompt = -(-count // len(pool)) if prompted and pool[0] in prompted else count
     samples: list[Tokens] = []
-    with torch.random.fork_rng(devices=_cuda_devices(lm)):
-        torch.manual_seed(seed)
+    with seeded(seed, lm.device):
         for t in pool:
             prompt, departs = _prompt(lm, t)
             if lm.context_length is not None:  # cut a long prompt at its start
@@ -91,8 +91,7 @@ def sample_alternates(lm: LanguageModel, forget: Sequence[Tokens], *, count: int
     """
     known = {run for t in forget for run in _runs(t)}
     alternates: list[Tokens] = []
-    with torch.random.fork_rng(devices=_cuda_devices(lm)):
-        torch.manual_seed(seed)
+    with seeded(seed, lm.device):
         for number, t in enumerate(forget, 1):
             prompt, departs = _prompt(lm, t)
             own: list[Tokens] = []
@@ -110,11 +109,6 @@ def sample_alternates(lm: LanguageModel, forget: Sequence[Tokens], *, count: int
                 )
             alternates += [own[i % len(own)] for i in range(count)]
     return alternates
-
-
-def _cuda_devices(lm: LanguageModel) -> list[torch.device]:
-    """Return the GPU whose random state has to be restored, if any."""
-    return [lm.device] if lm.device.type == "cuda" else []
 
 
 def _runs(t: Tokens) -> set[tuple[int, ...]]:

@@ -93,7 +93,7 @@ class Scorer:
             with self.autocast():
                 values = score(batch)
             for i, part in zip(indices, by_example(values, tokens, indices), strict=True):
-                out[ends[i] - len(part) : ends[i]] = part.double().cpu().numpy()
+                out[ends[i] - len(part) : ends[i]] = part.cpu().double().numpy()
         return np.split(self.processes.sum_array(out), ends[:-1])
 
     def _means(self, tokens: Sequence[Tokens], score: Callable[[TokenBatch], Tensor]) -> Floats:
@@ -104,7 +104,7 @@ class Scorer:
                 values = score(batch)  # (n,)
             # one sum per text, without atomics: deterministic
             sums = torch.stack([part.sum() for part in by_example(values, tokens, indices)])
-            out[indices] = sums.double().cpu().numpy() / scored_tokens(tokens, indices)
+            out[indices] = sums.cpu().double().numpy() / scored_tokens(tokens, indices)
         return self.processes.sum_array(out)
 
 

@@ -17,6 +17,7 @@ from pyunlearn.ops import hopper
 from pyunlearn.ops._library import host_may_wait, kernel_bias, no_second_derivative
 from pyunlearn.ops._passes import Gradients, Head, differentiate, real_of, score, select_rows
 from pyunlearn.ops._plan import allowance, bytes_of_sum, plan, rows_at_a_time
+from pyunlearn.ops._portable import write_rows
 
 
 class Work(NamedTuple):
@@ -148,7 +149,7 @@ def _run(
                 )  # fmt: skip
         d_hidden = None if d_h is None else d_h.to(hidden.dtype)
         if d_hidden is not None and work.rows is not None:
-            d_hidden = torch.zeros_like(hidden).index_copy_(0, work.rows, d_hidden)
+            d_hidden = write_rows(torch.zeros_like(hidden), work.rows, d_hidden)
         gradients = [
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),

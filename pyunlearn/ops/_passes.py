@@ -12,6 +12,8 @@ from pyunlearn.ops import _backend, hopper
 from pyunlearn.ops._check import NOTHING, check_targets
 from pyunlearn.ops._library import host_may_wait
 from pyunlearn.ops._plan import MIB, Plan, balance
+from pyunlearn.ops._portable import release as free
+from pyunlearn.ops._portable import write_rows
 from pyunlearn.ops._products import Logits, add_product, product
 from pyunlearn.ops._types import Gradients as Gradients
 from pyunlearn.ops._types import Head as Head
@@ -156,9 +158,9 @@ def differentiate(
             add_product(into_hidden, d_logits, head.weight[first:end])  # (n, v) @ (v, D)
         if release and buffer is not None:
             del group, d_logits
-            buffer.untyped_storage().resize_(0)
+            free(buffer)
     if active is not None and into.hidden is not None and into_hidden is not None:
-        into.hidden.index_copy_(0, active, into_hidden)
+        write_rows(into.hidden, active, into_hidden)
 
 
 def rows_with_gradient(

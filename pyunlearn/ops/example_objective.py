@@ -21,6 +21,7 @@ from pyunlearn.ops._check import (
 from pyunlearn.ops._objective import Function, checked, chunk_by_example, differentiated, require_graph
 from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves
 from pyunlearn.ops._passes import real_of, select_rows
+from pyunlearn.ops._portable import segment_sums, to_float64, write_rows
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 
 
@@ -135,7 +136,7 @@ def example_objective(
         used = None if top_fraction == 1 else top_tokens(log_likelihood, counts, counted[chunk])  # (m,)
         summands = log_likelihood if w is None else w[rows] * log_likelihood  # (m,)
         summands = summands if used is None else torch.where(used, summands, 0)
-        sums = torch.segment_reduce(summands, "sum", lengths=counts, unsafe=True)  # (b,), without atomics
+        sums = segment_sums(summands, counts)  # (b,)
         arguments = (counted[chunk], [x[chunk] for x in per_example], group_size)
         if not differentiate:
             return (_losses(function, sums, *arguments), sums), log_likelihood
@@ -156,8 +157,8 @@ def top_counts(counts: Tensor, top_fraction: float) -> Tensor:
     """Compute (B,) the used tokens per example: floor(top_fraction * count), but 1 at least where count is not 0."""
     if top_fraction == 1:
         return counts
-    used = (counts.double() * top_fraction + 1e-9).long()  # a hair above, so that 0.29 of 100 is 29
-    return torch.minimum(used.clamp(min=1), counts)
+    used = (to_float64(counts) * top_fraction + 1e-9).long()  # a hair above, so that 0.29 of 100 is 29
+    return torch.minimum(used.to(counts.device).clamp(min=1), counts)
 
 
 def top_tokens(log_likelihood: Tensor, lengths: Tensor, counted: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ def top_tokens(log_likelihood: Tensor, lengths: Tensor, counted: Tensor) -> Tens
     order = log_likelihood.argsort(descending=True, stable=True)
     order = order[example[order].argsort(stable=True)]
     position = torch.arange(len(order), device=order.device) - (lengths.cumsum(0) - lengths)[example]
-    return torch.empty_like(example, dtype=torch.bool).index_copy_(0, order, position < counted[example])
+    return write_rows(torch.empty_like(example, dtype=torch.bool), order, position < counted[example])
 
 
 def _losses(function: Function, sums: Tensor, counts: Tensor, per_example: Sequence[Tensor], group_size: int) -> Tensor:
@@ -198,7 +199,7 @@ def objective_of(
         values = torch.where(top_tokens(ranked, rows, counts), values, 0)
     if weights is not None:
         values = torch.where(live[order], weights[order], 0).to(values.dtype) * values
-    sums = torch.segment_reduce(values, "sum", lengths=rows, unsafe=True)  # without atomics
+    sums = segment_sums(values, rows)
     losses = _losses(function, sums, counts, per_example, group_size)
     if sums.requires_grad:
         require_graph(losses)

@@ -13,6 +13,7 @@ from pyunlearn.ops._check import check, check_head, check_reference, check_targe
 from pyunlearn.ops._library import define, define_gradient, kernel_bias
 from pyunlearn.ops._passes import live_rows, real_of, resolve_ignored, select_rows, zero_ignored_rows
 from pyunlearn.ops._plan import Plan, allowance, default_workspace, plan
+from pyunlearn.ops._portable import write_rows
 from pyunlearn.ops._products import Logits, add_product, product
 
 
@@ -105,7 +106,7 @@ def kl_divergence(
         t, logit_scale, softcap or 0.0, target_shift, itself, ignore, workspace, keep,
     )[0]  # fmt: skip
     if rows is not None:
-        kl = kl.new_zeros((count,)).index_copy(0, rows, kl)
+        kl = write_rows(kl.new_zeros((count,)), rows, kl)
     return kl.reshape(shape)
 
 
@@ -209,9 +210,9 @@ def _forward(
             )  # fmt: skip
     kl = cross / total[1] - total[1].log() + total[0].log()
     if rows is not None:
-        kl = hidden.new_zeros(targets.shape, dtype=pair.real).index_copy_(0, rows, kl)
+        kl = write_rows(hidden.new_zeros(targets.shape, dtype=pair.real), rows, kl)
         maximum, total = (
-            hidden.new_zeros((2, len(targets)), dtype=pair.real).index_copy_(1, rows, s) for s in (maximum, total)
+            write_rows(hidden.new_zeros((2, len(targets)), dtype=pair.real), rows, s, dim=1) for s in (maximum, total)
         )
     elif targets.is_cuda:
         kl = torch.where(targets == ignore_index, 0.0, kl)
@@ -259,7 +260,7 @@ def _backward(
     d_hidden = nothing
     if needs[0]:
         d_hidden = d_h.to(hidden.dtype)
-        d_hidden = d_hidden if rows is None else hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
+        d_hidden = d_hidden if rows is None else write_rows(hidden.new_zeros(hidden.shape), rows, d_hidden)
     return d_hidden, d_weight, d_bias if bias is None else d_bias.to(bias.dtype)
 
 

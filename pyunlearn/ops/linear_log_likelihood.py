@@ -23,6 +23,7 @@ from pyunlearn.ops._passes import (
     zero_ignored_rows,
 )
 from pyunlearn.ops._plan import Plan, allowance, plan
+from pyunlearn.ops._portable import write_rows
 
 
 def linear_log_likelihood(
@@ -84,7 +85,7 @@ def linear_log_likelihood(
         flat, weight, bias, t, logit_scale, softcap or 0.0, ignore, workspace, keep, not torch.compiler.is_compiling()
     )[0]
     if rows is not None:
-        log_likelihood = log_likelihood.new_zeros((count,)).index_copy(0, rows, log_likelihood)
+        log_likelihood = write_rows(log_likelihood.new_zeros((count,)), rows, log_likelihood)
     return log_likelihood.reshape(targets.shape)
 
 
@@ -111,7 +112,7 @@ def _forward(
     head = Head(weight, kernel_bias(hidden, bias), logit_scale, softcap)
     statistics = score(h, head, t, p, cached, block_maximum if keep else None)
     if rows is not None:
-        per_row = (hidden.new_zeros(targets.shape, dtype=real).index_copy_(0, rows, x) for x in statistics)
+        per_row = (write_rows(hidden.new_zeros(targets.shape, dtype=real), rows, x) for x in statistics)
         statistics = Statistics(*per_row)
     elif targets.is_cuda:
         log_likelihood = torch.where(targets == ignore_index, 0.0, statistics.log_likelihood)
@@ -157,7 +158,7 @@ def _backward(
     nothing = hidden.new_empty((0,))
     d_hidden = nothing if into.hidden is None else into.hidden.to(hidden.dtype)
     if need_hidden and rows is not None:
-        d_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, rows, d_hidden)
+        d_hidden = write_rows(hidden.new_zeros(hidden.shape), rows, d_hidden)
     d_weight = weight.new_empty((0,)) if into.weight is None else into.weight
     if bias is None:
         return d_hidden, d_weight, nothing.to(real)

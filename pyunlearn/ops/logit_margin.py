@@ -12,6 +12,7 @@ from pyunlearn.ops import reference
 from pyunlearn.ops._check import check, check_head, in_one_dtype
 from pyunlearn.ops._passes import real_of
 from pyunlearn.ops._plan import Plan, allowance, plan
+from pyunlearn.ops._portable import write_rows
 from pyunlearn.ops._products import Logits, add_product, product
 from pyunlearn.ops._types import Head
 
@@ -134,7 +135,7 @@ def _plain(hidden: Tensor, weight: Tensor, first: Tensor, c: Tensor, needs: tupl
     meeting = torch.searchsorted(first.sort().values, first)
     sums = _add_rows(torch.zeros_like(weighted), meeting, weighted)
     d_weight = everywhere.to(weight.dtype).repeat(size, 1)
-    d_weight.index_copy_(0, first, (sums[meeting] + everywhere).to(weight.dtype))  # rows of one argmax write the same
+    write_rows(d_weight, first, (sums[meeting] + everywhere).to(weight.dtype))  # rows of one argmax write the same
     return d_hidden, d_weight, d_bias
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyunlearn.ops._portable import float64_device, to_float64
+
 
 def logits_of(x: Tensor, bias: Tensor | None, logit_scale: float, softcap: float) -> Tensor:
     """Compute logits u = logit_scale * (x + bias) from raw products x (..., V), or softcap * tanh(u / softcap)."""
@@ -164,13 +166,13 @@ def gradient(
 def target_products(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Compute (2, n) float64: sum_k h[r, k] weight[target_r, k], and the sum of the summands' magnitudes.
 
-    The products are computed 2 MiB at a time.
+    On the CPU where the device of h has no float64. The products are computed 2 MiB at a time.
     """
-    sums = h.new_empty((2, len(h)), dtype=torch.float64)
+    sums = torch.empty((2, len(h)), dtype=torch.float64, device=float64_device(h.device))
     at, step = targets.clamp(0, len(weight) - 1), max(1, (1 << 18) // max(1, h.shape[1]))
     for r in range(0, len(h), step):
         rows = slice(r, r + step)
-        products = h[rows].double() * weight[at[rows]]  # the wider of the two
+        products = to_float64(h[rows]) * weight[at[rows]].to(sums.device)  # the wider of the two
         torch.sum(products, dim=1, out=sums[0, rows])
         torch.sum(products.abs_(), dim=1, out=sums[1, rows])
     return sums

@@ -12,6 +12,7 @@ from pyunlearn.ops._check import check, check_examples, check_head, check_neglig
 from pyunlearn.ops._objective import Function, checked, chunk_by_example, differentiated, require_graph
 from pyunlearn.ops._one_pass import Work, one_pass, one_pass_serves
 from pyunlearn.ops._passes import select_rows
+from pyunlearn.ops._portable import write_rows
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 
 
@@ -113,7 +114,7 @@ def token_objective(
     )  # fmt: skip
     loss, losses, values = one_pass(work, hidden, weight, bias)
     if layout.rows is not None:
-        values = values.new_zeros(targets.shape).index_copy(0, layout.rows, values)
+        values = write_rows(values.new_zeros(targets.shape), layout.rows, values)
     return TokenObjective(loss, losses, values, layout.counts)
 
 

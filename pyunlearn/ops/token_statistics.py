@@ -12,6 +12,7 @@ from pyunlearn.ops._check import check, check_bias, check_head, check_targets, i
 from pyunlearn.ops._library import define, kernel_bias
 from pyunlearn.ops._passes import Head, live_rows, real_of, select_rows
 from pyunlearn.ops._plan import plan
+from pyunlearn.ops._portable import to_float64, write_rows
 from pyunlearn.ops._products import Logits
 from pyunlearn.ops.log_likelihood import rows_contiguous
 
@@ -139,10 +140,13 @@ class _Sums:
     def result(self, rows: Tensor | None, targets: Tensor, ignore_index: int) -> Four:
         """Return the four fields for all of `targets` (N,), of which `rows` were computed."""
         real = self.total.dtype
-        log_total, mean = self.total.log(), (self.moments[0].double() / self.total)
+        first, second = to_float64(self.moments)
+        total = self.total.to(first.device)
+        log_total, mean = self.total.log(), first / total
         log_likelihood = (self.target_logit - self.maximum) - log_total
-        variance = (self.moments[1].double() / self.total - mean**2).clamp(min=0)
-        fields = (log_likelihood, self.rank, (log_total - mean).to(real), variance.to(real))
+        variance = (second / total - mean**2).clamp(min=0)
+        entropy = log_total.to(mean.device) - mean
+        fields = (log_likelihood, self.rank, *(x.to(self.total.device, real) for x in (entropy, variance)))
         return _for_all(fields, rows, targets, ignore_index)
 
 
@@ -151,7 +155,7 @@ def _for_all(computed: Four, rows: Tensor | None, targets: Tensor, ignore_index:
     log_likelihood, rank, *rest = computed
     fields = [log_likelihood, rank.masked_fill(log_likelihood.isnan(), -1), *rest]
     if rows is not None:
-        fields = [x.new_zeros(targets.shape).index_copy_(0, rows, x) for x in fields]
+        fields = [write_rows(x.new_zeros(targets.shape), rows, x) for x in fields]
     masked = targets == ignore_index
     a, b, c, d = (x.masked_fill(masked, 0) for x in fields)
     return a, b, c, d
@@ -189,10 +193,11 @@ def _threshold(h: Tensor, head: Head, targets: Tensor, times: float = 1) -> Tens
     """
     real = real_of(h)
     product, size = _backend.target_products(h, head.weight, targets)
-    bias = None if head.bias is None else head.bias[targets.clamp(0, len(head.bias) - 1)].double()
+    bias = None if head.bias is None else to_float64(head.bias[targets.clamp(0, len(head.bias) - 1)])
     z = reference.logits_of(product, bias, head.logit_scale, head.softcap)
     size = size if bias is None else size + bias.abs()
-    return _above(z, times * torch.finfo(real).eps * (abs(head.logit_scale) * size + 2 * z.abs())).to(real)
+    threshold = _above(z, times * torch.finfo(real).eps * (abs(head.logit_scale) * size + 2 * z.abs()))
+    return threshold.to(h.device, real)
 
 
 def _above(z: Tensor, by: Tensor) -> Tensor:

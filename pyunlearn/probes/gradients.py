@@ -20,6 +20,7 @@ from pyunlearn.data import Tokens
 from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer, evaluation_mode
+from pyunlearn.ops._portable import to_float64
 
 Floats = NDArray[np.float64]
 Visit = Callable[[str, Tensor], None]
@@ -84,7 +85,7 @@ def gradient_inner_products(
 
     def product(name: str, gradient: Tensor) -> Tensor:
         other = direction[name].to(gradient.device)
-        return torch.dot(gradient.flatten().float(), other.flatten().float()).double()
+        return torch.dot(gradient.flatten().float(), other.flatten().float())
 
     for i, parts in _each(model, tokens, product, workspace):
         for name, part in parts.items():
@@ -173,7 +174,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _square(gradient: Tensor) -> Tensor:
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient, dtype=dtype).double() ** 2
+    return to_float64(torch.linalg.vector_norm(gradient, dtype=dtype)) ** 2
 
 
 def _each(

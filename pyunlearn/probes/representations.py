@@ -14,6 +14,7 @@ from pyunlearn.data import Tokens
 from pyunlearn.errors import ModelError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer, by_example, evaluation_mode
+from pyunlearn.ops._portable import to_float64
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
 
 Floats = NDArray[np.float64]
@@ -75,5 +76,5 @@ def representations(
             if not hidden.size:
                 hidden, stein = np.zeros((2, len(tokens), states.shape[1]))
             for rows, values in ((hidden, states.detach()), (stein, d_states)):
-                rows[indices] = [x.double().mean(dim=0).cpu().numpy() for x in by_example(values, tokens, indices)]
+                rows[indices] = [to_float64(x).mean(dim=0).cpu().numpy() for x in by_example(values, tokens, indices)]
     return Representations(hidden, stein)

@@ -15,6 +15,7 @@ import torch
 from pyunlearn import __version__
 from pyunlearn.data.examples import Example
 from pyunlearn.errors import ArgumentError
+from pyunlearn.models.devices import default_device
 from pyunlearn.models.from_scratch import train_tokenizer
 from pyunlearn.options import Choice, Flag, Text, accepts, require, require_path
 from pyunlearn.progress import Progress
@@ -129,7 +130,8 @@ def _check_arguments(config: StudyConfig, out: Any, corpus: Any, test_corpus: An
 def _checked_device(device: str | None) -> str:
     """Return the device, by default a GPU where there is one. Raises ArgumentError for one that cannot be used."""
     if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device().type
+        return device if device in ("cpu", "cuda") else "cpu"  # the others' random state is in no checkpoint
     require(Text('"cpu" or "cuda"'), device=device)
     require(Choice(("cpu", "cuda")), device=device.partition(":")[0])
     if device.startswith("cuda") and not torch.cuda.is_available():
