@@ -33,7 +33,7 @@ def supported():
 class OnDevice(Tensor):
     """A tensor on the simulated device; `data_` is its tensor on the CPU."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, data):
@@ -137,7 +137,7 @@ def require_implemented(op):
         raise NotImplementedError(f"The operator 'aten::{name}' is not currently implemented for the MPS device.")
 
 
-class Hooks(torch._C._acc.PrivateUse1Hooks if supported() else object):
+class Hooks(torch._C._acc.PrivateUse1Hooks if supported() else object):  # type: ignore[misc]
     """What torch.accelerator asks."""
 
     present = False

@@ -127,13 +127,14 @@ def run(out: Path, *, model: str | None = None, save_model: bool = False, seed: 
     from pyunlearn.unlearning.api import unlearn
 
     check_output(out)
-    name, file = (model, model) if model else ("SmolLM2-135M", demo_model())
-    console, began = Console(), time.perf_counter()
+    console, began, name = Console(), time.perf_counter(), model or "SmolLM2-135M"
+    console.print(f"[bold]{name}[/] forgets those of {len(FORGET)} famous texts that it memorized.", highlight=False)
+    file = model or demo_model()
     with console.status(f"loading {name}"):
         network, tokenizer = models.load(file)
         network.eval()
     size = sum(p.numel() for p in network.parameters()) / 1e6
-    console.print(f"[bold]{name}[/], {size:.0f} million parameters, continues an opening:", highlight=False)
+    console.print(f"\n{size:.0f} million parameters, which continue an opening:", highlight=False)
     before = _continuations(LanguageModel.of(network, tokenizer), console)
     survivors_before = scored(LanguageModel.of(network, tokenizer), SURVIVE)
 
