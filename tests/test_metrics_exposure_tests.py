@@ -1,5 +1,6 @@
 """Tests of a set's exposures: their size over many seeds, their power, and the drift of the non-members."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,10 +11,12 @@ from scipy import stats
 from pyunlearn.metrics import (
     bootstrap_interval,
     exposure_null_test,
+    exposure_top_test,
     exposure_two_sample_test,
     generalized_exposure,
     non_member_drift,
 )
+from pyunlearn.metrics.exposure_tests import _tail
 
 
 def exposures(rng, n, m, shared, shift=0.0):
@@ -36,6 +39,52 @@ def test_the_null_test_has_the_size_it_says(n, m, shared):
     for level in (0.05, 0.2):
         assert (p <= level).mean() == pytest.approx(level, abs=3.5 * math.sqrt(level * (1 - level) / 400))
     assert p.mean() == pytest.approx(0.5, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "shared"), [(40, 63, True), (30, 19, False), *in_full((400, 64, True), (400, 199, True))]
+)
+def test_the_top_test_has_the_size_it_says(n, m, shared):
+    """At 5 % it rejects at most 5 % of 400 sets of unseen text, and not far less; the exact one at most 5 %."""
+    rng = np.random.default_rng(n + m + shared)
+    tests = [exposure_top_test(exposures(rng, n, m, shared), m, shared=shared, draws=400, seed=i) for i in range(400)]
+    for level in (0.05, 0.2):
+        most = level + 3.5 * math.sqrt(level * (1 - level) / 400)
+        assert np.mean([t.pvalue <= level for t in tests]) <= most
+        assert np.mean([t.exact_pvalue <= level for t in tests]) <= most
+    assert np.mean([t.pvalue <= 0.2 for t in tests]) > 0.08  # counts are discrete, so the test is a little conservative
+
+
+@pytest.mark.parametrize(("m", "power"), [(64, 0.7), *in_full((199, 0.99), (999, 0.99))])
+def test_twenty_memorized_texts_among_four_hundred_are_seen(m, power):
+    """By the exact p-value, at 4 standard deviations; the Kolmogorov-Smirnov test sees 4 to 18 % of such sets."""
+    rng, p = np.random.default_rng(m), []
+    for _ in range(300):
+        scores = rng.normal(size=400) - 4.0 * (np.arange(400) < 20)
+        p.append(exposure_top_test(generalized_exposure(scores, rng.normal(size=m)).lower, m, draws=1).exact_pvalue)
+    assert np.mean(np.array(p) <= 0.05) >= power
+
+
+def test_many_texts_that_stand_out_a_little_are_seen_too():
+    """All texts half a deviation likelier: the smallest p-value rejects more often than that of the extremes alone."""
+    rng = np.random.default_rng(5)
+    tests = [
+        exposure_top_test(generalized_exposure(rng.normal(size=200) - 0.7, rng.normal(size=199)).lower, 199, draws=300)
+        for _ in range(60)
+    ]
+    assert np.mean([t.pvalue <= 0.05 for t in tests]) > np.mean([t.exact_pvalue <= 0.05 for t in tests]) + 0.15
+
+
+def test_the_exact_p_value_is_its_formula():
+    """The product over the texts beyond all non-members, and the share of orders of a small pool by enumeration."""
+    test = exposure_top_test([math.log2(10)] * 3 + [1.0] * 4, 9, draws=50)
+    assert (test.beyond, test.n) == (3, 7)
+    assert test.exact_pvalue == pytest.approx(math.prod((7 - i) / (7 + 9 - i) for i in range(3)))
+    places = list(itertools.combinations(range(6), 2))  # those of two texts among four non-members
+    for j in (1, 2, 3):
+        reached = [sum(sum(q not in p for q in range(x)) < j for x in p) for p in places]
+        for k in (0, 1, 2):
+            assert _tail(j, 2, 4, True)[k] == pytest.approx(np.mean(np.array(reached) >= k))
 
 
 def test_the_textbook_p_value_is_wrong_where_non_members_are_shared():

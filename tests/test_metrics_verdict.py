@@ -48,6 +48,29 @@ def test_a_text_near_the_threshold_is_not_certain():
     assert not verdict([-1.0], [38.5], NON_MEMBERS).certain[0]
 
 
+def test_still_exposed_is_certain_where_memorized_is():
+    """Its interval before must lie above 4.32 bits, not only that after above the target: not among 64 non-members."""
+    for m, certain in ((19, False), (64, False), (99, True)):
+        result = verdict([-1.0], [-1.0], np.arange(m))
+        assert result.verdict[0] == "still exposed"
+        assert result.certain[0] == certain, m
+    few = np.arange(199.0)
+    assert verdict([2.5], [2.5], few).certain[0]  # 3 below it
+    assert not verdict([3.5], [3.5], few).certain[0]
+
+
+def test_a_false_alarm_is_hardly_ever_certain():
+    """Of texts that were never trained on, 5 % are called memorized, and half of these at most certainly."""
+    rng, alarms, certain = np.random.default_rng(0), [], []
+    for _ in range(100):
+        scores, non_members = rng.normal(size=50), rng.normal(size=199)
+        result = verdict(scores, scores, non_members)
+        alarms.append((result.verdict == "still exposed").mean())
+        certain.append(((result.verdict == "still exposed") & result.certain).mean())
+    assert 0.03 < np.mean(alarms) < 0.07
+    assert np.mean(certain) < 0.5 * np.mean(alarms)
+
+
 @given(st.lists(st.tuples(st.floats(-30, 130), st.floats(-30, 130)), min_size=1, max_size=30), st.floats(0, 5))
 def test_verdicts_agree_with_the_loop_s(pairs, target_exposure):
     """Verdicts agree with the rules written out text by text."""

@@ -18,6 +18,7 @@ from pyunlearn.metrics import (
     Interval,
     auc,
     exposure_null_test,
+    exposure_top_test,
     generalized_exposure,
     non_member_drift,
     paired_difference,
@@ -63,7 +64,7 @@ class AuditAssembler:
     def assemble(self) -> Audit:
         """Return the audit, with the settings and the seconds left for the caller to fill in."""
         judged = verdict(self.scores_before, self.scores, self.non_member_scores, target_exposure=self.target_exposure)
-        null_test = exposure_null_test(judged.after.lower, len(self.non_member_scores), seed=self.seed)
+        exposures, m = judged.after.lower, len(self.non_member_scores)
         change = None
         if self.before is not None:
             change = paired_difference(-self.scores_before, -self.scores, seed=self.seed)
@@ -72,7 +73,8 @@ class AuditAssembler:
         return Audit(
             examples=self._examples(judged),
             non_members=self._non_members(),
-            null_test=null_test,
+            top_test=exposure_top_test(exposures, m, seed=self.seed),
+            null_test=exposure_null_test(exposures, m, seed=self.seed),
             membership=self._membership(),
             change=change,
             answer_prior=None if prior is None else prior.mean,

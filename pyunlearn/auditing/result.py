@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyunlearn.auditing.redaction import masked
-from pyunlearn.metrics import ExposureTest, Interval, PairedDifference, TruePositiveRate
+from pyunlearn.metrics import ExposureTest, Interval, PairedDifference, TopTest, TruePositiveRate
 from pyunlearn.output import plain_json
 
 
@@ -58,7 +58,7 @@ class AuditedExample:
     "over-unlearned", else `exposure`. It shows the uncertainty from the choice of non-members; infinite above where no
     non-member is as likely."""
     certain: bool
-    """The interval lies wholly on the verdict's side of the threshold."""
+    """The interval lies wholly on the verdict's side of the threshold; of "still exposed", on that of memorized."""
     upper_exposure: float
     """Exposure on the unlikely side, bits: 4.32 or more lies below 95 % of unseen text."""
     exposure_before: float | None
@@ -128,8 +128,10 @@ class Audit:
 
     examples: list[AuditedExample]
     non_members: NonMembers
+    top_test: TopTest
+    """Test that no more texts stand out than would of unseen ones: a small p-value rejects it."""
     null_test: ExposureTest
-    """Test that the exposures, all together, are those of unseen texts: a small p-value rejects it."""
+    """Test that the exposures, all together, follow the law of unseen texts: a small p-value rejects it."""
     membership: list[Membership]
     """One for each score; empty without a holdout, for sampled text is no fair comparison."""
     change: PairedDifference | None

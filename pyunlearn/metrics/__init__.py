@@ -47,7 +47,9 @@ from pyunlearn.metrics.exposure import (
 )
 from pyunlearn.metrics.exposure_tests import (
     ExposureTest,
+    TopTest,
     exposure_null_test,
+    exposure_top_test,
     exposure_two_sample_test,
     non_member_drift,
 )
@@ -87,6 +89,7 @@ __all__ = [
     "PairedDifference",
     "SkewNormalFit",
     "StepsToForget",
+    "TopTest",
     "TruePositiveRate",
     "TruthRatio",
     "VerbatimMatch",
@@ -105,6 +108,7 @@ __all__ = [
     "exposure",
     "exposure_interval",
     "exposure_null_test",
+    "exposure_top_test",
     "exposure_two_sample_test",
     "extraction_probability",
     "extraction_strength",

@@ -45,7 +45,8 @@ class Verdict(NamedTuple):
     """High end of the same exposure."""
     certain: NDArray[np.bool_]
     """True where the interval lies wholly on the verdict's side of the threshold, so that more non-members would not be
-    expected to change it."""
+    expected to change it; "still exposed" also needs the interval before above 4.32 bits, from which a text counts as
+    memorized."""
 
 
 def exposure_interval(
@@ -153,6 +154,6 @@ def verdict(
     certain = np.select(
         [over, unseen, forgotten],
         [low >= significant, high < significant, high <= target_exposure],
-        low > target_exposure,
+        (low > target_exposure) & (of_before.low >= significant),
     )
     return Verdict(name, before, after, low, high, certain)

@@ -180,7 +180,7 @@ def _how(audit: Audit) -> list[tuple[str, str]]:
         "bits and less; over-unlearned when less likely than 95 % of unseen text"
     )
     passes = ", ".join(f"{name.replace('_', ' ')}: {n} texts, each once" for name, n in audit.passes.items())
-    null = audit.null_test
+    null, top = audit.null_test, audit.top_test
     models = {name: s[name] for name in ("model", "original", "reference_model") if s[name]}
     shown = ("seed", "batch_size", "truncate", "pyunlearn", "torch")
     return [
@@ -190,8 +190,9 @@ def _how(audit: Audit) -> list[tuple[str, str]]:
         ("readings", f"{passes}; {audit.seconds:.0f} s in all"),
         (
             "set",
-            f"Kolmogorov-Smirnov distance {null.statistic:.2f} from unseen text, p = {null.pvalue:.2g}; mean exposure "
-            f"{mean} bits",
+            f"{top.beyond} of {top.n} texts are more likely than every comparison text, p = {top.exact_pvalue:.2g}; "
+            f"with those that stand out a little, p = {top.pvalue:.2g}; Kolmogorov-Smirnov distance "
+            f"{null.statistic:.2f} from unseen text, p = {null.pvalue:.2g}; mean exposure {mean} bits",
         ),
         *((name.replace("_", " "), str(path)) for name, path in models.items()),
         ("settings", ", ".join(f"{k} {v}" for k, v in s.items() if k in shown)),

@@ -67,14 +67,15 @@ def summary(audit: Audit) -> list[str]:
 
 def null_sentence(audit: Audit) -> str:
     """Return a sentence that says whether the set's exposures are consistent with those of unseen text."""
-    p = audit.null_test.pvalue
-    if p >= 0.05 and audit.verdicts.get("still exposed"):
-        return f"Single texts stand out; all together they are too few, or too mixed, to show it (p = {p:.2g})."
-    if p >= 0.05:
-        return f"All together they could be unseen text (p = {p:.2g})."
-    if audit.null_test.mean > NULL_MEAN:
-        return f"All together they are no unseen text (p = {p:.1g}): too many stand out."
-    return f"All together they differ from unseen text (p = {p:.1g}), without standing out."
+    top, shape = audit.top_test.exact_pvalue, audit.null_test.pvalue
+    if top < 0.05:
+        return f"All together they are no unseen text (p = {top:.1g}): too many stand out."
+    if shape < 0.05:
+        way = "are more exposed than" if audit.null_test.mean > NULL_MEAN else "differ from"
+        return f"All together they {way} unseen text (p = {shape:.1g}), without many that stand out."
+    if audit.verdicts.get("still exposed"):
+        return f"Single texts stand out; of as many unseen texts, as many would too (p = {top:.2g})."
+    return f"All together they could be unseen text (p = {top:.2g})."
 
 
 def cost(audit: Audit) -> list[str]:
