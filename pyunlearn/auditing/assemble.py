@@ -175,7 +175,7 @@ class AuditAssembler:
         drift = None
         if self.before is not None:
             after = -self.now.statistics["non_members"].mean_log_likelihood
-            drift = non_member_drift(self.non_member_scores, after, seed=self.seed)
+            drift = non_member_drift(self.non_member_scores, after)
         sampled = f"sampled from the {'model' if self.before is None else 'original model'}"
         source = "holdout" if self.texts.holdout else sampled
         return NonMembers(source, self.before is not None, self.non_member_scores.tolist(), drift)
@@ -184,11 +184,11 @@ class AuditAssembler:
         if "retain" not in self.now.statistics:
             return None
         nll = -self.now.statistics["retain"].mean_log_likelihood
-        interval = metrics.bootstrap_interval(nll, seed=self.seed)
+        interval = metrics.mean_interval(nll)
         if self.before is None:
             return RetainUtility(len(nll), interval, None, None)
         first = -self.before.statistics["retain"].mean_log_likelihood
-        before = metrics.bootstrap_interval(first, seed=self.seed)
+        before = metrics.mean_interval(first)
         return RetainUtility(len(nll), interval, before, paired_difference(first, nll, seed=self.seed))
 
     def _writing(self, responses: Responses | None) -> Writing | None:

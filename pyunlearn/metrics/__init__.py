@@ -34,6 +34,7 @@ from pyunlearn.metrics.confidence import (
     PairedDifference,
     aggregate_interval,
     bootstrap_interval,
+    mean_interval,
     paired_difference,
 )
 from pyunlearn.metrics.distribution import knn_radius, out_of_distribution
@@ -121,6 +122,7 @@ __all__ = [
     "logit_score",
     "loss_score",
     "make_canaries",
+    "mean_interval",
     "median_steps",
     "min_k_plus_plus_score",
     "min_k_score",

@@ -1,4 +1,4 @@
-"""Confidence: bootstrap intervals of aggregates, and a paired test of two measurements of the same texts."""
+"""Confidence: t and bootstrap intervals of aggregates, and a paired test of two measurements of the same texts."""
 
 from __future__ import annotations
 
@@ -91,6 +91,42 @@ def bootstrap_interval(
         random_state=np.random.default_rng(seed),
     ).confidence_interval
     return Interval(estimate, float(interval.low), float(interval.high))
+
+
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Compute the mean with Student's t interval, which covers as stated for a few values too.
+
+        mean +- t_{n-1}((1 + confidence) / 2) * sd / sqrt(n)
+
+    It assumes independent values of a law near to normal; where a few values are skewed, for example many 0 and some
+    large ones, it covers less.
+
+    Args:
+        values: (n,) one number per text, or one difference per text.
+        confidence: between 0 and 1.
+
+    Returns:
+        Interval(estimate, low, high). Equal values have an interval of no width; one value has NaN ends.
+
+    Raises:
+        ArgumentError: no values, NaN or Inf, a confidence outside (0, 1).
+
+    Example:
+        >>> [round(x, 2) for x in mean_interval([1.0, 2.0, 3.0])]
+        [2.0, -0.48, 4.48]
+
+    See Also:
+        bootstrap_interval: of other statistics. paired_difference: with a p-value.
+
+    Source: Student 1908, Biometrika 6, 1-25.
+    """
+    x = numbers("values", values, empty=False)
+    between("confidence", confidence, 0, 1)
+    mean = float(x.mean())
+    if x.size == 1:
+        return Interval(mean, np.nan, np.nan)
+    half = float(stats.t.ppf((1 + confidence) / 2, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size)) if np.ptp(x) else 0.0
+    return Interval(mean, mean - half, mean + half)
 
 
 def aggregate_interval(
@@ -205,7 +241,7 @@ def paired_difference(
     draws: int = 9999,
     alternative: str = "two-sided",
 ) -> PairedDifference:
-    """Compute mean(after - before) over the same texts, its bootstrap interval and a sign-flip permutation p-value.
+    """Compute mean(after - before) over the same texts, its t interval and a sign-flip permutation p-value.
 
     If before and after are exchangeable within each text, every assignment of signs to the n differences is equally
     likely; the p-value is the share of assignments whose mean is at least as extreme. All 2^n are counted where that
@@ -218,7 +254,7 @@ def paired_difference(
         after: (n,) the same texts, in the same order.
         confidence: of the interval, between 0 and 1.
         seed: the same seed returns the same numbers.
-        draws: resamples of the interval and random assignments of the test.
+        draws: random assignments of the test.
         alternative: "two-sided", "greater" (after > before) or "less".
 
     Returns:
@@ -233,12 +269,12 @@ def paired_difference(
         (0.5, 0.125, True)
 
     See Also:
-        bootstrap_interval: the interval used here.
+        mean_interval: the interval used here.
     """
     a, b = numbers("before", before, empty=False), numbers("after", after, empty=False)
     same_length("before", a, "after", b)
     one_of("alternative", alternative, ("two-sided", "greater", "less"))
-    interval = bootstrap_interval(b - a, confidence=confidence, seed=seed, draws=draws)
+    interval = mean_interval(b - a, confidence=confidence)
     exact = a.size < 63 and 2**a.size <= draws + 1
     if a.size == 1:  # scipy needs two; with one difference both signs are equally extreme
         pvalue = 1.0 if alternative == "two-sided" or (alternative == "greater") != (b > a)[0] else 0.5

@@ -11,7 +11,7 @@ from scipy import stats
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics._check import Floats, at_least_one, numbers, same_length
-from pyunlearn.metrics.confidence import Interval, bootstrap_interval
+from pyunlearn.metrics.confidence import Interval, bootstrap_interval, mean_interval
 
 _AT_ONCE = 2**22  # simulated counts in memory at a time
 _WEIGHTS = {1: 1, 2: 5, 3: 5, 5: 5, 10: 5, 20: 5}  # order statistics in exposure_top_test -> factor on their p-values
@@ -196,7 +196,7 @@ def exposure_two_sample_test(
     )
 
 
-def non_member_drift(before: ArrayLike, after: ArrayLike, *, confidence: float = 0.95, seed: int = 0) -> Interval:
+def non_member_drift(before: ArrayLike, after: ArrayLike, *, confidence: float = 0.95) -> Interval:
     """Compute mean(after - before) over the non-members' scores: the collateral damage of unlearning to similar text.
 
     Where it is large, exposure among the current scores of non-members is uninformative: read anchored exposure.
@@ -204,8 +204,7 @@ def non_member_drift(before: ArrayLike, after: ArrayLike, *, confidence: float =
     Args:
         before: (m,) scores of the non-members under the original model.
         after: (m,) of the same texts under the unlearned model.
-        confidence: between 0 and 1.
-        seed: the same seed returns the same interval.
+        confidence: between 0 and 1, of the t interval.
 
     Returns:
         Interval(estimate, low, high), in the unit of the scores (nats per token for mean negative log-likelihood); 0 =
@@ -223,7 +222,7 @@ def non_member_drift(before: ArrayLike, after: ArrayLike, *, confidence: float =
     """
     b, a = numbers("before", before, empty=False), numbers("after", after, empty=False)
     same_length("before", b, "after", a)
-    return bootstrap_interval(a - b, confidence=confidence, seed=seed)
+    return mean_interval(a - b, confidence=confidence)
 
 
 def _rank_counts(exposures: ArrayLike, m: int, draws: int) -> NDArray[np.int64]:

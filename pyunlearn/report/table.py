@@ -45,10 +45,10 @@ def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
 def utility_line(result: Result) -> str:
     """Return one sentence about the utility set and the non-members: their change, and the budget."""
     u = result.utility
-    low, high = u.interval
+    interval = "no interval" if u.interval is None else f"95 % interval {u.interval[0]:+.1%} to {u.interval[1]:+.1%}"
     return (
         f"utility ({u.measured_on}, {u.sequences} texts): {u.nll_before:.3f} → {u.nll_after:.3f} nats a token, "
-        f"{u.relative_rise:+.1%} (95 % interval {low:+.1%} to {high:+.1%}) of {u.budget:.0%} allowed; drift of the "
+        f"{u.relative_rise:+.1%} ({interval}) of {u.budget:.0%} allowed; drift of the "
         f"non-members: {u.non_member_drift:+.3f} nats a token"
     )
 

@@ -203,7 +203,7 @@ def _result(
         model,
         session.scorer.lm.tokenizer,
         _examples(session, examples),
-        _utility(session, config.seed),
+        _utility(session),
         stopped,
         session.stopping.non_member_scores.tolist(),
         session.state.history,
@@ -235,7 +235,7 @@ def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
     ]
 
 
-def _utility(session: Session, seed: int) -> Utility:
+def _utility(session: Session) -> Utility:
     """Return the cost of the run on the utility set and on the non-members."""
     stopping, texts = session.stopping, session.texts
     drift = 0.0
@@ -248,7 +248,7 @@ def _utility(session: Session, seed: int) -> Utility:
         nll_before=float(stopping.utility_before.mean()),
         nll_after=float(stopping.current.utility_nll.mean()),
         relative_rise=stopping.current.utility_rise,
-        interval=stopping.utility_interval(seed),
+        interval=stopping.utility_interval(),
         budget=stopping.utility_budget,
         non_member_drift=drift,
     )

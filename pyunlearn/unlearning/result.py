@@ -51,8 +51,8 @@ class Utility:
     nll_after: float
     relative_rise: float
     """(after - before) / max(before, 1 nat)."""
-    interval: tuple[float, float]
-    """95 % bootstrap interval of relative_rise over the sequences (paired, percentile)."""
+    interval: tuple[float, float] | None
+    """95 % interval of relative_rise over the sequences: Student's t of the paired changes; None for one sequence."""
     budget: float
     non_member_drift: float
     """Mean rise of the non-members' negative log-likelihood, nats per token."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
+from pyunlearn.metrics import SIGNIFICANT, generalized_exposure, mean_interval
 
 Floats = NDArray[np.float64]
 
@@ -95,13 +95,19 @@ class StoppingRule:
             for o, m, f in zip(over, self.memorized, forgotten, strict=True)
         ]
 
-    def utility_interval(self, seed: int) -> tuple[float, float]:
-        """Return the 95 % bootstrap interval of the relative rise over the utility set (paired, percentile)."""
+    def utility_interval(self) -> tuple[float, float] | None:
+        """Return the 95 % t interval of the relative rise over the utility set, paired; None for one text.
+
+        The rise is a ratio, mean(after - before) / max(mean(before), 1), whose error is to first order the mean of
+        after - before - rise * before, over the same divisor.
+        """
         before, after = self.utility_before, self.current.utility_nll
-        draws = np.random.default_rng(seed).integers(0, len(before), (2000, len(before)))
-        rises = (after[draws].mean(1) - before[draws].mean(1)) / np.maximum(before[draws].mean(1), 1.0)
-        low, high = np.quantile(rises, [0.025, 0.975])
-        return float(low), float(high)
+        if len(before) == 1:
+            return None
+        scale, rise = max(float(before.mean()), 1.0), self.current.utility_rise
+        errors = after - before - (rise * before if scale > 1 else 0)
+        _, low, high = mean_interval(rise + (errors - errors.mean()) / scale)
+        return low, high
 
     def _over_unlearned(self, measurement: Measurement) -> NDArray[np.bool_]:
         over: NDArray[np.bool_] = measurement.upper_exposure >= self.significant
