@@ -18,6 +18,7 @@ import inspect
 import json
 import math
 import numbers
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -366,10 +367,7 @@ def shown(value: Any) -> Any:
 
 
 def accepts(config: type[Config]) -> Callable[[F], F]:
-    """Decorate a function with `**settings`: its signature and docstring list the options of `config` as keywords.
-
-    In the docstring, the line `{options}` under Args is replaced by a line for each.
-    """
+    """Decorate a function with `**settings`: its signature, and its docstring at {options}, list those of `config`."""
 
     def decorate(function: F) -> F:
         own = inspect.signature(function)
@@ -379,9 +377,9 @@ def accepts(config: type[Config]) -> Callable[[F], F]:
         ]
         parameters = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         function.__signature__ = own.replace(parameters=[*parameters, *settings])  # type: ignore[attr-defined]
-        if function.__doc__:
-            lines = "\n".join(f"        {name}: {o.help}" for name, o in config.options().items())
-            function.__doc__ = function.__doc__.replace("        {options}", lines)
+        if function.__doc__:  # Python 3.13 takes the indentation of the function's body away
+            lines = [f"{name}: {o.help}" for name, o in config.options().items()]
+            function.__doc__ = re.sub(r"(\n *)\{options\}", lambda m: m[1] + m[1].join(lines), function.__doc__)
         return function
 
     return decorate

@@ -174,5 +174,5 @@ def test_the_signature_lists_every_setting():
     parameters = inspect.signature(pyunlearn.audit).parameters
     for name, value in vars(AuditConfig()).items():
         assert parameters[name].default == value
-        assert f"\n        {name}: " in pyunlearn.audit.__doc__
+        assert f"\n    {name}: " in inspect.getdoc(pyunlearn.audit)
     assert AuditConfig().metrics == METRICS

@@ -154,7 +154,7 @@ def test_signature_and_help_list_the_shared_settings(edit):
     parameters = inspect.signature(function).parameters
     for name, option in EditConfig.options().items():
         assert parameters[name].default == getattr(EditConfig(), name)
-        assert f"        {name}: {option.help}" in function.__doc__
+        assert f"\n    {name}: {option.help}" in inspect.getdoc(function)
     assert "{options}" not in function.__doc__
     assert not set(EDITS[edit].options) & {"model", "forget", "retain", "config", "progress", *EditConfig.options()}
 

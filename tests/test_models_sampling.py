@@ -54,10 +54,11 @@ def test_answers_to_a_prompt_depart_from_the_memorized_answer(kind, request):
     lm = LanguageModel.of(trained.model, trained.tokenizer)
     tokens = tokens_of(trained)
     samples = sample_non_members(lm, tokens)
-    assert len(samples) == COUNT
-    for t, source in zip(samples, [tokens[0]] * (COUNT // 2) + [tokens[1]] * (COUNT // 2), strict=True):
-        prompt = source.ids if both else source.ids[: source.first]
-        assert (t.ids if both else t.ids[: len(prompt)]) == prompt
+    assert COUNT - 3 <= len(samples) <= COUNT  # those that recite ten tokens are left out
+    prompts = [source.ids if both else source.ids[: source.first] for source in tokens]
+    sources = [next(i for i, p in enumerate(prompts) if t.ids[: len(p)] == p) for t in samples]
+    assert all(sources.count(i) >= COUNT // 2 - 3 for i in (0, 1))
+    for t, source, prompt in ((t, tokens[i], prompts[i]) for t, i in zip(samples, sources, strict=True)):
         assert t.first == (1 if both else len(prompt) + 1)
         assert t.written[t.first - 1] != source.scored[0]
         assert 1 <= len(t.scored) <= 48

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -151,7 +151,8 @@ class Method:
 
 def _declared(hint: Any, default: Any) -> Kind | None:
     """Return the constraint in `Annotated[float, Number(...)]`; for a plain float, a number of 0 or more."""
-    kinds = [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Kind)]
+    hints = [hint, *get_args(hint)]  # Python 3.10 makes Optional[Annotated[...]] where the default is None
+    kinds = [part for each in hints for part in getattr(each, "__metadata__", ()) if isinstance(part, Kind)]
     return kinds[0] if kinds else Number(0) if isinstance(default, float) else None
 
 
