@@ -6,6 +6,7 @@ python examples/forget_a_secret.py ./my-model leaked.jsonl ordinary.jsonl
 import sys
 
 import pyunlearn
+from pyunlearn.report import utility_line
 
 
 def main(model: str, leaked: str, ordinary: str) -> None:
@@ -13,8 +14,7 @@ def main(model: str, leaked: str, ordinary: str) -> None:
     result = pyunlearn.unlearn(model, leaked, retain=ordinary, utility_budget=0.02)
     for example in result.examples:
         print(f"{example.verdict:15} exposure {example.exposure_before:.1f} -> {example.exposure_after:.1f} bits")
-    low, high = result.utility.interval
-    print(f"ordinary text: {result.utility.relative_rise:+.2%} (95 % interval {low:+.2%} to {high:+.2%})")
+    print(utility_line(result))
     if not result.forgotten:
         sys.exit(f"still exposed ({result.stopped}): allow a larger utility_budget, or give more retain texts")
     print("saved to", result.save(f"{model.rstrip('/')}-unlearned"))
