@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the relative links of README.md absolute, for the page of a package index, which has no files beside it.
+"""Make the relative links of README.md absolute, for the page of a package index, which has no other files.
 
 The release workflow runs it before it builds the sdist; the links lead to the files of the released version.
 """

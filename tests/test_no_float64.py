@@ -196,10 +196,10 @@ def test_audit_of_a_saved_model(answers, device, monkeypatch, tmp_path, metrics)
     monkeypatch.setattr(type(answers.model), "to", to)
 
     def audit():
-        found = pyunlearn.audit(
+        audit = pyunlearn.audit(
             tmp_path, answers.forget, holdout=answers.holdout[:20], metrics=metrics, budget=2, progress=False
         )
-        return [e.exposure for e in found.examples], found.to_dict()["examples"]
+        return [e.exposure for e in audit.examples], audit.to_dict()["examples"]
 
     (exposures, examples), _ = audit(), on_the_cpu(monkeypatch)
     expected, theirs = audit()

