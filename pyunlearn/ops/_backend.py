@@ -117,7 +117,10 @@ def _cuda_problem(index: int) -> str | None:
         return f"the compiled extension is missing: {_missing}"
     info = build_info()
     if not info["cuda_architectures"]:
-        return "the extension was built without CUDA"
+        return (
+            "the extension was built without CUDA, where no GPU or no nvcc was seen "
+            "(pip install . -C cmake.define.PYUNLEARN_CUDA=ON builds it)"
+        )
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if info["cuda_problem"]:
