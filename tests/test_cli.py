@@ -329,6 +329,16 @@ def test_the_demo_takes_any_model(call, tmp_path):
     assert [e["verdict"] for e in written["examples"]] == ["not memorized"] * 3
 
 
+def test_the_demo_refuses_a_model_that_is_not_there_before_anything_else(call, tmp_path):
+    """One sentence that says what can be given, and nothing printed or written."""
+    code, out, error = call("demo", "--model", "nowhere/at-all", "--out", str(tmp_path / "demo"))
+    assert code == 2
+    assert out == ""
+    assert "could be loaded from nowhere/at-all" in error
+    assert "a .gguf file or a name on the hub" in error
+    assert not (tmp_path / "demo").exists()
+
+
 def test_it_runs_as_a_program():
     """In a process of its own, without importing what it does not need."""
     environment = os.environ | {"PYUNLEARN_BACKEND": "reference"}

@@ -122,11 +122,14 @@ def run(out: Path, *, model: str | None = None, save_model: bool = False, seed: 
     from pyunlearn import models
     from pyunlearn.cli.demo_model import demo_model
     from pyunlearn.models.language_model import LanguageModel
+    from pyunlearn.models.loading import require_loadable
     from pyunlearn.output import check_output
     from pyunlearn.report import result_table, utility_line
     from pyunlearn.unlearning.api import unlearn
 
     check_output(out)
+    if model:
+        require_loadable("model", model)
     console, began, name = Console(), time.perf_counter(), model or "SmolLM2-135M"
     console.print(f"[bold]{name}[/] forgets those of {len(FORGET)} famous texts that it memorized.", highlight=False)
     file = model or demo_model()

@@ -44,8 +44,7 @@ def _load(where: str, extra: dict[str, str], name: str | Path, dtype: torch.dtyp
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, loading = kind.from_pretrained(base or where, dtype=dtype, output_loading_info=True, **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"no language model could be loaded from {name!s}: {first}") from error
+        raise _not_loadable(str(name), error) from error
     if extra:
         gguf.mark_dequantized(model)
     head = model.get_output_embeddings()
@@ -79,8 +78,16 @@ def require_loadable(name: str, where: str | Path) -> None:
             str(path.parent if is_gguf else where), **({"gguf_file": path.name} if is_gguf else {})
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"no language model could be loaded from {where!s}, the {name}: {first}") from error
+        raise _not_loadable(f"{where!s}, the {name}", error) from error
+
+
+def _not_loadable(name: str, error: Exception) -> ModelError:
+    """Return the error for a model that transformers cannot load: its first line, and what can be given instead."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
+    return ModelError(
+        f"no language model could be loaded from {name}: {first}; give the folder that save_pretrained wrote, a .gguf "
+        "file or a name on the hub"
+    )
 
 
 def _require_saved(where: Path) -> None:
