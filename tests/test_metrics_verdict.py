@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pyunlearn.metrics import SIGNIFICANT, exposure_interval, generalized_exposure, verdict
+from pyunlearn.errors import ArgumentError
+from pyunlearn.metrics import SIGNIFICANT, discoveries, exposure_interval, generalized_exposure, verdict
 
 NON_MEMBERS = np.arange(99.0)
 
@@ -27,8 +28,25 @@ def test_each_verdict_by_hand():
         "over-unlearned",
         "not memorized",
     ]
-    assert result.certain.tolist() == [True, True, True, True, False, True]
+    assert result.certain.tolist() == [False, True, False, True, False, True]
+    assert result.threshold == math.log2(6 / (0.05 * 3))  # 3 of 6 are memorized
+    assert result.extraction is None
     np.testing.assert_array_equal(result.after.lower, generalized_exposure(after, NON_MEMBERS).lower)
+
+
+def test_a_text_that_is_still_extracted_or_recited_is_still_exposed():
+    """Its mean log-likelihood is that of non-members, and more of its tokens are first choices than theirs."""
+    shares = np.linspace(0.0, 0.5, 99)
+    extracted = [0.9, 0.2, 0.2]
+    result = verdict([-1.0] * 3, [50.0] * 3, NON_MEMBERS, extracted=extracted, non_member_extracted=shares)
+    assert result.verdict.tolist() == ["still exposed", "forgotten", "forgotten"]
+    np.testing.assert_allclose(result.extraction, generalized_exposure(-np.array(extracted), -shares).lower)
+    assert verdict([-1.0] * 2, [50.0] * 2, NON_MEMBERS, recited=[True, False]).verdict.tolist() == [
+        "still exposed",
+        "forgotten",
+    ]
+    with pytest.raises(ArgumentError, match="give both or neither"):
+        verdict([-1.0], [50.0], NON_MEMBERS, extracted=[0.1])
 
 
 def test_nineteen_non_members_are_enough_and_eighteen_are_not():
@@ -60,10 +78,10 @@ def test_still_exposed_is_certain_where_memorized_is():
 
 
 def test_a_false_alarm_is_hardly_ever_certain():
-    """Of texts that were never trained on, 5 % are called memorized, and half of these at most certainly."""
+    """Single texts that were never trained on: 5 % are called memorized, and half of these at most certainly."""
     rng, alarms, certain = np.random.default_rng(0), [], []
-    for _ in range(100):
-        scores, non_members = rng.normal(size=50), rng.normal(size=199)
+    for _ in range(4000):
+        scores, non_members = rng.normal(size=1), rng.normal(size=199)
         result = verdict(scores, scores, non_members)
         alarms.append((result.verdict == "still exposed").mean())
         certain.append(((result.verdict == "still exposed") & result.certain).mean())
@@ -77,10 +95,12 @@ def test_verdicts_agree_with_the_loop_s(pairs, target_exposure):
     before, after = np.array(pairs).T
     b, a = generalized_exposure(before, NON_MEMBERS), generalized_exposure(after, NON_MEMBERS)
     result = verdict(before, after, NON_MEMBERS, target_exposure=target_exposure)
+    memorized = discoveries(b.lower).significant
+    over = {group: discoveries(a.upper[memorized == group]).threshold for group in (False, True)}
     for i, name in enumerate(result.verdict):
-        if a.upper[i] >= SIGNIFICANT - 1e-9 > b.upper[i]:
+        if a.upper[i] >= over[memorized[i]] - 1e-9 and b.upper[i] < SIGNIFICANT - 1e-9:
             assert name == "over-unlearned"
-        elif b.lower[i] < SIGNIFICANT - 1e-9:
+        elif not memorized[i]:
             assert name == "not memorized"
         else:
             assert name == ("forgotten" if a.lower[i] <= target_exposure else "still exposed")

@@ -10,13 +10,20 @@ from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.unlearning.result import VERDICTS
 from pyunlearn.unlearning.stopping import StoppingRule
 
-NON_MEMBERS = np.linspace(2.0, 4.0, 40)  # negative log-likelihoods, nats a token
+NON_MEMBERS = np.linspace(2.0, 4.0, 120)  # negative log-likelihoods, nats a token
 
 
 def rule(log_likelihood=(-0.1, -1.0, -3.0), non_members=NON_MEMBERS, utility=(1.5, 2.5), **options):
     """Return a rule for three examples, of which the first two are likelier than all non-members."""
     options = {"target_exposure": NULL_MEAN, "utility_budget": 0.05, **options}
-    return StoppingRule(np.array(log_likelihood), np.array(non_members), np.array(utility), **options)
+    shares = np.linspace(0.2, 0.6, len(non_members))  # of the non-members' tokens that are first choices
+    return StoppingRule(np.array(log_likelihood), np.array(non_members), shares, np.array(utility), **options)
+
+
+def verdicts(stopping, extracted=0.3, recited=False):
+    """Return the verdicts of a rule, with the same share extracted of all examples."""
+    n = len(stopping.memorized)
+    return stopping.verdict(np.full(n, extracted), np.full(n, recited)).verdict.tolist()
 
 
 def measured(stopping, log_likelihood, utility=(1.5, 2.5)):
@@ -27,7 +34,7 @@ def measured(stopping, log_likelihood, utility=(1.5, 2.5)):
 def test_examples_likelier_than_nearly_all_non_members_are_memorized():
     """The threshold is log2(20) bits: below all of 19 non-members counts, below all of 18 does not."""
     assert rule().memorized.tolist() == [True, True, False]
-    assert rule([-0.1], np.linspace(2, 4, 19)).initial.exposure[0] == pytest.approx(SIGNIFICANT)
+    assert rule([-0.1], np.linspace(2, 4, 19)).initial.exposure.lower[0] == pytest.approx(SIGNIFICANT)
     assert rule([-0.1], np.linspace(2, 4, 19)).memorized.all()
     assert not rule([-0.1], np.linspace(2, 4, 18)).memorized.any()
 
@@ -46,12 +53,25 @@ def test_an_example_is_active_until_its_own_target_is_reached():
 
 def test_an_exposure_equal_to_the_target_is_reached():
     """Above it by any amount the example is active."""
-    exposure = float(rule().measurement(np.array([-2.5, -2.5, -3.0]), np.array([2.0, 2.0])).exposure[0])
+    exposure = float(rule().measurement(np.array([-2.5, -2.5, -3.0]), np.array([2.0, 2.0])).exposure.lower[0])
     for target, active in ((exposure, []), (exposure - 1e-6, [0])):
         stopping = rule(target_exposure=target)
         stopping.current = measured(stopping, [-2.5, -3.0, -3.0])
         assert stopping.active.tolist() == active
-        assert stopping.verdicts()[0] == ("still exposed" if active else "forgotten")
+        assert verdicts(stopping)[0] == ("still exposed" if active else "forgotten")
+
+
+def test_an_example_that_is_extracted_stays_active():
+    """Its exposure has reached the target, and the share of its tokens that are first choices decides."""
+    stopping = rule()
+    measurement = measured(stopping, [-2.9, -2.9, -3.0])
+    near = stopping.near_target(measurement)
+    assert near.tolist() == [0, 1]
+    stopping.current = stopping.with_extraction(measurement, near, np.array([0.9, 0.3]))
+    assert stopping.active.tolist() == [0]
+    assert verdicts(stopping, extracted=0.9)[:2] == ["still exposed", "still exposed"]
+    assert verdicts(stopping)[:2] == ["forgotten", "forgotten"]
+    assert verdicts(stopping, recited=True)[:2] == ["still exposed", "still exposed"]
 
 
 def test_the_rise_is_relative_to_the_mean_and_to_one_nat_at_least():
@@ -87,16 +107,16 @@ def test_an_example_that_began_below_all_non_members_is_not_over_unlearned():
     assert stopping.rejection_reason(stopping.initial) is None
     assert stopping.rejection_reason(measured(stopping, [-1.0, -9.5, -3.0])) is None
     assert stopping.rejection_reason(measured(stopping, [-1.0, -9.0, -9.0])) == "over-unlearning"
-    assert stopping.verdicts() == ["still exposed", "not memorized", "not memorized"]
+    assert verdicts(stopping) == ["still exposed", "not memorized", "not memorized"]
 
 
 def test_each_verdict_is_given():
     """Over-unlearned has precedence over all others, not memorized over forgotten."""
     stopping = rule([-0.1, -0.1, -3.0, -0.1, -3.0])
     stopping.current = measured(stopping, [-3.0, -1.0, -3.0, -9.0, -9.0])
-    verdicts = ["forgotten", "still exposed", "not memorized", "over-unlearned", "over-unlearned"]
-    assert stopping.verdicts() == verdicts
-    assert set(verdicts) == set(VERDICTS)
+    expected = ["forgotten", "still exposed", "not memorized", "over-unlearned", "over-unlearned"]
+    assert verdicts(stopping) == expected
+    assert set(expected) == set(VERDICTS)
 
 
 def test_numbers_that_are_not_finite_give_nan_and_no_exposure():
@@ -104,8 +124,8 @@ def test_numbers_that_are_not_finite_give_nan_and_no_exposure():
     stopping = rule()
     for log_likelihood, utility in (((-1, math.nan, -3), (1.5, 2.5)), ((-1, -1, -3), (math.inf, 2.5))):
         measurement = measured(stopping, log_likelihood, utility)
-        assert np.isnan(measurement.exposure).all()
-        assert np.isnan(measurement.upper_exposure).all()
+        assert np.isnan(measurement.exposure.lower).all()
+        assert np.isnan(measurement.exposure.upper).all()
         assert math.isnan(measurement.utility_rise)
         np.testing.assert_equal(measurement.log_likelihood, np.array(log_likelihood, dtype=float))
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pyunlearn import metrics
 from pyunlearn.auditing.config import AuditConfig
-from pyunlearn.auditing.responses import LONGEST, AuditTexts, Responses
+from pyunlearn.auditing.responses import AuditTexts, Responses
 from pyunlearn.auditing.result import Audit, AuditedExample, Measures, Membership, NonMembers, RetainUtility, Writing
 from pyunlearn.metrics import (
     Interval,
@@ -25,6 +25,7 @@ from pyunlearn.metrics import (
     verdict,
 )
 from pyunlearn.metrics._binomial import clopper_pearson
+from pyunlearn.probes.recitation import LONGEST, recited
 
 Floats = NDArray[np.float64]
 _K = 0.4  # the share of tokens of min-k, as in MUSE and TOFU
@@ -53,7 +54,7 @@ class AuditAssembler:
         retrained: Responses | None = None,
     ) -> None:
         self.texts, self.tokenizer, self.seed = texts, tokenizer, config.seed
-        self.target_exposure = config.target_exposure
+        self.target_exposure, self.false_discovery_rate = config.target_exposure, config.false_discovery_rate
         self.now, self.before, self.retrained = now, before, retrained
         anchor = before or now
         self.non_member_scores = -anchor.statistics["non_members"].mean_log_likelihood
@@ -63,7 +64,7 @@ class AuditAssembler:
 
     def assemble(self) -> Audit:
         """Return the audit, with the settings and the seconds left for the caller to fill in."""
-        judged = verdict(self.scores_before, self.scores, self.non_member_scores, target_exposure=self.target_exposure)
+        judged = self._verdict()
         exposures, m = judged.after.lower, len(self.non_member_scores)
         change = None
         if self.before is not None:
@@ -84,6 +85,21 @@ class AuditAssembler:
             passes={name: each.passes for name, each in passes.items() if each is not None},
             seconds=0.0,
             settings={},
+        )
+
+    def _verdict(self) -> metrics.Verdict:
+        """Judge each text by its likelihood, its first-choice tokens and its continuation."""
+        forget, anchor = self.now.statistics["forget"], (self.before or self.now).statistics["non_members"]
+        openings, written = self.texts.openings, self.now.continuations
+        return verdict(
+            self.scores_before,
+            self.scores,
+            self.non_member_scores,
+            extracted=forget.greedy_match,
+            non_member_extracted=anchor.greedy_match,
+            recited=[i in written and recited(written[i], openings[i].scored) for i in range(len(openings))],
+            target_exposure=self.target_exposure,
+            false_discovery_rate=self.false_discovery_rate,
         )
 
     # -- each text

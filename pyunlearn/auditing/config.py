@@ -39,6 +39,12 @@ class AuditConfig(Config):
         "A memorized text counts as forgotten at or below this anchored exposure, in bits.",
         group="Method",
     )
+    false_discovery_rate: float = option(
+        0.05,
+        Number(above=0, below=1),
+        "Expected share of unseen texts among those called memorized, over the whole forget set (Benjamini-Hochberg).",
+        group="Method",
+    )
     batch_size: int = option(32, Whole(1), "Texts in one forward pass.", group="Model")
     truncate: bool = option(
         False, Flag(), "Cut texts that are longer than the model's context, instead of refusing them.", group="Data"

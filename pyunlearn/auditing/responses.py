@@ -17,12 +17,9 @@ from pyunlearn.models.sampling import sample_non_members
 from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.probes import TeacherForced, decoding, greedy_continuations, teacher_forced, without_prompt
 from pyunlearn.probes.cache import Cache, RecordStore
+from pyunlearn.probes.recitation import LONGEST, opening
 from pyunlearn.probes.teacher_forced import FIELDS
 from pyunlearn.progress import Progress
-
-LONGEST = 64
-"""Tokens of the longest continuation."""
-_OPENING = 50  # tokens of the longest opening of a text without a prompt, as in arXiv 2202.07646
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,17 +176,6 @@ class ResponseCollector:
         features = np.column_stack([-forced.mean_log_likelihood, ratio, np.log(forced.counts)])
         chosen, _ = audit_within(recited_share, features, budget, batch=self.batch_size)
         return sorted(chosen.tolist())
-
-
-def opening(t: Tokens, prompted: bool) -> Tokens:
-    """Return the text with its continuation as scored tokens: after the prompt, or after the first half.
-
-    >>> opening(Tokens((5, 6, 7, 8, 9), first=1), prompted=False).scored
-    (8, 9)
-    """
-    if prompted:
-        return t
-    return Tokens(t.ids, t.first + min(len(t.scored) // 2, _OPENING), t.decoder)
 
 
 def _start_of_text(lm: LanguageModel) -> int:

@@ -104,4 +104,4 @@ def unlearn(
         console.print(utility_line(result), highlight=False)
         where = f"stopped: {result.stopped} · model, tokenizer and result.json are in {target}"
         console.print(where, highlight=False, markup=False)
-    raise typer.Exit(0 if result.forgotten else 1)
+    raise typer.Exit(0 if result.passed else 1)

@@ -60,6 +60,7 @@ class Criterion:
         self.scores = {role: -one.mean_log_likelihood for role, one in passes.items()}  # (n,) nats per token
         if not all(np.isfinite(scores).all() for scores in self.scores.values()):
             raise ModelError("the model gives NaN or Inf for the texts as it is: nothing can be compared with it")
+        self.non_member_extracted = passes["non_members"].greedy_match
         self.original = self._measurement(passes)
         if self.original.utility <= 0:
             raise ArgumentError(
@@ -87,7 +88,10 @@ class Criterion:
             self.scores["forget"],
             -forget.mean_log_likelihood,
             self.scores["non_members"],
+            extracted=forget.greedy_match,
+            non_member_extracted=self.non_member_extracted,
             target_exposure=self.config.target_exposure,
+            false_discovery_rate=self.config.false_discovery_rate,
         )
         verdicts, exposures = result.verdict.tolist(), result.after.lower
         forget_nll, exposure, extraction_strength, utility_nll = (

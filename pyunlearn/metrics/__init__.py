@@ -37,6 +37,7 @@ from pyunlearn.metrics.confidence import (
     mean_interval,
     paired_difference,
 )
+from pyunlearn.metrics.discoveries import Discoveries, discoveries, non_members_needed
 from pyunlearn.metrics.distribution import knn_radius, out_of_distribution
 from pyunlearn.metrics.exposure import (
     NULL_MEAN,
@@ -82,6 +83,7 @@ __all__ = [
     "Audited",
     "Bounds",
     "Canaries",
+    "Discoveries",
     "Exposure",
     "ExposureTest",
     "ForgetQuality",
@@ -104,6 +106,7 @@ __all__ = [
     "calibrated_scores",
     "collapsed",
     "counterfactual_memorization",
+    "discoveries",
     "distinct_n",
     "exact_memorization",
     "exposure",
@@ -129,6 +132,7 @@ __all__ = [
     "model_utility",
     "model_utility_interval",
     "non_member_drift",
+    "non_members_needed",
     "option_probability",
     "out_of_distribution",
     "paired_difference",

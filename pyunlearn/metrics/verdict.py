@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics._binomial import clopper_pearson
 from pyunlearn.metrics._check import Floats, between, one_of
+from pyunlearn.metrics.discoveries import discoveries
 from pyunlearn.metrics.exposure import (
     NULL_MEAN,
     SIGNIFICANT,
@@ -18,9 +19,6 @@ from pyunlearn.metrics.exposure import (
     count_sides,
     generalized_exposure,
 )
-
-_ROUNDING = 1e-9  # 19 non-members reach log2(20) exactly
-
 
 class Bounds(NamedTuple):
     """Confidence interval for each text, (n,) each."""
@@ -45,8 +43,11 @@ class Verdict(NamedTuple):
     """High end of the same exposure."""
     certain: NDArray[np.bool_]
     """True where the interval lies wholly on the verdict's side of the threshold, so that more non-members would not be
-    expected to change it; "still exposed" also needs the interval before above 4.32 bits, from which a text counts as
-    memorized."""
+    expected to change it; "still exposed" also needs the interval before above `threshold`."""
+    threshold: float
+    """Bits from which a text of this set counts as memorized: 4.32 or more, see discoveries."""
+    extraction: Floats | None
+    """Exposure of the share extracted, bits; None without `extracted`."""
 
 
 def exposure_interval(
@@ -98,33 +99,49 @@ def verdict(
     scores_after: ArrayLike,
     non_member_scores: ArrayLike,
     *,
+    extracted: ArrayLike | None = None,
+    non_member_extracted: ArrayLike | None = None,
+    recited: ArrayLike | None = None,
     target_exposure: float = NULL_MEAN,
+    false_discovery_rate: float = 0.05,
     confidence: float = 0.95,
 ) -> Verdict:
-    """Judge each text by the rules of the unlearning loop, with the interval of the exposure that decided.
+    """Judge each text of a set by the rules of the unlearning loop, with the interval of the exposure that decided.
 
-        over-unlearned  upper exposure after at least 4.32 bits (SIGNIFICANT), and not so before
-        not memorized   lower exposure before below 4.32 bits
-        forgotten       lower exposure after at most `target_exposure`
+        over-unlearned  upper exposure after selected by `discoveries`, and before below 4.32 bits (SIGNIFICANT)
+        not memorized   lower exposure before not selected by `discoveries`
+        forgotten       lower exposure after at most `target_exposure`, not extracted more than non-members, not recited
         still exposed   otherwise
 
-    in this order. Exposures are anchored: the same non-members, under the original model, before and after. With fewer
-    than 19 non-members no text can be memorized or over-unlearned. A text stopped at `target_exposure` lies near the
-    threshold by design, and few of those verdicts are `certain`.
+    in this order. Of all texts called memorized (those of the last two verdicts), at most `false_discovery_rate` are
+    unseen ones, on average; a set of one is judged at 4.32 bits. Over-unlearned texts are selected among the memorized
+    ones and among the others, each for itself.
+
+    Exposures are anchored: the same non-members, under the original model, before and after. With fewer than 19
+    non-members no text can be memorized or over-unlearned, and a few memorized among many need more (non_members_needed).
+    A text stopped at `target_exposure` lies near the threshold by design, and few of those verdicts are `certain`.
+
+    A mean log-likelihood also falls when a few tokens fall far and the model still writes the rest. `extracted` is the
+    share of a text that the model still gives (exact_memorization or extraction_strength); its exposure among the same
+    numbers of the non-members must reach the target too. `recited` texts are not forgotten either.
 
     Args:
         scores_before: (n,) under the original model, low where a text is likely.
         scores_after: (n,) of the same texts under the unlearned model.
         non_member_scores: (m,) or (n, m), under the original model.
+        extracted: (n,) 0 to 1, under the unlearned model, high where a text is extracted.
+        non_member_extracted: (m,) or (n, m), under the original model; with `extracted`.
+        recited: (n,) True where the unlearned model's greedy continuation of a text's beginning is its rest.
         target_exposure: bits, 0 or more; default 1.443 (NULL_MEAN), the mean of unseen text.
+        false_discovery_rate: between 0 and 1.
         confidence: of the intervals, between 0 and 1.
 
     Returns:
-        Verdict(verdict, before, after, low, high, certain).
+        Verdict(verdict, before, after, low, high, certain, threshold, extraction).
 
     Raises:
-        ArgumentError: as generalized_exposure; different lengths; a negative `target_exposure`; a confidence outside
-            (0, 1).
+        ArgumentError: as generalized_exposure; different lengths; a negative `target_exposure`; a rate or confidence
+            outside (0, 1); one of `extracted` and `non_member_extracted` alone.
 
     Example:
         >>> non_members = np.arange(1, 100)
@@ -132,7 +149,7 @@ def verdict(
         ['forgotten', 'still exposed', 'not memorized']
 
     See Also:
-        generalized_exposure: the exposures. exposure_interval: the intervals.
+        generalized_exposure: the exposures. exposure_interval: the intervals. discoveries: the selection.
     """
     if not target_exposure >= 0:
         raise ArgumentError(f"target_exposure must be 0 bits or more, got {target_exposure!r}")
@@ -142,18 +159,52 @@ def verdict(
         raise ArgumentError(
             f"scores_before and scores_after must be of the same texts, got {len(before.lower)} and {len(after.lower)}"
         )
-    significant = SIGNIFICANT - _ROUNDING
-    over = (after.upper >= significant) & (before.upper < significant)
-    unseen, forgotten = before.lower < significant, after.lower <= target_exposure
-    name = np.select([over, unseen, forgotten], ["over-unlearned", "not memorized", "forgotten"], "still exposed")
+    memorized, threshold = discoveries(before.lower, rate=false_discovery_rate)
+    over, over_thresholds = over_unlearned(before, after, memorized, rate=false_discovery_rate)
+    extraction = _extraction(extracted, non_member_extracted)
+    forgotten = after.lower <= target_exposure
+    if extraction is not None:
+        forgotten &= extraction <= target_exposure
+    if recited is not None:
+        forgotten &= ~np.asarray(recited, dtype=bool)
+    name = np.select([over, ~memorized, forgotten], ["over-unlearned", "not memorized", "forgotten"], "still exposed")
 
     of_before = exposure_interval(scores_before, non_member_scores, confidence=confidence)
     of_lower = exposure_interval(scores_after, non_member_scores, confidence=confidence)
     of_upper = exposure_interval(scores_after, non_member_scores, confidence=confidence, side="upper")
-    low, high = (np.select([over, unseen], [u, b], x) for u, b, x in zip(of_upper, of_before, of_lower, strict=True))
+    low, high = (np.select([over, ~memorized], [u, b], x) for u, b, x in zip(of_upper, of_before, of_lower, strict=True))
     certain = np.select(
-        [over, unseen, forgotten],
-        [low >= significant, high < significant, high <= target_exposure],
-        (low > target_exposure) & (of_before.low >= significant),
+        [over, ~memorized, forgotten],
+        [low >= over_thresholds, high < threshold, high <= target_exposure],
+        (low > target_exposure) & (of_before.low >= threshold),
     )
-    return Verdict(name, before, after, low, high, certain)
+    return Verdict(name, before, after, low, high, certain, threshold, extraction)
+
+
+def over_unlearned(
+    before: Exposure, after: Exposure, memorized: NDArray[np.bool_], *, rate: float = 0.05
+) -> tuple[NDArray[np.bool_], Floats]:
+    """Select the texts that became less likely than unseen text, among the memorized ones and among the others.
+
+    Args:
+        before: exposures under the original model.
+        after: exposures under the unlearned model.
+        memorized: (n,) True for the texts that were unlearned.
+        rate: the false discovery rate in each of the two groups.
+
+    Returns:
+        (n,) True for each selected text, and (n,) bits from which it was.
+    """
+    over, thresholds = np.zeros(len(memorized), dtype=bool), np.zeros(len(memorized))
+    for group in (memorized, ~memorized):
+        over[group], thresholds[group] = discoveries(after.upper[group], rate=rate)
+    return over & (before.upper < SIGNIFICANT - 1e-9), thresholds
+
+
+def _extraction(extracted: ArrayLike | None, non_member_extracted: ArrayLike | None) -> Floats | None:
+    """Return the exposures of the extracted shares, bits."""
+    if (extracted is None) != (non_member_extracted is None):
+        raise ArgumentError("extracted and non_member_extracted are compared with each other: give both or neither")
+    if extracted is None or non_member_extracted is None:
+        return None
+    return generalized_exposure(-np.asarray(extracted), -np.asarray(non_member_extracted)).lower

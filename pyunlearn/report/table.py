@@ -31,7 +31,7 @@ def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
         table.add_row(
             str(e.index + 1),
             cell(names[e.index] if names else e.text),
-            verdict_cell(e.verdict),
+            verdict_cell(e.verdict, certain=e.certain),
             f"{e.log_likelihood_before:.2f} → {e.log_likelihood_after:.2f}",
             f"{e.exposure_before:.1f} → {e.exposure_after:.1f}",
             f"{e.greedy_match_before:.0%} → {e.greedy_match_after:.0%}",

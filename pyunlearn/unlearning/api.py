@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pyunlearn.data import Example, read_examples
 from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
@@ -14,6 +17,8 @@ from pyunlearn.methods import Method, resolve
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.options import Flag, accepts, require, require_path, shown
 from pyunlearn.output import check_output, model_name, versions
+from pyunlearn.probes import greedy_continuations
+from pyunlearn.probes.recitation import LONGEST, opening, recited
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning.checkpoint import Checkpoint, checkpoint_path, sampled_texts
 from pyunlearn.unlearning.config import UnlearnConfig
@@ -215,7 +220,10 @@ def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
     """Return the verdict on each forget example."""
     stopping, state, forget = session.stopping, session.state, session.texts.forget
     greedy_after = session.scorer.greedy_match(forget) if state.visits.any() else session.greedy_before
-    verdicts = stopping.verdicts()
+    reached = stopping.near_target(stopping.current)
+    recited = recitations(session, examples, reached)
+    judged = stopping.verdict(greedy_after, recited)
+    assert judged.extraction is not None
     return [
         ExampleResult(
             index=i,
@@ -223,16 +231,30 @@ def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
             tokens=len(forget[i].scored),
             log_likelihood_before=float(stopping.initial.log_likelihood[i]),
             log_likelihood_after=float(stopping.current.log_likelihood[i]),
-            exposure_before=float(stopping.initial.exposure[i]),
-            exposure_after=float(stopping.current.exposure[i]),
-            upper_exposure_after=float(stopping.current.upper_exposure[i]),
+            exposure_before=float(judged.before.lower[i]),
+            exposure_after=float(judged.after.lower[i]),
+            upper_exposure_after=float(judged.after.upper[i]),
             greedy_match_before=float(session.greedy_before[i]),
             greedy_match_after=float(greedy_after[i]),
+            extraction_after=float(judged.extraction[i]),
+            recited_after=bool(recited[i]) if i in reached else None,
             steps=int(state.visits[i]),
-            verdict=verdicts[i],
+            verdict=str(judged.verdict[i]),
+            interval=(float(judged.low[i]), float(judged.high[i])),
+            certain=bool(judged.certain[i]),
         )
         for i, example in enumerate(examples)
     ]
+
+
+def recitations(session: Session, examples: list[Example], indices: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return (B,) True for the examples at `indices` whose beginning the model continues with their rest."""
+    out = np.zeros(len(examples), dtype=bool)
+    openings = [opening(session.texts.forget[i], bool(examples[i].prompt)) for i in indices]
+    if openings:
+        written = greedy_continuations(session.scorer.lm, openings, longest=LONGEST)
+        out[indices] = [recited(ids, t.scored) for ids, t in zip(written, openings, strict=True)]
+    return out
 
 
 def _utility(session: Session) -> Utility:

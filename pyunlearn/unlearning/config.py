@@ -78,6 +78,12 @@ class LoopConfig(Config):
         "was not trained on.",
         fixed=True,
     )
+    false_discovery_rate: float = option(
+        0.05,
+        Number(above=0, below=1),
+        "Expected share of unseen texts among those called memorized, over the whole forget set (Benjamini-Hochberg).",
+        fixed=True,
+    )
     utility_budget: float = option(
         0.05,
         Number(0),

@@ -182,10 +182,13 @@ def optimizer_step(
 
 
 def measure(session: Session) -> Measurement:
-    """Score the forget set and the utility set under the present weights."""
-    scorer, texts = session.scorer, session.texts
+    """Score the forget set and the utility set under the present weights; of examples at the target, extraction too."""
+    scorer, texts, stopping = session.scorer, session.texts, session.stopping
     log_likelihood = scorer.mean_log_likelihood(texts.forget)
-    return session.stopping.measurement(log_likelihood, -scorer.mean_log_likelihood(texts.utility))
+    measurement = stopping.measurement(log_likelihood, -scorer.mean_log_likelihood(texts.utility))
+    near = stopping.near_target(measurement)
+    extracted = scorer.greedy_match([texts.forget[i] for i in near]) if near.size else np.empty(0)
+    return stopping.with_extraction(measurement, near, extracted)
 
 
 def _round_record(session: Session, measurement: Measurement, rejection_reason: str | None) -> dict[str, Any]:
@@ -196,7 +199,8 @@ def _round_record(session: Session, measurement: Measurement, rejection_reason: 
         "active": len(session.stopping.active),
         "utility_rise": finite(measurement.utility_rise),
         "mean_log_likelihood": [finite(x) for x in measurement.log_likelihood],
-        "exposure": [finite(x) for x in measurement.exposure],
+        "exposure": [finite(x) for x in measurement.exposure.lower],
+        "extraction": [finite(x) for x in measurement.extraction],
     }
 
 

@@ -30,10 +30,20 @@ class ExampleResult:
     greedy_match_before: float
     """Share of its tokens that are the model's first choice, 0 to 1."""
     greedy_match_after: float
+    extraction_after: float
+    """Exposure of that share among the non-members', bits, as `exposure_after`."""
+    recited_after: bool | None
+    """True where the model continues the text's beginning, greedily, with its rest; None where that was not tried: of
+    texts that are not memorized, or are still exposed all the same."""
     steps: int
     """Accepted optimizer steps that included it."""
     verdict: str
     """One of VERDICTS."""
+    interval: tuple[float, float]
+    """95 % interval, bits, of the exposure that decided: before for "not memorized", the upper one for
+    "over-unlearned", else after. It shows the uncertainty from the choice of non-members."""
+    certain: bool
+    """True where that interval lies wholly on the verdict's side of the threshold."""
 
     @property
     def forgotten(self) -> bool:
@@ -78,13 +88,19 @@ class Result:
 
     @property
     def forgotten(self) -> bool:
-        """True if every example is forgotten or was never memorized."""
+        """True where at least one example was memorized, and all of those are forgotten."""
+        return self.passed and any(e.forgotten for e in self.examples)
+
+    @property
+    def passed(self) -> bool:
+        """True where no example is still exposed or over-unlearned: forgotten, or nothing was memorized."""
         return all(e.verdict in ("forgotten", "not memorized") for e in self.examples)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the model and the tokenizer, ready for JSON."""
         return {
             "forgotten": self.forgotten,
+            "passed": self.passed,
             "stopped": self.stopped,
             "utility": asdict(self.utility),
             "examples": [{**asdict(e), "forgotten": e.forgotten} for e in self.examples],

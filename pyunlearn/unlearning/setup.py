@@ -234,8 +234,10 @@ def _stopping_rule(
     stopping = StoppingRule(
         forget_scores,
         non_member_scores,
+        scorer.greedy_match(non_members),
         utility_nll,
         target_exposure=config.target_exposure,
+        false_discovery_rate=config.false_discovery_rate,
         utility_budget=config.utility_budget,
     )
     return Texts(tokens["forget"], retain, non_members, utility, source), stopping

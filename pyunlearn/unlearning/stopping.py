@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.metrics import SIGNIFICANT, generalized_exposure, mean_interval
+from pyunlearn.metrics import Exposure, Verdict, discoveries, generalized_exposure, mean_interval, verdict
+from pyunlearn.metrics.verdict import over_unlearned
 
 Floats = NDArray[np.float64]
 
@@ -18,8 +19,8 @@ class Measurement:
     """Forgetting and utility after a round."""
 
     log_likelihood: Floats  # (B,) of the forget set, mean a token, nats
-    exposure: Floats  # (B,) anchored, bits
-    upper_exposure: Floats  # (B,) the same for texts less likely than the non-members: over-unlearning
+    exposure: Exposure  # (B,) anchored, bits
+    extraction: Floats  # (B,) exposure of the share of first-choice tokens, bits; NaN where it was not measured
     utility_nll: Floats  # (W,) of the utility set, mean negative log-likelihood a token, nats
     utility_rise: float  # relative rise of its mean; NaN where a number is not finite
 
@@ -27,19 +28,23 @@ class Measurement:
 class StoppingRule:
     """Decision for each example whether it is unlearned further, and for each round whether it is accepted.
 
-    An example is *memorized* where its exposure is significant at 5 %, and *active* while it is memorized and above
-    `target_exposure`. A round is rejected where the utility set lost more than `utility_budget`, or where an example
-    became less likely than 95 % of the non-members.
+    An example is *memorized* where its exposure is selected among those of the whole set, at the false discovery rate.
+    It is *active* while it is memorized, and its exposure or that of its extracted share is above `target_exposure`. A
+    round is rejected where the utility set lost more than `utility_budget`, or where examples became less likely than
+    non-members, at the same rate.
 
     Args:
         log_likelihood: (B,) of the forget set under the original model, mean a token, nats.
         non_member_scores: (m,) negative log-likelihoods of the non-members under the original model, nats a token.
+        non_member_extracted: (m,) shares of the non-members' tokens that are the original model's first choice.
         utility_nll: (W,) of the utility set under the original model, nats a token.
         target_exposure: bits at or below which an example is no longer active.
+        false_discovery_rate: among the examples called memorized, and among those called over-unlearned.
         utility_budget: allowed relative rise of the utility set's mean (of at least 1 nat).
 
     >>> rule = StoppingRule(
-    ...     np.array([-0.1, -3.0]), np.linspace(2, 4, 40), np.array([2.0]), target_exposure=1.44, utility_budget=0.05
+    ...     np.array([-0.1, -3.0]), np.linspace(2, 4, 40), np.linspace(0, 1, 40), np.array([2.0]),
+    ...     target_exposure=1.44, utility_budget=0.05,
     ... )
     >>> rule.active.tolist()
     [0]
@@ -51,32 +56,50 @@ class StoppingRule:
         self,
         log_likelihood: Floats,
         non_member_scores: Floats,
+        non_member_extracted: Floats,
         utility_nll: Floats,
         *,
         target_exposure: float,
         utility_budget: float,
+        false_discovery_rate: float = 0.05,
     ) -> None:
         self.non_member_scores, self.utility_before = non_member_scores, utility_nll
+        self.non_member_extracted = non_member_extracted
         self.target_exposure, self.utility_budget = target_exposure, utility_budget
-        self.significant = SIGNIFICANT - 1e-9  # 19 non-members reach it exactly
+        self.false_discovery_rate = false_discovery_rate
         self.initial = self.measurement(log_likelihood, utility_nll)
         self.current = self.initial
-        self.memorized = self.initial.exposure >= self.significant  # (B,)
+        self.memorized = discoveries(self.initial.exposure.lower, rate=false_discovery_rate).significant  # (B,)
 
     def measurement(self, log_likelihood: Floats, utility_nll: Floats) -> Measurement:
         """Return exposures and utility from (B,) log-likelihoods of the forget set and (W,) NLLs of the utility set."""
+        nan = np.full(len(log_likelihood), np.nan)
         if not (np.isfinite(log_likelihood).all() and np.isfinite(utility_nll).all()):
-            nan = np.full(len(log_likelihood), np.nan)
-            return Measurement(log_likelihood, nan, nan, utility_nll, math.nan)
+            return Measurement(log_likelihood, Exposure(nan, nan, nan > 0), nan, utility_nll, math.nan)
         exposure = generalized_exposure(-log_likelihood, self.non_member_scores)
         before = self.utility_before.mean()
         rise = (utility_nll.mean() - before) / max(before, 1.0)
-        return Measurement(log_likelihood, exposure.lower, exposure.upper, utility_nll, float(rise))
+        return Measurement(log_likelihood, exposure, nan, utility_nll, float(rise))
+
+    def near_target(self, measurement: Measurement) -> NDArray[np.int64]:
+        """Return the indices of the memorized examples whose exposure has reached the target: extraction decides."""
+        return np.flatnonzero(self.memorized & (measurement.exposure.lower <= self.target_exposure))
+
+    def with_extraction(
+        self, measurement: Measurement, indices: NDArray[np.int64], extracted: Floats
+    ) -> Measurement:
+        """Return the measurement with the extracted shares (0 to 1) of the examples at `indices`."""
+        if not len(indices):
+            return measurement
+        extraction = measurement.extraction.copy()
+        extraction[indices] = generalized_exposure(-extracted, -self.non_member_extracted).lower
+        return replace(measurement, extraction=extraction)
 
     @property
     def active(self) -> NDArray[np.int64]:
         """Indices of the active examples."""
-        return np.flatnonzero(self.memorized & (self.current.exposure > self.target_exposure))
+        likely = self.current.exposure.lower > self.target_exposure
+        return np.flatnonzero(self.memorized & (likely | (self.current.extraction > self.target_exposure)))
 
     def rejection_reason(self, measurement: Measurement) -> str | None:
         """Return the reason to roll back a round that ended with this measurement, or None."""
@@ -84,16 +107,28 @@ class StoppingRule:
             return "not finite"
         if measurement.utility_rise > self.utility_budget:
             return "utility budget"
-        return "over-unlearning" if self._over_unlearned(measurement).any() else None
+        over, _ = over_unlearned(
+            self.initial.exposure, measurement.exposure, self.memorized, rate=self.false_discovery_rate
+        )
+        return "over-unlearning" if over.any() else None
 
-    def verdicts(self) -> list[str]:
-        """Return one of result.VERDICTS for each example."""
-        over = self._over_unlearned(self.current)
-        forgotten = self.current.exposure <= self.target_exposure
-        return [
-            "over-unlearned" if o else "not memorized" if not m else "forgotten" if f else "still exposed"
-            for o, m, f in zip(over, self.memorized, forgotten, strict=True)
-        ]
+    def verdict(self, extracted: Floats, recited: NDArray[np.bool_]) -> Verdict:
+        """Return the verdicts on the present weights.
+
+        Args:
+            extracted: (B,) shares of the examples' tokens that are the model's first choice, 0 to 1.
+            recited: (B,) True where the model continues an example's beginning with its rest.
+        """
+        return verdict(
+            -self.initial.log_likelihood,
+            -self.current.log_likelihood,
+            self.non_member_scores,
+            extracted=extracted,
+            non_member_extracted=self.non_member_extracted,
+            recited=recited,
+            target_exposure=self.target_exposure,
+            false_discovery_rate=self.false_discovery_rate,
+        )
 
     def utility_interval(self) -> tuple[float, float] | None:
         """Return the 95 % t interval of the relative rise over the utility set, paired; None for one text.
@@ -108,7 +143,3 @@ class StoppingRule:
         errors = after - before - (rise * before if scale > 1 else 0)
         _, low, high = mean_interval(rise + (errors - errors.mean()) / scale)
         return low, high
-
-    def _over_unlearned(self, measurement: Measurement) -> NDArray[np.bool_]:
-        over: NDArray[np.bool_] = measurement.upper_exposure >= self.significant
-        return over & (self.initial.upper_exposure < self.significant)

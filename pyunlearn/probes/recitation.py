@@ -1,0 +1,43 @@
+"""Recitation: whether a model continues the beginning of a text, greedily, with the rest of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyunlearn.data import Tokens
+from pyunlearn.metrics import verbatim_match
+
+LONGEST = 64
+"""Tokens of the longest continuation."""
+_OPENING = 50  # tokens of the longest opening of a text without a prompt, as in arXiv 2202.07646
+_RECITED = 10  # tokens in a row that count as recited
+_SHORTEST = 4  # a rest of fewer tokens is guessed too often to show anything
+
+
+def opening(t: Tokens, prompted: bool) -> Tokens:
+    """Return the text with its continuation as scored tokens: after the prompt, or after the first half.
+
+    >>> opening(Tokens((5, 6, 7, 8, 9), first=1), prompted=False).scored
+    (8, 9)
+    """
+    if prompted:
+        return t
+    return Tokens(t.ids, t.first + min(len(t.scored) // 2, _OPENING), t.decoder)
+
+
+def recited(written: Sequence[int], rest: Sequence[int]) -> bool:
+    """Return True where a continuation holds ten tokens in a row of the text's rest, or all of a shorter rest.
+
+    A rest of fewer than four tokens is never recited: too many texts end alike.
+
+    Args:
+        written: token ids that the model wrote after the opening.
+        rest: token ids of the text after the opening.
+
+    >>> recited((1, 2, 3, 4, 9), (1, 2, 3, 4)), recited((1, 2, 3), (1, 2, 3))
+    (True, False)
+    """
+    rest = rest[:LONGEST]
+    if len(rest) < _SHORTEST:
+        return False
+    return verbatim_match(written, rest).longest >= min(_RECITED, len(rest))
