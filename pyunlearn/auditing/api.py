@@ -10,7 +10,7 @@ from pyunlearn.auditing.assemble import AuditAssembler
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.responses import AuditTexts, ResponseCollector, Responses
 from pyunlearn.auditing.result import Audit
-from pyunlearn.data import Example, read_examples
+from pyunlearn.data import Example, check_texts, read_examples
 from pyunlearn.errors import ModelError
 from pyunlearn.models.devices import default_device
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
@@ -83,6 +83,7 @@ def audit(
         for role, source in sources.items()
         if role == "forget" or source is not None
     }
+    examples, notes = check_texts(examples)
     bar = Progress(progress, "auditing")
     try:
         collected = _collect(models, tokenizer, examples, config, cache, bar)
@@ -93,6 +94,7 @@ def audit(
     finally:
         bar.close()
     result.settings = versions() | {name: model_name(each) for name, each in models.items()} | config.to_dict()
+    result.notes = notes + result.notes
     result.seconds = time.perf_counter() - began
     return result
 

@@ -17,7 +17,7 @@ from pyunlearn.comparing.measurement import Criterion
 from pyunlearn.comparing.plots import require_plot_package, save_plots
 from pyunlearn.comparing.result import Comparison, Row, check_folder
 from pyunlearn.comparing.trial import Restored, run_method
-from pyunlearn.data.examples import read_examples
+from pyunlearn.data import check_texts, read_examples
 from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError
 from pyunlearn.methods import METHODS, resolve
 from pyunlearn.models.language_model import LanguageModel
@@ -95,12 +95,14 @@ def compare(
         for role, source in sources.items()
         if role == "forget" or source is not None
     }
+    examples, notes = check_texts(examples)
     record = _record(config, names, model, reference_model)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     inputs = {**examples, "tokenizer": lm.tokenizer, "reference_model": reference_model, "progress": progress}
     with Restored(lm) as start:
         criterion, utility_text = _measure_original(lm, examples, config, progress)
         comparison = _start(criterion, utility_text, record, folder)
+        comparison.notes = notes
         _fill(comparison, names, start, criterion, config, inputs, folder)
     order = {name: rank for rank, name in enumerate(names)}
     comparison.rows.sort(key=lambda row: order.get(row.method, len(order)))

@@ -130,28 +130,35 @@ class _Index:
         """Return the indices of the texts that a document contains, given its known n-grams."""
         hits = Counter(chain.from_iterable(self.owners[g][:_OWNERS] for g in known if g in self.owners))
         near = [self.entries[i] for i, count in hits.items() if count >= _SEEDED * self.entries[i].seeds]
-        return [i for entry in near if self._contains(document, known, entry) for i in entry.indices]
+        return [i for entry in near if self._contains(document, entry) for i in entry.indices]
 
-    def _contains(self, document: Words, known: set[Gram], entry: _Entry) -> bool:
+    def _contains(self, document: Words, entry: _Entry) -> bool:
         """Return True where the document contains the text of the entry or a near copy of it."""
-        shared = known
+        grams = _grams(document)
         if len(document) > 2 * entry.length:
-            shared = _densest(_grams(document), set(entry.grams), entry.length + entry.length // 4)
-        if shared.issuperset(entry.grams):
+            grams = _densest(grams, set(entry.grams), entry.length + entry.length // 4)
+        left, covered = Counter(grams), set()
+        for at, gram in enumerate(entry.grams):
+            if left[gram] > 0:
+                left[gram] -= 1
+                covered.update(range(at, at + _N))
+        if len(covered) < _COVERED * entry.length:
+            return False
+        shared = set(grams)
+        if len(covered) == entry.length and shared.issuperset(entry.grams):
             return True
-        covered = {at + i for at, gram in enumerate(entry.grams) if gram in shared for i in range(_N)}
-        if len(covered) < _COVERED * entry.length or not entry.numbers <= set(document):
+        if not entry.numbers <= set(document):
             return False
         distinctive = {g for g in entry.grams if max(self.counts[g], self.documents[g]) <= _COMMON}
         return len(distinctive & shared) >= max(1, _DISTINCTIVE * len(distinctive))
 
 
-def _densest(grams: list[Gram], wanted: set[Gram], width: int) -> set[Gram]:
-    """Return the n-grams of the stretch of at most `width` with the most wanted ones."""
+def _densest(grams: list[Gram], wanted: set[Gram], width: int) -> list[Gram]:
+    """Return the stretch of at most `width` n-grams with the most wanted ones."""
     hits = [at for at, gram in enumerate(grams) if gram in wanted]
     best, start = (0, 0), 0
     for end, hit in enumerate(hits):
         while hit - hits[start] >= width:
             start += 1
         best = max(best, (end - start + 1, -hits[start]))
-    return set(grams[-best[1] : -best[1] + width])
+    return grams[-best[1] : -best[1] + width]

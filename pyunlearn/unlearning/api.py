@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pyunlearn.data import Example, read_examples
+from pyunlearn.data import Example, check_texts, read_examples
 from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import Method, resolve
@@ -101,6 +101,7 @@ def unlearn(
         for role, source in sources.items()
         if role == "forget" or source is not None
     }
+    examples, notes = check_texts(examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     tokens = lm.encode(examples, truncate=config.truncate)
@@ -135,6 +136,7 @@ def unlearn(
     inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
     inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
     result = _result(session, config, trained, examples["forget"], stopped, inputs)
+    result.notes = notes + session.notes
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
             result.save(output_dir)
