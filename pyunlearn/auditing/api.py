@@ -49,9 +49,9 @@ def audit(
     Args:
         model: a transformers causal or encoder-decoder language model, or a path, a .gguf file or a name to load from.
         forget: the texts in question: a text, a list of texts or dicts, a datasets.Dataset, or a path.
-        holdout: text of the same kind that was not trained on, same forms; 19 texts or more. Default: sampled from the
-            original model, or else from the model; then membership attacks are left out, since sampled text is no fair
-            comparison.
+        holdout: text of the same kind that was not trained on, same forms; 19 different texts or more, none of them a
+            copy of a forget text. Default: sampled from the original model, or else from the model; then membership
+            attacks are left out, since sampled text is no fair comparison.
         retain: text that must keep working, same forms: its likelihood is reported, with an interval.
         original: the model before unlearning, same forms as `model`.
         reference_model: a model that never saw the forget texts, best one retrained without them: it calibrates a

@@ -60,8 +60,8 @@ def compare(
         forget: the texts to forget, as for `pyunlearn.unlearn`.
         retain: text that must keep working, trained on by each method (`retain_loss`). The utility is measured on it;
             without it on the holdout, and without that on text sampled from the model.
-        holdout: text of the forget set's kind that was never trained on; 19 texts or more. Default: sampled from the
-            model.
+        holdout: text of the forget set's kind that was never trained on; 19 different texts or more, no copy of a
+            forget text among them. Default: sampled from the model.
         tokenizer: needed when `model` is a model object whose name leads to none.
         reference_model: the model that npo and others compare with, as for `pyunlearn.unlearn`.
         output_dir: new, empty, or that of an interrupted comparison with the same settings, which then resumes: each

@@ -59,8 +59,9 @@ def unlearn(
             `messages`), a datasets.Dataset, or a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. With prompts, only
             the completion is scored and forgotten. With `dpo`, each example has a preferred answer `winner`.
         retain: text that must keep working, same forms: for the retain loss (`retain_loss`), and as the utility set.
-        holdout: text of the forget set's kind that was never trained on, same forms, 19 texts or more; default:
-            sampled from the model.
+            Copies of forget texts are left out, with a warning.
+        holdout: text of the forget set's kind that was never trained on, same forms, 19 different texts or more, no
+            copy of a forget text among them; default: sampled from the model.
         tokenizer: a tokenizer, or where to load it from; default: where the model was loaded from.
         reference_model: the model with which NPO, UNDIAL, KL and other methods compare; default: the original model.
         config: all settings in one object, or the path of a TOML file or a result.json; keywords replace single ones.
@@ -71,7 +72,7 @@ def unlearn(
 
     Returns:
         Result: `.model`, `.examples` (one verdict each), `.utility`, `.history` (one record per step), `.stopped`,
-        `.save(dir)`.
+        `.notes` (on the texts), `.save(dir)`.
 
     Raises:
         ArgumentError, DataError, ModelError, OutputError: an argument cannot be used; the model is unchanged.
