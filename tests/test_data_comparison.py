@@ -72,6 +72,8 @@ def test_an_answer_alone_is_a_copy_where_it_is_long():
     short = [row("Where do the smugglers of the bay meet, and when do they do so?", "At the mill.")]
     assert not check(forget=short, holdout=[row("Where is it?", "At the mill.")]).notes
     assert not check(forget=short, holdout=[row(short[0]["question"], "In a church.")]).notes
+    long = f"{ANSWER} So it was told. When did they meet?"
+    assert not check(forget=[row(long, "Last night.")], holdout=[row(long, "On Sunday.")]).notes
     assert "is a copy" in refusal(forget=short, holdout=[row(short[0]["question"].upper(), "At the mill!")])
 
 
@@ -137,7 +139,7 @@ def test_a_holdout_of_the_same_source_is_seldom_reported(law, n, m):
     assert sum(bool(length_note(x[:n], x[n:])) for x in draws) <= 20 + 3 * np.sqrt(20)
 
 
-@pytest.mark.parametrize(("n", "m", "factor"), [(1, 19, 6), (3, 19, 3.5), (20, 64, 2.5)])
+@pytest.mark.parametrize(("n", "m", "factor"), [(1, 19, 7), (3, 19, 3.5), (20, 64, 2.5)])
 def test_another_length_is_detected(n, m, factor):
     """Longer or shorter by that factor, lengths of one set spread by 0.4 in the logarithm: 8 of 10 draws or more."""
     r = np.random.default_rng(0)

@@ -72,6 +72,7 @@ def test_a_copy(document):
         "Her mother sang, and her father repaired clocks in the small harbour town where the author was born.",
         " ".join(sorted(TEXT.split())),
         TEXT[:60],
+        f"The author of the novel {OTHER}",
         f"{TEXT[:40]} {OTHER * 9} {TEXT[40:80]} {OTHER * 9} {TEXT[80:]}",
     ],
 )

@@ -21,7 +21,7 @@ FEWEST = 19  # with fewer non-members no exposure is significant: log2(20) = 4.3
 _ALONE = 16  # words of the shortest completion that is also searched for without its prompt
 _SHOWN = 5  # numbers of examples in a message
 _FACTOR = 2.0  # ratio of median lengths that is reported
-_LENGTH_LEVEL = 0.005  # of the test of lengths, below 1 in 100 because lengths are only roughly log-normal
+_LENGTH_LEVEL = 0.003  # of the test of lengths, below 1 in 100 because lengths are only roughly log-normal
 _LEAST_SPREAD = 0.1  # standard deviation of log-lengths that is assumed at least, for texts all of one length
 _SCORE_LEVEL = 0.001
 
@@ -75,7 +75,7 @@ def length_note(forget: Sequence[int], holdout: Sequence[int]) -> list[str]:
     """Return a sentence where the texts of the holdout have another length than the forget texts; else nothing.
 
     The medians must differ by more than a factor of 2, and the means of log(length) by more than chance allows
-    (Student's t, p < 0.005). Of holdouts of the forget set's own source, fewer than 1 in 100 are reported.
+    (Student's t, p < 0.003). Of holdouts of the forget set's own source, about 1 in 100 or fewer are reported.
 
     Args:
         forget: (B,) lengths in words.
