@@ -153,6 +153,53 @@ def test_texts_that_cannot_be_used():
         pyunlearn.audit(model, tiny.sentences(3, 1), holdout=tiny.sentences(18, 4), tokenizer=tokenizer, progress=False)
 
 
+def test_a_holdout_with_a_forget_text_is_refused_before_the_model_is_loaded(monkeypatch):
+    """Which one, and what to do."""
+    monkeypatch.delattr("pyunlearn.auditing.api._collect")
+    model = made("plain")[0]
+    forget, holdout = tiny.sentences(3, 1), tiny.sentences(19, 2)
+    with pytest.raises(DataError, match=r"holdout example 20 .* nearly one, of forget example 2 .*: take it out"):
+        pyunlearn.audit(model, forget, holdout=[*holdout, forget[1].upper()])
+    with pytest.raises(DataError, match="36 texts only 18 are different"):
+        pyunlearn.audit(model, forget, holdout=holdout[:18] * 2)
+    with pytest.raises(DataError, match="nothing of retain is left"):
+        pyunlearn.audit(model, forget, retain=forget[0])
+
+
+def test_the_texts_that_are_left_out_and_the_kind_of_the_holdout_are_noted():
+    """In the result, in its JSON and below the table; the first also as a warning."""
+    from pyunlearn.report import audit_lines
+
+    model, tokenizer, _ = made("plain")
+    forget, retain = tiny.sentences(12, 1), tiny.sentences(4, 3)
+    holdout = [f"{a} {b} {c}" for a, b, c in zip(*(tiny.sentences(24, seed) for seed in (4, 5, 6)), strict=True)]
+    options = {"tokenizer": tokenizer, "progress": False, "metrics": [], "reference_model": model}
+    with pytest.warns(UserWarning, match="1 of 5 retain texts is a copy") as caught:
+        audit = pyunlearn.audit(model, forget, retain=[*retain, forget[2]], holdout=holdout, **options)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    left_out, length, *scores = audit.notes
+    assert left_out == str(caught[0].message)
+    assert length.startswith("The holdout is of another length than the forget set: 33 words at the median, where the ")
+    assert all(note.startswith("Under the reference model the holdout is ") for note in scores)
+    assert audit.to_dict()["notes"] == audit.notes
+    assert set(audit.notes) <= set(audit_lines(audit))
+    assert audit.utility.texts == 4
+    assert pyunlearn.audit(model, forget, holdout=tiny.sentences(30, 2), **options).notes == []
+
+
+def test_scores_under_the_reference_model_tell_another_register():
+    """A reference model trained on the grammar knows sentences, and finds the same words in another order odd."""
+    reference = tiny.storyteller()
+    forget = tiny.sentences(12, 21)
+    holdout = [" ".join(reversed(text.split())) for text in tiny.sentences(24, 22)]
+    options = {"tokenizer": reference.tokenizer, "progress": False, "metrics": [], "reference_model": reference.model}
+    model = tiny.tiny_llama(len(reference.tokenizer))
+    (note,) = pyunlearn.audit(model, forget, holdout=holdout, **options).notes
+    assert "nats a token less likely than the forget set (Mann-Whitney, p = " in note
+    assert pyunlearn.audit(model, forget, holdout=tiny.sentences(24, 22), **options).notes == []
+
+
 def test_settings_come_from_a_config_a_file_and_keywords(tmp_path):
     """A config, a TOML file and an earlier audit.json; keywords change single settings."""
     model, tokenizer, _ = made("plain")

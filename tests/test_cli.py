@@ -95,6 +95,20 @@ def test_unlearn_prints_json_and_names_its_folder_after_the_model(unlearn, folde
     assert printed == json.loads((tmp_path / "model-1.5-unlearned" / "result.json").read_text())
 
 
+def test_unlearn_checks_its_texts(unlearn, folder, trained, tmp_path):
+    """A copy in the holdout is refused; what is left out of retain is printed with the result, and in result.json."""
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(text.upper()) + "\n" for text in [*trained.holdout[:30], *trained.forget]))
+    err = refused(unlearn("--holdout", mixed), tmp_path, present=["mixed.jsonl"])
+    assert "holdout example 31" in err
+    assert "take it out" in err
+    code, out, err = unlearn("--retain", mixed, "--max-steps", 0, "--out", "new", forget=folder / "forget.jsonl")
+    assert (code, err) == (1, "")
+    note = "2 of 32 retain texts are copies of forget texts and are left out: retain examples 31, 32."
+    assert note in " ".join(out.split())
+    assert json.loads((tmp_path / "new" / "result.json").read_text())["notes"] == [note]
+
+
 def test_unlearn_returns_1_when_something_is_still_exposed(unlearn, tmp_path):
     """The best state is saved all the same."""
     code, out, _ = unlearn("--max-steps", 1, "--learning-rate", 1e-6, "--out", "new")

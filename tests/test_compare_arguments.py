@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import pyunlearn
-from pyunlearn.comparing import CompareConfig
+from pyunlearn.comparing import CompareConfig, Comparison
 from pyunlearn.errors import ArgumentError, DataError, DependencyError, OutputError
 
 RETAIN, HOLDOUT = tiny.sentences(5, 1), tiny.sentences(20, 2)
@@ -115,3 +115,25 @@ def test_a_config_gives_every_method_its_settings():
     assert config.for_method("ga").method_options == {}
     shared = set(run.options()) - {"method", "method_options"}
     assert all(getattr(run, name) == getattr(config, name) for name in shared)
+
+
+def test_a_holdout_with_a_forget_text_is_refused_before_the_model_is_loaded(model, tmp_path, monkeypatch):
+    """Which one, and what to do; nothing is written."""
+    monkeypatch.delattr("pyunlearn.comparing.api.LanguageModel.of")
+    forget = tiny.sentences(2, 3)
+    options = {"output_dir": tmp_path / "c"}
+    with pytest.raises(DataError, match=r"holdout example 21 .* nearly one, of forget example 2 .*: take it out"):
+        compare(model, **options, holdout=[*HOLDOUT, forget[1]])
+    with pytest.raises(DataError, match="nothing of retain is left"):
+        compare(model, **options, retain=forget)
+    assert not any(tmp_path.iterdir())
+
+
+def test_copies_in_retain_are_left_out_once(model, tmp_path):
+    """One warning for the comparison, none for each method; the note is in result.json."""
+    options = {"output_dir": tmp_path / "c", "max_steps": 0, "plot": False, "progress": False}
+    with pytest.warns(UserWarning, match="1 of 6 retain texts is a copy of a forget text and is left out") as caught:
+        comparison = compare(model, **options, retain=[*RETAIN, tiny.sentences(1, 3)[0]])
+    assert len(caught) == 1
+    assert comparison.notes == [str(caught[0].message)]
+    assert Comparison.read(tmp_path / "c").notes == comparison.notes

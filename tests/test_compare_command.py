@@ -49,6 +49,22 @@ def test_the_command_compares_prints_and_writes(call, folder, tmp_path):
     assert err.count("\n") == 1
 
 
+def test_the_command_checks_its_texts(call, folder, tmp_path):
+    """A copy in the holdout is refused; what is left out of retain is printed below the table."""
+    texts = {role: (folder / f"{role}.jsonl").read_text() for role in ("forget", "holdout")}
+    (tmp_path / "mixed.jsonl").write_text(texts["holdout"] + texts["forget"])
+    arguments = ["compare", folder / "model-1.5", "--forget", folder / "forget.jsonl", "--methods", "ga"]
+    arguments += ["--max-steps", 0, "--no-plot", "-q"]
+    code, out, err = call(*arguments, "--holdout", "mixed.jsonl")
+    assert (code, out) == (2, "")
+    assert "take it out, for the holdout is text that was never trained on" in err
+    code, out, err = call(*arguments, "--holdout", folder / "holdout.jsonl", "--retain", "mixed.jsonl")
+    assert (code, err) == (0, "")
+    note = "2 of 62 retain texts are copies of forget texts and are left out: retain examples 61, 62."
+    assert note in " ".join(out.split())
+    assert json.loads((tmp_path / "model-1.5-compare" / "result.json").read_text())["notes"] == [note]
+
+
 def test_an_interrupted_command_says_how_to_resume(call, folder, tmp_path, monkeypatch):
     """Exit code 130."""
 

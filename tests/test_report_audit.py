@@ -325,6 +325,28 @@ def test_the_command_says_what_is_exposed(call, folder, tmp_path):
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["audit.json"]
 
 
+def test_the_command_checks_its_texts(call, folder, tmp_path):
+    """A copy in the holdout is refused; the kind of the holdout stands below the table, in the JSON and on the page."""
+    forget, model = folder / "forget.jsonl", folder / "model"
+    holdout = (folder / "holdout.jsonl").read_text()
+    (tmp_path / "mixed.jsonl").write_text(holdout + forget.read_text())
+    code, out, err = call("audit", model, "--forget", forget, "--holdout", "mixed.jsonl", "-q")
+    assert (code, out) == (2, "")
+    assert "holdout example 61" in err
+    assert not (tmp_path / "model-audit").exists()
+    long = [" ".join(json.loads(line)["text"] for line in holdout.splitlines()[i::20]) for i in range(20)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(text) + "\n" for text in [*long, long[0]]))
+    _, out, err = call("audit", model, "--forget", forget, "--holdout", "long.jsonl", "--fast", "-q")
+    notes = json.loads((tmp_path / "model-audit" / "audit.json").read_text())["notes"]
+    assert err == ""
+    assert notes[0] == "1 of 21 holdout texts repeats another one and is left out: 20 different ones count."
+    assert notes[1].startswith("The holdout is of another length than the forget set: 33 words at the median, where")
+    shown = " ".join(Page((tmp_path / "model-audit" / "audit.html").read_text()).text.split())
+    for note in notes:
+        assert note in " ".join(out.split())
+        assert note in shown
+
+
 def test_the_command_compares(call, folder):
     """--original with the model itself: nothing has changed."""
     code, out, _ = call(

@@ -9,7 +9,7 @@ import torch
 from unlearning_runs import run, same, weights
 
 import pyunlearn
-from pyunlearn.errors import ArgumentError, ModelError, TrainingError
+from pyunlearn.errors import ArgumentError, DataError, ModelError, TrainingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -86,3 +86,44 @@ def test_a_reference_model_that_is_read_is_not_refused(story, options):
     """A method reads it, the retain loss kl, token weights or an order; each notices another vocabulary."""
     with pytest.raises(ModelError, match="another vocabulary"):
         run(story, reference_model=tiny.tiny_llama(77), **options)
+
+
+def test_a_holdout_with_a_forget_text_is_refused_before_the_model_is_loaded(story, monkeypatch):
+    """Which one, and what to do."""
+    monkeypatch.delattr("pyunlearn.unlearning.api.LanguageModel")
+    with pytest.raises(DataError, match=r"holdout example 61 .* nearly one, of forget example 1 .*: take it out"):
+        pyunlearn.unlearn(story.model, story.forget, holdout=[*story.holdout, story.forget[0].upper()])
+    with pytest.raises(DataError, match="nothing of retain is left"):
+        pyunlearn.unlearn(story.model, story.forget, retain=story.forget)
+
+
+def test_copies_in_retain_and_repeated_non_members_are_left_out(story):
+    """With a warning at the caller's line, and the result as if they had not been given."""
+    dirty = {"retain": [*story.retain, story.forget[1]], "holdout": [*story.holdout, story.holdout[0]]}
+    with pytest.warns(UserWarning, match="left out") as caught:
+        result = run(story, max_steps=2, **dirty)
+    notes = [
+        "1 of 61 retain texts is a copy of a forget text and is left out: retain example 61.",
+        "1 of 61 holdout texts repeats another one and is left out: 60 different ones count.",
+    ]
+    assert [str(w.message) for w in caught] == result.notes == result.to_dict()["notes"] == notes
+    assert all(w.filename.endswith("unlearning_runs.py") for w in caught)
+    clean = run(story, max_steps=2)
+    assert clean.notes == []
+    assert same(result.model, clean.model)
+    assert result.non_member_scores == clean.non_member_scores
+    assert result.utility == clean.utility
+
+
+def test_a_holdout_of_another_kind_is_noted(story):
+    """By its length always, by its scores where there is a reference model."""
+    holdout = [text.partition(" and ")[0] for text in tiny.sentences(400, 9)]
+    holdout = list(dict.fromkeys(text.rpartition(" ")[0] for text in holdout))
+    assert len(holdout) >= 19
+    forget = tiny.sentences(12, 8)
+    options = {"max_steps": 0, "method": "npo", "reference_model": story.model}
+    notes = run(story, forget, holdout=holdout, retain=None, **options).notes
+    assert notes[0].startswith("The holdout is of another length than the forget set: 4 words at the median, where the")
+    assert notes[1].startswith("Under the reference model the holdout is ")
+    assert len(notes) == 2
+    assert run(story, forget, **options).notes == []

@@ -41,7 +41,8 @@ def test_the_history_has_one_record_a_step_and_the_state_after_each_round(story)
 
     data = result.to_dict()
     assert json.loads(json.dumps(data, allow_nan=False)) == json.loads(json.dumps(data))
-    assert data.keys() == {"forgotten", "stopped", "non_member_scores", "utility", "examples", "settings", "history"}
+    parts = {"forgotten", "stopped", "notes", "non_member_scores", "utility", "examples", "settings", "history"}
+    assert data.keys() == parts
     assert data["examples"][0] == {**asdict(result.examples[0]), "forgotten": True}
     assert data["settings"]["pyunlearn"] == pyunlearn.__version__
     assert (data["settings"]["method"], data["settings"]["learning_rate"], data["settings"]["seed"]) == ("ga", 1e-3, 0)

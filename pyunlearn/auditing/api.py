@@ -10,7 +10,7 @@ from pyunlearn.auditing.assemble import AuditAssembler
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.responses import AuditTexts, ResponseCollector, Responses
 from pyunlearn.auditing.result import Audit
-from pyunlearn.data import Example, read_examples
+from pyunlearn.data import Example, check_texts, read_examples
 from pyunlearn.errors import ModelError
 from pyunlearn.models.devices import default_device
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
@@ -49,9 +49,9 @@ def audit(
     Args:
         model: a transformers causal or encoder-decoder language model, or a path, a .gguf file or a name to load from.
         forget: the texts in question: a text, a list of texts or dicts, a datasets.Dataset, or a path.
-        holdout: text of the same kind that was not trained on, same forms; 19 texts or more. Default: sampled from the
-            original model, or else from the model; then membership attacks are left out, since sampled text is no fair
-            comparison.
+        holdout: text of the same kind that was not trained on, same forms; 19 different texts or more, none of them a
+            copy of a forget text. Default: sampled from the original model, or else from the model; then membership
+            attacks are left out, since sampled text is no fair comparison.
         retain: text that must keep working, same forms: its likelihood is reported, with an interval.
         original: the model before unlearning, same forms as `model`.
         reference_model: a model that never saw the forget texts, best one retrained without them: it calibrates a
@@ -83,6 +83,7 @@ def audit(
         for role, source in sources.items()
         if role == "forget" or source is not None
     }
+    examples, notes = check_texts(examples)
     bar = Progress(progress, "auditing")
     try:
         collected = _collect(models, tokenizer, examples, config, cache, bar)
@@ -93,6 +94,7 @@ def audit(
     finally:
         bar.close()
     result.settings = versions() | {name: model_name(each) for name, each in models.items()} | config.to_dict()
+    result.notes = notes + result.notes
     result.seconds = time.perf_counter() - began
     return result
 

@@ -14,6 +14,7 @@ from pyunlearn import metrics
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.responses import AuditTexts, Responses
 from pyunlearn.auditing.result import Audit, AuditedExample, Measures, Membership, NonMembers, RetainUtility, Writing
+from pyunlearn.data import score_note
 from pyunlearn.metrics import (
     Interval,
     auc,
@@ -85,6 +86,7 @@ class AuditAssembler:
             passes={name: each.passes for name, each in passes.items() if each is not None},
             seconds=0.0,
             settings={},
+            notes=self._notes(),
         )
 
     def _verdict(self) -> metrics.Verdict:
@@ -195,6 +197,13 @@ class AuditAssembler:
         sampled = f"sampled from the {'model' if self.before is None else 'original model'}"
         source = "holdout" if self.texts.holdout else sampled
         return NonMembers(source, self.before is not None, self.non_member_scores.tolist(), drift)
+
+    def _notes(self) -> list[str]:
+        """Compare the holdout with the forget set under the reference model."""
+        if self.retrained is None or not self.texts.holdout:
+            return []
+        forget, holdout = (-self.retrained.statistics[role].mean_log_likelihood for role in ("forget", "non_members"))
+        return score_note(forget, holdout)
 
     def _utility(self) -> RetainUtility | None:
         if "retain" not in self.now.statistics:

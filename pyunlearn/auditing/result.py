@@ -147,6 +147,8 @@ class Audit:
     """Number of texts that each model scored, token by token."""
     seconds: float
     settings: dict[str, Any] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+    """What was left out of the texts, and how the holdout differs from the forget set: one sentence each."""
 
     @property
     def verdicts(self) -> dict[str, int]:

@@ -102,6 +102,8 @@ def compare(
 
         console = Console()
         console.print(comparison_table(result, wide=console.width >= 112))
+        for note in result.notes:
+            console.print(note, highlight=False, markup=False)
         plotted = (target / "comparison.svg").exists()
         files = "result.json, table.csv, comparison.svg and comparison.png" if plotted else "result.json and table.csv"
         console.print(f"{files} are in {target}", highlight=False, markup=False)

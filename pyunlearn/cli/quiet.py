@@ -14,6 +14,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # notes on the texts are printed with the result; they are issued where a command calls the package
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"pyunlearn\.cli\.")
     from pyunlearn.models.loading import quiet_transformers
 
     quiet_transformers()

@@ -102,6 +102,8 @@ def unlearn(
         console = Console()
         console.print(result_table(result))
         console.print(utility_line(result), highlight=False)
+        for note in result.notes:
+            console.print(note, highlight=False, markup=False)
         where = f"stopped: {result.stopped} · model, tokenizer and result.json are in {target}"
         console.print(where, highlight=False, markup=False)
     raise typer.Exit(0 if result.passed else 1)

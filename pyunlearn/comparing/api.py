@@ -17,7 +17,7 @@ from pyunlearn.comparing.measurement import Criterion
 from pyunlearn.comparing.plots import require_plot_package, save_plots
 from pyunlearn.comparing.result import Comparison, Row, check_folder
 from pyunlearn.comparing.trial import Restored, run_method
-from pyunlearn.data.examples import read_examples
+from pyunlearn.data import check_texts, read_examples
 from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError
 from pyunlearn.methods import METHODS, resolve
 from pyunlearn.models.language_model import LanguageModel
@@ -60,8 +60,8 @@ def compare(
         forget: the texts to forget, as for `pyunlearn.unlearn`.
         retain: text that must keep working, trained on by each method (`retain_loss`). The utility is measured on it;
             without it on the holdout, and without that on text sampled from the model.
-        holdout: text of the forget set's kind that was never trained on; 19 texts or more. Default: sampled from the
-            model.
+        holdout: text of the forget set's kind that was never trained on; 19 different texts or more, no copy of a
+            forget text among them. Default: sampled from the model.
         tokenizer: needed when `model` is a model object whose name leads to none.
         reference_model: the model that npo and others compare with, as for `pyunlearn.unlearn`.
         output_dir: new, empty, or that of an interrupted comparison with the same settings, which then resumes: each
@@ -95,12 +95,14 @@ def compare(
         for role, source in sources.items()
         if role == "forget" or source is not None
     }
+    examples, notes = check_texts(examples)
     record = _record(config, names, model, reference_model)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     inputs = {**examples, "tokenizer": lm.tokenizer, "reference_model": reference_model, "progress": progress}
     with Restored(lm) as start:
         criterion, utility_text = _measure_original(lm, examples, config, progress)
         comparison = _start(criterion, utility_text, record, folder)
+        comparison.notes = notes
         _fill(comparison, names, start, criterion, config, inputs, folder)
     order = {name: rank for rank, name in enumerate(names)}
     comparison.rows.sort(key=lambda row: order.get(row.method, len(order)))

@@ -89,6 +89,8 @@ class Comparison:
     scores: dict[str, list[float]] = field(repr=False)
     """Role -> (n,) negative log-likelihoods, nats per token, under the original: a resumed comparison must agree."""
     settings: dict[str, Any] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+    """What was left out of the texts, and how the holdout differs from the forget set: one sentence each."""
 
     @property
     def complete(self) -> bool:

@@ -1,6 +1,7 @@
 """Turn texts, files and datasets into examples, examples into tokens, and tokens into batches."""
 
 from pyunlearn.data.batching import TokenBatch, batches, collate
+from pyunlearn.data.comparison import check_texts, score_note
 from pyunlearn.data.examples import Example, Message, read_examples
 from pyunlearn.data.tokens import Tokens, encode, padding_id
 
@@ -10,8 +11,10 @@ __all__ = [
     "TokenBatch",
     "Tokens",
     "batches",
+    "check_texts",
     "collate",
     "encode",
     "padding_id",
     "read_examples",
+    "score_note",
 ]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pyunlearn.errors import DataError, missing_packages
 
-__all__ = ["Example", "Message", "parse_examples", "read_examples"]
+__all__ = ["Example", "Message", "excerpt", "parse_examples", "read_examples"]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 WANTED = '"text", "prompt" and "completion", "question" and "answer", or "messages"'
@@ -98,6 +98,16 @@ def parse_examples(text: str, suffix: str, *, name: str) -> list[Example]:
     if not text.strip():
         raise DataError(f"{name} is empty: give at least one text")
     return [_example(row, where) for where, row in _text_rows(text, suffix, name)]
+
+
+def excerpt(example: Example) -> str:
+    """Return the start of an example's text in quotes, 40 characters at most, for messages.
+
+    >>> excerpt(Example("Who wrote it? ", "Thomas Jefferson, in Philadelphia."))
+    '"Who wrote it? Thomas Jefferson, in Ph..."'
+    """
+    text = " ".join((example.prompt + example.completion)[:200].split())
+    return f'"{text}"' if len(text) <= 40 else f'"{text[:37]}..."'
 
 
 def _rows(source: object, role: str) -> Rows:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from pyunlearn.data.examples import Example
+from pyunlearn.data.examples import Example, excerpt
 from pyunlearn.errors import ArgumentError, DataError
 
 __all__ = ["Tokens", "encode", "padding_id"]
@@ -102,7 +102,7 @@ def encode(
         raise ArgumentError(f"max_length must be at least 2, one token and what predicts it, and is {max_length}")
     if not examples:
         return []
-    wheres = [f"{role} example {number} ({_excerpt(example)})" for number, example in enumerate(examples, 1)]
+    wheres = [f"{role} example {number} ({excerpt(example)})" for number, example in enumerate(examples, 1)]
     texts = [_render(example, tokenizer, where) for example, where in zip(examples, wheres, strict=True)]
     splits = _apart(texts, tokenizer) if encoder_decoder else _jointly(texts, tokenizer)
     usual, none = _special(tokenizer, texts[0].completion[:64]), _Special([], [], [])
@@ -233,8 +233,3 @@ class _Fit(NamedTuple):
         room = min(len(head), max(self.limit - len(tail), self.limit // 2))
         bos = int(room > 1 and head[0] == self.bos)
         return head[:bos] + head[len(head) - (room - bos) :], tail[: self.limit - room]
-
-
-def _excerpt(example: Example) -> str:
-    text = " ".join((example.prompt + example.completion)[:200].split())
-    return f'"{text}"' if len(text) <= 40 else f'"{text[:37]}..."'

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from pyunlearn.data import Tokens
+from pyunlearn.data.comparison import FEWEST
 from pyunlearn.errors import DataError
 from pyunlearn.models.devices import seeded
 from pyunlearn.models.generation import generate
@@ -18,16 +19,15 @@ COUNT = 64
 
 _RECITED = 10  # consecutive tokens that count as recited
 _ATTEMPTS = 4  # number of attempts to sample an answer that does not recite the forget set
-_FEWEST = 19  # with fewer non-members no exposure is significant: log2(20) = 4.32 bits
 
 
 def require_enough(non_members: Sequence[Tokens], *, holdout: bool) -> None:
     """Raise DataError where there are fewer than 19 non-members, so that no exposure can be significant."""
-    if len(non_members) < _FEWEST:
+    if len(non_members) < FEWEST:
         role = "holdout" if holdout else "text the model writes that is not the forget set itself"
         raise DataError(
-            f"to tell memorized from unseen takes {_FEWEST} non-members or more, and the {role} has "
-            f"{len(non_members)}: give a holdout of {_FEWEST} texts that were never trained on"
+            f"to tell memorized from unseen takes {FEWEST} non-members or more, and the {role} has "
+            f"{len(non_members)}: give a holdout of {FEWEST} texts that were never trained on"
         )
 
 

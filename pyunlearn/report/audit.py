@@ -49,6 +49,7 @@ def audit_lines(audit: Audit) -> list[str]:
     scored = ", scored under the original model" if non_members.anchored else ""
     lines = [sentences.headline(audit), *sentences.summary(audit)]
     lines.append(f"compared with {len(non_members.scores)} texts: {non_members.source}{scored}")
+    lines += audit.notes
     for m in audit.membership:
         lines.append(
             f"membership, {m.score}: AUC {m.auc.estimate:.2f} ({m.auc.low:.2f} to {m.auc.high:.2f}; 0.5: not told "

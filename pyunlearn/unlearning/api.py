@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.data import Example, read_examples
+from pyunlearn.data import Example, check_texts, read_examples
 from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import Method, resolve
@@ -64,8 +64,9 @@ def unlearn(
             `messages`), a datasets.Dataset, or a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. With prompts, only
             the completion is scored and forgotten. With `dpo`, each example has a preferred answer `winner`.
         retain: text that must keep working, same forms: for the retain loss (`retain_loss`), and as the utility set.
-        holdout: text of the forget set's kind that was never trained on, same forms, 19 texts or more; default:
-            sampled from the model.
+            Copies of forget texts are left out, with a warning.
+        holdout: text of the forget set's kind that was never trained on, same forms, 19 different texts or more, no
+            copy of a forget text among them; default: sampled from the model.
         tokenizer: a tokenizer, or where to load it from; default: where the model was loaded from.
         reference_model: the model with which NPO, UNDIAL, KL and other methods compare; default: the original model.
         config: all settings in one object, or the path of a TOML file or a result.json; keywords replace single ones.
@@ -76,7 +77,7 @@ def unlearn(
 
     Returns:
         Result: `.model`, `.examples` (one verdict each), `.utility`, `.history` (one record per step), `.stopped`,
-        `.save(dir)`.
+        `.notes` (on the texts), `.save(dir)`.
 
     Raises:
         ArgumentError, DataError, ModelError, OutputError: an argument cannot be used; the model is unchanged.
@@ -106,6 +107,7 @@ def unlearn(
         for role, source in sources.items()
         if role == "forget" or source is not None
     }
+    examples, notes = check_texts(examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     tokens = lm.encode(examples, truncate=config.truncate)
@@ -140,6 +142,7 @@ def unlearn(
     inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
     inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
     result = _result(session, config, trained, examples["forget"], stopped, inputs)
+    result.notes = notes + session.notes
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
             result.save(output_dir)

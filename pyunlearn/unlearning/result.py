@@ -85,6 +85,8 @@ class Result:
     """Mean negative log-likelihoods of the non-members under the original model, nats per token."""
     history: list[dict[str, Any]] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+    """What was left out of the texts, and how the holdout differs from the forget set: one sentence each."""
 
     @property
     def forgotten(self) -> bool:
@@ -102,6 +104,7 @@ class Result:
             "forgotten": self.forgotten,
             "passed": self.passed,
             "stopped": self.stopped,
+            "notes": self.notes,
             "utility": asdict(self.utility),
             "examples": [{**asdict(e), "forgotten": e.forgotten} for e in self.examples],
             "non_member_scores": self.non_member_scores,

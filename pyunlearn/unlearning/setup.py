@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.data import Tokens
+from pyunlearn.data import Tokens, score_note
 from pyunlearn.errors import TrainingError
 from pyunlearn.methods import Method
 from pyunlearn.metrics.stein import ksd_difficulty
@@ -60,6 +60,7 @@ class Session(NamedTuple):
     greedy_before: Floats  # (B,) share of each forget text's tokens that were the model's first choice
     sampled: dict[str, Any]  # name -> texts that a checkpoint has to store
     scores: dict[str, Floats]  # name of a set -> numbers in which a resumed run must agree
+    notes: list[str]  # sentences on how the holdout differs from the forget set
 
 
 def setup(
@@ -112,6 +113,7 @@ def setup(
         weights = _token_weights(config, forget, scorer, likelihood, bar)
         reference = _read_reference(scorer, likelihood, method, retain_loss, texts_by_role, weights, retain_ahead)
         difficulty = _difficulty(config, texts, scorer, likelihood, micro_batch_size, bar)
+        notes = [] if reference_model is None else _compare_scores(scorer, likelihood, tokens)
 
     initial_nll = -scorer.mean_log_likelihood(retain) if retain_loss == "hold" and retain is not None else None
     multiplier = None
@@ -154,6 +156,7 @@ def setup(
         greedy_before,
         sampled,
         scores,
+        notes,
     )
 
 
@@ -203,6 +206,14 @@ def _non_members(
         non_members = holdout
     require_enough(non_members, holdout=holdout is not None)
     return non_members
+
+
+def _compare_scores(scorer: Scorer, likelihood: Likelihood, tokens: dict[str, list[Tokens]]) -> list[str]:
+    """Return a sentence where the reference model tells the holdout from the forget set; else nothing."""
+    if "holdout" not in tokens:
+        return []
+    forget, holdout = (-scorer.mean_log_likelihood(tokens[role], likelihood) for role in ("forget", "holdout"))
+    return score_note(forget, holdout)
 
 
 def _alternate_sampler(
