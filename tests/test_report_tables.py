@@ -2,6 +2,7 @@
 
 import io
 import re
+from math import inf
 
 import pytest
 from rich.console import Console
@@ -25,7 +26,9 @@ def printed(table, width):
 def result(*texts, verdict="over-unlearned"):
     """A result of these texts, with the widest numbers that a run has."""
     examples = [
-        ExampleResult(i, text, 3, -12.34, -15.67, 12.3, 12.3, 0.5, 1.0, 1.0, 200, verdict)
+        ExampleResult(
+            i, text, 3, -12.34, -15.67, 12.3, 12.3, 0.5, 1.0, 1.0, 12.3, False, 200, verdict, (4.7, inf), False
+        )
         for i, text in enumerate(texts)
     ]
     utility = Utility("retain set", 1, 1.0, 1.02, 0.02, (0.01, 0.03), 0.05, 0.125)

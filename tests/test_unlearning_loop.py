@@ -104,10 +104,10 @@ def test_every_step_is_taken_at_the_learning_rate_in_its_record(story, monkeypat
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-    result = run(story, learning_rate=5e-3, max_steps=4)
+    result = run(story, learning_rate=2e-2, max_steps=4)
     assert [record["accepted"] for record in result.history[:2]] == [False, False]
     assert rates == [record["learning_rate"] for record in result.history]
-    assert rates[:3] == [5e-3, 2.5e-3, 1.25e-3]
+    assert rates[:3] == [2e-2, 1e-2, 5e-3]
 
 
 @pytest.mark.parametrize("method", [*LEAST, *in_full(*sorted({*METHODS} - {*LEAST}))])

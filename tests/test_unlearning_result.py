@@ -15,7 +15,7 @@ from pyunlearn import models
 from pyunlearn.errors import OutputError
 
 STEP = {"step", "round", "examples", "forget_loss", "retain_nll", "gradient_norm", "learning_rate", "seconds"}
-ROUND = {"accepted", "rejection_reason", "active", "utility_rise", "mean_log_likelihood", "exposure"}
+ROUND = {"accepted", "rejection_reason", "active", "utility_rise", "mean_log_likelihood", "exposure", "extraction"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,9 +41,10 @@ def test_the_history_has_one_record_a_step_and_the_state_after_each_round(story)
 
     data = result.to_dict()
     assert json.loads(json.dumps(data, allow_nan=False)) == json.loads(json.dumps(data))
-    parts = {"forgotten", "stopped", "notes", "non_member_scores", "utility", "examples", "settings", "history"}
-    assert data.keys() == parts
-    assert data["examples"][0] == {**asdict(result.examples[0]), "forgotten": True}
+    flags = {"forgotten", "passed", "stopped", "notes"}
+    assert data.keys() == flags | {"non_member_scores", "utility", "examples", "settings", "history"}
+    first = asdict(result.examples[0])
+    assert data["examples"][0] == {**first, "interval": list(first["interval"]), "forgotten": True}
     assert data["settings"]["pyunlearn"] == pyunlearn.__version__
     assert (data["settings"]["method"], data["settings"]["learning_rate"], data["settings"]["seed"]) == ("ga", 1e-3, 0)
 

@@ -19,7 +19,7 @@ class Discoveries(NamedTuple):
     significant: NDArray[np.bool_]
     """(n,) True for each text that stands out."""
     threshold: float
-    """Bits from which a text of this set stands out: log2(n / (rate * k)) where k do, log2(n / rate) where none does."""
+    """Bits from which a text of this set stands out: log2(n / (rate * k)) where k do, log2(n / rate) where none."""
 
 
 def discoveries(exposures: ArrayLike, *, rate: float = 0.05) -> Discoveries:

@@ -20,6 +20,7 @@ from pyunlearn.metrics.exposure import (
     generalized_exposure,
 )
 
+
 class Bounds(NamedTuple):
     """Confidence interval for each text, (n,) each."""
 
@@ -118,7 +119,7 @@ def verdict(
     ones and among the others, each for itself.
 
     Exposures are anchored: the same non-members, under the original model, before and after. With fewer than 19
-    non-members no text can be memorized or over-unlearned, and a few memorized among many need more (non_members_needed).
+    non-members no text can be memorized or over-unlearned; few memorized among many need more (non_members_needed).
     A text stopped at `target_exposure` lies near the threshold by design, and few of those verdicts are `certain`.
 
     A mean log-likelihood also falls when a few tokens fall far and the model still writes the rest. `extracted` is the
@@ -172,7 +173,8 @@ def verdict(
     of_before = exposure_interval(scores_before, non_member_scores, confidence=confidence)
     of_lower = exposure_interval(scores_after, non_member_scores, confidence=confidence)
     of_upper = exposure_interval(scores_after, non_member_scores, confidence=confidence, side="upper")
-    low, high = (np.select([over, ~memorized], [u, b], x) for u, b, x in zip(of_upper, of_before, of_lower, strict=True))
+    bounds = zip(of_upper, of_before, of_lower, strict=True)
+    low, high = (np.select([over, ~memorized], [u, b], x) for u, b, x in bounds)
     certain = np.select(
         [over, ~memorized, forgotten],
         [low >= over_thresholds, high < threshold, high <= target_exposure],

@@ -14,7 +14,7 @@ from pyunlearn.errors import OutputError
 from pyunlearn.output import check_output
 from pyunlearn.report import sentences
 from pyunlearn.report.html import audit_page
-from pyunlearn.report.table import SHOWN, cell, record_table, verdict_cell
+from pyunlearn.report.table import SHOWN, UNCERTAIN, cell, record_table, verdict_cell
 
 
 def audit_table(audit: Audit, *, show_text: bool = False) -> Table:
@@ -38,7 +38,7 @@ def audit_table(audit: Audit, *, show_text: bool = False) -> Table:
             f"{e.now.extraction_strength:.0%}",
         )
     captions = [f"and {len(order) - SHOWN} more: see audit.json"] if len(order) > SHOWN else []
-    captions += ["? more non-members might change this verdict"] if not all(e.certain for e in audit.examples) else []
+    captions += [UNCERTAIN] if not all(e.certain for e in audit.examples) else []
     table.caption = "\n".join(captions) or None
     return table
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyunlearn.edits import EditResult
 
 COLOURS = {"forgotten": "green", "not memorized": "cyan", "still exposed": "yellow", "over-unlearned": "red"}
+UNCERTAIN = "? more non-members might change this verdict"
 SHOWN = 30  # records in a table; the file holds all
 
 
@@ -37,8 +38,10 @@ def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
             f"{e.greedy_match_before:.0%} → {e.greedy_match_after:.0%}",
             str(e.steps),
         )
+    captions = [UNCERTAIN] if not all(e.certain for e in result.examples) else []
     if len(result.examples) > SHOWN:
-        table.caption = f"and {len(result.examples) - SHOWN} more: see result.json"
+        captions.append(f"and {len(result.examples) - SHOWN} more: see result.json")
+    table.caption = "\n".join(captions) or None
     return table
 
 
@@ -84,7 +87,7 @@ def record_table(title: str, numbers: Sequence[str]) -> Table:
     """
     table = _table(title)
     table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("text", min_width=8)
+    table.add_column("text", min_width=6)
     table.add_column("verdict", no_wrap=True)
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyunlearn.output import save_folder
+from pyunlearn.output import plain_json, save_folder
 
 VERDICTS = ("forgotten", "not memorized", "still exposed", "over-unlearned")
 
@@ -106,7 +106,7 @@ class Result:
             "stopped": self.stopped,
             "notes": self.notes,
             "utility": asdict(self.utility),
-            "examples": [{**asdict(e), "forgotten": e.forgotten} for e in self.examples],
+            "examples": [{**plain_json(e), "forgotten": e.forgotten} for e in self.examples],
             "non_member_scores": self.non_member_scores,
             "settings": self.settings,
             "history": self.history,

@@ -85,9 +85,7 @@ class StoppingRule:
         """Return the indices of the memorized examples whose exposure has reached the target: extraction decides."""
         return np.flatnonzero(self.memorized & (measurement.exposure.lower <= self.target_exposure))
 
-    def with_extraction(
-        self, measurement: Measurement, indices: NDArray[np.int64], extracted: Floats
-    ) -> Measurement:
+    def with_extraction(self, measurement: Measurement, indices: NDArray[np.int64], extracted: Floats) -> Measurement:
         """Return the measurement with the extracted shares (0 to 1) of the examples at `indices`."""
         if not len(indices):
             return measurement
