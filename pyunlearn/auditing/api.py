@@ -18,6 +18,7 @@ from pyunlearn.models.sampling import require_enough
 from pyunlearn.options import Flag, accepts, require
 from pyunlearn.output import model_name, versions
 from pyunlearn.probes.cache import require_cache
+from pyunlearn.probes.non_members import uncalibrated
 from pyunlearn.progress import Progress
 
 
@@ -50,8 +51,9 @@ def audit(
         model: a transformers causal or encoder-decoder language model, or a path, a .gguf file or a name to load from.
         forget: the texts in question: a text, a list of texts or dicts, a datasets.Dataset, or a path.
         holdout: text of the same kind that was not trained on, same forms; 19 different texts or more, none of them a
-            copy of a forget text. Default: sampled from the original model, or else from the model; then membership
-            attacks are left out, since sampled text is no fair comparison.
+            copy of a forget text. Default: texts written for this package, each score less what is expected of unseen
+            text like it, or text sampled from the original model (or else from the model) where these cannot serve;
+            then membership attacks are left out, since neither is a fair comparison.
         retain: text that must keep working, same forms: its likelihood is reported, with an interval.
         original: the model before unlearning, same forms as `model`.
         reference_model: a model that never saw the forget texts, best one retrained without them: it calibrates a
@@ -155,9 +157,12 @@ def _collect(
     collector = collector_of(first, tokenizer)
     tokenizer, vocabulary = collector.lm.tokenizer, collector.lm.vocabulary
     tokens = collector.lm.encode(examples, truncate=config.truncate)
-    sampled = "holdout" not in examples
-    non_members = collector.sample_non_members(tokens["forget"], config.seed) if sampled else tokens["holdout"]
-    require_enough(non_members, holdout=not sampled)
+    forget = tokens["forget"]
+    if "holdout" in tokens:
+        require_enough(tokens["holdout"], holdout=True)
+        non_members = uncalibrated("holdout", len(forget), tokens["holdout"])
+    else:
+        non_members = collector.non_members(examples["forget"], forget, config.seed)
     answer_prior = "answer_prior" in config.metrics
     texts = AuditTexts.of(collector.lm, examples, tokens, non_members, answer_prior=answer_prior)
     indices = list(range(len(texts.openings))) if "continuations" in config.metrics else []

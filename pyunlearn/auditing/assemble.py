@@ -26,6 +26,7 @@ from pyunlearn.metrics import (
     verdict,
 )
 from pyunlearn.metrics._binomial import clopper_pearson
+from pyunlearn.probes.non_members import capped, evidence_notes
 from pyunlearn.probes.recitation import LONGEST, recited
 
 Floats = NDArray[np.float64]
@@ -58,9 +59,12 @@ class AuditAssembler:
         self.target_exposure, self.false_discovery_rate = config.target_exposure, config.false_discovery_rate
         self.now, self.before, self.retrained = now, before, retrained
         anchor = before or now
-        self.non_member_scores = -anchor.statistics["non_members"].mean_log_likelihood
-        self.scores = -now.statistics["forget"].mean_log_likelihood
-        self.scores_before = -anchor.statistics["forget"].mean_log_likelihood
+        self.non_members, expected = texts.non_members, texts.non_members.forget
+        self.non_member_nll = -anchor.statistics["non_members"].mean_log_likelihood
+        self.non_member_scores = self.non_member_nll - self.non_members.own.nll
+        self.nll = -now.statistics["forget"].mean_log_likelihood
+        self.nll_before = -anchor.statistics["forget"].mean_log_likelihood
+        self.scores, self.scores_before = self.nll - expected.nll, self.nll_before - expected.nll
         self._attacks = bool(texts.holdout) and "membership" in config.metrics
 
     def assemble(self) -> Audit:
@@ -69,7 +73,7 @@ class AuditAssembler:
         exposures, m = judged.after.lower, len(self.non_member_scores)
         change = None
         if self.before is not None:
-            change = paired_difference(-self.scores_before, -self.scores, seed=self.seed)
+            change = paired_difference(-self.nll_before, -self.nll, seed=self.seed)
         prior = self._prior(self.now)
         passes = {"original": self.before, "model": self.now, "reference_model": self.retrained}
         return Audit(
@@ -97,8 +101,8 @@ class AuditAssembler:
             self.scores_before,
             self.scores,
             self.non_member_scores,
-            extracted=forget.greedy_match,
-            non_member_extracted=anchor.greedy_match,
+            extracted=forget.greedy_match - self.non_members.forget.greedy_match,
+            non_member_extracted=anchor.greedy_match - self.non_members.own.greedy_match,
             recited=[i in written and recited(written[i], openings[i].scored) for i in range(len(openings))],
             target_exposure=self.target_exposure,
             false_discovery_rate=self.false_discovery_rate,
@@ -109,6 +113,7 @@ class AuditAssembler:
     def _examples(self, judged: metrics.Verdict) -> list[AuditedExample]:
         now = self._measures(self.now)
         before = [None] * len(now) if self.before is None else self._measures(self.before)
+        verdicts = capped(judged.verdict, self.non_members.grade)
         examples = []
         for i, e in enumerate(self.texts.forget):
             opening, truth = self._shown(i)
@@ -120,7 +125,7 @@ class AuditAssembler:
                     opening=opening,
                     truth=truth,
                     tokens=len(self.texts.tokens["forget"][i].scored),
-                    verdict=str(judged.verdict[i]),
+                    verdict=verdicts[i],
                     exposure=float(judged.after.lower[i]),
                     interval=(float(judged.low[i]), float(judged.high[i])),
                     certain=bool(judged.certain[i]),
@@ -136,8 +141,9 @@ class AuditAssembler:
         """Compute the metrics of each text under one model."""
         forced = responses.statistics["forget"]
         matches = forced.each(forced.rank == 0)
-        non_member_scores = -responses.statistics["non_members"].mean_log_likelihood
-        exposures = generalized_exposure(-forced.mean_log_likelihood, non_member_scores).lower
+        non_member_scores = -responses.statistics["non_members"].mean_log_likelihood - self.non_members.own.nll
+        scores = -forced.mean_log_likelihood - self.non_members.forget.nll
+        exposures = generalized_exposure(scores, non_member_scores).lower
         prior = self._prior(responses)
         gains = iter([] if prior is None else prior.gain.tolist())
         scores = self._scores(responses, "forget") if self._attacks else {}
@@ -193,17 +199,16 @@ class AuditAssembler:
         drift = None
         if self.before is not None:
             after = -self.now.statistics["non_members"].mean_log_likelihood
-            drift = non_member_drift(self.non_member_scores, after)
-        sampled = f"sampled from the {'model' if self.before is None else 'original model'}"
-        source = "holdout" if self.texts.holdout else sampled
-        return NonMembers(source, self.before is not None, self.non_member_scores.tolist(), drift)
+            drift = non_member_drift(self.non_member_nll, after)
+        return NonMembers(self.non_members.grade, self.before is not None, self.non_member_scores.tolist(), drift)
 
     def _notes(self) -> list[str]:
-        """Compare the holdout with the forget set under the reference model."""
+        """Compare the holdout with the forget set under the reference model, and say what the evidence cannot show."""
+        notes = evidence_notes(self.non_members, len(self.texts.forget), rate=self.false_discovery_rate)
         if self.retrained is None or not self.texts.holdout:
-            return []
+            return notes
         forget, holdout = (-self.retrained.statistics[role].mean_log_likelihood for role in ("forget", "non_members"))
-        return score_note(forget, holdout)
+        return score_note(forget, holdout) + notes
 
     def _utility(self) -> RetainUtility | None:
         if "retain" not in self.now.statistics:

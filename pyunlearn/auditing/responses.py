@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyunlearn.data import Example, Tokens
 from pyunlearn.errors import ModelError
 from pyunlearn.metrics import audit_within, verbatim_match, zlib_score
 from pyunlearn.models.language_model import LanguageModel
-from pyunlearn.models.sampling import sample_non_members
 from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.probes import TeacherForced, decoding, greedy_continuations, teacher_forced, without_prompt
-from pyunlearn.probes.cache import Cache, RecordStore
+from pyunlearn.probes.cache import Cache
+from pyunlearn.probes.calibration import Expected
+from pyunlearn.probes.non_members import GRADES, NonMembers, non_members_without_holdout, unsuitable
 from pyunlearn.probes.recitation import LONGEST, opening
 from pyunlearn.probes.teacher_forced import FIELDS
 from pyunlearn.progress import Progress
@@ -28,11 +30,13 @@ class AuditTexts:
 
     forget: list[Example]
     holdout: list[Example]
-    """Empty where the non-members were sampled."""
+    """Empty without one."""
     tokens: dict[str, list[Tokens]]
     """By role: forget, non_members, retain (if any), without_prompt (the forget texts that have a prompt)."""
     openings: list[Tokens]
     """The forget texts, with the continuation as scored tokens."""
+    non_members: NonMembers
+    """Their grade, and what is expected of them and of the forget texts if they are unseen."""
 
     @classmethod
     def of(
@@ -40,12 +44,12 @@ class AuditTexts:
         lm: LanguageModel,
         examples: dict[str, list[Example]],
         tokens: dict[str, list[Tokens]],
-        non_members: list[Tokens],
+        non_members: NonMembers,
         *,
         answer_prior: bool,
     ) -> AuditTexts:
         """Arrange the user's texts by role; with `answer_prior`, the prompted ones once more without their prompt."""
-        roles = {"forget": tokens["forget"], "non_members": non_members}
+        roles = {"forget": tokens["forget"], "non_members": non_members.tokens}
         if "retain" in tokens:
             roles["retain"] = tokens["retain"]
         prompted = [(t, bool(e.prompt)) for t, e in zip(tokens["forget"], examples["forget"], strict=True)]
@@ -53,7 +57,7 @@ class AuditTexts:
             start = _start_of_text(lm)
             roles["without_prompt"] = [without_prompt(t, start) for t, has_prompt in prompted if has_prompt]
         openings = [opening(t, has_prompt) for t, has_prompt in prompted]
-        return cls(examples["forget"], examples.get("holdout", []), roles, openings)
+        return cls(examples["forget"], examples.get("holdout", []), roles, openings, non_members)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,19 +151,26 @@ class ResponseCollector:
         passes = len({t for each in tokens.values() for t in each})
         return Responses(statistics, dict(zip(indices, decoded, strict=True)), passes)
 
-    def sample_non_members(self, forget: list[Tokens], seed: int) -> list[Tokens]:
-        """Sample texts from this model; from the cache, if they were sampled before."""
-        store = self.cache.store("sampled", ("numbers",))
+    def non_members(self, examples: Sequence[Example], forget: list[Tokens], seed: int) -> NonMembers:
+        """Return non-members in place of a holdout; from the cache, if they were chosen before."""
+        store = self.cache.store("non_members", ("grade", "texts", "expected"))
         key = store.key(forget[0], seed, [store.key(t) for t in forget] if self.cache.folder else None)
         if key not in store:
-            self.bar.say("sampling text that the model would typically write")
+            self.bar.say("scoring unseen text")
             with evaluation_mode(self.lm.module):
-                samples = sample_non_members(self.lm, forget, seed=seed)
+                chosen = non_members_without_holdout(self.lm, examples, forget, seed=seed)
             if not self.cache.folder:
-                return samples
-            store.add(key, (_packed(samples),))
+                return chosen
+            expected = np.concatenate([*chosen.forget, *chosen.own])
+            store.add(key, (np.array([GRADES.index(chosen.grade)]), _packed(chosen.tokens), expected))
             store.flush()
-        return _unpacked(store, key)
+        grade, texts, expected = store[key]
+        tokens, n = _unpacked(texts), len(forget)
+        ends = np.cumsum([n, n, len(tokens)])
+        parts = np.split(expected, ends)
+        return NonMembers(
+            GRADES[int(grade[0])], tokens, Expected(*parts[:2]), Expected(*parts[2:]), unsuitable(self.lm, examples)
+        )
 
     def _within_budget(self, texts: AuditTexts, forced: TeacherForced, budget: int) -> list[int]:
         """Choose the texts to decode where there is no time for all: those likely recited (`metrics.audit_within`)."""
@@ -193,8 +204,8 @@ def _packed(tokens: Sequence[Tokens]) -> Any:
     return np.array([n for row in rows for n in row], dtype=np.int64)
 
 
-def _unpacked(store: RecordStore, key: Any) -> list[Tokens]:
-    numbers, tokens, at = store[key][0].tolist(), [], 0
+def _unpacked(texts: NDArray[np.int64]) -> list[Tokens]:
+    numbers, tokens, at = texts.tolist(), [], 0
     while at < len(numbers):
         ids, first, decoder = numbers[at : at + 3]
         split, end = at + 3 + ids, at + 3 + ids + max(decoder, 0)

@@ -9,6 +9,7 @@ from typing import Any
 from pyunlearn.auditing.redaction import masked
 from pyunlearn.metrics import ExposureTest, Interval, PairedDifference, TopTest, TruePositiveRate
 from pyunlearn.output import plain_json
+from pyunlearn.unlearning.result import PASSED
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class AuditedExample:
     """The true text after the opening: the continuation is compared with it."""
     tokens: int
     verdict: str
-    """not memorized, still exposed, forgotten or over-unlearned."""
+    """not memorized, still exposed, forgotten, over-unlearned, or no likelier (in place of forgotten, where the
+    non-members are self-sampled)."""
     exposure: float
     """The exposure that decides the verdict, bits: anchored if there is an original model."""
     interval: tuple[float, float]
@@ -113,11 +115,12 @@ class NonMembers:
     """Texts that were not trained on, which exposures are measured against."""
 
     source: str
-    """holdout, sampled from the model, or sampled from the original model."""
+    """holdout, unseen texts (written for this package) or self-sampled."""
     anchored: bool
     """True where they were scored under the original model, in addition to this one."""
     scores: list[float] = field(repr=False)
-    """Mean negative log-likelihoods, nats a token, under the model that decides the verdicts."""
+    """Mean negative log-likelihoods, nats a token, under the model that decides the verdicts; without a holdout, less
+    what was expected of each."""
     drift: Interval | None
     """Mean rise of their negative log-likelihood from the original model to this one, nats a token."""
 
@@ -169,7 +172,7 @@ class Audit:
     @property
     def passed(self) -> bool:
         """True where no text is still exposed or over-unlearned."""
-        return all(e.verdict in ("forgotten", "not memorized") for e in self.examples)
+        return all(e.verdict in PASSED for e in self.examples)
 
     def to_dict(self, *, show_text: bool = False) -> dict[str, Any]:
         """Return all fields, ready for JSON; the texts and the continuations are masked unless `show_text`."""

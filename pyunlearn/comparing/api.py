@@ -21,12 +21,11 @@ from pyunlearn.data import check_texts, read_examples
 from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError
 from pyunlearn.methods import METHODS, resolve
 from pyunlearn.models.language_model import LanguageModel
-from pyunlearn.models.sampling import require_enough, sample_non_members
+from pyunlearn.models.sampling import require_enough
 from pyunlearn.options import Flag, accepts, require, require_path
 from pyunlearn.output import model_name, scores_difference, settings_difference, versions
+from pyunlearn.probes.non_members import UTILITY_SOURCES, non_members_without_holdout, uncalibrated
 from pyunlearn.progress import Progress
-
-_UTILITY_TEXTS = {"retain": "retain set", "holdout": "holdout"}
 
 
 @accepts(CompareConfig)
@@ -59,9 +58,9 @@ def compare(
         model: as for `pyunlearn.unlearn`.
         forget: the texts to forget, as for `pyunlearn.unlearn`.
         retain: text that must keep working, trained on by each method (`retain_loss`). The utility is measured on it;
-            without it on the holdout, and without that on text sampled from the model.
+            without it on the holdout, and without that on the non-members.
         holdout: text of the forget set's kind that was never trained on; 19 different texts or more, no copy of a
-            forget text among them. Default: sampled from the model.
+            forget text among them. Default: as for `pyunlearn.unlearn`.
         tokenizer: needed when `model` is a model object whose name leads to none.
         reference_model: the model that npo and others compare with, as for `pyunlearn.unlearn`.
         output_dir: new, empty, or that of an interrupted comparison with the same settings, which then resumes: each
@@ -178,14 +177,17 @@ def _measure_original(
     try:
         bar.say("measuring the original")
         tokens = lm.encode(examples, truncate=config.truncate)
-        non_members = tokens.get("holdout") or sample_non_members(lm, tokens["forget"], seed=config.seed)
-        require_enough(non_members, holdout="holdout" in tokens)
-        utility = tokens.get("retain") or non_members
-        criterion = Criterion(lm, forget=tokens["forget"], utility=utility, non_members=non_members, config=config)
+        forget = tokens["forget"]
+        if "holdout" in tokens:
+            require_enough(tokens["holdout"], holdout=True)
+            non_members = uncalibrated("holdout", len(forget), tokens["holdout"])
+        else:
+            non_members = non_members_without_holdout(lm, examples["forget"], forget, seed=config.seed)
+        utility = tokens.get("retain") or non_members.tokens
+        criterion = Criterion(lm, forget=forget, utility=utility, non_members=non_members, config=config)
     finally:
         bar.close()
-    text = next((text for role, text in _UTILITY_TEXTS.items() if role in tokens), "text sampled from the model")
-    return criterion, text
+    return criterion, "retain set" if "retain" in tokens else UTILITY_SOURCES[non_members.grade]
 
 
 def _start(criterion: Criterion, utility_text: str, record: dict[str, Any], folder: Path | None) -> Comparison:

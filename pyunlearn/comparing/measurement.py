@@ -15,6 +15,7 @@ from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.metrics import bootstrap_interval, verdict
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes import TeacherForced, teacher_forced
+from pyunlearn.probes.non_members import NonMembers, capped
 from pyunlearn.unlearning.result import VERDICTS
 
 Floats = NDArray[np.float64]
@@ -39,7 +40,7 @@ class Criterion:
         lm: the model, now with its original weights.
         forget: the texts to forget.
         utility: the texts that must keep working.
-        non_members: texts of the forget set's kind that were never trained on.
+        non_members: texts that were never trained on.
         config: the settings of the comparison.
 
     Raises ModelError where a log-likelihood is not finite; ArgumentError where the utility is 0.
@@ -51,16 +52,17 @@ class Criterion:
         *,
         forget: list[Tokens],
         utility: list[Tokens],
-        non_members: list[Tokens],
+        non_members: NonMembers,
         config: CompareConfig,
     ) -> None:
         self.lm, self.config = lm, config
-        self.tokens = {"forget": forget, "utility": utility, "non_members": non_members}
+        self.non_members = non_members
+        self.tokens = {"forget": forget, "utility": utility, "non_members": non_members.tokens}
         passes = self._passes()
         self.scores = {role: -one.mean_log_likelihood for role, one in passes.items()}  # (n,) nats per token
         if not all(np.isfinite(scores).all() for scores in self.scores.values()):
             raise ModelError("the model gives NaN or Inf for the texts as it is: nothing can be compared with it")
-        self.non_member_extracted = passes["non_members"].greedy_match
+        self.non_member_extracted = passes["non_members"].greedy_match - non_members.own.greedy_match
         self.original = self._measurement(passes)
         if self.original.utility <= 0:
             raise ArgumentError(
@@ -84,16 +86,17 @@ class Criterion:
 
     def _measurement(self, passes: dict[str, TeacherForced]) -> Measurement:
         forget, utility = passes["forget"], passes["utility"]
+        expected = self.non_members.forget
         result = verdict(
-            self.scores["forget"],
-            -forget.mean_log_likelihood,
-            self.scores["non_members"],
-            extracted=forget.greedy_match,
+            self.scores["forget"] - expected.nll,
+            -forget.mean_log_likelihood - expected.nll,
+            self.scores["non_members"] - self.non_members.own.nll,
+            extracted=forget.greedy_match - expected.greedy_match,
             non_member_extracted=self.non_member_extracted,
             target_exposure=self.config.target_exposure,
             false_discovery_rate=self.config.false_discovery_rate,
         )
-        verdicts, exposures = result.verdict.tolist(), result.after.lower
+        verdicts, exposures = capped(result.verdict, self.non_members.grade), result.after.lower
         forget_nll, exposure, extraction_strength, utility_nll = (
             bootstrap_interval(values, seed=self.config.seed)
             for values in (

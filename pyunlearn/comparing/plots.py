@@ -85,7 +85,7 @@ def _cells(comparison: Comparison, measured: Measurement, row: Row | None, colum
 _COLUMNS = [
     _Column("expo-\nsure", True, lambda m, _: f"{m.exposure.estimate:.2f}"),
     _Column("95 %\ninterval", True, lambda m, _: f"{m.exposure.low:.1f}-{m.exposure.high:.1f}"),
-    _Column("for-\ngotten", True, lambda m, _: f"{m.share('forgotten'):.0%}"),
+    _Column("for-\ngotten", True, lambda m, _: f"{m.share('forgotten') + m.share('no likelier'):.0%}"),
     _Column("ex-\nposed", True, lambda m, _: f"{m.share('still exposed'):.0%}"),
     _Column("over", True, lambda m, _: f"{m.share('over-unlearned'):.0%}"),
     _Column("ex-\ntracted", False, lambda m, _: f"{m.extraction_strength.estimate:.0%}"),

@@ -99,7 +99,7 @@ class Likelihood:
             group_size=group_size,
             top_fraction=top_fraction,
             weights=weights,
-            **self._head_options(head, temperature),
+            **self.head_options(head, temperature),
         )
 
     def token_objective(
@@ -130,7 +130,7 @@ class Likelihood:
             *per_token,
             examples=len(batch.counts),
             group_size=group_size,
-            **self._head_options(head, temperature),
+            **self.head_options(head, temperature),
         )
 
     @torch.no_grad()
@@ -139,7 +139,7 @@ class Likelihood:
         if not self._use_fused(batch):
             return token_statistics_from_logits(self.logits(batch), batch.targets)
         hidden, head = self.hidden(batch)
-        return token_statistics(hidden, head.weight, batch.targets, **self._head_options(head))
+        return token_statistics(hidden, head.weight, batch.targets, **self.head_options(head))
 
     def distributions(self, batch: TokenBatch) -> Distributions:
         """Return the next-token distributions (n, V) at the scored positions; differentiable."""
@@ -160,7 +160,7 @@ class Likelihood:
 
     def _from_hidden(self, batch: TokenBatch) -> Tensor:
         hidden, head = self.hidden(batch)
-        return linear_log_likelihood(hidden, head.weight, batch.targets, **self._head_options(head))
+        return linear_log_likelihood(hidden, head.weight, batch.targets, **self.head_options(head))
 
     def _from_logits(self, batch: TokenBatch, temperature: float = 1.0) -> Tensor:
         return log_likelihood(self.logits(batch), batch.targets, logit_scale=1 / temperature)
@@ -170,7 +170,7 @@ class Likelihood:
         logits = self.model(**inputs_of(batch)).logits  # (B, T, V)
         return logits.flatten(0, 1).index_select(0, batch.rows)  # (n, V)
 
-    def _head_options(self, head: Head, temperature: float = 1.0) -> dict[str, Any]:
+    def head_options(self, head: Head, temperature: float = 1.0) -> dict[str, Any]:
         """Return the keyword arguments of every op that describe the head."""
         return {
             "bias": head.bias,

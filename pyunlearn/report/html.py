@@ -22,8 +22,8 @@ _SCORES = {
 }
 _SOURCES = {
     "holdout": "the holdout",
-    "sampled from the model": "written by the model itself, at random, since there was no holdout",
-    "sampled from the original model": "written by the original model, at random, since there was no holdout",
+    "unseen texts": "written for this package, each less what is expected of unseen text like it; there was no holdout",
+    "self-sampled": "written by the model itself, at random, since there was no holdout",
 }
 
 

@@ -13,7 +13,13 @@ import numpy as np
 from pyunlearn.errors import missing_packages
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 
-COLOURS = {"forgotten": "#2e7d4f", "not memorized": "#33658a", "still exposed": "#c77700", "over-unlearned": "#b3261e"}
+COLOURS = {
+    "forgotten": "#2e7d4f",
+    "no likelier": "#5b8fa8",
+    "not memorized": "#33658a",
+    "still exposed": "#c77700",
+    "over-unlearned": "#b3261e",
+}
 _INK, _FAINT, _BARS = "#333a40", "#8a949c", "#9fb8ca"
 _STYLE = {
     "svg.fonttype": "none",

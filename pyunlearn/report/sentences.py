@@ -11,11 +11,18 @@ from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Interval
 MEANINGS = {
     "still exposed": "The model knows it better than text that it never saw.",
     "over-unlearned": "Pushed below what unseen text gets: the gap itself gives it away.",
+    "no likelier": "It was memorized, and is now no likelier than what the model writes by itself.",
     "forgotten": "It was memorized, and is now like text that was never seen.",
     "not memorized": "Was never known better than unseen text.",
 }
 """Each verdict and its meaning, the worst first."""
-TONES = {"still exposed": "warn", "over-unlearned": "bad", "forgotten": "good", "not memorized": "plain"}
+TONES = {
+    "still exposed": "warn",
+    "over-unlearned": "bad",
+    "no likelier": "plain",
+    "forgotten": "good",
+    "not memorized": "plain",
+}
 
 
 def worst_first(examples: Sequence[AuditedExample]) -> list[AuditedExample]:
@@ -32,9 +39,18 @@ def headline(audit: Audit) -> str:
         return f"{_of(exposed, n)} {'is' if exposed == 1 else 'are'} {state}."
     if over:
         return f"Nothing is exposed, but {_of(over, n).lower()} {'was' if over == 1 else 'were'} driven too far."
+    if counts.get("no likelier"):
+        return "No text is likelier than what the model writes by itself; this does not show that they are forgotten."
     if counts.get("forgotten"):
         return "Forgotten: no text stands out any more." if n > 1 else "Forgotten: the text no longer stands out."
     return "No text is memorized." if n > 1 else "The text is not memorized."
+
+
+def _was_memorized(e: AuditedExample) -> bool:
+    """Return whether a text was memorized under the original model, as its verdict says."""
+    if e.verdict == "over-unlearned":
+        return e.exposure_before is not None and e.exposure_before >= SIGNIFICANT
+    return e.verdict != "not memorized"
 
 
 def tone(audit: Audit) -> str:
@@ -47,7 +63,7 @@ def summary(audit: Audit) -> list[str]:
     n = len(audit.examples)
     lines = []
     if audit.non_members.anchored and audit.change is not None:
-        was = sum(e.exposure_before is not None and e.exposure_before >= SIGNIFICANT - 1e-9 for e in audit.examples)
+        was = sum(_was_memorized(e) for e in audit.examples)
         lines.append(f"Before unlearning, {was} of {n} stood out as memorized. {_moved(audit)}")
     else:
         lines.append(

@@ -14,7 +14,13 @@ from pyunlearn.unlearning.result import Result
 if TYPE_CHECKING:
     from pyunlearn.edits import EditResult
 
-COLOURS = {"forgotten": "green", "not memorized": "cyan", "still exposed": "yellow", "over-unlearned": "red"}
+COLOURS = {
+    "forgotten": "green",
+    "no likelier": "cyan",
+    "not memorized": "cyan",
+    "still exposed": "yellow",
+    "over-unlearned": "red",
+}
 UNCERTAIN = "? more non-members might change this verdict"
 SHOWN = 30  # records in a table; the file holds all
 
@@ -87,7 +93,7 @@ def record_table(title: str, numbers: Sequence[str]) -> Table:
     """
     table = _table(title)
     table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("text", min_width=6)
+    table.add_column("text", min_width=5)
     table.add_column("verdict", no_wrap=True)
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)

@@ -18,6 +18,7 @@ from pyunlearn.models.language_model import LanguageModel, require_model, requir
 from pyunlearn.options import Flag, accepts, require, require_path, shown
 from pyunlearn.output import check_output, model_name, versions
 from pyunlearn.probes import greedy_continuations
+from pyunlearn.probes.non_members import capped, evidence_notes
 from pyunlearn.probes.recitation import LONGEST, opening, recited
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning.checkpoint import Checkpoint, checkpoint_path, sampled_texts
@@ -128,6 +129,7 @@ def unlearn(
             method,
             options,
             retain_loss,
+            examples["forget"],
             tokens,
             reference_model=reference_model,
             sampled=sampled_texts(path if resume else None),
@@ -142,7 +144,12 @@ def unlearn(
     inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
     inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
     result = _result(session, config, trained, examples["forget"], stopped, inputs)
-    result.notes = notes + session.notes
+    result.evidence = session.stopping.non_members.grade
+    result.notes = (
+        notes
+        + session.notes
+        + evidence_notes(session.stopping.non_members, len(result.examples), rate=config.false_discovery_rate)
+    )
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
             result.save(output_dir)
@@ -227,6 +234,7 @@ def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
     recited = recitations(session, examples, reached)
     judged = stopping.verdict(greedy_after, recited)
     assert judged.extraction is not None
+    verdicts = capped(judged.verdict, stopping.non_members.grade)
     return [
         ExampleResult(
             index=i,
@@ -242,7 +250,7 @@ def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
             extraction_after=float(judged.extraction[i]),
             recited_after=bool(recited[i]) if i in reached else None,
             steps=int(state.visits[i]),
-            verdict=str(judged.verdict[i]),
+            verdict=verdicts[i],
             interval=(float(judged.low[i]), float(judged.high[i])),
             certain=bool(judged.certain[i]),
         )
@@ -266,7 +274,7 @@ def _utility(session: Session) -> Utility:
     drift = 0.0
     if session.state.visits.any():
         after = -session.scorer.mean_log_likelihood(texts.non_members)
-        drift = float((after - stopping.non_member_scores).mean())
+        drift = float((after - stopping.non_member_nll).mean())
     return Utility(
         measured_on=texts.utility_source,
         sequences=len(texts.utility),

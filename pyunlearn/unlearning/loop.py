@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pyunlearn.probes.non_members import NO_LIKELIER
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning.checkpoint import Checkpoint
 from pyunlearn.unlearning.config import LoopConfig
@@ -127,7 +128,7 @@ def ascend(
     if not stopping.memorized.any():
         return "nothing memorized"
     if not stopping.active.size:
-        return "forgotten"
+        return NO_LIKELIER if stopping.non_members.grade == "self-sampled" else "forgotten"
     return rejection_reason if state.halvings > MAX_HALVINGS and rejection_reason else "max_steps"
 
 

@@ -8,7 +8,10 @@ from typing import Any
 
 from pyunlearn.output import plain_json, save_folder
 
-VERDICTS = ("forgotten", "not memorized", "still exposed", "over-unlearned")
+VERDICTS = ("forgotten", "no likelier", "not memorized", "still exposed", "over-unlearned")
+"""Verdicts on a text; "no likelier" stands for "forgotten" where the non-members were sampled from the model."""
+PASSED = ("forgotten", "no likelier", "not memorized")
+"""The verdicts with which nothing is left to do."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,19 @@ class Result:
     stopped: str
     """Reason why the run ended.
 
-    One of forgotten, nothing memorized, max_steps, utility budget, over-unlearning, not finite, interrupted.
+    One of forgotten, no likelier, nothing memorized, max_steps, utility budget, over-unlearning, not finite,
+    interrupted.
     """
     non_member_scores: list[float] = field(repr=False)
-    """Mean negative log-likelihoods of the non-members under the original model, nats per token."""
+    """Of the non-members under the original model: mean negative log-likelihoods, nats per token; without a holdout,
+    less what was expected of each."""
     history: list[dict[str, Any]] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
     notes: list[str] = field(default_factory=list)
-    """What was left out of the texts, and how the holdout differs from the forget set: one sentence each."""
+    """What was left out of the texts, how the holdout differs from the forget set, and what the evidence cannot show:
+    one sentence each."""
+    evidence: str = "holdout"
+    """What the verdicts rest on: holdout, unseen texts (written for this package) or self-sampled."""
 
     @property
     def forgotten(self) -> bool:
@@ -96,13 +104,14 @@ class Result:
     @property
     def passed(self) -> bool:
         """True where no example is still exposed or over-unlearned: forgotten, or nothing was memorized."""
-        return all(e.verdict in ("forgotten", "not memorized") for e in self.examples)
+        return all(e.verdict in PASSED for e in self.examples)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything except the model and the tokenizer, ready for JSON."""
         return {
             "forgotten": self.forgotten,
             "passed": self.passed,
+            "evidence": self.evidence,
             "stopped": self.stopped,
             "notes": self.notes,
             "utility": asdict(self.utility),

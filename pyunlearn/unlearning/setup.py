@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.data import Tokens, score_note
+from pyunlearn.data import Example, Tokens, score_note
 from pyunlearn.errors import TrainingError
 from pyunlearn.methods import Method
 from pyunlearn.metrics.stein import ksd_difficulty
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import Likelihood
-from pyunlearn.models.sampling import require_enough, sample_alternates, sample_non_members
+from pyunlearn.models.sampling import require_enough, sample_alternates
 from pyunlearn.models.scoring import Scorer
+from pyunlearn.probes.non_members import UTILITY_SOURCES, NonMembers, non_members_without_holdout, uncalibrated
 from pyunlearn.probes.representations import representations
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning.checkpoint import LoopState
@@ -39,7 +40,7 @@ class Texts(NamedTuple):
 
     forget: list[Tokens]
     retain: list[Tokens] | None
-    non_members: list[Tokens]  # the holdout, or sampled from the model
+    non_members: list[Tokens]
     utility: list[Tokens]  # the texts on which the utility budget is measured
     utility_source: str
 
@@ -69,6 +70,7 @@ def setup(
     method: Method,
     options: dict[str, Any],
     retain_loss: str | None,
+    examples: Sequence[Example],
     tokens: dict[str, list[Tokens]],
     *,
     reference_model: Any,
@@ -83,6 +85,7 @@ def setup(
         lm: the model, on its device, in evaluation mode.
         config: the settings.
         method, options, retain_loss: as returned by `pyunlearn.methods.resolve`.
+        examples: the forget set.
         tokens: role -> texts: forget; retain, holdout, refusal, winner where there are some.
         reference_model: an object or a path; None: the original model.
         sampled: name -> texts that were sampled before the run was interrupted.
@@ -97,7 +100,7 @@ def setup(
     forget, retain = tokens["forget"], tokens.get("retain")
 
     forget_scores, greedy_before = _score_forget_set(scorer, forget, bar)
-    non_members = _non_members(lm, forget, tokens.get("holdout"), config.seed, processes, bar)
+    non_members = _non_members(lm, examples, forget, tokens.get("holdout"), config.seed, processes, bar)
     texts_by_role = dict(tokens)
     if "alternates" in method.needs:
         count = (method.options | options)["alternates"]
@@ -190,21 +193,21 @@ def _score_forget_set(scorer: Scorer, forget: list[Tokens], bar: Progress) -> tu
 
 def _non_members(
     lm: LanguageModel,
+    examples: Sequence[Example],
     forget: list[Tokens],
     holdout: list[Tokens] | None,
     seed: int,
     processes: Processes,
     bar: Progress,
-) -> list[Tokens]:
-    """Return the holdout, or texts that the main process samples from the model."""
-    if holdout is None:
-        bar.say("sampling text that the model typically writes")
-        own = sample_non_members(lm, forget, seed=seed) if processes.is_main else []
-        non_members = processes.broadcast_objects(own)
-    else:
+) -> NonMembers:
+    """Return the holdout, or the non-members that the main process chooses in its place."""
+    if holdout is not None:
         bar.say("scoring the holdout")
-        non_members = holdout
-    require_enough(non_members, holdout=holdout is not None)
+        require_enough(holdout, holdout=True)
+        return uncalibrated("holdout", len(forget), holdout)
+    bar.say("scoring unseen text")
+    chosen = [non_members_without_holdout(lm, examples, forget, seed=seed)] if processes.is_main else []
+    (non_members,) = processes.broadcast_objects(chosen)
     return non_members
 
 
@@ -233,25 +236,26 @@ def _stopping_rule(
     config: LoopConfig,
     scorer: Scorer,
     tokens: dict[str, list[Tokens]],
-    non_members: list[Tokens],
+    non_members: NonMembers,
     forget_scores: Floats,
 ) -> tuple[Texts, StoppingRule]:
     """Score the non-members and the utility set; return the texts of the run and its stopping rule."""
     retain = tokens.get("retain")
-    non_member_scores = -scorer.mean_log_likelihood(non_members)
-    utility = evenly_spaced(non_members if retain is None else retain, _UTILITY_TOKENS)
-    source = "retain set" if retain is not None else "holdout" if "holdout" in tokens else "text sampled from the model"
+    non_member_nll = -scorer.mean_log_likelihood(non_members.tokens)
+    utility = evenly_spaced(non_members.tokens if retain is None else retain, _UTILITY_TOKENS)
+    source = "retain set" if retain is not None else UTILITY_SOURCES[non_members.grade]
     utility_nll = -scorer.mean_log_likelihood(utility)
     stopping = StoppingRule(
         forget_scores,
-        non_member_scores,
-        scorer.greedy_match(non_members),
+        non_member_nll,
+        scorer.greedy_match(non_members.tokens),
         utility_nll,
         target_exposure=config.target_exposure,
         false_discovery_rate=config.false_discovery_rate,
         utility_budget=config.utility_budget,
+        non_members=non_members,
     )
-    return Texts(tokens["forget"], retain, non_members, utility, source), stopping
+    return Texts(tokens["forget"], retain, non_members.tokens, utility, source), stopping
 
 
 def _token_weights(

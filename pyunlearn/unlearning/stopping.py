@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pyunlearn.metrics import Exposure, Verdict, discoveries, generalized_exposure, mean_interval, verdict
 from pyunlearn.metrics.verdict import over_unlearned
+from pyunlearn.probes.non_members import NonMembers, uncalibrated
 
 Floats = NDArray[np.float64]
 
@@ -35,12 +36,14 @@ class StoppingRule:
 
     Args:
         log_likelihood: (B,) of the forget set under the original model, mean a token, nats.
-        non_member_scores: (m,) negative log-likelihoods of the non-members under the original model, nats a token.
+        non_member_nll: (m,) negative log-likelihoods of the non-members under the original model, nats a token.
         non_member_extracted: (m,) shares of the non-members' tokens that are the original model's first choice.
         utility_nll: (W,) of the utility set under the original model, nats a token.
         target_exposure: bits at or below which an example is no longer active.
         false_discovery_rate: among the examples called memorized, and among those called over-unlearned.
         utility_budget: allowed relative rise of the utility set's mean (of at least 1 nat).
+        non_members: what is expected of the examples and of the non-members if they are unseen, which is subtracted
+            from their numbers; default: nothing, as for a holdout.
 
     >>> rule = StoppingRule(
     ...     np.array([-0.1, -3.0]), np.linspace(2, 4, 40), np.linspace(0, 1, 40), np.array([2.0]),
@@ -55,16 +58,19 @@ class StoppingRule:
     def __init__(
         self,
         log_likelihood: Floats,
-        non_member_scores: Floats,
+        non_member_nll: Floats,
         non_member_extracted: Floats,
         utility_nll: Floats,
         *,
         target_exposure: float,
         utility_budget: float,
         false_discovery_rate: float = 0.05,
+        non_members: NonMembers | None = None,
     ) -> None:
-        self.non_member_scores, self.utility_before = non_member_scores, utility_nll
-        self.non_member_extracted = non_member_extracted
+        self.non_member_nll, self.utility_before = non_member_nll, utility_nll
+        self.non_members = non_members or uncalibrated("holdout", len(log_likelihood), [], m=len(non_member_nll))
+        self.non_member_scores = non_member_nll - self.non_members.own.nll
+        self.non_member_extracted = non_member_extracted - self.non_members.own.greedy_match
         self.target_exposure, self.utility_budget = target_exposure, utility_budget
         self.false_discovery_rate = false_discovery_rate
         self.initial = self.measurement(log_likelihood, utility_nll)
@@ -76,7 +82,7 @@ class StoppingRule:
         nan = np.full(len(log_likelihood), np.nan)
         if not (np.isfinite(log_likelihood).all() and np.isfinite(utility_nll).all()):
             return Measurement(log_likelihood, Exposure(nan, nan, nan > 0), nan, utility_nll, math.nan)
-        exposure = generalized_exposure(-log_likelihood, self.non_member_scores)
+        exposure = generalized_exposure(self._scores(log_likelihood), self.non_member_scores)
         before = self.utility_before.mean()
         rise = (utility_nll.mean() - before) / max(before, 1.0)
         return Measurement(log_likelihood, exposure, nan, utility_nll, float(rise))
@@ -90,7 +96,8 @@ class StoppingRule:
         if not len(indices):
             return measurement
         extraction = measurement.extraction.copy()
-        extraction[indices] = generalized_exposure(-extracted, -self.non_member_extracted).lower
+        excess = extracted - self.non_members.forget.greedy_match[indices]
+        extraction[indices] = generalized_exposure(-excess, -self.non_member_extracted).lower
         return replace(measurement, extraction=extraction)
 
     @property
@@ -118,10 +125,10 @@ class StoppingRule:
             recited: (B,) True where the model continues an example's beginning with its rest.
         """
         return verdict(
-            -self.initial.log_likelihood,
-            -self.current.log_likelihood,
+            self._scores(self.initial.log_likelihood),
+            self._scores(self.current.log_likelihood),
             self.non_member_scores,
-            extracted=extracted,
+            extracted=extracted - self.non_members.forget.greedy_match,
             non_member_extracted=self.non_member_extracted,
             recited=recited,
             target_exposure=self.target_exposure,
@@ -141,3 +148,7 @@ class StoppingRule:
         errors = after - before - (rise * before if scale > 1 else 0)
         _, low, high = mean_interval(rise + (errors - errors.mean()) / scale)
         return low, high
+
+    def _scores(self, log_likelihood: Floats) -> Floats:
+        """Return (B,) scores of the forget set, low = memorized: NLL less what it would be of unseen text."""
+        return -log_likelihood - self.non_members.forget.nll

@@ -1,0 +1,144 @@
+"""The texts that a verdict compares with, and what may be concluded from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyunlearn.data import Example, Tokens, encode
+from pyunlearn.metrics import non_members_needed
+from pyunlearn.models import head_problem
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.sampling import require_enough, sample_non_members
+from pyunlearn.probes.calibration import Expectation, Expected, features
+
+Floats = NDArray[np.float64]
+
+GRADES = ("holdout", "unseen texts", "self-sampled")
+"""Sources of non-members, the strongest evidence first."""
+
+UTILITY_SOURCES = {"holdout": "holdout", "unseen texts": "unseen texts", "self-sampled": "text sampled from the model"}
+"""Grade -> name of the utility set where the non-members serve as one."""
+
+NO_LIKELIER = "no likelier"
+"""The verdict in place of "forgotten" where the non-members are self-sampled."""
+
+_TEXTS = Path(__file__).with_name("unseen_texts.jsonl")
+_LATIN = 0.8  # share of the forget set's letters from which texts in English and German are compared with it
+_UNKNOWN = 0.05  # share of unknown tokens up to which a tokenizer reads these texts
+
+
+class NonMembers(NamedTuple):
+    """Texts that were not trained on, for the comparison with B forget texts."""
+
+    grade: str
+    """One of GRADES."""
+    tokens: list[Tokens]
+    """m texts."""
+    forget: Expected
+    """What the forget texts would have if they were unseen: subtracted from their scores; 0 for a holdout."""
+    own: Expected
+    """The same for the non-members."""
+    reason: str
+    """Why unseen texts cannot serve, for self-sampled ones; else empty."""
+
+
+def uncalibrated(
+    grade: str, forget: int, tokens: list[Tokens], *, m: int | None = None, reason: str = ""
+) -> NonMembers:
+    """Return non-members whose scores are compared as they are, with those of `forget` texts; m: their number."""
+    of_forget, own = (Expected(np.zeros(n), np.zeros(n)) for n in (forget, len(tokens) if m is None else m))
+    return NonMembers(grade, tokens, of_forget, own, reason)
+
+
+def non_members_without_holdout(
+    lm: LanguageModel, examples: Sequence[Example], tokens: Sequence[Tokens], *, seed: int = 0
+) -> NonMembers:
+    """Return non-members for forget texts that come without a holdout.
+
+    The texts that were written for this package, each score less what the text would have if it were unseen
+    (`calibration`); where they cannot serve, text sampled from the model, and `reason` says why.
+
+    Args:
+        lm: the original model.
+        examples: the forget set.
+        tokens: the same texts as tokens.
+        seed: of the sampling.
+
+    Raises:
+        DataError: fewer than 19 of the sampled texts are different from the forget set.
+    """
+    if reason := unsuitable(lm, examples):
+        sampled = sample_non_members(lm, tokens, seed=seed)
+        require_enough(sampled, holdout=False)
+        return uncalibrated("self-sampled", len(tokens), sampled, reason=reason)
+    unseen = encode(unseen_texts(), lm.tokenizer, role="holdout", max_length=lm.context_length, truncate=True)
+    expectation = Expectation(features(lm, unseen))
+    return NonMembers("unseen texts", unseen, expectation.of(features(lm, tokens)), expectation.of_unseen(), "")
+
+
+def unseen_texts() -> list[Example]:
+    """Return the texts that were written for this package: 13 kinds, English and German."""
+    lines = _TEXTS.read_text(encoding="utf-8").splitlines()
+    return [Example("", json.loads(line)["text"]) for line in lines]
+
+
+def capped(verdicts: NDArray[np.str_], grade: str) -> list[str]:
+    """Return the verdicts that non-members of a grade allow: self-sampled ones cannot show that a text is forgotten."""
+    strongest = NO_LIKELIER if grade == "self-sampled" else "forgotten"
+    return [strongest if name == "forgotten" else str(name) for name in verdicts]
+
+
+def evidence_notes(non_members: NonMembers, texts: int, *, rate: float) -> list[str]:
+    """Return what the non-members cannot show of a number of forget texts, one sentence each.
+
+    Args:
+        non_members: of the run.
+        texts: number of forget texts.
+        rate: the false discovery rate.
+    """
+    m, notes = len(non_members.tokens), []
+    better = "A holdout is better evidence: 19 or more texts of the same kind that were never trained on (--holdout)."
+    if non_members.grade == "unseen texts":
+        notes.append(
+            f"Compared with {m} texts that were written for this package, each score less what is expected of unseen "
+            f"text like it, since no holdout was given. {better}"
+        )
+    if non_members.grade == "self-sampled":
+        notes.append(
+            f"Compared with {m} texts that the model wrote, since no holdout was given and {non_members.reason}. They "
+            "show whether a text is likelier than what the model writes by itself, not whether it is forgotten. "
+            f"{better}"
+        )
+    fewest = math.ceil(texts / (rate * (m + 1)) - 1e-9)
+    if fewest > 1:
+        notes.append(
+            f"With {m} non-members, memorized texts can be named where {fewest} or more of the {texts} are memorized; "
+            f"a single one takes {non_members_needed(texts, rate=rate)}."
+        )
+    return notes
+
+
+def unsuitable(lm: LanguageModel, examples: Sequence[Example]) -> str:
+    """Return why the package's own texts cannot be compared with the forget set; empty where they can."""
+    if lm.is_encoder_decoder:
+        return "an encoder-decoder model reads no plain text"
+    if any(e.prompt for e in examples):
+        return "the forget texts have prompts"
+    letters = [c for e in examples for c in e.completion if c.isalpha()]
+    if sum("LATIN" in unicodedata.name(c, "") for c in letters) < _LATIN * len(letters) or not letters:
+        return "the forget texts are not in Latin script"
+    if problem := head_problem(lm.inner):
+        return f"{problem}"
+    unknown = lm.tokenizer.unk_token_id
+    ids = [i for e in unseen_texts()[:50] for i in lm.tokenizer(e.completion, add_special_tokens=False).input_ids]
+    if unknown is not None and sum(i == unknown for i in ids) > _UNKNOWN * len(ids):
+        return "the tokenizer does not read English"
+    return ""
