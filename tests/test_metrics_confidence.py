@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyunlearn.metrics import aggregate_interval, bleu, bootstrap_interval, mean_interval, paired_difference, perplexity
+from pyunlearn.metrics._binomial import clopper_pearson
 
 values = st.lists(st.floats(-100, 100), min_size=2, max_size=9)
 
@@ -112,6 +113,32 @@ def test_the_t_interval_of_a_mean_covers_as_it_says(n):
     intervals = [mean_interval(row) for row in x]
     assert np.mean([i.low <= 1 <= i.high for i in intervals]) == pytest.approx(0.95, abs=0.012)
     assert paired_difference(0 * x[0], x[0])[:3] == pytest.approx(intervals[0])
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=12))
+def test_between_bounds_the_interval_lies_within_them_in_any_unit(x):
+    """The ends stay within the bounds and on either side of the mean; shifted and scaled values have the
+    interval shifted and scaled."""
+    result = mean_interval(x, bounds=(0, 1), draws=50)
+    assert 0 <= result.low <= result.estimate <= result.high <= 1
+    shifted = mean_interval(7 * np.array(x) - 2, bounds=(-2, 5), draws=50)
+    np.testing.assert_allclose(shifted, 7 * np.array(result) - 2, atol=1e-6)
+
+
+def test_between_bounds_it_is_student_s_where_nothing_is_skewed_and_clopper_pearson_s_at_a_bound():
+    """Many numbers near one half have Student's interval; none and all of n have Clopper-Pearson's; values that are not
+    possible are refused."""
+    x = np.random.default_rng(0).uniform(0.4, 0.6, 400)
+    assert mean_interval(x, bounds=(0, 1), draws=9999) == pytest.approx(mean_interval(x), abs=0.001)
+    for k in (0, 12):
+        low, high = map(float, clopper_pearson(k, 12, 0.95))
+        result = mean_interval([k / 12] * 12, bounds=(0, 1), draws=20_000)
+        assert result[1:] == pytest.approx((low, high), abs=0.01)
+    assert np.isnan(mean_interval([0.5], bounds=(0, 1))[1:]).all()
+    with pytest.raises(ValueError, match=r"values must lie within bounds=\(0, 1\), got 0.0 to 1.5"):
+        mean_interval([0.0, 1.5], bounds=(0, 1))
+    with pytest.raises(ValueError, match="values must lie within bounds"):
+        mean_interval([1.0, 1.0], bounds=(1, 1))
 
 
 @given(st.lists(st.floats(-100, 100).filter(lambda v: abs(v) > 1e-3), min_size=1, max_size=6))

