@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from pyunlearn.metrics import aggregate_interval, bleu, bootstrap_interval, mean_interval, paired_difference, perplexity
 from pyunlearn.metrics._binomial import clopper_pearson
 
-values = st.lists(st.floats(-100, 100), min_size=2, max_size=9)
+values = st.lists(st.floats(-100, 100), min_size=6, max_size=12)
+
+
+def tail(n, confidence=0.95):
+    """Compute the tail in which the resampled mean of n normal numbers is as far out as Student's t."""
+    return stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1))
 
 
 @pytest.mark.parametrize("method", ["percentile", "bca"])
@@ -31,8 +37,9 @@ def test_the_percentile_interval_is_the_quantiles_of_resampled_means():
     means = x[np.random.default_rng(7).integers(0, 25, (40_000, 25))].mean(1)
     result = bootstrap_interval(x, draws=40_000)
     assert result.estimate == pytest.approx(x.mean())
-    assert result.low == pytest.approx(np.quantile(means, 0.025), abs=0.02)
-    assert result.high == pytest.approx(np.quantile(means, 0.975), abs=0.02)
+    assert result.low == pytest.approx(np.quantile(means, tail(25)), abs=0.02)
+    assert result.high == pytest.approx(np.quantile(means, 1 - tail(25)), abs=0.02)
+    assert tail(25) < 0.02 < tail(400) < 0.025
 
 
 def test_bca_leans_towards_the_long_tail():
@@ -66,13 +73,13 @@ def test_any_statistic_will_do():
     assert result.high <= 29
 
 
-def test_one_value_has_no_interval_and_equal_values_one_of_no_width():
-    """One value has NaN ends, because nothing is known of its spread. Equal values do not break BCa."""
-    one = bootstrap_interval([2.5])
-    assert one.estimate == 2.5
-    assert math.isnan(one.low)
-    assert math.isnan(one.high)
-    assert bootstrap_interval([3.0] * 5, method="bca") == (3, 3, 3)
+@pytest.mark.parametrize("n", [1, 5])
+def test_few_values_have_no_interval_and_equal_values_one_of_no_width(n):
+    """Up to five values have NaN ends: resamples of them do not reach far enough. Equal values do not break BCa."""
+    few = bootstrap_interval(np.arange(float(n)))
+    assert few.estimate == (n - 1) / 2
+    assert np.isnan(few[1:]).all()
+    assert bootstrap_interval([3.0] * 6, method="bca") == (3, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +226,9 @@ def test_an_aggregate_is_computed_again_from_whole_texts():
     result = aggregate_interval(perplexity, sums, tokens, seed=5, draws=400, confidence=0.9)
     resampled = sorted(math.exp(-sums[i].sum() / tokens[i].sum()) for i in drawn)
     assert result.estimate == perplexity(sums, tokens)
-    assert result[1:] == pytest.approx((resampled[19], resampled[380]))  # just outside ranks 19.95 and 379.05
+    rank = tail(30, 0.9) * 399
+    assert 16 < rank < 17
+    assert result[1:] == pytest.approx((resampled[16], resampled[383]))  # just outside the ranks
     apart = aggregate_interval(perplexity, sums, tokens, sets=(0, 1), seed=5, draws=400, confidence=0.9)
     assert apart.high - apart.low > 1.5 * (result.high - result.low)
 
@@ -274,7 +283,8 @@ def test_an_infinite_aggregate_stays_infinite_and_is_not_nan():
     result = aggregate_interval(perplexity, sums, tokens, draws=200)
     assert math.isfinite(result.low)
     assert (result.estimate, result.high) == (math.inf, math.inf)
-    assert np.isnan(aggregate_interval(perplexity, sums[:1], tokens[:1])[1:]).all()
+    for n in (1, 5):
+        assert np.isnan(aggregate_interval(perplexity, sums[:n], tokens[:n])[1:]).all()
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,8 @@ def mean_exposure_interval(
     else:  # n texts of one rank: the share of others among such texts is Beta(1, n), as in Clopper-Pearson's interval
         share = rng.beta(n, 1, draws)
         low, high = middle / most * share, 1 - (1 - widest / most) * share
-    ends = percentiles(low, confidence)[0], percentiles(high, confidence)[1]
+    tail = (1 - confidence) / 2
+    ends = percentiles(low, tail)[0], percentiles(high, tail)[1]
     estimate = float(each.mean())
     return Interval(estimate, min(estimate, most * ends[0]), max(estimate, most * ends[1]))
 

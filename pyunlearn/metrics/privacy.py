@@ -14,7 +14,7 @@ from scipy import optimize, special, stats
 from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics._binomial import clopper_pearson
 from pyunlearn.metrics._check import Floats, at_least_one, between, numbers, one_of, same_length
-from pyunlearn.metrics.confidence import Interval, percentiles
+from pyunlearn.metrics.confidence import FEWEST, Interval, percentiles, tail
 
 _AT_ONCE = 2**22  # resampled numbers in memory at a time
 
@@ -209,15 +209,16 @@ def privleak_interval(
     draws: int = 1000,
     members: str = "low",
 ) -> Interval:
-    """Compute PrivLeak in percent from the scores, with a percentile bootstrap interval.
+    """Compute PrivLeak in percent from the scores, with an interval.
 
         privleak(auc(forget, holdout), auc(forget_retrained, holdout_retrained))
 
-    Texts of the forget set and of the holdout are resampled with replacement, each text with its scores under both
-    models: easy texts are easy under both, so the two areas rise and fall together. Without retrained scores the second
-    area is 0.5. A resample whose retrained area is 1 has no PrivLeak, and counts as -100 for the lower end and as
-    infinite for the upper. Where an area is 0 or 1 no resample differs; the interval then spans what `auc`'s own
-    intervals leave open, and is wide.
+    Without retrained scores the second area is 0.5, and the ends are those of the interval of `auc`. With them the
+    interval is a percentile bootstrap: texts of the forget set and of the holdout are resampled with replacement, each
+    text with its scores under both models, because easy texts are easy under both and the areas rise and fall together.
+    A resample whose retrained area is 1 has no PrivLeak, and counts as -100 for the lower end and as
+    infinite for the upper. Where an area is 0 or 1 no resample differs, and those of fewer than 6 texts do not reach
+    far enough; the interval then spans what `auc`'s own intervals leave open, and is wide.
 
     Args:
         forget: (n,) scores under the unlearned model, low = more likely a member.
@@ -259,18 +260,21 @@ def privleak_interval(
     n, m = (side.size for side in pairs[0])
     if min(n, m) == 1:
         return Interval(estimate, np.nan, np.nan)
+    if len(pairs) == 1:
+        return Interval(estimate, privleak(areas[0].high), privleak(areas[0].low))
     rng, drawn = np.random.default_rng(seed), []
     for start in range(0, draws, step := max(1, _AT_ONCE // (n + m))):
         times = [rng.multinomial(k, np.full(k, 1 / k), min(step, draws - start)) for k in (n, m)]
         drawn.append([_areas(*pair, *times) for pair in pairs])
     complements = 1 - np.concatenate(drawn, axis=1)  # A = 1 - auc of each resample, one row per model
-    retrained = complements[1] if len(pairs) == 2 else np.full(draws, 0.5)
-    none = retrained < 1e-12
-    leaks = 100 * (complements[0] / np.where(none, 1, retrained) - 1)
-    low, high = (percentiles(np.where(none, x, leaks), confidence)[end] for end, x in enumerate((-100.0, np.inf)))
-    if any(not 1e-12 < area.estimate < 1 - 1e-12 for area in areas):
-        second = areas[1][1:] if len(areas) == 2 else (0.5,)
-        corners = [privleak(a, r) if r < 1 else np.inf for a in areas[0][1:] for r in second]
+    none = complements[1] < 1e-12
+    leaks = 100 * (complements[0] / np.where(none, 1, complements[1]) - 1)
+    low, high = (
+        percentiles(np.where(none, x, leaks), tail(confidence, min(n, m)))[end]
+        for end, x in enumerate((-100.0, np.inf))
+    )
+    if min(n, m) < FEWEST or any(not 1e-12 < area.estimate < 1 - 1e-12 for area in areas):
+        corners = [privleak(a, r) if r < 1 else np.inf for a in areas[0][1:] for r in areas[1][1:]]
         low, high = min(low, *corners), max(high, *corners)
     return Interval(estimate, low, high)
 

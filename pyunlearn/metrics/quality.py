@@ -218,14 +218,15 @@ def model_utility_interval(
         draws: number of resamples.
 
     Returns:
-        Interval(estimate, low, high), 0 to 1. High = useful. NaN ends where a split is one text.
+        Interval(estimate, low, high), 0 to 1. High = useful. NaN ends where a split has fewer than 6
+        texts.
 
     Raises:
         ArgumentError: a part that is missing or unknown, empty, of another length than the others of its split, or
             whose mean lies outside 0 to 1.
 
     Example:
-        >>> parts = {name: [0.4, 0.5, 0.6] for name in UTILITY_PARTS}
+        >>> parts = {name: [0.3, 0.4, 0.5, 0.5, 0.6, 0.7] for name in UTILITY_PARTS}
         >>> estimate, low, high = model_utility_interval(parts, draws=200)
         >>> round(estimate, 3), low < estimate < high
         (0.5, True)
