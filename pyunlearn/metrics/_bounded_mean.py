@@ -26,7 +26,7 @@ def bounded_mean(x: Floats, confidence: float, seed: int, draws: int) -> tuple[f
     rng = np.random.default_rng(seed)
     least, most = _gaffke(x, tail, rng, draws)
     error = float(x.std(ddof=1) / np.sqrt(n)) / max(mean * (1 - mean), np.finfo(float).tiny)  # of logit(mean)
-    if not np.ptp(x) or not 0 < mean < 1:
+    if not error or not 0 < mean < 1:  # equal values, or a spread that underflows
         return min(least, mean), max(most, mean)
     t = float(stats.t.ppf(1 - tail, n - 1))
     wider = stats.norm.cdf(-t * np.sqrt(n / (n - 1)))  # the tail of a resample of n texts that is as far out as t
