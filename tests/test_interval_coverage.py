@@ -60,7 +60,7 @@ def assert_covers(intervals, truth, most=1.0):
 def test_means_and_changes_of_log_likelihoods(n):
     """Utility, its change, the drift, forget and utility NLL, the prior of an answer: Student's t of n texts, each a
     mean over tokens (gamma laws of shape 8, skewness 0.7; changes are normal)."""
-    rng, repeats = np.random.default_rng(n), 800
+    rng, repeats = np.random.default_rng(n), 600
     nll, change = rng.gamma(8, 0.4, (repeats, n)), rng.normal(0.3, 0.5, (repeats, n))
     assert_covers([mean_interval(x) for x in nll], 3.2)
     assert_covers([mean_interval(x) for x in change], 0.3)
@@ -91,13 +91,13 @@ def test_means_of_shares(law, n):
     """Extraction strength, greedy matches, variety of the writing: numbers from 0 to 1, skewed near either end."""
     draw, truth = BOUNDED[law]
     rng = np.random.default_rng(n)
-    assert_covers([mean_interval(draw(rng, n), bounds=(0, 1), seed=i, draws=300) for i in range(300)], truth)
+    assert_covers([mean_interval(draw(rng, n), bounds=(0, 1), seed=i, draws=200) for i in range(200)], truth)
 
 
 @pytest.mark.parametrize("n", [3, 6, 12, 40])
 def test_the_mean_truth_ratio(n):
     """Values min(R, 1/R) of log ratios around -3, and max(0, 1 - R) of the same, near 1."""
-    rng, repeats = np.random.default_rng(n), 150
+    rng, repeats = np.random.default_rng(n), 100
     log_ratios = -np.abs(rng.normal(-3, 1, (repeats, n)))
     for aggregate, truth in (("closer_to_1_better", mean_ratio(-3, 1)), ("true_better", 1 - mean_ratio(-3, 1))):
         results = [truth_ratio(np.full(n, -0.1), x[:, None] - 0.1, aggregate).mean for x in log_ratios]
@@ -177,12 +177,12 @@ def test_the_exposure_of_one_text(m):
 )
 def test_the_area_and_privleak(n, m):
     """From chance to 0.96; PrivLeak of the same area against chance, and paired with a retrained model's."""
-    rng, repeats = np.random.default_rng(n + m), 300
+    rng, repeats = np.random.default_rng(n + m), 200
     for shift in (0.0, 1.0, 2.5):
         truth = stats.norm.cdf(shift / math.sqrt(2))
         sides = [(rng.normal(-shift, 1, n), rng.normal(size=m)) for _ in range(repeats)]
         assert_covers([auc(*pair) for pair in sides], truth)
-        assert_covers([privleak_interval(*pair) for pair in sides], privleak(truth))
+        assert_covers([privleak_interval(*pair) for pair in sides[:50]], privleak(truth))
     sides = [(f + 1.5, h) for f, h in sides]  # one deviation apart
     again = [[math.sqrt(0.8) * x + math.sqrt(0.2) * rng.normal(size=x.size) for x in pair] for pair in sides[:100]]
     truth, of_retrained = (stats.norm.cdf(shift / math.sqrt(2)) for shift in (1.0, math.sqrt(0.8)))

@@ -13,10 +13,12 @@ from scipy import optimize, special, stats
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics._binomial import clopper_pearson
+from pyunlearn.metrics._bounded_mean import bounded_mean
 from pyunlearn.metrics._check import Floats, at_least_one, between, numbers, one_of, same_length
 from pyunlearn.metrics.confidence import FEWEST, Interval, percentiles, tail
 
 _AT_ONCE = 2**22  # resampled numbers in memory at a time
+_FEW = 100  # texts of a side up to which auc also uses the interval of that side alone
 
 
 class TruePositiveRate(NamedTuple):
@@ -40,9 +42,11 @@ def auc(forget: ArrayLike, holdout: ArrayLike, *, confidence: float = 0.95, memb
 
         P(a holdout text scores above a forget text) + 1/2 P(they tie)
 
-    From mid-ranks, so ties count one half. The interval is DeLong's on the logit scale. Where its variance is 0
-    (perfect separation, all tied, one text on a side) that would have no width, and the interval is Clopper-Pearson's
-    for the min(n_forget, n_holdout) pairs that share no text.
+    From mid-ranks, so ties count one half. The interval is DeLong's on the logit scale, with Student's t for its
+    variance (Satterthwaite's degrees of freedom); a side of 100 texts or fewer, whose shares are skewed where the area
+    is near 0 or 1, widens it to mean_interval's for that side alone. Where the variance is 0 (perfect separation, all
+    tied, one text on a side) that would have no width, and the interval is Clopper-Pearson's for the
+    min(n_forget, n_holdout) pairs that share no text.
 
     Args:
         forget: (n,) scores, low = more likely a member.
@@ -73,16 +77,17 @@ def auc(forget: ArrayLike, holdout: ArrayLike, *, confidence: float = 0.95, memb
     of_forget = 1 - (ranks[: f.size] - stats.rankdata(f)) / h.size  # share of the holdout above each forget text
     of_holdout = (ranks[f.size :] - stats.rankdata(h)) / f.size
     area = float(of_holdout.mean())
-    variance = 0.0
-    if min(f.size, h.size) > 1:
-        variance = float(of_forget.var(ddof=1) / f.size + of_holdout.var(ddof=1) / h.size)
+    parts = [x.var(ddof=1) / x.size if min(f.size, h.size) > 1 else 0.0 for x in (of_forget, of_holdout)]
+    variance = float(sum(parts))
     if variance < 1e-24 or not 1e-12 < area < 1 - 1e-12:
         pairs = min(f.size, h.size)
         low, high = clopper_pearson(area * pairs, pairs, confidence)
         return Interval(area, float(low), float(high))
-    width = stats.norm.ppf((1 + confidence) / 2) * np.sqrt(variance) / (area * (1 - area))
-    low, high = special.expit(special.logit(area) + np.array([-width, width]))
-    return Interval(area, float(low), float(high))
+    freedom = variance**2 / (parts[0] ** 2 / (f.size - 1) + parts[1] ** 2 / (h.size - 1))  # Satterthwaite's
+    width = stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance) / (area * (1 - area))
+    ends = [special.expit(special.logit(area) + np.array([-width, width]))]
+    ends += [bounded_mean(x, confidence, seed=0, draws=500) for x in (of_forget, of_holdout) if x.size <= _FEW]
+    return Interval(area, float(min(low for low, _ in ends)), float(max(high for _, high in ends)))
 
 
 def tpr_at_fpr(
