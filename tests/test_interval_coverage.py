@@ -94,7 +94,7 @@ def test_means_of_shares(law, n):
     assert_covers([mean_interval(draw(rng, n), bounds=(0, 1), seed=i, draws=200) for i in range(200)], truth)
 
 
-@pytest.mark.parametrize("n", [3, 6, 12, 40])
+@pytest.mark.parametrize("n", [3, 12, *in_full(6, 40)])
 def test_the_mean_truth_ratio(n):
     """Values min(R, 1/R) of log ratios around -3, and max(0, 1 - R) of the same, near 1."""
     rng, repeats = np.random.default_rng(n), 100
@@ -291,7 +291,7 @@ def test_effects_on_steps(n):
     assert_covers(results, truth)
 
 
-@pytest.mark.parametrize("n", [6, 20])
+@pytest.mark.parametrize("n", [6, *in_full(20)])
 def test_effects_on_pairs(n):
     """Differences of paired sets, the share of pairs won (Wilson), and of matched examples that take longer."""
     rng = np.random.default_rng(n)
