@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from pyunlearn.metrics import aggregate_interval, bleu, bootstrap_interval, mean_interval, paired_difference, perplexity
+from pyunlearn.metrics._binomial import clopper_pearson
 
-values = st.lists(st.floats(-100, 100), min_size=2, max_size=9)
+values = st.lists(st.floats(-100, 100), min_size=6, max_size=12)
+
+
+def tail(n, confidence=0.95):
+    """Compute the tail in which the resampled mean of n normal numbers is as far out as Student's t."""
+    return stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1))
 
 
 @pytest.mark.parametrize("method", ["percentile", "bca"])
@@ -30,8 +37,9 @@ def test_the_percentile_interval_is_the_quantiles_of_resampled_means():
     means = x[np.random.default_rng(7).integers(0, 25, (40_000, 25))].mean(1)
     result = bootstrap_interval(x, draws=40_000)
     assert result.estimate == pytest.approx(x.mean())
-    assert result.low == pytest.approx(np.quantile(means, 0.025), abs=0.02)
-    assert result.high == pytest.approx(np.quantile(means, 0.975), abs=0.02)
+    assert result.low == pytest.approx(np.quantile(means, tail(25)), abs=0.02)
+    assert result.high == pytest.approx(np.quantile(means, 1 - tail(25)), abs=0.02)
+    assert tail(25) < 0.02 < tail(400) < 0.025
 
 
 def test_bca_leans_towards_the_long_tail():
@@ -65,13 +73,13 @@ def test_any_statistic_will_do():
     assert result.high <= 29
 
 
-def test_one_value_has_no_interval_and_equal_values_one_of_no_width():
-    """One value has NaN ends, because nothing is known of its spread. Equal values do not break BCa."""
-    one = bootstrap_interval([2.5])
-    assert one.estimate == 2.5
-    assert math.isnan(one.low)
-    assert math.isnan(one.high)
-    assert bootstrap_interval([3.0] * 5, method="bca") == (3, 3, 3)
+@pytest.mark.parametrize("n", [1, 5])
+def test_few_values_have_no_interval_and_equal_values_one_of_no_width(n):
+    """Up to five values have NaN ends: resamples of them do not reach far enough. Equal values do not break BCa."""
+    few = bootstrap_interval(np.arange(float(n)))
+    assert few.estimate == (n - 1) / 2
+    assert np.isnan(few[1:]).all()
+    assert bootstrap_interval([3.0] * 6, method="bca") == (3, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +120,32 @@ def test_the_t_interval_of_a_mean_covers_as_it_says(n):
     intervals = [mean_interval(row) for row in x]
     assert np.mean([i.low <= 1 <= i.high for i in intervals]) == pytest.approx(0.95, abs=0.012)
     assert paired_difference(0 * x[0], x[0])[:3] == pytest.approx(intervals[0])
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=12))
+def test_between_bounds_the_interval_lies_within_them_in_any_unit(x):
+    """The ends stay within the bounds and on either side of the mean; shifted and scaled values have the
+    interval shifted and scaled."""
+    result = mean_interval(x, bounds=(0, 1), draws=50)
+    assert 0 <= result.low <= result.estimate <= result.high <= 1
+    shifted = mean_interval(7 * np.array(x) - 2, bounds=(-2, 5), draws=50)
+    np.testing.assert_allclose(shifted, 7 * np.array(result) - 2, atol=1e-6)
+
+
+def test_between_bounds_it_is_student_s_where_nothing_is_skewed_and_clopper_pearson_s_at_a_bound():
+    """Many numbers near one half have Student's interval; none and all of n have Clopper-Pearson's; values that are not
+    possible are refused."""
+    x = np.random.default_rng(0).uniform(0.4, 0.6, 400)
+    assert mean_interval(x, bounds=(0, 1), draws=9999) == pytest.approx(mean_interval(x), abs=0.001)
+    for k in (0, 12):
+        low, high = map(float, clopper_pearson(k, 12, 0.95))
+        result = mean_interval([k / 12] * 12, bounds=(0, 1), draws=20_000)
+        assert result[1:] == pytest.approx((low, high), abs=0.01)
+    assert np.isnan(mean_interval([0.5], bounds=(0, 1))[1:]).all()
+    with pytest.raises(ValueError, match=r"values must lie within bounds=\(0, 1\), got 0.0 to 1.5"):
+        mean_interval([0.0, 1.5], bounds=(0, 1))
+    with pytest.raises(ValueError, match="values must lie within bounds"):
+        mean_interval([1.0, 1.0], bounds=(1, 1))
 
 
 @given(st.lists(st.floats(-100, 100).filter(lambda v: abs(v) > 1e-3), min_size=1, max_size=6))
@@ -192,7 +226,9 @@ def test_an_aggregate_is_computed_again_from_whole_texts():
     result = aggregate_interval(perplexity, sums, tokens, seed=5, draws=400, confidence=0.9)
     resampled = sorted(math.exp(-sums[i].sum() / tokens[i].sum()) for i in drawn)
     assert result.estimate == perplexity(sums, tokens)
-    assert result[1:] == pytest.approx((resampled[19], resampled[380]))  # just outside ranks 19.95 and 379.05
+    rank = tail(30, 0.9) * 399
+    assert 16 < rank < 17
+    assert result[1:] == pytest.approx((resampled[16], resampled[383]))  # just outside the ranks
     apart = aggregate_interval(perplexity, sums, tokens, sets=(0, 1), seed=5, draws=400, confidence=0.9)
     assert apart.high - apart.low > 1.5 * (result.high - result.low)
 
@@ -247,7 +283,8 @@ def test_an_infinite_aggregate_stays_infinite_and_is_not_nan():
     result = aggregate_interval(perplexity, sums, tokens, draws=200)
     assert math.isfinite(result.low)
     assert (result.estimate, result.high) == (math.inf, math.inf)
-    assert np.isnan(aggregate_interval(perplexity, sums[:1], tokens[:1])[1:]).all()
+    for n in (1, 5):
+        assert np.isnan(aggregate_interval(perplexity, sums[:n], tokens[:n])[1:]).all()
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_extrapolation_changes_nothing_inside_the_range():
     """Scores inside the range of the non-members are unchanged; outside, the tail's number is at least log2(m + 1) and
     marked."""
     non_members = stats.norm.ppf((np.arange(63) + 0.5) / 63)
-    x = np.array([-6.0, -0.3, 0.4, 2.0, 6.0])
+    x = np.array([-3.3, -0.3, 0.4, 2.0, 3.3])
     plain, result = generalized_exposure(x, non_members), generalized_exposure(x, non_members, extrapolate=True)
     assert result.extrapolated.tolist() == [True, False, False, False, True]
     assert not plain.extrapolated.any()
@@ -237,7 +237,7 @@ def test_extrapolation_changes_nothing_inside_the_range():
     np.testing.assert_array_equal(result.lower[1:], plain.lower[1:])
     np.testing.assert_array_equal(result.upper[:-1], plain.upper[:-1])
     assert plain.lower[0] == plain.upper[-1] == 6.0
-    truth = -stats.norm.logcdf(-6) / math.log(2)  # 29.9 bits
+    truth = -stats.norm.logcdf(-3.3) / math.log(2)  # 11.0 bits
     assert result.lower[0] == pytest.approx(truth, rel=0.1)
     assert result.upper[-1] == pytest.approx(truth, rel=0.1)
 
@@ -248,7 +248,8 @@ def test_extrapolation_changes_nothing_inside_the_range():
     st.sampled_from(["normal", "exponential", "uniform", "gumbel"]),
 )
 def test_extrapolated_exposure_is_finite_monotone_and_never_below_the_count(seed, m, law):
-    """For any non-members and scores far out exposure stays finite, where plain maximum likelihood gives 10^15 bits."""
+    """For any non-members and scores far out exposure stays finite, where plain maximum likelihood gives 10^15 bits;
+    the generalized one is at most 2 log2(m + 1)."""
     rng = np.random.default_rng(seed)
     non_members = getattr(rng, law)(size=m)
     spread = non_members.std()
@@ -265,15 +266,30 @@ def test_extrapolated_exposure_is_finite_monotone_and_never_below_the_count(seed
     assert (np.diff(result.upper) >= -1e-9).all()
     assert (result.lower >= plain.lower).all()
     assert (result.upper >= plain.upper).all()
-    assert result.lower.max() < 1e8
+    assert max(result.lower.max(), result.upper.max()) <= 2 * math.log2(m + 1)
+    assert exposure(x, non_members, "skewnorm").lower.max() < 1e8
 
 
 def test_the_median_extrapolation_is_right_for_a_normal_law():
     """Six deviations below the mean of 63 normal numbers the median is near the true 29.9 bits."""
     rng = np.random.default_rng(1)
-    result = [generalized_exposure(-6.0, rng.normal(size=63), extrapolate=True).lower[0] for _ in range(40)]
+    result = [exposure(-6.0, rng.normal(size=63), "skewnorm").lower[0] for _ in range(40)]
     assert np.median(result) == pytest.approx(29.9, rel=0.2)
     assert np.quantile(result, 0.9) < 60
+
+
+def test_the_tail_of_another_law_is_capped():
+    """199 numbers of Student's t law with 5 degrees of freedom, at its 20 bits: the median fit shows hundreds, as the
+    paper's exposure does, and generalized exposure 2 log2(200) = 15.3, marked."""
+    rng, x = np.random.default_rng(0), stats.t.ppf(2.0**-20, 5)
+    drawn = [rng.standard_t(5, size=199) for _ in range(40)]
+    assert np.median([exposure(x, r, "skewnorm").lower[0] for r in drawn]) > 100
+    for r in drawn:
+        capped, above = (generalized_exposure(s, r, extrapolate=True) for s in (x, -x))
+        assert math.log2(200) <= capped.lower[0] <= 2 * math.log2(200)
+        assert math.log2(200) <= above.upper[0] <= 2 * math.log2(200)
+        assert capped.extrapolated[0]
+    assert capped.lower[0] == above.upper[0] == 2 * math.log2(200)
 
 
 @pytest.mark.parametrize("shape", [-4.0, -0.5, 0.0, 3.0])

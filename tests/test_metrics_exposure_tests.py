@@ -9,11 +9,12 @@ from coverings import in_full
 from scipy import stats
 
 from pyunlearn.metrics import (
-    bootstrap_interval,
     exposure_null_test,
     exposure_top_test,
     exposure_two_sample_test,
     generalized_exposure,
+    mean_exposure_interval,
+    mean_interval,
     non_member_drift,
 )
 from pyunlearn.metrics.exposure_tests import _tail
@@ -114,7 +115,7 @@ def test_the_statistic_is_the_distance_from_the_exponential_law():
         p = 2.0**-e  # scipy's distance of the p-values: the same sup on a monotone scale
         assert result.statistic == pytest.approx(stats.kstest(p, "uniform").statistic, abs=1e-12)
         assert result.mean == pytest.approx(e.mean())
-        assert result.mean_interval == bootstrap_interval(e, draws=10)
+        assert result.mean_interval == mean_exposure_interval(e, m, draws=10)
         assert result.n == 25
         assert result.pvalue >= 1 / 11
 
@@ -170,6 +171,56 @@ def test_the_two_sample_statistic_is_the_kolmogorov_smirnov_distance():
     assert exposure_two_sample_test(u[:25], r).statistic == pytest.approx(stats.ks_2samp(u[:25], r).statistic)
     with pytest.raises(ValueError, match="same texts, got 40 and 25"):
         exposure_two_sample_test(u, r)
+
+
+def test_the_two_sample_test_has_an_interval_of_the_mean_where_it_knows_the_non_members():
+    """Without their number the ends are NaN, with it they are those of mean_exposure_interval."""
+    u = exposures(np.random.default_rng(0), 30, 63, True)
+    assert math.isnan(exposure_two_sample_test(u, u, draws=50).mean_interval.low)
+    for shared in (True, False):
+        result = exposure_two_sample_test(u, u, non_members=63, shared=shared, draws=50)
+        assert result.mean_interval == mean_exposure_interval(u, 63, shared=shared, draws=50)
+
+
+# ---------------------------------------------------------------- the mean
+
+
+def test_the_mean_s_interval_draws_gaps_and_texts():
+    """The ends agree with a plain simulation: the law's share at the middle of each text's gap, the mean exposure of
+    these shares among new non-members, and Student's t on the logit scale."""
+    rng, m, n, most = np.random.default_rng(4), 31, 12, 5.0
+    e = exposures(rng, n, m, True, shift=-0.5)
+    ranks = np.rint(32 * 2.0**-e).astype(int) - 1
+    assert ranks.min() > 0  # no text beyond all non-members, whose place would be the worst in its gap
+    theta = []
+    for _ in range(1500):
+        ends = np.concatenate([[0.0], np.sort(rng.random(m)), [1.0]])
+        u = (ends[ranks] + ends[ranks + 1]) / 2
+        new = np.array([stats.binom.pmf(np.arange(m + 1), m, x) @ np.log2(1 + np.arange(m + 1)) for x in u])
+        theta.append((most - new).mean() / most)
+    q, error = e.mean() / most, e.std(ddof=1) / most / math.sqrt(n)
+    z = np.log(np.array(theta) / (1 - np.array(theta))) + rng.standard_t(n - 1, 1500) * error / (q * (1 - q))
+    result = mean_exposure_interval(e, m, draws=8000)
+    assert result.estimate == pytest.approx(e.mean())
+    assert result[1:] == pytest.approx(most / (1 + np.exp(-np.quantile(z, [0.025, 0.975]))), abs=0.12)
+    assert result == mean_exposure_interval(e, m, draws=8000) != mean_exposure_interval(e, m, draws=8000, seed=1)
+
+
+def test_a_set_beyond_all_non_members_has_an_interval_with_a_width():
+    """Twenty texts of rank 1 among 63: the upper end is the largest mean, the lower one is below by what 20 texts and
+    63 non-members leave open. One text has no interval, and one exposure may be extrapolated."""
+    result = mean_exposure_interval([6.0] * 20, 63)
+    assert result.estimate == result.high == 6
+    assert 3 < result.low < 5
+    assert mean_exposure_interval([11.0] * 20, 63) == result
+    assert np.isnan(mean_exposure_interval([6.0], 63)[1:]).all()
+    own = mean_exposure_interval([6.0] * 20, 63, shared=False)
+    assert own == mean_interval([6.0] * 20, bounds=(0, 6))
+    assert own.low == pytest.approx(6 * 0.025 ** (1 / 20), abs=0.1)
+    with pytest.raises(ValueError, match="must be those among 63 non-members"):
+        mean_exposure_interval([1.4427, 1.0], 63)
+    with pytest.raises(ValueError, match="confidence must lie between 0 and 1, got 95"):
+        mean_exposure_interval([1.0, 2.0], 63, confidence=95)
 
 
 # ---------------------------------------------------------------- drift

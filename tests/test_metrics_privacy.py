@@ -71,8 +71,11 @@ def test_the_rate_is_the_best_of_all_thresholds_that_are_allowed(forget, holdout
     result = tpr_at_fpr(f, h, fpr)
     assert result.estimate == best == (f < result.threshold).mean()
     assert result.fpr == (h < result.threshold).mean() <= fpr
-    assert result.low <= result.estimate <= result.high
-    assert tpr_at_fpr(-f, -h, fpr, members="high")[:3] == result[:3]
+    if result.resolved:
+        assert result.low <= result.estimate <= result.high
+    else:
+        assert np.isnan(result[1:3]).all()
+    np.testing.assert_array_equal(tpr_at_fpr(-f, -h, fpr, members="high")[:3], result[:3])
 
 
 def test_a_small_holdout_cannot_show_a_small_rate_and_says_so():
@@ -80,18 +83,36 @@ def test_a_small_holdout_cannot_show_a_small_rate_and_says_so():
     holdout = np.arange(1000.0)
     few, many = tpr_at_fpr([-1.0, 0.5], holdout[:100], 0.001), tpr_at_fpr([-1.0, 0.5], holdout, 0.001)
     assert (few.estimate, few.fpr, few.resolved) == (0.5, 0, False)
+    assert np.isnan([few.low, few.high]).all()
     assert (many.estimate, many.fpr, many.resolved) == (1.0, 0.001, True)
 
 
 def test_chance_finds_as_many_as_it_gets_wrong():
-    """Two samples of one law have the false-positive rate as rate, and its interval is the binomial one."""
+    """Two samples of one law have the false-positive rate as rate, and its interval holds it and is wider than the
+    binomial one of the forget set alone."""
     rng = np.random.default_rng(0)
     f, h = rng.normal(size=20_000), rng.normal(size=20_000)
     for fpr in (0.01, 0.001):
         result = tpr_at_fpr(f, h, fpr)
         assert result.estimate == pytest.approx(fpr, abs=5 * math.sqrt(2 * fpr / 20_000))
         exact = stats.binomtest(round(result.estimate * 20_000), 20_000).proportion_ci(0.95, method="exact")
-        assert (result.low, result.high) == pytest.approx((exact.low, exact.high))
+        assert result.low < exact.low < exact.high < result.high
+        assert result.low <= fpr <= result.high
+        assert result.high - result.low < 2 * (exact.high - exact.low)
+
+
+def test_the_interval_of_the_rate_mixes_beta_laws_over_the_draws_of_the_threshold():
+    """The ends agree with quantiles of draws: how many holdout texts lie below the true threshold, then a Beta law."""
+    rng = np.random.default_rng(0)
+    f, h = rng.normal(-1.5, 1, 40), np.sort(rng.normal(size=60))
+    result = tpr_at_fpr(f, h, 0.05)
+    ends = np.concatenate([[-np.inf], h, [np.inf]])
+    below = rng.binomial(60, 0.05, 100_000)
+    least, most = ((f[:, None] < ends).sum(0)[below + more] for more in (0, 1))
+    low = np.where(least == 0, 0.0, rng.beta(np.maximum(least, 1), 41 - least))
+    high = np.where(most == 40, 1.0, rng.beta(most + 1, np.maximum(40 - most, 1)))
+    assert result.low == pytest.approx(np.quantile(low, 0.025), abs=0.01)
+    assert result.high == pytest.approx(np.quantile(high, 0.975), abs=0.01)
 
 
 # ---------------------------------------------------------------- PrivLeak

@@ -142,8 +142,8 @@ class AuditAssembler:
         forced = responses.statistics["forget"]
         matches = forced.each(forced.rank == 0)
         non_member_scores = -responses.statistics["non_members"].mean_log_likelihood - self.non_members.own.nll
-        scores = -forced.mean_log_likelihood - self.non_members.forget.nll
-        exposures = generalized_exposure(scores, non_member_scores).lower
+        excess = -forced.mean_log_likelihood - self.non_members.forget.nll
+        exposures = generalized_exposure(excess, non_member_scores).lower
         prior = self._prior(responses)
         gains = iter([] if prior is None else prior.gain.tolist())
         scores = self._scores(responses, "forget") if self._attacks else {}
@@ -168,7 +168,7 @@ class AuditAssembler:
         if without is None or not prompted.any():
             return None
         with_prompt = responses.statistics["forget"].mean_log_likelihood[prompted]
-        return metrics.answer_prior(with_prompt, without.mean_log_likelihood, seed=self.seed)
+        return metrics.answer_prior(with_prompt, without.mean_log_likelihood)
 
     def _continuations(self, responses: Responses) -> list[tuple[str | None, int | None, float | None]]:
         """Return (continuation, longest run of tokens shared with the text, ROUGE-L recall) of each text."""
@@ -226,7 +226,7 @@ class AuditAssembler:
             return None
         continuations = list(responses.continuations.values())
         distinct, repeated = (
-            metrics.bootstrap_interval([of(ids) for ids in continuations], seed=self.seed)
+            metrics.mean_interval([of(ids) for ids in continuations], bounds=(0, 1), seed=self.seed)
             for of in (partial(metrics.distinct_n, n=2), metrics.repetition)
         )
         n, count = len(continuations), sum(map(metrics.collapsed, continuations))

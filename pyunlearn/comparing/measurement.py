@@ -12,7 +12,7 @@ from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.comparing.result import Measurement
 from pyunlearn.data import Tokens
 from pyunlearn.errors import ArgumentError, ModelError
-from pyunlearn.metrics import bootstrap_interval, verdict
+from pyunlearn.metrics import mean_exposure_interval, mean_interval, verdict
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes import TeacherForced, teacher_forced
 from pyunlearn.probes.non_members import NonMembers, capped
@@ -97,22 +97,14 @@ class Criterion:
             false_discovery_rate=self.config.false_discovery_rate,
         )
         verdicts, exposures = capped(result.verdict, self.non_members.grade), result.after.lower
-        forget_nll, exposure, extraction_strength, utility_nll = (
-            bootstrap_interval(values, seed=self.config.seed)
-            for values in (
-                -forget.mean_log_likelihood,
-                exposures,
-                _extraction_strengths(forget),
-                -utility.mean_log_likelihood,
-            )
-        )
+        seed, m = self.config.seed, len(self.scores["non_members"])
         return Measurement(
-            forget_nll=forget_nll,
-            exposure=exposure,
+            forget_nll=mean_interval(-forget.mean_log_likelihood),
+            exposure=mean_exposure_interval(exposures, m, seed=seed),
             exposures=exposures.tolist(),
             verdicts={name: verdicts.count(name) for name in VERDICTS},
-            extraction_strength=extraction_strength,
-            utility_nll=utility_nll,
+            extraction_strength=mean_interval(_extraction_strengths(forget), bounds=(0, 1), seed=seed),
+            utility_nll=mean_interval(-utility.mean_log_likelihood),
             utility=float(METRICS[self.config.metric](utility).mean()),
             non_members_nll=float(-passes["non_members"].mean_log_likelihood.mean()),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,9 +83,14 @@ def _cells(comparison: Comparison, measured: Measurement, row: Row | None, colum
     return cells
 
 
+def _range(low: float, high: float) -> str:
+    """Return an interval as text; one text has none."""
+    return "-" if math.isnan(low) else f"{low:.1f}-{high:.1f}"
+
+
 _COLUMNS = [
     _Column("expo-\nsure", True, lambda m, _: f"{m.exposure.estimate:.2f}"),
-    _Column("95 %\ninterval", True, lambda m, _: f"{m.exposure.low:.1f}-{m.exposure.high:.1f}"),
+    _Column("95 %\ninterval", True, lambda m, _: _range(m.exposure.low, m.exposure.high)),
     _Column("for-\ngotten", True, lambda m, _: f"{m.share('forgotten') + m.share('no likelier'):.0%}"),
     _Column("ex-\nposed", True, lambda m, _: f"{m.share('still exposed'):.0%}"),
     _Column("over", True, lambda m, _: f"{m.share('over-unlearned'):.0%}"),

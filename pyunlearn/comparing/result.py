@@ -21,12 +21,13 @@ _INTERVALS = ("forget_nll", "exposure", "extraction_strength", "utility_nll")
 
 @dataclass(frozen=True)
 class Measurement:
-    """Forgetting and utility of one model: means with 95 % bootstrap intervals over the texts."""
+    """Forgetting and utility of one model: means with 95 % intervals over the texts."""
 
     forget_nll: Interval
     """Negative log-likelihood of the forget texts, nats per token; high = unlikely."""
     exposure: Interval
-    """Anchored exposure of the forget texts, bits: 1.44 for non-members, low where texts are less likely than those."""
+    """Anchored exposure of the forget texts, bits: 1.44 for non-members, low where texts are less likely than those.
+    The non-members are drawn in its interval too."""
     exposures: list[float]
     """(n,) the exposure of each forget text, bits."""
     verdicts: dict[str, int]

@@ -56,6 +56,7 @@ from pyunlearn.metrics.exposure_tests import (
     non_member_drift,
 )
 from pyunlearn.metrics.extraction import VerbatimMatch, extraction_probability, rouge_l, verbatim_match
+from pyunlearn.metrics.mean_exposure import mean_exposure_interval
 from pyunlearn.metrics.memorization import counterfactual_memorization, exact_memorization, extraction_strength
 from pyunlearn.metrics.privacy import TruePositiveRate, auc, privleak, privleak_interval, tpr_at_fpr
 from pyunlearn.metrics.quality import (
@@ -125,6 +126,7 @@ __all__ = [
     "logit_score",
     "loss_score",
     "make_canaries",
+    "mean_exposure_interval",
     "mean_interval",
     "median_steps",
     "min_k_plus_plus_score",

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics._check import Floats, at_least_one, numbers, same_length
-from pyunlearn.metrics.confidence import Interval, bootstrap_interval, mean_interval
+from pyunlearn.metrics.confidence import Interval, mean_interval
+from pyunlearn.metrics.mean_exposure import mean_exposure_interval, rank_counts
 
 _AT_ONCE = 2**22  # simulated counts in memory at a time
 _WEIGHTS = {1: 1, 2: 5, 3: 5, 5: 5, 10: 5, 20: 5}  # order statistics in exposure_top_test -> factor on their p-values
@@ -29,7 +29,8 @@ class ExposureTest(NamedTuple):
     n: int
     """Texts in the set: with few, only a large distance is significant."""
     mean_interval: Interval
-    """The mean with a 95 % bootstrap interval over the texts; the choice of non-members is not in it."""
+    """The mean with the 95 % interval of mean_exposure_interval: texts and non-members are drawn. NaN ends for one
+    text, and where exposure_two_sample_test was not told the number of non-members."""
 
 
 class TopTest(NamedTuple):
@@ -84,7 +85,7 @@ def exposure_top_test(
     See Also:
         exposure_null_test: differences of any kind. verdict: which texts stand out.
     """
-    counts, n = _rank_counts(exposures, non_members, draws), np.size(exposures)
+    counts, n = rank_counts(exposures, non_members, draws), np.size(exposures)
     tails = {j: factor * _tail(j, n, non_members, shared) for j, factor in _WEIGHTS.items() if j <= non_members}
 
     def smallest(simulated: NDArray[np.int64]) -> Floats:  # (draws, m + 1) -> (draws,)
@@ -119,7 +120,7 @@ def exposure_null_test(
         exposures: (n,) bits, `lower` or `upper` of generalized_exposure; extrapolated ones count as log2(m + 1).
         non_members: m, the number of non-members behind each exposure.
         shared: True where all texts had the same non-members, False where each had its own.
-        draws: simulations, and resamples for the interval of the mean.
+        draws: simulations, of the null and for the interval of the mean.
         seed: the same seed returns the same p-value.
 
     Returns:
@@ -137,14 +138,22 @@ def exposure_null_test(
     See Also:
         exposure_two_sample_test: against a retrained model.
     """
-    counts, e = _rank_counts(exposures, non_members, draws), np.asarray(exposures, dtype=np.float64)
+    counts, e = rank_counts(exposures, non_members, draws), np.asarray(exposures, dtype=np.float64)
     statistic = float(_distance(counts[None], e.size)[0])
     pvalue = _share(statistic, _null(e.size, non_members, shared, draws, seed))
-    return ExposureTest(statistic, pvalue, float(e.mean()), e.size, bootstrap_interval(e, seed=seed, draws=draws))
+    interval = mean_exposure_interval(e, non_members, shared=shared, seed=seed, draws=draws)
+    return ExposureTest(statistic, pvalue, float(e.mean()), e.size, interval)
 
 
 def exposure_two_sample_test(
-    unlearned: ArrayLike, retrained: ArrayLike, *, paired: bool = True, draws: int = 2000, seed: int = 0
+    unlearned: ArrayLike,
+    retrained: ArrayLike,
+    *,
+    paired: bool = True,
+    non_members: int | None = None,
+    shared: bool = True,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> ExposureTest:
     """Test if the exposures after unlearning could be those under a model retrained without the set.
 
@@ -156,7 +165,9 @@ def exposure_two_sample_test(
         unlearned: (n,) bits.
         retrained: (n,) of the same texts in the same order; with paired=False of any number of texts.
         paired: True where both are of the same texts.
-        draws: permutations, and resamples for the interval of the mean.
+        non_members: the number of non-members behind each unlearned exposure, for the interval of the mean.
+        shared: True where all texts had the same non-members, False where each had its own.
+        draws: permutations, and simulations for the interval of the mean.
         seed: the same seed returns the same p-value.
 
     Returns:
@@ -164,7 +175,8 @@ def exposure_two_sample_test(
         low statistic = like retraining.
 
     Raises:
-        ArgumentError: no exposures, NaN or Inf, different lengths of paired ones.
+        ArgumentError: no exposures, NaN or Inf, different lengths of paired ones, exposures that are not possible among
+            that number of non-members.
 
     Example:
         >>> exposure_two_sample_test([0.5, 1.5, 2.5], [0.5, 1.5, 2.5]).statistic
@@ -191,9 +203,10 @@ def exposure_two_sample_test(
         statistic = np.abs(identity @ steps).max()
     null = np.abs(weights @ steps).max(1)
     pvalue = _share(float(statistic), null)
-    return ExposureTest(
-        float(statistic), pvalue, float(u.mean()), u.size, bootstrap_interval(u, seed=seed, draws=draws)
-    )
+    interval = Interval(float(u.mean()), np.nan, np.nan)
+    if non_members is not None:
+        interval = mean_exposure_interval(u, non_members, shared=shared, seed=seed, draws=draws)
+    return ExposureTest(float(statistic), pvalue, float(u.mean()), u.size, interval)
 
 
 def non_member_drift(before: ArrayLike, after: ArrayLike, *, confidence: float = 0.95) -> Interval:
@@ -223,20 +236,6 @@ def non_member_drift(before: ArrayLike, after: ArrayLike, *, confidence: float =
     b, a = numbers("before", before, empty=False), numbers("after", after, empty=False)
     same_length("before", b, "after", a)
     return mean_interval(a - b, confidence=confidence)
-
-
-def _rank_counts(exposures: ArrayLike, m: int, draws: int) -> NDArray[np.int64]:
-    """Return (m + 1,) the number of texts of each rank among m non-members. Raises ArgumentError for wrong input."""
-    e = numbers("exposures", exposures, empty=False)
-    at_least_one(non_members=m, draws=draws)
-    exact = (m + 1) * 2.0**-e
-    ranks = np.maximum(np.rint(exact), 1)  # extrapolated: beyond rank 1
-    if (ranks > m + 1).any() or (np.abs(ranks - exact) > 1e-6 * np.maximum(ranks, 1))[exact >= 1].any():
-        raise ArgumentError(
-            f"exposures must be those among {m} non-members, log2({m + 1}) - log2(rank): pass the number of "
-            "non-members behind them"
-        )
-    return np.bincount(ranks.astype(np.int64) - 1, minlength=m + 1)
 
 
 def _simulated(n: int, m: int, shared: bool, draws: int, seed: int) -> Iterator[NDArray[np.int64]]:

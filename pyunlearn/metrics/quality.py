@@ -15,7 +15,7 @@ from scipy import special, stats
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics._check import Floats, numbers, one_of, same_length
-from pyunlearn.metrics.confidence import Interval, aggregate_interval, bootstrap_interval
+from pyunlearn.metrics.confidence import Interval, aggregate_interval, mean_interval
 
 UTILITY_PARTS = tuple(
     f"{split}_{metric}"
@@ -33,7 +33,7 @@ class TruthRatio(NamedTuple):
     value: Floats
     """(n,) the chosen aggregate of each, 0 to 1."""
     mean: Interval
-    """Mean of the values, with a bootstrap interval."""
+    """Mean of the values, with the interval of mean_interval between 0 and 1, which covers for 3 texts and more."""
 
 
 class _Pair(NamedTuple):
@@ -73,7 +73,7 @@ class AnswerPrior(NamedTuple):
     explained: Floats
     """(n,) share of the answer's likelihood that does not need the prompt: exp(-max(gain, 0)), 0 to 1."""
     mean: Interval
-    """Mean gain, with a bootstrap interval."""
+    """Mean gain, with Student's t interval."""
 
 
 def truth_ratio(
@@ -130,7 +130,7 @@ def truth_ratio(
         "prob_mean": special.expit(-log_ratio),
     }[aggregate]
     with np.errstate(over="ignore"):
-        return TruthRatio(np.exp(log_ratio), value, bootstrap_interval(value, seed=seed))
+        return TruthRatio(np.exp(log_ratio), value, mean_interval(value, bounds=(0, 1), seed=seed))
 
 
 def forget_quality(truth_ratios_unlearned: ArrayLike, truth_ratios_retrained: ArrayLike) -> ForgetQuality:
@@ -218,14 +218,15 @@ def model_utility_interval(
         draws: number of resamples.
 
     Returns:
-        Interval(estimate, low, high), 0 to 1. High = useful. NaN ends where a split is one text.
+        Interval(estimate, low, high), 0 to 1. High = useful. NaN ends where a split has fewer than 6
+        texts.
 
     Raises:
         ArgumentError: a part that is missing or unknown, empty, of another length than the others of its split, or
             whose mean lies outside 0 to 1.
 
     Example:
-        >>> parts = {name: [0.4, 0.5, 0.6] for name in UTILITY_PARTS}
+        >>> parts = {name: [0.3, 0.4, 0.5, 0.5, 0.6, 0.7] for name in UTILITY_PARTS}
         >>> estimate, low, high = model_utility_interval(parts, draws=200)
         >>> round(estimate, 3), low < estimate < high
         (0.5, True)
@@ -276,7 +277,7 @@ def option_probability(correct_log_likelihood: ArrayLike, wrong_log_likelihoods:
     return special.softmax(np.column_stack([correct, wrong]), axis=1)[:, 0]
 
 
-def answer_prior(log_likelihood: ArrayLike, log_likelihood_without_prompt: ArrayLike, *, seed: int = 0) -> AnswerPrior:
+def answer_prior(log_likelihood: ArrayLike, log_likelihood_without_prompt: ArrayLike) -> AnswerPrior:
     """Compute how much the prompt raises each answer's log-likelihood: guessable answers against remembered ones.
 
         gain = log_likelihood - log_likelihood_without_prompt        nats per token, any sign
@@ -288,7 +289,6 @@ def answer_prior(log_likelihood: ArrayLike, log_likelihood_without_prompt: Array
     Args:
         log_likelihood: (n,) mean per token with the prompt, nats.
         log_likelihood_without_prompt: (n,) mean per token of the same answers after an empty prompt.
-        seed: seed of the interval.
 
     Returns:
         AnswerPrior(gain, explained, mean).
@@ -306,7 +306,7 @@ def answer_prior(log_likelihood: ArrayLike, log_likelihood_without_prompt: Array
     without = numbers("log_likelihood_without_prompt", log_likelihood_without_prompt, empty=False)
     same_length("log_likelihood", x, "log_likelihood_without_prompt", without)
     gain = x - without
-    return AnswerPrior(gain, np.exp(-np.maximum(gain, 0)), bootstrap_interval(gain, seed=seed))
+    return AnswerPrior(gain, np.exp(-np.maximum(gain, 0)), mean_interval(gain))
 
 
 def _check_names(parts: Mapping[str, object]) -> None:

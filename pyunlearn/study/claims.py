@@ -126,7 +126,7 @@ def _steps(config: StudyConfig, pairs: Pairs, kind: str, rate: float) -> Iterato
     top = math.log2(config.non_members + 1)
     for c in CRITERIA:
         steps = [(a.forgotten(c), b.forgotten(c)) for a, b in pairs]
-        effect = statistics.steps_effect(steps, config.seed)
+        effect = statistics.steps_effect(steps)
         yield Comparison("same repetitions", kind, rate, c, "share", 0.5, "stratified log-rank", effect)
         matched = [m for a, b in _same_draw(pairs) for m in _matched(a, b, c, top)]
         effect = statistics.matched_effect(matched, config.seed)
@@ -181,7 +181,7 @@ def _ranks(
         if claim == "memorization" and few < many:
             steps = {(o.which.repetitions, o.which.draw): o.forgotten(c) for o in mine}
             strata = [(steps[few, d], steps[many, d]) for d in range(config.draws)]
-            effect = statistics.steps_effect(strata, config.seed)
+            effect = statistics.steps_effect(strata)
             name = f"{many} repetitions against {few}"
             yield Comparison(name, kind, rate, c, "share", 0.5, "stratified log-rank", effect)
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
-from pyunlearn.metrics import StepsToForget, bootstrap_interval, paired_difference
+from pyunlearn.metrics import StepsToForget, mean_interval, paired_difference
+from pyunlearn.metrics._binomial import clopper_pearson
 
 DRAWS = 1000
 Pair = tuple[StepsToForget, StepsToForget]
@@ -29,18 +30,15 @@ def longer(a: StepsToForget, b: StepsToForget) -> float:
     return float(_longer(a, b).mean())
 
 
-def steps_effect(strata: Sequence[Pair], seed: int = 0) -> Effect:
+def steps_effect(strata: Sequence[Pair]) -> Effect:
     """Compare steps by the mean of `longer` over strata.
 
-    The interval is a bootstrap over the examples of each set; the strata's log-rank tests are combined (Stouffer).
+    The interval is DeLong's over the examples of each set, on the logit scale (Clopper-Pearson's where that would have
+    no width); the strata's log-rank tests are combined (Stouffer).
     """
-    rng = np.random.default_rng(seed)
-    estimates, drawn = [], []
-    for a, b in strata:
-        pairs = _longer(a, b)
-        first, second = (rng.multinomial(n, np.full(n, 1 / n), size=DRAWS) / n for n in pairs.shape)
-        estimates.append(pairs.mean())
-        drawn.append(((first @ pairs) * second).sum(1))
+    each = [_longer(a, b) for a, b in strata]
+    estimate = float(np.mean([pairs.mean() for pairs in each]))
+    low, high = _share_interval(estimate, each)
     zs, weights = [], []
     for a, b in strata:
         events = int((~a.censored).sum() + (~b.censored).sum())
@@ -52,17 +50,30 @@ def steps_effect(strata: Sequence[Pair], seed: int = 0) -> Effect:
     pvalue = 1.0
     if zs:
         pvalue = float(2 * stats.norm.sf(abs(np.dot(weights, zs)) / np.linalg.norm(weights)))
-    low, high = np.quantile(np.mean(drawn, axis=0), [0.025, 0.975])
     units = sum(len(a.steps) + len(b.steps) for a, b in strata)
-    return Effect(float(np.mean(estimates)), float(low), float(high), pvalue, units)
+    return Effect(estimate, low, high, pvalue, units)
+
+
+def _share_interval(share: float, strata: Sequence[Any]) -> tuple[float, float]:
+    """Compute the 95 % interval of a share that is the mean over strata of the means of (n, m) pairs."""
+    variance = 0.0
+    for side in (pairs.mean(axis) for pairs in strata for axis in (0, 1)):  # the mean of each example's pairs
+        variance += side.var(ddof=1) / side.size / len(strata) ** 2 if side.size > 1 else np.inf
+    if not 1e-24 < variance < np.inf or not 0 < share < 1:
+        count = sum(min(pairs.shape) for pairs in strata)  # pairs that have no example in common
+        low, high = clopper_pearson(share * count, count, 0.95)
+        return float(low), float(high)
+    width = stats.norm.ppf(0.975) * np.sqrt(variance) / (share * (1 - share))
+    low, high = special.expit(special.logit(share) + np.array([-width, width]))
+    return float(low), float(high)
 
 
 def matched_effect(pairs: Sequence[tuple[float, bool, float, bool]], seed: int = 0) -> Effect:
-    """Compare pairs of examples (steps, censored, steps, censored); bootstrap over pairs, sign test without ties."""
+    """Compare pairs of examples (steps, censored, steps, censored); interval over pairs, sign test without ties."""
     if not pairs:
         return Effect(np.nan, np.nan, np.nan, 1.0, 0)
     outcomes = np.array([longer(_one(*pair[:2]), _one(*pair[2:])) for pair in pairs])
-    interval = bootstrap_interval(outcomes, seed=seed, draws=DRAWS)
+    interval = mean_interval(outcomes, bounds=(0, 1), seed=seed, draws=DRAWS)
     wins, losses = int((outcomes > 0.5).sum()), int((outcomes < 0.5).sum())
     pvalue = float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     return Effect(*interval, pvalue, len(outcomes))
@@ -73,7 +84,7 @@ def _one(steps: float, censored: bool) -> StepsToForget:
 
 
 def difference(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Effect:
-    """Compare pairs of sets by mean(second - first); bootstrap over pairs, sign-flip permutation test."""
+    """Compare pairs of sets by mean(second - first); t interval over pairs, sign-flip permutation test."""
     if not len(first):
         return Effect(np.nan, np.nan, np.nan, 1.0, 0)
     test = paired_difference(first, second, seed=seed)
