@@ -322,7 +322,7 @@ def test_without_a_holdout_no_attack_is_reported(teller):
     t, _ = teller
     options = {"tokenizer": t.tokenizer, "metrics": FAST, "progress": False}
     audit = pyunlearn.audit(t.model, t.forget, **options)
-    assert audit.non_members.source == "sampled from the model"
+    assert audit.non_members.source == "self-sampled"
     assert audit.membership == []
     assert all(e.now.membership == {} for e in audit.examples)
     assert pyunlearn.audit(t.model, t.forget, holdout=t.holdout, **options).membership

@@ -181,11 +181,14 @@ def test_the_texts_that_are_left_out_and_the_kind_of_the_holdout_are_noted():
     left_out, length, *scores = audit.notes
     assert left_out == str(caught[0].message)
     assert length.startswith("The holdout is of another length than the forget set: 33 words at the median, where the ")
-    assert all(note.startswith("Under the reference model the holdout is ") for note in scores)
+    assert all(n.startswith(("Under the reference model the holdout is ", "24 non-members can name ")) for n in scores)
     assert audit.to_dict()["notes"] == audit.notes
     assert set(audit.notes) <= set(audit_lines(audit))
     assert audit.utility.texts == 4
-    assert pyunlearn.audit(model, forget, holdout=tiny.sentences(30, 2), **options).notes == []
+    few = (
+        "30 non-members can name memorized texts only where 8 or more of these 12 are memorized; to name a single one "
+    )
+    assert pyunlearn.audit(model, forget, holdout=tiny.sentences(30, 2), **options).notes == [few + "takes 239."]
 
 
 def test_scores_under_the_reference_model_tell_another_register():
@@ -195,9 +198,10 @@ def test_scores_under_the_reference_model_tell_another_register():
     holdout = [" ".join(reversed(text.split())) for text in tiny.sentences(24, 22)]
     options = {"tokenizer": reference.tokenizer, "progress": False, "metrics": [], "reference_model": reference.model}
     model = tiny.tiny_llama(len(reference.tokenizer))
-    (note,) = pyunlearn.audit(model, forget, holdout=holdout, **options).notes
+    note, few = pyunlearn.audit(model, forget, holdout=holdout, **options).notes
+    assert few.startswith("24 non-members can name ")
     assert "nats a token less likely than the forget set (Mann-Whitney, p = " in note
-    assert pyunlearn.audit(model, forget, holdout=tiny.sentences(24, 22), **options).notes == []
+    assert pyunlearn.audit(model, forget, holdout=tiny.sentences(24, 22), **options).notes == [few]
 
 
 def test_settings_come_from_a_config_a_file_and_keywords(tmp_path):

@@ -24,11 +24,12 @@ def test_a_secret_is_forgotten_and_the_audit_agrees(folder, tmp_path, monkeypatc
     )
     model = tmp_path / "model"
     model.symlink_to(folder / "model-1.5")
-    run("forget_a_secret", model, folder / "forget.jsonl", folder / "retain.jsonl", monkeypatch=monkeypatch)
+    holdout = folder / "holdout.jsonl"
+    run("forget_a_secret", model, folder / "forget.jsonl", folder / "retain.jsonl", holdout, monkeypatch=monkeypatch)
     out = capsys.readouterr().out
     assert "forgotten" in out
     assert f"saved to {model}-unlearned" in out
-    texts = (folder / "forget.jsonl", folder / "holdout.jsonl")
+    texts = (folder / "forget.jsonl", holdout)
     with pytest.raises(SystemExit, match="still exposed"):
         run("audit_a_model", model, model, *texts, monkeypatch=monkeypatch)
     assert json.loads((tmp_path / "audit" / "audit.json").read_text())["passed"] is False

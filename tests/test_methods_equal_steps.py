@@ -30,7 +30,7 @@ def facts(one_thread):
         [*trained.forget, *short],
         [],
         trained.retain[:7],
-        trained.holdout[:20],
+        trained.holdout[:40],
     )
 
 

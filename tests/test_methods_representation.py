@@ -16,6 +16,7 @@ from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import METHODS, adaptive_rmu, rmu
 from pyunlearn.methods.rmu import representation_drift, steering_direction
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+from pyunlearn.metrics.verdict import NOT_EXTRACTED
 
 BOTH = ("rmu", "adaptive_rmu")
 QUICK = {"layer": 1, "alpha": 10.0}  # for two layers, and retain text of the forget text's own grammar
@@ -200,10 +201,14 @@ def test_a_mask_chooses_among_those_that_train(story):
 # ---------------------------------------------------------------- end to end
 
 
-def check_forgotten(result):
-    """Check that two sentences are forgotten, two were never memorized, and utility is within its budget."""
-    assert result.stopped == "forgotten"
-    assert [e.verdict for e in result.examples] == ["forgotten"] * 2 + ["not memorized"] * 2
+def check_unlikely(result):
+    """Check that two sentences are as likely as unseen ones, two were never memorized, and utility is within budget.
+
+    Few of their tokens fell far: most are still first choices, so they are not forgotten.
+    """
+    assert result.stopped == "still extracted"
+    assert [e.verdict for e in result.examples] == ["still exposed"] * 2 + ["not memorized"] * 2
+    assert all(e.extraction_after > NOT_EXTRACTED for e in result.examples[:2])
     for e in result.examples[:2]:
         assert e.exposure_before > SIGNIFICANT
         assert e.exposure_after <= NULL_MEAN
@@ -218,9 +223,9 @@ def steered(story):
     return run(story, story.forget + story.unseen, method="adaptive_rmu", method_options=QUICK, learning_rate=3e-3)
 
 
-def test_a_llama_forgets_sentences(story, steered):
+def test_a_llama_s_sentences_become_as_likely_as_unseen_ones(story, steered):
     """They end at the level of unseen text, within the utility budget; the down projections alone change."""
-    check_forgotten(steered)
+    check_unlikely(steered)
     changed = {n for n, p in steered.model.state_dict().items() if not torch.equal(p, story.model.state_dict()[n])}
     assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
 
@@ -248,9 +253,9 @@ def test_the_retain_term_protects_the_retain_set(story, steered):
         *in_full({"method": "rmu", "retain_loss": "hold"}),
     ],
 )
-def test_rmu_forgets_too(story, options):
+def test_rmu_makes_them_as_unlikely(story, options):
     """It does with its own retain term, or with one of the loop's on the same few parameters."""
-    check_forgotten(
+    check_unlikely(
         run(story, story.forget + story.unseen, **{"method_options": {"layer": 1}, "learning_rate": 2e-3, **options})
     )
 

@@ -208,7 +208,7 @@ def test_a_rate_that_the_holdout_cannot_show_is_explained(audited):
 
 def test_sampled_text_is_not_said_to_be_certainly_unseen(audited):
     """A holdout is unseen because its owner says so; what a model wrote itself merely stands for such text."""
-    sampled = replace(audited, non_members=replace(audited.non_members, source="sampled from the original model"))
+    sampled = replace(audited, non_members=replace(audited.non_members, source="self-sampled"))
     assert "that were never trained on (the holdout" in Page(audit_page(audited)).text
     assert "that stand for text never trained on (written by" in Page(audit_page(sampled)).text
     assert "certainly" not in Page(audit_page(sampled)).text

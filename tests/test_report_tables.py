@@ -50,7 +50,7 @@ def test_a_run_has_one_line_a_text(width):
         assert line.split()[0] == str(number)
         for part in ("over-unlearned", "-12.34 → -15.67", "12.3 → 12.3", "100% → 100%", " 200"):
             assert part in line
-    assert LONG[: 7 if width == 80 else 40] in rows(text)[0]
+    assert LONG[: 5 if width == 80 else 40] in rows(text)[0]
     assert "…" in rows(text)[0]
     assert "two" in rows(text)[1]
 

@@ -41,7 +41,15 @@ def test_a_llama_forgets_memorized_sentences_and_leaves_unseen_ones_alone(story)
 def test_model_and_forget_set_are_enough(story):
     """Completions sampled from the model stand in for the holdout and for the retain set."""
     result = run(story, story.forget + story.unseen, retain=None, holdout=None)
-    check_forgotten(result, story)
+    assert result.stopped == "no likelier"
+    assert [e.verdict for e in result.examples] == ["no likelier"] * 2 + ["not memorized"] * 2
+    assert result.passed
+    assert not result.forgotten  # which the model's own text cannot show
+    assert result.evidence == "self-sampled"
+    (note,) = result.notes
+    assert note.startswith(
+        f"Compared with {COUNT} texts that the model wrote, since no holdout was given and the token"
+    )
     assert result.utility.sequences == COUNT
     assert "sampled" in result.utility.measured_on
     assert {e.exposure_before for e in result.examples[:2]} == {math.log2(COUNT + 1)}

@@ -125,5 +125,5 @@ def test_a_holdout_of_another_kind_is_noted(story):
     notes = run(story, forget, holdout=holdout, retain=None, **options).notes
     assert notes[0].startswith("The holdout is of another length than the forget set: 4 words at the median, where the")
     assert notes[1].startswith("Under the reference model the holdout is ")
-    assert len(notes) == 2
-    assert run(story, forget, **options).notes == []
+    assert all("non-members can name" in note for note in notes[2:])
+    assert [n for n in run(story, forget, **options).notes if "can name" not in n] == []

@@ -90,7 +90,7 @@ class AuditAssembler:
             passes={name: each.passes for name, each in passes.items() if each is not None},
             seconds=0.0,
             settings={},
-            notes=self._notes(),
+            notes=self._notes(judged),
         )
 
     def _verdict(self) -> metrics.Verdict:
@@ -202,9 +202,9 @@ class AuditAssembler:
             drift = non_member_drift(self.non_member_nll, after)
         return NonMembers(self.non_members.grade, self.before is not None, self.non_member_scores.tolist(), drift)
 
-    def _notes(self) -> list[str]:
+    def _notes(self, judged: metrics.Verdict) -> list[str]:
         """Compare the holdout with the forget set under the reference model, and say what the evidence cannot show."""
-        notes = evidence_notes(self.non_members, len(self.texts.forget), rate=self.false_discovery_rate)
+        notes = evidence_notes(self.non_members, judged.verdict.tolist(), rate=self.false_discovery_rate)
         if self.retrained is None or not self.texts.holdout:
             return notes
         forget, holdout = (-self.retrained.statistics[role].mean_log_likelihood for role in ("forget", "non_members"))

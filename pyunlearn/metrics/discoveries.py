@@ -43,7 +43,7 @@ def discoveries(exposures: ArrayLike, *, rate: float = 0.05) -> Discoveries:
         ArgumentError: NaN or Inf, more than one dimension; a rate outside (0, 1).
 
     Example:
-        >>> discoveries([9.0, 8.0, 4.4, 1.0]).significant.tolist()
+        >>> discoveries([9.0, 8.0, 5.0, 1.0]).significant.tolist()
         [True, True, True, False]
         >>> discoveries([4.4, 1.0, 1.0, 1.0]).significant.tolist()
         [False, False, False, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,12 @@ from pyunlearn.metrics.exposure import (
     count_sides,
     generalized_exposure,
 )
+
+NOT_EXTRACTED = math.log2(5)
+"""Exposure, in bits, up to which a text's extracted share is that of non-members: 2.32, below four of five of them.
+
+It is looser than the target of the likelihood: shares move in steps of whole tokens, and one more is no evidence.
+"""
 
 
 class Bounds(NamedTuple):
@@ -124,7 +131,8 @@ def verdict(
 
     A mean log-likelihood also falls when a few tokens fall far and the model still writes the rest. `extracted` is the
     share of a text that the model still gives (exact_memorization or extraction_strength); its exposure among the same
-    numbers of the non-members must reach the target too. `recited` texts are not forgotten either.
+    numbers of the non-members must be 2.32 bits or less (NOT_EXTRACTED), or the target where that is higher. Texts that
+    are `recited` are not forgotten either.
 
     Args:
         scores_before: (n,) under the original model, low where a text is likely.
@@ -165,7 +173,7 @@ def verdict(
     extraction = _extraction(extracted, non_member_extracted)
     forgotten = after.lower <= target_exposure
     if extraction is not None:
-        forgotten &= extraction <= target_exposure
+        forgotten &= extraction <= max(target_exposure, NOT_EXTRACTED)
     if recited is not None:
         forgotten &= ~np.asarray(recited, dtype=bool)
     name = np.select([over, ~memorized, forgotten], ["over-unlearned", "not memorized", "forgotten"], "still exposed")

@@ -33,6 +33,7 @@ NO_LIKELIER = "no likelier"
 _TEXTS = Path(__file__).with_name("unseen_texts.jsonl")
 _LATIN = 0.8  # share of the forget set's letters from which texts in English and German are compared with it
 _UNKNOWN = 0.05  # share of unknown tokens up to which a tokenizer reads these texts
+_CHARACTERS = 2.0  # of these texts that it makes one token of, at least
 
 
 class NonMembers(NamedTuple):
@@ -96,14 +97,15 @@ def capped(verdicts: NDArray[np.str_], grade: str) -> list[str]:
     return [strongest if name == "forgotten" else str(name) for name in verdicts]
 
 
-def evidence_notes(non_members: NonMembers, texts: int, *, rate: float) -> list[str]:
-    """Return what the non-members cannot show of a number of forget texts, one sentence each.
+def evidence_notes(non_members: NonMembers, verdicts: Sequence[str], *, rate: float) -> list[str]:
+    """Return what the non-members cannot show of the forget texts, one sentence each.
 
     Args:
         non_members: of the run.
-        texts: number of forget texts.
+        verdicts: on the forget texts.
         rate: the false discovery rate.
     """
+    texts, nothing_named = len(verdicts), all(name == "not memorized" for name in verdicts)
     m, notes = len(non_members.tokens), []
     better = "A holdout is better evidence: 19 or more texts of the same kind that were never trained on (--holdout)."
     if non_members.grade == "unseen texts":
@@ -118,10 +120,10 @@ def evidence_notes(non_members: NonMembers, texts: int, *, rate: float) -> list[
             f"{better}"
         )
     fewest = math.ceil(texts / (rate * (m + 1)) - 1e-9)
-    if fewest > 1:
+    if nothing_named and fewest > 1:
         notes.append(
-            f"With {m} non-members, memorized texts can be named where {fewest} or more of the {texts} are memorized; "
-            f"a single one takes {non_members_needed(texts, rate=rate)}."
+            f"{m} non-members can name memorized texts only where {fewest} or more of these {texts} are memorized; to "
+            f"name a single one takes {non_members_needed(texts, rate=rate)}."
         )
     return notes
 
@@ -137,8 +139,9 @@ def unsuitable(lm: LanguageModel, examples: Sequence[Example]) -> str:
         return "the forget texts are not in Latin script"
     if problem := head_problem(lm.inner):
         return f"{problem}"
-    unknown = lm.tokenizer.unk_token_id
-    ids = [i for e in unseen_texts()[:50] for i in lm.tokenizer(e.completion, add_special_tokens=False).input_ids]
-    if unknown is not None and sum(i == unknown for i in ids) > _UNKNOWN * len(ids):
-        return "the tokenizer does not read English"
+    words = [e.completion for e in unseen_texts()[:50]]
+    ids = [i for text in words for i in lm.tokenizer(text, add_special_tokens=False).input_ids]
+    unknown = sum(i == lm.tokenizer.unk_token_id for i in ids)
+    if unknown > _UNKNOWN * len(ids) or sum(map(len, words)) < _CHARACTERS * len(ids):
+        return "the tokenizer was not made for English"
     return ""

@@ -148,7 +148,9 @@ def unlearn(
     result.notes = (
         notes
         + session.notes
-        + evidence_notes(session.stopping.non_members, len(result.examples), rate=config.false_discovery_rate)
+        + evidence_notes(
+            session.stopping.non_members, [e.verdict for e in result.examples], rate=config.false_discovery_rate
+        )
     )
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
@@ -202,6 +204,8 @@ def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resu
         if resume:
             checkpoint.load(weights, session.state)
             session.stopping.current = measure(session)
+            for record in session.state.history:
+                session.stopping.overshot[record.get("left_out", [])] = True
         return ascend(session, weights, optimizer, config, checkpoint, interrupt, bar)
 
 

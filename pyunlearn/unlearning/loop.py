@@ -101,16 +101,17 @@ def ascend(
                 records.append(step_record)
 
             measurement = measure(session)
-            rejection_reason = stopping.rejection_reason(measurement)
+            rejection_reason, left_out = stopping.rejection_reason(measurement), []
             if rejection_reason is None:
                 weights.accept()
                 stopping.current = measurement
             else:
                 weights.rollback()
-                state.halvings += 1
+                left_out = stopping.leave_out(measurement)
+                state.halvings += not left_out  # without them the round may succeed at this rate
                 weights.set_learning_rate(learning_rate / 2**state.halvings)
                 state.restore(snapshot)
-            records[-1] |= _round_record(session, measurement, rejection_reason)
+            records[-1] |= _round_record(session, measurement, rejection_reason) | {"left_out": left_out}
             state.step, state.round_number = state.step + len(records), state.round_number + 1
             state.history += records
             snapshot = state.snapshot()
@@ -127,6 +128,8 @@ def ascend(
         return "interrupted"
     if not stopping.memorized.any():
         return "nothing memorized"
+    if not stopping.active.size and stopping.extracted.any():
+        return "still extracted"
     if not stopping.active.size:
         return NO_LIKELIER if stopping.non_members.grade == "self-sampled" else "forgotten"
     return rejection_reason if state.halvings > MAX_HALVINGS and rejection_reason else "max_steps"
@@ -183,13 +186,14 @@ def optimizer_step(
 
 
 def measure(session: Session) -> Measurement:
-    """Score the forget set and the utility set under the present weights; of examples at the target, extraction too."""
+    """Score the forget set and the utility set; when all exposures are at the target, measure extraction too."""
     scorer, texts, stopping = session.scorer, session.texts, session.stopping
     log_likelihood = scorer.mean_log_likelihood(texts.forget)
     measurement = stopping.measurement(log_likelihood, -scorer.mean_log_likelihood(texts.utility))
     near = stopping.near_target(measurement)
-    extracted = scorer.greedy_match([texts.forget[i] for i in near]) if near.size else np.empty(0)
-    return stopping.with_extraction(measurement, near, extracted)
+    if not (near.size and stopping.all_near_target(measurement)):
+        return measurement
+    return stopping.with_extraction(measurement, near, scorer.greedy_match([texts.forget[i] for i in near]))
 
 
 def _round_record(session: Session, measurement: Measurement, rejection_reason: str | None) -> dict[str, Any]:

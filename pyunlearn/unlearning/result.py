@@ -82,8 +82,8 @@ class Result:
     stopped: str
     """Reason why the run ended.
 
-    One of forgotten, no likelier, nothing memorized, max_steps, utility budget, over-unlearning, not finite,
-    interrupted.
+    One of forgotten, no likelier, nothing memorized, still extracted (the likelihoods are those of non-members, and a
+    text's tokens are still first choices), max_steps, utility budget, over-unlearning, not finite, interrupted.
     """
     non_member_scores: list[float] = field(repr=False)
     """Of the non-members under the original model: mean negative log-likelihoods, nats per token; without a holdout,

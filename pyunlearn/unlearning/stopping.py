@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.metrics import Exposure, Verdict, discoveries, generalized_exposure, mean_interval, verdict
-from pyunlearn.metrics.verdict import over_unlearned
+from pyunlearn.metrics import SIGNIFICANT, Exposure, Verdict, discoveries, generalized_exposure, mean_interval, verdict
+from pyunlearn.metrics.verdict import NOT_EXTRACTED, over_unlearned
 from pyunlearn.probes.non_members import NonMembers, uncalibrated
 
 Floats = NDArray[np.float64]
@@ -30,9 +30,10 @@ class StoppingRule:
     """Decision for each example whether it is unlearned further, and for each round whether it is accepted.
 
     An example is *memorized* where its exposure is selected among those of the whole set, at the false discovery rate.
-    It is *active* while it is memorized, and its exposure or that of its extracted share is above `target_exposure`. A
-    round is rejected where the utility set lost more than `utility_budget`, or where examples became less likely than
-    non-members, at the same rate.
+    It is *active* while it is memorized and its exposure is above `target_exposure`; when no exposure is, while more of
+    it is extracted than of four in five non-members. A round is rejected where the utility set lost more than
+    `utility_budget`, where a memorized example became less likely than 95 % of the non-members, or others did at the
+    same rate.
 
     Args:
         log_likelihood: (B,) of the forget set under the original model, mean a token, nats.
@@ -75,6 +76,7 @@ class StoppingRule:
         self.false_discovery_rate = false_discovery_rate
         self.initial = self.measurement(log_likelihood, utility_nll)
         self.current = self.initial
+        self.overshot = np.zeros(len(log_likelihood), dtype=bool)
         self.memorized = discoveries(self.initial.exposure.lower, rate=false_discovery_rate).significant  # (B,)
 
     def measurement(self, log_likelihood: Floats, utility_nll: Floats) -> Measurement:
@@ -88,8 +90,12 @@ class StoppingRule:
         return Measurement(log_likelihood, exposure, nan, utility_nll, float(rise))
 
     def near_target(self, measurement: Measurement) -> NDArray[np.int64]:
-        """Return the indices of the memorized examples whose exposure has reached the target: extraction decides."""
+        """Return the indices of the memorized examples whose exposure has reached the target."""
         return np.flatnonzero(self.memorized & (measurement.exposure.lower <= self.target_exposure))
+
+    def all_near_target(self, measurement: Measurement) -> bool:
+        """Return whether no memorized example has an exposure above the target: from then on extraction decides."""
+        return not (self.memorized & ~(measurement.exposure.lower <= self.target_exposure)).any()
 
     def with_extraction(self, measurement: Measurement, indices: NDArray[np.int64], extracted: Floats) -> Measurement:
         """Return the measurement with the extracted shares (0 to 1) of the examples at `indices`."""
@@ -102,9 +108,15 @@ class StoppingRule:
 
     @property
     def active(self) -> NDArray[np.int64]:
-        """Indices of the active examples."""
-        likely = self.current.exposure.lower > self.target_exposure
-        return np.flatnonzero(self.memorized & (likely | (self.current.extraction > self.target_exposure)))
+        """Indices of the active examples: those that are too likely, and when there are none, those extracted."""
+        if not self.all_near_target(self.current):
+            return np.flatnonzero(self.memorized & (self.current.exposure.lower > self.target_exposure))
+        return np.flatnonzero(self.extracted & ~self.overshot)
+
+    @property
+    def extracted(self) -> NDArray[np.bool_]:
+        """(B,) True for the memorized examples of which more is extracted than of four in five non-members."""
+        return self.memorized & (self.current.extraction > max(self.target_exposure, NOT_EXTRACTED))
 
     def rejection_reason(self, measurement: Measurement) -> str | None:
         """Return the reason to roll back a round that ended with this measurement, or None."""
@@ -112,10 +124,18 @@ class StoppingRule:
             return "not finite"
         if measurement.utility_rise > self.utility_budget:
             return "utility budget"
-        over, _ = over_unlearned(
-            self.initial.exposure, measurement.exposure, self.memorized, rate=self.false_discovery_rate
-        )
-        return "over-unlearning" if over.any() else None
+        return "over-unlearning" if self._over_unlearned(measurement).any() else None
+
+    def leave_out(self, measurement: Measurement) -> list[int]:
+        """Return the examples that a rejected round drove below non-members from their target, active no more.
+
+        Such an example was active because of what is extracted of it, but its likelihood cannot fall further, and it
+        would stop the others.
+        """
+        near = self.memorized & (self.current.exposure.lower <= self.target_exposure)
+        new = near & self.extracted & self._over_unlearned(measurement) & ~self.overshot
+        self.overshot |= new
+        return [int(i) for i in np.flatnonzero(new)]
 
     def verdict(self, extracted: Floats, recited: NDArray[np.bool_]) -> Verdict:
         """Return the verdicts on the present weights.
@@ -148,6 +168,14 @@ class StoppingRule:
         errors = after - before - (rise * before if scale > 1 else 0)
         _, low, high = mean_interval(rise + (errors - errors.mean()) / scale)
         return low, high
+
+    def _over_unlearned(self, measurement: Measurement) -> NDArray[np.bool_]:
+        before, after = self.initial.exposure, measurement.exposure
+        if np.isnan(after.upper).any():
+            return np.zeros(len(self.memorized), dtype=bool)
+        over, _ = over_unlearned(before, after, self.memorized, rate=self.false_discovery_rate)
+        # memorized ones each for itself: the loop drives them, and few non-members name no single one of many
+        return over | self.memorized & (after.upper >= SIGNIFICANT - 1e-9) & (before.upper < SIGNIFICANT - 1e-9)
 
     def _scores(self, log_likelihood: Floats) -> Floats:
         """Return (B,) scores of the forget set, low = memorized: NLL less what it would be of unseen text."""
