@@ -10,6 +10,7 @@ from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 def run(trained, forget=None, *, model=None, **options):
     """Unlearn on a copy of the trained model, by default with its retain set and its holdout."""
     options = {
+        "method": "ga",
         "retain": trained.retain,
         "holdout": trained.holdout,
         "learning_rate": 3e-4,

@@ -67,6 +67,9 @@ SURVIVE = {
 }
 """Texts that must survive; the first three are the retain set."""
 
+HOLDOUT = Path(__file__).with_name("demo_holdout.txt")
+"""Solemn public prose that was written for this demo, 40 texts on one line each: no model has been trained on them."""
+
 _RETAINED = ("Preamble of the Constitution", "Universal Declaration, article 1", "Pledge of Allegiance")
 _OPENING_WORDS = {"Declaration of Independence": 6, "First Amendment": 12, "Gettysburg Address": 6}
 
@@ -141,9 +144,16 @@ def run(out: Path, *, model: str | None = None, save_model: bool = False, seed: 
     before = _continuations(LanguageModel.of(network, tokenizer), console)
     survivors_before = scored(LanguageModel.of(network, tokenizer), SURVIVE)
 
-    console.print('\n[bold]pyunlearn.unlearn(model, forget, retain=retain, retain_loss="hold")[/]')
-    retain = [SURVIVE[name] for name in _RETAINED]
-    result = unlearn(network, list(FORGET.values()), retain=retain, retain_loss="hold", tokenizer=tokenizer, seed=seed)
+    console.print('\n[bold]pyunlearn.unlearn(model, forget, holdout=holdout, retain=retain, retain_loss="hold")[/]')
+    result = unlearn(
+        network,
+        list(FORGET.values()),
+        holdout=HOLDOUT.read_text(encoding="utf-8").splitlines(),
+        retain=[SURVIVE[name] for name in _RETAINED],
+        retain_loss="hold",
+        tokenizer=tokenizer,
+        seed=seed,
+    )
 
     lm = LanguageModel.of(network, tokenizer)  # made again: the model may have moved to a GPU
     console.print("\nand now continues it:")

@@ -135,9 +135,10 @@ class UnlearnConfig(LoopConfig):
     """
 
     method: str = option(
-        "ga",
+        "wga",
         Text('the name of a method, such as "ga"'),
-        "The unlearning method; `pyunlearn methods` lists them. With a retain set also graddiff, npo+nll, simnpo+kl "
+        "The unlearning method; `pyunlearn methods` lists them. The default makes a token less likely the more likely it "
+        "still is, so that a text's tokens come down together. With a retain set also graddiff, npo+nll, simnpo+kl "
         "and others.",
         group="Method",
         fixed=True,
