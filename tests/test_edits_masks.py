@@ -106,7 +106,7 @@ def test_a_text_is_forgotten_by_the_salient_weights_alone(story, method):
     assert result.utility.relative_rise < 0.05
     check_held(mask, weights(story.model), weights(result.model))
     if method == "ga":
-        assert same(weights(run(story, mask="saliency").model), weights(result.model))
+        assert same(weights(run(story, method=method, mask="saliency").model), weights(result.model))
 
 
 def restless(parameters, lr, momentum=0.9):
