@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from pyunlearn.options import Choice, Config, Flag, Number, Several, Whole, option
+from pyunlearn.options import Choice, Config, Flag, Number, Several, Whole, option, template_option
 from pyunlearn.unlearning.config import MEAN_OF_NON_MEMBERS, MEMORIZED
 
 METRICS = ("answer_prior", "continuations", "membership")
@@ -46,6 +47,7 @@ class AuditConfig(Config):
         group="Method",
     )
     batch_size: int = option(32, Whole(1), "Texts in one forward pass.", group="Model")
+    template: str | Path = template_option()
     truncate: bool = option(
         False, Flag(), "Cut texts that are longer than the model's context, instead of refusing them.", group="Data"
     )

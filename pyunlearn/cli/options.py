@@ -16,6 +16,7 @@ import typer
 from pyunlearn.errors import ArgumentError
 from pyunlearn.options import (
     Choice,
+    ChoiceOrFile,
     ChoiceOrObject,
     Config,
     Flag,
@@ -243,7 +244,7 @@ def _annotation(field: Any, form: str) -> Any:
 def choices(option: Option) -> tuple[str, ...]:
     """Return the words that an option accepts, if they can be counted."""
     kind = option.kind.each if isinstance(option.kind, Several) else option.kind
-    names = kind.names if isinstance(kind, (Choice, ChoiceOrObject)) else ()
+    names = kind.names if isinstance(kind, (Choice, ChoiceOrFile, ChoiceOrObject)) else ()
     return (*names, "none") if names and option.optional else names
 
 
@@ -254,6 +255,7 @@ def metavar(kind: Kind) -> str:
         Number: "NUMBER",
         Several: "A,B,...",
         Choice: "CHOICE",
+        ChoiceOrFile: "CHOICE|FILE",
         ChoiceOrObject: "CHOICE",
     }
     return plain.get(type(kind), "NAME")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Table, Text, Whole, option
+from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Table, Text, Whole, option, template_option
 
 MEAN_OF_NON_MEMBERS = 1 / math.log(2)  # bits: the mean exposure of text that was not trained on, metrics.NULL_MEAN
 MEMORIZED = math.log2(20)  # bits: an example counts as memorized from here on, metrics.SIGNIFICANT
@@ -106,6 +107,7 @@ class LoopConfig(Config):
         "adapters and small models.",
         fixed=True,
     )
+    template: str | Path = template_option(fixed=True)
     truncate: bool = option(
         False, Flag(), "Cut texts that are longer than the model's context, instead of raising an error.", group="Data"
     )
