@@ -78,7 +78,9 @@ ReferenceModel = Annotated[
         rich_help_panel="Model",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.", rich_help_panel="Output")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress bar and no example.", rich_help_panel="Output")
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output", show_default=False)
 ]

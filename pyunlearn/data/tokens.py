@@ -78,8 +78,8 @@ def encode(
     nothing predicts the first. After a prompt's completion comes the end of text, scored, since it is part of an
     answer; a plain text may be a fragment and gets none.
 
-    Chat: the tokenizer's chat template, or the given one, renders `messages`, special tokens included, and the last turn is scored up to its closing
-    token.
+    Chat: the tokenizer's chat template, or the one passed in, renders `messages`, special tokens included, and the last
+    turn is scored up to its closing token.
 
     Encoder-decoder: the encoder reads the prompt as the tokenizer makes it (of a plain text, which has none, the end of
     text alone); the decoder writes completion and end of text.

@@ -162,7 +162,7 @@ def likeliest(lm: LanguageModel, texts: RenderedTexts, score: Score, *, truncate
         try:
             return _in(gain.rendering, lm, texts.given, texts.own, tuple(compared), truncate)
         except DataError:  # of a text of another role that cannot be rendered so
-            compared.remove(gain)
+            compared = [other for other in compared if other is not gain]
     return replace(texts, compared=tuple(compared))
 
 
