@@ -28,8 +28,11 @@ LEVEL = 0.01
 """Level of the test, over all other renderings together."""
 LEAST_GAIN = 0.1
 """Nats a token by which another rendering must be likelier on average."""
+LEAST_SHARE = 0.1
+"""The same as a share of the negative log-likelihood in the records' own rendering: a form is also likelier or less
+likely for reasons that have nothing to do with memory, by more where the text is unlikely."""
 CLEAR_GAIN = 0.5
-"""Nats a token in every record with which no test is needed: a single record allows none."""
+"""Nats a token in every record with which the tokens are tested instead of the records, which may be too few."""
 
 _SHOWN = 400  # characters of a prompt or completion in a message
 
@@ -38,8 +41,15 @@ class Gain(NamedTuple):
     """Another rendering that was compared with the records' own."""
 
     rendering: Rendering
-    differences: Floats
-    """(n,) rises of the records' mean log-likelihoods over the answer tokens that both have, nats a token."""
+    nll: float
+    """Mean negative log-likelihood of the records in their own rendering, over the same tokens, nats a token."""
+    tokens: list[Floats]
+    """Of n records, each (T,): rises of the log-likelihoods of the answer tokens that both have, nats."""
+
+    @property
+    def differences(self) -> Floats:
+        """(n,) their means, nats a token."""
+        return np.array([values.mean() for values in self.tokens])
 
 
 @dataclass(frozen=True)
@@ -155,9 +165,10 @@ def likeliest(lm: LanguageModel, texts: RenderedTexts, score: Score, *, truncate
     special = frozenset(lm.tokenizer.all_special_ids)
     compared = []
     for (rendering, tokens), part in zip(forms[1:], parts[1:], strict=True):
-        differences = _differences(forms[0][1], parts[0], tokens, part, special)
-        if 2 * len(differences) >= count:
-            compared.append(Gain(rendering, differences))
+        pairs = _common(forms[0][1], parts[0], tokens, part, special)
+        if 2 * len(pairs) >= count:
+            nll = -float(np.mean([before.mean() for before, _ in pairs]))
+            compared.append(Gain(rendering, nll, [after - before for before, after in pairs]))
     for gain in favoured(compared):
         try:
             return _in(gain.rendering, lm, texts.given, texts.own, tuple(compared), truncate)
@@ -169,29 +180,36 @@ def likeliest(lm: LanguageModel, texts: RenderedTexts, score: Score, *, truncate
 def favoured(gains: Sequence[Gain]) -> list[Gain]:
     """Return the renderings that are likelier than the records' own by more than chance, the largest gain first.
 
-    The mean gain must be 0.1 nats a token and significant in Student's paired t test (p < 0.01 over all renderings,
-    Bonferroni), or the gain 0.5 nats in every record.
+    The mean gain must be 0.1 nats a token, a tenth of the negative log-likelihood, and significant in Student's paired
+    t test over the records (p < 0.01 over all renderings, Bonferroni). Where every record gains 0.5 nats a token, the
+    test may be over all tokens instead: with few records, the first has no power.
 
     >>> form = Rendering("plain", "plain")
-    >>> favoured([Gain(form, np.array([0.4])), Gain(form, np.array([0.6]))])[0].differences
-    array([0.6])
+    >>> len(favoured([Gain(form, 3.0, [np.array([2.4, 3.1, 2.2, 2.9])])]))
+    1
     """
-    passed = [gain for gain in gains if _passes(gain.differences, LEVEL / len(gains))]
+    passed = [gain for gain in gains if _passes(gain, LEVEL / len(gains))]
     return sorted(passed, key=lambda gain: -gain.differences.mean())
 
 
-def _passes(differences: Floats, level: float) -> bool:
+def _passes(gain: Gain, level: float) -> bool:
+    differences, least = gain.differences, max(LEAST_GAIN, LEAST_SHARE * gain.nll)
+    if not (np.isfinite(differences).all() and differences.mean() >= least):
+        return False
+    if _significant(differences, level):
+        return True
+    return bool(differences.min() >= CLEAR_GAIN) and _significant(np.concatenate(gain.tokens), level)
+
+
+def _significant(values: Floats, level: float) -> bool:
+    """Return True where Student's t test shows a mean above 0; False for a single value."""
     from scipy.stats import t
 
-    n, mean = len(differences), float(differences.mean())
-    if not (np.isfinite(differences).all() and mean >= LEAST_GAIN):
-        return False
-    if differences.min() >= CLEAR_GAIN:
-        return True
+    n = len(values)
     if n < 2:
         return False
-    error = float(differences.std(ddof=1)) / np.sqrt(n)
-    return bool(error == 0 or t.sf(mean / error, n - 1) < level)
+    error = float(values.std(ddof=1)) / np.sqrt(n)
+    return bool(error == 0 or t.sf(values.mean() / error, n - 1) < level)
 
 
 def _in(
@@ -224,15 +242,15 @@ def _tokenized(
     return forms
 
 
-def _differences(
+def _common(
     own: Sequence[Tokens],
     own_scores: Sequence[NDArray[np.floating]],
     other: Sequence[Tokens],
     other_scores: Sequence[NDArray[np.floating]],
     special: frozenset[int],
-) -> Floats:
-    """Return the rise of each record's mean over the longest run of scored tokens that both renderings have."""
-    differences = []
+) -> list[tuple[Floats, Floats]]:
+    """Return the scores, in both renderings, of each record's longest run of common scored tokens, if there is one."""
+    pairs = []
     for a, a_scores, b, b_scores in zip(own, own_scores, other, other_scores, strict=True):
         run = SequenceMatcher(None, a.scored, b.scored, autojunk=False).find_longest_match()
         size = run.size
@@ -240,5 +258,5 @@ def _differences(
             size -= 1
         if size:
             before, after = a_scores[run.a : run.a + size], b_scores[run.b : run.b + size]
-            differences.append(float(after.astype(np.float64).mean() - before.astype(np.float64).mean()))
-    return np.array(differences)
+            pairs.append((before.astype(np.float64), after.astype(np.float64)))
+    return pairs
