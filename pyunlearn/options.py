@@ -190,23 +190,6 @@ class ChoiceOrObject(Kind):
 
 
 @dataclass(frozen=True)
-class ChoiceOrFile(Kind):
-    """One of a few names, or the path of a file that exists, which `other` describes."""
-
-    names: tuple[str, ...]
-    other: str
-
-    @property
-    def wanted(self) -> str:
-        return f"{', '.join(self.names)} or {self.other}"
-
-    def accepts(self, value: Any) -> bool:
-        if isinstance(value, str) and value in self.names:
-            return True
-        return isinstance(value, (str, Path)) and "\0" not in str(value) and Path(value).expanduser().is_file()
-
-
-@dataclass(frozen=True)
 class Option:
     """Description of one setting, without its name and default."""
 
@@ -274,21 +257,6 @@ def option(
     if isinstance(default, Mapping):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-def template_option(*, fixed: bool = False) -> Any:
-    """Make the field `template` of a `Config`; fixed: as for `option`."""
-    return option(
-        "auto",
-        ChoiceOrFile(("auto", "chat", "plain", "none"), "the path of a Jinja chat template"),
-        "Form in which the model reads questions with answers and chats: chat, the tokenizer's chat template; plain, "
-        '"Question: ..." and "Answer: ..." on two lines; none, the texts alone on their lines; a path, the Jinja chat '
-        "template in that file; auto, the form in which the answers of the forget set are likeliest, where a test "
-        "favours it, and else chat, or none without a chat template. auto also tries forms for prompts with "
-        "completions, which the others leave as they are.",
-        group="Data",
-        fixed=fixed,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

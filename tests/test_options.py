@@ -12,9 +12,9 @@ from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, DataError
-from pyunlearn.options import Choice, ChoiceOrFile, ChoiceOrObject, Config, Flag, Number, Several, Table, Text, Whole
+from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Several, Table, Text, Whole
 from pyunlearn.unlearning import config
-from pyunlearn.unlearning.config import UnlearnConfig
+from pyunlearn.unlearning.config import ChoiceOrFile, UnlearnConfig
 
 CONFIGS: list[type[Config]] = [UnlearnConfig, AuditConfig, CompareConfig, EditConfig]
 

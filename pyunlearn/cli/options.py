@@ -16,7 +16,6 @@ import typer
 from pyunlearn.errors import ArgumentError
 from pyunlearn.options import (
     Choice,
-    ChoiceOrFile,
     ChoiceOrObject,
     Config,
     Flag,
@@ -29,6 +28,7 @@ from pyunlearn.options import (
     default_of,
     read_settings,
 )
+from pyunlearn.unlearning.config import ChoiceOrFile
 
 PANELS = ("Data", "Method", "Loop", "Model", "Output")
 """The groups of options in the help, in this order."""

@@ -147,14 +147,8 @@ def unlearn(
     inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
     inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
     result = _result(session, config, trained, texts.examples["forget"], stopped, inputs)
-    result.rendering = texts.name
-    result.evidence = session.stopping.non_members.grade
-    result.notes = (
-        notes
-        + texts.notes(memorized=any(e.verdict != "not memorized" for e in result.examples))
-        + session.notes
-        + evidence_notes(session.stopping.non_members, len(result.examples), rate=config.false_discovery_rate)
-    )
+    result.evidence, result.rendering = session.stopping.non_members.grade, texts.name
+    result.notes = notes + _notes(session, texts, result, config.false_discovery_rate)
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
             result.save(output_dir)
@@ -247,6 +241,13 @@ def _result(
         session.state.history,
         versions() | inputs | config.to_dict() | {"mask": digest_of(config.mask)},
     )
+
+
+def _notes(session: Session, texts: RenderedTexts, result: Result, rate: float) -> list[str]:
+    """Return what is to be noted on the rendering, on the holdout and on the evidence, one sentence each."""
+    memorized = any(e.verdict != "not memorized" for e in result.examples)
+    evidence = evidence_notes(session.stopping.non_members, len(result.examples), rate=rate)
+    return texts.notes(memorized=memorized) + session.notes + evidence
 
 
 def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
