@@ -17,7 +17,7 @@ _NAMES = {
     "chat": "the tokenizer's chat template",
     "plain": '"Question: ... Answer: ..."',
     "short": '"Q: ... A: ..."',
-    "none": "the texts alone, on their lines",
+    "none": "the texts alone on lines of their own",
     "joined": "prompt and answer as one text",
     "alone": "the answer alone",
 }

@@ -32,7 +32,12 @@ LEAST_SHARE = 0.1
 """The same as a share of the negative log-likelihood in the records' own rendering: a form is also likelier or less
 likely for reasons that have nothing to do with memory, by more where the text is unlikely."""
 CLEAR_GAIN = 0.5
-"""Nats a token in every record with which the tokens are tested instead of the records, which may be too few."""
+"""Nats a token in every record with which no test is needed: of one record, or two, there can be none."""
+CLEAR_SHARE = 0.5
+"""Share of the negative log-likelihood that must be gained then."""
+
+AS_GIVEN = "prompt and completion as given"
+"""Name of the records' own rendering where they are not questions with answers or chats."""
 
 _SHOWN = 400  # characters of a prompt or completion in a message
 
@@ -43,13 +48,8 @@ class Gain(NamedTuple):
     rendering: Rendering
     nll: float
     """Mean negative log-likelihood of the records in their own rendering, over the same tokens, nats a token."""
-    tokens: list[Floats]
-    """Of n records, each (T,): rises of the log-likelihoods of the answer tokens that both have, nats."""
-
-    @property
-    def differences(self) -> Floats:
-        """(n,) their means, nats a token."""
-        return np.array([values.mean() for values in self.tokens])
+    differences: Floats
+    """(n,) rises of the records' mean log-likelihoods over the answer tokens that both have, nats a token."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +85,21 @@ class RenderedTexts:
         if gain is not None:
             records = f"{len(gain)} record{'s' if len(gain) > 1 else ''}"
             notes.append(
-                f"The records are rendered as {self.name}, not as {self.own}: the answers are {gain.mean():.2f} nats a "
-                f"token likelier so under the original model (mean of {records})."
+                f"The model reads the records in the form {self.name}, not in their own, {self.own}: the answers are "
+                f"{gain.mean():.2f} nats a token likelier so under the original model (mean of {records})."
             )
         elif self.name != self.own:
-            notes.append(f"The records are rendered as {self.name}, not as {self.own}, as `template` says.")
+            notes.append(f"The model reads the records in the form {self.name}, as `template` says, not {self.own}.")
         return notes if memorized else [*notes, self._not_memorized()]
 
     def _not_memorized(self) -> str:
-        names = dict.fromkeys([self.own, *(g.rendering.name for g in self.compared)])
-        others = ", ".join(name for name in names if name != self.name)
+        forms = dict.fromkeys([self.own, *(g.rendering.name for g in self.compared)])
+        others = "; ".join(name for name in forms if name != self.name)
         if not self.compared:
-            return f"No record is memorized as rendered: {self.name}. No other form was tried."
+            return f"No record is memorized in this form: {self.name}. No other was tried."
         return (
-            f"No record is memorized as rendered: {self.name}. The answers as a whole are not significantly likelier "
-            f"in these other forms: {others}."
+            f"No record is memorized in this form: {self.name}. The answers as a whole are not significantly likelier "
+            f"in these: {others}."
         )
 
     def example_line(self, lm: LanguageModel, change: Callable[[str], str] = lambda text: text) -> str:
@@ -118,7 +118,7 @@ class RenderedTexts:
         prompt, completion = (
             json.dumps(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...", ensure_ascii=False) for text in parts
         )
-        return f"rendered as {self.name}: {prompt} and then, scored, {completion}"
+        return f"form of the records: {self.name}; for example {prompt} and then, scored, {completion}"
 
 
 def render(
@@ -137,7 +137,7 @@ def render(
     """
     rendering, own = (rendering_of(name, lm.tokenizer) for name in (template, "auto"))
     if not any(e.messages for e in given["forget"] if e.prompt):
-        rendering, own = replace(rendering, name="as given"), replace(own, name="as given")
+        rendering, own = replace(rendering, name=AS_GIVEN), replace(own, name=AS_GIVEN)
     return _in(rendering, lm, given, own.name, (), truncate)
 
 
@@ -168,7 +168,7 @@ def likeliest(lm: LanguageModel, texts: RenderedTexts, score: Score, *, truncate
         pairs = _common(forms[0][1], parts[0], tokens, part, special)
         if 2 * len(pairs) >= count:
             nll = -float(np.mean([before.mean() for before, _ in pairs]))
-            compared.append(Gain(rendering, nll, [after - before for before, after in pairs]))
+            compared.append(Gain(rendering, nll, np.array([(after - before).mean() for before, after in pairs])))
     for gain in favoured(compared):
         try:
             return _in(gain.rendering, lm, texts.given, texts.own, tuple(compared), truncate)
@@ -180,36 +180,31 @@ def likeliest(lm: LanguageModel, texts: RenderedTexts, score: Score, *, truncate
 def favoured(gains: Sequence[Gain]) -> list[Gain]:
     """Return the renderings that are likelier than the records' own by more than chance, the largest gain first.
 
-    The mean gain must be 0.1 nats a token, a tenth of the negative log-likelihood, and significant in Student's paired
-    t test over the records (p < 0.01 over all renderings, Bonferroni). Where every record gains 0.5 nats a token, the
-    test may be over all tokens instead: with few records, the first has no power.
+    The mean gain must be 0.1 nats a token and a tenth of the negative log-likelihood, and significant in Student's
+    paired t test over the records (p < 0.01 over all renderings, Bonferroni). No test is needed where every record
+    gains 0.5 nats a token and all together half of the negative log-likelihood.
 
     >>> form = Rendering("plain", "plain")
-    >>> len(favoured([Gain(form, 3.0, [np.array([2.4, 3.1, 2.2, 2.9])])]))
-    1
+    >>> [len(favoured([Gain(form, nll, np.array([2.4]))])) for nll in (2.6, 6.0)]
+    [1, 0]
     """
     passed = [gain for gain in gains if _passes(gain, LEVEL / len(gains))]
     return sorted(passed, key=lambda gain: -gain.differences.mean())
 
 
 def _passes(gain: Gain, level: float) -> bool:
-    differences, least = gain.differences, max(LEAST_GAIN, LEAST_SHARE * gain.nll)
-    if not (np.isfinite(differences).all() and differences.mean() >= least):
-        return False
-    if _significant(differences, level):
-        return True
-    return bool(differences.min() >= CLEAR_GAIN) and _significant(np.concatenate(gain.tokens), level)
-
-
-def _significant(values: Floats, level: float) -> bool:
-    """Return True where Student's t test shows a mean above 0; False for a single value."""
     from scipy.stats import t
 
-    n = len(values)
+    differences = gain.differences
+    n, mean = len(differences), float(differences.mean())
+    if not (np.isfinite(differences).all() and mean >= max(LEAST_GAIN, LEAST_SHARE * gain.nll)):
+        return False
+    if differences.min() >= CLEAR_GAIN and mean >= CLEAR_SHARE * gain.nll:
+        return True
     if n < 2:
         return False
-    error = float(values.std(ddof=1)) / np.sqrt(n)
-    return bool(error == 0 or t.sf(values.mean() / error, n - 1) < level)
+    error = float(differences.std(ddof=1)) / np.sqrt(n)
+    return bool(error == 0 or t.sf(mean / error, n - 1) < level)
 
 
 def _in(
