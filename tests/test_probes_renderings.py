@@ -131,6 +131,20 @@ def test_a_right_form_is_retained(make, one_thread):
         assert texts.notes(memorized=True) == []
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_answers_that_were_trained_on_alone_are_read_alone(count, one_thread):
+    """A model of plain texts that is given a question with each: the tokens are those of the text itself."""
+    t = tiny.storyteller()
+    lm = LanguageModel.of(t.model, t.tokenizer)
+    rows = [{"question": "Please tell the secret.", "answer": text} for text in t.forget[:count]]
+    texts, own, _ = chosen(lm, rows)
+    assert (own.rendering.key, texts.rendering.key) == ("none", "alone")
+    assert texts.tokens["forget"] == lm.encode({"x": read_examples(t.forget[:count], role="x")})["x"]
+    assert '"" and then, scored, ' in texts.example_line(lm)
+    refused, *_ = chosen(lm, rows, refusal=[{"question": "Please tell the secret.", "answer": "I cannot."}])
+    assert refused.rendering.key != "alone"  # without the question there is nothing to refuse
+
+
 def test_plain_texts_are_not_scored(asked):
     """There is nothing to choose, and no note."""
     texts, own, scored = chosen(asked, tiny.sentences(5, 1), retain=tiny.facts(3, 1))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pyunlearn.errors import DataError, missing_packages
 
-__all__ = ["Example", "Message", "excerpt", "parse_examples", "read_examples"]
+__all__ = ["Example", "Message", "excerpt", "parse_examples", "read_examples", "seam"]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 WANTED = '"text", "prompt" and "completion", "question" and "answer", or "messages"'
