@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+
+logger = logging.getLogger("pyunlearn")
+"""Lines about a run, at level INFO; the command line shows them on standard error."""
 
 
 class Progress:

@@ -254,6 +254,7 @@ def test_one_pass_for_each_text_and_model(tmp_path):
         "retain": retain,
         "original": other,
         "tokenizer": tokenizer,
+        "template": "none",  # auto reads forget texts in other forms too
         "metrics": FAST,
         "progress": False,
     }

@@ -14,7 +14,7 @@ from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Several, Table, Text, Whole
 from pyunlearn.unlearning import config
-from pyunlearn.unlearning.config import UnlearnConfig
+from pyunlearn.unlearning.config import ChoiceOrFile, UnlearnConfig
 
 CONFIGS: list[type[Config]] = [UnlearnConfig, AuditConfig, CompareConfig, EditConfig]
 
@@ -37,6 +37,7 @@ def never(kind):
             Text: ["", "  ", 3, True, ["ga"]],
             Several: ["membership", [], [3], ["nonsense"], 3, True],
             Table: [[("a", 1)], "a=1", 3, {1: 2}, True],
+            ChoiceOrFile: ["", "nonsense", "AUTO", 3, True, None, ".", "a\0b", ["auto"]],
             ChoiceOrObject: ["", "nonsense", 3, True, 0.5],
         }[type(kind)]
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyunlearn.auditing.assemble import AuditAssembler
 from pyunlearn.auditing.config import AuditConfig
+from pyunlearn.auditing.redaction import masked
 from pyunlearn.auditing.responses import AuditTexts, ResponseCollector, Responses
 from pyunlearn.auditing.result import Audit
 from pyunlearn.data import Example, check_texts, read_examples
@@ -19,7 +21,8 @@ from pyunlearn.options import Flag, accepts, require
 from pyunlearn.output import model_name, versions
 from pyunlearn.probes.cache import require_cache
 from pyunlearn.probes.non_members import uncalibrated
-from pyunlearn.progress import Progress
+from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
+from pyunlearn.progress import Progress, logger
 
 
 @accepts(AuditConfig)
@@ -96,7 +99,9 @@ def audit(
     finally:
         bar.close()
     result.settings = versions() | {name: model_name(each) for name, each in models.items()} | config.to_dict()
-    result.notes = notes + result.notes
+    memorized = any(e.verdict != "not memorized" for e in result.examples)
+    result.notes = notes + collected.rendered.notes(memorized=memorized) + result.notes
+    result.rendering = collected.rendered.name
     result.seconds = time.perf_counter() - began
     return result
 
@@ -130,6 +135,7 @@ class Collected(NamedTuple):
     """The texts of an audit, and the outputs of each model."""
 
     texts: AuditTexts
+    rendered: RenderedTexts
     tokenizer: Any
     now: Responses
     before: Responses | None
@@ -156,7 +162,8 @@ def _collect(
     first = "model" if models["original"] is None else "original"
     collector = collector_of(first, tokenizer)
     tokenizer, vocabulary = collector.lm.tokenizer, collector.lm.vocabulary
-    tokens = collector.lm.encode(examples, truncate=config.truncate)
+    rendered = _in_best_form(collector, examples, config, "the model" if first == "model" else "the original model")
+    examples, tokens = rendered.examples, rendered.tokens
     forget = tokens["forget"]
     if "holdout" in tokens:
         require_enough(tokens["holdout"], holdout=True)
@@ -182,4 +189,19 @@ def _collect(
         collector = collector_of("reference_model", tokenizer)
         _require_vocabulary("reference_model", collector.lm.vocabulary, first, vocabulary)
         retrained = collector.collect(texts, "the reference model", roles=("forget", "non_members"))
-    return Collected(texts, tokenizer, now, before, retrained)
+    return Collected(texts, rendered, tokenizer, now, before, retrained)
+
+
+def _in_best_form(
+    collector: ResponseCollector, examples: dict[str, list[Example]], config: AuditConfig, who: str
+) -> RenderedTexts:
+    """Return the texts in the rendering that `template` says, chosen here where it is auto; log a masked example."""
+    lm = collector.lm
+    texts = render(lm, examples, config.template, truncate=config.truncate)
+    if config.template == "auto" and texts.name is not None:
+        collector.bar.say("comparing forms of the records")
+        score = functools.partial(collector.token_log_likelihood, who=who)
+        texts = likeliest(lm, texts, score, truncate=config.truncate)
+    if line := texts.example_line(lm, change=masked):
+        logger.info(line)
+    return texts

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyunlearn.options import Choice, Config, Flag, Number, Several, Whole, option
-from pyunlearn.unlearning.config import MEAN_OF_NON_MEMBERS, MEMORIZED
+from pyunlearn.unlearning.config import MEAN_OF_NON_MEMBERS, MEMORIZED, TEMPLATE
 
 METRICS = ("answer_prior", "continuations", "membership")
 """Measures that can be left out of an audit; likelihood, exposure, memorization and the verdicts always stay."""
@@ -46,6 +47,7 @@ class AuditConfig(Config):
         group="Method",
     )
     batch_size: int = option(32, Whole(1), "Texts in one forward pass.", group="Model")
+    template: str | Path = option(**TEMPLATE)
     truncate: bool = option(
         False, Flag(), "Cut texts that are longer than the model's context, instead of refusing them.", group="Data"
     )

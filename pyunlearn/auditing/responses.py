@@ -94,8 +94,7 @@ class ResponseCollector:
         Raises ModelError: a token id that the model does not have; NaN or Inf. `who` is its name in the message.
         """
         every = [t for tokens in roles.values() for t in tokens]
-        if max(max(*t.ids, *t.written) for t in every) >= self.lm.vocabulary:
-            raise ModelError(f"{who} has another vocabulary than the tokenizer: give one of the same family")
+        self._require_vocabulary(every, who)
         self.bar.begin(f"reading with {who}", len(set(every)))
         forced = teacher_forced(
             self.lm,
@@ -112,6 +111,17 @@ class ResponseCollector:
         for role, tokens in roles.items():
             by_role[role], at = forced.part(at, at + len(tokens)), at + len(tokens)
         return by_role
+
+    def _require_vocabulary(self, tokens: Sequence[Tokens], who: str) -> None:
+        if max(max(*t.ids, *t.written) for t in tokens) >= self.lm.vocabulary:
+            raise ModelError(f"{who} has another vocabulary than the tokenizer: give one of the same family")
+
+    def token_log_likelihood(self, tokens: Sequence[Tokens], who: str) -> list[NDArray[np.float32]]:
+        """Return the log-likelihoods of each text's scored tokens, nats; `who` is the model's name in messages."""
+        self._require_vocabulary(tokens, who)
+        store = self.cache.store("renderings", FIELDS)  # of their own: a text's last bits depend on its batch
+        forced = teacher_forced(self.lm, tokens, batch_size=self.batch_size, store=store)
+        return [np.asarray(x, dtype=np.float32) for x in forced.each(forced.log_likelihood)]
 
     def decode(self, openings: Sequence[Tokens], who: str) -> list[tuple[int, ...]]:
         """Return the greedy continuation of each opening, as token ids."""

@@ -151,7 +151,10 @@ class Audit:
     seconds: float
     settings: dict[str, Any] = field(repr=False)
     notes: list[str] = field(default_factory=list)
-    """What was left out of the texts, and how the holdout differs from the forget set: one sentence each."""
+    """What was left out of the texts, how they are rendered, and how the holdout differs from the forget set: one
+    sentence each."""
+    rendering: str | None = None
+    """Form in which the model read the records; None where no forget text has a prompt."""
 
     @property
     def verdicts(self) -> dict[str, int]:

@@ -25,7 +25,7 @@ from pyunlearn.cli.options import (
     texts,
     with_settings,
 )
-from pyunlearn.cli.quiet import quiet_libraries
+from pyunlearn.cli.quiet import quiet_libraries, show_lines
 
 if TYPE_CHECKING:
     from pyunlearn.auditing import Audit
@@ -123,6 +123,7 @@ def audit(
     from pyunlearn.report import require_page_packages, write_audit
 
     quiet_libraries()
+    show_lines(quiet=quiet)
     if html is None:
         html = all(importlib.util.find_spec(name) for name in ("jinja2", "matplotlib"))
     elif html:

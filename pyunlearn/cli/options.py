@@ -28,6 +28,7 @@ from pyunlearn.options import (
     default_of,
     read_settings,
 )
+from pyunlearn.unlearning.config import ChoiceOrFile
 
 PANELS = ("Data", "Method", "Loop", "Model", "Output")
 """The groups of options in the help, in this order."""
@@ -77,7 +78,9 @@ ReferenceModel = Annotated[
         rich_help_panel="Model",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress bar.", rich_help_panel="Output")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress bar and no example.", rich_help_panel="Output")
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output", show_default=False)
 ]
@@ -243,7 +246,7 @@ def _annotation(field: Any, form: str) -> Any:
 def choices(option: Option) -> tuple[str, ...]:
     """Return the words that an option accepts, if they can be counted."""
     kind = option.kind.each if isinstance(option.kind, Several) else option.kind
-    names = kind.names if isinstance(kind, (Choice, ChoiceOrObject)) else ()
+    names = kind.names if isinstance(kind, (Choice, ChoiceOrFile, ChoiceOrObject)) else ()
     return (*names, "none") if names and option.optional else names
 
 
@@ -254,6 +257,7 @@ def metavar(kind: Kind) -> str:
         Number: "NUMBER",
         Several: "A,B,...",
         Choice: "CHOICE",
+        ChoiceOrFile: "CHOICE|FILE",
         ChoiceOrObject: "CHOICE",
     }
     return plain.get(type(kind), "NAME")

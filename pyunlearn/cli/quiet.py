@@ -1,10 +1,13 @@
-"""Silence the log lines and progress bars of the libraries below the command line."""
+"""Silence the log lines and progress bars of the libraries below the command line, and show pyunlearn's own."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+
+from pyunlearn.progress import logger
 
 
 def quiet_libraries() -> None:
@@ -19,3 +22,19 @@ def quiet_libraries() -> None:
     from pyunlearn.models.loading import quiet_transformers
 
     quiet_transformers()
+
+
+class _OnStandardError(logging.Handler):
+    """Prints lines on standard error as it is at the time, above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
+_HANDLER = _OnStandardError()
+
+
+def show_lines(*, quiet: bool) -> None:
+    """Show pyunlearn's own lines on standard error, unless quiet."""
+    logger.addHandler(_HANDLER)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)

@@ -23,7 +23,7 @@ from pyunlearn.cli.options import (
     texts,
     with_settings,
 )
-from pyunlearn.cli.quiet import quiet_libraries
+from pyunlearn.cli.quiet import quiet_libraries, show_lines
 from pyunlearn.unlearning.config import UnlearnConfig
 
 
@@ -71,6 +71,7 @@ def unlearn(
     import pyunlearn
 
     quiet_libraries()
+    show_lines(quiet=quiet)
     target = folder_for(model, out, "unlearned")
     result = pyunlearn.unlearn(
         model,

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from pyunlearn.comparing.measurement import Criterion
 from pyunlearn.comparing.plots import require_plot_package, save_plots
 from pyunlearn.comparing.result import Comparison, Row, check_folder
 from pyunlearn.comparing.trial import Restored, run_method
-from pyunlearn.data import check_texts, read_examples
+from pyunlearn.data import Example, check_texts, read_examples
+from pyunlearn.data.rendering import rendering_of
 from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError
 from pyunlearn.methods import METHODS, resolve
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.sampling import require_enough
+from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
 from pyunlearn.output import model_name, scores_difference, settings_difference, versions
 from pyunlearn.probes.non_members import UTILITY_SOURCES, non_members_without_holdout, uncalibrated
+from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress
 
 
@@ -97,11 +101,14 @@ def compare(
     examples, notes = check_texts(examples)
     record = _record(config, names, model, reference_model)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
-    inputs = {**examples, "tokenizer": lm.tokenizer, "reference_model": reference_model, "progress": progress}
     with Restored(lm) as start:
-        criterion, utility_text = _measure_original(lm, examples, config, progress)
+        texts = _rendered(lm, examples, config, progress)
+        criterion, utility_text = _measure_original(lm, texts, config, progress)
         comparison = _start(criterion, utility_text, record, folder)
-        comparison.notes = notes
+        comparison.notes = notes + texts.notes(memorized=True)
+        if texts.rendering.key != "file":  # the examples are rendered already
+            config = replace(config, template=rendering_of("auto", lm.tokenizer).key)
+        inputs = {**texts.examples, "tokenizer": lm.tokenizer, "reference_model": reference_model, "progress": progress}
         _fill(comparison, names, start, criterion, config, inputs, folder)
     order = {name: rank for rank, name in enumerate(names)}
     comparison.rows.sort(key=lambda row: order.get(row.method, len(order)))
@@ -169,14 +176,30 @@ def _record(config: CompareConfig, names: list[str], model: Any, reference_model
     return record
 
 
+def _rendered(
+    lm: LanguageModel, examples: dict[str, list[Example]], config: CompareConfig, progress: bool | None
+) -> RenderedTexts:
+    """Return the texts in the rendering that `template` says; where it is auto, chosen once for all methods."""
+    texts = render(lm, examples, config.template, truncate=config.truncate)
+    if config.template != "auto" or texts.name is None:
+        return texts
+    bar = Progress(progress, "comparing")
+    try:
+        bar.say("comparing forms of the records")
+        score = Scorer(lm, 2 * config.batch_size).token_log_likelihood
+        return likeliest(lm, texts, score, truncate=config.truncate)
+    finally:
+        bar.close()
+
+
 def _measure_original(
-    lm: LanguageModel, examples: Mapping[str, Any], config: CompareConfig, progress: bool | None
+    lm: LanguageModel, texts: RenderedTexts, config: CompareConfig, progress: bool | None
 ) -> tuple[Criterion, str]:
     """Return the criterion with the original's measurement, and the name of the text on which utility is measured."""
     bar = Progress(progress, "comparing")
     try:
         bar.say("measuring the original")
-        tokens = lm.encode(examples, truncate=config.truncate)
+        examples, tokens = texts.examples, texts.tokens
         forget = tokens["forget"]
         if "holdout" in tokens:
             require_enough(tokens["holdout"], holdout=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pyunlearn.errors import DataError, missing_packages
 
-__all__ = ["Example", "Message", "excerpt", "parse_examples", "read_examples"]
+__all__ = ["Example", "Message", "excerpt", "parse_examples", "read_examples", "seam"]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 WANTED = '"text", "prompt" and "completion", "question" and "answer", or "messages"'
@@ -194,10 +194,10 @@ def _pair(first: str, prompt: object, second: str, completion: object, where: st
         return Example("", completion)
     if first == "question":
         return Example(f"{prompt}\n", completion, (Message("user", prompt), Message("assistant", completion)))
-    return Example(prompt + _seam(prompt, completion), completion)
+    return Example(prompt + seam(prompt, completion), completion)
 
 
-def _seam(prompt: str, completion: str) -> str:
+def seam(prompt: str, completion: str) -> str:
     """Return ' ' where two words would otherwise run together."""
     left, right = prompt[-1], completion[0]
     wide = all(unicodedata.east_asian_width(character) in "WF" for character in (left, right))

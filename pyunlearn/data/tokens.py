@@ -7,6 +7,7 @@ never from `ids == pad`, so a pad token that is also the end of text does no har
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 from pyunlearn.data.examples import Example, excerpt
 from pyunlearn.errors import ArgumentError, DataError
 
-__all__ = ["Tokens", "encode", "padding_id"]
+__all__ = ["Tokens", "encode", "padding_id", "text_of"]
 
 Tokenizer: TypeAlias = Any  # a tokenizer of transformers
 Split = tuple[list[int], list[int]]  # (ids of the prompt, ids of the scored tokens)
@@ -68,6 +69,7 @@ def encode(
     max_length: int | None,
     encoder_decoder: bool = False,
     truncate: bool = False,
+    chat_template: str | None = None,
 ) -> list[Tokens]:
     """Tokenize each example; only its completion is scored.
 
@@ -76,8 +78,8 @@ def encode(
     nothing predicts the first. After a prompt's completion comes the end of text, scored, since it is part of an
     answer; a plain text may be a fragment and gets none.
 
-    Chat: a chat template renders `messages`, special tokens included, and the last turn is scored up to its closing
-    token.
+    Chat: the tokenizer's chat template, or the one passed in, renders `messages`, special tokens included, and the last
+    turn is scored up to its closing token.
 
     Encoder-decoder: the encoder reads the prompt as the tokenizer makes it (of a plain text, which has none, the end of
     text alone); the decoder writes completion and end of text.
@@ -90,6 +92,7 @@ def encode(
         encoder_decoder: True for an encoder-decoder model.
         truncate: cut a longer example instead of raising: the prompt loses its beginning, but not BOS, until half of
             max_length is left of it, and then the completion loses its end.
+        chat_template: Jinja source in place of the tokenizer's chat template.
 
     Returns:
         Tokens of each example, in order.
@@ -103,7 +106,7 @@ def encode(
     if not examples:
         return []
     wheres = [f"{role} example {number} ({excerpt(example)})" for number, example in enumerate(examples, 1)]
-    texts = [_render(example, tokenizer, where) for example, where in zip(examples, wheres, strict=True)]
+    texts = [_render(example, tokenizer, where, chat_template) for example, where in zip(examples, wheres, strict=True)]
     splits = _apart(texts, tokenizer) if encoder_decoder else _jointly(texts, tokenizer)
     usual, none = _special(tokenizer, texts[0].completion[:64]), _Special([], [], [])
     assemble = _encoder_decoder if encoder_decoder else _causal
@@ -114,6 +117,11 @@ def encode(
         fit = _Fit(max_length, truncate, tokenizer.bos_token_id, where)
         tokens.append(assemble(split, none if text.templated else usual, fit, bool(text.prompt), padding_id(tokenizer)))
     return tokens
+
+
+def text_of(example: Example, tokenizer: Tokenizer, chat_template: str | None = None) -> tuple[str, str]:
+    """Return (prompt, completion) as the text that `encode` tokenizes; its errors name no example."""
+    return _render(example, tokenizer, "the example", chat_template)[:2]
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
@@ -134,18 +142,21 @@ class _Special(NamedTuple):
     end: list[int]  # end of an answer: `after`, or else the end of text
 
 
-def _render(example: Example, tokenizer: Tokenizer, where: str) -> _Text:
-    if example.messages is None or not getattr(tokenizer, "chat_template", None):
+def _render(example: Example, tokenizer: Tokenizer, where: str, chat_template: str | None) -> _Text:
+    if example.messages is None or not (chat_template or getattr(tokenizer, "chat_template", None)):
         return _Text(example.prompt, example.completion, False)
     messages = [message._asdict() for message in example.messages]
-    mend = "give it as prompt and completion, or set tokenizer.chat_template = None"
+    name = "the given chat template" if chat_template else "the tokenizer's chat template"
+    mend = "give it as prompt and completion, or set template='none' (--template none)"
+    apply = functools.partial(tokenizer.apply_chat_template, tokenize=False, chat_template=chat_template)
     try:
-        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        prompt = str(tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True))
+        whole = str(apply(messages))
+        prompt = str(apply(messages[:-1], add_generation_prompt=True))
     except Exception as error:  # a template is a program: it can raise anything
-        raise DataError(f"{where} is refused by the tokenizer's chat template: {error}; {mend}") from error
+        fault = " ".join(str(error).split())
+        raise DataError(f"{where} is refused by {name}: {fault}; {mend}") from error
     if not whole.startswith(prompt) or whole == prompt:
-        fault = "the tokenizer's chat template does not write the prompt alone as it writes it before the answer"
+        fault = f"{name} does not write the prompt alone as it writes it before the answer"
         raise DataError(f"{where} cannot be split into prompt and answer, because {fault}; {mend}")
     if whole.rstrip().endswith(tuple(tokenizer.all_special_tokens)):  # "<|im_end|>\n": no model generates that newline
         whole = whole.rstrip()

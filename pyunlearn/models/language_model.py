@@ -95,8 +95,14 @@ class LanguageModel:
         """Token log-likelihoods under this model; made at first use, since making it chooses the backend."""
         return Likelihood(self.module, workspace=self.workspace)
 
-    def encode(self, examples: Mapping[str, Sequence[Example]], *, truncate: bool = False) -> dict[str, list[Tokens]]:
-        """Tokenize examples by role ("forget", "retain", ...). Raises DataError as `pyunlearn.data.encode` does."""
+    def encode(
+        self,
+        examples: Mapping[str, Sequence[Example]],
+        *,
+        truncate: bool = False,
+        chat_template: str | None = None,
+    ) -> dict[str, list[Tokens]]:
+        """Tokenize examples by role ("forget", "retain", ...), as `pyunlearn.data.encode` does, and with its errors."""
         return {
             role: encode(
                 each,
@@ -105,6 +111,7 @@ class LanguageModel:
                 max_length=self.context_length,
                 encoder_decoder=self.is_encoder_decoder,
                 truncate=truncate,
+                chat_template=chat_template,
             )
             for role, each in examples.items()
         }

@@ -15,12 +15,14 @@ from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import Method, resolve
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
+from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path, shown
 from pyunlearn.output import check_output, model_name, versions
 from pyunlearn.probes import greedy_continuations
 from pyunlearn.probes.non_members import capped, evidence_notes
 from pyunlearn.probes.recitation import LONGEST, opening, recited
-from pyunlearn.progress import Progress
+from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
+from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.checkpoint import Checkpoint, checkpoint_path, sampled_texts
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.distributed import Processes, make_accelerator
@@ -111,7 +113,7 @@ def unlearn(
     examples, notes = check_texts(examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
-    tokens = lm.encode(examples, truncate=config.truncate)
+    texts = render(lm, examples, config.template, truncate=config.truncate)
 
     accelerator = make_accelerator(lm.inner)
     processes = Processes(accelerator)
@@ -123,14 +125,15 @@ def unlearn(
     config = replace(config, learning_rate=config.learning_rate or default_rate * method.rate)
     bar = Progress(progress if processes.is_main else False)
     try:
+        texts = _in_best_form(lm, texts, config, accelerator, processes, bar)
         session = setup(
             lm,
             config,
             method,
             options,
             retain_loss,
-            examples["forget"],
-            tokens,
+            texts.examples["forget"],
+            texts.tokens,
             reference_model=reference_model,
             sampled=sampled_texts(path if resume else None),
             accelerator=accelerator,
@@ -143,21 +146,33 @@ def unlearn(
         bar.close()
     inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
     inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
-    result = _result(session, config, trained, examples["forget"], stopped, inputs)
-    result.evidence = session.stopping.non_members.grade
-    result.notes = (
-        notes
-        + session.notes
-        + evidence_notes(
-            session.stopping.non_members, [e.verdict for e in result.examples], rate=config.false_discovery_rate
-        )
-    )
+    result = _result(session, config, trained, texts.examples["forget"], stopped, inputs)
+    result.evidence, result.rendering = session.stopping.non_members.grade, texts.name
+    result.notes = notes + _notes(session, texts, result, config.false_discovery_rate)
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
             result.save(output_dir)
             checkpoint.delete()
         processes.barrier()
     return result
+
+
+def _in_best_form(
+    lm: LanguageModel,
+    texts: RenderedTexts,
+    config: UnlearnConfig,
+    accelerator: Any,
+    processes: Processes,
+    bar: Progress,
+) -> RenderedTexts:
+    """Return the texts in the rendering that `template` says, chosen here where it is auto; log an example."""
+    if config.template == "auto" and texts.name is not None:
+        bar.say("comparing forms of the records")
+        scorer = Scorer(lm, 2 * config.batch_size, autocast=accelerator.autocast, processes=processes)
+        texts = likeliest(lm, texts, scorer.token_log_likelihood, truncate=config.truncate)
+    if processes.is_main and (line := texts.example_line(lm)):
+        logger.info(line)
+    return texts
 
 
 def _check_together(
@@ -228,6 +243,13 @@ def _result(
         session.state.history,
         versions() | inputs | config.to_dict() | {"mask": digest_of(config.mask)},
     )
+
+
+def _notes(session: Session, texts: RenderedTexts, result: Result, rate: float) -> list[str]:
+    """Return what is to be noted on the rendering, on the holdout and on the evidence, one sentence each."""
+    memorized = any(e.verdict != "not memorized" for e in result.examples)
+    evidence = evidence_notes(session.stopping.non_members, len(result.examples), rate=rate)
+    return texts.notes(memorized=memorized) + session.notes + evidence
 
 
 def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:

@@ -4,16 +4,47 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Table, Text, Whole, option
+from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Kind, Number, Table, Text, Whole, option
 
 MEAN_OF_NON_MEMBERS = 1 / math.log(2)  # bits: the mean exposure of text that was not trained on, metrics.NULL_MEAN
 MEMORIZED = math.log2(20)  # bits: an example counts as memorized from here on, metrics.SIGNIFICANT
 
 ORDERS = ("random", "easy_first", "hard_first")
 RETAIN_LOSSES = ("auto", "nll", "kl", "hold", "representation")
+
+
+@dataclass(frozen=True)
+class ChoiceOrFile(Kind):
+    """One of a few names, or the path of a file that exists, which `other` describes."""
+
+    names: tuple[str, ...]
+    other: str
+
+    @property
+    def wanted(self) -> str:
+        return f"{', '.join(self.names)} or {self.other}"
+
+    def accepts(self, value: Any) -> bool:
+        if isinstance(value, str) and value in self.names:
+            return True
+        return isinstance(value, (str, Path)) and "\0" not in str(value) and Path(value).expanduser().is_file()
+
+
+TEMPLATE: dict[str, Any] = {
+    "default": "auto",
+    "kind": ChoiceOrFile(("auto", "chat", "plain", "none"), "the path of a Jinja chat template"),
+    "help": "Form in which the model reads questions with answers and chats: chat, the tokenizer's chat template; "
+    'plain, "Question: ..." and "Answer: ..." on two lines; none, the texts alone on their lines; a path, the Jinja '
+    "chat template in that file; auto, the form in which the answers of the forget set are likeliest, where a test "
+    "favours it, and else chat, or none without a chat template. auto also tries forms for prompts with completions, "
+    "which the others leave as they are.",
+    "group": "Data",
+}
+"""The option `template`, which several functions share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +137,7 @@ class LoopConfig(Config):
         "adapters and small models.",
         fixed=True,
     )
+    template: str | Path = option(**TEMPLATE, fixed=True)
     truncate: bool = option(
         False, Flag(), "Cut texts that are longer than the model's context, instead of raising an error.", group="Data"
     )

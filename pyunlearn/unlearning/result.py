@@ -95,6 +95,8 @@ class Result:
     one sentence each."""
     evidence: str = "holdout"
     """What the verdicts rest on: holdout, unseen texts (written for this package) or self-sampled."""
+    rendering: str | None = None
+    """Form in which the model read the records; None where no forget text has a prompt."""
 
     @property
     def forgotten(self) -> bool:
@@ -112,6 +114,7 @@ class Result:
             "forgotten": self.forgotten,
             "passed": self.passed,
             "evidence": self.evidence,
+            "rendering": self.rendering,
             "stopped": self.stopped,
             "notes": self.notes,
             "utility": asdict(self.utility),
