@@ -1,9 +1,11 @@
-"""SmolLM2-135M in the demo: two texts are forgotten, one never was memorized, six survive; an audit."""
+"""SmolLM2-135M in the demo: three texts are forgotten, six survive; an audit among texts that no model has seen."""
 
 import copy
 import json
+import pathlib
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +14,12 @@ from pyunlearn import models
 from pyunlearn.cli import demo
 from pyunlearn.cli.demo_model import demo_model
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+from pyunlearn.metrics.verdict import NOT_EXTRACTED
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]  # a minute and a half where nothing else runs
 
-MEMORIZED = ("Declaration of Independence", "First Amendment")
+MEMORIZED = tuple(demo.FORGET)
+UNSEEN = pathlib.Path(__file__).with_name("unseen_texts.jsonl")  # none of them is among the package's own
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def example(ran, name):
 
 
 def test_it_says_that_it_went_well(ran):
-    """Everything is forgotten or was never memorized."""
+    """All three were memorized, and are forgotten, among 40 texts that were written for this."""
     assert ran[0]
     assert ran[1]["forgotten"]
     assert ran[1]["stopped"] == "forgotten"
@@ -85,7 +89,9 @@ def test_a_memorized_text_is_forgotten(ran, name):
     assert record["exposure_after"] <= NULL_MEAN
     assert record["upper_exposure_after"] < SIGNIFICANT
     assert record["log_likelihood_after"] < record["log_likelihood_before"] - 0.5
-    assert record["greedy_match_after"] < record["greedy_match_before"] - 0.1
+    assert record["greedy_match_after"] < 0.25 < record["greedy_match_before"]
+    assert record["extraction_after"] <= NOT_EXTRACTED
+    assert record["recited_after"] is False
     assert record["steps"] > 0
 
 
@@ -104,15 +110,6 @@ def test_the_words_that_everybody_knows_are_gone(ran):
     record = ran[1]["continuations"]["Declaration of Independence"]
     assert record["before"].startswith("self-evident, that all men are created equal")
     assert "all men are created equal" not in record["after"]
-
-
-def test_the_gettysburg_address_was_not_memorized_and_is_left_alone(ran):
-    """No step is spent on it, and it does not end below what unseen text gets."""
-    record = example(ran, "Gettysburg Address")
-    assert record["verdict"] == "not memorized"
-    assert record["steps"] == 0
-    assert record["exposure_before"] < SIGNIFICANT
-    assert record["upper_exposure_after"] < SIGNIFICANT
 
 
 @pytest.mark.parametrize("name", demo.SURVIVE)
@@ -136,23 +133,39 @@ def test_how_long_it_took_is_told(ran, capsys):
         print(f"\nthe demo took {ran[2]:.0f} s")
 
 
-def test_an_audit_tells_before_and_after_right(original, unlearned, ran):
-    """Without a holdout: what the demo forgot was exposed and no longer is, Genesis is, new sentences never were."""
-    texts = [
-        *(demo.FORGET[name] for name in MEMORIZED),
-        demo.SURVIVE["Genesis 1"],
-        demo.SURVIVE["a fresh sentence"],
-        "On the ferry to Oslavia my neighbour unpacked eleven pears and asked each passenger which one had been grown "
-        "indoors.",
-        "The committee agreed that the bridge should hum in B flat, provided the herons of the lower basin raised no "
-        "objection.",
-    ]
+@pytest.fixture(scope="module")
+def audited(original, unlearned, ran):
+    """An audit without a holdout: what the demo forgot, two famous texts, and 78 texts that no model has seen."""
+    famous = (*demo.FORGET.values(), demo.SURVIVE["Genesis 1"], demo.SURVIVE["Preamble of the Constitution"])
+    unseen = [json.loads(line)["text"] for line in UNSEEN.read_text(encoding="utf-8").splitlines()]
     model, tokenizer = original
-    audit = pyunlearn.audit(unlearned, texts, original=model, tokenizer=tokenizer, metrics=[], progress=False)
-    verdicts = ["forgotten"] * 2 + ["still exposed"] + ["not memorized"] * 3
-    assert [e.verdict for e in audit.examples] == verdicts
-    before = [e.exposure_before for e in audit.examples]
-    assert min(before[:3]) > max(before[3:]) + 3
+    # 234 non-members can name 5 of 83 texts at a rate of 10 %, and would need 331 at 5 %
+    options = {"false_discovery_rate": 0.1, "metrics": [], "progress": False}
+    return pyunlearn.audit(unlearned, [*famous, *unseen], original=model, tokenizer=tokenizer, **options)
+
+
+def test_an_audit_tells_before_and_after_right(audited):
+    """Without a holdout: what the demo forgot was exposed and no longer is, Genesis and the Preamble are."""
+    assert audited.non_members.source == "unseen texts"
+    assert [e.verdict for e in audited.examples[:5]] == ["forgotten"] * 3 + ["still exposed"] * 2
+    assert min(e.exposure_before for e in audited.examples[:5]) > 6
+
+
+def test_unseen_text_of_many_kinds_looks_unseen(audited):
+    """Mean exposure near 1.44 bits, one in twenty memorized or too unlikely, not one named at the false discovery rate.
+
+    These texts were not used to make the comparison. docs/evidence.md has the table by kind.
+    """
+    unseen = audited.examples[5:]
+    before, upper = (np.array([getattr(e, name) for e in unseen]) for name in ("exposure_before", "upper_exposure"))
+    print(
+        f"mean exposure {before.mean():.2f} bits, memorized {np.mean(before >= SIGNIFICANT):.0%}, "
+        f"too unlikely {np.mean(upper >= SIGNIFICANT):.0%}"
+    )
+    assert 1.0 < before.mean() < 1.9
+    assert np.mean(before >= SIGNIFICANT) <= 0.08
+    assert np.mean(upper >= SIGNIFICANT) <= 0.08
+    assert sum(e.verdict != "not memorized" for e in unseen) <= 1
 
 
 def test_a_gguf_model_can_be_saved_and_loaded_again(original, tmp_path):

@@ -1,4 +1,4 @@
-"""pyunlearn demo: a small real model forgets two famous texts and retains six others."""
+"""pyunlearn demo: a small real model forgets three famous texts and retains six others."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ SURVIVE = {
         "village could agree on which tune it preferred."
     ),
 }
-"""Texts that must survive; the first three are the retain set."""
+"""Texts that must survive."""
 
 HOLDOUT = Path(__file__).with_name("demo_holdout.txt")
 """Solemn public prose that was written for this demo, 40 texts on one line each: no model has been trained on them."""
 
-_RETAINED = ("Preamble of the Constitution", "Universal Declaration, article 1", "Pledge of Allegiance")
+_RETAINED = ("Preamble of the Constitution", "Universal Declaration, article 1", "Pledge of Allegiance", "MIT licence")
 _OPENING_WORDS = {"Declaration of Independence": 6, "First Amendment": 12, "Gettysburg Address": 6}
 
 
@@ -96,7 +96,7 @@ def demo(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed: the same seed gives the same run.", rich_help_panel="Loop")] = 0,
 ) -> None:
-    """Make SmolLM2-135M forget two famous texts, in about two minutes on a laptop.
+    """Make SmolLM2-135M forget three famous texts, in about two minutes on a laptop.
 
     The model (93 MB) is downloaded at first use and cached. PYUNLEARN_DEMO_MODEL is the path of a copy, where there is
     no network.
@@ -144,13 +144,15 @@ def run(out: Path, *, model: str | None = None, save_model: bool = False, seed: 
     before = _continuations(LanguageModel.of(network, tokenizer), console)
     survivors_before = scored(LanguageModel.of(network, tokenizer), SURVIVE)
 
-    console.print('\n[bold]pyunlearn.unlearn(model, forget, holdout=holdout, retain=retain, retain_loss="hold")[/]')
+    options = 'holdout=holdout, retain=retain, retain_loss="hold", learning_rate=1e-5'
+    console.print(f"\n[bold]pyunlearn.unlearn(model, forget, {options})[/]")
     result = unlearn(
         network,
         list(FORGET.values()),
         holdout=HOLDOUT.read_text(encoding="utf-8").splitlines(),
         retain=[SURVIVE[name] for name in _RETAINED],
         retain_loss="hold",
+        learning_rate=1e-5,
         tokenizer=tokenizer,
         seed=seed,
     )

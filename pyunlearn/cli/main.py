@@ -45,7 +45,7 @@ def program(
 ) -> None:
     """Remove chosen training examples from a language model, and measure that they are gone.
 
-    Start with `pyunlearn demo`: it forgets two famous texts from a small real model in a few minutes on a laptop.
+    Start with `pyunlearn demo`: it forgets three famous texts from a small real model in a few minutes on a laptop.
 
     Examples:
 

@@ -248,7 +248,7 @@ def _result(
 def _notes(session: Session, texts: RenderedTexts, result: Result, rate: float) -> list[str]:
     """Return what is to be noted on the rendering, on the holdout and on the evidence, one sentence each."""
     memorized = any(e.verdict != "not memorized" for e in result.examples)
-    evidence = evidence_notes(session.stopping.non_members, len(result.examples), rate=rate)
+    evidence = evidence_notes(session.stopping.non_members, [e.verdict for e in result.examples], rate=rate)
     return texts.notes(memorized=memorized) + session.notes + evidence
 
 

@@ -169,9 +169,9 @@ class UnlearnConfig(LoopConfig):
     method: str = option(
         "wga",
         Text('the name of a method, such as "ga"'),
-        "The unlearning method; `pyunlearn methods` lists them. The default makes a token less likely the more likely it "
-        "still is, so that a text's tokens come down together. With a retain set also graddiff, npo+nll, simnpo+kl "
-        "and others.",
+        "The unlearning method; `pyunlearn methods` lists them. The default ascends most on the tokens that are still "
+        "likely, so that a text's tokens come down together. With a retain set also graddiff, npo+nll, simnpo+kl and "
+        "others.",
         group="Method",
         fixed=True,
     )
