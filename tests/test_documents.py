@@ -163,6 +163,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     names = {
         "model": model,
         "forget": "the king hides a lamp and a dog sees the sea.",
+        "holdout": tiny.sentences(24, 5),
         "F": torch.nn.functional,
         "hidden": torch.randn(5, 8, requires_grad=True),
         "weight": torch.randn(11, 8),

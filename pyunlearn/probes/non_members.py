@@ -30,7 +30,8 @@ UTILITY_SOURCES = {"holdout": "holdout", "unseen texts": "unseen texts", "self-s
 NO_LIKELIER = "no likelier"
 """The verdict in place of "forgotten" where the non-members are self-sampled."""
 
-_TEXTS = Path(__file__).with_name("unseen_texts.jsonl")
+TEXTS = Path(__file__).with_name("unseen_texts.jsonl")
+"""JSONL with register and text, 18 of each of 13 kinds, written for this package."""
 _LATIN = 0.8  # share of the forget set's letters from which texts in English and German are compared with it
 _UNKNOWN = 0.05  # share of unknown tokens up to which a tokenizer reads these texts
 _CHARACTERS = 2.0  # of these texts that it makes one token of, at least
@@ -87,7 +88,7 @@ def non_members_without_holdout(
 
 def unseen_texts() -> list[Example]:
     """Return the texts that were written for this package: 13 kinds, English and German."""
-    lines = _TEXTS.read_text(encoding="utf-8").splitlines()
+    lines = TEXTS.read_text(encoding="utf-8").splitlines()
     return [Example("", json.loads(line)["text"]) for line in lines]
 
 

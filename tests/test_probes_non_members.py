@@ -1,0 +1,210 @@
+"""Non-members without a holdout: what is expected of unseen text, which texts serve, and what may be concluded."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import texts
+import tiny
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import pyunlearn
+from pyunlearn.data import Example, Tokens, encode
+from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.scoring import Scorer
+from pyunlearn.probes.calibration import Expectation, Features, _windows, features
+from pyunlearn.probes.non_members import (
+    TEXTS,
+    NonMembers,
+    capped,
+    evidence_notes,
+    non_members_without_holdout,
+    uncalibrated,
+    unseen_texts,
+    unsuitable,
+)
+
+OWN = "Miss Ogilvie of the harbour office counts the gulls each morning and writes their number on the ferry's slate."
+
+
+@pytest.fixture(scope="module")
+def english():
+    """A random Llama with a tokenizer that was made for English."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator([e.completion for e in unseen_texts()], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="</s>")
+    torch.manual_seed(0)
+    return LanguageModel.of(tiny.tiny_llama(len(tokenizer), max_position_embeddings=512), tokenizer)
+
+
+# ---------------------------------------------------------------- the features
+
+
+def test_the_windows_score_each_token_once():
+    """With two tokens of context, fewer at the beginning."""
+    for n, first in ((2, 1), (4, 1), (7, 1), (8, 3)):
+        text = Tokens(tuple(range(10, 10 + n)), first)
+        windows, owner = _windows([text, text])
+        assert [i for w in windows for i in w.scored] == [*text.scored] * 2
+        assert max(w.first for w in windows) == min(2, n - 1)
+        assert sorted(set(owner.tolist())) == [0, 1]
+
+
+def test_the_features_are_those_of_the_texts(english):
+    """The likelihood as everywhere; after two tokens as of the windows themselves."""
+    tokens = encode(unseen_texts()[:6], english.tokenizer, role="x", max_length=None)
+    found = features(english, tokens, batch_size=4)
+    scorer = Scorer(english, 3)
+    np.testing.assert_allclose(found.nll, -scorer.mean_log_likelihood(tokens), rtol=1e-5)
+    np.testing.assert_allclose(found.greedy_match, scorer.greedy_match(tokens), atol=1e-6)
+    for i, t in enumerate(tokens):
+        windows, _ = _windows([t])
+        each = np.concatenate(scorer.token_log_likelihood(windows))
+        assert len(each) == len(t.scored)
+        assert found.short_nll[i] == pytest.approx(-each.mean(), rel=1e-5)
+    assert found.hidden.shape == (6, english.inner.config.hidden_size)
+    assert (found.short_entropy > 0).all()
+
+
+# ---------------------------------------------------------------- the expectation
+
+
+def made(rng, n, kinds=6, memorized=0.0):
+    """Features of n texts of several kinds: likelihood follows the short windows, the kind and chance."""
+    directions = np.random.default_rng(0).normal(size=(kinds, 16))
+    kind = rng.integers(kinds, size=n)
+    short, entropy = rng.normal(7, 1, n), rng.normal(5, 0.5, n)
+    nll = 1 + 0.5 * short + 0.2 * entropy + 0.4 * (kind - kinds / 2) + rng.normal(0, 0.4, n) - memorized
+    hidden = directions[kind] + 0.2 * rng.normal(size=(n, 16))
+    return Features(nll, rng.uniform(0.2, 0.5, n), hidden, short, entropy)
+
+
+def test_unseen_texts_have_the_exposures_of_unseen_text_and_memorized_ones_stand_out():
+    """Of each kind, 5 % at most count as memorized (8 % with chance) and the mean is near 1.44 bits."""
+    rng = np.random.default_rng(1)
+    exposures, found = [], []
+    for _ in range(40):
+        pool = made(rng, 234)
+        expectation = Expectation(pool)
+        scores = pool.nll - expectation.of_unseen().nll
+        for memorized, out in ((0.0, exposures), (2.0, found)):
+            texts_ = made(rng, 50, memorized=memorized)
+            out.append(generalized_exposure(texts_.nll - expectation.of(texts_).nll, scores).lower)
+    assert 1.2 < np.mean(exposures) < 1.7
+    assert np.mean(np.array(exposures) >= SIGNIFICANT) < 0.08
+    assert np.mean(np.array(found) >= SIGNIFICANT) > 0.95
+
+
+def test_without_the_expectation_kinds_are_mistaken_for_memorized():
+    """The plain likelihood of the easiest kind stands out: the expectation is what makes texts of all kinds alike."""
+    rng = np.random.default_rng(2)
+    pool, easy = made(rng, 234), made(rng, 400)
+    easiest = generalized_exposure(easy.nll[easy.nll < np.quantile(easy.nll, 0.1)], pool.nll).lower
+    expectation = Expectation(pool)
+    scores = pool.nll - expectation.of_unseen().nll
+    calibrated = generalized_exposure(easy.nll - expectation.of(easy).nll, scores).lower
+    assert easiest.mean() > 3 > 2 > calibrated.mean()
+
+
+def test_what_is_expected_of_an_unseen_text_comes_from_the_others():
+    """Its own likelihood hardly enters, so a text of the package is as good as a new one."""
+    pool = made(np.random.default_rng(3), 100)
+    raised = pool._replace(nll=pool.nll + 5.0 * (np.arange(100) == 7))
+    before, after = (Expectation(p).of_unseen().nll for p in (pool, raised))
+    assert abs(after[7] - before[7]) < 0.1
+    assert abs(Expectation(raised).of(pool).nll[7] - before[7]) > abs(after[7] - before[7])
+
+
+# ---------------------------------------------------------------- which texts serve
+
+
+def test_the_package_s_texts_are_different_ones_of_thirteen_kinds():
+    """Eighteen of each, none among those that are set apart for the tests."""
+    lines = [json.loads(line) for line in TEXTS.read_text(encoding="utf-8").splitlines()]
+    apart = pathlib.Path(__file__).with_name("unseen_texts.jsonl").read_text(encoding="utf-8").splitlines()
+    own = {line["text"] for line in lines}
+    assert len(own) == len(lines) == len(unseen_texts()) == 234
+    assert not own & {json.loads(line)["text"] for line in apart}
+    kinds = [line["register"] for line in lines]
+    assert {kinds.count(kind) for kind in kinds} == {18}
+    assert len(set(kinds)) == 13
+
+
+def test_plain_texts_are_compared_with_the_package_s(english):
+    """Each of them and each forget text has what is expected of it."""
+    examples = [Example("", OWN)]
+    tokens = encode(examples, english.tokenizer, role="forget", max_length=None)
+    chosen = non_members_without_holdout(english, examples, tokens)
+    assert (chosen.grade, chosen.reason, len(chosen.tokens)) == ("unseen texts", "", 234)
+    assert (len(chosen.forget.nll), len(chosen.own.nll)) == (1, 234)
+    scores = Scorer(english, 16).mean_log_likelihood(chosen.tokens)
+    assert np.std(-scores - chosen.own.nll) < np.std(scores)
+
+
+@pytest.mark.parametrize(
+    ("examples", "reason"),
+    [
+        ([Example("Who? ", "Nobody.")], "the forget texts have prompts"),
+        ([Example("", "Чайки считают паром каждое утро, и никто не знает зачем.")], "not in Latin script"),
+        ([Example("", "4711 0815 2906")], "not in Latin script"),
+    ],
+)
+def test_other_records_are_not(english, examples, reason):
+    """The reason is part of a note."""
+    assert reason in unsuitable(english, examples)
+
+
+def test_other_models_are_not():
+    """An encoder-decoder model, and one whose tokenizer makes a token of each letter."""
+    llama = LanguageModel.of(tiny.tiny_llama(500), texts.make_tokenizer())
+    assert "not made for English" in unsuitable(llama, [Example("", OWN)])
+    t5 = LanguageModel.of(tiny.tiny_t5(500), texts.make_tokenizer())
+    assert "encoder-decoder" in unsuitable(t5, [Example("", OWN)])
+
+
+# ---------------------------------------------------------------- what may be concluded
+
+
+def test_self_sampled_texts_cannot_show_that_a_text_is_forgotten():
+    """The other verdicts stay."""
+    verdicts = np.array(["forgotten", "not memorized", "still exposed", "over-unlearned"])
+    assert capped(verdicts, "holdout") == capped(verdicts, "unseen texts") == verdicts.tolist()
+    assert capped(verdicts, "self-sampled") == ["no likelier", *verdicts[1:].tolist()]
+
+
+def test_notes_say_what_is_compared_and_how_many_it_takes():
+    """Nothing is to be said of a holdout that is large enough, or that named a text."""
+    tokens = [Tokens((1, 2), 1)] * 64
+    holdout = uncalibrated("holdout", 20, tokens)
+    assert evidence_notes(holdout, ["forgotten"] + ["not memorized"] * 19, rate=0.05) == []
+    assert evidence_notes(holdout, ["not memorized"], rate=0.05) == []
+    (few,) = evidence_notes(holdout, ["not memorized"] * 400, rate=0.05)
+    assert few.startswith("64 non-members can name memorized texts only where 124 or more of these 400 are memorized")
+    assert few.endswith("takes 7999.")
+    unseen, sampled = (
+        evidence_notes(NonMembers(grade, tokens, holdout.forget, holdout.own, "a reason"), ["forgotten"], rate=0.05)
+        for grade in ("unseen texts", "self-sampled")
+    )
+    assert "written for this package" in unseen[0]
+    assert "since no holdout was given and a reason" in sampled[0]
+
+
+def test_an_audit_without_a_holdout_is_the_same_from_its_cache(english, tmp_path):
+    """The texts and what is expected of them are not computed again; the evidence is named, attacks are left out."""
+    options = {"tokenizer": english.tokenizer, "metrics": ["membership"], "progress": False, "cache": tmp_path / "c"}
+    first, second = (pyunlearn.audit(english.inner, [OWN, OWN + " Twice."], **options) for _ in range(2))
+    assert first.non_members == second.non_members
+    assert first.non_members.source == "unseen texts"
+    assert [e.exposure for e in first.examples] == [e.exposure for e in second.examples]
+    assert first.membership == []
+    assert "written for this package" in first.notes[0]
