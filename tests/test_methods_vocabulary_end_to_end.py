@@ -11,6 +11,7 @@ from unlearning_runs import Interrupted, run, same, timeless, weights
 from pyunlearn.errors import DataError
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+from pyunlearn.metrics.verdict import NOT_EXTRACTED
 from pyunlearn.models.inspection import unwrapped
 from pyunlearn.unlearning import api
 from pyunlearn.unlearning.objectives import RetainTerm
@@ -34,11 +35,15 @@ def clean(story):
     return model
 
 
-def check_forgotten(result):
-    """Check that two secrets are forgotten, later examples untouched, and utility within its budget."""
-    assert result.stopped == "forgotten"
+def check_as_likely(result):
+    """Check that two secrets are as likely as unseen ones, later examples untouched, and utility within its budget.
+
+    They are forgotten where no more of their tokens are first choices than of unseen ones: these methods lower a text's
+    mean by few of its tokens, and most do not get there.
+    """
+    assert result.stopped == ("forgotten" if result.forgotten else "still extracted")
     for e in result.examples[:2]:
-        assert e.verdict == "forgotten"
+        assert e.verdict == ("forgotten" if e.extraction_after <= NOT_EXTRACTED else "still exposed")
         assert e.exposure_after <= NULL_MEAN < SIGNIFICANT < e.exposure_before
         assert e.upper_exposure_after < SIGNIFICANT
         assert e.log_likelihood_after < e.log_likelihood_before
@@ -47,28 +52,28 @@ def check_forgotten(result):
 
 
 @pytest.mark.parametrize("method", ["ceu", "CE-U", "undial", "pdu", "pdu+kl", "ga+kl", "undial+kl"])
-def test_two_secrets_are_forgotten_and_the_rest_is_not(story, method):
+def test_two_secrets_become_as_likely_as_unseen_ones_and_the_rest_stays(story, method):
     """Down to the level of unseen text, within the utility budget; unseen text is not trained on."""
     result = run(story, story.forget + story.unseen, method=method)
-    check_forgotten(result)
+    check_as_likely(result)
 
 
 @pytest.mark.parametrize("method", ["ceu", "undial"])
 def test_no_retain_set_is_needed(story, method):
     """This holds for the methods whose loss is bounded."""
-    check_forgotten(run(story, method=method, retain=None))
+    check_as_likely(run(story, method=method, retain=None))
 
 
 def test_away_from_itself_the_model_forgets_in_small_steps(story):
     """KL's ascent begins at 0 and grows without bound: a third of the others' learning rate forgets in time."""
-    check_forgotten(run(story, method="kl", learning_rate=1e-4))
+    check_as_likely(run(story, method="kl", learning_rate=1e-4))
 
 
 def test_toward_a_model_without_the_secrets_there_is_a_gradient_from_the_start(story, clean):
     """The reference model was never trained on them (bad teaching), and is not changed."""
     before = weights(clean)
     result = run(story, method="kl", method_options={"direction": "toward"}, reference_model=clean, retain=None)
-    check_forgotten(result)
+    check_as_likely(result)
     assert result.history[0]["gradient_norm"] > 0.01
     assert same(clean, before)
 
@@ -76,10 +81,10 @@ def test_toward_a_model_without_the_secrets_there_is_a_gradient_from_the_start(s
 @pytest.mark.parametrize("method", ["undial+kl", *in_full("ceu", "pdu")])
 def test_a_t5_forgets_completions(t5, method):
     """The decoder's distributions are those after an encoder's prompt."""
-    check_forgotten(run(t5, t5.forget + t5.unseen, method=method, retain_weight=4.0))
+    check_as_likely(run(t5, t5.forget + t5.unseen, method=method, retain_weight=4.0))
 
 
-def test_an_adapter_forgets_with_no_copy_of_the_head(story, monkeypatch):
+def test_an_adapter_is_trained_with_no_copy_of_the_head(story, monkeypatch):
     """With LoRA the cached reference has hidden states alone, and shares the model's own head."""
     config = peft.LoraConfig(
         r=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=True
@@ -88,7 +93,7 @@ def test_an_adapter_forgets_with_no_copy_of_the_head(story, monkeypatch):
     model = peft.get_peft_model(story.fresh(), config)
     sessions = sessions_of(monkeypatch)
     result = run(story, model=model, method="undial+kl", learning_rate=3e-3)
-    assert result.stopped == "forgotten"
+    assert all(e.exposure_after <= NULL_MEAN < SIGNIFICANT < e.exposure_before for e in result.examples)
     assert result.utility.relative_rise <= 0.05
     head = unwrapped(model).get_output_embeddings().weight
     reference = sessions[0].forget_term.reference
@@ -102,7 +107,7 @@ def test_a_model_s_own_logits_are_used_where_its_head_cannot_be_read(story):
     usual = run(story, method="undial+kl")
     with pytest.warns(UserWarning, match="uses the model's own logits"):
         own = run(story, model=model, method="undial+kl")
-    check_forgotten(own)
+    check_as_likely(own)
     for name in ("forget_loss", "retain_kl"):
         assert [r[name] for r in own.history] == pytest.approx([r[name] for r in usual.history], rel=1e-3, abs=1e-4)
 
