@@ -71,7 +71,7 @@ def exposures(trained, model):
 def test_secrets_come_down_to_the_level_of_unseen_ones_within_the_budget(trained, method):
     """This holds with the defaults of every method: no secret ends below unseen ones, and the facts are retained.
 
-    The preference losses with a fixed answer stop there: they lower few of the digits, and the others are still written.
+    The preference losses with a fixed answer stop there: they lower few of the digits, and still write the others.
     """
     lower, _ = exposures(trained, trained.model)
     assert (lower > SIGNIFICANT).all()

@@ -1,4 +1,4 @@
-"""Which texts of a set stand out, at a false discovery rate over the whole set."""
+"""Selection of the texts of a set that stand out, at a false discovery rate over the whole set."""
 
 from __future__ import annotations
 

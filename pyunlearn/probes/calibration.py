@@ -41,7 +41,7 @@ class Features(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What n texts would have if they were unseen."""
+    """Numbers that n texts would have if they were unseen."""
 
     nll: Floats
     """(n,) nats a token."""

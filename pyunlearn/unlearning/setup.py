@@ -138,13 +138,8 @@ def setup(
         target=target,
         multiplier=multiplier,
     )
-    scores = {
-        "forget set": forget_scores,
-        "holdout": stopping.non_member_scores,
-        "retain set": stopping.utility_before,
-        "token weights": np.concatenate(weights or [np.empty(0)]),
-        "difficulty": np.empty(0) if difficulty is None else difficulty,
-    } | reference.fingerprint(len(forget), schedule.retain_indices(0) if retain else [])
+    scores = _scores_to_agree(stopping, weights, difficulty)
+    scores |= reference.fingerprint(len(forget), schedule.retain_indices(0) if retain else [])
     return Session(
         accelerator,
         processes,
@@ -161,6 +156,19 @@ def setup(
         scores,
         notes,
     )
+
+
+def _scores_to_agree(
+    stopping: StoppingRule, weights: list[Floats] | None, difficulty: Floats | None
+) -> dict[str, Floats]:
+    """Return name -> numbers of the original model in which a resumed run must agree with its checkpoint."""
+    return {
+        "forget set": stopping.initial.log_likelihood,
+        "holdout": stopping.non_member_scores,
+        "retain set": stopping.utility_before,
+        "token weights": np.concatenate(weights or [np.empty(0)]),
+        "difficulty": np.empty(0) if difficulty is None else difficulty,
+    }
 
 
 def uses_reference(config: LoopConfig, method: Method, retain_loss: str | None) -> bool:
