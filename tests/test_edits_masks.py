@@ -163,7 +163,15 @@ def test_nonzero_keeps_pruned_weights_at_zero(story):
 def test_a_resumed_run_keeps_its_mask_and_no_other_is_let_in(story, tmp_path, monkeypatch):
     """The checkpoint holds it: the numbers are those of an uninterrupted run."""
     mask = saliency_mask(story.model, story.forget, share=0.3, tokenizer=story.tokenizer)
-    options = {"batch_size": 1, "max_steps": 6, "mask": mask, "l1": 0.5, "retain": None, "holdout": story.holdout[:20]}
+    options = {
+        "method": "ga",
+        "batch_size": 1,
+        "max_steps": 6,
+        "mask": mask,
+        "l1": 0.5,
+        "retain": None,
+        "holdout": story.holdout[:20],
+    }
     whole, calls, loss = run(story, **options), [], METHODS["ga"].function
 
     def cut(*arguments, **more):

@@ -186,7 +186,7 @@ def test_the_area_and_privleak(n, m):
     sides = [(f + 1.5, h) for f, h in sides]  # one deviation apart
     again = [[math.sqrt(0.8) * x + math.sqrt(0.2) * rng.normal(size=x.size) for x in pair] for pair in sides[:100]]
     truth, of_retrained = (stats.norm.cdf(shift / math.sqrt(2)) for shift in (1.0, math.sqrt(0.8)))
-    results = [privleak_interval(*pair, *other, draws=150) for pair, other in zip(sides, again, strict=False)]
+    results = [privleak_interval(*pair, *other, draws=500) for pair, other in zip(sides, again, strict=False)]
     assert_covers(results, privleak(truth, of_retrained))
 
 

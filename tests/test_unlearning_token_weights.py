@@ -180,7 +180,7 @@ def test_a_run_weighs_tokens_by_their_likelihood_beyond_a_reference_model(story,
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("method", "share"), [("tnpo", 0.5), *in_full(("ga", 1.0))])
+@pytest.mark.parametrize(("method", "share"), [("tnpo", 0.5), *in_full(("wga", 1.0))])
 def test_secrets_are_forgotten_by_their_important_tokens(story, method, share):
     """Weighted by importance, all or half of the tokens are enough to forget the whole text within the budget."""
     how = {"token_weights": "importance", "token_share": share, "max_steps": 60, "retain": story.retain}

@@ -116,7 +116,7 @@ def demo(
 
 
 def run(out: Path, *, model: str | None = None, save_model: bool = False, seed: int = 0) -> bool:
-    """Run the demo: print each stage, write result.json into `out`, return True where all texts are forgotten.
+    """Run the demo: print each stage, write result.json into `out`, return True where no text is still exposed.
 
     `model` names another model than SmolLM2-135M.
     """
@@ -169,7 +169,7 @@ def run(out: Path, *, model: str | None = None, save_model: bool = False, seed: 
         result.save(out)
     _write(out, result, before, after, survivors)
     console.print(f"{time.perf_counter() - began:.0f} s in all · result.json is in {out}", highlight=False)
-    return result.forgotten
+    return result.passed
 
 
 def opening(name: str) -> str:

@@ -146,8 +146,7 @@ def unlearn(
         bar.close()
     inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
     inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
-    result = _result(session, config, trained, texts.examples["forget"], stopped, inputs)
-    result.evidence, result.rendering = session.stopping.non_members.grade, texts.name
+    result = _result(session, config, trained, texts, stopped, inputs)
     result.notes = notes + _notes(session, texts, result, config.false_discovery_rate)
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
@@ -228,7 +227,7 @@ def _result(
     session: Session,
     config: UnlearnConfig,
     model: Any,
-    examples: list[Example],
+    texts: RenderedTexts,
     stopped: str,
     inputs: dict[str, Any],
 ) -> Result:
@@ -236,12 +235,14 @@ def _result(
     return Result(
         model,
         session.scorer.lm.tokenizer,
-        _examples(session, examples),
+        _examples(session, texts.examples["forget"]),
         _utility(session),
         stopped,
         session.stopping.non_member_scores.tolist(),
         session.state.history,
         versions() | inputs | config.to_dict() | {"mask": digest_of(config.mask)},
+        evidence=session.stopping.non_members.grade,
+        rendering=texts.name,
     )
 
 

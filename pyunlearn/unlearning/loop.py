@@ -128,10 +128,9 @@ def ascend(
         return "interrupted"
     if not stopping.memorized.any():
         return "nothing memorized"
-    if not stopping.active.size and stopping.extracted.any():
-        return "still extracted"
     if not stopping.active.size:
-        return NO_LIKELIER if stopping.non_members.grade == "self-sampled" else "forgotten"
+        reached = NO_LIKELIER if stopping.non_members.grade == "self-sampled" else "forgotten"
+        return "still extracted" if stopping.extracted.any() else reached
     return rejection_reason if state.halvings > MAX_HALVINGS and rejection_reason else "max_steps"
 
 
