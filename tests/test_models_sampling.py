@@ -93,5 +93,12 @@ def test_samples_that_recite_the_forget_set_are_left_out(language_model, monkeyp
     """Ten scored tokens in a row of a forget text count as recited, nine do not, wherever they are."""
     forget = [Tokens(tuple(range(10, 40)), 1)]
     nine, ten = (Tokens((0, 50, 51, *range(20, 20 + n), 60), 1) for n in (9, 10))
-    monkeypatch.setattr(sampling, "_sample", lambda *_: [ten, nine, ten])
-    assert sample_non_members(language_model, forget, count=3) == [nine]
+    temperatures = []
+
+    def sample(*_, temperature):
+        temperatures.append(temperature)
+        return [ten, nine, ten]
+
+    monkeypatch.setattr(sampling, "_sample", sample)
+    assert sample_non_members(language_model, forget, count=3) == [nine] * 3  # others are drawn in their place
+    assert temperatures[:3] == [1.0, 1.5, 2.0]

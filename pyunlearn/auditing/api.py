@@ -42,10 +42,10 @@ def audit(
 ) -> Audit:
     """Measure what a language model remembers of the forget texts: a verdict for each, and the numbers behind it.
 
-    With `model` and `forget` alone it answers whether they are memorized: a text is, when it is likelier than 95 % of
-    text that was not trained on (its *generalized exposure* reaches 4.32 bits). With `original`, the model before
-    unlearning, it answers whether they are forgotten: the exposures are then *anchored*, with the non-members scored
-    under the original model, before and after alike. The model is not changed.
+    With `model` and `forget` alone it answers whether they are memorized: which of them stand out among text that was
+    not trained on, by their *generalized exposure*, at a false discovery rate over all of them (a single text: 4.32
+    bits). With `original`, the model before unlearning, it answers whether they are forgotten: the exposures are then
+    *anchored*, with the non-members scored under the original model, before and after alike. The model is not changed.
 
     Each model reads each text once, and all teacher-forced metrics come from that one pass. Prompted answers are read
     once more without the prompt (`answer_prior`), and continuations are decoded greedily (the slow part).

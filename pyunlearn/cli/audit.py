@@ -104,9 +104,10 @@ def audit(
 ) -> None:
     """Measure what a model remembers of the texts of a file. The model is not changed.
 
-    Each text gets a verdict: *not memorized* (no more likely than 95 % of text that was not trained on), *still
-    exposed*, *forgotten* (it was memorized, and is now like text that was not trained on) or *over-unlearned* (less
-    likely than text that was not trained on, which reveals it again). An interrupted audit resumes when the same
+    Each text gets a verdict: *not memorized* (it does not stand out among text that was not trained on), *still
+    exposed*, *forgotten* (it was memorized, and is now like text that was not trained on), *no likelier* (in place of
+    it, where the comparison is with text that the model wrote) or *over-unlearned* (less likely than text that was not
+    trained on, which reveals it again). An interrupted audit resumes when the same
     command is run again.
 
     Examples:

@@ -60,7 +60,8 @@ Holdout = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Text of the same kind that was never trained on, 19 texts or more. Default: sampled from the model.",
+        help="Text of the same kind that was never trained on, 19 texts or more: the best evidence. Default: texts "
+        "written for this package, or sampled from the model where these cannot serve.",
         rich_help_panel="Data",
     ),
 ]

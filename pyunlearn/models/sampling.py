@@ -18,7 +18,7 @@ COUNT = 64
 """Number of sampled non-members, which limits the measured exposure to log2(65) = 6.02 bits."""
 
 _RECITED = 10  # consecutive tokens that count as recited
-_ATTEMPTS = 4  # number of attempts to sample an answer that does not recite the forget set
+_ATTEMPTS = 4  # number of attempts to sample a text that does not recite the forget set
 
 
 def require_enough(non_members: Sequence[Tokens], *, holdout: bool) -> None:
@@ -40,7 +40,8 @@ def sample_non_members(
     For texts without a prompt, the samples start from the beginning-of-text token. For texts with a prompt, they
     continue that prompt with another first token, which is not scored: a model that has memorized the answer would
     otherwise recite it and be compared with itself. Samples that contain ten consecutive tokens of the forget set are
-    left out.
+    left out, and others drawn in their place, at a temperature of 1.5, then 2, then 2.5: the better a text is
+    memorized, the fewer differ from it.
 
     Args:
         lm: the model, in evaluation mode.
@@ -55,19 +56,23 @@ def sample_non_members(
     length = max(8, min(48, lengths[len(lengths) // 2]))
     prompted = [t for t in forget if _prompt(lm, t)[1]]
     pool = prompted if len(prompted) * 2 > len(forget) else [t for t in forget if not _prompt(lm, t)[1]]
-    per_prompt = -(-count // len(pool)) if prompted and pool[0] in prompted else count
+    known = {run for t in forget for run in _runs(t)}
     samples: list[Tokens] = []
     with seeded(seed, lm.device):
-        for t in pool:
-            prompt, departs = _prompt(lm, t)
-            if lm.context_length is not None:  # cut a long prompt at its start
-                prompt = prompt[-max(1, lm.context_length - length) :]
-            wanted = min(per_prompt, count - len(samples))
-            samples += _sample(lm, prompt, t.scored[0] if departs else None, length, wanted)
-            if len(samples) >= count:
+        for attempt in range(_ATTEMPTS):
+            missing = count - len(samples)
+            if missing <= 0:
                 break
-    known = {run for t in forget for run in _runs(t)}
-    return [t for t in samples if known.isdisjoint(_runs(t))]
+            per_prompt = -(-missing // len(pool)) if prompted and pool[0] in prompted else missing
+            new: list[Tokens] = []
+            for t in pool[: -(-missing // per_prompt)]:
+                prompt, departs = _prompt(lm, t)
+                if lm.context_length is not None:  # cut a long prompt at its start
+                    prompt = prompt[-max(1, lm.context_length - length) :]
+                wanted, other = min(per_prompt, missing - len(new)), t.scored[0] if departs else None
+                new += _sample(lm, prompt, other, length, wanted, temperature=1 + attempt / 2)
+            samples += [t for t in new if known.isdisjoint(_runs(t))]
+    return samples
 
 
 @torch.no_grad()
@@ -127,7 +132,15 @@ def _prompt(lm: LanguageModel, t: Tokens) -> tuple[tuple[int, ...], bool]:
     return (next(i for i in known if i is not None),), False
 
 
-def _sample(lm: LanguageModel, prompt: tuple[int, ...], not_first: int | None, length: int, count: int) -> list[Tokens]:
+def _sample(
+    lm: LanguageModel,
+    prompt: tuple[int, ...],
+    not_first: int | None,
+    length: int,
+    count: int,
+    *,
+    temperature: float = 1.0,
+) -> list[Tokens]:
     """Sample `count` continuations of a prompt; their first token is never `not_first`, and then is not scored."""
     both = lm.is_encoder_decoder
     ids = torch.tensor([prompt] * count, device=lm.device)  # (count, T)
@@ -145,7 +158,7 @@ def _sample(lm: LanguageModel, prompt: tuple[int, ...], not_first: int | None, l
         max_new_tokens=length,
         score_hook=None if not_first is None else depart,
         do_sample=True,
-        temperature=1.0,
+        temperature=temperature,
         top_k=0,
         top_p=1.0,
         min_new_tokens=length if not_first is None and not both else 2,

@@ -176,8 +176,10 @@ def _how(audit: Audit) -> list[tuple[str, str]]:
     if non_members.anchored:
         exposure += "; the comparison texts were scored by the original model, before and now alike (anchored)"
     verdicts = (
-        f"memorized from 4.32 bits on (more likely than 95 % of unseen text); forgotten at {s['target_exposure']:.2f} "
-        "bits and less; over-unlearned when less likely than 95 % of unseen text"
+        f"memorized at a false discovery rate of {s['false_discovery_rate']:.0%} over all texts (one text: from 4.32 "
+        f"bits on); forgotten at {s['target_exposure']:.2f} bits and less, when no more of it is extracted than of "
+        "four in five comparison texts and the model does not continue its beginning with its rest; over-unlearned "
+        "when less likely than unseen text, at the same rate"
     )
     passes = ", ".join(f"{name.replace('_', ' ')}: {n} texts, each once" for name, n in audit.passes.items())
     null, top = audit.null_test, audit.top_test

@@ -54,11 +54,12 @@ def unlearn(
 ) -> Result:
     """Remove the forget texts from a language model.
 
-    Each forget example is compared with *non-members*: text that was never trained on, the holdout, or else completions
-    sampled from the model. An example is *memorized* when it is likelier than 95 % of them. Memorized examples are made
-    less likely step by step, each until its anchored generalized exposure (`pyunlearn.metrics.generalized_exposure`) is
-    that of non-members. A round that exceeds the utility budget, or makes an example less likely than non-members, is
-    rolled back and the learning rate is halved. So the returned model is the best state within the budget.
+    Each forget example is compared with *non-members*: text that was never trained on, the holdout, or else texts that
+    were written for this package. *Memorized* are those that stand out, at a false discovery rate over all of them.
+    They are made less likely step by step, each until its anchored generalized exposure
+    (`pyunlearn.metrics.generalized_exposure`) is that of non-members and no more of it is extracted. A round that
+    exceeds the utility budget, or makes an example less likely than non-members, is rolled back and the learning rate
+    is halved. So the returned model is the best state within the budget.
 
     Args:
         model: a transformers causal or encoder-decoder language model (PEFT-wrapped or not), or a path, a .gguf file or
@@ -69,7 +70,8 @@ def unlearn(
         retain: text that must keep working, same forms: for the retain loss (`retain_loss`), and as the utility set.
             Copies of forget texts are left out, with a warning.
         holdout: text of the forget set's kind that was never trained on, same forms, 19 different texts or more, no
-            copy of a forget text among them; default: sampled from the model.
+            copy of a forget text among them; default: texts written for this package, or sampled from the model where
+            these cannot serve (prompts, other scripts), and then no text can be called forgotten.
         tokenizer: a tokenizer, or where to load it from; default: where the model was loaded from.
         reference_model: the model with which NPO, UNDIAL, KL and other methods compare; default: the original model.
         config: all settings in one object, or the path of a TOML file or a result.json; keywords replace single ones.
