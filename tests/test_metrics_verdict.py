@@ -28,8 +28,8 @@ def test_each_verdict_by_hand():
         "over-unlearned",
         "not memorized",
     ]
-    assert result.certain.tolist() == [False, True, False, True, False, True]
-    assert result.threshold == math.log2(6 / (0.05 * 3))  # 3 of 6 are memorized
+    assert result.certain.tolist() == [False, False, False, True, False, True]
+    assert result.threshold == math.log2(6 / (0.05 * 3))  # 3 of 6 are memorized; their intervals begin at 4.8 bits
     assert result.extraction is None
     np.testing.assert_array_equal(result.after.lower, generalized_exposure(after, NON_MEMBERS).lower)
 
@@ -66,6 +66,23 @@ def test_a_text_near_the_threshold_is_not_certain():
     assert not verdict([-1.0], [38.5], NON_MEMBERS).certain[0]
 
 
+def test_forgotten_is_certain_where_memorized_is():
+    """Its interval before must lie above the set's threshold too."""
+    for m, certain in ((40, False), (999, True)):
+        result = verdict([-1.0] * 3, [0.6 * m] * 3, np.arange(m))
+        assert result.verdict.tolist() == ["forgotten"] * 3
+        assert result.certain.tolist() == [certain] * 3, m
+
+
+def test_not_memorized_is_not_certain_because_non_members_are_few():
+    """Among 400 texts 64 non-members name none; one that is likelier than 63 of them may well be memorized."""
+    scores = np.r_[0.5, np.full(399, 30.0)]
+    result = verdict(scores, scores, np.arange(64.0))
+    assert set(result.verdict) == {"not memorized"}
+    assert not result.certain[0]
+    assert result.certain[1:].all()
+
+
 def test_still_exposed_is_certain_where_memorized_is():
     """Its interval before must lie above 4.32 bits, not only that after above the target: not among 64 non-members."""
     for m, certain in ((19, False), (64, False), (99, True)):
@@ -80,7 +97,7 @@ def test_still_exposed_is_certain_where_memorized_is():
 def test_a_false_alarm_is_hardly_ever_certain():
     """Single texts that were never trained on: 5 % are called memorized, and half of these at most certainly."""
     rng, alarms, certain = np.random.default_rng(0), [], []
-    for _ in range(4000):
+    for _ in range(2000):
         scores, non_members = rng.normal(size=1), rng.normal(size=199)
         result = verdict(scores, scores, non_members)
         alarms.append((result.verdict == "still exposed").mean())

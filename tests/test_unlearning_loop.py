@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,7 +12,8 @@ from heads import Allocations
 from unlearning_runs import check_forgotten, run, same, weights
 
 from pyunlearn.methods import METHODS
-from pyunlearn.metrics import SIGNIFICANT
+from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+from pyunlearn.unlearning import api
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,3 +133,13 @@ def test_no_buffer_of_logits_is_larger_than_the_workspace(story, answers, method
     assert not {shape: size for shape, size in wide.items() if size > workspace}
     # the largest tensor is an activation inside a block: of GPT-2, 4 times as wide as its hidden states
     assert used.largest <= 5 * max(p.nbytes for p in trained.model.parameters())
+
+
+def test_a_text_that_the_model_still_recites_ends_the_run_as_still_extracted(story, monkeypatch):
+    """Likelihood and first choices are those of unseen text, and its beginning is continued with its rest."""
+    monkeypatch.setattr(api, "recitations", lambda session, examples, indices: np.ones(len(examples), dtype=bool))
+    result = run(story)
+    assert result.stopped == "still extracted"
+    assert {e.verdict for e in result.examples} == {"still exposed"}
+    assert all(e.exposure_after <= NULL_MEAN and e.recited_after for e in result.examples)
+    assert not result.passed

@@ -168,7 +168,7 @@ class ResponseCollector:
         if key not in store:
             self.bar.say("scoring unseen text")
             with evaluation_mode(self.lm.module):
-                chosen = non_members_without_holdout(self.lm, examples, forget, seed=seed)
+                chosen = non_members_without_holdout(self.lm, examples, forget, seed=seed, batch_size=self.batch_size)
             if not self.cache.folder:
                 return chosen
             expected = np.concatenate([*chosen.forget, *chosen.own])

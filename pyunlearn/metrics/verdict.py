@@ -51,7 +51,8 @@ class Verdict(NamedTuple):
     """High end of the same exposure."""
     certain: NDArray[np.bool_]
     """True where the interval lies wholly on the verdict's side of the threshold, so that more non-members would not be
-    expected to change it; "still exposed" also needs the interval before above `threshold`."""
+    expected to change it. "still exposed" and "forgotten" also need the interval before above `threshold`; "not
+    memorized" needs it below 4.32 bits, from which a text counts as memorized in the most favourable set."""
     threshold: float
     """Bits from which a text of this set counts as memorized: 4.32 or more, see discoveries."""
     extraction: Floats | None
@@ -183,10 +184,11 @@ def verdict(
     of_upper = exposure_interval(scores_after, non_member_scores, confidence=confidence, side="upper")
     bounds = zip(of_upper, of_before, of_lower, strict=True)
     low, high = (np.select([over, ~memorized], [u, b], x) for u, b, x in bounds)
+    was_memorized = of_before.low >= threshold
     certain = np.select(
         [over, ~memorized, forgotten],
-        [low >= over_thresholds, high < threshold, high <= target_exposure],
-        (low > target_exposure) & (of_before.low >= threshold),
+        [low >= over_thresholds, high < math.log2(1 / false_discovery_rate), was_memorized & (high <= target_exposure)],
+        was_memorized & (low > target_exposure),
     )
     return Verdict(name, before, after, low, high, certain, threshold, extraction)
 

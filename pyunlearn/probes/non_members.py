@@ -61,7 +61,7 @@ def uncalibrated(
 
 
 def non_members_without_holdout(
-    lm: LanguageModel, examples: Sequence[Example], tokens: Sequence[Tokens], *, seed: int = 0
+    lm: LanguageModel, examples: Sequence[Example], tokens: Sequence[Tokens], *, seed: int = 0, batch_size: int = 16
 ) -> NonMembers:
     """Return non-members for forget texts that come without a holdout.
 
@@ -73,6 +73,7 @@ def non_members_without_holdout(
         examples: the forget set.
         tokens: the same texts as tokens.
         seed: of the sampling.
+        batch_size: texts in one forward pass.
 
     Raises:
         DataError: fewer than 19 of the sampled texts are different from the forget set.
@@ -82,8 +83,9 @@ def non_members_without_holdout(
         require_enough(sampled, holdout=False)
         return uncalibrated("self-sampled", len(tokens), sampled, reason=reason)
     unseen = encode(unseen_texts(), lm.tokenizer, role="holdout", max_length=lm.context_length, truncate=True)
-    expectation = Expectation(features(lm, unseen))
-    return NonMembers("unseen texts", unseen, expectation.of(features(lm, tokens)), expectation.of_unseen(), "")
+    expectation = Expectation(features(lm, unseen, batch_size=batch_size))
+    forget = expectation.of(features(lm, tokens, batch_size=batch_size))
+    return NonMembers("unseen texts", unseen, forget, expectation.of_unseen(), "")
 
 
 def unseen_texts() -> list[Example]:

@@ -19,7 +19,7 @@ from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path, shown
 from pyunlearn.output import check_output, model_name, versions
 from pyunlearn.probes import greedy_continuations
-from pyunlearn.probes.non_members import capped, evidence_notes
+from pyunlearn.probes.non_members import NO_LIKELIER, capped, evidence_notes
 from pyunlearn.probes.recitation import LONGEST, opening, recited
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
@@ -234,10 +234,13 @@ def _result(
     inputs: dict[str, Any],
 ) -> Result:
     """Return the result of a run; `inputs` describes the arguments of `unlearn` besides its settings."""
+    examples = _examples(session, texts.examples["forget"])
+    if stopped in ("forgotten", NO_LIKELIER) and any(e.recited_after for e in examples):
+        stopped = "still extracted"
     return Result(
         model,
         session.scorer.lm.tokenizer,
-        _examples(session, texts.examples["forget"]),
+        examples,
         _utility(session),
         stopped,
         session.stopping.non_member_scores.tolist(),

@@ -107,7 +107,7 @@ def ascend(
                 stopping.current = measurement
             else:
                 weights.rollback()
-                left_out = stopping.leave_out(measurement)
+                left_out = stopping.leave_out(measurement) if state.halvings else []  # first try a smaller rate
                 state.halvings += not left_out  # without them the round may succeed at this rate
                 weights.set_learning_rate(learning_rate / 2**state.halvings)
                 state.restore(snapshot)

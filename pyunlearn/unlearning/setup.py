@@ -100,7 +100,9 @@ def setup(
     forget, retain = tokens["forget"], tokens.get("retain")
 
     forget_scores, greedy_before = _score_forget_set(scorer, forget, bar)
-    non_members = _non_members(lm, examples, forget, tokens.get("holdout"), config.seed, processes, bar)
+    non_members = _non_members(
+        lm, examples, forget, tokens.get("holdout"), config.seed, scorer.batch_size, processes, bar
+    )
     texts_by_role = dict(tokens)
     if "alternates" in method.needs:
         count = (method.options | options)["alternates"]
@@ -205,6 +207,7 @@ def _non_members(
     forget: list[Tokens],
     holdout: list[Tokens] | None,
     seed: int,
+    batch_size: int,
     processes: Processes,
     bar: Progress,
 ) -> NonMembers:
@@ -214,7 +217,9 @@ def _non_members(
         require_enough(holdout, holdout=True)
         return uncalibrated("holdout", len(forget), holdout)
     bar.say("scoring unseen text")
-    chosen = [non_members_without_holdout(lm, examples, forget, seed=seed)] if processes.is_main else []
+    chosen = []
+    if processes.is_main:
+        chosen.append(non_members_without_holdout(lm, examples, forget, seed=seed, batch_size=batch_size))
     (non_members,) = processes.broadcast_objects(chosen)
     return non_members
 

@@ -129,9 +129,11 @@ class StoppingRule:
     def leave_out(self, measurement: Measurement) -> list[int]:
         """Return the examples that a rejected round drove below non-members from their target, active no more.
 
-        Such an example was active because of what is extracted of it, but its likelihood cannot fall further, and it
-        would stop the others.
+        Such an example was active because of what is extracted of it, but its likelihood has no room left, and it would
+        stop the others.
         """
+        if self.rejection_reason(measurement) != "over-unlearning":
+            return []
         near = self.memorized & (self.current.exposure.lower <= self.target_exposure)
         new = near & self.extracted & self._over_unlearned(measurement) & ~self.overshot
         self.overshot |= new
