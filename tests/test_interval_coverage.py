@@ -31,6 +31,8 @@ from pyunlearn.metrics.quality import UTILITY_PARTS
 from pyunlearn.study import statistics
 from pyunlearn.study.statistics import StepsToForget
 
+pytestmark = pytest.mark.full  # half a minute in all
+
 LEAST = 0.92
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from coverings import in_full
 
 from pyunlearn.data import read_examples
 from pyunlearn.data.rendering import Rendering
@@ -119,7 +120,7 @@ def test_the_form_that_was_trained_on_is_chosen(asked, rows, count):
     assert own.name in note
 
 
-@pytest.mark.parametrize("make", [tiny.chatter, tiny.answerer, tiny.translator])
+@pytest.mark.parametrize("make", [tiny.answerer, *in_full(tiny.chatter, tiny.translator)])
 def test_a_right_form_is_retained(make, one_thread):
     """A chat template, lines, and an encoder-decoder, each trained on what its records come as."""
     t = make()
