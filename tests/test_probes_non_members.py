@@ -63,17 +63,17 @@ def test_the_windows_score_each_token_once():
 def test_the_features_are_those_of_the_texts(english):
     """The likelihood as everywhere; after two tokens as of the windows themselves."""
     tokens = encode(unseen_texts()[:6], english.tokenizer, role="x", max_length=None)
-    found = features(english, tokens, batch_size=4)
+    measured = features(english, tokens, batch_size=4)
     scorer = Scorer(english, 3)
-    np.testing.assert_allclose(found.nll, -scorer.mean_log_likelihood(tokens), rtol=1e-5)
-    np.testing.assert_allclose(found.greedy_match, scorer.greedy_match(tokens), atol=1e-6)
+    np.testing.assert_allclose(measured.nll, -scorer.mean_log_likelihood(tokens), rtol=1e-5)
+    np.testing.assert_allclose(measured.greedy_match, scorer.greedy_match(tokens), atol=1e-6)
     for i, t in enumerate(tokens):
         windows, _ = _windows([t])
         each = np.concatenate(scorer.token_log_likelihood(windows))
         assert len(each) == len(t.scored)
-        assert found.short_nll[i] == pytest.approx(-each.mean(), rel=1e-5)
-    assert found.hidden.shape == (6, english.inner.config.hidden_size)
-    assert (found.short_entropy > 0).all()
+        assert measured.short_nll[i] == pytest.approx(-each.mean(), rel=1e-5)
+    assert measured.hidden.shape == (6, english.inner.config.hidden_size)
+    assert (measured.short_entropy > 0).all()
 
 
 # ---------------------------------------------------------------- the expectation
@@ -92,17 +92,17 @@ def made(rng, n, kinds=6, memorized=0.0):
 def test_unseen_texts_have_the_exposures_of_unseen_text_and_memorized_ones_stand_out():
     """Of each kind, 5 % at most count as memorized (8 % with chance) and the mean is near 1.44 bits."""
     rng = np.random.default_rng(1)
-    exposures, found = [], []
+    exposures, of_memorized = [], []
     for _ in range(40):
         pool = made(rng, 234)
         expectation = Expectation(pool)
         scores = pool.nll - expectation.of_unseen().nll
-        for memorized, out in ((0.0, exposures), (2.0, found)):
+        for memorized, out in ((0.0, exposures), (2.0, of_memorized)):
             texts_ = made(rng, 50, memorized=memorized)
             out.append(generalized_exposure(texts_.nll - expectation.of(texts_).nll, scores).lower)
     assert 1.2 < np.mean(exposures) < 1.7
     assert np.mean(np.array(exposures) >= SIGNIFICANT) < 0.08
-    assert np.mean(np.array(found) >= SIGNIFICANT) > 0.95
+    assert np.mean(np.array(of_memorized) >= SIGNIFICANT) > 0.95
 
 
 def test_without_the_expectation_kinds_are_mistaken_for_memorized():
