@@ -16,11 +16,10 @@ from pyunlearn.data import Example, check_texts, read_examples
 from pyunlearn.errors import ModelError
 from pyunlearn.models.devices import default_device
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
-from pyunlearn.models.sampling import require_enough
 from pyunlearn.options import Flag, accepts, require
 from pyunlearn.output import model_name, versions
 from pyunlearn.probes.cache import require_cache
-from pyunlearn.probes.non_members import uncalibrated
+from pyunlearn.probes.non_members import non_members_of_holdout
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
 
@@ -166,8 +165,7 @@ def _collect(
     examples, tokens = rendered.examples, rendered.tokens
     forget = tokens["forget"]
     if "holdout" in tokens:
-        require_enough(tokens["holdout"], holdout=True)
-        non_members = uncalibrated("holdout", len(forget), tokens["holdout"])
+        non_members = non_members_of_holdout(len(forget), tokens["holdout"])
     else:
         non_members = collector.non_members(examples["forget"], forget, config.seed)
     answer_prior = "answer_prior" in config.metrics

@@ -23,11 +23,10 @@ from pyunlearn.data.rendering import rendering_of
 from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError
 from pyunlearn.methods import METHODS, resolve
 from pyunlearn.models.language_model import LanguageModel
-from pyunlearn.models.sampling import require_enough
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
 from pyunlearn.output import model_name, scores_difference, settings_difference, versions
-from pyunlearn.probes.non_members import UTILITY_SOURCES, non_members_without_holdout, uncalibrated
+from pyunlearn.probes.non_members import UTILITY_SOURCES, non_members_of_holdout, non_members_without_holdout
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress
 
@@ -202,8 +201,7 @@ def _measure_original(
         examples, tokens = texts.examples, texts.tokens
         forget = tokens["forget"]
         if "holdout" in tokens:
-            require_enough(tokens["holdout"], holdout=True)
-            non_members = uncalibrated("holdout", len(forget), tokens["holdout"])
+            non_members = non_members_of_holdout(len(forget), tokens["holdout"])
         else:
             non_members = non_members_without_holdout(lm, examples["forget"], forget, seed=config.seed)
         utility = tokens.get("retain") or non_members.tokens

@@ -60,6 +60,12 @@ def uncalibrated(
     return NonMembers(grade, tokens, of_forget, own, reason)
 
 
+def non_members_of_holdout(forget: int, holdout: list[Tokens]) -> NonMembers:
+    """Return a holdout as the non-members of `forget` texts. Raises DataError for fewer than 19 texts."""
+    require_enough(holdout, holdout=True)
+    return uncalibrated("holdout", forget, holdout)
+
+
 def non_members_without_holdout(
     lm: LanguageModel, examples: Sequence[Example], tokens: Sequence[Tokens], *, seed: int = 0, batch_size: int = 16
 ) -> NonMembers:

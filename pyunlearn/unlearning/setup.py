@@ -14,9 +14,14 @@ from pyunlearn.methods import Method
 from pyunlearn.metrics.stein import ksd_difficulty
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import Likelihood
-from pyunlearn.models.sampling import require_enough, sample_alternates
+from pyunlearn.models.sampling import sample_alternates
 from pyunlearn.models.scoring import Scorer
-from pyunlearn.probes.non_members import UTILITY_SOURCES, NonMembers, non_members_without_holdout, uncalibrated
+from pyunlearn.probes.non_members import (
+    UTILITY_SOURCES,
+    NonMembers,
+    non_members_of_holdout,
+    non_members_without_holdout,
+)
 from pyunlearn.probes.representations import representations
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning.checkpoint import LoopState
@@ -214,8 +219,7 @@ def _non_members(
     """Return the holdout, or the non-members that the main process chooses in its place."""
     if holdout is not None:
         bar.say("scoring the holdout")
-        require_enough(holdout, holdout=True)
-        return uncalibrated("holdout", len(forget), holdout)
+        return non_members_of_holdout(len(forget), holdout)
     bar.say("scoring unseen text")
     chosen = []
     if processes.is_main:
