@@ -21,7 +21,7 @@ from pyunlearn.metrics import SIGNIFICANT, tpr_at_fpr
 FAST = [name for name in METRICS if name != "continuations"]
 
 
-@pytest.fixture(scope="module", params=["storyteller", "answerer", "chatter", "translator"])
+@pytest.fixture(scope="module", params=["storyteller", "answerer", *in_full("chatter", "translator")])
 def trained(request, one_thread):
     """Plain texts, questions, chats, and an encoder-decoder: models that have memorized two secrets."""
     return getattr(tiny, request.param)()

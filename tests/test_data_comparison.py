@@ -130,6 +130,7 @@ LENGTHS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("law", LENGTHS)
 @pytest.mark.parametrize(("n", "m"), [(1, 19), (3, 19), (20, 64), (100, 200)])
 def test_a_holdout_of_the_same_source_is_seldom_reported(law, n, m):

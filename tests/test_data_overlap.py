@@ -139,6 +139,7 @@ def test_a_famous_text_in_many_documents():
     assert near_copies([words(TEXT)], documents) == [(0, j) for j in range(30)]
 
 
+@pytest.mark.full
 def test_the_time_is_linear():
     """Eight times the texts take far less than 64 times as long: measured in the processor's own time."""
     r = random.Random(0)

@@ -53,6 +53,7 @@ def direction_of(model, tokenizer, forget, retain, n):
 # ---------------------------------------------------------------- the diagonal
 
 
+@pytest.mark.full
 def test_labels_are_drawn_from_the_model_and_their_squares_are_the_gauss_newton_diagonal(small):  # noqa: F811
     """The diagonal is that of the mean NLL per token; the texts' own labels would give another one."""
     model, tokenizer = small

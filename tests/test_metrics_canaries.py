@@ -159,6 +159,7 @@ def test_an_insertion_that_would_spoil_the_measure_is_refused(arguments, message
 # ---------------------------------------------------------------- exposure
 
 
+@pytest.mark.full
 def test_secrets_that_were_never_inserted_have_the_exposure_of_unseen_text():
     """A toy model with uneven digits has a mean of 1.443 bits over 400 sets, and 8 bits for a secret that it was
     taught."""

@@ -113,6 +113,7 @@ def by_hand(difference):
     return min(1, 2 * min(tails))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("n", [3, 6, 12, 40])
 def test_the_t_interval_of_a_mean_covers_as_it_says(n):
     """95 % intervals hold the mean of a normal law in 95 % of 4000 sets; of a paired difference it is the same."""
@@ -166,6 +167,7 @@ def test_thirteen_texts_are_counted_and_fourteen_are_drawn():
     assert 2 / 10_000 <= many.pvalue < 0.002
 
 
+@pytest.mark.full
 def test_its_size_is_what_it_says():
     """For skewed differences symmetric about 0, 5 % of 400 p-values are below 5 %."""
     rng = np.random.default_rng(0)
@@ -241,6 +243,7 @@ def test_an_aggregate_is_the_same_for_the_same_seed():
     )
 
 
+@pytest.mark.full
 def test_an_aggregate_s_interval_covers_as_often_as_it_says():
     """90 % intervals cover the true perplexity in 80 to 97 % of 100 corpora of 40 texts; the mean log-likelihood per
     token is 2 for every length."""

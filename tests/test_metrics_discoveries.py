@@ -40,6 +40,7 @@ def test_so_many_non_members_are_enough_and_one_fewer_is_not(n, k):
         assert discoveries(generalized_exposure(scores, np.arange(m)).lower).significant.sum() == selected
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("m", [64, 199, 999])
 @pytest.mark.parametrize("n", [1, 20, 400])
 def test_unseen_texts_are_hardly_ever_selected(n, m):

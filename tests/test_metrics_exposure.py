@@ -31,6 +31,7 @@ def exchangeable(m, count, seed=0):
     return np.array([f.lower[0] for f in result]), np.array([f.upper[0] for f in result])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("m", [19, 99])
 def test_text_that_is_exchangeable_with_its_non_members_passes_the_null(m):
     """P(exposure >= k) <= 2^-k for every k on either side, within the error of 20,000 draws."""
@@ -67,6 +68,7 @@ def test_it_is_exponential_with_rate_ln_2():
     assert stats.kstest(memorized, "expon", args=(0, 1 / math.log(2))).pvalue < 1e-6
 
 
+@pytest.mark.full
 def test_significant_is_what_one_unseen_text_in_twenty_reaches():
     """log2(20) bits are exceeded with probability 1/20; the smallest holdout that can show it has 19 texts."""
     assert pytest.approx(1 / 20) == 2**-SIGNIFICANT

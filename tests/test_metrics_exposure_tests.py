@@ -25,6 +25,7 @@ def exposures(rng, n, m, shared, shift=0.0):
     return generalized_exposure(rng.gumbel(size=n) - shift, rng.gumbel(size=m if shared else (n, m))).lower
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("n", "m", "shared"), [(40, 63, True), (30, 19, False), *in_full((40, 63, False), (200, 63, True))]
 )
@@ -42,6 +43,7 @@ def test_the_null_test_has_the_size_it_says(n, m, shared):
     assert p.mean() == pytest.approx(0.5, abs=0.06)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("n", "m", "shared"), [(40, 63, True), (30, 19, False), *in_full((400, 64, True), (400, 199, True))]
 )
@@ -56,6 +58,7 @@ def test_the_top_test_has_the_size_it_says(n, m, shared):
     assert np.mean([t.pvalue <= 0.2 for t in tests]) > 0.08  # counts are discrete, so the test is a little conservative
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("m", "power"), [(64, 0.7), *in_full((199, 0.99), (999, 0.99))])
 def test_twenty_memorized_texts_among_four_hundred_are_seen(m, power):
     """By the exact p-value, at 4 standard deviations; the Kolmogorov-Smirnov test sees 4 to 18 % of such sets."""
@@ -138,6 +141,7 @@ def test_extrapolated_exposures_count_as_the_largest_and_others_must_fit_m():
 # ---------------------------------------------------------------- against a retrained model
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("paired", [True, False])
 def test_the_two_sample_test_has_the_size_it_says(paired):
     """At 5 and 20 % the rejection rate over 400 pairs of alike sets is nominal, paired or not."""
@@ -185,6 +189,7 @@ def test_the_two_sample_test_has_an_interval_of_the_mean_where_it_knows_the_non_
 # ---------------------------------------------------------------- the mean
 
 
+@pytest.mark.full
 def test_the_mean_s_interval_draws_gaps_and_texts():
     """The ends agree with a plain simulation: the law's share at the middle of each text's gap, the mean exposure of
     these shares among new non-members, and Student's t on the logit scale."""

@@ -34,6 +34,7 @@ def test_a_memorized_set_has_area_one():
     assert auc([9.0, 8.0], [3.0, 4.0]).estimate == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("shift", "n", "m"), [(0.0, 30, 50), (1.0, 30, 50), (2.3, 40, 25)])
 def test_the_interval_of_the_area_covers(shift, n, m):
     """95 % intervals cover the area of two normal laws in 92 to 98 % of 600 samples, from chance to 0.95."""
@@ -165,6 +166,7 @@ def test_the_interval_of_privleak_draws_each_text_under_both_models():
     np.testing.assert_allclose(same, result)
 
 
+@pytest.mark.full
 def test_the_interval_of_privleak_covers_as_often_as_it_says():
     """90 % intervals cover PrivLeak of two normal laws one apart in 82 to 97 % of 200 samples."""
     rng = np.random.default_rng(0)

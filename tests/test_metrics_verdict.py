@@ -94,6 +94,7 @@ def test_still_exposed_is_certain_where_memorized_is():
     assert not verdict([3.5], [3.5], few).certain[0]
 
 
+@pytest.mark.full
 def test_a_false_alarm_is_hardly_ever_certain():
     """Single texts that were never trained on: 5 % are called memorized, and half of these at most certainly."""
     rng, alarms, certain = np.random.default_rng(0), [], []

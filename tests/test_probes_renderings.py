@@ -48,6 +48,7 @@ def asked(one_thread):
 # ---------------------------------------------------------------- the test
 
 
+@pytest.mark.full
 def test_equal_forms_are_switched_in_fewer_than_1_in_100_runs():
     """Of records at 2 nats a token whose likelihood differs by chance between five forms, by 0.3 nats or by 1."""
     r = np.random.default_rng(0)
@@ -85,6 +86,7 @@ def test_the_largest_gain_comes_first():
     assert favoured([large, small])[0] is large
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("scale", [1, 3])
 def test_random_models_keep_the_records_own_form(scale, one_thread):
     """Models that have read nothing, also with predictions far from uniform: 0 of 40 runs."""
@@ -106,6 +108,7 @@ def test_random_models_keep_the_records_own_form(scale, one_thread):
 # ---------------------------------------------------------------- trained models
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rows", [tiny.facts, tiny.chats, tiny.pairs])
 @pytest.mark.parametrize("count", [1, 2, 30])
 def test_the_form_that_was_trained_on_is_chosen(asked, rows, count):

@@ -63,6 +63,7 @@ def test_without_a_retain_set_utility_is_measured_on_the_holdout(story):
     assert {record["retain_nll"] for record in result.history} == {None}
 
 
+@pytest.mark.full
 def test_a_gpt2_forgets_the_answers_in_a_jsonl_file(answers, tmp_path):
     """Questions are not scored; the tokenizer may lack a pad token."""
     paths = {}
@@ -89,6 +90,7 @@ def test_a_llama_forgets_chat_messages():
     assert result.examples[0].text.endswith(chats.forget[0]["messages"][-1]["content"])
 
 
+@pytest.mark.full
 def test_a_t5_forgets_completions(t5):
     """The encoder reads the prompt; the decoder's completion is forgotten."""
     check_forgotten(run(t5, t5.forget + t5.unseen, retain_weight=4.0), t5)

@@ -145,6 +145,7 @@ def taken(result):
     return [i for record in result.history if record["round"] == 0 for i in record["examples"]]
 
 
+@pytest.mark.full
 def test_the_order_is_that_of_the_difficulties(story):
     """They are the caller's numbers, NLLs under a reference model, or Stein discrepancies to the retain set."""
     forget = story.forget + story.retain[:3]

@@ -145,6 +145,7 @@ def test_the_utility_interval_is_student_s_of_paired_changes():
     assert rule(utility=[2.0]).utility_interval() is None
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("n", [3, 6, 12, 40])
 def test_the_utility_interval_covers_as_it_says(n):
     """95 % intervals of a rise of 4 % hold it in 92 to 98 % of 1500 sets; a percentile bootstrap of 3 texts in 75 %."""
