@@ -1,6 +1,6 @@
 """Every method at equal utility on TOFU: a small model memorizes facts about made-up authors, then forgets some.
 
-    python benchmarks/compare_tofu.py --data TOFU --out OUT
+    python -m benchmarks.compare_tofu --data TOFU --out OUT
 
 TOFU (Maini et al. 2024, arXiv 2401.06121) is a folder with forget10.jsonl and retain90.jsonl, a question and an answer
 per line. SmolLM2-135M, which is the demo's model, is first fine-tuned on the forget and retain texts until it knows
@@ -16,11 +16,7 @@ document.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import random
-import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -28,14 +24,11 @@ import torch
 from rich.console import Console
 
 import pyunlearn
+from benchmarks.tofu import Recipe, Rows, drawn, fine_tuned, say
 from pyunlearn import models
 from pyunlearn.cli.demo_model import demo_model
 from pyunlearn.comparing import Comparison, Measurement, Row, comparison_table
-from pyunlearn.data import Tokens, read_examples
 from pyunlearn.methods import METHODS
-from pyunlearn.models.language_model import LanguageModel
-
-_BATCH_SIZE = 8  # texts in a step of the fine-tuning
 
 
 def main(arguments: list[str] | None = None) -> Comparison:
@@ -44,7 +37,8 @@ def main(arguments: list[str] | None = None) -> Comparison:
     torch.set_num_threads(options.threads or torch.get_num_threads())
     began = time.perf_counter()
     texts = drawn(options.data, options.forget, options.retain, options.holdout, options.longest, options.seed)
-    folder = fine_tuned(options, texts)
+    recipe = Recipe(options.fine_tuning_rate, options.known, options.epochs, options.seed)
+    folder = fine_tuned(options.model or demo_model(), options.out, [texts["forget"], texts["retain"]], recipe)
     model, tokenizer = models.load(folder)
     comparison = pyunlearn.compare(
         model,
@@ -66,7 +60,7 @@ def main(arguments: list[str] | None = None) -> Comparison:
     )
     (options.out / "table.md").write_text(markdown(comparison, options))
     Console(width=120).print(comparison_table(comparison))
-    _say(f"{time.perf_counter() - began:.0f} s; the table is in {options.out / 'table.md'}")
+    say(f"{time.perf_counter() - began:.0f} s; the table is in {options.out / 'table.md'}")
     return comparison
 
 
@@ -101,77 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def drawn(
-    data: Path, forget: int, retain: int, holdout: int, longest: int, seed: int
-) -> dict[str, list[dict[str, str]]]:
-    """Draw question and answer pairs by role, none of them twice."""
-    chosen, r = {}, random.Random(seed)
-    for name, count in (("forget10", forget), ("retain90", retain + holdout)):
-        lines = (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [row for row in map(json.loads, lines) if len(row["question"] + row["answer"]) <= longest]
-        if len(rows) < count:
-            sys.exit(
-                f"{name}.jsonl has {len(rows)} pairs of at most {longest} characters, and {count} are wanted: "
-                "raise --longest"
-            )
-        chosen[name] = r.sample(rows, count)
-    others = chosen["retain90"]
-    return {"forget": chosen["forget10"], "retain": others[:retain], "holdout": others[retain:]}
-
-
-def with_winners(rows: list[dict[str, str]], data: Path) -> list[dict[str, str]]:
+def with_winners(rows: Rows, data: Path) -> Rows:
     """Add the first wrong answer of forget10_perturbed.jsonl, where there is that file, for `dpo` to prefer."""
     wrong: dict[str, str] = {}
     if (data / "forget10_perturbed.jsonl").exists():
         lines = (data / "forget10_perturbed.jsonl").read_text(encoding="utf-8").splitlines()
         wrong = {row["question"]: row["perturbed_answer"][0] for row in map(json.loads, lines)}
     return [row | ({"winner": wrong[row["question"]]} if row["question"] in wrong else {}) for row in rows]
-
-
-def fine_tuned(options: argparse.Namespace, texts: dict[str, list[dict[str, str]]]) -> Path:
-    """Return the folder of the model that knows forget and retain texts; fine-tune it unless that has been done."""
-    where = str(options.model or demo_model())
-    recipe = [Path(where).name, texts["forget"], texts["retain"]]
-    recipe += [options.fine_tuning_rate, options.known, options.epochs, options.seed]
-    folder = options.out / f"model-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]}"
-    if folder.exists():
-        _say(f"fine-tuned before: {folder}")
-        return folder
-    model, tokenizer = models.load(where)
-    tokenizer.chat_template = None  # its system message is longer than most questions, and would be read with each
-    lm = LanguageModel.of(model, tokenizer)
-    tokens = lm.encode({role: read_examples(texts[role], role=role) for role in ("forget", "retain")})
-    model.eval()  # no dropout: the model shall memorize
-    _train(lm, tokens, options)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for part in (model, tokenizer):
-        part.save_pretrained(partial)
-    partial.rename(folder)
-    return folder
-
-
-def _train(lm: LanguageModel, tokens: dict[str, list[Tokens]], options: argparse.Namespace) -> None:
-    """Train by maximum likelihood in shuffled batches, until the forget answers are known."""
-    optimizer = torch.optim.AdamW(lm.module.parameters(), lr=options.fine_tuning_rate, weight_decay=0.0)
-    r = random.Random(options.seed)
-    both = tokens["forget"] + tokens["retain"]
-    for epoch in range(1, options.epochs + 1):
-        began = time.perf_counter()
-        r.shuffle(both)
-        for start in range(0, len(both), _BATCH_SIZE):
-            ((_, batch),) = lm.batches(both[start : start + _BATCH_SIZE], _BATCH_SIZE)
-            optimizer.zero_grad()
-            (-lm.likelihood(batch).mean()).backward()
-            torch.nn.utils.clip_grad_norm_(lm.module.parameters(), 1.0)
-            optimizer.step()
-        with torch.no_grad():
-            values = torch.cat([lm.likelihood(batch) for _, batch in lm.batches(tokens["forget"], _BATCH_SIZE)])
-        nll, seconds = -float(values.mean()), time.perf_counter() - began
-        _say(f"fine-tuning, epoch {epoch}: forget answers {nll:.3f} nats per token ({seconds:.0f} s)")
-        if nll <= options.known:
-            return
-    _say(f"the forget answers are not known to {options.known} nats per token after {options.epochs} epochs")
 
 
 _COLUMNS = (
@@ -233,10 +163,6 @@ def _cells(comparison: Comparison, m: Measurement) -> list[str]:
         f"{m.utility_nll.estimate:.2f}",
         f"{comparison.utility_share(m):.1%}",
     ]
-
-
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
