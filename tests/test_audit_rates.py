@@ -1,0 +1,66 @@
+"""How often an audit of many texts is right, from end to end: false alarms, and memorized texts that are named."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import pyunlearn
+
+DRAWS = 100
+MEMORIZED = 20
+
+
+@pytest.fixture(scope="module")
+def model(one_thread):
+    """A Llama that has memorized 20 records among 400 of the same source, and its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tokenizer()
+    network = tiny.tiny_llama(len(tokenizer))
+    tiny.train(network, tokenizer, tiny.facts(400, 2) + tiny.facts(MEMORIZED, 3) * 20, epochs=8)
+    return network, tokenizer
+
+
+@pytest.fixture(scope="module")
+def unseen():
+    """Records that were never trained on, all different."""
+    return list({row["question"]: row for row in tiny.facts(6000, 4)}.values())
+
+
+def audits(model, unseen, memorized, cache):
+    """Yield the audit of 400 records, the first of which are `memorized`, with 999 non-members, for each draw."""
+    network, tokenizer = model
+    for seed in range(DRAWS):
+        chosen = np.random.default_rng(seed).choice(len(unseen), 1399 - len(memorized), replace=False)
+        rows = memorized + [unseen[i] for i in chosen]
+        yield pyunlearn.audit(
+            network,
+            rows[:400],
+            holdout=rows[400:],
+            tokenizer=tokenizer,
+            metrics=["membership"],
+            template="none",
+            cache=cache,
+            progress=False,
+        )
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_texts_that_were_never_trained_on_pass(model, unseen, tmp_path):
+    """In at least 93 of 100 draws."""
+    assert sum(audit.passed for audit in audits(model, unseen, [], tmp_path)) >= 93
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_memorized_texts_are_named_and_others_are_not(model, unseen, tmp_path):
+    """At least 80 % of the memorized are named, and at most 8 % of those that are named were never trained on."""
+    named, false = [], []
+    for audit in audits(model, unseen, tiny.facts(MEMORIZED, 3), tmp_path):
+        exposed = np.array([e.verdict == "still exposed" for e in audit.examples])
+        assert not audit.passed
+        named.append(exposed[:MEMORIZED].mean())
+        false.append(exposed[MEMORIZED:].sum() / max(exposed.sum(), 1))
+    assert np.mean(named) >= 0.8
+    assert np.mean(false) <= 0.08
