@@ -19,7 +19,7 @@ from pyunlearn.models.language_model import LanguageModel, require_model, requir
 from pyunlearn.options import Flag, accepts, require
 from pyunlearn.output import model_name, versions
 from pyunlearn.probes.cache import require_cache
-from pyunlearn.probes.non_members import non_members_of_holdout
+from pyunlearn.probes.non_members import non_members_of_holdout, unsuitable
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
 
@@ -54,11 +54,12 @@ def audit(
         forget: the texts in question: a text, a list of texts or dicts, a datasets.Dataset, or a path.
         holdout: text of the same kind that was not trained on, same forms; 19 different texts or more, none of them a
             copy of a forget text. Default: texts written for this package, each score less what is expected of unseen
-            text like it, or text sampled from the original model (or else from the model) where these cannot serve;
-            then membership attacks are left out, since neither is a fair comparison.
+            text like it, or where these cannot serve text sampled from the reference model, the original model or else
+            the model; then membership attacks are left out, since neither is a fair comparison.
         retain: text that must keep working, same forms: its likelihood is reported, with an interval.
         original: the model before unlearning, same forms as `model`.
-        reference_model: a model that never saw the forget texts, best one retrained without them: it calibrates a
+        reference_model: a model that never saw the forget texts, best one retrained without them, or the one before
+            fine-tuning: each score is the model's less the reference model's of the same text. It also calibrates a
             membership score, and PrivLeak is measured against it.
         tokenizer: the model's, or where it is. Default: where the model came from.
         cache: folder of each model's outputs, by hash of weights and text: an interrupted audit resumes, a second one
@@ -149,7 +150,10 @@ def _collect(
     cache: str | Path | None,
     bar: Progress,
 ) -> Collected:
-    """Run the original, the model and the reference model, one after the other: only one needs to be in memory."""
+    """Run the original, the model and the reference model, one after the other: only one needs to be in memory.
+
+    Where the reference model has to write the non-members, it is read before the others.
+    """
 
     def collector_of(name: str, tokenizer: Any) -> ResponseCollector:
         bar.say("loading")
@@ -158,18 +162,33 @@ def _collect(
             lm.module.to(default_device())
         return ResponseCollector(lm, cache=cache, batch_size=config.batch_size, bar=bar)
 
+    def reference_collector() -> ResponseCollector:
+        collector = collector_of("reference_model", tokenizer)
+        _require_vocabulary("reference_model", collector.lm.vocabulary, first, vocabulary)
+        return collector
+
     first = "model" if models["original"] is None else "original"
     collector = collector_of(first, tokenizer)
     tokenizer, vocabulary = collector.lm.tokenizer, collector.lm.vocabulary
     rendered = _in_best_form(collector, examples, config, "the model" if first == "model" else "the original model")
     examples, tokens = rendered.examples, rendered.tokens
     forget = tokens["forget"]
-    if "holdout" in tokens:
+    has_reference, has_holdout = models["reference_model"] is not None, "holdout" in tokens
+    writes = has_reference and not has_holdout and bool(unsuitable(collector.lm, examples["forget"], reads_head=False))
+    if writes:
+        del collector
+        collector = reference_collector()
+    if has_holdout:
         non_members = non_members_of_holdout(len(forget), tokens["holdout"])
     else:
-        non_members = collector.non_members(examples["forget"], forget, config.seed)
+        non_members = collector.non_members(examples["forget"], forget, config.seed, is_reference=has_reference)
     answer_prior = "answer_prior" in config.metrics
     texts = AuditTexts.of(collector.lm, examples, tokens, non_members, answer_prior=answer_prior)
+    retrained: Responses | None = None
+    if writes:
+        retrained = collector.collect(texts, "the reference model", roles=("forget", "non_members"))
+        del collector
+        collector = collector_of(first, tokenizer)
     indices = list(range(len(texts.openings))) if "continuations" in config.metrics else []
     budget = config.budget
 
@@ -181,12 +200,11 @@ def _collect(
         collector = collector_of("model", tokenizer)
         _require_vocabulary("model", collector.lm.vocabulary, first, vocabulary)
     now = collector.collect(texts, "the model", indices=indices, budget=budget)
-    retrained: Responses | None = None
-    if models["reference_model"] is not None:
+    if has_reference and retrained is None:
         del collector
-        collector = collector_of("reference_model", tokenizer)
-        _require_vocabulary("reference_model", collector.lm.vocabulary, first, vocabulary)
-        retrained = collector.collect(texts, "the reference model", roles=("forget", "non_members"))
+        retrained = reference_collector().collect(texts, "the reference model", roles=("forget", "non_members"))
+    if retrained is not None:
+        texts = texts.calibrated(before or now, retrained)
     return Collected(texts, rendered, tokenizer, now, before, retrained)
 
 

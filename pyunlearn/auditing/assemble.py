@@ -14,7 +14,6 @@ from pyunlearn import metrics
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.responses import AuditTexts, Responses
 from pyunlearn.auditing.result import Audit, AuditedExample, Measures, Membership, NonMembers, RetainUtility, Writing
-from pyunlearn.data import score_note
 from pyunlearn.metrics import (
     Interval,
     auc,
@@ -203,12 +202,8 @@ class AuditAssembler:
         return NonMembers(self.non_members.grade, self.before is not None, self.non_member_scores.tolist(), drift)
 
     def _notes(self, judged: metrics.Verdict) -> list[str]:
-        """Compare the holdout with the forget set under the reference model, and say what the evidence cannot show."""
-        notes = evidence_notes(self.non_members, judged.verdict.tolist(), rate=self.false_discovery_rate)
-        if self.retrained is None or not self.texts.holdout:
-            return notes
-        forget, holdout = (-self.retrained.statistics[role].mean_log_likelihood for role in ("forget", "non_members"))
-        return score_note(forget, holdout) + notes
+        """Say what the verdicts rest on, and what the evidence cannot show."""
+        return evidence_notes(self.non_members, judged.verdict.tolist(), rate=self.false_discovery_rate)
 
     def _utility(self) -> RetainUtility | None:
         if "retain" not in self.now.statistics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,13 @@ from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.probes import TeacherForced, decoding, greedy_continuations, teacher_forced, without_prompt
 from pyunlearn.probes.cache import Cache
 from pyunlearn.probes.calibration import Expected
-from pyunlearn.probes.non_members import GRADES, NonMembers, non_members_without_holdout, unsuitable
+from pyunlearn.probes.non_members import (
+    GRADES,
+    NonMembers,
+    calibrated,
+    non_members_without_holdout,
+    unsuitable,
+)
 from pyunlearn.probes.recitation import LONGEST, opening
 from pyunlearn.probes.teacher_forced import FIELDS
 from pyunlearn.progress import Progress
@@ -58,6 +64,15 @@ class AuditTexts:
             roles["without_prompt"] = [without_prompt(t, start) for t, has_prompt in prompted if has_prompt]
         openings = [opening(t, has_prompt) for t, has_prompt in prompted]
         return cls(examples["forget"], examples.get("holdout", []), roles, openings, non_members)
+
+    def calibrated(self, original: Responses, reference: Responses) -> AuditTexts:
+        """Return the texts with a reference model's numbers as what is expected of unseen text."""
+        forget, own = (
+            Expected(-x.mean_log_likelihood, x.greedy_match)
+            for x in (reference.statistics[role] for role in ("forget", "non_members"))
+        )
+        nll = -original.statistics["forget"].mean_log_likelihood
+        return replace(self, non_members=calibrated(self.non_members, nll, forget, own))
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,14 +176,19 @@ class ResponseCollector:
         passes = len({t for each in tokens.values() for t in each})
         return Responses(statistics, dict(zip(indices, decoded, strict=True)), passes)
 
-    def non_members(self, examples: Sequence[Example], forget: list[Tokens], seed: int) -> NonMembers:
+    def non_members(
+        self, examples: Sequence[Example], forget: list[Tokens], seed: int, *, is_reference: bool
+    ) -> NonMembers:
         """Return non-members in place of a holdout; from the cache, if they were chosen before."""
-        store = self.cache.store("non_members", ("grade", "texts", "expected"))
+        kind = "reference_non_members" if is_reference else "non_members"
+        store = self.cache.store(kind, ("grade_rank", "texts", "expected"))
         key = store.key(forget[0], seed, [store.key(t) for t in forget] if self.cache.folder else None)
         if key not in store:
             self.bar.say("scoring unseen text")
             with evaluation_mode(self.lm.module):
-                chosen = non_members_without_holdout(self.lm, examples, forget, seed=seed, batch_size=self.batch_size)
+                chosen = non_members_without_holdout(
+                    self.lm, examples, forget, is_reference=is_reference, seed=seed, batch_size=self.batch_size
+                )
             if not self.cache.folder:
                 return chosen
             expected = np.concatenate([*chosen.forget, *chosen.own])
@@ -178,9 +198,8 @@ class ResponseCollector:
         tokens, n = _unpacked(texts), len(forget)
         ends = np.cumsum([n, n, len(tokens)])
         parts = np.split(expected, ends)
-        return NonMembers(
-            GRADES[int(grade[0])], tokens, Expected(*parts[:2]), Expected(*parts[2:]), unsuitable(self.lm, examples)
-        )
+        reason = unsuitable(self.lm, examples, reads_head=not is_reference)
+        return NonMembers(GRADES[int(grade[0])], tokens, Expected(*parts[:2]), Expected(*parts[2:]), reason)
 
     def _within_budget(self, texts: AuditTexts, forced: TeacherForced, budget: int) -> list[int]:
         """Choose the texts to decode where there is no time for all: those likely recited (`metrics.audit_within`)."""

@@ -115,12 +115,12 @@ class NonMembers:
     """Texts that were not trained on, which exposures are measured against."""
 
     source: str
-    """holdout, unseen texts (written for this package) or self-sampled."""
+    """What the verdicts rest on: holdout, reference model, unseen texts (written for this package) or self-sampled."""
     anchored: bool
     """True where they were scored under the original model, in addition to this one."""
     scores: list[float] = field(repr=False)
-    """Mean negative log-likelihoods, nats a token, under the model that decides the verdicts; without a holdout, less
-    what was expected of each."""
+    """Mean negative log-likelihoods, nats a token, under the model that decides the verdicts; less those of the
+    reference model if there is one, or less what is expected of unseen text if there is no holdout."""
     drift: Interval | None
     """Mean rise of their negative log-likelihood from the original model to this one, nats a token."""
 

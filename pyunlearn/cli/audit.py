@@ -42,7 +42,8 @@ Retrained = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="A model that never saw the texts, at best retrained without them: for PrivLeak.",
+        help="A model that never saw the texts, at best retrained without them, or MODEL before fine-tuning: "
+        "calibrates the verdicts and the membership attacks.",
         rich_help_panel="Model",
     ),
 ]

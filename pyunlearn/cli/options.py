@@ -75,7 +75,8 @@ ReferenceModel = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="The model that methods such as npo and kl compare with. Default: MODEL as it is.",
+        help="A model that never saw the forget texts, best MODEL before fine-tuning: calibrates the verdicts, and "
+        "methods such as npo and kl compare with it (default for these: MODEL as it is).",
         rich_help_panel="Model",
     ),
 ]

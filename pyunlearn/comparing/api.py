@@ -26,9 +26,17 @@ from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
 from pyunlearn.output import model_name, scores_difference, settings_difference, versions
-from pyunlearn.probes.non_members import UTILITY_SOURCES, non_members_of_holdout, non_members_without_holdout
+from pyunlearn.probes.non_members import (
+    NonMembers,
+    calibrated,
+    non_members_of_holdout,
+    non_members_without_holdout,
+    reference_notes,
+    reference_numbers,
+)
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress
+from pyunlearn.unlearning.reference import reference_on_device
 
 
 @accepts(CompareConfig)
@@ -65,7 +73,8 @@ def compare(
         holdout: text of the forget set's kind that was never trained on; 19 different texts or more, no copy of a
             forget text among them. Default: as for `pyunlearn.unlearn`.
         tokenizer: needed when `model` is a model object whose name leads to none.
-        reference_model: the model that npo and others compare with, as for `pyunlearn.unlearn`.
+        reference_model: calibrates the verdicts of every row, and npo and others compare with it, as for
+            `pyunlearn.unlearn`.
         output_dir: new, empty, or that of an interrupted comparison with the same settings, which then resumes: each
             row is written as soon as it is finished. Rows of methods that are not in `methods` stay. At the end table
             and plot are written too.
@@ -102,9 +111,9 @@ def compare(
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     with Restored(lm) as start:
         texts = _rendered(lm, examples, config, progress)
-        criterion, utility_text = _measure_original(lm, texts, config, progress)
+        criterion, utility_text = _measure_original(lm, texts, config, reference_model, progress)
         comparison = _start(criterion, utility_text, record, folder)
-        comparison.notes = notes + texts.notes(memorized=True)
+        comparison.notes = notes + texts.notes(memorized=True) + reference_notes(criterion.non_members)
         if texts.rendering.key != "file":  # the examples are rendered already
             config = replace(config, template=rendering_of("auto", lm.tokenizer).key)
         inputs = {**texts.examples, "tokenizer": lm.tokenizer, "reference_model": reference_model, "progress": progress}
@@ -192,23 +201,37 @@ def _rendered(
 
 
 def _measure_original(
-    lm: LanguageModel, texts: RenderedTexts, config: CompareConfig, progress: bool | None
+    lm: LanguageModel, texts: RenderedTexts, config: CompareConfig, reference_model: Any, progress: bool | None
 ) -> tuple[Criterion, str]:
     """Return the criterion with the original's measurement, and the name of the text on which utility is measured."""
     bar = Progress(progress, "comparing")
     try:
         bar.say("measuring the original")
-        examples, tokens = texts.examples, texts.tokens
-        forget = tokens["forget"]
-        if "holdout" in tokens:
-            non_members = non_members_of_holdout(len(forget), tokens["holdout"])
-        else:
-            non_members = non_members_without_holdout(lm, examples["forget"], forget, seed=config.seed)
-        utility = tokens.get("retain") or non_members.tokens
+        forget, retain = texts.tokens["forget"], texts.tokens.get("retain")
+        non_members = _non_members(lm, texts, config, reference_model)
+        utility = retain or non_members.tokens
         criterion = Criterion(lm, forget=forget, utility=utility, non_members=non_members, config=config)
     finally:
         bar.close()
-    return criterion, "retain set" if "retain" in tokens else UTILITY_SOURCES[non_members.grade]
+    return criterion, non_members.utility_source if retain is None else "retain set"
+
+
+def _non_members(lm: LanguageModel, texts: RenderedTexts, config: CompareConfig, reference_model: Any) -> NonMembers:
+    """Return the non-members of every row, less the reference model's numbers where there is one."""
+    forget, examples = texts.tokens["forget"], texts.examples["forget"]
+    with reference_on_device(lm, reference_model) as reference:
+        is_reference = reference_model is not None
+        if "holdout" in texts.tokens:
+            non_members = non_members_of_holdout(len(forget), texts.tokens["holdout"])
+        else:
+            non_members = non_members_without_holdout(
+                reference, examples, forget, is_reference=is_reference, seed=config.seed
+            )
+        if not is_reference:
+            return non_members
+        scorer = Scorer(lm, 2 * config.batch_size)
+        numbers = [reference_numbers(scorer, reference.likelihood, x) for x in (forget, non_members.tokens)]
+        return calibrated(non_members, -scorer.mean_log_likelihood(forget), *numbers)
 
 
 def _start(criterion: Criterion, utility_text: str, record: dict[str, Any], folder: Path | None) -> Comparison:

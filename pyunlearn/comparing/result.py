@@ -84,7 +84,7 @@ class Comparison:
     rows: list[Row]
     original: Measurement
     utility_text: str
-    """The text on which utility is measured: retain set, holdout, or text sampled from the model."""
+    """The text on which utility is measured: retain set, holdout, unseen texts, or sampled text."""
     non_members: int
     """Number of non-members behind the exposures, which reach log2(non_members + 1) bits at most."""
     scores: dict[str, list[float]] = field(repr=False)

@@ -79,9 +79,13 @@ class Scorer:
         return self._means(tokens, likelihood or self.lm.likelihood)
 
     @torch.no_grad()
-    def greedy_match(self, tokens: Sequence[Tokens]) -> Floats:
-        """Return (len(tokens),) the share of each text's scored tokens that are the model's first choice, 0 to 1."""
-        return self._means(tokens, lambda batch: self.lm.likelihood.greedy_matches(batch).float())
+    def greedy_match(self, tokens: Sequence[Tokens], likelihood: Likelihood | None = None) -> Floats:
+        """Return (len(tokens),) the share of each text's scored tokens that are the model's first choice, 0 to 1.
+
+        Arguments as above.
+        """
+        matches = (likelihood or self.lm.likelihood).greedy_matches
+        return self._means(tokens, lambda batch: matches(batch).float())
 
     @torch.no_grad()
     def token_log_likelihood(self, tokens: Sequence[Tokens], likelihood: Likelihood | None = None) -> list[Floats]:

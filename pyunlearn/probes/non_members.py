@@ -12,20 +12,19 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.data import Example, Tokens, encode
+from pyunlearn.data import Example, Tokens, encode, score_note
+from pyunlearn.errors import ModelError
 from pyunlearn.metrics import non_members_needed
-from pyunlearn.models import head_problem
+from pyunlearn.models import Likelihood, head_problem
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.sampling import require_enough, sample_non_members
+from pyunlearn.models.scoring import Scorer
 from pyunlearn.probes.calibration import Expectation, Expected, features
 
 Floats = NDArray[np.float64]
 
-GRADES = ("holdout", "unseen texts", "self-sampled")
-"""Sources of non-members, the strongest evidence first."""
-
-UTILITY_SOURCES = {"holdout": "holdout", "unseen texts": "unseen texts", "self-sampled": "text sampled from the model"}
-"""Grade -> name of the utility set where the non-members serve as one."""
+GRADES = ("holdout", "reference model", "unseen texts", "self-sampled")
+"""What a verdict rests on, the strongest evidence first."""
 
 NO_LIKELIER = "no likelier"
 """The verdict in place of "forgotten" where the non-members are self-sampled."""
@@ -35,6 +34,8 @@ TEXTS = Path(__file__).with_name("unseen_texts.jsonl")
 _LATIN = 0.8  # share of the forget set's letters from which texts in English and German are compared with it
 _UNKNOWN = 0.05  # share of unknown tokens up to which a tokenizer reads these texts
 _CHARACTERS = 2.0  # of these texts that it makes one token of, at least
+_SAME = 1e-4  # nats a token: models that differ by less on every text are one model
+_HOLDOUT = "A holdout is better evidence: 19 or more texts of the same kind that were never trained on (--holdout)."
 
 
 class NonMembers(NamedTuple):
@@ -45,11 +46,22 @@ class NonMembers(NamedTuple):
     tokens: list[Tokens]
     """m texts."""
     forget: Expected
-    """What the forget texts would have if they were unseen: subtracted from their scores; 0 for a holdout."""
+    """What the forget texts would have if they were unseen: subtracted from their scores; 0 for a holdout alone."""
     own: Expected
     """The same for the non-members."""
     reason: str
-    """Why unseen texts cannot serve, for self-sampled ones; else empty."""
+    """Why unseen texts cannot serve, for sampled ones; else empty."""
+    by_reference: bool | None = None
+    """True: a reference model's numbers are subtracted. False: it scores as the original model does, and is not used.
+    None: there is none."""
+
+    @property
+    def utility_source(self) -> str:
+        """Name of the utility set where the non-members serve as one."""
+        if self.grade == "holdout":
+            return "holdout"
+        writer = "the reference model" if self.grade == "reference model" else "the model"
+        return f"text sampled from {writer}" if self.reason else "unseen texts"
 
 
 def uncalibrated(
@@ -67,31 +79,85 @@ def non_members_of_holdout(forget: int, holdout: list[Tokens]) -> NonMembers:
 
 
 def non_members_without_holdout(
-    lm: LanguageModel, examples: Sequence[Example], tokens: Sequence[Tokens], *, seed: int = 0, batch_size: int = 16
+    lm: LanguageModel,
+    examples: Sequence[Example],
+    tokens: Sequence[Tokens],
+    *,
+    is_reference: bool = False,
+    seed: int = 0,
+    batch_size: int = 16,
 ) -> NonMembers:
     """Return non-members for forget texts that come without a holdout.
 
     The texts that were written for this package, each score less what the text would have if it were unseen
-    (`calibration`); where they cannot serve, text sampled from the model, and `reason` says why.
+    (`calibration`); where they cannot serve, text sampled from the model, and `reason` says why. Where the model is a
+    reference model, `calibrated` has to fill in its numbers.
 
     Args:
-        lm: the original model.
+        lm: the reference model where there is one, else the original model.
         examples: the forget set.
         tokens: the same texts as tokens.
+        is_reference: True for a reference model.
         seed: of the sampling.
         batch_size: texts in one forward pass.
 
     Raises:
         DataError: fewer than 19 of the sampled texts are different from the forget set.
     """
-    if reason := unsuitable(lm, examples):
+    if reason := unsuitable(lm, examples, reads_head=not is_reference):
         sampled = sample_non_members(lm, tokens, seed=seed)
         require_enough(sampled, holdout=False)
-        return uncalibrated("self-sampled", len(tokens), sampled, reason=reason)
+        return uncalibrated("reference model" if is_reference else "self-sampled", len(tokens), sampled, reason=reason)
     unseen = encode(unseen_texts(), lm.tokenizer, role="holdout", max_length=lm.context_length, truncate=True)
+    if is_reference:
+        return uncalibrated("reference model", len(tokens), unseen)
     expectation = Expectation(features(lm, unseen, batch_size=batch_size))
     forget = expectation.of(features(lm, tokens, batch_size=batch_size))
     return NonMembers("unseen texts", unseen, forget, expectation.of_unseen(), "")
+
+
+def calibrated(non_members: NonMembers, forget_nll: Floats, forget: Expected, own: Expected) -> NonMembers:
+    """Return the non-members with a reference model's numbers as what is expected of unseen text.
+
+    Every score is then the model's negative log-likelihood less the reference model's of the same text, and every
+    share of first-choice tokens less the reference model's. A holdout stays one: its texts and unseen forget texts are
+    exchangeable whatever function of the text is subtracted, and what makes a text easy for both models cancels.
+
+    A reference model that gives each forget text the original's log-likelihood cancels memorization too. With a holdout
+    it is not used.
+
+    Args:
+        non_members: the holdout, or those that `non_members_without_holdout` chose for the reference model.
+        forget_nll: (B,) of the forget texts under the original model, nats a token.
+        forget: numbers of the forget texts under the reference model.
+        own: numbers of the non-members under the reference model.
+
+    Raises:
+        ModelError: the reference model gives each forget text the original's log-likelihood, and there is no holdout.
+    """
+    if np.abs(forget_nll - forget.nll).max() >= _SAME:
+        return non_members._replace(forget=forget, own=own, by_reference=True)
+    if non_members.grade == "holdout":
+        return non_members._replace(by_reference=False)
+    raise ModelError(
+        "reference_model gives each forget text the log-likelihood that the model gives it, as if it were the same "
+        "model, so it cannot tell what is memorized: give one that never saw the forget texts, such as the model "
+        "before fine-tuning, or a holdout"
+    )
+
+
+def reference_numbers(scorer: Scorer, likelihood: Likelihood, tokens: Sequence[Tokens]) -> Expected:
+    """Return the negative log-likelihoods and shares of first-choice tokens of texts under a reference model.
+
+    Raises ModelError where a log-likelihood is not finite.
+    """
+    nll = -scorer.mean_log_likelihood(tokens, likelihood)
+    if not np.isfinite(nll).all():
+        raise ModelError(
+            "reference_model gives text NaN or Inf as log-likelihood: its weights are broken, or too large for their "
+            "dtype"
+        )
+    return Expected(nll, scorer.greedy_match(tokens, likelihood))
 
 
 def unseen_texts() -> list[Example]:
@@ -115,18 +181,17 @@ def evidence_notes(non_members: NonMembers, verdicts: Sequence[str], *, rate: fl
         rate: the false discovery rate.
     """
     texts, nothing_named = len(verdicts), all(name == "not memorized" for name in verdicts)
-    m, notes = len(non_members.tokens), []
-    better = "A holdout is better evidence: 19 or more texts of the same kind that were never trained on (--holdout)."
+    m, notes = len(non_members.tokens), reference_notes(non_members)
     if non_members.grade == "unseen texts":
         notes.append(
             f"Compared with {m} texts that were written for this package, each score less what is expected of unseen "
-            f"text like it, since no holdout was given. {better}"
+            f"text like it, since no holdout was given. {_HOLDOUT}"
         )
     if non_members.grade == "self-sampled":
         notes.append(
             f"Compared with {m} texts that the model wrote, since no holdout was given and {non_members.reason}. They "
             "show whether a text is likelier than what the model writes by itself, not whether it is forgotten. "
-            f"{better}"
+            f"{_HOLDOUT}"
         )
     fewest = math.ceil(texts / (rate * (m + 1)) - 1e-9)
     if nothing_named and fewest > 1:
@@ -137,8 +202,40 @@ def evidence_notes(non_members: NonMembers, verdicts: Sequence[str], *, rate: fl
     return notes
 
 
-def unsuitable(lm: LanguageModel, examples: Sequence[Example]) -> str:
-    """Return why the package's own texts cannot be compared with the forget set; empty where they can."""
+def reference_notes(non_members: NonMembers) -> list[str]:
+    """Return what verdicts by a reference model rest on, and whether it tells the holdout from the forget set."""
+    if non_members.by_reference is None:
+        return []
+    if not non_members.by_reference:
+        return [
+            "The reference model gives each forget text the log-likelihood that the model gives it, as if it were the "
+            "same model, so the verdicts are made without it, by the holdout alone."
+        ]
+    if non_members.grade == "holdout":
+        return [
+            *score_note(non_members.forget.nll, non_members.own.nll),
+            "Each score is less what the reference model gives the same text, of the holdout as of the forget set.",
+        ]
+    m = len(non_members.tokens)
+    texts = f"{m} texts that were written for this package"
+    if non_members.reason:
+        texts = f"{m} texts that the reference model wrote ({non_members.reason})"
+    return [
+        f"Compared with {texts}, each score less what the reference model gives the same text, since no holdout was "
+        "given. This holds if the reference model never saw the forget texts: the model before fine-tuning is the "
+        "usual one. Fine-tuning makes all text of its kind likelier than the reference model expects, so unseen text "
+        f"of that kind may count as memorized. {_HOLDOUT}"
+    ]
+
+
+def unsuitable(lm: LanguageModel, examples: Sequence[Example], *, reads_head: bool = True) -> str:
+    """Return why the package's own texts cannot be compared with the forget set; empty where they can.
+
+    Args:
+        lm: the model.
+        examples: the forget set.
+        reads_head: False where the model's hidden states and head are not needed.
+    """
     if lm.is_encoder_decoder:
         return "an encoder-decoder model reads no plain text"
     if any(e.prompt for e in examples):
@@ -146,7 +243,7 @@ def unsuitable(lm: LanguageModel, examples: Sequence[Example]) -> str:
     letters = [c for e in examples for c in e.completion if c.isalpha()]
     if sum("LATIN" in unicodedata.name(c, "") for c in letters) < _LATIN * len(letters) or not letters:
         return "the forget texts are not in Latin script"
-    if problem := head_problem(lm.inner):
+    if reads_head and (problem := head_problem(lm.inner)):
         return f"{problem}"
     words = [e.completion for e in unseen_texts()[:50]]
     ids = [i for text in words for i in lm.tokenizer(text, add_special_tokens=False).input_ids]

@@ -22,6 +22,8 @@ _SCORES = {
 }
 _SOURCES = {
     "holdout": "the holdout",
+    "reference model": "written for this package or by the reference model, each less what that model gives it; there "
+    "was no holdout",
     "unseen texts": "written for this package, each less what is expected of unseen text like it; there was no holdout",
     "self-sampled": "written by the model itself, at random, since there was no holdout",
 }

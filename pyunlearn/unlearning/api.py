@@ -31,7 +31,7 @@ from pyunlearn.unlearning.loop import ascend, measure
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.preferences import substitutes_for
 from pyunlearn.unlearning.result import ExampleResult, Result, Utility
-from pyunlearn.unlearning.setup import Session, setup, uses_reference
+from pyunlearn.unlearning.setup import Session, setup
 from pyunlearn.unlearning.token_weights import check_token_weights
 
 _LEARNING_RATE, _ADAPTER_LEARNING_RATE = 5e-6, 1e-4
@@ -55,7 +55,8 @@ def unlearn(
     """Remove the forget texts from a language model.
 
     Each forget example is compared with *non-members*: text that was never trained on, the holdout, or else texts that
-    were written for this package. *Memorized* are those that stand out, at a false discovery rate over all of them.
+    were written for this package, each score less that of a reference model if there is one. *Memorized* are those that
+    stand out, at a false discovery rate over all of them.
     They are made less likely step by step, each until its anchored generalized exposure
     (`pyunlearn.metrics.generalized_exposure`) is that of non-members and no more of it is extracted. A round that
     exceeds the utility budget, or makes an example less likely than non-members, is rolled back and the learning rate
@@ -71,9 +72,12 @@ def unlearn(
             Copies of forget texts are left out, with a warning.
         holdout: text of the forget set's kind that was never trained on, same forms, 19 different texts or more, no
             copy of a forget text among them; default: texts written for this package, or sampled from the model where
-            these cannot serve (prompts, other scripts), and then no text can be called forgotten.
+            these cannot serve (prompts, other scripts): from the reference model, or else from the model, and then no
+            text can be called forgotten.
         tokenizer: a tokenizer, or where to load it from; default: where the model was loaded from.
-        reference_model: the model with which NPO, UNDIAL, KL and other methods compare; default: the original model.
+        reference_model: a model that never saw the forget texts, best the one before fine-tuning: each score is the
+            model's less the reference model's of the same text, so that text that is easy for both is not mistaken for
+            memorized. NPO, UNDIAL, KL and other methods compare with it; default for them: the original model.
         config: all settings in one object, or the path of a TOML file or a result.json; keywords replace single ones.
         output_dir: new or empty folder for the result; during the run, a checkpoint is next to it.
         resume: True continues from that checkpoint; the numbers are those of an uninterrupted run.
@@ -102,7 +106,7 @@ def unlearn(
     method, retain_loss = resolve(
         config.method, config.retain_loss, retain is not None, options, reference_model is not None
     )
-    _check_together(config, method, retain_loss, retain, reference_model)
+    _check_together(config, method, retain, reference_model)
     if output_dir is not None:
         check_output(output_dir)
     path = checkpoint_path(output_dir, resume=resume)
@@ -176,20 +180,13 @@ def _in_best_form(
     return texts
 
 
-def _check_together(
-    config: UnlearnConfig, method: Method, retain_loss: str | None, retain: Any, reference_model: Any
-) -> None:
-    """Raise ArgumentError where two arguments contradict each other, or one would be ignored."""
+def _check_together(config: UnlearnConfig, method: Method, retain: Any, reference_model: Any) -> None:
+    """Raise ArgumentError where an argument needs another one that is missing."""
     check_token_weights(config.token_weights, method, has_reference=reference_model is not None)
     by_ksd = isinstance(config.difficulty, str) and config.difficulty == "ksd"
     if by_ksd and config.order != "random" and retain is None:
         raise ArgumentError(
             'difficulty="ksd" is how much the training set supports an example: pass some of it as retain='
-        )
-    if reference_model is not None and not uses_reference(config, method, retain_loss):
-        raise ArgumentError(
-            f"reference_model is read by methods such as npo, by retain_loss='kl', by token_weights='reference' and by "
-            f"an order, and method {config.method!r} compares with none: leave it out, or choose one of these"
         )
 
 
@@ -252,10 +249,10 @@ def _result(
 
 
 def _notes(session: Session, texts: RenderedTexts, result: Result, rate: float) -> list[str]:
-    """Return what is to be noted on the rendering, on the holdout and on the evidence, one sentence each."""
+    """Return what is to be noted on the rendering and on the evidence, one sentence each."""
     memorized = any(e.verdict != "not memorized" for e in result.examples)
     evidence = evidence_notes(session.stopping.non_members, [e.verdict for e in result.examples], rate=rate)
-    return texts.notes(memorized=memorized) + session.notes + evidence
+    return texts.notes(memorized=memorized) + evidence
 
 
 def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,13 +70,13 @@ class Reference:
 
 
 @contextmanager
-def reference_likelihood(lm: LanguageModel, reference_model: Any) -> Iterator[Likelihood]:
-    """Provide log-likelihoods under the reference model, which is moved to the device within the context.
+def reference_on_device(lm: LanguageModel, reference_model: Any) -> Iterator[LanguageModel]:
+    """Provide the reference model, in evaluation mode, on the original model's device within the context.
 
-    Without a reference model, those under the original model. Raises ModelError where it has another vocabulary.
+    Without a reference model, the original model. Raises ModelError where it has another vocabulary.
     """
     if reference_model is None:
-        yield lm.likelihood
+        yield lm
         return
     reference = LanguageModel.of(
         reference_model, lm.tokenizer, workspace=lm.likelihood.workspace, needs_tokenizer=False
@@ -83,7 +84,8 @@ def reference_likelihood(lm: LanguageModel, reference_model: Any) -> Iterator[Li
     lm.require_vocabulary(reference, "reference_model")
     original_device = reference.device
     try:
-        yield Likelihood(reference.module.to(lm.device).eval(), workspace=lm.likelihood.workspace)
+        module = reference.module.to(lm.device).eval()
+        yield replace(reference, module=module, tokenizer=lm.tokenizer, workspace=lm.likelihood.workspace)
     finally:
         reference.module.to(original_device)
 

@@ -86,15 +86,15 @@ class Result:
     text's tokens are still first choices), max_steps, utility budget, over-unlearning, not finite, interrupted.
     """
     non_member_scores: list[float] = field(repr=False)
-    """Of the non-members under the original model: mean negative log-likelihoods, nats per token; without a holdout,
-    less what was expected of each."""
+    """Of the non-members under the original model: mean negative log-likelihoods, nats per token; less those of the
+    reference model if there is one, or less what is expected of unseen text if there is no holdout."""
     history: list[dict[str, Any]] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
     notes: list[str] = field(default_factory=list)
     """What was left out of the texts, how the holdout differs from the forget set, and what the evidence cannot show:
     one sentence each."""
     evidence: str = "holdout"
-    """What the verdicts rest on: holdout, unseen texts (written for this package) or self-sampled."""
+    """What the verdicts rest on: holdout, reference model, unseen texts (written for this package) or self-sampled."""
     rendering: str | None = None
     """Form in which the model read the records; None where no forget text has a prompt."""
 

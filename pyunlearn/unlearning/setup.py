@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.data import Example, Tokens, score_note
+from pyunlearn.data import Example, Tokens
 from pyunlearn.errors import TrainingError
 from pyunlearn.methods import Method
 from pyunlearn.metrics.stein import ksd_difficulty
@@ -17,10 +17,11 @@ from pyunlearn.models.likelihood import Likelihood
 from pyunlearn.models.sampling import sample_alternates
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.probes.non_members import (
-    UTILITY_SOURCES,
     NonMembers,
+    calibrated,
     non_members_of_holdout,
     non_members_without_holdout,
+    reference_numbers,
 )
 from pyunlearn.probes.representations import representations
 from pyunlearn.progress import Progress
@@ -29,7 +30,7 @@ from pyunlearn.unlearning.config import LoopConfig
 from pyunlearn.unlearning.distributed import Processes
 from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, multiplier_of
 from pyunlearn.unlearning.preferences import alternates_of
-from pyunlearn.unlearning.reference import Reference, cached_states, reference_likelihood
+from pyunlearn.unlearning.reference import Reference, cached_states, reference_on_device
 from pyunlearn.unlearning.representation import RepresentationTarget
 from pyunlearn.unlearning.schedule import Schedule, check_difficulty
 from pyunlearn.unlearning.stopping import StoppingRule
@@ -66,7 +67,6 @@ class Session(NamedTuple):
     greedy_before: Floats  # (B,) share of each forget text's tokens that were the model's first choice
     sampled: dict[str, Any]  # name -> texts that a checkpoint has to store
     scores: dict[str, Floats]  # name of a set -> numbers in which a resumed run must agree
-    notes: list[str]  # sentences on how the holdout differs from the forget set
 
 
 def setup(
@@ -92,7 +92,8 @@ def setup(
         method, options, retain_loss: as returned by `pyunlearn.methods.resolve`.
         examples: the forget set.
         tokens: role -> texts: forget; retain, holdout, refusal, winner where there are some.
-        reference_model: an object or a path; None: the original model.
+        reference_model: an object or a path, whose numbers calibrate the verdict; None: methods that compare with a
+            reference model compare with the original model.
         sampled: name -> texts that were sampled before the run was interrupted.
         accelerator: of accelerate.
         processes: the processes that share the work.
@@ -105,9 +106,6 @@ def setup(
     forget, retain = tokens["forget"], tokens.get("retain")
 
     forget_scores, greedy_before = _score_forget_set(scorer, forget, bar)
-    non_members = _non_members(
-        lm, examples, forget, tokens.get("holdout"), config.seed, scorer.batch_size, processes, bar
-    )
     texts_by_role = dict(tokens)
     if "alternates" in method.needs:
         count = (method.options | options)["alternates"]
@@ -115,15 +113,15 @@ def setup(
         texts_by_role["alternate"], sampled["alternates"] = alternates_of(
             sampled.get("alternates", []), forget, count, lm.vocabulary, sample
         )
-    texts, stopping = _stopping_rule(config, scorer, tokens, non_members, forget_scores)
 
     retain_ahead = _schedule(config, retain, None).retain_ahead(config.max_steps)
-    compares = uses_reference(config, method, retain_loss)
-    with reference_likelihood(lm, reference_model if compares else None) as likelihood:
+    with reference_on_device(lm, reference_model) as reference_lm:
+        likelihood = reference_lm.likelihood
+        non_members = _non_members(scorer, processes, reference_lm, examples, tokens, forget_scores, config.seed, bar)
+        texts, stopping = _stopping_rule(config, scorer, tokens, non_members, forget_scores)
         weights = _token_weights(config, forget, scorer, likelihood, bar)
         reference = _read_reference(scorer, likelihood, method, retain_loss, texts_by_role, weights, retain_ahead)
         difficulty = _difficulty(config, texts, scorer, likelihood, micro_batch_size, bar)
-        notes = [] if reference_model is None else _compare_scores(scorer, likelihood, tokens)
 
     initial_nll = -scorer.mean_log_likelihood(retain) if retain_loss == "hold" and retain is not None else None
     multiplier = None
@@ -161,7 +159,6 @@ def setup(
         greedy_before,
         sampled,
         scores,
-        notes,
     )
 
 
@@ -171,18 +168,12 @@ def _scores_to_agree(
     """Return name -> numbers of the original model in which a resumed run must agree with its checkpoint."""
     return {
         "forget set": stopping.initial.log_likelihood,
+        "reference model": stopping.non_members.forget.nll if stopping.non_members.by_reference else np.empty(0),
         "holdout": stopping.non_member_scores,
         "retain set": stopping.utility_before,
         "token weights": np.concatenate(weights or [np.empty(0)]),
         "difficulty": np.empty(0) if difficulty is None else difficulty,
     }
-
-
-def uses_reference(config: LoopConfig, method: Method, retain_loss: str | None) -> bool:
-    """Return True where a run needs numbers of a reference model."""
-    by_difficulty = config.order != "random" and isinstance(config.difficulty, str) and config.difficulty == "nll"
-    by_weights = isinstance(config.token_weights, str) and config.token_weights == "reference"
-    return "reference" in method.needs or retain_loss == "kl" or by_difficulty or by_weights
 
 
 def evenly_spaced(tokens: list[Tokens], limit: int) -> list[Tokens]:
@@ -207,33 +198,38 @@ def _score_forget_set(scorer: Scorer, forget: list[Tokens], bar: Progress) -> tu
 
 
 def _non_members(
-    lm: LanguageModel,
-    examples: Sequence[Example],
-    forget: list[Tokens],
-    holdout: list[Tokens] | None,
-    seed: int,
-    batch_size: int,
+    scorer: Scorer,
     processes: Processes,
+    reference: LanguageModel,
+    examples: Sequence[Example],
+    tokens: dict[str, list[Tokens]],
+    forget_scores: Floats,
+    seed: int,
     bar: Progress,
 ) -> NonMembers:
-    """Return the holdout, or the non-members that the main process chooses in its place."""
-    if holdout is not None:
+    """Return the holdout, or the non-members that the main process chooses in its place, less a reference model's.
+
+    `reference` is the original model itself where there is no reference model.
+    """
+    forget, is_reference = tokens["forget"], reference is not scorer.lm
+    if "holdout" in tokens:
         bar.say("scoring the holdout")
-        return non_members_of_holdout(len(forget), holdout)
-    bar.say("scoring unseen text")
-    chosen = []
-    if processes.is_main:
-        chosen.append(non_members_without_holdout(lm, examples, forget, seed=seed, batch_size=batch_size))
-    (non_members,) = processes.broadcast_objects(chosen)
-    return non_members
-
-
-def _compare_scores(scorer: Scorer, likelihood: Likelihood, tokens: dict[str, list[Tokens]]) -> list[str]:
-    """Return a sentence where the reference model tells the holdout from the forget set; else nothing."""
-    if "holdout" not in tokens:
-        return []
-    forget, holdout = (-scorer.mean_log_likelihood(tokens[role], likelihood) for role in ("forget", "holdout"))
-    return score_note(forget, holdout)
+        non_members = non_members_of_holdout(len(forget), tokens["holdout"])
+    else:
+        bar.say("scoring unseen text")
+        chosen = []
+        if processes.is_main:
+            chosen.append(
+                non_members_without_holdout(
+                    reference, examples, forget, is_reference=is_reference, seed=seed, batch_size=scorer.batch_size
+                )
+            )
+        (non_members,) = processes.broadcast_objects(chosen)
+    if not is_reference:
+        return non_members
+    bar.say("scoring with the reference model")
+    of_forget, own = (reference_numbers(scorer, reference.likelihood, x) for x in (forget, non_members.tokens))
+    return calibrated(non_members, -forget_scores, of_forget, own)
 
 
 def _alternate_sampler(
@@ -260,7 +256,7 @@ def _stopping_rule(
     retain = tokens.get("retain")
     non_member_nll = -scorer.mean_log_likelihood(non_members.tokens)
     utility = evenly_spaced(non_members.tokens if retain is None else retain, _UTILITY_TOKENS)
-    source = "retain set" if retain is not None else UTILITY_SOURCES[non_members.grade]
+    source = "retain set" if retain is not None else non_members.utility_source
     utility_nll = -scorer.mean_log_likelihood(utility)
     stopping = StoppingRule(
         forget_scores,
