@@ -173,15 +173,15 @@ def test_the_texts_that_are_left_out_and_the_kind_of_the_holdout_are_noted():
     model, tokenizer, _ = made("plain")
     forget, retain = tiny.sentences(12, 1), tiny.sentences(4, 3)
     holdout = [f"{a} {b} {c}" for a, b, c in zip(*(tiny.sentences(24, seed) for seed in (4, 5, 6)), strict=True)]
-    options = {"tokenizer": tokenizer, "progress": False, "metrics": [], "reference_model": model}
+    options = {"tokenizer": tokenizer, "progress": False, "metrics": []}
     with pytest.warns(UserWarning, match="1 of 5 retain texts is a copy") as caught:
         audit = pyunlearn.audit(model, forget, retain=[*retain, forget[2]], holdout=holdout, **options)
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    left_out, length, *scores = audit.notes
+    left_out, length, *more = audit.notes
     assert left_out == str(caught[0].message)
     assert length.startswith("The holdout is of another length than the forget set: 33 words at the median, where the ")
-    assert all(n.startswith(("Under the reference model the holdout is ", "24 non-members can name ")) for n in scores)
+    assert all(n.startswith("24 non-members can name ") for n in more)
     assert audit.to_dict()["notes"] == audit.notes
     assert set(audit.notes) <= set(audit_lines(audit))
     assert audit.utility.texts == 4
@@ -198,10 +198,11 @@ def test_scores_under_the_reference_model_tell_another_register():
     holdout = [" ".join(reversed(text.split())) for text in tiny.sentences(24, 22)]
     options = {"tokenizer": reference.tokenizer, "progress": False, "metrics": [], "reference_model": reference.model}
     model = tiny.tiny_llama(len(reference.tokenizer))
-    note, few = pyunlearn.audit(model, forget, holdout=holdout, **options).notes
-    assert few.startswith("24 non-members can name ")
+    note, subtracted, *_ = pyunlearn.audit(model, forget, holdout=holdout, **options).notes
+    assert subtracted.startswith("Each score is less what the reference model gives the same text")
     assert "nats a token less likely than the forget set (Mann-Whitney, p = " in note
-    assert pyunlearn.audit(model, forget, holdout=tiny.sentences(24, 22), **options).notes == [few]
+    same_kind = pyunlearn.audit(model, forget, holdout=tiny.sentences(24, 22), **options).notes
+    assert [n for n in same_kind if not n.startswith("24 non-members can name ")] == [subtracted]
 
 
 def test_settings_come_from_a_config_a_file_and_keywords(tmp_path):

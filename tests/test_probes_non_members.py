@@ -1,5 +1,6 @@
 """Non-members without a holdout: what is expected of unseen text, which texts serve, and what may be concluded."""
 
+import copy
 import json
 import pathlib
 
@@ -151,6 +152,23 @@ def test_plain_texts_are_compared_with_the_package_s(english):
     assert np.std(-scores - chosen.own.nll) < np.std(scores)
 
 
+def test_plain_texts_are_compared_with_the_package_s_under_a_reference_model(english):
+    """A text learned by heart stands out beyond the model before; an unseen one does not. Nothing is regressed."""
+    model = copy.deepcopy(english.inner)
+    tiny.train(model, english.tokenizer, [OWN] * 32, epochs=4)
+    options = {"reference_model": english.inner, "tokenizer": english.tokenizer, "metrics": [], "progress": False}
+    unseen = "Sixteen-year-old Farida Nkemelu of Dray Park has got through to the national bricklaying final in Oxmere."
+    audit = pyunlearn.audit(model, [OWN, unseen], **options)
+    assert [e.verdict for e in audit.examples] == ["still exposed", "not memorized"]
+    assert audit.examples[0].exposure == pytest.approx(np.log2(235))
+    assert audit.non_members.source == "reference model"
+    assert audit.notes[-1].startswith(
+        "Compared with 234 texts that were written for this package, each score less what"
+    )
+    chosen = non_members_without_holdout(english, [Example("", OWN)], [Tokens((1, 2), 1)], is_reference=True)
+    assert (chosen.utility_source, chosen.reason, chosen.own.nll.any()) == ("unseen texts", "", False)
+
+
 @pytest.mark.parametrize(
     ("examples", "reason"),
     [
@@ -178,7 +196,8 @@ def test_other_models_are_not():
 def test_self_sampled_texts_cannot_show_that_a_text_is_forgotten():
     """The other verdicts stay."""
     verdicts = np.array(["forgotten", "not memorized", "still exposed", "over-unlearned"])
-    assert capped(verdicts, "holdout") == capped(verdicts, "unseen texts") == verdicts.tolist()
+    for grade in ("holdout", "reference model", "unseen texts"):
+        assert capped(verdicts, grade) == verdicts.tolist()
     assert capped(verdicts, "self-sampled") == ["no likelier", *verdicts[1:].tolist()]
 
 

@@ -34,7 +34,7 @@ TEXTS = Path(__file__).with_name("unseen_texts.jsonl")
 _LATIN = 0.8  # share of the forget set's letters from which texts in English and German are compared with it
 _UNKNOWN = 0.05  # share of unknown tokens up to which a tokenizer reads these texts
 _CHARACTERS = 2.0  # of these texts that it makes one token of, at least
-_SAME = 1e-4  # nats a token: models that differ by less on every text are one model
+_SAME = 0.01  # nats a token: models that differ by less on every text are the same, up to the rounding of their dtype
 _HOLDOUT = "A holdout is better evidence: 19 or more texts of the same kind that were never trained on (--holdout)."
 
 
