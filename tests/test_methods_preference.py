@@ -29,9 +29,11 @@ def story(one_thread):
 
 @pytest.fixture(scope="module")
 def other(story):
-    """Return a reference model that has read no text."""
+    """Return a reference model that has read other texts of the kind, so that both secrets stand out beyond it."""
     torch.manual_seed(1)
-    return tiny.tiny_gpt2(len(story.tokenizer)).eval()
+    model = tiny.tiny_gpt2(len(story.tokenizer))
+    tiny.train(model, story.tokenizer, tiny.facts(120, 9), epochs=2)
+    return model
 
 
 def run(story, method, forget=None, **options):

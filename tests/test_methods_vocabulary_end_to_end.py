@@ -199,7 +199,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(story, clean, tmp_path, 
         with monkeypatch.context() as patch:
             patch.setitem(METHODS, name, tiny.with_loss(name, Interrupted(name, at)))
             run(story, **options, output_dir=tmp_path / "new")
-        with pytest.raises(DataError, match="made with another model or reference.model"):
+        with pytest.raises(DataError, match="made with another model or reference model"):
             run(story, **options, output_dir=tmp_path / "new", resume=True, reference_model=clean)
     else:
         assert len({r["multiplier"] for r in whole.history}) == 6

@@ -10,12 +10,19 @@ import torch
 from unlearning_runs import Interrupted, same, timeless
 
 import pyunlearn
-from pyunlearn.data import Tokens
+from pyunlearn.data import Tokens, encode, read_examples
 from pyunlearn.errors import DataError, ModelError
 from pyunlearn.methods import METHODS
-from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, generalized_exposure
+from pyunlearn.models import LanguageModel, Scorer
 from pyunlearn.probes.calibration import Expected
-from pyunlearn.probes.non_members import calibrated, evidence_notes, uncalibrated
+from pyunlearn.probes.non_members import (
+    calibrated,
+    evidence_notes,
+    non_members_of_holdout,
+    reference_numbers,
+    uncalibrated,
+)
 from pyunlearn.unlearning.stopping import StoppingRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,6 +107,27 @@ def test_the_exposures_are_those_of_the_difference_to_the_reference_model(plain)
     np.testing.assert_allclose(found.non_members.scores, holdout, atol=1e-4)
     by_hand = np.log2(61 / (1 + (holdout[:, None] <= texts).sum(axis=0)))
     np.testing.assert_allclose([e.exposure for e in found.examples], by_hand, atol=1e-6)
+
+
+def test_first_choice_tokens_are_counted_beyond_the_reference_model(plain):
+    """Its shares, and not the model's, are what is expected of unseen text; a run ends by what exceeds them."""
+    lm, base = (LanguageModel.of(model, plain.tokenizer) for model in (plain.model, plain.references["base"]))
+    forget, holdout = (
+        encode(read_examples(rows, role="x"), plain.tokenizer, role="x", max_length=None)
+        for rows in (plain.forget, plain.holdout)
+    )
+    numbers = [reference_numbers(Scorer(lm, 8), base.likelihood, x) for x in (forget, holdout)]
+    nll = -Scorer(lm, 8).mean_log_likelihood(forget)
+    chosen = calibrated(non_members_of_holdout(4, holdout), nll, *numbers)
+    for expected, tokens in ((chosen.forget, forget), (chosen.own, holdout)):
+        np.testing.assert_allclose(expected.greedy_match, Scorer(base, 8).greedy_match(tokens), atol=1e-6)
+        np.testing.assert_allclose(expected.nll, -Scorer(base, 8).mean_log_likelihood(tokens), atol=1e-5)
+    assert (Scorer(lm, 8).greedy_match(forget)[:2] > chosen.forget.greedy_match[:2]).all()
+    result = unlearn(plain, "base", holdout=plain.holdout, max_steps=0)
+    excess = Scorer(lm, 8).greedy_match(forget) - chosen.forget.greedy_match
+    own = Scorer(lm, 8).greedy_match(holdout) - chosen.own.greedy_match
+    extraction = generalized_exposure(-excess, -own).lower
+    np.testing.assert_allclose([e.extraction_after for e in result.examples], extraction, atol=1e-6)
 
 
 @pytest.mark.full
