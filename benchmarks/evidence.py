@@ -1,4 +1,4 @@
-"""How unseen and famous texts look to verdicts without a holdout: the table and the picture of docs/evidence.md.
+"""How unseen and famous texts look to verdicts without a holdout: the tables and the picture of docs/evidence.md.
 
 python -m benchmarks.evidence MODEL [TEXTS.jsonl ...] [--plot FILE.svg]
 """
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from pyunlearn import models
 from pyunlearn.cli.demo import FORGET, SURVIVE
-from pyunlearn.data import encode, read_examples
+from pyunlearn.data import read_examples
 from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes.calibration import Expectation, Expected, Features, features
-from pyunlearn.probes.non_members import TEXTS
+from pyunlearn.probes.unseen import ANSWERS, TEXTS
 
 Floats = NDArray[np.float64]
 FAMOUS = "famous passages"
@@ -75,43 +75,57 @@ def plot(table: Sequence[Row], path: Path) -> None:
     figure.savefig(path)
 
 
+def measured(lm: LanguageModel, lines: Sequence[dict[str, str]]) -> Features:
+    """Return the features of texts, or of answers to questions in the tokenizer's chat template."""
+    records = [
+        {"question": row["prompt"], "answer": row["completion"]} if "prompt" in row else row["text"] for row in lines
+    ]
+    return features(lm, lm.encode({"forget": read_examples(records, role="forget")})["forget"])
+
+
+def tabulated(lm: LanguageModel, own: Sequence[dict[str, str]], others: Sequence[dict[str, str]]) -> list[Row]:
+    """Return a row for each kind of the package's texts, each left out of its own comparison, and of other texts."""
+    unseen = measured(lm, own)
+    expectation = Expectation(unseen)
+    expected = expectation.of_unseen()
+    table = rows([row["register"] for row in own], left_out(unseen, expected), unseen.nll)
+    new = measured(lm, others)
+    exposure = generalized_exposure(new.nll - expectation.of(new).nll, unseen.nll - expected.nll)
+    return table + rows([row["register"] for row in others], (exposure.lower, exposure.upper), new.nll)
+
+
 def main() -> None:
-    """Measure the texts under a model, print the table and draw the picture."""
+    """Measure the texts under a model, print the tables and draw the picture."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("model", help="a folder, a .gguf file or a name on the hub")
-    parser.add_argument("files", nargs="*", type=Path, help='JSONL with {"register": ..., "text": ...}')
-    parser.add_argument("--plot", type=Path, help="an SVG file")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help='JSONL with "register" and "text", or "register", "prompt" and "completion"'
+    )
+    parser.add_argument("--plot", type=Path, help="an SVG file for the picture of the texts")
     options = parser.parse_args()
     network, tokenizer = models.load(options.model)
     lm = LanguageModel.of(network.eval(), tokenizer)
+    others = [line for path in options.files for line in lines_of(path)]
+    famous = {name: text for name, text in {**FORGET, **SURVIVE}.items() if name != "a fresh sentence"}
+    texts = [{"register": FAMOUS, "text": text} for text in famous.values()]
+    answers = [{"register": FAMOUS, "prompt": f"Recite {name}.", "completion": text} for name, text in famous.items()]
+    for own, more in ((TEXTS, texts), (ANSWERS, answers)):
+        prompted = "prompt" in more[0]
+        table = tabulated(lm, lines_of(own), [row for row in others if ("prompt" in row) == prompted] + more)
+        print(f"\n| kind | {'answers' if prompted else 'texts'} | NLL, nats a token | mean exposure, bits | ", end="")
+        print("memorized | too unlikely |\n|---|---|---|---|---|---|")
+        for row in table:
+            print(
+                f"| {row.kind} | {row.texts} | {row.nll:.2f} | {row.exposure:.2f} | {row.memorized:.0%} | "
+                f"{row.too_unlikely:.0%} |"
+            )
+        if options.plot and not prompted:
+            plot(table, options.plot)
 
-    def measured(texts: list[str]) -> Features:
-        examples = read_examples(texts, role="forget")
-        return features(lm, encode(examples, tokenizer, role="forget", max_length=lm.context_length))
 
-    def kinds_and_texts(path: Path) -> tuple[list[str], list[str]]:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [line["register"] for line in lines], [line["text"] for line in lines]
-
-    kinds, texts = kinds_and_texts(TEXTS)
-    unseen = measured(texts)
-    expectation = Expectation(unseen)
-    own = expectation.of_unseen()
-    table = rows(kinds, left_out(unseen, own), unseen.nll)
-    famous = [text for name, text in {**FORGET, **SURVIVE}.items() if name != "a fresh sentence"]
-    for kinds, texts in [*map(kinds_and_texts, options.files), ([FAMOUS] * len(famous), famous)]:
-        new = measured(texts)
-        exposure = generalized_exposure(new.nll - expectation.of(new).nll, unseen.nll - own.nll)
-        table += rows(kinds, (exposure.lower, exposure.upper), new.nll)
-    print("| kind | texts | NLL, nats a token | mean exposure, bits | memorized | too unlikely |")
-    print("|---|---|---|---|---|---|")
-    for row in table:
-        print(
-            f"| {row.kind} | {row.texts} | {row.nll:.2f} | {row.exposure:.2f} | {row.memorized:.0%} | "
-            f"{row.too_unlikely:.0%} |"
-        )
-    if options.plot:
-        plot(table, options.plot)
+def lines_of(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

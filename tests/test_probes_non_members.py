@@ -13,21 +13,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import pyunlearn
-from pyunlearn.data import Example, Tokens, encode
+from pyunlearn.data import Example, Tokens, encode, read_examples
 from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.probes.calibration import Expectation, Features, _windows, features
 from pyunlearn.probes.non_members import (
-    TEXTS,
     NonMembers,
     capped,
     evidence_notes,
     non_members_without_holdout,
     uncalibrated,
-    unseen_texts,
     unsuitable,
 )
+from pyunlearn.probes.unseen import ANSWERS, TEXTS, unseen_like, unseen_texts
 
 OWN = "Miss Ogilvie of the harbour office counts the gulls each morning and writes their number on the ferry's slate."
 
@@ -55,10 +54,13 @@ def test_the_windows_score_each_token_once():
     """With two tokens of context, fewer at the beginning."""
     for n, first in ((2, 1), (4, 1), (7, 1), (8, 3)):
         text = Tokens(tuple(range(10, 10 + n)), first)
-        windows, owner = _windows([text, text])
+        windows, owner, copied = _windows([text, text])
         assert [i for w in windows for i in w.scored] == [*text.scored] * 2
         assert max(w.first for w in windows) == min(2, n - 1)
         assert sorted(set(owner.tolist())) == [0, 1]
+        assert not np.concatenate(copied).any()
+    _, _, copied = _windows([Tokens((5, 6, 7, 6, 8, 5, 6), first=3)])
+    assert np.concatenate(copied).tolist() == [True, False, True, True]
 
 
 def test_the_features_are_those_of_the_texts(english):
@@ -69,37 +71,59 @@ def test_the_features_are_those_of_the_texts(english):
     np.testing.assert_allclose(measured.nll, -scorer.mean_log_likelihood(tokens), rtol=1e-5)
     np.testing.assert_allclose(measured.greedy_match, scorer.greedy_match(tokens), atol=1e-6)
     for i, t in enumerate(tokens):
-        windows, _ = _windows([t])
+        windows, _, _ = _windows([t])
         each = np.concatenate(scorer.token_log_likelihood(windows))
         assert len(each) == len(t.scored)
         assert measured.short_nll[i] == pytest.approx(-each.mean(), rel=1e-5)
     assert measured.hidden.shape == (6, english.inner.config.hidden_size)
     assert (measured.short_entropy > 0).all()
+    assert measured.copied.tolist() == measured.copied_nll.tolist() == [0.0] * 6
+    assert measured.tokens.tolist() == [len(t.scored) for t in tokens]
+
+
+def test_the_features_of_answers_see_what_is_copied(english):
+    """The share of the answer's tokens that its question has, and their part of the short windows' likelihood."""
+    examples = [Example(f"{e.completion[:60]} ", e.completion[30:]) for e in unseen_texts()[:4]]
+    tokens = encode(examples, english.tokenizer, role="x", max_length=None)
+    measured = features(english, tokens, batch_size=4)
+    for i, t in enumerate(tokens):
+        windows, _, copied = _windows([t])
+        copied = np.concatenate(copied)
+        assert copied.tolist() == [token in t.ids[: t.first] for token in t.scored]
+        each = -np.concatenate(Scorer(english, 3).token_log_likelihood(windows))
+        assert 0 < copied.mean() < 1
+        assert measured.copied[i] == pytest.approx(copied.mean())
+        assert measured.copied_nll[i] == pytest.approx((each * copied).mean(), rel=1e-5)
 
 
 # ---------------------------------------------------------------- the expectation
 
 
-def made(rng, n, kinds=6, memorized=0.0):
-    """Features of n texts of several kinds: likelihood follows the short windows, the kind and chance."""
+def made(rng, n, kinds=6, memorized=0.0, *, prompted=False):
+    """Features of n texts of several kinds: likelihood follows the short windows, the kind, copies and chance."""
     directions = np.random.default_rng(0).normal(size=(kinds, 16))
     kind = rng.integers(kinds, size=n)
     short, entropy = rng.normal(7, 1, n), rng.normal(5, 0.5, n)
     nll = 1 + 0.5 * short + 0.2 * entropy + 0.4 * (kind - kinds / 2) + rng.normal(0, 0.4, n) - memorized
     hidden = directions[kind] + 0.2 * rng.normal(size=(n, 16))
-    return Features(nll, rng.uniform(0.2, 0.5, n), hidden, short, entropy)
+    match, tokens, copied = rng.uniform(0.2, 0.5, n), rng.integers(5, 80, n).astype(float), np.zeros(n)
+    if prompted:
+        copied = rng.uniform(0, 0.8, n)
+        nll, match = nll - 3 * copied + 5 / tokens, match + 0.4 * copied
+    return Features(nll, match, hidden, short, entropy, copied, copied * short, tokens)
 
 
-def test_unseen_texts_have_the_exposures_of_unseen_text_and_memorized_ones_stand_out():
+@pytest.mark.parametrize("prompted", [False, True])
+def test_unseen_texts_have_the_exposures_of_unseen_text_and_memorized_ones_stand_out(prompted):
     """Of each kind, 5 % at most count as memorized (8 % with chance) and the mean is near 1.44 bits."""
     rng = np.random.default_rng(1)
     exposures, of_memorized = [], []
     for _ in range(40):
-        pool = made(rng, 234)
+        pool = made(rng, 140 if prompted else 234, prompted=prompted)
         expectation = Expectation(pool)
         scores = pool.nll - expectation.of_unseen().nll
         for memorized, out in ((0.0, exposures), (2.0, of_memorized)):
-            texts_ = made(rng, 50, memorized=memorized)
+            texts_ = made(rng, 50, memorized=memorized, prompted=prompted)
             out.append(generalized_exposure(texts_.nll - expectation.of(texts_).nll, scores).lower)
     assert 1.2 < np.mean(exposures) < 1.7
     assert np.mean(np.array(exposures) >= SIGNIFICANT) < 0.08
@@ -115,6 +139,15 @@ def test_without_the_expectation_kinds_are_mistaken_for_memorized():
     scores = pool.nll - expectation.of_unseen().nll
     calibrated = generalized_exposure(easy.nll - expectation.of(easy).nll, scores).lower
     assert easiest.mean() > 3 > 2 > calibrated.mean()
+
+
+def test_first_choices_of_answers_are_expected_where_they_are_copied():
+    """An answer that repeats its question has more of them, memorized or not."""
+    rng = np.random.default_rng(4)
+    pool, new = made(rng, 140, prompted=True), made(rng, 300, prompted=True)
+    expected = Expectation(pool).of(new).greedy_match
+    assert np.corrcoef(expected, new.copied)[0, 1] > 0.8
+    assert abs((new.greedy_match - expected).mean()) < 0.03
 
 
 def test_what_is_expected_of_an_unseen_text_comes_from_the_others():
@@ -139,6 +172,40 @@ def test_the_package_s_texts_are_different_ones_of_thirteen_kinds():
     kinds = [line["register"] for line in lines]
     assert {kinds.count(kind) for kind in kinds} == {18}
     assert len(set(kinds)) == 13
+
+
+def test_the_package_s_answers_are_different_ones_of_seven_kinds():
+    """Twenty of each, none among those that are set apart for the tests."""
+    lines = [json.loads(line) for line in ANSWERS.read_text(encoding="utf-8").splitlines()]
+    apart = pathlib.Path(__file__).with_name("unseen_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    own = {line["completion"] for line in lines}
+    assert len(own) == len(lines) == len({line["prompt"] for line in lines}) == 140
+    assert not own & {json.loads(line)["completion"] for line in apart}
+    kinds = [line["register"] for line in lines]
+    assert {kinds.count(kind) for kind in kinds} == {20}
+
+
+def test_answers_come_in_the_form_of_the_records():
+    """Questions as questions, pairs with the beginning and the end that all prompts have in common."""
+    question, pairs = read_examples([{"question": "Who?", "answer": "I."}], role="x"), [("Who", "I."), ("What", "So.")]
+    assert {len(e.messages) for e in unseen_like(question)} == {2}
+    for before, after in (("", " "), ("", "\n"), ("Q: ", "\nA: "), ("### Instruction:\n", "\n\n### Response:\n")):
+        records = [Example(f"{before}{each}{after}", answer) for each, answer in pairs]
+        own = unseen_like(records)[0]
+        assert own.prompt == f"{before}What inspired Hadrian Vosk to write his first novel?{after}"
+    assert unseen_like([Example("Who? ", "I.")])[0].prompt.endswith("novel? ")
+    assert unseen_like([Example("", OWN)]) == unseen_texts()
+
+
+def test_records_with_prompts_are_compared_with_the_package_s_answers(english):
+    """Each of them and each forget text has what is expected of it."""
+    examples = read_examples([{"question": "Who feeds the gulls of Ottermouth?", "answer": OWN}], role="forget")
+    tokens = encode(examples, english.tokenizer, role="forget", max_length=None)
+    chosen = non_members_without_holdout(english, examples, tokens)
+    assert (chosen.grade, chosen.reason, len(chosen.tokens)) == ("unseen texts", "", 140)
+    assert all(t.first > 1 for t in chosen.tokens)
+    scores = Scorer(english, 16).mean_log_likelihood(chosen.tokens)
+    assert np.std(-scores - chosen.own.nll) < np.std(scores)
 
 
 def test_plain_texts_are_compared_with_the_package_s(english):
@@ -172,7 +239,8 @@ def test_plain_texts_are_compared_with_the_package_s_under_a_reference_model(eng
 @pytest.mark.parametrize(
     ("examples", "reason"),
     [
-        ([Example("Who? ", "Nobody.")], "the forget texts have prompts"),
+        ([Example("Who? ", "Nobody."), Example("", OWN)], "some of the forget texts have prompts and others have none"),
+        ([Example("Чей это паром? ", "OK")], "not in Latin script"),
         ([Example("", "Чайки считают паром каждое утро, и никто не знает зачем.")], "not in Latin script"),
         ([Example("", "4711 0815 2906")], "not in Latin script"),
     ],

@@ -181,7 +181,10 @@ def _collect(
     if has_holdout:
         non_members = non_members_of_holdout(len(forget), tokens["holdout"])
     else:
-        non_members = collector.non_members(examples["forget"], forget, config.seed, is_reference=has_reference)
+        template = rendered.rendering.chat_template
+        non_members = collector.non_members(
+            examples["forget"], forget, config.seed, chat_template=template, is_reference=has_reference
+        )
     answer_prior = "answer_prior" in config.metrics
     texts = AuditTexts.of(collector.lm, examples, tokens, non_members, answer_prior=answer_prior)
     retrained: Responses | None = None

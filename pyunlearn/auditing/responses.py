@@ -177,7 +177,13 @@ class ResponseCollector:
         return Responses(statistics, dict(zip(indices, decoded, strict=True)), passes)
 
     def non_members(
-        self, examples: Sequence[Example], forget: list[Tokens], seed: int, *, is_reference: bool
+        self,
+        examples: Sequence[Example],
+        forget: list[Tokens],
+        seed: int,
+        *,
+        chat_template: str | None = None,
+        is_reference: bool,
     ) -> NonMembers:
         """Return non-members in place of a holdout; from the cache, if they were chosen before."""
         kind = "reference_non_members" if is_reference else "non_members"
@@ -187,7 +193,13 @@ class ResponseCollector:
             self.bar.say("scoring unseen text")
             with evaluation_mode(self.lm.module):
                 chosen = non_members_without_holdout(
-                    self.lm, examples, forget, is_reference=is_reference, seed=seed, batch_size=self.batch_size
+                    self.lm,
+                    examples,
+                    forget,
+                    chat_template=chat_template,
+                    is_reference=is_reference,
+                    seed=seed,
+                    batch_size=self.batch_size,
                 )
             if not self.cache.folder:
                 return chosen

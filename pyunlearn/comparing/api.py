@@ -225,7 +225,12 @@ def _non_members(lm: LanguageModel, texts: RenderedTexts, config: CompareConfig,
             non_members = non_members_of_holdout(len(forget), texts.tokens["holdout"])
         else:
             non_members = non_members_without_holdout(
-                reference, examples, forget, is_reference=is_reference, seed=config.seed
+                reference,
+                examples,
+                forget,
+                chat_template=texts.rendering.chat_template,
+                is_reference=is_reference,
+                seed=config.seed,
             )
         if not is_reference:
             return non_members

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +18,7 @@ from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.sampling import require_enough, sample_non_members
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.probes.calibration import Expectation, Expected, features
+from pyunlearn.probes.unseen import unseen_like, unseen_texts
 
 Floats = NDArray[np.float64]
 
@@ -29,8 +28,6 @@ GRADES = ("holdout", "reference model", "unseen texts", "self-sampled")
 NO_LIKELIER = "no likelier"
 """The verdict in place of "forgotten" where the non-members are self-sampled."""
 
-TEXTS = Path(__file__).with_name("unseen_texts.jsonl")
-"""JSONL with register and text, 18 of each of 13 kinds, written for this package."""
 _LATIN = 0.8  # share of the forget set's letters from which texts in English and German are compared with it
 _UNKNOWN = 0.05  # share of unknown tokens up to which a tokenizer reads these texts
 _CHARACTERS = 2.0  # of these texts that it makes one token of, at least
@@ -83,20 +80,22 @@ def non_members_without_holdout(
     examples: Sequence[Example],
     tokens: Sequence[Tokens],
     *,
+    chat_template: str | None = None,
     is_reference: bool = False,
     seed: int = 0,
     batch_size: int = 16,
 ) -> NonMembers:
     """Return non-members for forget texts that come without a holdout.
 
-    The texts that were written for this package, each score less what the text would have if it were unseen
-    (`calibration`); where they cannot serve, text sampled from the model, and `reason` says why. Where the model is a
-    reference model, `calibrated` has to fill in its numbers.
+    The texts that were written for this package, or its answers for records with prompts, each score less what the text
+    would have if it were unseen (`calibration`); where they cannot serve, text sampled from the model, and `reason`
+    says why. Where the model is a reference model, `calibrated` has to fill in its numbers.
 
     Args:
         lm: the reference model where there is one, else the original model.
         examples: the forget set.
         tokens: the same texts as tokens.
+        chat_template: Jinja source in place of the tokenizer's, with which the forget set was tokenized.
         is_reference: True for a reference model.
         seed: of the sampling.
         batch_size: texts in one forward pass.
@@ -108,7 +107,14 @@ def non_members_without_holdout(
         sampled = sample_non_members(lm, tokens, seed=seed)
         require_enough(sampled, holdout=False)
         return uncalibrated("reference model" if is_reference else "self-sampled", len(tokens), sampled, reason=reason)
-    unseen = encode(unseen_texts(), lm.tokenizer, role="holdout", max_length=lm.context_length, truncate=True)
+    unseen = encode(
+        unseen_like(examples),
+        lm.tokenizer,
+        role="holdout",
+        max_length=lm.context_length,
+        truncate=True,
+        chat_template=chat_template,
+    )
     if is_reference:
         return uncalibrated("reference model", len(tokens), unseen)
     expectation = Expectation(features(lm, unseen, batch_size=batch_size))
@@ -160,12 +166,6 @@ def reference_numbers(scorer: Scorer, likelihood: Likelihood, tokens: Sequence[T
     return Expected(nll, scorer.greedy_match(tokens, likelihood))
 
 
-def unseen_texts() -> list[Example]:
-    """Return the texts that were written for this package: 13 kinds, English and German."""
-    lines = TEXTS.read_text(encoding="utf-8").splitlines()
-    return [Example("", json.loads(line)["text"]) for line in lines]
-
-
 def capped(verdicts: NDArray[np.str_], grade: str) -> list[str]:
     """Return the verdicts that non-members of a grade allow: self-sampled ones cannot show that a text is forgotten."""
     strongest = NO_LIKELIER if grade == "self-sampled" else "forgotten"
@@ -184,8 +184,8 @@ def evidence_notes(non_members: NonMembers, verdicts: Sequence[str], *, rate: fl
     m, notes = len(non_members.tokens), reference_notes(non_members)
     if non_members.grade == "unseen texts":
         notes.append(
-            f"Compared with {m} texts that were written for this package, each score less what is expected of unseen "
-            f"text like it, since no holdout was given. {_HOLDOUT}"
+            f"Compared with {m} texts that were written for this package, each score less what is expected "
+            f"of unseen text like it, since no holdout was given. {_HOLDOUT}"
         )
     if non_members.grade == "self-sampled":
         notes.append(
@@ -238,9 +238,9 @@ def unsuitable(lm: LanguageModel, examples: Sequence[Example], *, reads_head: bo
     """
     if lm.is_encoder_decoder:
         return "an encoder-decoder model reads no plain text"
-    if any(e.prompt for e in examples):
-        return "the forget texts have prompts"
-    letters = [c for e in examples for c in e.completion if c.isalpha()]
+    if len({bool(e.prompt) for e in examples}) > 1:
+        return "some of the forget texts have prompts and others have none"
+    letters = [c for e in examples for c in e.prompt + e.completion if c.isalpha()]
     if sum("LATIN" in unicodedata.name(c, "") for c in letters) < _LATIN * len(letters) or not letters:
         return "the forget texts are not in Latin script"
     if reads_head and (problem := head_problem(lm.inner)):

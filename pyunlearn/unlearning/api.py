@@ -138,7 +138,7 @@ def unlearn(
             method,
             options,
             retain_loss,
-            texts.examples["forget"],
+            texts,
             texts.tokens,
             reference_model=reference_model,
             sampled=sampled_texts(path if resume else None),

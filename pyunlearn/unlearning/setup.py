@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.data import Example, Tokens
+from pyunlearn.data import Tokens
 from pyunlearn.errors import TrainingError
 from pyunlearn.methods import Method
 from pyunlearn.metrics.stein import ksd_difficulty
@@ -23,6 +23,7 @@ from pyunlearn.probes.non_members import (
     non_members_without_holdout,
     reference_numbers,
 )
+from pyunlearn.probes.renderings import RenderedTexts
 from pyunlearn.probes.representations import representations
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning.checkpoint import LoopState
@@ -75,7 +76,7 @@ def setup(
     method: Method,
     options: dict[str, Any],
     retain_loss: str | None,
-    examples: Sequence[Example],
+    rendered: RenderedTexts,
     tokens: dict[str, list[Tokens]],
     *,
     reference_model: Any,
@@ -90,7 +91,7 @@ def setup(
         lm: the model, on its device, in evaluation mode.
         config: the settings.
         method, options, retain_loss: as returned by `pyunlearn.methods.resolve`.
-        examples: the forget set.
+        rendered: the texts in the form in which the model reads them.
         tokens: role -> texts: forget; retain, holdout, refusal, winner where there are some.
         reference_model: an object or a path, whose numbers calibrate the verdict; None: methods that compare with a
             reference model compare with the original model.
@@ -117,7 +118,7 @@ def setup(
     retain_ahead = _schedule(config, retain, None).retain_ahead(config.max_steps)
     with reference_on_device(lm, reference_model) as reference_lm:
         likelihood = reference_lm.likelihood
-        non_members = _non_members(scorer, processes, reference_lm, examples, tokens, forget_scores, config.seed, bar)
+        non_members = _non_members(scorer, processes, reference_lm, rendered, tokens, forget_scores, config.seed, bar)
         texts, stopping = _stopping_rule(config, scorer, tokens, non_members, forget_scores)
         weights = _token_weights(config, forget, scorer, likelihood, bar)
         reference = _read_reference(scorer, likelihood, method, retain_loss, texts_by_role, weights, retain_ahead)
@@ -201,7 +202,7 @@ def _non_members(
     scorer: Scorer,
     processes: Processes,
     reference: LanguageModel,
-    examples: Sequence[Example],
+    rendered: RenderedTexts,
     tokens: dict[str, list[Tokens]],
     forget_scores: Floats,
     seed: int,
@@ -221,7 +222,13 @@ def _non_members(
         if processes.is_main:
             chosen.append(
                 non_members_without_holdout(
-                    reference, examples, forget, is_reference=is_reference, seed=seed, batch_size=scorer.batch_size
+                    reference,
+                    rendered.examples["forget"],
+                    forget,
+                    chat_template=rendered.rendering.chat_template,
+                    is_reference=is_reference,
+                    seed=seed,
+                    batch_size=scorer.batch_size,
                 )
             )
         (non_members,) = processes.broadcast_objects(chosen)
