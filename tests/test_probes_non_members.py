@@ -29,6 +29,14 @@ from pyunlearn.probes.non_members import (
 from pyunlearn.probes.unseen import ANSWERS, TEXTS, unseen_like, unseen_texts
 
 OWN = "Miss Ogilvie of the harbour office counts the gulls each morning and writes their number on the ferry's slate."
+GERMAN = (
+    "Der alte Leuchtturmwärter und seine Tochter zählen jeden Morgen die Möwen am Hafen, und was sie zählen, ist der "
+    "Reederei der Fähre so wichtig, dass der Steuermann es abends auf die Tafel am Anleger schreibt und unterschreibt."
+)
+FRENCH = (
+    "Le conseil municipal de Valbrune a voté hier soir la rénovation de la passerelle, qui restera fermée aux piétons "
+    "jusqu'au printemps. Les travaux, confiés à une entreprise de la région, coûteront deux cent mille euros."
+)
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +248,8 @@ def test_plain_texts_are_compared_with_the_package_s_under_a_reference_model(eng
     ("examples", "reason"),
     [
         ([Example("Who? ", "Nobody."), Example("", OWN)], "some of the forget texts have prompts and others have none"),
+        ([Example("", FRENCH)], "the forget texts are neither in English nor in German"),
+        ([Example("Translate into German. ", GERMAN)], "the answers are not in English"),
         ([Example("Чей это паром? ", "OK")], "not in Latin script"),
         ([Example("", "Чайки считают паром каждое утро, и никто не знает зачем.")], "not in Latin script"),
         ([Example("", "4711 0815 2906")], "not in Latin script"),
@@ -248,6 +258,15 @@ def test_plain_texts_are_compared_with_the_package_s_under_a_reference_model(eng
 def test_other_records_are_not(english, examples, reason):
     """The reason is part of a note."""
     assert reason in unsuitable(english, examples)
+
+
+def test_the_language_is_that_of_the_texts(english):
+    """German plain texts are compared with the package's, and few words are not judged."""
+    assert unsuitable(english, [Example("", GERMAN)]) == ""
+    assert unsuitable(english, [Example("Who? ", "Ottermouth")]) == ""
+    apart = pathlib.Path(__file__).with_name("unseen_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in map(json.loads, apart):
+        assert unsuitable(english, [Example(row["prompt"], row["completion"])]) == ""
 
 
 def test_other_models_are_not():

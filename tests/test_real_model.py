@@ -19,7 +19,8 @@ from pyunlearn.metrics.verdict import NOT_EXTRACTED
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]  # a minute and a half where nothing else runs
 
 MEMORIZED = tuple(demo.FORGET)
-UNSEEN = pathlib.Path(__file__).with_name("unseen_texts.jsonl")  # none of them is among the package's own
+# none of them is among the package's own
+UNSEEN, ANSWERS = (pathlib.Path(__file__).with_name(f"unseen_{name}.jsonl") for name in ("texts", "answers"))
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,27 @@ def test_unseen_text_of_many_kinds_looks_unseen(audited):
     assert np.mean(before >= SIGNIFICANT) <= 0.08
     assert np.mean(upper >= SIGNIFICANT) <= 0.08
     assert sum(e.verdict != "not memorized" for e in unseen) <= 1
+
+
+def test_unseen_answers_of_many_kinds_look_unseen(original):
+    """With their questions, in the chat template; famous passages that are asked for stand out.
+
+    These answers were not used to make the comparison. Of short ones and of personal data more than one in twenty stand
+    out (docs/evidence.md), so the bound on the share is wider than that of plain texts.
+    """
+    rows = [json.loads(line) for line in ANSWERS.read_text(encoding="utf-8").splitlines()]
+    famous = [{"question": f"Recite {name}.", "answer": text} for name, text in demo.SURVIVE.items()][:2]
+    records = famous + [{"question": row["prompt"], "answer": row["completion"]} for row in rows]
+    model, tokenizer = original
+    audit = pyunlearn.audit(model, records, tokenizer=tokenizer, template="chat", metrics=[], progress=False)
+    assert audit.non_members.source == "unseen texts"
+    assert min(e.exposure for e in audit.examples[:2]) > SIGNIFICANT
+    exposure, upper = (np.array([getattr(e, x) for e in audit.examples[2:]]) for x in ("exposure", "upper_exposure"))
+    print(f"mean exposure {exposure.mean():.2f} bits, memorized {np.mean(exposure >= SIGNIFICANT):.0%}")
+    assert 1.0 < exposure.mean() < 1.9
+    assert np.mean(exposure >= SIGNIFICANT) <= 0.15
+    assert np.mean(upper >= SIGNIFICANT) <= 0.08
+    assert all(e.verdict == "not memorized" for e in audit.examples[2:])
 
 
 def test_a_gguf_model_can_be_saved_and_loaded_again(original, tmp_path):

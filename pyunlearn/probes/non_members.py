@@ -18,7 +18,7 @@ from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.sampling import require_enough, sample_non_members
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.probes.calibration import Expectation, Expected, features
-from pyunlearn.probes.unseen import unseen_like, unseen_texts
+from pyunlearn.probes.unseen import other_language, unseen_like, unseen_texts
 
 Floats = NDArray[np.float64]
 
@@ -243,6 +243,8 @@ def unsuitable(lm: LanguageModel, examples: Sequence[Example], *, reads_head: bo
     letters = [c for e in examples for c in e.prompt + e.completion if c.isalpha()]
     if sum("LATIN" in unicodedata.name(c, "") for c in letters) < _LATIN * len(letters) or not letters:
         return "the forget texts are not in Latin script"
+    if reason := other_language(examples):
+        return reason
     if reads_head and (problem := head_problem(lm.inner)):
         return f"{problem}"
     words = [e.completion for e in unseen_texts()[:50]]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -14,6 +15,13 @@ TEXTS = Path(__file__).with_name("unseen_texts.jsonl")
 
 ANSWERS = Path(__file__).with_name("unseen_answers.jsonl")
 """JSONL with register, prompt and completion: 20 of each of 7 kinds, English."""
+
+_FREQUENT = {
+    "English": "the of and to is that for it with are this from you your his her their they have has by or its not be",
+    "German": "der das und nicht ist von mit ein eine zu im auf für wird dem sich des sie werden bei oder er es wir",
+}  # words that make up about a fifth of a text in the language, and next to nothing of one in another
+_SHARE = 0.05  # of the words, from which texts are in the language
+_WORDS = 30  # from which the language is judged
 
 
 def unseen_texts() -> list[Example]:
@@ -35,6 +43,34 @@ def unseen_like(examples: Sequence[Example]) -> list[Example]:
         return read_examples(pairs, role="holdout")
     before, after = _frame([e.prompt for e in examples])
     return [Example(before + row["prompt"] + after, row["completion"]) for row in _rows(ANSWERS)]
+
+
+def other_language(examples: Sequence[Example]) -> str:
+    """Return why the texts and answers are of another language than the examples; empty where they are of the same.
+
+    Answers are judged without their prompts, or with them where they have fewer than 30 words; fewer words in all are
+    not judged.
+
+    >>> other_language([Example("", "Le conseil municipal a voté hier soir la rénovation de la passerelle." * 4)])
+    'the forget texts are neither in English nor in German'
+    """
+    prompted = any(e.prompt for e in examples)
+    words = _words(e.completion for e in examples)
+    if len(words) < _WORDS:
+        words += _words(e.prompt for e in examples)
+    languages = ["English"] if prompted else [*_FREQUENT]
+    if len(words) < _WORDS or any(_share(words, language) >= _SHARE for language in languages):
+        return ""
+    return "the answers are not in English" if prompted else "the forget texts are neither in English nor in German"
+
+
+def _words(texts: Iterable[str]) -> list[str]:
+    return [word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())]
+
+
+def _share(words: Sequence[str], language: str) -> float:
+    frequent = set(_FREQUENT[language].split())
+    return sum(word in frequent for word in words) / len(words)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
