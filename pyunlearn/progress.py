@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 
 logger = logging.getLogger("pyunlearn")
 """Lines about a run, at level INFO; the command line shows them on standard error."""
@@ -50,21 +51,24 @@ class Progress:
         if self.shown:
             self.bar.advance(self.task, texts)
 
-    def update(self, step: int, memorized: int, left: int, utility: float, budget: float, halvings: int) -> None:
+    def update(
+        self, step: int, memorized: int, left: int, costs: Sequence[tuple[str, float, float]], halvings: int
+    ) -> None:
         """Show the state of an unlearning run after a round.
 
         Args:
             step: optimizer steps so far.
             memorized: examples that were memorized at the start.
             left: those of them that are still exposed.
-            utility: relative rise of the utility set's negative log-likelihood.
-            budget: the rise that is allowed.
+            costs: of each budget the name of its texts, the upper end of the relative rise of their negative
+                log-likelihood, and the rise that is allowed.
             halvings: times that the learning rate was halved.
         """
         if self.shown:
             slower = f" · learning rate halved {halvings}x" if halvings else ""
             exposed = f"{left} of {memorized} still exposed"
-            say = f"step {step} · {exposed} · utility {utility:+.1%} of {budget:.0%} allowed{slower}"
+            spent = " · ".join(f"{name} at most {upper:+.1%} of {allowed:.0%}" for name, upper, allowed in costs)
+            say = f"step {step} · {exposed} · {spent} allowed{slower}"
             self.bar.update(self.task, total=memorized, completed=memorized - left, say=say)
 
     def close(self) -> None:

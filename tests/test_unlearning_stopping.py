@@ -78,8 +78,8 @@ def test_the_rise_is_relative_to_the_mean_and_to_one_nat_at_least():
     """A utility set of 0.5 nats is measured as one of 1 nat."""
     for utility, rise in (((2.0, 6.0), 0.4 / 4.0), ((0.5, 0.5), 0.4 / 1.0)):
         stopping = rule(utility=utility)
-        assert stopping.initial.utility_rise == 0
-        assert measured(stopping, [-1, -1, -3], np.array(utility) + 0.4).utility_rise == pytest.approx(rise)
+        assert stopping.initial.utility.estimate == 0
+        assert measured(stopping, [-1, -1, -3], np.array(utility) + 0.4).utility.estimate == pytest.approx(rise)
 
 
 def test_rejection_reasons_come_in_order():
@@ -126,7 +126,7 @@ def test_numbers_that_are_not_finite_give_nan_and_no_exposure():
         measurement = measured(stopping, log_likelihood, utility)
         assert np.isnan(measurement.exposure.lower).all()
         assert np.isnan(measurement.exposure.upper).all()
-        assert math.isnan(measurement.utility_rise)
+        assert math.isnan(measurement.utility.estimate)
         np.testing.assert_equal(measurement.log_likelihood, np.array(log_likelihood, dtype=float))
 
 
@@ -134,15 +134,15 @@ def test_the_utility_interval_is_student_s_of_paired_changes():
     """Equal rises of different texts leave no width; below one nat the rise is a difference; one text has none."""
     before = np.linspace(1.0, 3.0, 30)
     stopping = rule(utility=before)
-    assert stopping.utility_interval() == (0.0, 0.0)
+    assert stopping.current.utility.interval == (0.0, 0.0)
     stopping.current = measured(stopping, [-1, -1, -3], before * 1.04)
-    np.testing.assert_allclose(stopping.utility_interval(), 0.04)
+    np.testing.assert_allclose(stopping.current.utility.interval, 0.04)
     stopping = rule(utility=before / 10)
     after = before / 10 + np.random.default_rng(0).normal(0.05, 0.2, 30)
     stopping.current = measured(stopping, [-1, -1, -3], after)
     expected = stats.ttest_1samp(after - before / 10, 0).confidence_interval(0.95)
-    np.testing.assert_allclose(stopping.utility_interval(), expected)
-    assert rule(utility=[2.0]).utility_interval() is None
+    np.testing.assert_allclose(stopping.current.utility.interval, expected)
+    assert rule(utility=[2.0]).current.utility.interval is None
 
 
 @pytest.mark.full
@@ -154,6 +154,6 @@ def test_the_utility_interval_covers_as_it_says(n):
         before = np.exp(rng.normal(0.8, 0.3, n))  # nats a token of real texts: 1.2 to 4
         stopping = rule(utility=before)
         stopping.current = measured(stopping, [-1, -1, -3], before * (1.04 + 0.05 * rng.normal(size=n)))
-        low, high = stopping.utility_interval()
+        low, high = stopping.current.utility.interval
         covers.append(low <= 0.04 <= high)
     assert 0.92 < np.mean(covers) < 0.98

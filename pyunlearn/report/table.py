@@ -52,14 +52,20 @@ def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
 
 
 def utility_line(result: Result) -> str:
-    """Return one sentence about the utility set and the non-members: their change, and the budget."""
+    """Return one sentence about the utility set and the non-members: their change, and the budgets."""
     u = result.utility
-    interval = "no interval" if u.interval is None else f"95 % interval {u.interval[0]:+.1%} to {u.interval[1]:+.1%}"
-    return (
+    parts = [
         f"utility ({u.measured_on}, {u.sequences} texts): {u.nll_before:.3f} → {u.nll_after:.3f} nats a token, "
-        f"{u.relative_rise:+.1%} ({interval}) of {u.budget:.0%} allowed; drift of the "
-        f"non-members: {u.non_member_drift:+.3f} nats a token"
-    )
+        f"{_rise(u.relative_rise, u.interval)}, at most {u.budget:.0%} allowed"
+    ]
+    if u.holdout_rise is not None and u.holdout_budget is not None:
+        parts.append(f"holdout: {_rise(u.holdout_rise, u.holdout_interval)}, at most {u.holdout_budget:.0%} allowed")
+    return "; ".join([*parts, f"drift of the non-members: {u.non_member_drift:+.3f} nats a token"])
+
+
+def _rise(estimate: float, interval: tuple[float, float] | None) -> str:
+    shown = "no interval" if interval is None else f"95 % interval {interval[0]:+.1%} to {interval[1]:+.1%}"
+    return f"{estimate:+.1%} ({shown})"
 
 
 def edit_table(edited: EditResult) -> Table:

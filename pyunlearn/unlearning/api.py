@@ -23,6 +23,7 @@ from pyunlearn.probes.non_members import NO_LIKELIER, capped, evidence_notes
 from pyunlearn.probes.recitation import LONGEST, opening, recited
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
+from pyunlearn.unlearning.budget import budget_notes
 from pyunlearn.unlearning.checkpoint import Checkpoint, checkpoint_path, sampled_texts
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.distributed import Processes, make_accelerator
@@ -59,8 +60,9 @@ def unlearn(
     stand out, at a false discovery rate over all of them.
     They are made less likely step by step, each until its anchored generalized exposure
     (`pyunlearn.metrics.generalized_exposure`) is that of non-members and no more of it is extracted. A round that
-    exceeds the utility budget, or makes an example less likely than non-members, is rolled back and the learning rate
-    is halved. So the returned model is the best state within the budget.
+    may exceed the budget of the utility set or of the holdout (the upper end of the rise's interval decides), or makes
+    an example less likely than non-members, is rolled back and the learning rate is halved. So the returned model is
+    the best state within the budgets.
 
     Args:
         model: a transformers causal or encoder-decoder language model (PEFT-wrapped or not), or a path, a .gguf file or
@@ -68,8 +70,9 @@ def unlearn(
         forget: a text, a list of texts, a list of dicts (`text`; `prompt`/`completion`; `question`/`answer`; chat
             `messages`), a datasets.Dataset, or a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. With prompts, only
             the completion is scored and forgotten. With `dpo`, each example has a preferred answer `winner`.
-        retain: text that must keep working, same forms: for the retain loss (`retain_loss`), and as the utility set.
-            Copies of forget texts are left out, with a warning.
+        retain: text that must keep working, same forms: for the retain loss (`retain_loss`), and as the utility set,
+            for which a fifth at most is set apart where there are 20 different texts or more. Copies of forget texts
+            are left out, with a warning.
         holdout: text of the forget set's kind that was never trained on, same forms, 19 different texts or more, no
             copy of a forget text among them; default: texts written for this package, or sampled from the model where
             these cannot serve (prompts, other scripts): from the reference model, or else from the model, and then no
@@ -249,10 +252,12 @@ def _result(
 
 
 def _notes(session: Session, texts: RenderedTexts, result: Result, rate: float) -> list[str]:
-    """Return what is to be noted on the rendering and on the evidence, one sentence each."""
+    """Return what is to be noted on the rendering, the texts, the evidence and the budgets, one sentence each."""
     memorized = any(e.verdict != "not memorized" for e in result.examples)
     evidence = evidence_notes(session.stopping.non_members, [e.verdict for e in result.examples], rate=rate)
-    return texts.notes(memorized=memorized) + evidence
+    budgets = [budget for budget, _ in session.stopping.budgets]
+    notes = texts.notes(memorized=memorized) + session.texts.utility.notes + evidence
+    return notes + budget_notes(result.stopped, result.history, budgets)
 
 
 def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
@@ -304,13 +309,17 @@ def _utility(session: Session) -> Utility:
     if session.state.visits.any():
         after = -session.scorer.mean_log_likelihood(texts.non_members)
         drift = float((after - stopping.non_member_nll).mean())
+    utility, holdout = stopping.current.utility, stopping.current.holdout
     return Utility(
-        measured_on=texts.utility_source,
-        sequences=len(texts.utility),
-        nll_before=float(stopping.utility_before.mean()),
+        measured_on=texts.utility.source,
+        sequences=len(texts.utility.tokens),
+        nll_before=float(stopping.utility_budget.before.mean()),
         nll_after=float(stopping.current.utility_nll.mean()),
-        relative_rise=stopping.current.utility_rise,
-        interval=stopping.utility_interval(),
-        budget=stopping.utility_budget,
+        relative_rise=utility.estimate,
+        interval=utility.interval,
+        budget=stopping.utility_budget.allowed,
         non_member_drift=drift,
+        holdout_rise=None if holdout is None else holdout.estimate,
+        holdout_interval=None if holdout is None else holdout.interval,
+        holdout_budget=None if stopping.holdout_budget is None else stopping.holdout_budget.allowed,
     )

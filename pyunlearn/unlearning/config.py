@@ -118,7 +118,16 @@ class LoopConfig(Config):
     utility_budget: float = option(
         0.05,
         Number(0),
-        "Allowed relative rise of the negative log-likelihood of the utility set: 0.05 is 5 % (of at least 1 nat).",
+        "Allowed relative rise of the negative log-likelihood of the utility set: 0.05 is 5 % (of at least 1 nat). The "
+        "upper end of the rise's 95 % interval must stay within it.",
+        fixed=True,
+    )
+    holdout_budget: float | None = option(
+        0.1,
+        Number(0),
+        "The same for the holdout, unseen text of the forget set's kind, where a retain set is the utility set; none: "
+        "no such bound.",
+        optional=True,
         fixed=True,
     )
     max_grad_norm: float = option(1.0, Number(0), "Gradients are clipped to this norm.", fixed=True)

@@ -1,7 +1,7 @@
 """Training loop: ascend on memorized examples and stop each at the level of text that was not trained on.
 
-A round takes every active example once (16 optimizer steps at most), then scores the forget set and the utility set. A
-round that exceeds the utility budget or over-unlearns an example is rolled back, and the learning rate is halved.
+A round takes every active example once (16 optimizer steps at most), then scores the forget set and the texts of the
+budgets. A round that may exceed a budget or over-unlearns an example is rolled back, and the learning rate is halved.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pyunlearn.probes.non_members import NO_LIKELIER
 from pyunlearn.progress import Progress
+from pyunlearn.unlearning.budget import Rise
 from pyunlearn.unlearning.checkpoint import Checkpoint
 from pyunlearn.unlearning.config import LoopConfig
 from pyunlearn.unlearning.distributed import Processes
@@ -185,10 +186,12 @@ def optimizer_step(
 
 
 def measure(session: Session) -> Measurement:
-    """Score the forget set and the utility set; when all exposures are at the target, measure extraction too."""
+    """Score the forget set and the budgets' texts; when all exposures are at the target, measure extraction too."""
     scorer, texts, stopping = session.scorer, session.texts, session.stopping
     log_likelihood = scorer.mean_log_likelihood(texts.forget)
-    measurement = stopping.measurement(log_likelihood, -scorer.mean_log_likelihood(texts.utility))
+    utility = -scorer.mean_log_likelihood(texts.utility.tokens)
+    holdout = -scorer.mean_log_likelihood(texts.holdout) if texts.holdout else None
+    measurement = stopping.measurement(log_likelihood, utility, holdout)
     near = stopping.near_target(measurement)
     if not (near.size and stopping.all_near_target(measurement)):
         return measurement
@@ -201,16 +204,23 @@ def _round_record(session: Session, measurement: Measurement, rejection_reason: 
         "accepted": rejection_reason is None,
         "rejection_reason": rejection_reason,
         "active": len(session.stopping.active),
-        "utility_rise": finite(measurement.utility_rise),
+        **_rise_record("utility", measurement.utility),
+        **_rise_record("holdout", measurement.holdout),
         "mean_log_likelihood": [finite(x) for x in measurement.log_likelihood],
         "exposure": [finite(x) for x in measurement.exposure.lower],
         "extraction": [finite(x) for x in measurement.extraction],
     }
 
 
+def _rise_record(name: str, rise: Rise | None) -> dict[str, float | None]:
+    """Return the rise of some texts and the upper end of its interval; None where they have no budget."""
+    values = (None, None) if rise is None else (finite(rise.estimate), finite(rise.upper))
+    return dict(zip((f"{name}_rise", f"{name}_rise_upper"), values, strict=True))
+
+
 def _show(session: Session, bar: Progress) -> None:
     """Update the progress bar."""
     state, stopping = session.state, session.stopping
     memorized, active = int(stopping.memorized.sum()), len(stopping.active)
-    rise, budget = stopping.current.utility_rise, stopping.utility_budget
-    bar.update(state.step, memorized, active, rise, budget, state.halvings)
+    costs = [(budget.name.split()[0], rise.upper, budget.allowed) for budget, rise in stopping.budgets]
+    bar.update(state.step, memorized, active, costs, state.halvings)

@@ -266,14 +266,14 @@ class RetainTerm:
 
 
 def multiplier_of(
-    settings: Mapping[str, Any], retain_loss: str | None, utility: Sequence[Tokens], utility_nll: Floats
+    settings: Mapping[str, Any], retain_loss: str | None, retain: Sequence[Tokens], retain_nll: Floats
 ) -> Multiplier:
     """Return PDU's multiplier, whose bound is a little above the initial retain loss.
 
-    That is the mean negative log-likelihood per token of the utility set; 0 for retain_loss "kl".
+    That is the mean negative log-likelihood per token of retain texts; 0 for retain_loss "kl".
     """
-    lengths = [len(t.scored) for t in utility]
-    initial = 0.0 if retain_loss == "kl" else float(np.average(utility_nll, weights=lengths))
+    lengths = [len(t.scored) for t in retain]
+    initial = 0.0 if retain_loss == "kl" else float(np.average(retain_nll, weights=lengths))
     bound = initial + settings["retain_tolerance"] * max(initial, 1.0)
     return Multiplier(settings["multiplier"], settings["multiplier_step_size"], bound, settings["multiplier_warmup"])
 

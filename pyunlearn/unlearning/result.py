@@ -67,8 +67,15 @@ class Utility:
     interval: tuple[float, float] | None
     """95 % interval of relative_rise over the sequences: Student's t of the paired changes; None for one sequence."""
     budget: float
+    """Allowed relative rise, at the upper end of the interval; of one sequence the rise itself."""
     non_member_drift: float
     """Mean rise of the non-members' negative log-likelihood, nats per token."""
+    holdout_rise: float | None = None
+    """Relative rise of the holdout, over evenly spaced texts of it; None where the holdout has no budget of its own."""
+    holdout_interval: tuple[float, float] | None = None
+    """95 % interval of holdout_rise, as `interval`."""
+    holdout_budget: float | None = None
+    """Allowed relative rise of the holdout, at the upper end of the interval."""
 
 
 @dataclass
@@ -83,7 +90,8 @@ class Result:
     """Reason why the run ended.
 
     One of forgotten, no likelier, nothing memorized, still extracted (the likelihoods are those of non-members, and a
-    text's tokens are still first choices), max_steps, utility budget, over-unlearning, not finite, interrupted.
+    text's tokens are still first choices), max_steps, utility budget, holdout budget, over-unlearning, not finite,
+    interrupted.
     """
     non_member_scores: list[float] = field(repr=False)
     """Of the non-members under the original model: mean negative log-likelihoods, nats per token; less those of the
@@ -91,8 +99,8 @@ class Result:
     history: list[dict[str, Any]] = field(repr=False)
     settings: dict[str, Any] = field(repr=False)
     notes: list[str] = field(default_factory=list)
-    """What was left out of the texts, how the holdout differs from the forget set, and what the evidence cannot show:
-    one sentence each."""
+    """What was left out of the texts, how the holdout differs from the forget set, what evidence and utility set cannot
+    show, and why a budget ended the run: one sentence each."""
     evidence: str = "holdout"
     """What the verdicts rest on: holdout, reference model, unseen texts (written for this package) or self-sampled."""
     rendering: str | None = None

@@ -36,9 +36,9 @@ from pyunlearn.unlearning.representation import RepresentationTarget
 from pyunlearn.unlearning.schedule import Schedule, check_difficulty
 from pyunlearn.unlearning.stopping import StoppingRule
 from pyunlearn.unlearning.token_weights import token_weights_of
+from pyunlearn.unlearning.utility_set import UtilitySet, evenly_spaced, non_members_as_utility_set, split_retain
 
 Floats = NDArray[np.float64]
-_UTILITY_TOKENS = 1024  # scored tokens of the utility set, at each evaluation
 _CORPUS = 256  # retain examples in the Stein discrepancy
 
 
@@ -46,10 +46,10 @@ class Texts(NamedTuple):
     """The tokenized texts of a run."""
 
     forget: list[Tokens]
-    retain: list[Tokens] | None
+    retain: list[Tokens] | None  # those that the run may train on
     non_members: list[Tokens]
-    utility: list[Tokens]  # the texts on which the utility budget is measured
-    utility_source: str
+    utility: UtilitySet
+    holdout: list[Tokens]  # the texts on which the holdout budget is measured; none where there is no such budget
 
 
 class Session(NamedTuple):
@@ -104,10 +104,11 @@ def setup(
     scorer = Scorer(
         lm, 2 * min(config.batch_size, micro_batch_size), autocast=accelerator.autocast, processes=processes
     )
-    forget, retain = tokens["forget"], tokens.get("retain")
+    trains = retain_loss is not None and config.retain_weight > 0
+    forget, (retain, utility) = tokens["forget"], split_retain(tokens.get("retain"), trains=trains)
 
     forget_scores, greedy_before = _score_forget_set(scorer, forget, bar)
-    texts_by_role = dict(tokens)
+    texts_by_role = tokens | ({} if retain is None else {"retain": retain})
     if "alternates" in method.needs:
         count = (method.options | options)["alternates"]
         sample = _alternate_sampler(lm, forget, count, config.seed, processes, bar)
@@ -119,15 +120,16 @@ def setup(
     with reference_on_device(lm, reference_model) as reference_lm:
         likelihood = reference_lm.likelihood
         non_members = _non_members(scorer, processes, reference_lm, rendered, tokens, forget_scores, config.seed, bar)
-        texts, stopping = _stopping_rule(config, scorer, tokens, non_members, forget_scores)
+        texts, stopping = _stopping_rule(config, scorer, texts_by_role, utility, non_members, forget_scores)
         weights = _token_weights(config, forget, scorer, likelihood, bar)
         reference = _read_reference(scorer, likelihood, method, retain_loss, texts_by_role, weights, retain_ahead)
         difficulty = _difficulty(config, texts, scorer, likelihood, micro_batch_size, bar)
 
     initial_nll = -scorer.mean_log_likelihood(retain) if retain_loss == "hold" and retain is not None else None
     multiplier = None
-    if method.needs_retain:
-        multiplier = multiplier_of(method.options | options, retain_loss, texts.utility, stopping.utility_before)
+    if method.needs_retain and retain is not None:
+        trained = [retain[i] for i in evenly_spaced(retain)]
+        multiplier = multiplier_of(method.options | options, retain_loss, trained, -scorer.mean_log_likelihood(trained))
     target = _representation_target(config, scorer, method, options, retain_loss, texts, retain_ahead, bar)
     schedule = _schedule(config, retain, difficulty)
     state = LoopState(np.zeros(len(forget), dtype=np.int64), multiplier)
@@ -171,17 +173,10 @@ def _scores_to_agree(
         "forget set": stopping.initial.log_likelihood,
         "reference model": stopping.non_members.forget.nll if stopping.non_members.by_reference else np.empty(0),
         "holdout": stopping.non_member_scores,
-        "retain set": stopping.utility_before,
+        "retain set": stopping.utility_budget.before,
         "token weights": np.concatenate(weights or [np.empty(0)]),
         "difficulty": np.empty(0) if difficulty is None else difficulty,
     }
-
-
-def evenly_spaced(tokens: list[Tokens], limit: int) -> list[Tokens]:
-    """Return evenly spaced texts with about `limit` scored tokens in all, one text at least."""
-    total = sum(len(t.scored) for t in tokens)
-    count = max(1, min(len(tokens), len(tokens) * limit // max(total, 1)))
-    return tokens if count == len(tokens) else [tokens[i * len(tokens) // count] for i in range(count)]
 
 
 def _score_forget_set(scorer: Scorer, forget: list[Tokens], bar: Progress) -> tuple[Floats, Floats]:
@@ -256,26 +251,28 @@ def _stopping_rule(
     config: LoopConfig,
     scorer: Scorer,
     tokens: dict[str, list[Tokens]],
+    utility: UtilitySet | None,
     non_members: NonMembers,
     forget_scores: Floats,
 ) -> tuple[Texts, StoppingRule]:
-    """Score the non-members and the utility set; return the texts of the run and its stopping rule."""
-    retain = tokens.get("retain")
-    non_member_nll = -scorer.mean_log_likelihood(non_members.tokens)
-    utility = evenly_spaced(non_members.tokens if retain is None else retain, _UTILITY_TOKENS)
-    source = "retain set" if retain is not None else non_members.utility_source
-    utility_nll = -scorer.mean_log_likelihood(utility)
+    """Score the non-members and the texts of the budgets; return the texts of the run and its stopping rule."""
+    holdout: list[Tokens] = []
+    if config.holdout_budget is not None and utility is not None and "holdout" in tokens:
+        holdout = [tokens["holdout"][i] for i in evenly_spaced(tokens["holdout"])]
+    utility = utility or non_members_as_utility_set(non_members)
     stopping = StoppingRule(
         forget_scores,
-        non_member_nll,
+        -scorer.mean_log_likelihood(non_members.tokens),
         scorer.greedy_match(non_members.tokens),
-        utility_nll,
+        -scorer.mean_log_likelihood(utility.tokens),
         target_exposure=config.target_exposure,
         false_discovery_rate=config.false_discovery_rate,
         utility_budget=config.utility_budget,
+        holdout_nll=-scorer.mean_log_likelihood(holdout) if holdout else None,
+        holdout_budget=config.holdout_budget,
         non_members=non_members,
     )
-    return Texts(tokens["forget"], retain, non_members.tokens, utility, source), stopping
+    return Texts(tokens["forget"], tokens.get("retain"), non_members.tokens, utility, holdout), stopping
 
 
 def _token_weights(

@@ -1,4 +1,4 @@
-"""Per-example stopping and the utility budget: selection of active examples, acceptance of rounds, verdicts."""
+"""Per-example stopping and the budgets: selection of active examples, acceptance of rounds, verdicts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.metrics import SIGNIFICANT, Exposure, Verdict, discoveries, generalized_exposure, mean_interval, verdict
+from pyunlearn.metrics import SIGNIFICANT, Exposure, Verdict, discoveries, generalized_exposure, verdict
 from pyunlearn.metrics.verdict import NOT_EXTRACTED, over_unlearned
 from pyunlearn.probes.non_members import NonMembers, uncalibrated
+from pyunlearn.unlearning.budget import HOLDOUT_BUDGET, UTILITY_BUDGET, Budget, Rise
 
 Floats = NDArray[np.float64]
 
@@ -23,7 +24,8 @@ class Measurement:
     exposure: Exposure  # (B,) anchored, bits
     extraction: Floats  # (B,) exposure of the share of first-choice tokens, bits; NaN where it was not measured
     utility_nll: Floats  # (W,) of the utility set, mean negative log-likelihood a token, nats
-    utility_rise: float  # relative rise of its mean; NaN where a number is not finite
+    utility: Rise  # of the utility set
+    holdout: Rise | None  # of the holdout, where it has a budget
 
 
 class StoppingRule:
@@ -31,9 +33,9 @@ class StoppingRule:
 
     An example is *memorized* where its exposure is selected among those of the whole set, at the false discovery rate.
     It is *active* while it is memorized and its exposure is above `target_exposure`; when no exposure is, while more of
-    it is extracted than of four in five non-members. A round is rejected where the utility set lost more than
-    `utility_budget`, where a memorized example became less likely than 95 % of the non-members, or others did at the
-    same rate.
+    it is extracted than of four in five non-members. A round is rejected where the utility set or the holdout may have
+    lost more than its budget (the upper end of the 95 % interval decides), where a memorized example became less likely
+    than 95 % of the non-members, or others did at the same rate.
 
     Args:
         log_likelihood: (B,) of the forget set under the original model, mean a token, nats.
@@ -43,6 +45,8 @@ class StoppingRule:
         target_exposure: bits at or below which an example is no longer active.
         false_discovery_rate: among the examples called memorized, and among those called over-unlearned.
         utility_budget: allowed relative rise of the utility set's mean (of at least 1 nat).
+        holdout_nll: (H,) of the holdout texts that have a budget, under the original model; None where they have none.
+        holdout_budget: allowed relative rise of their mean.
         non_members: what is expected of the examples and of the non-members if they are unseen, which is subtracted
             from their numbers; default: nothing, as for a holdout.
 
@@ -65,29 +69,49 @@ class StoppingRule:
         *,
         target_exposure: float,
         utility_budget: float,
+        holdout_nll: Floats | None = None,
+        holdout_budget: float | None = None,
         false_discovery_rate: float = 0.05,
         non_members: NonMembers | None = None,
     ) -> None:
-        self.non_member_nll, self.utility_before = non_member_nll, utility_nll
+        self.non_member_nll = non_member_nll
+        self.utility_budget = Budget(UTILITY_BUDGET, utility_nll, utility_budget)
+        self.holdout_budget: Budget | None = None
+        if holdout_nll is not None and holdout_budget is not None:
+            self.holdout_budget = Budget(HOLDOUT_BUDGET, holdout_nll, holdout_budget)
         self.non_members = non_members or uncalibrated("holdout", len(log_likelihood), [], m=len(non_member_nll))
         self.non_member_scores = non_member_nll - self.non_members.own.nll
         self.non_member_extracted = non_member_extracted - self.non_members.own.greedy_match
-        self.target_exposure, self.utility_budget = target_exposure, utility_budget
-        self.false_discovery_rate = false_discovery_rate
-        self.initial = self.measurement(log_likelihood, utility_nll)
+        self.target_exposure, self.false_discovery_rate = target_exposure, false_discovery_rate
+        self.initial = self.measurement(log_likelihood, utility_nll, holdout_nll)
         self.current = self.initial
         self.overshot = np.zeros(len(log_likelihood), dtype=bool)
         self.memorized = discoveries(self.initial.exposure.lower, rate=false_discovery_rate).significant  # (B,)
 
-    def measurement(self, log_likelihood: Floats, utility_nll: Floats) -> Measurement:
-        """Return exposures and utility from (B,) log-likelihoods of the forget set and (W,) NLLs of the utility set."""
+    def measurement(
+        self, log_likelihood: Floats, utility_nll: Floats, holdout_nll: Floats | None = None
+    ) -> Measurement:
+        """Return exposures and rises.
+
+        Args:
+            log_likelihood: (B,) of the forget set.
+            utility_nll: (W,) negative log-likelihoods of the utility set.
+            holdout_nll: (H,) the same of the holdout; None where it has no budget.
+        """
+        utility, holdout = self.utility_budget.rise(utility_nll), None
+        if self.holdout_budget is not None and holdout_nll is not None:
+            holdout = self.holdout_budget.rise(holdout_nll)
         nan = np.full(len(log_likelihood), np.nan)
-        if not (np.isfinite(log_likelihood).all() and np.isfinite(utility_nll).all()):
-            return Measurement(log_likelihood, Exposure(nan, nan, nan > 0), nan, utility_nll, math.nan)
+        if not (np.isfinite(log_likelihood).all() and _finite(utility) and _finite(holdout)):
+            utility, holdout = Rise(math.nan, None), None if holdout is None else Rise(math.nan, None)
+            return Measurement(log_likelihood, Exposure(nan, nan, nan > 0), nan, utility_nll, utility, holdout)
         exposure = generalized_exposure(self._scores(log_likelihood), self.non_member_scores)
-        before = self.utility_before.mean()
-        rise = (utility_nll.mean() - before) / max(before, 1.0)
-        return Measurement(log_likelihood, exposure, nan, utility_nll, float(rise))
+        return Measurement(log_likelihood, exposure, nan, utility_nll, utility, holdout)
+
+    @property
+    def budgets(self) -> list[tuple[Budget, Rise]]:
+        """The budgets, each with the rise of the present weights."""
+        return self._budgets(self.current)
 
     def near_target(self, measurement: Measurement) -> NDArray[np.int64]:
         """Return the indices of the memorized examples whose exposure has reached the target."""
@@ -120,10 +144,11 @@ class StoppingRule:
 
     def rejection_reason(self, measurement: Measurement) -> str | None:
         """Return the reason to roll back a round that ended with this measurement, or None."""
-        if not math.isfinite(measurement.utility_rise):
+        if not _finite(measurement.utility):
             return "not finite"
-        if measurement.utility_rise > self.utility_budget:
-            return "utility budget"
+        for budget, rise in self._budgets(measurement):
+            if budget.exceeded(rise):
+                return budget.name
         return "over-unlearning" if self._over_unlearned(measurement).any() else None
 
     def leave_out(self, measurement: Measurement) -> list[int]:
@@ -157,19 +182,11 @@ class StoppingRule:
             false_discovery_rate=self.false_discovery_rate,
         )
 
-    def utility_interval(self) -> tuple[float, float] | None:
-        """Return the 95 % t interval of the relative rise over the utility set, paired; None for one text.
-
-        The rise is a ratio, mean(after - before) / max(mean(before), 1), whose error is to first order the mean of
-        after - before - rise * before, over the same divisor.
-        """
-        before, after = self.utility_before, self.current.utility_nll
-        if len(before) == 1:
-            return None
-        scale, rise = max(float(before.mean()), 1.0), self.current.utility_rise
-        errors = after - before - (rise * before if scale > 1 else 0)
-        _, low, high = mean_interval(rise + (errors - errors.mean()) / scale)
-        return low, high
+    def _budgets(self, measurement: Measurement) -> list[tuple[Budget, Rise]]:
+        pairs = [(self.utility_budget, measurement.utility)]
+        if self.holdout_budget is not None and measurement.holdout is not None:
+            pairs.append((self.holdout_budget, measurement.holdout))
+        return pairs
 
     def _over_unlearned(self, measurement: Measurement) -> NDArray[np.bool_]:
         before, after = self.initial.exposure, measurement.exposure
@@ -182,3 +199,7 @@ class StoppingRule:
     def _scores(self, log_likelihood: Floats) -> Floats:
         """Return (B,) scores of the forget set, low = memorized: NLL less what it would be of unseen text."""
         return -log_likelihood - self.non_members.forget.nll
+
+
+def _finite(rise: Rise | None) -> bool:
+    return rise is None or math.isfinite(rise.estimate)
