@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -73,8 +74,13 @@ def test_the_utility_line_says_what_was_measured():
     """With interval, budget and drift."""
     line = utility_line(result("x"))
     assert "retain set, 1 texts" in line
-    assert "+2.0% (95 % interval +1.0% to +3.0%) of 5% allowed" in line
+    assert "+2.0% (95 % interval +1.0% to +3.0%), at most 5% allowed" in line
     assert "drift of the non-members: +0.125 nats" in line
+    assert "holdout" not in line
+    measured = result("x")
+    utility = replace(measured.utility, holdout_rise=0.03, holdout_interval=(0.02, 0.06), holdout_budget=0.1)
+    line = utility_line(replace(measured, utility=utility))
+    assert "; holdout: +3.0% (95 % interval +2.0% to +6.0%), at most 10% allowed; drift" in line
 
 
 def test_an_edit_has_one_line_a_role():

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from coverings import in_full
-from unlearning_runs import check_forgotten, run, same, timeless, weights
+from unlearning_runs import apart, check_forgotten, run, same, timeless, weights
 
 import pyunlearn
 from pyunlearn.models.sampling import COUNT
@@ -26,12 +26,12 @@ def test_a_llama_forgets_memorized_sentences_and_leaves_unseen_ones_alone(story)
     check_forgotten(result, story)
     assert [e.text for e in result.examples] == story.forget + story.unseen
     before, after = (
-        tiny.negative_log_likelihoods(story, story.retain, model).mean() for model in (story.model, result.model)
+        tiny.negative_log_likelihoods(story, apart(story.retain), model).mean() for model in (story.model, result.model)
     )
     assert result.utility.nll_before == pytest.approx(before, rel=1e-5)
     assert result.utility.nll_after == pytest.approx(after, rel=1e-5)
     assert result.utility.relative_rise == pytest.approx((after - before) / max(before, 1), abs=1e-5)
-    assert (result.utility.measured_on, result.utility.sequences) == ("retain set", len(story.retain))
+    assert (result.utility.measured_on, result.utility.sequences) == ("retain texts set apart", 12)
     for e, nll in zip(
         result.examples, tiny.negative_log_likelihoods(story, story.forget + story.unseen, result.model), strict=True
     ):

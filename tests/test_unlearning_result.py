@@ -20,6 +20,9 @@ ROUND = {
     "rejection_reason",
     "active",
     "utility_rise",
+    "utility_rise_upper",
+    "holdout_rise",
+    "holdout_rise_upper",
     "mean_log_likelihood",
     "exposure",
     "extraction",
@@ -44,7 +47,9 @@ def test_the_history_has_one_record_a_step_and_the_state_after_each_round(story)
     assert last["mean_log_likelihood"] == [e.log_likelihood_after for e in result.examples]
     assert last["utility_rise"] == result.utility.relative_rise
     low, high = result.utility.interval
-    assert low <= result.utility.relative_rise <= high
+    assert low <= result.utility.relative_rise <= high == last["utility_rise_upper"]
+    assert last["holdout_rise"] == result.utility.holdout_rise
+    assert last["holdout_rise_upper"] == result.utility.holdout_interval[1]
     then, now = (tiny.negative_log_likelihoods(story, story.holdout, m) for m in (story.model, result.model))
     assert result.utility.non_member_drift == pytest.approx((now - then).mean(), abs=1e-5) != 0
 

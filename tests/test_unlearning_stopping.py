@@ -1,4 +1,4 @@
-"""The stopping rule with a handful of numbers: active examples, rejected rounds, verdicts, the utility interval."""
+"""The stopping rule with a handful of numbers: active examples, rejected rounds, verdicts, the budgets' intervals."""
 
 import math
 
@@ -26,9 +26,10 @@ def verdicts(stopping, extracted=0.3, recited=False):
     return stopping.verdict(np.full(n, extracted), np.full(n, recited)).verdict.tolist()
 
 
-def measured(stopping, log_likelihood, utility=(1.5, 2.5)):
-    """Return the measurement of those log-likelihoods and utility NLLs."""
-    return stopping.measurement(np.array(log_likelihood, dtype=float), np.array(utility, dtype=float))
+def measured(stopping, log_likelihood, utility=(1.5, 2.5), holdout=None):
+    """Return the measurement of those log-likelihoods, utility NLLs and holdout NLLs."""
+    holdout = None if holdout is None else np.array(holdout, dtype=float)
+    return stopping.measurement(np.array(log_likelihood, dtype=float), np.array(utility, dtype=float), holdout)
 
 
 def test_examples_likelier_than_nearly_all_non_members_are_memorized():
@@ -99,6 +100,44 @@ def test_a_rise_equal_to_the_budget_is_accepted():
     assert stopping.rejection_reason(measured(stopping, [-1, -1, -3], (2.5, 2.5))) is None
     assert stopping.rejection_reason(measured(stopping, [-1, -1, -3], (2.5, 2.5 + 1e-6))) == "utility budget"
     assert stopping.rejection_reason(measured(stopping, [-1, -1, -3], (0.1, 0.1))) is None
+
+
+def test_the_upper_end_of_the_interval_decides():
+    """A mean rise within the budget is rejected where the interval reaches beyond it; of one text the rise decides."""
+    before = np.array([1.5, 2.0, 2.5, 2.0])
+    stopping = rule(utility=before)
+    for noise, reason in ((0.01, None), (0.05, "utility budget")):
+        rejected = measured(stopping, [-1, -1, -3], before * 1.03 + noise * np.array([1, -1, -1, 1]))
+        assert rejected.utility.estimate == pytest.approx(0.03)
+        assert (rejected.utility.upper > 0.05) == (reason is not None)
+        assert stopping.rejection_reason(rejected) == reason
+    for rise, reason in ((0.049, None), (0.051, "utility budget")):
+        alone = measured(rule(utility=[2.0]), [-1, -1, -3], [2 * (1 + rise)])
+        assert alone.utility.interval is None
+        assert alone.utility.upper == alone.utility.estimate == pytest.approx(rise)
+        assert rule(utility=[2.0]).rejection_reason(alone) == reason
+
+
+def test_the_holdout_has_a_budget_of_its_own():
+    """It is tested after the utility budget and before over-unlearning; NaN in it is not finite; None is no budget."""
+    options = {"holdout_nll": np.array([2.0, 3.0, 4.0]), "holdout_budget": 0.1}
+    stopping = rule(**options)
+    assert stopping.initial.holdout.upper == 0
+    for after, reason in (([2.1, 3.15, 4.2], None), ([2.3, 3.45, 4.6], "holdout budget")):
+        assert stopping.rejection_reason(measured(stopping, [-2.5, -1, -3], holdout=after)) == reason
+    uneven = measured(stopping, [-2.5, -1, -3], holdout=[2.0, 3.5, 4.0])  # a mean rise of 5.6 %
+    assert uneven.holdout.estimate < 0.1 < uneven.holdout.upper
+    assert stopping.rejection_reason(uneven) == "holdout budget"
+    over = [2.3, 3.45, 4.6]
+    assert stopping.rejection_reason(measured(stopping, [-9, -1, -3], holdout=over)) == "holdout budget"
+    assert stopping.rejection_reason(measured(stopping, [-9, -1, -3], (1.8, 2.7), over)) == "utility budget"
+    assert stopping.rejection_reason(measured(stopping, [-1, -1, -3], holdout=[2, 3, math.nan])) == "not finite"
+    assert [budget.name for budget, _ in stopping.budgets] == ["utility budget", "holdout budget"]
+    for none in ({}, options | {"holdout_budget": None}):
+        free = rule(**none)
+        assert measured(free, [-1, -1, -3], holdout=over).holdout is None
+        assert free.rejection_reason(measured(free, [-1, -1, -3], holdout=over)) is None
+        assert [budget.name for budget, _ in free.budgets] == ["utility budget"]
 
 
 def test_an_example_that_began_below_all_non_members_is_not_over_unlearned():

@@ -1,0 +1,155 @@
+"""The budgets of a run: the texts they are measured on, which no retain loss reads, and the end of a run by them."""
+
+import numpy as np
+import pytest
+import tiny
+from unlearning_runs import apart, run
+
+from pyunlearn.data import Tokens
+from pyunlearn.metrics import NULL_MEAN
+from pyunlearn.probes.non_members import uncalibrated
+from pyunlearn.progress import Progress
+from pyunlearn.unlearning import objectives
+from pyunlearn.unlearning.budget import Budget, budget_notes
+from pyunlearn.unlearning.utility_set import evenly_spaced, split_retain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def texts(count, length=10):
+    """Return different texts of `length` scored tokens each."""
+    return [Tokens((i, *range(length)), first=1) for i in range(count)]
+
+
+HOLDOUT = uncalibrated("holdout", 1, texts(30))
+
+
+# ---------------------------------------------------------------- the texts
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "most", "expected"),
+    [
+        (300, 32, None, 32),
+        (300, 500, None, 8),
+        (5, 500, None, 5),
+        (20, 10, None, 20),
+        (60, 10, 12, 12),
+        (1, 9, None, 1),
+    ],
+)
+def test_about_a_thousand_tokens_are_scored(count, length, most, expected):
+    """Evenly spaced texts: 8 at least, where there are as many."""
+    chosen = evenly_spaced(texts(count, length), most=most)
+    assert len(chosen) == len(set(chosen)) == expected
+    assert chosen[0] == 0
+    assert {b - a for a, b in zip(chosen, chosen[1:], strict=False)} <= {count // expected, count // expected + 1}
+
+
+@pytest.mark.parametrize(("count", "length", "size"), [(20, 10, 4), (60, 10, 12), (400, 64, 16), (400, 2000, 8)])
+def test_a_fifth_of_the_retain_set_is_set_apart_at_most(count, length, size):
+    """The texts set apart are not among those to train on, also where the retain set repeats them."""
+    retain = texts(count, length)
+    trained, utility = split_retain(retain + retain[:3] * 5, HOLDOUT, trains=True)
+    assert len(utility.tokens) == size <= count / 5
+    assert not set(trained) & set(utility.tokens)
+    assert {*trained, *utility.tokens} == set(retain)
+    assert (utility.source, utility.trained, utility.notes) == ("retain texts set apart", False, [])
+
+
+def test_of_few_texts_none_is_set_apart():
+    """Below 20 different ones the utility set is trained on, which a note says; without a retain loss it is not."""
+    for retain in (texts(19), texts(19) * 3):
+        trained, utility = split_retain(retain, HOLDOUT, trains=True)
+        assert trained == retain == utility.tokens
+        assert (utility.source, utility.trained) == ("retain set", True)
+        (note,) = utility.notes
+        assert note.startswith(f"Utility was measured on {len(retain)} texts that the run also trained on")
+    trained, utility = split_retain(texts(40), HOLDOUT, trains=False)
+    assert trained == utility.tokens == texts(40)
+    assert (utility.source, utility.notes) == ("retain set", [])
+    trained, utility = split_retain(None, HOLDOUT, trains=False)
+    assert (trained, utility.tokens, utility.source) == (None, HOLDOUT.tokens, "holdout")
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_texts_set_apart_are_never_trained_on(story, monkeypatch):
+    """No retain loss reads one of them, over several epochs of the others; the run is that on the others alone."""
+    read = set()
+
+    def batch(self, indices):
+        read.update(self.retain[i].ids for i in indices)
+        return original(self, indices)
+
+    original = objectives.RetainTerm.batch
+    monkeypatch.setattr(objectives.RetainTerm, "batch", batch)
+    result = run(story, learning_rate=1e-5, max_steps=20)
+    assert len(result.history) == 20
+    ids = {text: tuple(story.tokenizer(text)["input_ids"]) for text in story.retain}
+    unread = {ids[text] for text in apart(story.retain)}
+    assert read == set(ids.values()) - unread
+    assert len(read) == 48
+    assert result.utility.sequences == len(unread) == 12
+    others = [text for text in story.retain if ids[text] not in unread]
+    alone = run(story, retain=others[:19], learning_rate=1e-5, max_steps=1)
+    assert alone.utility.measured_on == "retain set"
+    assert any("also trained on" in note for note in alone.notes)
+    assert not any("also trained on" in note for note in result.notes)
+
+
+def test_a_run_ends_by_the_budget_of_the_holdout(story):
+    """Measured from outside it is within the budget at its end, and a note says what to do; resumed or not."""
+    result = run(story, learning_rate=1e-3, holdout_budget=0.002)
+    assert result.stopped == "holdout budget"
+    assert {e.verdict for e in result.examples} == {"still exposed"}
+    rejected = [record for record in result.history if record.get("rejection_reason")]
+    assert len(rejected) == 7
+    assert {record["rejection_reason"] for record in rejected} == {"holdout budget"}
+    assert all(record["utility_rise_upper"] <= 0.05 and record["holdout_rise_upper"] > 0.002 for record in rejected)
+    assert result.utility.holdout_rise <= result.utility.holdout_interval[1] <= result.utility.holdout_budget == 0.002
+    before, after = (tiny.negative_log_likelihoods(story, story.holdout, m) for m in (story.model, result.model))
+    assert after.mean() / before.mean() - 1 == pytest.approx(result.utility.non_member_drift / before.mean(), abs=1e-5)
+    assert any(note.startswith("The run ended because unseen text like the forget set") for note in result.notes)
+    assert any("More holdout texts" in note for note in result.notes)
+
+
+def test_without_a_budget_the_holdout_does_not_end_a_run(story):
+    """The same run as above is then forgotten; without a retain set the holdout has the utility budget alone."""
+    result = run(story, learning_rate=1e-3, holdout_budget=None)
+    assert result.stopped == "forgotten"
+    assert (result.utility.holdout_rise, result.utility.holdout_interval, result.utility.holdout_budget) == (None,) * 3
+    assert all(record["holdout_rise"] is None for record in result.history if "accepted" in record)
+    assert all(e.exposure_after <= NULL_MEAN for e in result.examples)
+    result = run(story, retain=None, holdout_budget=0.0)
+    assert result.stopped == "forgotten"
+    assert (result.utility.measured_on, result.utility.holdout_budget) == ("holdout", None)
+
+
+# ---------------------------------------------------------------- words
+
+
+def test_notes_on_a_run_that_ended_by_a_budget():
+    """Only where the mean rise was within the budget more texts are recommended; no other end has a note."""
+    budgets = [Budget("utility budget", np.ones(3), 0.05), Budget("holdout budget", np.ones(4), 0.1)]
+    for rise, count in ((0.04, 1), (0.06, 0), (None, 0)):
+        history = [{"step": 1}, {"rejection_reason": "utility budget", "utility_rise": rise, "holdout_rise": 0.0}]
+        notes = budget_notes("utility budget", history, budgets)
+        assert len(notes) == count
+        assert all("with 3 texts" in note and "More retain and holdout texts" in note for note in notes)
+        assert budget_notes("over-unlearning", history, budgets) == []
+    (note,) = budget_notes("holdout budget", [{"rejection_reason": "holdout budget", "holdout_rise": 0.2}], budgets)
+    assert "more than 10% (holdout_budget)" in note
+
+
+def test_the_progress_bar_shows_each_budget(monkeypatch):
+    """The upper end of the interval, and what is allowed."""
+    bar, shown = Progress(False), {}
+    bar.shown, bar.task = True, 0
+    bar.bar = type("Bar", (), {"update": lambda self, task, **fields: shown.update(fields)})()
+    bar.update(6, 3, 1, [("utility", 0.049, 0.05), ("holdout", 0.021, 0.1)], 1)
+    assert shown["say"] == (
+        "step 6 · 1 of 3 still exposed · utility at most +4.9% of 5% · holdout at most +2.1% of 10% allowed"
+        " · learning rate halved 1x"
+    )
