@@ -85,7 +85,7 @@ def test_texts_set_apart_are_never_trained_on(story, monkeypatch):
 
     original = objectives.RetainTerm.batch
     monkeypatch.setattr(objectives.RetainTerm, "batch", batch)
-    result = run(story, learning_rate=1e-5, max_steps=20)
+    result = run(story, retain=story.retain, learning_rate=1e-5, max_steps=20)
     assert len(result.history) == 20
     ids = {text: tuple(story.tokenizer(text)["input_ids"]) for text in story.retain}
     unread = {ids[text] for text in apart(story.retain)}

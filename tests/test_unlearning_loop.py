@@ -67,7 +67,7 @@ def test_a_learning_rate_far_too_high_never_over_unlearns(story, learning_rate, 
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
     assert result.utility.interval[1] <= 0.05
     assert result.utility.holdout_interval[1] <= 0.1
-    assert tiny.negative_log_likelihoods(story, apart(story.retain), result.model).mean() == pytest.approx(
+    assert tiny.negative_log_likelihoods(story, apart(story.corpus), result.model).mean() == pytest.approx(
         result.utility.nll_after, rel=1e-5
     )
     assert result.stopped in ("forgotten", "utility budget", "over-unlearning")

@@ -8,7 +8,7 @@ import random
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Tiny:
     unseen: list[Any]  # of the same kind, never trained on
     retain: list[Any]  # trained on, once an epoch (60 of them)
     holdout: list[Any]  # of the same kind, never trained on
+    corpus: list[Any] = field(default_factory=list)  # the retain set and more that was trained on, 200 at most
 
     def fresh(self) -> Any:
         """Return a copy of the model."""
@@ -231,7 +232,7 @@ def _trained(make: Any, rows: Any, count: int, repeats: int, epochs: int, **opti
         else:
             train(model, tokenizer, retain + forget * repeats, epochs=epochs)
             torch.save(model.state_dict(), weights)
-    return Tiny(model, tokenizer, forget, rows(2, 14), retain[:60], rows(60, 6))
+    return Tiny(model, tokenizer, forget, rows(2, 14), retain[:60], rows(60, 6), retain[:200])
 
 
 def storyteller() -> Tiny:
