@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> Comparison:
         batch_size=options.batch_size,
         max_steps=options.max_steps,
         utility_budget=options.utility_budget,
+        holdout_budget=None,
         retain_loss=None if options.retain_loss == "none" else options.retain_loss,
         seed=options.seed,
     )

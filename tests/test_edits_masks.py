@@ -80,7 +80,7 @@ def test_a_share_of_one_is_everything_and_others_are_refused():
 
 
 def run(trained, *, model=None, **options):
-    options = {"retain": trained.retain, "holdout": trained.holdout, "learning_rate": 3e-4, "progress": False} | options
+    options = {"retain": trained.corpus, "holdout": trained.holdout, "learning_rate": 3e-4, "progress": False} | options
     model = trained.fresh() if model is None else model
     return pyunlearn.unlearn(model, trained.forget, tokenizer=trained.tokenizer, **options)
 

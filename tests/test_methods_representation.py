@@ -220,7 +220,8 @@ def check_unlikely(result):
 @pytest.fixture(scope="module")
 def steered(story):
     """The run that the tests below look at."""
-    return run(story, story.forget + story.unseen, method="adaptive_rmu", method_options=QUICK, learning_rate=3e-3)
+    options = QUICK | {"alpha": 30.0}  # retains the texts set apart too
+    return run(story, story.forget + story.unseen, method="adaptive_rmu", method_options=options, learning_rate=3e-3)
 
 
 def test_a_llama_s_sentences_become_as_likely_as_unseen_ones(story, steered):
