@@ -1,5 +1,7 @@
 """The budgets of a run: the texts they are measured on, which no retain loss reads, and the end of a run by them."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import tiny
@@ -43,7 +45,7 @@ def test_about_a_thousand_tokens_are_scored(count, length, most, expected):
     chosen = evenly_spaced(texts(count, length), most=most)
     assert len(chosen) == len(set(chosen)) == expected
     assert chosen[0] == 0
-    assert {b - a for a, b in zip(chosen, chosen[1:], strict=False)} <= {count // expected, count // expected + 1}
+    assert {b - a for a, b in pairwise(chosen)} <= {count // expected, count // expected + 1}
 
 
 @pytest.mark.parametrize(("count", "length", "size"), [(20, 10, 4), (60, 10, 12), (400, 64, 16), (400, 2000, 8)])
