@@ -90,11 +90,11 @@ def test_a_holdout_with_a_forget_text_is_refused_before_the_model_is_loaded(stor
 
 def test_copies_in_retain_and_repeated_non_members_are_left_out(story):
     """With a warning at the caller's line, and the result as if they had not been given."""
-    dirty = {"retain": [*story.retain, story.forget[1]], "holdout": [*story.holdout, story.holdout[0]]}
+    dirty = {"retain": [*story.corpus, story.forget[1]], "holdout": [*story.holdout, story.holdout[0]]}
     with pytest.warns(UserWarning, match="left out") as caught:
         result = run(story, max_steps=2, **dirty)
     notes = [
-        "1 of 61 retain texts is a copy of a forget text and is left out: retain example 61.",
+        "1 of 201 retain texts is a copy of a forget text and is left out: retain example 201.",
         "1 of 61 holdout texts repeats another one and is left out: 60 different ones count.",
     ]
     assert [str(w.message) for w in caught] == result.notes == result.to_dict()["notes"] == notes
