@@ -250,8 +250,8 @@ def test_the_retain_term_protects_the_retain_set(story, steered):
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "rmu", "method_options": {**QUICK, "coefficient": 20.0}},
-        *in_full({"method": "rmu", "retain_loss": "hold"}),
+        {"method": "rmu", "method_options": {**QUICK, "alpha": 30.0, "coefficient": 20.0}},
+        *in_full({"method": "rmu", "retain_loss": "hold", "retain_weight": 4.0}),
     ],
 )
 def test_rmu_makes_them_as_unlikely(story, options):

@@ -54,7 +54,8 @@ def check_as_likely(result):
 @pytest.mark.parametrize("method", ["ceu", "CE-U", "undial", "pdu", "pdu+kl", "ga+kl", "undial+kl"])
 def test_two_secrets_become_as_likely_as_unseen_ones_and_the_rest_stays(story, method):
     """Down to the level of unseen text, within the utility budget; unseen text is not trained on."""
-    result = run(story, story.forget + story.unseen, method=method)
+    weight = 4.0 if method.lower() in ("ceu", "ce-u") else 1.0
+    result = run(story, story.forget + story.unseen, method=method, retain_weight=weight)
     check_as_likely(result)
 
 
@@ -72,7 +73,7 @@ def test_away_from_itself_the_model_forgets_in_small_steps(story):
 def test_toward_a_model_without_the_secrets_there_is_a_gradient_from_the_start(story, clean):
     """The reference model was never trained on them (bad teaching), and is not changed."""
     before = weights(clean)
-    result = run(story, method="kl", method_options={"direction": "toward"}, reference_model=clean, retain=None)
+    result = run(story, method="kl", method_options={"direction": "toward"}, reference_model=clean)
     check_as_likely(result)
     assert result.history[0]["gradient_norm"] > 0.01
     assert same(clean, before)
@@ -81,7 +82,7 @@ def test_toward_a_model_without_the_secrets_there_is_a_gradient_from_the_start(s
 @pytest.mark.parametrize("method", ["undial+kl", *in_full("ceu", "pdu")])
 def test_a_t5_forgets_completions(t5, method):
     """The decoder's distributions are those after an encoder's prompt."""
-    check_as_likely(run(t5, t5.forget + t5.unseen, method=method, retain_weight=4.0))
+    check_as_likely(run(t5, t5.forget + t5.unseen, method=method, retain_weight=10.0))
 
 
 def test_an_adapter_is_trained_with_no_copy_of_the_head(story, monkeypatch):
