@@ -251,7 +251,7 @@ def test_the_retain_term_protects_the_retain_set(story, steered):
     "options",
     [
         {"method": "rmu", "method_options": {**QUICK, "alpha": 30.0, "coefficient": 20.0}},
-        *in_full({"method": "rmu", "retain_loss": "hold", "retain_weight": 4.0}),
+        *in_full({"method": "rmu", "retain_loss": "hold", "retain_weight": 4.0, "learning_rate": 1e-3}),
     ],
 )
 def test_rmu_makes_them_as_unlikely(story, options):
