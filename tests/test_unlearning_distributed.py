@@ -35,11 +35,11 @@ def launched(tmp_path_factory):
     story, folder = tiny.storyteller(), tmp_path_factory.mktemp("launch")
     for part in (story.model, story.tokenizer):
         part.save_pretrained(folder / "model")
-    for role in ("forget", "retain"):
+    for role in ("forget", "corpus"):
         (folder / f"{role}.json").write_text(json.dumps([{"text": text} for text in getattr(story, role)]))
     (folder / "both.py").write_text(BOTH)
     common = (
-        "unlearn model --forget forget.json --retain retain.json --learning-rate 3e-4 --batch-size 3 --json --quiet"
+        "unlearn model --forget forget.json --retain corpus.json --learning-rate 3e-4 --batch-size 3 --json --quiet"
     )
     each = [
         f"{common} --method {method} --out {method} " + " ".join(f"--{k} {v}" for k, v in options.items())
@@ -76,7 +76,7 @@ def test_two_processes_give_the_run_of_one(launched, method, one_thread):
     alone = pyunlearn.unlearn(
         story.fresh(),
         story.forget,
-        retain=story.retain,
+        retain=story.corpus,
         tokenizer=story.tokenizer,
         learning_rate=3e-4,
         batch_size=3,

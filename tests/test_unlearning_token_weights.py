@@ -183,7 +183,7 @@ def test_a_run_weighs_tokens_by_their_likelihood_beyond_a_reference_model(story,
 @pytest.mark.parametrize(("method", "share"), [("tnpo", 0.5), *in_full(("wga", 1.0))])
 def test_secrets_are_forgotten_by_their_important_tokens(story, method, share):
     """Weighted by importance, all or half of the tokens are enough to forget the whole text within the budget."""
-    how = {"token_weights": "importance", "token_share": share, "max_steps": 60, "retain": story.retain}
+    how = {"token_weights": "importance", "token_share": share, "max_steps": 60, "retain": story.corpus}
     result = run(story, method, **how)
     assert result.stopped == "forgotten"
     assert all(e.forgotten for e in result.examples)
