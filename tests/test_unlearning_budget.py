@@ -13,7 +13,7 @@ from pyunlearn.probes.non_members import uncalibrated
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning import objectives
 from pyunlearn.unlearning.budget import Budget, budget_notes
-from pyunlearn.unlearning.utility_set import evenly_spaced, split_retain
+from pyunlearn.unlearning.utility_set import evenly_spaced, non_members_as_utility_set, split_retain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,9 +21,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def texts(count, length=10):
     """Return different texts of `length` scored tokens each."""
     return [Tokens((i, *range(length)), first=1) for i in range(count)]
-
-
-HOLDOUT = uncalibrated("holdout", 1, texts(30))
 
 
 # ---------------------------------------------------------------- the texts
@@ -52,7 +49,7 @@ def test_about_a_thousand_tokens_are_scored(count, length, most, expected):
 def test_a_fifth_of_the_retain_set_is_set_apart_at_most(count, length, size):
     """The texts set apart are not among those to train on, also where the retain set repeats them."""
     retain = texts(count, length)
-    trained, utility = split_retain(retain + retain[:3] * 5, HOLDOUT, trains=True)
+    trained, utility = split_retain(retain + retain[:3] * 5, trains=True)
     assert len(utility.tokens) == size <= count / 5
     assert not set(trained) & set(utility.tokens)
     assert {*trained, *utility.tokens} == set(retain)
@@ -62,16 +59,17 @@ def test_a_fifth_of_the_retain_set_is_set_apart_at_most(count, length, size):
 def test_of_few_texts_none_is_set_apart():
     """Below 20 different ones the utility set is trained on, which a note says; without a retain loss it is not."""
     for retain in (texts(19), texts(19) * 3):
-        trained, utility = split_retain(retain, HOLDOUT, trains=True)
+        trained, utility = split_retain(retain, trains=True)
         assert trained == retain == utility.tokens
         assert (utility.source, utility.trained) == ("retain set", True)
         (note,) = utility.notes
         assert note.startswith(f"Utility was measured on {len(retain)} texts that the run also trained on")
-    trained, utility = split_retain(texts(40), HOLDOUT, trains=False)
+    trained, utility = split_retain(texts(40), trains=False)
     assert trained == utility.tokens == texts(40)
     assert (utility.source, utility.notes) == ("retain set", [])
-    trained, utility = split_retain(None, HOLDOUT, trains=False)
-    assert (trained, utility.tokens, utility.source) == (None, HOLDOUT.tokens, "holdout")
+    assert split_retain(None, trains=False) == (None, None)
+    holdout = uncalibrated("holdout", 1, texts(30))
+    assert non_members_as_utility_set(holdout) == (holdout.tokens, "holdout", False)
 
 
 # ---------------------------------------------------------------- runs
