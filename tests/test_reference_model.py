@@ -185,7 +185,8 @@ def test_false_alarms_are_as_rare_and_memorized_texts_are_found_more_often():
 def test_a_run_ends_forgotten_where_the_reference_model_would_be(plain, holdout):
     """Without a holdout too, by a method that reads no reference model; the secrets end near the retrained model."""
     before = copy.deepcopy(plain.references["retrained"].state_dict())
-    result = unlearn(plain, "retrained", holdout=plain.holdout if holdout else None)
+    # the 12 texts set apart were fine-tuned on as well, and lose what no retain loss protects: 10 % (0 to 20 %)
+    result = unlearn(plain, "retrained", holdout=plain.holdout if holdout else None, utility_budget=0.2)
     assert result.stopped == "forgotten"
     assert result.forgotten
     assert result.evidence == result.to_dict()["evidence"] == ("holdout" if holdout else "reference model")

@@ -42,7 +42,8 @@ def launched(tmp_path_factory):
         "unlearn model --forget forget.json --retain corpus.json --learning-rate 3e-4 --batch-size 3 --json --quiet"
     )
     each = [
-        f"{common} --method {method} --out {method} " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in options.items())
+        f"{common} --method {method} --out {method} "
+        + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in options.items())
         for method, options in METHODS.items()
     ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "both.py"]
