@@ -23,6 +23,11 @@ def texts(count, length=10):
     return [Tokens((i, *range(length)), first=1) for i in range(count)]
 
 
+def unlikely(tokens):
+    """Return log-likelihoods of texts that the model does not know by heart."""
+    return np.full(len(tokens), -3.0)
+
+
 # ---------------------------------------------------------------- the texts
 
 
@@ -49,7 +54,7 @@ def test_about_a_thousand_tokens_are_scored(count, length, most, expected):
 def test_a_fifth_of_the_retain_set_is_set_apart_at_most(count, length, size):
     """The texts set apart are not among those to train on, also where the retain set repeats them."""
     retain = texts(count, length)
-    trained, utility = split_retain(retain + retain[:3] * 5, trains=True)
+    trained, utility = split_retain(retain + retain[:3] * 5, trains=True, log_likelihood=unlikely)
     assert len(utility.tokens) == size <= count / 5
     assert not set(trained) & set(utility.tokens)
     assert {*trained, *utility.tokens} == set(retain)
@@ -59,17 +64,27 @@ def test_a_fifth_of_the_retain_set_is_set_apart_at_most(count, length, size):
 def test_of_few_texts_none_is_set_apart():
     """Below 20 different ones the utility set is trained on, which a note says; without a retain loss it is not."""
     for retain in (texts(19), texts(19) * 3):
-        trained, utility = split_retain(retain, trains=True)
+        trained, utility = split_retain(retain, trains=True, log_likelihood=unlikely)
         assert trained == retain == utility.tokens
         assert (utility.source, utility.trained) == ("retain set", True)
         (note,) = utility.notes
         assert note.startswith(f"Utility was measured on {len(retain)} texts that the run also trained on")
-    trained, utility = split_retain(texts(40), trains=False)
+    trained, utility = split_retain(texts(40), trains=False, log_likelihood=unlikely)
     assert trained == utility.tokens == texts(40)
     assert (utility.source, utility.notes) == ("retain set", [])
-    assert split_retain(None, trains=False) == (None, None)
+    assert split_retain(None, trains=False, log_likelihood=unlikely) == (None, None)
     holdout = uncalibrated("holdout", 1, texts(30))
-    assert non_members_as_utility_set(holdout) == (holdout.tokens, "holdout", False)
+    assert non_members_as_utility_set(holdout) == (holdout.tokens, "holdout", False, False)
+
+
+def test_of_a_set_that_is_known_by_heart_none_is_set_apart():
+    """What is not trained on would be forgotten with the forget set; a note says where utility was measured."""
+    retain = texts(60, 64)
+    trained, utility = split_retain(retain, trains=True, log_likelihood=lambda tokens: np.full(len(tokens), -0.49))
+    assert trained == retain
+    assert (len(utility.tokens), utility.source, utility.trained) == (16, "retain set", True)
+    (note,) = utility.notes
+    assert "the model knows them by heart" in note
 
 
 # ---------------------------------------------------------------- runs

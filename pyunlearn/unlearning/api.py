@@ -75,7 +75,7 @@ def unlearn(
             are left out, with a warning.
         holdout: text of the forget set's kind that was never trained on, same forms, 19 different texts or more, no
             copy of a forget text among them; default: texts written for this package, or sampled from the model where
-            these cannot serve (prompts, other scripts): from the reference model, or else from the model, and then no
+            these cannot serve (other languages): from the reference model, or else from the model, and then no
             text can be called forgotten.
         tokenizer: a tokenizer, or where to load it from; default: where the model was loaded from.
         reference_model: a model that never saw the forget texts, best the one before fine-tuning: each score is the

@@ -105,8 +105,8 @@ def setup(
         lm, 2 * min(config.batch_size, micro_batch_size), autocast=accelerator.autocast, processes=processes
     )
     trains = retain_loss is not None and config.retain_weight > 0
-    forget, (retain, utility) = tokens["forget"], split_retain(tokens.get("retain"), trains=trains)
-
+    forget, given = tokens["forget"], tokens.get("retain")
+    retain, utility = split_retain(given, trains=trains, log_likelihood=scorer.mean_log_likelihood)
     forget_scores, greedy_before = _score_forget_set(scorer, forget, bar)
     texts_by_role = tokens | ({} if retain is None else {"retain": retain})
     if "alternates" in method.needs:
