@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and what it returns."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -366,3 +367,17 @@ def test_it_runs_as_a_program():
         check=True,
     )
     assert json.loads(done.stdout)["backend on the CPU"] == "reference"
+
+
+def test_what_a_library_logs_does_not_reach_the_terminal(monkeypatch, capsys):
+    """Also where it configures the root logger; pyunlearn's own lines are printed once."""
+    from pyunlearn.cli.quiet import quiet_libraries, show_lines
+    from pyunlearn.progress import logger
+
+    monkeypatch.setattr(logging.root, "handlers", [])
+    quiet_libraries()
+    show_lines(quiet=False)
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger("a_library").warning("chatter")
+    logger.info("a line")
+    assert capsys.readouterr() == ("", "a line\n")

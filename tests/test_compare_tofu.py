@@ -64,6 +64,7 @@ def test_forget_retain_and_holdout_are_drawn_apart(benchmark, data):
         benchmark.drawn(data, 3, 10, 20, 10, 0)
 
 
+@pytest.mark.full
 def test_unlearned_is_measured_beside_retrained(benchmark, data, tmp_path, capsys):
     """The retrained model does not know the forget answers; a rerun reads the saved numbers."""
     from benchmarks import retrained

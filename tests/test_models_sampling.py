@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from coverings import in_full
 
 from pyunlearn.data import Tokens, encode, read_examples
 from pyunlearn.models import sampling
@@ -46,7 +47,7 @@ def test_samples_have_the_median_length_of_the_forget_texts_within_8_to_48(langu
     assert {len(t.scored) for t in samples} == {min(48, max(8, scored))}
 
 
-@pytest.mark.parametrize("kind", ["answers", "t5"])
+@pytest.mark.parametrize("kind", ["answers", *in_full("t5")])
 def test_answers_to_a_prompt_depart_from_the_memorized_answer(kind, request):
     """Each prompt is answered, never with the memorized first token, and that token is not scored."""
     trained = request.getfixturevalue(kind)

@@ -127,6 +127,7 @@ def test_constant_function_without_gradients(mode, device, backend):
     assert_agree([actual.losses], [(actual.log_likelihood > task.before).float().cpu()], 0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("dynamic", "objective"), [(False, "dpo"), *in_full((False, "npo"), (True, "dpo"), (True, "npo"))]
 )

@@ -146,6 +146,7 @@ def test_a_reference_model_that_does_not_know_the_kind_needs_a_holdout(plain):
     assert "so unseen text of that kind may count as memorized" in without.notes[-1]
 
 
+@pytest.mark.full
 def test_false_alarms_are_as_rare_and_memorized_texts_are_found_more_often():
     """Of 20 unseen texts among 60 non-members one or more counts as memorized in at most 5 % of 1000 sets (7 % with
     chance). Of 10 memorized ones, in 1000 other sets, the plain score finds few: it does not know which texts are easy.

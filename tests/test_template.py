@@ -26,7 +26,7 @@ def asked(one_thread):
 @pytest.fixture(scope="module")
 def texts():
     """Two questions that were memorized with their answers, and unseen ones, as a user has them."""
-    return {"forget": tiny.facts(2, 3), "holdout": tiny.facts(60, 6), "retain": tiny.facts(40, 2)}
+    return {"forget": tiny.facts(2, 3), "holdout": tiny.facts(60, 6), "retain": tiny.facts(200, 2)}
 
 
 @pytest.fixture
@@ -89,6 +89,7 @@ def test_unlearning_forgets_them_in_their_form(asked, texts, lines, tmp_path):
     assert ([e.verdict for e in audit.examples], audit.rendering) == (["forgotten"] * 2, PLAIN)
 
 
+@pytest.mark.full
 def test_a_right_chat_template_stays(one_thread):
     """Numbers and verdicts are those with template="chat", bit for bit; nothing is noted."""
     t = tiny.chatter()
@@ -128,6 +129,7 @@ def test_a_second_audit_takes_the_choice_from_the_cache(asked, texts, tmp_path):
     assert (calls, again.examples, again.rendering) == ([], first.examples, PLAIN)
 
 
+@pytest.mark.full
 def test_a_comparison_uses_one_form_for_all_methods(asked, texts):
     """The criterion and each run read the same tokens: without steps nothing changes."""
     comparison = pyunlearn.compare(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from coverings import grid
+from coverings import in_full
 from torch import nn
 from unlearning_runs import Interrupted, run, same, timeless, weights
 
@@ -200,7 +200,10 @@ RESUMED = {
 }
 
 
-@grid({"at": 4, "setting": "rolled-back steps"}, strength=1, at=[0, 2, 4], setting=[*RESUMED])
+@pytest.mark.parametrize(
+    ("at", "setting"),
+    [(4, "rolled-back steps"), (0, "plain"), *in_full(*((at, setting) for at in (0, 2, 4) for setting in RESUMED))],
+)
 def test_an_interrupted_run_resumes_to_the_numbers_of_an_uninterrupted_one(story, tmp_path, monkeypatch, at, setting):
     """Weights, optimizer, order, halvings, history and steps are those of the checkpoint, also within a round."""
     options = {"max_steps": 8, **RESUMED[setting]}

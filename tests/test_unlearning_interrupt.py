@@ -27,7 +27,7 @@ def whole(story):
     return run(story, **OPTIONS)
 
 
-@pytest.mark.parametrize("within", ["accept", "step", *in_full("measure")])
+@pytest.mark.parametrize("within", ["step", *in_full("accept", "measure")])
 def test_a_signal_waits_until_the_step_is_complete(story, whole, tmp_path, monkeypatch, within):
     """Sent while weights are copied, scored or updated, it leaves a state that resumes to the same numbers."""
     model = story.fresh()

@@ -16,6 +16,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.root.addHandler(_NOWHERE)  # with a handler there, a library's logging.basicConfig() changes nothing
     warnings.filterwarnings("ignore", category=FutureWarning)
     # notes on the texts are printed with the result; they are issued where a command calls the package
     warnings.filterwarnings("ignore", category=UserWarning, module=r"pyunlearn\.cli\.")
@@ -32,9 +33,11 @@ class _OnStandardError(logging.Handler):
 
 
 _HANDLER = _OnStandardError()
+_NOWHERE = logging.NullHandler()
 
 
 def show_lines(*, quiet: bool) -> None:
     """Show pyunlearn's own lines on standard error, unless quiet."""
     logger.addHandler(_HANDLER)
+    logger.propagate = False  # a handler of the root logger would print each line once more
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
