@@ -35,6 +35,7 @@ from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer, evaluation_mode
 from pyunlearn.probes.decoding import greedy_continuations
 
+UTILITY_BUDGET = 0.05  # of a run, by default
 WHOLE = 0.95  # ROUGE-L recall from which a sample holds an answer
 COLUMNS = {
     "forget_nll": "forget, nats a token",
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
     for evidence in options.evidence.split(","):
         for method in options.methods.split(","):
             row = f"{method}, {evidence}" + (f", rate {options.learning_rate:g}" if options.learning_rate else "")
+            row += f", budget {options.utility_budget:g}" if options.utility_budget != UTILITY_BUDGET else ""
             path = options.out / f"{name}-{row.replace(', ', '-').replace(' ', '')}.json"
 
             results[row] = _once(path, partial(unlearned, trained["start"], texts, method, evidence, options))
@@ -95,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, amount, what in (
         ("fine-tuning-rate", 1e-4, "learning rate of the fine-tuning"),
         ("known", 0.02, "mean nats a token at which the answers are known"),
+        ("utility-budget", UTILITY_BUDGET, "utility budget of a run"),
     ):
         parser.add_argument(f"--{name}", type=float, default=amount, help=f"{what} (default {amount})")
     parser.add_argument("--learning-rate", type=float, default=None, help="learning rate of a run (default: its own)")
@@ -122,6 +125,7 @@ def unlearned(
         method=method,
         learning_rate=options.learning_rate,
         max_steps=options.max_steps,
+        utility_budget=options.utility_budget,
         seed=options.seed,
         progress=True,
     )
@@ -132,6 +136,9 @@ def unlearned(
         "evidence": result.evidence,
         "stopped": result.stopped,
         "steps": len(result.history),
+        "utility_rise": result.utility.relative_rise,
+        "utility_interval": result.utility.interval,
+        "holdout_rise": result.utility.holdout_rise,
         "seconds": round(seconds),
         "verdicts": {each: verdicts.count(each) for each in sorted(set(verdicts))},
     }

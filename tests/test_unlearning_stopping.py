@@ -7,6 +7,8 @@ import pytest
 from scipy import stats
 
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+from pyunlearn.probes.calibration import Expected
+from pyunlearn.probes.non_members import NonMembers
 from pyunlearn.unlearning.result import VERDICTS
 from pyunlearn.unlearning.stopping import StoppingRule
 
@@ -196,3 +198,21 @@ def test_the_utility_interval_covers_as_it_says(n):
         low, high = stopping.current.utility.interval
         covers.append(low <= 0.04 <= high)
     assert 0.92 < np.mean(covers) < 0.98
+
+
+def test_the_rise_of_a_set_that_is_known_by_heart_is_a_share_of_the_way_to_unknown():
+    """Relative to the non-members' mean, here 3 nats, and less what is expected of them; else to 1 nat at least."""
+    non_members, known, other = np.linspace(2, 4, 41), np.full(12, 0.02), np.full(12, 5.0)
+    settings = {"target_exposure": 1.44, "utility_budget": 0.05}
+
+    def rise(utility, **options):
+        rule = StoppingRule(np.array([-0.1]), non_members, np.zeros(41), utility, **settings, **options)
+        return rule.measurement(np.array([-0.1]), utility + 0.12).utility.estimate
+
+    assert rise(known) == pytest.approx(0.12)
+    assert rise(known, utility_known=True) == pytest.approx(0.12 / 3)
+    assert rise(other, utility_known=True) == pytest.approx(0.12 / 5)
+    expected = NonMembers(
+        "unseen texts", [], Expected(np.array([2.5]), np.zeros(1)), Expected(non_members, np.zeros(41)), ""
+    )
+    assert rise(known, utility_known=True, non_members=expected) == pytest.approx(0.12 / 2.5)

@@ -45,11 +45,13 @@ class Budget(NamedTuple):
     """(n,) of the texts under the original model, mean a token, nats."""
     allowed: float
     """Relative rise up to which a round is accepted."""
+    least: float = 1.0
+    """Nats a token: the rise is relative to the mean before, or to this where the mean is smaller."""
 
     def rise(self, after: Floats) -> Rise:
-        """Return the relative rise of the mean, of at least 1 nat, with its paired 95 % t interval.
+        """Return the relative rise of the mean, of at least `least`, with its paired 95 % t interval.
 
-        The rise is a ratio, mean(after - before) / max(mean(before), 1), whose error is to first order the mean of
+        The rise is a ratio, mean(after - before) / max(mean(before), least), whose error is to first order the mean of
         after - before - rise * before, over the same divisor.
 
         Args:
@@ -58,11 +60,11 @@ class Budget(NamedTuple):
         if not np.isfinite(after).all():
             return Rise(math.nan, None)
         before = self.before
-        scale = max(float(before.mean()), 1.0)
+        scale = max(float(before.mean()), self.least)
         estimate = float((after.mean() - before.mean()) / scale)
         if len(before) == 1:
             return Rise(estimate, None)
-        errors = after - before - (estimate * before if scale > 1 else 0)
+        errors = after - before - (estimate * before if scale > self.least else 0)
         _, low, high = mean_interval(estimate + (errors - errors.mean()) / scale)
         return Rise(estimate, (low, high))
 

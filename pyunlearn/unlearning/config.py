@@ -118,7 +118,8 @@ class LoopConfig(Config):
     utility_budget: float = option(
         0.05,
         Number(0),
-        "Allowed relative rise of the negative log-likelihood of the utility set: 0.05 is 5 % (of at least 1 nat). The "
+        "Allowed relative rise of the negative log-likelihood of the utility set: 0.05 is 5 %, of at least 1 nat, "
+        "or, of a set that the model knows by heart, of what the forget texts would have if they were unseen. The "
         "upper end of the rise's 95 % interval must stay within it.",
         fixed=True,
     )

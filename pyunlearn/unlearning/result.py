@@ -63,7 +63,8 @@ class Utility:
     nll_before: float
     nll_after: float
     relative_rise: float
-    """(after - before) / max(before, 1 nat)."""
+    """(after - before) / max(before, 1 nat); of a retain set that the model knows by heart, relative to the mean that
+    the forget texts would have if they were unseen."""
     interval: tuple[float, float] | None
     """95 % interval of relative_rise over the sequences: Student's t of the paired changes; None for one sequence."""
     budget: float

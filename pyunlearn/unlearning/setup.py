@@ -268,6 +268,7 @@ def _stopping_rule(
         target_exposure=config.target_exposure,
         false_discovery_rate=config.false_discovery_rate,
         utility_budget=config.utility_budget,
+        utility_known=utility.known,
         holdout_nll=-scorer.mean_log_likelihood(holdout) if holdout else None,
         holdout_budget=config.holdout_budget,
         non_members=non_members,

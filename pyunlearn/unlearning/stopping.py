@@ -45,6 +45,8 @@ class StoppingRule:
         target_exposure: bits at or below which an example is no longer active.
         false_discovery_rate: among the examples called memorized, and among those called over-unlearned.
         utility_budget: allowed relative rise of the utility set's mean (of at least 1 nat).
+        utility_known: True where the model knows the utility set by heart: the rise is then relative to the mean that
+            the forget texts would have if they were unseen.
         holdout_nll: (H,) of the holdout texts that have a budget, under the original model; None where they have none.
         holdout_budget: allowed relative rise of their mean.
         non_members: what is expected of the examples and of the non-members if they are unseen, which is subtracted
@@ -73,15 +75,18 @@ class StoppingRule:
         holdout_budget: float | None = None,
         false_discovery_rate: float = 0.05,
         non_members: NonMembers | None = None,
+        utility_known: bool = False,
     ) -> None:
         self.non_member_nll = non_member_nll
-        self.utility_budget = Budget(UTILITY_BUDGET, utility_nll, utility_budget)
         self.holdout_budget: Budget | None = None
         if holdout_nll is not None and holdout_budget is not None:
             self.holdout_budget = Budget(HOLDOUT_BUDGET, holdout_nll, holdout_budget)
         self.non_members = non_members or uncalibrated("holdout", len(log_likelihood), [], m=len(non_member_nll))
         self.non_member_scores = non_member_nll - self.non_members.own.nll
         self.non_member_extracted = non_member_extracted - self.non_members.own.greedy_match
+        unseen = float(self.non_members.forget.nll.mean() + self.non_member_scores.mean())
+        least = max(1.0, unseen) if utility_known else 1.0
+        self.utility_budget = Budget(UTILITY_BUDGET, utility_nll, utility_budget, least)
         self.target_exposure, self.false_discovery_rate = target_exposure, false_discovery_rate
         self.initial = self.measurement(log_likelihood, utility_nll, holdout_nll)
         self.current = self.initial
