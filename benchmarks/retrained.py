@@ -1,4 +1,4 @@
-"""Unlearned against retrained: what a run leaves of TOFU's answers, beside a model that never saw them.
+"""Unlearned against retrained: what a run leaves of TOFU's answers, compared with a model that never saw them.
 
     python -m benchmarks.retrained --data TOFU --out OUT --methods wga,ceu --evidence holdout,none
 

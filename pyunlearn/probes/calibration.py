@@ -75,21 +75,18 @@ def features(lm: LanguageModel, tokens: Sequence[Tokens], *, batch_size: int = 1
             for out, values in ((nll, -statistics.log_likelihood), (match, statistics.rank == 0), (hidden, states)):
                 out[indices] = [to_float64(x).mean(dim=0).cpu().numpy() for x in by_example(values, tokens, indices)]
     windows, owner, copied = _windows(tokens)
-    sums = np.zeros((4, n))  # of NLL, entropy, NLL of copied tokens, and tokens
+    sums = np.zeros((5, n))  # of NLL, entropy, copied tokens, their NLL, and tokens
     with evaluation_mode(lm.module), torch.no_grad():
         for indices, batch in Scorer(lm, batch_size * 8).batches(windows):
             statistics = lm.likelihood.statistics(batch)
             owners = np.repeat(owner[indices], [len(windows[i].scored) for i in indices])
             short_nll, entropy = (to_float64(x).cpu().numpy() for x in (-statistics.log_likelihood, statistics.entropy))
-            its_copied = np.concatenate([copied[i] for i in indices])
-            for row, values in zip(
-                sums, (short_nll, entropy, short_nll * its_copied, np.ones(len(owners))), strict=True
-            ):
+            repeated = np.concatenate([copied[i] for i in indices])
+            parts = (short_nll, entropy, repeated, repeated * short_nll, np.ones_like(short_nll))
+            for row, values in zip(sums, parts, strict=True):
                 np.add.at(row, owners, values)
-    share = np.zeros(n)
-    np.add.at(share, np.repeat(owner, [len(c) for c in copied]), np.concatenate(copied))
-    short = sums[:3] / sums[3]
-    return Features(nll, match, hidden, short[0], short[1], share / sums[3], short[2], sums[3])
+    short, uncertain, share, of_copied = sums[:4] / sums[4]
+    return Features(nll, match, hidden, short, uncertain, share, of_copied, sums[4])
 
 
 class Expectation:
