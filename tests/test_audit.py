@@ -358,6 +358,7 @@ def test_a_broken_model_is_told_so():
         pyunlearn.audit(model, tiny.sentences(3, 1), holdout=tiny.sentences(19, 2), tokenizer=tokenizer, progress=False)
 
 
+@pytest.mark.full
 def test_a_budget_is_spent_on_texts_that_are_likely_recited(teller):
     """Of 40 texts two are secrets: a budget of four decodes both, with both models; all are scored and judged."""
     t, _ = teller

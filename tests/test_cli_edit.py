@@ -56,6 +56,7 @@ def test_the_numbers_come_as_json_and_the_folder_has_a_name(edit, tmp_path):
     assert set(printed["nll_before"]) == {"forget"}
 
 
+@pytest.mark.full
 def test_a_pruned_folder_is_unlearned_with_its_zeros(call, edit, folder, tmp_path):  # noqa: F811
     """The two commands of the help, one after the other."""
     assert edit("--edit", "prune", "--set", "score=wanda", "--set", "sparsity=0.3", "--out", "pruned")[0] == 0

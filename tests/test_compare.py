@@ -124,6 +124,7 @@ def test_every_metric_has_a_function():
     assert tuple(METRICS) == UTILITY_METRICS
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("metric", UTILITY_METRICS[1:])
 def test_utility_can_be_another_metric(trained, metric):
     """Each of UTILITY_METRICS can be made equal."""
@@ -162,6 +163,7 @@ def test_an_adapter_is_compared_and_left_as_it_came(trained):
 # ---------------------------------------------------------------- failing, stopping, resuming
 
 
+@pytest.mark.full
 def test_a_method_that_breaks_does_not_lose_the_others(trained, monkeypatch, tmp_path):
     """Its row says how; the next starts from the original weights. A resumed comparison tries it again."""
     plain = METHODS["ga"]

@@ -157,6 +157,7 @@ def test_texts_all_of_one_length():
     assert length_note([5], [50]) == []
 
 
+@pytest.mark.full
 def test_other_scores_under_the_reference_model_are_noted():
     """The shift and the p-value, in either direction; by chance in 1 of 1000 draws."""
     r = np.random.default_rng(1)

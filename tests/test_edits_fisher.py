@@ -132,6 +132,7 @@ def woodfisher_inverse(g, damping):
     return inverse
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("damping", [None, 0.01])
 def test_woodfisher_is_its_recursion_over_all_texts(small, damping):  # noqa: F811
     """The step is theta + rate (1/m G^T G + damping I)^-1 v, with the inverse of the whole matrix."""

@@ -95,6 +95,7 @@ def check_held(mask, before, after):
     assert moved
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["ga", *in_full("npo", "simnpo")])
 def test_a_text_is_forgotten_by_the_salient_weights_alone(story, method):
     """Any method forgets; the other half of the weights keep every bit."""

@@ -132,6 +132,7 @@ def test_of_each_four_inputs_two_are_left(pair, score):
             assert bool((w.where(~remains, 0).amax(1) <= w.where(remains, torch.inf).amin(1)).all())
 
 
+@pytest.mark.full
 def test_a_pruned_model_unlearns_and_stays_pruned(story):
     """Prune, then unlearn with the mask: zeros stay zeros, texts are forgotten, utility is within its budget."""
     model = story.fresh()

@@ -113,6 +113,7 @@ def test_the_choice_represents_the_data():
             assert np.linalg.norm(x[i] - middle[i // 25]) <= mine.min() + 2 * 0.01
 
 
+@pytest.mark.full
 def test_the_seeds_are_those_of_k_means_plus_plus():
     """The first seed is uniform, the second has probability proportional to its squared distance from the first."""
     x = np.array([[0.0], [1.0], [3.0]])

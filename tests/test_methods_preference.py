@@ -73,6 +73,7 @@ def timeless(result):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in result.history]
 
 
+@pytest.mark.full
 def test_dpo_prefers_the_winner_in_the_forget_set(story, other):
     """The first loss is the formula on plain logits; winners passed as an option make the same run."""
     winners = [row | {"answer": row["winner"]} for row in won(story)]

@@ -231,6 +231,7 @@ def test_a_llama_s_sentences_become_as_likely_as_unseen_ones(story, steered):
     assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
 
 
+@pytest.mark.full
 def test_the_retain_term_protects_the_retain_set(story, steered):
     """Without it the same run spends its utility budget before the sentences are forgotten."""
     alone = run(
@@ -297,6 +298,7 @@ def test_micro_batches_take_the_same_steps(story):
         assert b["retain_drift"] == pytest.approx(a["retain_drift"], rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.full
 def test_the_seed_chooses_the_direction(story):
     """The same seed gives the same bits; another seed gives other weights."""
     options = {"method": "adaptive_rmu", "method_options": QUICK, "learning_rate": 3e-3, "max_steps": 1}

@@ -244,6 +244,7 @@ def test_extrapolation_changes_nothing_inside_the_range():
     assert result.upper[-1] == pytest.approx(truth, rel=0.1)
 
 
+@pytest.mark.full
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from([19, 63]),
@@ -280,6 +281,7 @@ def test_the_median_extrapolation_is_right_for_a_normal_law():
     assert np.quantile(result, 0.9) < 60
 
 
+@pytest.mark.full
 def test_the_tail_of_another_law_is_capped():
     """199 numbers of Student's t law with 5 degrees of freedom, at its 20 bits: the median fit shows hundreds, as the
     paper's exposure does, and generalized exposure 2 log2(200) = 15.3, marked."""

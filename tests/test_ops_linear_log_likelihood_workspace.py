@@ -82,6 +82,7 @@ def test_cached_or_recomputed(dtype, group, softcap, device, backend, monkeypatc
     assert_agree(results[0], wanted, {2: 4 * torch.finfo(dtype).eps}.get(dtype.itemsize, 4e-6))
 
 
+@pytest.mark.full
 def test_any_large_workspace():
     """Workspaces of 128 MiB or more give the same bits on the CPU, with logits cached or not."""
     case = make(640, 4, 65537, bias=False)  # 160 MiB of logits

@@ -122,6 +122,7 @@ def test_no_worse_than_pytorch(dtype, softcap, device, backend):
         assert error(actual, right.cpu()) <= error(other, right.cpu()) + allowed, at
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("softcap", "dynamic"), [(3.0, False), *in_full((None, False), (3.0, True), (None, True))])
 def test_compile(dynamic, softcap, device):
     """torch.compile(fullgraph=True) must compile it and agree with eager, at every number of rows."""

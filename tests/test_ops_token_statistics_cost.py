@@ -56,6 +56,7 @@ def test_opcheck(device):
         )
 
 
+@pytest.mark.full
 @grid(op=OPS, dynamic=[False, True], strength=1)
 def test_compile(op, dynamic, device):
     """torch.compile(fullgraph=True) must compile it and agree with eager bit for bit, at every shape."""

@@ -188,6 +188,7 @@ def test_no_graph_without_gradients(mode, capacity, device, backend, chunks):
         assert_agree([value], wanted, 4e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dynamic", [False, *in_full(True)])
 def test_compile(dynamic, device):
     """torch.compile(fullgraph=True) must compile it and agree with eager to rounding, at every shape."""

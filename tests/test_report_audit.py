@@ -124,6 +124,7 @@ def test_a_text_cannot_inject_markup(audited):
     assert "<script>alert(1)</script>" in page.text
 
 
+@pytest.mark.full
 def test_plots_do_not_share_ids(audited):
     """Two plots on one page with an id in common would draw each other's marks."""
     ids = [
@@ -165,6 +166,7 @@ def test_without_the_original_nothing_is_called_forgotten(audited):
     assert "There is no model before unlearning" in " ".join(sentences.summary(alone))
 
 
+@pytest.mark.full
 def test_a_caption_does_not_gainsay_the_headline(audited):
     """A few exposed texts among others, which the test of the whole set cannot see, are not called like unseen text."""
     quiet = replace(
@@ -198,6 +200,7 @@ def test_every_aggregate_is_shown_with_its_interval(audited):
     assert sentences.with_interval(Interval(-60, -80, math.inf), "+.0f", " %") == "-60 % (-80 or more)"
 
 
+@pytest.mark.full
 def test_a_rate_that_the_holdout_cannot_show_is_explained(audited):
     """Twenty texts show no false-alarm rate of 1 %: the page says what the column counts instead. A hundred do."""
     sentence = "The holdout has fewer than 100 texts"
@@ -206,6 +209,7 @@ def test_a_rate_that_the_holdout_cannot_show_is_explained(audited):
     assert sentence not in Page(audit_page(replace(audited, membership=enough))).text
 
 
+@pytest.mark.full
 def test_sampled_text_is_not_said_to_be_certainly_unseen(audited):
     """A holdout is unseen because its owner says so; what a model wrote itself merely stands for such text."""
     sampled = replace(audited, non_members=replace(audited.non_members, source="self-sampled"))

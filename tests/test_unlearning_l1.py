@@ -11,6 +11,7 @@ from pyunlearn.unlearning.optimizer import TrainedWeights
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.full
 def test_the_penalty_decays_linearly_to_zero(story, monkeypatch):
     """Its strength is l1 at the first step and l1 / max_steps at the last."""
     seen, real = [], TrainedWeights.shrink

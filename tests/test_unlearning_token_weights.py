@@ -53,6 +53,7 @@ def weights_like(tokens, seed=0):
     return [r.uniform(0, 2, len(t.scored)).round(2).tolist() for t in tokens]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "reference"),
     [(method, "itself") for method in ("ga", "simnpo", "hinge", "wga", "satimp")]
