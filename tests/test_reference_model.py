@@ -27,7 +27,7 @@ from pyunlearn.unlearning.stopping import StoppingRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FOUND = ["still exposed"] * 2 + ["not memorized"] * 2
+SECRETS_EXPOSED = ["still exposed"] * 2 + ["not memorized"] * 2
 
 
 def fine_tuned(trained, rows):
@@ -87,7 +87,7 @@ def test_secrets_stand_out_beyond_a_model_that_never_saw_them(tuned, reference):
     with_holdout = audit(tuned, reference, holdout=tuned.holdout)
     without = audit(tuned, reference)
     for found, grade in ((with_holdout, "holdout"), (without, "reference model")):
-        assert [e.verdict for e in found.examples] == FOUND
+        assert [e.verdict for e in found.examples] == SECRETS_EXPOSED
         assert found.non_members.source == grade
         assert min(e.exposure for e in found.examples[:2]) > 5.9
         assert max(e.exposure for e in found.examples[2:]) < SIGNIFICANT
@@ -140,7 +140,7 @@ def test_unseen_texts_are_no_more_exposed_than_they_should_be(plain):
 
 def test_a_reference_model_that_does_not_know_the_kind_needs_a_holdout(plain):
     """Text of a kind that it has never read counts as memorized, as a note says; a holdout is of that kind too."""
-    assert [e.verdict for e in audit(plain, "start", holdout=plain.holdout).examples] == FOUND
+    assert [e.verdict for e in audit(plain, "start", holdout=plain.holdout).examples] == SECRETS_EXPOSED
     without = audit(plain, "start")
     assert without.verdicts == {"still exposed": 4}
     assert "so unseen text of that kind may count as memorized" in without.notes[-1]
