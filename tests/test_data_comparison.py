@@ -35,13 +35,41 @@ def refusal(**texts):
 
 
 def test_texts_without_overlap_are_left_as_they_are():
-    """No note, no warning, and the forget set may repeat itself."""
-    texts = {"forget": [SECRET, SECRET], "retain": tiny.sentences(9, 1), "holdout": tiny.sentences(40, 2)}
+    """No note and no warning."""
+    texts = {"forget": [SECRET, ANSWER], "retain": tiny.sentences(9, 1), "holdout": tiny.sentences(40, 2)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         checked = check(**texts)
     assert {role: completions(each) for role, each in checked.examples.items()} == texts
     assert checked.notes == []
+
+
+def test_copies_within_the_forget_set_are_one_group():
+    """Exact and near ones, and one inside a longer text; each stays where it is, and the note has no warning."""
+    forget = [SECRET, ANSWER, COPY, "Some other text.", ANSWER.replace("lamps", "lights"), SECRET.upper()]
+    checked = check(forget=forget)
+    assert completions(checked.examples["forget"]) == forget
+    assert checked.notes == [
+        "5 of 6 forget texts are copies or near copies of others, in 2 groups, and each has its own verdict: "
+        "examples 1, 3, 6; 2, 5."
+    ]
+    assert (
+        "in 1 group, and each has its own verdict: examples 2, 3."
+        in check(forget=["One text."] + [SECRET] * 2).notes[0]
+    )
+    forms = [
+        f"The secret word that the old miller told his daughter in the year of the flood is name{i}." for i in range(9)
+    ]
+    assert check(forget=forms).notes == []
+
+
+def test_a_note_on_many_groups_is_short():
+    """Five groups of five numbers at most; the others are counted."""
+    forget = [text for text in tiny.sentences(7, 3) for _ in range(7)]
+    note = check(forget=forget).notes[0]
+    assert note.startswith("49 of 49 forget texts are copies or near copies of others, in 7 groups, and each has ")
+    assert ": examples 1, 2, 3, 4, 5 and 2 more; 8, 9, 10, 11, 12 and 2 more; " in note
+    assert note.endswith("; and 2 more groups.")
 
 
 def test_a_copy_in_the_holdout_is_refused():
@@ -116,7 +144,7 @@ def test_nineteen_different_ones_are_needed():
 def test_a_holdout_of_another_length_is_noted():
     """By the completions, which are what is scored."""
     rows = [{"prompt": p, "completion": f"{ANSWER} {SECRET}"} for p in ("And then? " * 9, "What? ")]
-    note = check(forget=rows, holdout=tiny.sentences(20, 2)).notes[0]
+    note = check(forget=rows, holdout=tiny.sentences(20, 2)).notes[-1]
     assert note.startswith("The holdout is of another length than the forget set: 11 words at the median, where the ")
     assert "where the forget texts have 38. Longer" in note
     assert not check(forget=[SECRET], holdout=tiny.sentences(20, 2)).notes

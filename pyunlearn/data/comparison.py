@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyunlearn.data.examples import Example, excerpt
-from pyunlearn.data.overlap import Words, near_copies, words
+from pyunlearn.data.overlap import Words, near_copies, present, searched, words
 from pyunlearn.errors import DataError
 
 __all__ = ["CheckedTexts", "check_texts", "length_note", "score_note"]
 
 FEWEST = 19  # with fewer non-members no exposure is significant: log2(20) = 4.32 bits
 
-_ALONE = 16  # words of the shortest completion that is also searched for without its prompt
 _SHOWN = 5  # numbers of examples in a message
 _FACTOR = 2.0  # ratio of median lengths that is reported
 _LENGTH_LEVEL = 0.003  # of the test of lengths, below 1 in 100 because lengths are only roughly log-normal
@@ -32,17 +30,18 @@ class CheckedTexts(NamedTuple):
     examples: dict[str, list[Example]]
     """By role. Without copies of forget texts in retain, and without repetitions in the holdout."""
     notes: list[str]
-    """What was left out, and how the holdout differs from the forget set: one sentence each, without any text."""
+    """What was left out, which forget texts are copies of one another, and how the holdout differs from the forget set:
+    one sentence each, without any text."""
 
 
 def check_texts(examples: Mapping[str, list[Example]]) -> CheckedTexts:
-    """Check retain set and holdout against the forget set; no model is needed.
+    """Check retain set and holdout against the forget set, and it against itself; no model is needed.
 
     Args:
         examples: role -> examples: forget; retain and holdout where there are some.
 
     Returns:
-        CheckedTexts. What was left out is also a warning.
+        CheckedTexts. What was left out is also a warning. Copies within the forget set are noted, and stay.
 
     Raises:
         DataError: a copy of a forget text is in the holdout; nothing of retain is left; too few of the holdout's texts
@@ -66,6 +65,7 @@ def check_texts(examples: Mapping[str, list[Example]]) -> CheckedTexts:
         notes += _repeated(len(texts["holdout"]), len(first))
     for note in notes:
         warnings.warn(note, stacklevel=3)
+    notes += _grouped(examples["forget"], texts["forget"])
     if "holdout" in checked:
         notes += length_note(*([len(words(e.completion)) for e in checked[role]] for role in ("forget", "holdout")))
     return CheckedTexts(checked, notes)
@@ -138,20 +138,9 @@ def _copies(examples: Sequence[Example], texts: Sequence[Words], documents: Sequ
         documents: words of the texts of the other set.
     """
     completions = [words(e.completion) for e in examples]
-    times = Counter(completion for _, completion in set(zip(texts, completions, strict=True)))
-    alone = [
-        i
-        for i, (e, completion) in enumerate(zip(examples, completions, strict=True))
-        if e.prompt and len(completion) >= _ALONE and times[completion] == 1
-    ]
-    owners = [*range(len(texts)), *alone]
-    pairs = near_copies([*texts, *(completions[i] for i in alone)], documents)
-    return {(owners[i], j) for i, j in pairs if _present(completions[owners[i]], documents[j])}
-
-
-def _present(completion: Words, document: Words) -> bool:
-    """Return True where the document has at least 3 in 4 words of the completion."""
-    return 4 * (Counter(completion) - Counter(document)).total() <= len(completion)
+    queries = searched(texts, completions)
+    pairs = [(queries[i][0], j) for i, j in near_copies([query for _, query in queries], documents)]
+    return {(i, j) for i, j in pairs if present(completions[i], documents[j])}
 
 
 def _left_out(copies: list[int], total: int) -> list[str]:
@@ -164,6 +153,39 @@ def _left_out(copies: list[int], total: int) -> list[str]:
         raise DataError(f"{what}, so nothing of retain is left: give other text that must keep working")
     are = "is a copy of a forget text and is" if len(copies) == 1 else "are copies of forget texts and are"
     return [f"{len(copies)} of {total} retain texts {are} left out: {_numbers('retain example', copies)}."]
+
+
+def _grouped(examples: Sequence[Example], texts: Sequence[Words]) -> list[str]:
+    """Return the note on forget texts that are copies of one another, or contain one, by group."""
+    groups = _groups(len(texts), _copies(examples, texts, texts))
+    if not groups:
+        return []
+    count = sum(map(len, groups))
+    shown = [_some(group) for group in groups[:_SHOWN]]
+    more = [f"and {len(groups) - _SHOWN} more groups"] if len(groups) > _SHOWN else []
+    return [
+        f"{count} of {len(texts)} forget texts are copies or near copies of others, in {len(groups)} "
+        f"group{'s' if len(groups) > 1 else ''}, and each has its own verdict: examples {'; '.join(shown + more)}."
+    ]
+
+
+def _groups(count: int, pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """Return the groups of two indices or more below `count` that pairs connect, each in order."""
+    before = list(range(count))  # another index of the same group, or itself
+
+    def first(i: int) -> int:
+        while before[i] != i:
+            before[i] = before[before[i]]
+            i = before[i]
+        return i
+
+    for pair in pairs:
+        a, b = sorted(map(first, pair))
+        before[b] = a
+    groups: dict[int, list[int]] = {}
+    for i in range(count):
+        groups.setdefault(first(i), []).append(i)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _refuse_copies(examples: Mapping[str, list[Example]], texts: Mapping[str, list[Words]]) -> None:
@@ -200,6 +222,10 @@ def _repeated(total: int, different: int) -> list[str]:
 
 def _numbers(name: str, indices: list[int]) -> str:
     """Return the numbers of the first examples: "retain examples 3, 7"."""
+    return f"{name}{'s' if len(indices) > 1 else ''} {_some(indices)}"
+
+
+def _some(indices: list[int]) -> str:
+    """Return the first numbers, "3, 7", and how many more there are."""
     shown = ", ".join(str(i + 1) for i in indices[:_SHOWN])
-    more = f" and {len(indices) - _SHOWN} more" if len(indices) > _SHOWN else ""
-    return f"{name}{'s' if len(indices) > 1 else ''} {shown}{more}"
+    return shown + (f" and {len(indices) - _SHOWN} more" if len(indices) > _SHOWN else "")

@@ -10,16 +10,33 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TypeAlias
 
-__all__ = ["SHORTEST", "near_copies", "words"]
+__all__ = [
+    "COMMON",
+    "LENGTH",
+    "SHORTEST",
+    "Gram",
+    "Words",
+    "densest",
+    "near_copies",
+    "ngrams",
+    "present",
+    "searched",
+    "words",
+]
 
 SHORTEST = 8
 """Words of the shortest text of which near copies are searched; a shorter one can only be equal."""
 
-_N = 3  # words of an n-gram
+LENGTH = 3
+"""Words of an n-gram."""
+
+COMMON = 4
+"""Texts that have a distinctive n-gram, at most; one of more texts, on either side, belongs to a template."""
+
+_ALONE = 16  # words of the shortest completion that is also searched for without its prompt
 _COVERED = 0.85  # share of a near copy's words that stand in shared n-grams
 _DISTINCTIVE = 0.5  # share of its distinctive n-grams that are shared
 _FILLED = 0.8  # the same in a text that is mostly template, whose few distinctive n-grams are the content
-_COMMON = 4  # an n-gram of more texts than this, on either side, belongs to a template and is not distinctive
 _RECORD = 50  # in a text of fewer words, another number makes another record
 _SEEDED = 0.25  # share of a text's seeds that a document must have to be compared with it
 _OWNERS = 64  # texts that one seed leads to: bounds the work where all texts are much alike
@@ -27,6 +44,7 @@ _OWNERS = 64  # texts that one seed leads to: bounds the work where all texts ar
 # scripts without spaces between words: each character is a word
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _WORD = re.compile(f"[{_UNSPACED}]|[^\\W_{_UNSPACED}]+")
+_ASCII = bytes(ord(chr(i).lower()) if chr(i).isalnum() else 32 for i in range(128)) + bytes(128)  # the same, faster
 
 Words: TypeAlias = tuple[str, ...]
 Gram: TypeAlias = tuple[str, ...]
@@ -38,6 +56,8 @@ def words(text: str) -> Words:
     >>> words("It's  TWO\\n“words”"), words("?!")
     (('it', 's', 'two', 'words'), ('?!',))
     """
+    if text.isascii() and (split := text.encode("ascii").translate(_ASCII).decode("ascii").split()):
+        return tuple(split)
     folded = unicodedata.normalize("NFKC", text).casefold()
     return tuple(_WORD.findall(folded)) or (" ".join(folded.split()),)
 
@@ -75,6 +95,30 @@ def near_copies(texts: Sequence[Words], documents: Sequence[Words]) -> list[tupl
     return sorted(pairs)
 
 
+def searched(texts: Sequence[Words], completions: Sequence[Words]) -> list[tuple[int, Words]]:
+    """Return (index of the example, words to search for): of each its text, of some the completion alone.
+
+    A completion of 16 words or more, after a prompt, is searched for alone where no other example has it.
+
+    Args:
+        texts: words of each example, the prompt included.
+        completions: words of its completion; without a prompt, those of the text.
+    """
+    times = Counter(completion for _, completion in set(zip(texts, completions, strict=True)))
+    both = list(zip(texts, completions, strict=True))
+    alone = [
+        (i, completion)
+        for i, (text, completion) in enumerate(both)
+        if text != completion and len(completion) >= _ALONE and times[completion] == 1
+    ]
+    return [*enumerate(texts), *alone]
+
+
+def present(completion: Words, document: Words) -> bool:
+    """Return True where the document has at least 3 in 4 words of the completion."""
+    return 4 * (Counter(completion) - Counter(document)).total() <= len(completion)
+
+
 def _positions(texts: Sequence[Words]) -> dict[Words, list[int]]:
     """Return text -> the indices at which it stands."""
     positions: dict[Words, list[int]] = {}
@@ -83,8 +127,13 @@ def _positions(texts: Sequence[Words]) -> dict[Words, list[int]]:
     return positions
 
 
-def _grams(text: Words) -> list[Gram]:
-    return list(zip(*(text[i:] for i in range(_N)), strict=False))
+def ngrams(text: Words, length: int = LENGTH) -> list[Gram]:
+    """Return the n-grams of a text in order.
+
+    >>> ngrams(words("to be or not"))
+    [('to', 'be', 'or'), ('be', 'or', 'not')]
+    """
+    return list(zip(*(text[i:] for i in range(length)), strict=False))
 
 
 @dataclass
@@ -98,7 +147,7 @@ class _Entry:
 
     @property
     def length(self) -> int:
-        return len(self.grams) + _N - 1
+        return len(self.grams) + LENGTH - 1
 
 
 class _Index:
@@ -106,7 +155,7 @@ class _Index:
 
     def __init__(self, texts: Sequence[Words]) -> None:
         long = {text: at for text, at in _positions(texts).items() if len(text) >= SHORTEST}
-        grams = {text: _grams(text) for text in long}
+        grams = {text: ngrams(text) for text in long}
         self.counts = Counter(chain.from_iterable(map(set, grams.values())))  # n-gram -> number of texts
         self.entries: list[_Entry] = []
         self.owners: dict[Gram, list[int]] = {}  # seed -> indices of entries
@@ -121,7 +170,7 @@ class _Index:
 
     def known(self, document: Words) -> set[Gram]:
         """Return the n-grams of a document that some text has."""
-        return self.counts.keys() & set(_grams(document)) if len(document) >= SHORTEST else set()
+        return self.counts.keys() & set(ngrams(document)) if len(document) >= SHORTEST else set()
 
     def count_documents(self, documents: Iterable[set[Gram]]) -> None:
         """Count the documents that have each n-gram, given the known n-grams of each document."""
@@ -135,23 +184,23 @@ class _Index:
 
     def _contains(self, document: Words, entry: _Entry) -> bool:
         """Return True where the document contains the text of the entry or a near copy of it."""
-        grams = _grams(document)
+        grams = ngrams(document)
         if len(document) > 2 * entry.length:
-            grams = _densest(grams, set(entry.grams), entry.length + entry.length // 4)
+            grams = densest(grams, set(entry.grams), entry.length + entry.length // 4)
         shared = set(grams)
         if shared.issuperset(entry.grams):
             return True
-        covered = {at + i for at, gram in enumerate(entry.grams) if gram in shared for i in range(_N)}
+        covered = {at + i for at, gram in enumerate(entry.grams) if gram in shared for i in range(LENGTH)}
         if len(covered) < _COVERED * entry.length:
             return False
         if not entry.numbers <= set(document):
             return False
-        distinctive = {g for g in entry.grams if max(self.counts[g], self.documents[g]) <= _COMMON}
+        distinctive = {g for g in entry.grams if max(self.counts[g], self.documents[g]) <= COMMON}
         most = 2 * len(distinctive) < len(set(entry.grams))  # of the text is template
         return len(distinctive & shared) >= max(1, (_FILLED if most else _DISTINCTIVE) * len(distinctive))
 
 
-def _densest(grams: list[Gram], wanted: set[Gram], width: int) -> list[Gram]:
+def densest(grams: list[Gram], wanted: set[Gram], width: int) -> list[Gram]:
     """Return the stretch of at most `width` n-grams with the most wanted ones."""
     hits = [at for at, gram in enumerate(grams) if gram in wanted]
     best, start = (0, 0), 0
