@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import bench_audit, bench_kl_divergence, bench_linear_log_likelihood, bench_token_statistics
+from benchmarks import (
+    bench_audit,
+    bench_find,
+    bench_kl_divergence,
+    bench_linear_log_likelihood,
+    bench_token_statistics,
+)
 
 BENCHMARKS = {
     "log_likelihood": bench_linear_log_likelihood,
     "token_statistics": bench_token_statistics,
     "kl_divergence": bench_kl_divergence,
     "audit": bench_audit,
+    "find": bench_find,
 }
 
 

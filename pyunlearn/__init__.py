@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # loaded at first use: the command line prints its help without torch
     from pyunlearn.auditing import Audit, AuditedExample, audit
     from pyunlearn.comparing import Comparison, compare
+    from pyunlearn.data import CorpusCopies, CorpusCopy, find_copies
     from pyunlearn.errors import (
         ArgumentError,
         DataError,
@@ -26,6 +27,8 @@ __all__ = [
     "Audit",
     "AuditedExample",
     "Comparison",
+    "CorpusCopies",
+    "CorpusCopy",
     "DataError",
     "DependencyError",
     "ExampleResult",
@@ -37,12 +40,14 @@ __all__ = [
     "Utility",
     "audit",
     "compare",
+    "find_copies",
     "unlearn",
 ]
 
 _HOMES = {
     "auditing": ("Audit", "AuditedExample", "audit"),
     "comparing": ("Comparison", "compare"),
+    "data": ("CorpusCopies", "CorpusCopy", "find_copies"),
     "unlearning": ("ExampleResult", "Result", "Utility", "unlearn"),
 }
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pyunlearn.errors import OutputError
-from pyunlearn.models.language_model import LanguageModel
 
 
 def model_name(model: Any) -> str | None:
     """Return the name of a model for a report, without its path on this machine, for reports are passed on."""
+    from pyunlearn.models.language_model import LanguageModel  # here: files are written without torch too
+
     if model is None:
         return None
     inner = None if isinstance(model, (str, Path)) else LanguageModel.of(model, needs_tokenizer=False).inner
@@ -29,6 +29,8 @@ def model_name(model: Any) -> str | None:
 
 def versions() -> dict[str, str]:
     """Return the versions of pyunlearn and torch, on which the numbers depend."""
+    import torch
+
     from pyunlearn import __version__
 
     return {"pyunlearn": __version__, "torch": torch.__version__}

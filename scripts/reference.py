@@ -13,6 +13,7 @@ from pathlib import Path
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.cli.options import PANELS, choices, flag_of, written
 from pyunlearn.comparing.config import CompareConfig
+from pyunlearn.data.find import FindConfig
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.options import Config, Flag, Option, default_of
 from pyunlearn.study.config import StudyConfig
@@ -31,6 +32,7 @@ def options() -> str:
         ("audit", AuditConfig, set()),
         ("compare", CompareConfig, shared),
         ("edit", EditConfig, set()),
+        ("find", FindConfig, set()),
         ("study", StudyConfig, set()),
     ]
     blocks = []

@@ -19,6 +19,7 @@ from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.cli import main as cli
 from pyunlearn.cli import options
 from pyunlearn.comparing.config import CompareConfig
+from pyunlearn.data.find import FindConfig
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError
 from pyunlearn.study import run_study
@@ -31,6 +32,7 @@ CONFIGS = {
     "audit": AuditConfig,
     "compare": CompareConfig,
     "edit": EditConfig,
+    "find": FindConfig,
     "study": StudyConfig,
 }
 LIVE = {"progress": "--quiet"}
@@ -79,6 +81,7 @@ def test_every_field_of_a_config_has_its_option(name):
         ("audit", pyunlearn.audit),
         ("compare", pyunlearn.compare),
         ("edit", edits.task_vector),
+        ("find", pyunlearn.find_copies),
         ("study", run_study),
     ],
 )
@@ -254,7 +257,7 @@ def test_help_says_what_every_option_does(call, name, flag):
     assert f"Examples: pyunlearn {name}" in text or ("Examples:" in text and f"pyunlearn {name} " in text)
 
 
-@pytest.mark.parametrize("name", ["unlearn", "audit", "compare", "edit", "study"])
+@pytest.mark.parametrize("name", ["unlearn", "audit", "compare", "edit", "find", "study"])
 def test_options_are_grouped(name):
     """Every option but --help stands in one of five groups, and the groups come in one order."""
     panels = [p.rich_help_panel for p in GROUP.commands[name].params if p.param_type_name == "option"]

@@ -35,6 +35,7 @@ PYTHON = {  # the test file that runs the Python blocks of a document
     "docs/compare.md": "test_documents",
     "docs/edits.md": "test_edits_documents",
     "docs/in-context.md": "test_edits_documents",
+    "docs/find.md": "test_find",
     "docs/evaluate.md": "test_metrics_reachable",
     "docs/contributing/add-a-method.md": "test_contributing",
     "docs/contributing/add-a-metric.md": "test_contributing",

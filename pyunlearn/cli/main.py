@@ -16,6 +16,7 @@ from pyunlearn.cli.catalogue import edits, methods
 from pyunlearn.cli.compare import compare
 from pyunlearn.cli.demo import demo
 from pyunlearn.cli.edit import edit
+from pyunlearn.cli.find import find
 from pyunlearn.cli.info import info
 from pyunlearn.cli.study import study
 from pyunlearn.cli.unlearn import unlearn
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (unlearn, edit, audit, compare, study, demo, methods, edits, info):
+for command in (unlearn, edit, audit, compare, find, study, demo, methods, edits, info):
     app.command()(command)
 
 
