@@ -1,5 +1,6 @@
 """Copies of texts in a corpus: what is one, the share, memory that does not grow with the corpus, and the command."""
 
+import io
 import json
 import random
 import re
@@ -64,6 +65,13 @@ def test_one_word_in_six_may_be_changed():
 
     assert find(changed(121), [changed(6)])
     assert not find(changed(121), [changed(5)])
+
+
+def test_the_threshold_is_not_missed_by_rounding():
+    """14 of 25 runs are 0.56 of them, though 0.56 * 25 > 14 in floating point."""
+    text = [f"w{i}" for i in range(27)]
+    assert 0.56 * 25 > 14
+    assert find(" ".join(text), [" ".join(text[:16])], threshold=0.56) == [(1, 1, 0.56, False)]
 
 
 def test_the_parts_of_a_text_stand_close_together():
@@ -278,6 +286,13 @@ def test_the_command_shows_text_and_json(call, files):
     code, out, _ = call("find", "--texts", "secrets.jsonl", "--corpus", "other.txt")
     assert (code, out) == (0, "0 of 3 texts are in 0 of 1 records\n")
     assert sorted(path.name for path in files.iterdir()) == ["other.txt", "secrets.jsonl", "train.jsonl"]
+
+
+def test_texts_come_from_standard_input(call, files, monkeypatch):
+    """As those of the other commands."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("pin 4711\n"))
+    out = call("find", "--texts", "-", "--corpus", "train.jsonl")[1]
+    assert "1 of 1 texts is in 1 of 80 records, 1 of 1 copies word for word" in out
 
 
 def test_a_long_place_is_cut_in_front(call, files):

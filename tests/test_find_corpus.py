@@ -1,6 +1,7 @@
 """The records of a corpus: every format row by row, the same texts as `read_examples` reads, and where each begins."""
 
 import json
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -8,7 +9,7 @@ import pytest
 
 from pyunlearn.data import Example, read_examples
 from pyunlearn.data.corpus import Corpus, record_text
-from pyunlearn.errors import DataError
+from pyunlearn.errors import DataError, DependencyError
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": [{"type": "text", "text": "He."}]}]
 FILES = {  # content, and the (row, text) that a corpus reads
@@ -61,6 +62,16 @@ def test_a_parquet_file_is_read_in_batches(tmp_path):
     assert corpus.position == corpus.size == (tmp_path / "a.parquet").stat().st_size
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"chat": 1}]), tmp_path / "b.parquet")
     assert "has no usable column" in refusal(tmp_path / "b.parquet")
+
+
+def test_pyarrow_is_asked_for_before_anything_is_read(tmp_path, monkeypatch):
+    """Where it is missing, with the command that installs it."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(
+        DependencyError, match=r"corpus in \.parquet files needs pyarrow, .*: run `pip install pyarrow`"
+    ):
+        Corpus(tmp_path)
 
 
 def test_files_and_folders_are_read_in_order(tmp_path):
