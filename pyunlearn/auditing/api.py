@@ -84,7 +84,7 @@ def audit(
     _check(models, tokenizer, cache, progress)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {
-        role: read_examples(source, role=role)
+        role: read_examples(source, role=role, turns=config.turns)
         for role, source in sources.items()
         if role == "forget" or source is not None
     }

@@ -44,7 +44,7 @@ class AuditedExample:
     index: int
     prompt: str
     text: str
-    """The text to forget, without the prompt."""
+    """The text to forget: what is scored of the record, without the prompt."""
     opening: str
     """The model's input before its continuation: the prompt, or the first part of a text that has none."""
     truth: str

@@ -102,7 +102,7 @@ def compare(
     folder = None if output_dir is None else check_folder(output_dir)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {
-        role: read_examples(source, role=role)
+        role: read_examples(source, role=role, turns=config.turns)
         for role, source in sources.items()
         if role == "forget" or source is not None
     }

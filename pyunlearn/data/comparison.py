@@ -67,7 +67,7 @@ def check_texts(examples: Mapping[str, list[Example]]) -> CheckedTexts:
     for note in notes:
         warnings.warn(note, stacklevel=3)
     if "holdout" in checked:
-        notes += length_note(*([len(words(e.completion)) for e in checked[role]] for role in ("forget", "holdout")))
+        notes += length_note(*([len(words(e.scored_text)) for e in checked[role]] for role in ("forget", "holdout")))
     return CheckedTexts(checked, notes)
 
 
@@ -130,14 +130,15 @@ def _copies(examples: Sequence[Example], texts: Sequence[Words], documents: Sequ
     """Return (index of the example, index of the document) where a document contains an example or nearly one.
 
     Each example is searched for with its prompt, and a long completion that no other example has also alone. A document
-    that shares the prompt but not the completion is no copy, since only the completion is scored.
+    that shares the prompt but not the completion is no copy, since only the completion is scored. Where other parts of
+    the example are scored, they stand for its completion.
 
     Args:
         examples: of one set.
         texts: their words, prompts included.
         documents: words of the texts of the other set.
     """
-    completions = [words(e.completion) for e in examples]
+    completions = [words(e.scored_text) for e in examples]
     times = Counter(completion for _, completion in set(zip(texts, completions, strict=True)))
     alone = [
         i

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pyunlearn.data import Example, Tokens
 from pyunlearn.data.rendering import Rendering, other_renderings, rendering_of
-from pyunlearn.data.tokens import text_of
+from pyunlearn.data.texts import text_of
 from pyunlearn.errors import DataError
 from pyunlearn.models.language_model import LanguageModel
 
@@ -81,7 +81,7 @@ class RenderedTexts:
         if self.name is None:
             return []
         gain = next((g.differences for g in self.compared if g.rendering == self.rendering), None)
-        notes = []
+        notes = self._turns()
         if gain is not None:
             records = f"{len(gain)} record{'s' if len(gain) > 1 else ''}"
             notes.append(
@@ -91,6 +91,24 @@ class RenderedTexts:
         elif self.name != self.own:
             notes.append(f"The model reads the records in the form {self.name}, as `template` says, not {self.own}.")
         return notes if memorized else [*notes, self._not_memorized()]
+
+    def _turns(self) -> list[str]:
+        """Return a sentence on how much of the forget set's conversations is scored; none for completions alone."""
+        records = list(zip(self.given["forget"], self.tokens["forget"], strict=True))
+        chats = [(e, t) for e, t in records if e.prompt and (e.turns != "last" or len(e.messages or ()) > 2)]
+        if not chats:
+            return []
+        scored, total, turns, all_turns = 0, 0, 0, 0
+        for e, t in chats:
+            roles = [message.role for message in e.messages or ()] or ["user", "assistant"]
+            own = "last" if t.decoder is not None else e.turns
+            scored, total, all_turns = scored + len(t.scored), total + len(t), all_turns + len(roles)
+            turns += {"all": len(roles), "assistant": roles.count("assistant"), "last": 1}[own]
+        what = f"{len(chats)} conversations" if len(chats) > 1 else "one conversation"
+        return [
+            f"Scored are {scored} of {total} tokens, in {turns} of {all_turns} turns of {what}; the others are read as "
+            "their context."
+        ]
 
     def _not_memorized(self) -> str:
         forms = dict.fromkeys([self.own, *(g.rendering.name for g in self.compared)])
@@ -113,7 +131,7 @@ class RenderedTexts:
             return ""
         first = next(e for e in self.given["forget"] if e.prompt)
         turns = first.messages and tuple(turn._replace(content=change(turn.content)) for turn in first.messages)
-        masked = Example(change(first.prompt), change(first.completion), turns)
+        masked = Example(change(first.prompt), change(first.completion), turns, turns=first.turns)
         parts = text_of(self.rendering.of(masked), lm.tokenizer, self.rendering.chat_template)
         prompt, completion = (
             json.dumps(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...", ensure_ascii=False) for text in parts

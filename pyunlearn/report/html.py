@@ -186,7 +186,7 @@ def _how(audit: Audit) -> list[tuple[str, str]]:
     passes = ", ".join(f"{name.replace('_', ' ')}: {n} texts, each once" for name, n in audit.passes.items())
     null, top = audit.null_test, audit.top_test
     models = {name: s[name] for name in ("model", "original", "reference_model") if s[name]}
-    shown = ("seed", "batch_size", "template", "truncate", "pyunlearn", "torch")
+    shown = ("seed", "batch_size", "template", "turns", "truncate", "pyunlearn", "torch")
     return [
         ("comparison texts", f"{len(non_members.scores)}, {_SOURCES[non_members.source]}"),
         ("exposure", exposure),

@@ -68,8 +68,9 @@ def unlearn(
         model: a transformers causal or encoder-decoder language model (PEFT-wrapped or not), or a path, a .gguf file or
             a name to load one from. It is changed in place. Only parameters that require a gradient are trained.
         forget: a text, a list of texts, a list of dicts (`text`; `prompt`/`completion`; `question`/`answer`; chat
-            `messages`), a datasets.Dataset, or a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. With prompts, only
-            the completion is scored and forgotten. With `dpo`, each example has a preferred answer `winner`.
+            `messages`), a datasets.Dataset, or a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. Of a prompt
+            with a completion, only the completion is scored and forgotten, of a chat all turns (`turns`). With `dpo`,
+            each example has a preferred answer `winner`.
         retain: text that must keep working, same forms: for the retain loss (`retain_loss`), and as the utility set,
             for which a fifth at most is set apart where there are 20 different texts or more. Copies of forget texts
             are left out, with a warning.
@@ -115,7 +116,7 @@ def unlearn(
     path = checkpoint_path(output_dir, resume=resume)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {
-        role: read_examples(source, role=role)
+        role: read_examples(source, role=role, turns=config.turns)
         for role, source in sources.items()
         if role == "forget" or source is not None
     }
@@ -295,7 +296,7 @@ def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
 def recitations(session: Session, examples: list[Example], indices: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return (B,) True for the examples at `indices` whose beginning the model continues with their rest."""
     out = np.zeros(len(examples), dtype=bool)
-    openings = [opening(session.texts.forget[i], bool(examples[i].prompt)) for i in indices]
+    openings = [opening(session.texts.forget[i], examples[i].prompted) for i in indices]
     if openings:
         written = greedy_continuations(session.scorer.lm, openings, longest=LONGEST)
         out[indices] = [recited(ids, t.scored) for ids, t in zip(written, openings, strict=True)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyunlearn.edits.config import TURNS
 from pyunlearn.errors import ArgumentError
 from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Kind, Number, Table, Text, Whole, option
 
@@ -148,6 +149,7 @@ class LoopConfig(Config):
         fixed=True,
     )
     template: str | Path = option(**TEMPLATE, fixed=True)
+    turns: str | None = option(**TURNS, fixed=True)
     truncate: bool = option(
         False, Flag(), "Cut texts that are longer than the model's context, instead of raising an error.", group="Data"
     )
