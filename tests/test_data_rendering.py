@@ -5,7 +5,7 @@ from texts import CHAT, CHATML, make_tokenizer, one, read, sentence_of
 
 from pyunlearn.data import Example, encode
 from pyunlearn.data.rendering import Rendering, other_renderings, rendering_of
-from pyunlearn.data.texts import text_of
+from pyunlearn.data.texts import rendered_text
 from pyunlearn.errors import ArgumentError, DataError
 
 QUESTION = {"question": "Who wrote it?", "answer": "Thomas Jefferson."}
@@ -14,6 +14,11 @@ INSTRUCT = (
     "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST] ' if m['role'] == 'user' else m['content'] }}"
     "{% endfor %}"
 )
+
+
+def halves(example, tokenizer):
+    """The text that is tokenized, divided before its first scored character."""
+    return rendered_text(example, tokenizer, "it", None)[:2]
 
 
 @pytest.mark.parametrize(
@@ -31,7 +36,7 @@ def test_a_question_and_a_chat_are_rendered(key, question, chat):
     for record, prompt in ((QUESTION, question), ({"messages": CHAT}, chat)):
         (example,) = read([record], turns="last")
         assert Rendering(key, key).of(example) == Example(prompt, "Thomas Jefferson.")
-        assert text_of(Rendering(key, key).of(example), make_tokenizer(template=CHATML))[0] == prompt
+        assert halves(Rendering(key, key).of(example), make_tokenizer(template=CHATML))[0] == prompt
 
 
 @pytest.mark.parametrize("key", ["chat", "plain", "none", "joined", "alone"])
@@ -46,7 +51,7 @@ def test_other_records_stay_as_they_are(key):
     if key == "none":
         assert rendered == pair
     else:
-        assert text_of(rendered, tokenizer) == text_of(Rendering(key, key).of(question), tokenizer)
+        assert halves(rendered, tokenizer) == halves(Rendering(key, key).of(question), tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def check_texts(examples: Mapping[str, list[Example]]) -> CheckedTexts:
     for note in notes:
         warnings.warn(note, stacklevel=3)
     if "holdout" in checked:
+        notes += _spans_note(examples["forget"], examples["holdout"])
         notes += length_note(*([len(words(e.scored_text)) for e in checked[role]] for role in ("forget", "holdout")))
     return CheckedTexts(checked, notes)
 
@@ -181,6 +182,16 @@ def _refuse_copies(examples: Mapping[str, list[Example]], texts: Mapping[str, li
         f"{i + 1} ({excerpt(examples['forget'][i])}){others}: take it out, for the holdout is text that was never "
         "trained on"
     )
+
+
+def _spans_note(forget: Sequence[Example], holdout: Sequence[Example]) -> list[str]:
+    """Return a sentence where strings of the forget texts are scored, and whole texts of the holdout."""
+    if not any(e.forget for e in forget) or any(e.forget for e in holdout):
+        return []
+    return [
+        'Of forget texts only the strings in "forget" are scored, and of the holdout whole texts: give its records a '
+        '"forget" too, of the same kind, or verdicts measure that difference.'
+    ]
 
 
 def _repeated(total: int, different: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,13 +14,18 @@ __all__ = [
     "TURNS",
     "Example",
     "Message",
+    "Span",
     "excerpt",
+    "occurrences",
     "parse_examples",
     "read_examples",
     "seam",
     "spans_of",
     "spans_of_turns",
+    "wide_spans_of",
 ]
+
+Span = tuple[int, int]  # characters of a text, the end excluded
 
 TURNS = ("all", "assistant", "last")
 """What is scored of a conversation: all of it from the first turn's content on, each turn of the assistant, or the last
@@ -45,7 +50,8 @@ class Example:
     plain text has the prompt ''. `messages`, if any, is the same exchange as chat turns: a tokenizer with a chat
     template renders those, any other gets prompt and completion. `winner`, if any, is the answer that `dpo` prefers to
     the completion. `turns` is one of TURNS. `spans`, if any, are the ranges of characters of prompt + completion that
-    are scored, in order, and come before `turns`.
+    are scored, in order, and come before `turns`. Of these ranges only the strings in `forget` are scored, if there are
+    any, wherever they occur.
 
     >>> Example("Who wrote it? ", "Thomas Jefferson.").turns
     'last'
@@ -56,12 +62,13 @@ class Example:
     messages: tuple[Message, ...] | None = None
     winner: str | None = None
     turns: str = "last"
-    spans: tuple[tuple[int, int], ...] = ()
+    spans: tuple[Span, ...] = ()
+    forget: tuple[str, ...] = ()
 
     @property
     def prompted(self) -> bool:
         """True where the whole completion is scored, and a prompt before it is not."""
-        return bool(self.prompt) and self.turns == "last" and not self.spans
+        return bool(self.prompt) and self.turns == "last" and not (self.spans or self.forget)
 
     @property
     def scored_text(self) -> str:
@@ -81,7 +88,8 @@ def read_examples(source: object, *, role: str, turns: str | None = None) -> lis
         question/answer    a user's and an assistant's turn; without a chat template: "{question}\\n{answer}"
         text               a plain text, all of it scored
 
-    In addition to any of them, `winner` is an answer to prefer to the scored one, for the method that reads it.
+    In addition to any of them, `winner` is an answer to prefer to the scored one, for the method that reads it, and
+    `forget` a string, or a list of strings, of what is scored: only these are then, wherever they occur in it.
 
     Files, all UTF-8: .jsonl (an object or string a line), .json (a list of these, {"data": [...]}, or JSON lines), .csv
     and .tsv (with a header), .parquet, and .txt: its paragraphs where blank lines separate them, and else its lines.
@@ -103,10 +111,10 @@ def read_examples(source: object, *, role: str, turns: str | None = None) -> lis
     >>> read_examples(["a text", {"prompt": "Who?", "completion": "He."}], role="forget")[1].prompt
     'Who? '
     """
-    examples = [_example(row, where) for where, row in _rows(source, role)]
+    examples = [_checked(_example(row, where), where, role, turns) for where, row in _rows(source, role)]
     if not examples:
         raise DataError(f"{role} holds no example: give at least one text")
-    return examples if turns is None else [replace(e, turns=turns) if e.prompt else e for e in examples]
+    return examples
 
 
 def parse_examples(text: str, suffix: str, *, name: str) -> list[Example]:
@@ -132,11 +140,55 @@ def excerpt(example: Example) -> str:
     return f'"{text}"' if len(text) <= 40 else f'"{text[:37]}..."'
 
 
-def spans_of(example: Example) -> tuple[tuple[int, int], ...]:
+def spans_of(example: Example, where: str = "the example") -> tuple[Span, ...]:
     """Return the ranges of characters of prompt + completion that are scored.
 
+    Raises DataError, with `where` as its name, where a string in `forget` does not occur in them.
+
+    >>> spans_of(Example("Call ", "4711, not 0815.", forget=("4711",)))
+    ((5, 9),)
+    """
+    return occurrences(example.prompt + example.completion, wide_spans_of(example), example.forget, where)
+
+
+def occurrences(text: str, spans: tuple[Span, ...], strings: Sequence[str], where: str) -> tuple[Span, ...]:
+    """Return the ranges of the strings wherever they occur within the spans of a text; without strings, the spans.
+
+    Ranges that overlap or touch become one. Raises DataError, with `where` as the name of the example, where a string
+    does not occur.
+    """
+    if not strings:
+        return spans
+    ranges: list[Span] = []
+    for string in strings:
+        own = [(at, at + len(string)) for start, end in spans for at in _positions(text, string, start, end)]
+        if not own:
+            raise DataError(
+                f'{where} has a "forget" of {len(string)} characters that is not in what is scored of it: write it '
+                'as it stands there, or score more of the record with turns="all" (--turns all)'
+            )
+        ranges += own
+    merged: list[Span] = []
+    for start, end in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
+def _positions(text: str, string: str, start: int, end: int) -> Iterator[int]:
+    at = text.find(string, start, end)
+    while at >= 0:
+        yield at
+        at = text.find(string, at + 1, end)
+
+
+def wide_spans_of(example: Example) -> tuple[Span, ...]:
+    """Return the ranges of characters of prompt + completion that are scored without `forget`.
+
     >>> turns = (Message("user", "Who?"), Message("assistant", "He."))
-    >>> [spans_of(Example("Who?\\n", "He.", turns, turns=each)) for each in TURNS]
+    >>> [wide_spans_of(Example("Who?\\n", "He.", turns, turns=each)) for each in TURNS]
     [((0, 8),), ((5, 8),), ((5, 8),)]
     """
     start, end = len(example.prompt), len(example.prompt) + len(example.completion)
@@ -150,9 +202,7 @@ def spans_of(example: Example) -> tuple[tuple[int, int], ...]:
     return spans_of_turns(example.turns, example.messages, contents)
 
 
-def spans_of_turns(
-    turns: str, messages: Sequence[Message], contents: Sequence[tuple[int, int]]
-) -> tuple[tuple[int, int], ...]:
+def spans_of_turns(turns: str, messages: Sequence[Message], contents: Sequence[Span]) -> tuple[Span, ...]:
     """Return the ranges of characters that `turns` scores, given those of the contents of all messages."""
     if turns == "all":
         return ((contents[0][0], contents[-1][1]),)
@@ -161,7 +211,7 @@ def spans_of_turns(
     return tuple(span for message, span in zip(messages, contents, strict=True) if message.role == "assistant")
 
 
-def _contents(example: Example) -> list[tuple[int, int]] | None:
+def _contents(example: Example) -> list[Span] | None:
     """Return the ranges of the messages' contents in prompt + completion, lines as the reader writes them, or None."""
     text, at, contents = example.prompt + example.completion, 0, []
     for role, content in example.messages or ():
@@ -204,6 +254,17 @@ def _is_path(text: str) -> bool:
 # ---------------------------------------------------------------- rows -> examples
 
 
+def _checked(example: Example, where: str, role: str, turns: str | None) -> Example:
+    """Return the example with the turns that are wanted. Raises DataError where its `forget` cannot be used."""
+    if turns is not None and example.prompt:
+        example = replace(example, turns=turns)
+    if example.forget and role == "retain":
+        raise DataError(f'{where} has a "forget", and a retain set is what must stay: take one of them out')
+    if example.forget:
+        spans_of(example, where)
+    return example
+
+
 def _example(row: object, where: str) -> Example:
     if isinstance(row, Example):
         _string(row.completion, "completion", where)
@@ -215,6 +276,9 @@ def _example(row: object, where: str) -> Example:
     if isinstance(winner := row.get("winner"), str) and winner.strip():
         rest = {key: value for key, value in row.items() if key != "winner"}
         return replace(_example(rest, where), winner=_string(winner, "winner", where))
+    if row.get("forget"):
+        rest = {key: value for key, value in row.items() if key != "forget"}
+        return replace(_example(rest, where), forget=_strings(row["forget"], where))
     present = {key for key, value in row.items() if value is not None}
     if "messages" in present:
         return replace(_chat(row["messages"], where), turns="all")
@@ -241,6 +305,15 @@ def _string(value: object, name: str, where: str, *, blank: bool = False) -> str
         at = f"character {error.start + 1} is half of a surrogate pair"
         raise DataError(f'{where} has a "{name}" that is not valid Unicode: {at}; mend or remove it') from error
     return value
+
+
+def _strings(value: object, where: str) -> tuple[str, ...]:
+    """Return the strings of a "forget", without repetitions."""
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(each, str) for each in values):
+        got = type(value).__name__
+        raise DataError(f'{where} must have a string or a list of strings as "forget", and has a value of type {got}')
+    return tuple(dict.fromkeys(_string(each, "forget", where) for each in values))
 
 
 def _unanswered(first: str, second: str, where: str) -> DataError:

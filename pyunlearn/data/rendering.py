@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pyunlearn.data.examples import Example, Message, seam, spans_of, spans_of_turns
+from pyunlearn.data.examples import Example, Message, seam, spans_of_turns, wide_spans_of
 from pyunlearn.errors import ArgumentError
 
 __all__ = ["Rendering", "other_renderings", "rendering_of"]
@@ -51,7 +51,7 @@ class Rendering:
         if self.key == "alone":
             return replace(example, prompt="", messages=None, turns="last", spans=())
         if self.key == "none":
-            spans = () if example.turns == "last" else spans_of(example)
+            spans = () if example.turns == "last" else wide_spans_of(example)
             return replace(example, messages=None, spans=spans)
         prompt, contents = self._prompt(example, turns)
         spans = () if example.turns == "last" else spans_of_turns(example.turns, turns, contents)

@@ -6,12 +6,11 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from pyunlearn.data.examples import Example, spans_of
+from pyunlearn.data.examples import Example, Span, occurrences, spans_of
 from pyunlearn.errors import DataError
 
-__all__ = ["ScoredText", "Span", "rendered_text", "shared_length", "text_of"]
+__all__ = ["ScoredText", "rendered_text", "shared_length"]
 
-Span = tuple[int, int]  # characters of a text, the end excluded
 S = TypeVar("S", str, list[int])
 
 
@@ -23,13 +22,22 @@ class ScoredText(NamedTuple):
     templated: bool  # rendered by the chat template, which writes every special token itself
     answers: bool  # an answer, which the end of text follows
     spans: tuple[Span, ...] | None = None  # of prompt + completion, scored; None: the completion
+    partial: bool = False  # strings within a text are scored, and the end of text is not
 
     @classmethod
-    def of(cls, text: str, spans: Sequence[Span], *, templated: bool, answers: bool) -> ScoredText:
+    def of(
+        cls, text: str, spans: Sequence[Span], *, templated: bool, answers: bool, partial: bool = False
+    ) -> ScoredText:
         """Divide a text before its first scored character, given the ranges of scored characters."""
         first = spans[0][0] if spans else len(text)
-        whole = len(spans) == 1 and spans[0][1] >= len(text)
-        return cls(text[:first], text[first:], templated, answers, None if whole else tuple(spans))
+        whole = len(spans) == 1 and spans[0][1] >= len(text) and not partial
+        return cls(text[:first], text[first:], templated, answers, None if whole else tuple(spans), partial)
+
+    @property
+    def parts(self) -> list[str]:
+        """The scored parts of the text."""
+        text = self.prompt + self.completion
+        return [self.completion] if self.spans is None else [text[start:end] for start, end in self.spans]
 
 
 def rendered_text(example: Example, tokenizer: Any, where: str, chat_template: str | None) -> ScoredText:
@@ -39,7 +47,8 @@ def rendered_text(example: Example, tokenizer: Any, where: str, chat_template: s
     """
     if example.messages is None or example.spans or not (chat_template or getattr(tokenizer, "chat_template", None)):
         text = example.prompt + example.completion
-        return ScoredText.of(text, spans_of(example), templated=False, answers=bool(example.prompt))
+        spans = spans_of(example, where)
+        return ScoredText.of(text, spans, templated=False, answers=bool(example.prompt), partial=bool(example.forget))
     messages = [message._asdict() for message in example.messages]
     name = "the given chat template" if chat_template else "the tokenizer's chat template"
     mend = "give it as prompt and completion, or set template='none' (--template none)"
@@ -47,11 +56,11 @@ def rendered_text(example: Example, tokenizer: Any, where: str, chat_template: s
     specials = tuple(tokenizer.all_special_tokens)
     try:
         whole = str(apply(messages))
-        prompt, spans = "", [(0, 0)]
+        prompt, contents = "", [(0, 0)]
         if example.turns == "last":
             prompt = str(apply(messages[:-1], add_generation_prompt=True))
         else:
-            spans = [span for span in _contents(apply, messages, whole, example.turns) if span[0] < span[1]]
+            contents = [span for span in _contents(apply, messages, whole, example.turns) if span[0] < span[1]]
     except Exception as error:  # a template is a program: it can raise anything
         fault = " ".join(str(error).split())
         raise DataError(f"{where} is refused by {name}: {fault}; {mend}") from error
@@ -60,14 +69,14 @@ def rendered_text(example: Example, tokenizer: Any, where: str, chat_template: s
         raise DataError(f"{where} cannot be split into prompt and answer, because {fault}; {mend}")
     if whole.rstrip().endswith(specials):  # "<|im_end|>\n": no model generates that newline
         whole = whole.rstrip()
-    if example.turns == "last":
-        return ScoredText(prompt, whole[len(prompt) :], True, True)
-    if not spans:
+    if not contents:
         raise DataError(f"{where} has no turn to score, because {name} does not write the messages; {mend}")
-    if example.turns == "all":
-        return ScoredText.of(whole, ((spans[0][0], len(whole)),), templated=True, answers=True)
-    closed = tuple((start, _closing(whole, end, specials)) for start, end in spans)
-    return ScoredText.of(whole, closed, templated=True, answers=True)
+    if example.turns == "assistant":
+        spans = tuple((start, _closing(whole, end, specials)) for start, end in contents)
+    else:
+        spans = ((len(prompt) if example.turns == "last" else contents[0][0], len(whole)),)
+    spans = occurrences(whole, spans, example.forget, where)
+    return ScoredText.of(whole, spans, templated=True, answers=True, partial=bool(example.forget))
 
 
 def _contents(apply: Callable[..., Any], messages: list[dict[str, str]], whole: str, turns: str) -> Iterator[Span]:
@@ -99,8 +108,3 @@ def shared_length(a: S, b: S) -> int:
         middle = (same + end + 1) // 2
         same, end = (middle, end) if a[:middle] == b[:middle] else (same, middle - 1)
     return same
-
-
-def text_of(example: Example, tokenizer: Any, chat_template: str | None = None) -> tuple[str, str]:
-    """Return the text that `encode` tokenizes, divided before its first scored character; errors name no example."""
-    return rendered_text(example, tokenizer, "the example", chat_template)[:2]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
-from pyunlearn.data.examples import Example, excerpt
-from pyunlearn.data.texts import ScoredText, Span, rendered_text, shared_length
+from pyunlearn.data.examples import Example, Span, excerpt, occurrences
+from pyunlearn.data.texts import ScoredText, rendered_text, shared_length
 from pyunlearn.errors import ArgumentError, DataError
 
 __all__ = ["Tokens", "encode", "padding_id"]
@@ -108,7 +108,7 @@ def encode(
     """Tokenize each example; scored is its completion, or what its `turns` and `spans` say.
 
     Causal: prompt + completion are tokenized as one text, and a token that reaches over the seam counts as completion,
-    as does one that reaches into a span.
+    as does one that reaches into a span. Of the strings in `forget` the end of text is no part.
     The tokenizer's prefix of a text (BOS) comes first; a plain text without one is scored from its second token, since
     nothing predicts the first. After a prompt's completion comes the end of text, scored, since it is part of an
     answer; a plain text may be a fragment and gets none.
@@ -142,12 +142,13 @@ def encode(
     if not examples:
         return []
     wheres = [f"{role} example {number} ({excerpt(example)})" for number, example in enumerate(examples, 1)]
+    strings = [example.forget for example in examples]
     if encoder_decoder:
-        examples = [replace(example, turns="last", spans=()) for example in examples]
+        examples = [replace(example, turns="last", spans=(), forget=()) for example in examples]
     texts = [
         rendered_text(example, tokenizer, where, chat_template) for example, where in zip(examples, wheres, strict=True)
     ]
-    splits = _apart(texts, tokenizer) if encoder_decoder else _jointly(texts, tokenizer)
+    splits = _apart(texts, strings, wheres, tokenizer) if encoder_decoder else _jointly(texts, tokenizer)
     usual, none = _special(tokenizer, texts[0].completion[:64]), _Special([], [], [])
     assemble = _encoder_decoder if encoder_decoder else _causal
     tokens = []
@@ -171,27 +172,40 @@ class _Special(NamedTuple):
     end: list[int]  # end of an answer: `after`, or else the end of text
 
 
-def _apart(texts: list[ScoredText], tokenizer: Tokenizer) -> list[Split]:
+def _apart(
+    texts: list[ScoredText], strings: Sequence[tuple[str, ...]], wheres: Sequence[str], tokenizer: Tokenizer
+) -> list[Split]:
     prompts = _tokenize(tokenizer, [text.prompt.strip() for text in texts])["input_ids"]
-    completions = _tokenize(tokenizer, [text.completion.strip() for text in texts])["input_ids"]
-    return [(prompt, completion, None) for prompt, completion in zip(prompts, completions, strict=True)]
+    completions = [text.completion.strip() for text in texts]
+    whole = tuple(((0, len(completion)),) for completion in completions)
+    spans = [occurrences(*each) if each[2] else None for each in zip(completions, whole, strings, wheres, strict=True)]
+    written, offsets = _with_offsets(completions, tokenizer)
+    return [
+        (prompt, ids, None if own is None else _scored(own, ids, places, completion, tokenizer))
+        for prompt, ids, own, places, completion in zip(prompts, written, spans, offsets, completions, strict=True)
+    ]
+
+
+def _with_offsets(texts: list[str], tokenizer: Tokenizer) -> tuple[list[Ids], list[list[Span]]]:
+    """Return the ids of texts, and the characters of each token; none where the tokenizer does not tell them."""
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    out = _tokenize(tokenizer, texts, **({"return_offsets_mapping": True} if fast else {}))
+    offsets = out["offset_mapping"] if fast else [[] for _ in texts]
+    broken = [
+        max((end for _, end in each), default=0) < len(t.rstrip()) for each, t in zip(offsets, texts, strict=True)
+    ]
+    return out["input_ids"], [[] if bad else each for bad, each in zip(broken, offsets, strict=True)]
 
 
 def _jointly(texts: list[ScoredText], tokenizer: Tokenizer) -> list[Split]:
     wholes = [text.prompt + text.completion for text in texts]
-    fast = bool(getattr(tokenizer, "is_fast", False))
-    out = _tokenize(tokenizer, wholes, **({"return_offsets_mapping": True} if fast else {}))
     splits: list[Split] = []
-    for number, ids in enumerate(out["input_ids"]):
-        (prompt, _, _, _, spans), whole = texts[number], wholes[number]
-        offsets = out["offset_mapping"][number] if fast else []
-        if max((end for _, end in offsets), default=0) < len(whole.rstrip()):
-            offsets = []  # broken ones
-        scored = None if spans is None else _scored(spans, ids, offsets, whole, tokenizer)
+    for text, whole, ids, offsets in zip(texts, wholes, *_with_offsets(wholes, tokenizer), strict=True):
+        scored = None if text.spans is None else _scored(text.spans, ids, offsets, whole, tokenizer)
         if scored:
             splits.append((ids[: scored[0]], ids[scored[0] :], [i - scored[0] for i in scored]))
             continue
-        seam = _seam(prompt, ids, offsets, tokenizer)
+        seam = _seam(text.prompt, ids, offsets, tokenizer)
         splits.append((ids[:seam], ids[seam:], scored))
     return splits
 
@@ -235,7 +249,7 @@ def _special(tokenizer: Tokenizer, text: str) -> _Special:
 def _causal(split: Split, special: _Special, fit: _Fit, text: ScoredText, _: int) -> Tokens:
     prompt, completion, chosen = split
     head, tail = special.before + prompt, _closed(completion, special.end) if text.answers else completion
-    if chosen is not None and text.answers and chosen[-1] == len(completion) - 1:
+    if chosen is not None and text.answers and not text.partial and chosen[-1] == len(completion) - 1:
         chosen = [*chosen, *range(len(completion), len(tail))]
     if not head:
         head, tail, chosen = tail[:1], tail[1:], chosen and [i - 1 for i in chosen if i]
@@ -245,16 +259,25 @@ def _causal(split: Split, special: _Special, fit: _Fit, text: ScoredText, _: int
     head, tail = fit(head, tail)
     if chosen is None:
         return Tokens((*head, *tail), len(head))
-    if chosen[0] >= len(tail):
-        raise DataError(f"{fit.where} has no token to score before the end to which it is cut: shorten it")
-    return Tokens.at((*head, *tail), [len(head) + i for i in chosen if i < len(tail)])
+    ids = (*head, *tail)
+    return Tokens.at(ids, _within([len(head) + i for i in chosen], len(ids), fit))
 
 
 def _encoder_decoder(split: Split, special: _Special, fit: _Fit, _: ScoredText, pad_id: int) -> Tokens:
-    prompt, completion, _chosen = split
+    prompt, completion, chosen = split
     read, end = fit(special.before + prompt, special.after)
     begun, written = fit(special.before, _closed(completion, special.end))
-    return Tokens((*read, *end) or tuple(special.end) or (pad_id,), len(begun), (*begun, *written))
+    ids, decoder = (*read, *end) or tuple(special.end) or (pad_id,), (*begun, *written)
+    if chosen is None:
+        return Tokens(ids, len(begun), decoder)
+    return Tokens.at(ids, _within([len(begun) + i for i in chosen], len(decoder), fit), decoder)
+
+
+def _within(indices: Ids, length: int, fit: _Fit) -> Ids:
+    """Return the indices below the length of a text that was cut; raises DataError where there is none."""
+    if indices[0] >= length:
+        raise DataError(f"{fit.where} has no token to score before the end to which it is cut: shorten it")
+    return [i for i in indices if i < length]
 
 
 def _closed(completion: Ids, end: Ids) -> Ids:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pyunlearn.data import Example, Tokens
 from pyunlearn.data.rendering import Rendering, other_renderings, rendering_of
-from pyunlearn.data.texts import text_of
+from pyunlearn.data.texts import rendered_text
 from pyunlearn.errors import DataError
 from pyunlearn.models.language_model import LanguageModel
 
@@ -66,6 +66,8 @@ class RenderedTexts:
     """Name of the rendering with which template="auto" compares others."""
     compared: tuple[Gain, ...] = ()
     """The other renderings that auto compared with it."""
+    rests: dict[int, Tokens] = field(default_factory=dict)
+    """Index of a forget text of which only strings are scored -> the text with all the others scored in their place."""
 
     @property
     def name(self) -> str | None:
@@ -79,9 +81,9 @@ class RenderedTexts:
             memorized: True where at least one record is, or was before unlearning.
         """
         if self.name is None:
-            return []
+            return self._strings()
         gain = next((g.differences for g in self.compared if g.rendering == self.rendering), None)
-        notes = self._turns()
+        notes = self._turns() + self._strings()
         if gain is not None:
             records = f"{len(gain)} record{'s' if len(gain) > 1 else ''}"
             notes.append(
@@ -110,6 +112,16 @@ class RenderedTexts:
             "their context."
         ]
 
+    def _strings(self) -> list[str]:
+        """Return a sentence on how much of the forget set its "forget" strings are; none without such strings."""
+        records = list(zip(self.given["forget"], self.tokens["forget"], strict=True))
+        own = [t for e, t in records if e.forget]
+        if not own:
+            return []
+        scored, total, n = sum(len(t.scored) for t in own), sum(map(len, own)), len(own)
+        texts = f"{n} texts" if n > 1 else "one text"
+        return [f'Of {texts} only the strings in "forget" are scored: {scored} of {total} tokens.']
+
     def _not_memorized(self) -> str:
         forms = dict.fromkeys([self.own, *(g.rendering.name for g in self.compared)])
         others = "; ".join(name for name in forms if name != self.name)
@@ -132,11 +144,18 @@ class RenderedTexts:
         first = next(e for e in self.given["forget"] if e.prompt)
         turns = first.messages and tuple(turn._replace(content=change(turn.content)) for turn in first.messages)
         masked = Example(change(first.prompt), change(first.completion), turns, turns=first.turns)
-        parts = text_of(self.rendering.of(masked), lm.tokenizer, self.rendering.chat_template)
-        prompt, completion = (
-            json.dumps(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...", ensure_ascii=False) for text in parts
-        )
+        if masked.prompt == first.prompt and masked.completion == first.completion:
+            masked = replace(masked, forget=first.forget)
+        text = rendered_text(self.rendering.of(masked), lm.tokenizer, "the example", self.rendering.chat_template)
+        prompt, completion = _quoted(text.prompt), _quoted(text.completion)
+        if text.spans is not None:
+            whole, parts = _quoted(text.prompt + text.completion), ", ".join(map(_quoted, text.parts))
+            return f"form of the records: {self.name}; for example {whole} and scored of it: {parts}"
         return f"form of the records: {self.name}; for example {prompt} and then, scored, {completion}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...", ensure_ascii=False)
 
 
 def render(
@@ -235,7 +254,24 @@ def _in(
 ) -> RenderedTexts:
     examples = {role: [rendering.of(e) for e in each] for role, each in given.items()}
     tokens = lm.encode(examples, truncate=truncate, chat_template=rendering.chat_template)
-    return RenderedTexts(given, examples, tokens, rendering, own, compared)
+    rests = _rests(rendering, lm, examples["forget"], tokens["forget"], truncate)
+    return RenderedTexts(given, examples, tokens, rendering, own, compared, rests)
+
+
+def _rests(
+    rendering: Rendering, lm: LanguageModel, examples: list[Example], tokens: list[Tokens], truncate: bool
+) -> dict[int, Tokens]:
+    """Return index -> the tokens that `forget` leaves unscored in a forget text, scored."""
+    indices = [i for i, e in enumerate(examples) if e.forget]
+    wide = {"forget": [replace(examples[i], forget=()) for i in indices]}
+    whole = lm.encode(wide, truncate=truncate, chat_template=rendering.chat_template)["forget"]
+    rests = {}
+    for i, t in zip(indices, whole, strict=True):
+        scored = t.indices if t.written == tokens[i].written else range(1, len(tokens[i].written))
+        rest = sorted({*scored} - {*tokens[i].indices})
+        if rest:
+            rests[i] = Tokens.at(tokens[i].ids, rest, tokens[i].decoder)
+    return rests
 
 
 def _tokenized(

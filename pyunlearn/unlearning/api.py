@@ -69,8 +69,9 @@ def unlearn(
             a name to load one from. It is changed in place. Only parameters that require a gradient are trained.
         forget: a text, a list of texts, a list of dicts (`text`; `prompt`/`completion`; `question`/`answer`; chat
             `messages`), a datasets.Dataset, or a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. Of a prompt
-            with a completion, only the completion is scored and forgotten, of a chat all turns (`turns`). With `dpo`,
-            each example has a preferred answer `winner`.
+            with a completion, only the completion is scored and forgotten, of a chat all turns (`turns`), and of a dict
+            with `forget`, a string or a list of strings, only these; the rest of it is held. With `dpo`, each example
+            has a preferred answer `winner`.
         retain: text that must keep working, same forms: for the retain loss (`retain_loss`), and as the utility set,
             for which a fifth at most is set apart where there are 20 different texts or more. Copies of forget texts
             are left out, with a warning.
@@ -121,6 +122,8 @@ def unlearn(
         if role == "forget" or source is not None
     }
     examples, notes = check_texts(examples)
+    if retain is None and config.retain_loss == "auto" and any(e.forget for e in examples["forget"]):
+        retain_loss = retain_loss or ("representation" if method.kind == "hidden" else "hold")
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     texts = render(lm, examples, config.template, truncate=config.truncate)
@@ -158,6 +161,7 @@ def unlearn(
     inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
     result = _result(session, config, trained, texts, stopped, inputs)
     result.notes = notes + _notes(session, texts, result, config.false_discovery_rate)
+    result.notes += _rests_note(session, texts, retain_loss)
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
             result.save(output_dir)
@@ -259,6 +263,18 @@ def _notes(session: Session, texts: RenderedTexts, result: Result, rate: float) 
     budgets = [budget for budget, _ in session.stopping.budgets]
     notes = texts.notes(memorized=memorized) + session.texts.utility.notes + evidence
     return notes + budget_notes(result.stopped, result.history, budgets)
+
+
+def _rests_note(session: Session, texts: RenderedTexts, retain_loss: str | None) -> list[str]:
+    """Return a sentence on what becomes of the rest of the texts of which only strings are forgotten."""
+    if not texts.rests:
+        return []
+    if not session.retain_term.rests:
+        return ['What stands around the strings in "forget" was not held, since there is no retain loss.']
+    return [
+        'What stands around the strings in "forget" was held: each step on a text also takes the rest of it in the '
+        f'retain loss "{retain_loss}".'
+    ]
 
 
 def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
