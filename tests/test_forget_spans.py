@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import tiny
 from texts import CHAT, CHATML, make_tokenizer, one, read, sentence_of
+from unlearning_runs import Interrupted, run, same, timeless
 
 import pyunlearn
 from pyunlearn.data import Example, read_examples
 from pyunlearn.errors import DataError
+from pyunlearn.methods import METHODS
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.probes.renderings import render
@@ -124,10 +126,10 @@ def test_the_rest_is_what_would_be_scored_without_the_strings(row):
     rows = [{**row, "forget": "Thomas"}, row]
     texts = render(lm, {"forget": read(rows)}, "auto")
     own, whole = texts.tokens["forget"]
-    assert list(texts.rests) == [0]
-    assert sorted([*own.indices, *texts.rests[0].indices]) == list(whole.indices)
-    assert texts.rests[0].ids == own.ids == whole.ids
-    assert render(lm, {"forget": read([{"text": "Thomas", "forget": "Thomas"}])}, "auto").rests == {}
+    assert list(texts.encoded.rests) == [0]
+    assert sorted([*own.indices, *texts.encoded.rests[0].indices]) == list(whole.indices)
+    assert texts.encoded.rests[0].ids == own.ids == whole.ids
+    assert render(lm, {"forget": read([{"text": "Thomas", "forget": "Thomas"}])}, "auto").encoded.rests == {}
 
 
 def test_an_audit_is_of_the_strings():
@@ -202,3 +204,20 @@ def test_each_step_takes_the_rest_of_its_texts(clerk):
         )  # fmt: skip
         assert result.history
         assert any("was held" in note for note in result.notes)
+
+
+@pytest.mark.full
+def test_an_interrupted_run_on_strings_of_long_texts_resumes(clerk, tmp_path, monkeypatch):
+    """To the same weights: the rests of a step's texts, windows among them, are those of an uninterrupted run."""
+    first = with_spans(clerk.forget)[0]
+    long = {"text": " ".join([*clerk.forget, *clerk.unseen, *clerk.forget]), "forget": first["forget"]}
+    forget = [*with_spans(clerk.forget), long]
+    options = {"holdout": with_spans(clerk.holdout), "retain": None, "max_steps": 5, "learning_rate": 1e-4}
+    whole = run(clerk, forget, **options)
+    assert {e.windows for e in whole.examples} == {1, 2}
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "ga", tiny.with_loss("ga", Interrupted("ga", 3)))
+        assert run(clerk, forget, **options, output_dir=tmp_path / "out").stopped == "interrupted"
+    resumed = run(clerk, forget, **options, output_dir=tmp_path / "out", resume=True)
+    assert timeless(resumed.history) == timeless(whole.history)
+    assert same(resumed.model, whole.model)

@@ -168,19 +168,22 @@ def test_at_most_64_records_are_scored(asked):
 
 
 def test_a_form_that_another_role_cannot_have_is_left_out(asked):
-    """A retain record that is too long in it: the next best form is used, which fits."""
+    """A refusal that is too long in it, which has no windows: the next best form is used, which fits."""
     tokenizer = copy.deepcopy(asked.tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
     (fact,) = tiny.facts(1, 9)
-    retain = fact | {"question": fact["question"] * 2}
-    (example,) = read_examples(retain, role="retain")
+    refusal = fact | {"question": fact["question"] * 2}
+    (example,) = read_examples(refusal, role="refusal")
     length = {
         key: len(asked.encode({"x": [Rendering(key, key).of(example)]})["x"][0]) for key in ("none", "plain", "short")
     }
     assert max(length["none"], length["short"]) < length["plain"]
     lm = replace(asked, tokenizer=tokenizer, context_length=length["plain"] - 1)
-    texts, own, _ = chosen(lm, tiny.facts(2, 3), retain=retain)
+    texts, own, _ = chosen(lm, tiny.facts(2, 3), refusal=[refusal] * 2)
     assert (own.rendering.key, texts.rendering.key) == ("chat", "short")
+    texts_of_retain, *_ = chosen(lm, tiny.facts(2, 3), retain=refusal)
+    assert texts_of_retain.rendering.key == "plain"
+    assert len(texts_of_retain.tokens["retain"][0]) == lm.context_length  # a window with the end of its prompt
     assert "plain" not in {g.rendering.key for g in texts.compared}
 
 

@@ -132,6 +132,7 @@ class AuditAssembler:
                     exposure_before=None if self.before is None else float(judged.before.lower[i]),
                     now=now[i],
                     before=before[i],
+                    **self.texts.parts[i]._asdict(),
                 )
             )
         return examples

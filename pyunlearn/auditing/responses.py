@@ -18,6 +18,7 @@ from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.probes import TeacherForced, decoding, greedy_continuations, teacher_forced, without_prompt
 from pyunlearn.probes.cache import Cache
 from pyunlearn.probes.calibration import Expected
+from pyunlearn.probes.long_texts import EncodedTexts, Part
 from pyunlearn.probes.non_members import (
     GRADES,
     NonMembers,
@@ -43,18 +44,20 @@ class AuditTexts:
     """The forget texts, with the continuation as scored tokens."""
     non_members: NonMembers
     """Their grade, and what is expected of them and of the forget texts if they are unseen."""
+    parts: list[Part]
+    """Of which records the forget texts are."""
 
     @classmethod
     def of(
         cls,
         lm: LanguageModel,
-        examples: dict[str, list[Example]],
-        tokens: dict[str, list[Tokens]],
+        encoded: EncodedTexts,
         non_members: NonMembers,
         *,
         answer_prior: bool,
     ) -> AuditTexts:
         """Arrange the user's texts by role; with `answer_prior`, the prompted ones once more without their prompt."""
+        examples, tokens = encoded.examples, encoded.tokens
         roles = {"forget": tokens["forget"], "non_members": non_members.tokens}
         if "retain" in tokens:
             roles["retain"] = tokens["retain"]
@@ -63,7 +66,7 @@ class AuditTexts:
             start = _start_of_text(lm)
             roles["without_prompt"] = [without_prompt(t, start) for t, has_prompt in prompted if has_prompt]
         openings = [opening(t, has_prompt) for t, has_prompt in prompted]
-        return cls(examples["forget"], examples.get("holdout", []), roles, openings, non_members)
+        return cls(examples["forget"], examples.get("holdout", []), roles, openings, non_members, encoded.parts)
 
     def calibrated(self, original: Responses, reference: Responses) -> AuditTexts:
         """Return the texts with a reference model's numbers as what is expected of unseen text."""

@@ -24,7 +24,11 @@ class EditConfig(Config):
     batch_size: int = option(8, Whole(1), "Texts in one forward pass.", group="Model")
     turns: str | None = option(**TURNS)
     truncate: bool = option(
-        False, Flag(), "Cut texts that are longer than the model's context, instead of refusing them.", group="Data"
+        False,
+        Flag(),
+        "Cut texts that are longer than the model's context, instead of reading them in windows; a note says how many "
+        "tokens are not looked at.",
+        group="Data",
     )
     workspace: int | None = option(
         None,

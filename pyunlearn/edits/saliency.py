@@ -44,7 +44,7 @@ def saliency_mask(
         tokenizer: the model's; None: loaded from where the model came from.
         batch_size: texts in one pass.
         turns: what is scored of records with prompts, as in `pyunlearn.unlearn`.
-        truncate: cut texts that are longer than the model's context, instead of refusing them.
+        truncate: cut texts that are longer than the model's context, instead of reading them in windows.
         workspace: bytes for cached logits.
 
     Returns:

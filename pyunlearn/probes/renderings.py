@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from pyunlearn.data.rendering import Rendering, other_renderings, rendering_of
 from pyunlearn.data.texts import rendered_text
 from pyunlearn.errors import DataError
 from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.probes.long_texts import SHORT, EncodedTexts, encode_texts
 
 Floats = NDArray[np.float64]
 Score = Callable[[Sequence[Tokens]], Sequence[NDArray[np.floating]]]
@@ -58,16 +59,24 @@ class RenderedTexts:
 
     given: dict[str, list[Example]]
     """As they were read."""
-    examples: dict[str, list[Example]]
+    rendered: dict[str, list[Example]]
     """As they are rendered."""
-    tokens: dict[str, list[Tokens]]
+    encoded: EncodedTexts
     rendering: Rendering
     own: str
     """Name of the rendering with which template="auto" compares others."""
     compared: tuple[Gain, ...] = ()
     """The other renderings that auto compared with it."""
-    rests: dict[int, Tokens] = field(default_factory=dict)
-    """Index of a forget text of which only strings are scored -> the text with all the others scored in their place."""
+
+    @property
+    def examples(self) -> dict[str, list[Example]]:
+        """The texts as they are rendered, long ones as one example for each window."""
+        return self.encoded.examples
+
+    @property
+    def tokens(self) -> dict[str, list[Tokens]]:
+        """The tokens of `examples`."""
+        return self.encoded.tokens
 
     @property
     def name(self) -> str | None:
@@ -81,9 +90,9 @@ class RenderedTexts:
             memorized: True where at least one record is, or was before unlearning.
         """
         if self.name is None:
-            return self._strings()
+            return self._strings() + self._windows()
         gain = next((g.differences for g in self.compared if g.rendering == self.rendering), None)
-        notes = self._turns() + self._strings()
+        notes = self._turns() + self._strings() + self._windows()
         if gain is not None:
             records = f"{len(gain)} record{'s' if len(gain) > 1 else ''}"
             notes.append(
@@ -96,7 +105,7 @@ class RenderedTexts:
 
     def _turns(self) -> list[str]:
         """Return a sentence on how much of the forget set's conversations is scored; none for completions alone."""
-        records = list(zip(self.given["forget"], self.tokens["forget"], strict=True))
+        records = list(zip(self.given["forget"], self.encoded.whole, strict=True))
         chats = [(e, t) for e, t in records if e.prompt and (e.turns != "last" or len(e.messages or ()) > 2)]
         if not chats:
             return []
@@ -114,13 +123,24 @@ class RenderedTexts:
 
     def _strings(self) -> list[str]:
         """Return a sentence on how much of the forget set its "forget" strings are; none without such strings."""
-        records = list(zip(self.given["forget"], self.tokens["forget"], strict=True))
+        records = list(zip(self.given["forget"], self.encoded.whole, strict=True))
         own = [t for e, t in records if e.forget]
         if not own:
             return []
         scored, total, n = sum(len(t.scored) for t in own), sum(map(len, own)), len(own)
         texts = f"{n} texts" if n > 1 else "one text"
         return [f'Of {texts} only the strings in "forget" are scored: {scored} of {total} tokens.']
+
+    def _windows(self) -> list[str]:
+        """Return the notes on long texts, with one on what their windows are compared with."""
+        if "holdout" in self.given or all(part.windows == 1 for part in self.encoded.parts):
+            return self.encoded.notes
+        return [
+            *self.encoded.notes,
+            f"Without a holdout the windows of forget texts have {SHORT} tokens at most, as the texts that they are "
+            "compared with are short, and text after a longer context is likelier a token. A holdout of texts as long "
+            "allows windows of the whole context.",
+        ]
 
     def _not_memorized(self) -> str:
         forms = dict.fromkeys([self.own, *(g.rendering.name for g in self.compared)])
@@ -252,26 +272,15 @@ def _in(
     compared: tuple[Gain, ...],
     truncate: bool,
 ) -> RenderedTexts:
-    examples = {role: [rendering.of(e) for e in each] for role, each in given.items()}
-    tokens = lm.encode(examples, truncate=truncate, chat_template=rendering.chat_template)
-    rests = _rests(rendering, lm, examples["forget"], tokens["forget"], truncate)
-    return RenderedTexts(given, examples, tokens, rendering, own, compared, rests)
-
-
-def _rests(
-    rendering: Rendering, lm: LanguageModel, examples: list[Example], tokens: list[Tokens], truncate: bool
-) -> dict[int, Tokens]:
-    """Return index -> the tokens that `forget` leaves unscored in a forget text, scored."""
-    indices = [i for i, e in enumerate(examples) if e.forget]
-    wide = {"forget": [replace(examples[i], forget=()) for i in indices]}
-    whole = lm.encode(wide, truncate=truncate, chat_template=rendering.chat_template)["forget"]
-    rests = {}
-    for i, t in zip(indices, whole, strict=True):
-        scored = t.indices if t.written == tokens[i].written else range(1, len(tokens[i].written))
-        rest = sorted({*scored} - {*tokens[i].indices})
-        if rest:
-            rests[i] = Tokens.at(tokens[i].ids, rest, tokens[i].decoder)
-    return rests
+    rendered = {role: [rendering.of(e) for e in each] for role, each in given.items()}
+    encoded = encode_texts(
+        lm,
+        rendered,
+        truncate=truncate,
+        chat_template=rendering.chat_template,
+        short_windows="holdout" not in given,
+    )
+    return RenderedTexts(given, rendered, encoded, rendering, own, compared)
 
 
 def _tokenized(
@@ -279,11 +288,12 @@ def _tokenized(
 ) -> list[tuple[Rendering, list[Tokens]]]:
     """Return each rendering with the sample's tokens, the own first; without those that give the same tokens."""
     forms: list[tuple[Rendering, list[Tokens]]] = []
+    cut = truncate or any(part.windows > 1 for part in texts.encoded.parts)
     for rendering in [texts.rendering, *other_renderings(lm.tokenizer)] if sample else []:
         if rendering.key == "alone" and not texts.given.keys() <= {"forget", "retain", "holdout"}:
             continue  # without its prompt an answer has no refusal
         try:
-            tokens = lm.encode({"forget": [rendering.of(e) for e in sample]}, truncate=truncate)["forget"]
+            tokens = lm.encode({"forget": [rendering.of(e) for e in sample]}, truncate=cut)["forget"]
         except DataError:
             continue
         if all(tokens != other for _, other in forms):

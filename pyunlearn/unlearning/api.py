@@ -19,6 +19,7 @@ from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path, shown
 from pyunlearn.output import check_output, model_name, versions
 from pyunlearn.probes import greedy_continuations
+from pyunlearn.probes.long_texts import Part
 from pyunlearn.probes.non_members import NO_LIKELIER, capped, evidence_notes
 from pyunlearn.probes.recitation import LONGEST, opening, recited
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
@@ -31,7 +32,7 @@ from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.loop import ascend, measure
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.preferences import substitutes_for
-from pyunlearn.unlearning.result import ExampleResult, Result, Utility
+from pyunlearn.unlearning.result import ExampleResult, Result, Utility, document_notes
 from pyunlearn.unlearning.setup import Session, setup
 from pyunlearn.unlearning.token_weights import check_token_weights
 
@@ -90,8 +91,9 @@ def unlearn(
         {options}
 
     Returns:
-        Result: `.model`, `.examples` (one verdict each), `.utility`, `.history` (one record per step), `.stopped`,
-        `.notes` (on the texts), `.save(dir)`.
+        Result: `.model`, `.examples` (one verdict each; of texts longer than the context one for each window, and for
+        the whole in `.documents`), `.utility`, `.history` (one record per step), `.stopped`, `.notes` (on the texts),
+        `.save(dir)`.
 
     Raises:
         ArgumentError, DataError, ModelError, OutputError: an argument cannot be used; the model is unchanged.
@@ -161,7 +163,7 @@ def unlearn(
     inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
     result = _result(session, config, trained, texts, stopped, inputs)
     result.notes = notes + _notes(session, texts, result, config.false_discovery_rate)
-    result.notes += _rests_note(session, texts, retain_loss)
+    result.notes += _rests_note(session, texts, retain_loss) + document_notes(result.documents)
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
             result.save(output_dir)
@@ -239,7 +241,7 @@ def _result(
     inputs: dict[str, Any],
 ) -> Result:
     """Return the result of a run; `inputs` describes the arguments of `unlearn` besides its settings."""
-    examples = _examples(session, texts.examples["forget"])
+    examples = _examples(session, texts.examples["forget"], texts.encoded.parts)
     if stopped in ("forgotten", NO_LIKELIER) and any(e.recited_after for e in examples):
         stopped = "still extracted"
     return Result(
@@ -267,7 +269,7 @@ def _notes(session: Session, texts: RenderedTexts, result: Result, rate: float) 
 
 def _rests_note(session: Session, texts: RenderedTexts, retain_loss: str | None) -> list[str]:
     """Return a sentence on what becomes of the rest of the texts of which only strings are forgotten."""
-    if not texts.rests:
+    if not texts.encoded.rests:
         return []
     if not session.retain_term.rests:
         return ['What stands around the strings in "forget" was not held, since there is no retain loss.']
@@ -277,7 +279,7 @@ def _rests_note(session: Session, texts: RenderedTexts, retain_loss: str | None)
     ]
 
 
-def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
+def _examples(session: Session, examples: list[Example], parts: list[Part]) -> list[ExampleResult]:
     """Return the verdict on each forget example."""
     stopping, state, forget = session.stopping, session.state, session.texts.forget
     greedy_after = session.scorer.greedy_match(forget) if state.visits.any() else session.greedy_before
@@ -289,7 +291,7 @@ def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
     return [
         ExampleResult(
             index=i,
-            text=example.prompt + example.completion,
+            text=example.completion if parts[i].windows > 1 else example.prompt + example.completion,
             tokens=len(forget[i].scored),
             log_likelihood_before=float(stopping.initial.log_likelihood[i]),
             log_likelihood_after=float(stopping.current.log_likelihood[i]),
@@ -304,6 +306,7 @@ def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
             verdict=verdicts[i],
             interval=(float(judged.low[i]), float(judged.high[i])),
             certain=bool(judged.certain[i]),
+            **parts[i]._asdict(),
         )
         for i, example in enumerate(examples)
     ]

@@ -151,7 +151,11 @@ class LoopConfig(Config):
     template: str | Path = option(**TEMPLATE, fixed=True)
     turns: str | None = option(**TURNS, fixed=True)
     truncate: bool = option(
-        False, Flag(), "Cut texts that are longer than the model's context, instead of raising an error.", group="Data"
+        False,
+        Flag(),
+        "Cut texts that are longer than the model's context, instead of reading them in windows; a note says how many "
+        "tokens are not looked at.",
+        group="Data",
     )
     workspace: int | None = option(
         None,

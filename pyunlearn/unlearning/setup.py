@@ -109,9 +109,9 @@ def setup(
     retain, utility = split_retain(given, trains=trains, log_likelihood=scorer.mean_log_likelihood)
     forget_scores, greedy_before = _score_forget_set(scorer, forget, bar)
     own_retain = retain or []  # the user's, in the order of the schedule; the rests follow
-    rests = {i: len(own_retain) + n for n, i in enumerate(rendered.rests)} if trains else {}
+    rests = {i: len(own_retain) + n for n, i in enumerate(rendered.encoded.rests)} if trains else {}
     if rests:
-        retain = own_retain + list(rendered.rests.values())
+        retain = own_retain + list(rendered.encoded.rests.values())
     texts_by_role = tokens | ({} if retain is None else {"retain": retain})
     if "alternates" in method.needs:
         count = (method.options | options)["alternates"]
