@@ -174,12 +174,11 @@ def test_unlearn_that_is_interrupted_returns_130_and_goes_on_with_resume(unlearn
         (None, "the forget file .* was not found"),
         ('{"sentence": "a b c"}\n', 'no usable column: wanted "text", .* found "sentence"'),
         ('{"prompt": "who?"}\n', 'a "prompt" without "completion"'),
-        ('{"text": "%s"}\n' % ("the cat sees a tree. " * 40), r"has \d+ tokens where the limit is 96: .*--truncate"),
         ('{"text": ', "is not JSON"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused(unlearn, tmp_path, content, message):
-    """Empty, missing, without a usable column, an answer or JSON, longer than the context: one sentence, no output."""
+    """Empty, missing, without a usable column, an answer or JSON: one sentence, no output."""
     path = tmp_path / "texts.jsonl"
     if content is not None:
         path.write_text(content)
@@ -207,12 +206,17 @@ def test_a_mask_lets_half_of_the_weights_change(unlearn, trained, tmp_path):
     assert "got 'salience'" in refused(unlearn("--mask", "salience", "--out", "other"), tmp_path, present=["new"])
 
 
-def test_a_long_text_can_be_truncated(unlearn, tmp_path):
-    """As the refusal says."""
+def test_a_long_text_is_read_in_windows_or_truncated(unlearn, tmp_path):
+    """The table has a row for each window; the line below it says how much was not looked at."""
     (tmp_path / "long.txt").write_text("the cat sees a tree. " * 40)
-    code, _, err = unlearn("--truncate", "--max-steps", 0, "--out", "new", forget=tmp_path / "long.txt")
+    code, out, err = unlearn("--max-steps", 0, "--out", "new", forget=tmp_path / "long.txt")
     assert code in (0, 1)
     assert err == ""
+    assert all(text in out for text in ("1 (1/", "1 (2/", "Text 1 as a whole: "))
+    code, out, err = unlearn("--truncate", "--max-steps", 0, "--out", "cut", forget=tmp_path / "long.txt")
+    assert code in (0, 1)
+    assert err == ""
+    assert re.search(r"Not looked at, since truncate .*: \d+ of \d+\s+tokens", out)
 
 
 @pytest.mark.parametrize(("typo", "nearest"), [("npoo", "npo"), ("grad-diff", "graddiff")])

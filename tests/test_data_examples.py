@@ -46,9 +46,9 @@ def test_questions_and_chats_keep_their_turns_beside_a_plain_rendering():
     assert question == Example("Who?\n", "He.", (Message("user", "Who?"), Message("assistant", "He.")))
     chat = Example("system: Be brief.\nuser: Who wrote it?\nassistant: ", "Thomas Jefferson.", tuple(
         Message(**turn) for turn in CHAT
-    ))  # fmt: skip
+    ), turns="all")  # fmt: skip
     assert read([{"messages": CHAT}]) == [chat]
-    assert read([{"prompt": CHAT[:2], "completion": CHAT[2:]}]) == [chat]
+    assert read([{"prompt": CHAT[:2], "completion": CHAT[2:]}]) == read([{"messages": CHAT}], turns="last")
     parts = [{"role": "user", "content": [{"type": "text", "text": "Who "}, {"type": "text", "text": "wrote it?"}]}]
     assert read([{"messages": [CHAT[0], *parts, CHAT[2]]}]) == [chat]
     assert read([{"messages": [{"role": "system", "content": ""}, *CHAT[1:]]}])[0].messages[0] == Message("system", "")

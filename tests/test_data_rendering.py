@@ -5,7 +5,7 @@ from texts import CHAT, CHATML, make_tokenizer, one, read, sentence_of
 
 from pyunlearn.data import Example, encode
 from pyunlearn.data.rendering import Rendering, other_renderings, rendering_of
-from pyunlearn.data.tokens import text_of
+from pyunlearn.data.texts import rendered_text
 from pyunlearn.errors import ArgumentError, DataError
 
 QUESTION = {"question": "Who wrote it?", "answer": "Thomas Jefferson."}
@@ -14,6 +14,11 @@ INSTRUCT = (
     "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST] ' if m['role'] == 'user' else m['content'] }}"
     "{% endfor %}"
 )
+
+
+def halves(example, tokenizer):
+    """The text that is tokenized, divided before its first scored character."""
+    return rendered_text(example, tokenizer, "it", None)[:2]
 
 
 @pytest.mark.parametrize(
@@ -29,9 +34,9 @@ INSTRUCT = (
 def test_a_question_and_a_chat_are_rendered(key, question, chat):
     """Labels in front of each turn, lines, one text, or the answer alone; the answer itself stays as it is."""
     for record, prompt in ((QUESTION, question), ({"messages": CHAT}, chat)):
-        (example,) = read([record])
+        (example,) = read([record], turns="last")
         assert Rendering(key, key).of(example) == Example(prompt, "Thomas Jefferson.")
-        assert text_of(Rendering(key, key).of(example), make_tokenizer(template=CHATML))[0] == prompt
+        assert halves(Rendering(key, key).of(example), make_tokenizer(template=CHATML))[0] == prompt
 
 
 @pytest.mark.parametrize("key", ["chat", "plain", "none", "joined", "alone"])
@@ -46,7 +51,29 @@ def test_other_records_stay_as_they_are(key):
     if key == "none":
         assert rendered == pair
     else:
-        assert text_of(rendered, tokenizer) == text_of(Rendering(key, key).of(question), tokenizer)
+        assert halves(rendered, tokenizer) == halves(Rendering(key, key).of(question), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("key", "everything", "assistant"),
+    [
+        ("plain", "Be brief.\nQuestion: user\nAnswer: Two.\nQuestion: Who?\nAnswer: He.", "Two. He."),
+        ("none", "Be brief.\nuser: user\nassistant: Two.\nuser: Who?\nassistant: He.", "Two. He."),
+        ("joined", "Be brief. user Two. Who? He.", "Two. He."),
+        ("alone", "He.", "He."),
+    ],
+)
+def test_the_turns_that_are_scored_are_those_of_the_conversation_in_each_form(key, everything, assistant):
+    """Labels between the turns are scored with all, and only there; the label before the first turn never is."""
+    contents = ["Be brief.", "user", "Two.", "Who?", "He."]
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    chat = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    for turns, text in (("all", everything), ("assistant", assistant), ("last", "He.")):
+        (example,) = read([{"messages": chat}], turns=turns)
+        rendered = Rendering(key, key).of(example)
+        assert rendered.scored_text == text
+        assert rendered.prompted == (turns == "last" and key != "alone")
+        assert Rendering(key, key).of(rendered) == rendered
 
 
 def test_a_winner_and_the_space_at_a_seam_stay():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from texts import CHAT, CHATML, SENTENCES, make_tokenizer, one, read, sentence_of
 
 from pyunlearn.data import Example, Tokens, encode, padding_id
+from pyunlearn.data.examples import TURNS
 from pyunlearn.errors import ArgumentError, DataError
 
 
@@ -103,7 +104,7 @@ def test_a_token_that_reaches_over_the_seam_is_scored(plain, wrap):
 def test_a_chat_template_writes_the_special_tokens_and_the_last_turn_is_scored(bos):
     """Up to its closing token; no BOS or end of text comes from us, and no newline after it is scored."""
     tokenizer = make_tokenizer(bos=bos, template=CHATML)
-    (example,) = read([{"messages": CHAT}])
+    (example,) = read([{"messages": CHAT}], turns="last")
     tokens = one(example, tokenizer)
     assert tokenizer.decode(tokens.scored) == "Thomas Jefferson.<|im_end|>"
     assert tokenizer.decode(tokens.ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
@@ -114,7 +115,7 @@ def test_a_chat_template_writes_the_special_tokens_and_the_last_turn_is_scored(b
 
 def test_without_a_chat_template_a_chat_is_lines(plain):
     """role: content, and only the answer is scored, with the end of text."""
-    tokens = one(read([{"messages": CHAT}])[0], plain)
+    tokens = one(read([{"messages": CHAT}], turns="last")[0], plain)
     assert plain.decode(tokens.ids) == "system: Be brief.\nuser: Who wrote it?\nassistant: Thomas Jefferson.</s>"
     assert plain.decode(tokens.scored) == " Thomas Jefferson.</s>"
 
@@ -129,8 +130,88 @@ def test_without_a_chat_template_a_chat_is_lines(plain):
 def test_a_chat_template_that_cannot_be_used_is_refused(template, message):
     """Scored tokens that cannot be told from the prompt's are an error, and so is a template that raises."""
     with pytest.raises(DataError, match=message) as error:
-        one(read([{"messages": CHAT}])[0], make_tokenizer(template=template))
+        one(read([{"messages": CHAT}], turns="last")[0], make_tokenizer(template=template))
     assert "give it as prompt and completion" in sentence_of(error)
+
+
+LONG_CHAT = [*CHAT, {"role": "user", "content": "assistant"}, {"role": "assistant", "content": "In July."}]
+QWEN = (  # removes the thoughts of earlier turns, so that no earlier text is the beginning of a later one
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}<think></think>"
+    "{% endif %}{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [None, CHATML, QWEN])
+@pytest.mark.parametrize("wrap", [lambda tokenizer: tokenizer, lambda tokenizer: Slow(tokenizer)])
+def test_a_conversation_is_scored_by_turns(template, wrap):
+    """All from the first turn's content on, the assistant's turns with the token that closes them, or the last."""
+    tokenizer = wrap(make_tokenizer(template=template))
+    tokens = {turns: one(read([{"messages": LONG_CHAT}], turns=turns)[0], tokenizer) for turns in (None, *TURNS)}
+    assert tokens[None] == tokens["all"]
+    assert len({t.ids for t in tokens.values()}) == 1
+    (whole,) = tokens["all"].runs
+    assert tokenizer.decode(tokens["all"].ids[: whole.start]).strip() == (
+        "<|im_start|>system" if template else "system:"
+    )
+    assert whole.stop == len(tokens["all"].ids)
+    end = "<|im_end|>" if template else ""
+    parts = [tokenizer.decode([tokens["assistant"].ids[i] for i in run]) for run in tokens["assistant"].runs]
+    assert [part.strip() for part in parts] == [f"Thomas Jefferson.{end}", f"In July.{end or '</s>'}"]
+    last = tokenizer.decode(tokens["last"].scored).removeprefix("<think></think>")
+    assert last.strip() == f"In July.{end or '</s>'}"
+
+
+@pytest.mark.parametrize("template", ["{{ messages | length }}", "<s>{{ messages[0]['role'] }}"])
+def test_a_chat_template_that_leaves_the_messages_out_is_refused(template):
+    """There is nothing of theirs that could be scored."""
+    for turns in ("all", "assistant"):
+        with pytest.raises(DataError, match="has no turn to score") as error:
+            one(read([{"messages": CHAT}], turns=turns)[0], make_tokenizer(template=template))
+        sentence_of(error)
+
+
+def test_a_prompt_is_scored_too_where_all_is_wanted(plain, with_bos):
+    """From the first token that something predicts, to the end of text."""
+    for tokenizer in (plain, with_bos):
+        (pair,) = read([{"prompt": "Who wrote it?", "completion": "He."}], turns="all")
+        assert tokenizer.decode(one(pair, tokenizer).ids).endswith("Who wrote it? He.</s>")
+        assert one(pair, tokenizer).first == 1
+        (text,) = read(["all men"], turns="all")
+        assert one(text, tokenizer) == one(Example("", "all men"), tokenizer)
+        (assistant,) = read([{"prompt": "Who wrote it?", "completion": "He."}], turns="assistant")
+        assert one(assistant, tokenizer) == one(Example("Who wrote it? ", "He."), tokenizer)
+
+
+@pytest.mark.parametrize("wrap", [lambda tokenizer: tokenizer, Slow, BrokenOffsets])
+@settings(deadline=None, max_examples=40)
+@given(parts=st.lists(words, min_size=2, max_size=5), data=st.data())
+def test_the_tokens_that_reach_into_a_span_are_scored(with_bos, wrap, parts, data):
+    """Each character of a span is in a scored token; with offsets, each scored token has one of them."""
+    text = "".join(parts)
+    start = data.draw(st.integers(0, len(text) - 1))
+    end = data.draw(st.integers(start + 1, len(text)))
+    tokens = one(Example("", text, spans=((start, end),)), wrap(with_bos))
+    pieces = with_bos.convert_ids_to_tokens(tokens.ids[1:])  # a character a byte
+    ends = [0, *itertools.accumulate(map(len, pieces))]
+    first, last = len(text[:start].encode()), len(text[:end].encode())
+    touched = [i + 1 for i in range(len(pieces)) if ends[i] < last and ends[i + 1] > first]
+    assert set(touched) <= set(tokens.indices)
+    if wrap not in (Slow, BrokenOffsets):
+        assert touched == list(tokens.indices)
+
+
+def test_scored_tokens_are_runs():
+    """With gaps, and without any where the indices have none."""
+    gaps = Tokens.at((5, 6, 7, 8, 9, 4), [1, 2, 4])
+    assert (gaps.scored, gaps.runs, list(gaps.indices)) == ((6, 7, 9), [range(1, 3), range(4, 5)], [1, 2, 4])
+    whole = Tokens.at((5, 6, 7), [1, 2])
+    assert (whole, whole.runs) == (Tokens((5, 6, 7), 1), [range(1, 3)])
+    for bad in ([], [0, 1], [2, 1], [1, 1], [1, 9]):
+        with pytest.raises(DataError):
+            Tokens.at((5, 6, 7, 8), bad)
+    with pytest.raises(DataError, match="increasing"):
+        Tokens((5, 6, 7, 8), 1, None, (1, 9))
 
 
 @pytest.mark.parametrize("bos", [False, True])

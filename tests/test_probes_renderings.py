@@ -116,9 +116,13 @@ def test_the_form_that_was_trained_on_is_chosen(asked, rows, count):
     texts, own, _ = chosen(asked, rows(count, 3), retain=rows(4, 2))
     assert texts.name == '"Question: ... Answer: ..."' != own.name
     for role, seed, n in (("forget", 3, count), ("retain", 2, 4)):
-        trained_on = read_examples(as_questions(n, seed), role=role)
-        assert texts.tokens[role] == asked.encode({role: trained_on})[role]
-    (note,) = texts.notes(memorized=True)
+        trained_on = asked.encode({role: read_examples(as_questions(n, seed), role=role)})[role]
+        assert [t.ids for t in texts.tokens[role]] == [t.ids for t in trained_on]
+        if rows is tiny.chats:  # the question is scored too, but not the label before it
+            assert all(1 < t.first < other.first for t, other in zip(texts.tokens[role], trained_on, strict=True))
+        else:
+            assert texts.tokens[role] == trained_on
+    *_, note = texts.notes(memorized=True)
     assert "nats a token likelier so under the original model" in note
     assert own.name in note
 
@@ -132,7 +136,7 @@ def test_a_right_form_is_retained(make, one_thread):
         texts, own, scored = chosen(lm, rows)
         assert scored > 0
         assert texts.tokens == own.tokens
-        assert texts.notes(memorized=True) == []
+        assert [note for note in texts.notes(memorized=True) if not note.startswith("Scored are ")] == []
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -164,19 +168,22 @@ def test_at_most_64_records_are_scored(asked):
 
 
 def test_a_form_that_another_role_cannot_have_is_left_out(asked):
-    """A retain record that is too long in it: the next best form is used, which fits."""
+    """A refusal that is too long in it, which has no windows: the next best form is used, which fits."""
     tokenizer = copy.deepcopy(asked.tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
     (fact,) = tiny.facts(1, 9)
-    retain = fact | {"question": fact["question"] * 2}
-    (example,) = read_examples(retain, role="retain")
+    refusal = fact | {"question": fact["question"] * 2}
+    (example,) = read_examples(refusal, role="refusal")
     length = {
         key: len(asked.encode({"x": [Rendering(key, key).of(example)]})["x"][0]) for key in ("none", "plain", "short")
     }
     assert max(length["none"], length["short"]) < length["plain"]
     lm = replace(asked, tokenizer=tokenizer, context_length=length["plain"] - 1)
-    texts, own, _ = chosen(lm, tiny.facts(2, 3), retain=retain)
+    texts, own, _ = chosen(lm, tiny.facts(2, 3), refusal=[refusal] * 2)
     assert (own.rendering.key, texts.rendering.key) == ("chat", "short")
+    texts_of_retain, *_ = chosen(lm, tiny.facts(2, 3), retain=refusal)
+    assert texts_of_retain.rendering.key == "plain"
+    assert len(texts_of_retain.tokens["retain"][0]) == lm.context_length  # a window with the end of its prompt
     assert "plain" not in {g.rendering.key for g in texts.compared}
 
 

@@ -263,7 +263,7 @@ def test_the_most_exposed_texts_are_never_cut_off(audited):
     """Of 40 texts 30 are shown, and of those with the same verdict the most exposed come first; so on the page."""
     verdicts = ["not memorized", "forgotten", "over-unlearned", "still exposed"]
     examples = [
-        replace(audited.examples[i % 6], index=i, verdict=verdicts[i // 10], exposure=7 + i % 10 / 10)
+        replace(audited.examples[i % 6], index=i, record=i, verdict=verdicts[i // 10], exposure=7 + i % 10 / 10)
         for i in range(40)
     ]
     audit = replace(audited, examples=examples)

@@ -83,9 +83,9 @@ def test_a_gpt2_forgets_the_answers_in_a_jsonl_file(answers, tmp_path):
 
 @pytest.mark.full
 def test_a_llama_forgets_chat_messages():
-    """The last turn is scored, in the form of the chat template."""
+    """All turns are scored, as training did, in the form of the chat template."""
     chats = tiny.chatter()
-    result = run(chats, chats.forget + chats.unseen)
+    result = run(chats, chats.forget + chats.unseen, retain_weight=3.0)
     check_forgotten(result, chats)
     assert result.examples[0].text.endswith(chats.forget[0]["messages"][-1]["content"])
 

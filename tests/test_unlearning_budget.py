@@ -94,9 +94,9 @@ def test_texts_set_apart_are_never_trained_on(story, monkeypatch):
     """No retain loss reads one of them, over more than an epoch of the others; of fewer texts, all are trained on."""
     read = set()
 
-    def batch(self, indices):
+    def batch(self, indices, forget_indices):
         read.update(self.retain[i].ids for i in indices)
-        return original(self, indices)
+        return original(self, indices, forget_indices)
 
     original = objectives.RetainTerm.batch
     monkeypatch.setattr(objectives.RetainTerm, "batch", batch)

@@ -48,9 +48,9 @@ def one(example, tokenizer, **options):
     return tokens
 
 
-def read(source):
+def read(source, **options):
     """Examples of a forget set."""
-    return read_examples(source, role="forget")
+    return read_examples(source, role="forget", **options)
 
 
 def sentence_of(error):

@@ -22,6 +22,7 @@ from pyunlearn.probes.cache import require_cache
 from pyunlearn.probes.non_members import non_members_of_holdout, unsuitable
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
+from pyunlearn.unlearning.result import document_notes
 
 
 @accepts(AuditConfig)
@@ -84,7 +85,7 @@ def audit(
     _check(models, tokenizer, cache, progress)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {
-        role: read_examples(source, role=role)
+        role: read_examples(source, role=role, turns=config.turns)
         for role, source in sources.items()
         if role == "forget" or source is not None
     }
@@ -101,6 +102,7 @@ def audit(
     result.settings = versions() | {name: model_name(each) for name, each in models.items()} | config.to_dict()
     memorized = any(e.verdict != "not memorized" for e in result.examples)
     result.notes = notes + collected.rendered.notes(memorized=memorized) + result.notes
+    result.notes += document_notes(result.documents)
     result.rendering = collected.rendered.name
     result.seconds = time.perf_counter() - began
     return result
@@ -186,7 +188,7 @@ def _collect(
             examples["forget"], forget, config.seed, chat_template=template, is_reference=has_reference
         )
     answer_prior = "answer_prior" in config.metrics
-    texts = AuditTexts.of(collector.lm, examples, tokens, non_members, answer_prior=answer_prior)
+    texts = AuditTexts.of(collector.lm, rendered.encoded, non_members, answer_prior=answer_prior)
     retrained: Responses | None = None
     if writes:
         retrained = collector.collect(texts, "the reference model", roles=("forget", "non_members"))

@@ -119,8 +119,8 @@ class AuditAssembler:
             examples.append(
                 AuditedExample(
                     index=i,
-                    prompt=e.prompt,
-                    text=e.completion,
+                    prompt=e.prompt if e.prompted else "",
+                    text=e.scored_text,
                     opening=opening,
                     truth=truth,
                     tokens=len(self.texts.tokens["forget"][i].scored),
@@ -132,6 +132,7 @@ class AuditAssembler:
                     exposure_before=None if self.before is None else float(judged.before.lower[i]),
                     now=now[i],
                     before=before[i],
+                    **self.texts.parts[i]._asdict(),
                 )
             )
         return examples
@@ -154,7 +155,7 @@ class AuditAssembler:
                 metrics.exact_memorization(matches[i]),
                 metrics.extraction_strength(matches[i]),
                 {name: float(values[i]) for name, values in scores.items()},
-                next(gains) if e.prompt and prior is not None else None,
+                next(gains) if e.prompted and prior is not None else None,
                 *continuations[i],
             )
             for i, e in enumerate(self.texts.forget)
@@ -162,7 +163,7 @@ class AuditAssembler:
 
     def _prior(self, responses: Responses) -> metrics.AnswerPrior | None:
         """Compare the likelihood of prompted texts with that without their prompts."""
-        prompted = np.array([bool(e.prompt) for e in self.texts.forget])
+        prompted = np.array([e.prompted for e in self.texts.forget])
         without = responses.statistics.get("without_prompt")
         if without is None or not prompted.any():
             return None
@@ -187,7 +188,8 @@ class AuditAssembler:
     def _shown(self, i: int) -> tuple[str, str]:
         """Return (the opening, the true text after it, cut to the length of a continuation)."""
         t, e = self.texts.openings[i], self.texts.forget[i]
-        return e.prompt or self._text(t.written[: t.first]), self._text(t.scored[:LONGEST])
+        opening = e.prompt if e.prompted else self._text(t.written[: t.first])
+        return opening, self._text(t.scored[:LONGEST])
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -264,7 +266,7 @@ class AuditAssembler:
         forced = responses.statistics[role]
         mean = forced.mean_log_likelihood
         tokens, entropy, variance = (forced.each(x) for x in (forced.log_likelihood, forced.entropy, forced.variance))
-        texts = [e.completion for e in (self.texts.forget if role == "forget" else self.texts.holdout)]
+        texts = [e.scored_text for e in (self.texts.forget if role == "forget" else self.texts.holdout)]
         scores = {
             "loss": metrics.loss_score(mean),
             "zlib": metrics.zlib_score(mean, texts),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyunlearn.edits.config import TURNS
 from pyunlearn.options import Choice, Config, Flag, Number, Several, Whole, option
 from pyunlearn.unlearning.config import MEAN_OF_NON_MEMBERS, MEMORIZED, TEMPLATE
 
@@ -48,8 +49,13 @@ class AuditConfig(Config):
     )
     batch_size: int = option(32, Whole(1), "Texts in one forward pass.", group="Model")
     template: str | Path = option(**TEMPLATE)
+    turns: str | None = option(**TURNS)
     truncate: bool = option(
-        False, Flag(), "Cut texts that are longer than the model's context, instead of refusing them.", group="Data"
+        False,
+        Flag(),
+        "Cut texts that are longer than the model's context, instead of reading them in windows; a note says how many "
+        "tokens are not looked at.",
+        group="Data",
     )
     workspace: int | None = option(
         None,

@@ -18,6 +18,7 @@ from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.probes import TeacherForced, decoding, greedy_continuations, teacher_forced, without_prompt
 from pyunlearn.probes.cache import Cache
 from pyunlearn.probes.calibration import Expected
+from pyunlearn.probes.long_texts import EncodedTexts, Part
 from pyunlearn.probes.non_members import (
     GRADES,
     NonMembers,
@@ -43,27 +44,29 @@ class AuditTexts:
     """The forget texts, with the continuation as scored tokens."""
     non_members: NonMembers
     """Their grade, and what is expected of them and of the forget texts if they are unseen."""
+    parts: list[Part]
+    """Of which records the forget texts are."""
 
     @classmethod
     def of(
         cls,
         lm: LanguageModel,
-        examples: dict[str, list[Example]],
-        tokens: dict[str, list[Tokens]],
+        encoded: EncodedTexts,
         non_members: NonMembers,
         *,
         answer_prior: bool,
     ) -> AuditTexts:
         """Arrange the user's texts by role; with `answer_prior`, the prompted ones once more without their prompt."""
+        examples, tokens = encoded.examples, encoded.tokens
         roles = {"forget": tokens["forget"], "non_members": non_members.tokens}
         if "retain" in tokens:
             roles["retain"] = tokens["retain"]
-        prompted = [(t, bool(e.prompt)) for t, e in zip(tokens["forget"], examples["forget"], strict=True)]
+        prompted = [(t, e.prompted) for t, e in zip(tokens["forget"], examples["forget"], strict=True)]
         if answer_prior and any(has_prompt for _, has_prompt in prompted):
             start = _start_of_text(lm)
             roles["without_prompt"] = [without_prompt(t, start) for t, has_prompt in prompted if has_prompt]
         openings = [opening(t, has_prompt) for t, has_prompt in prompted]
-        return cls(examples["forget"], examples.get("holdout", []), roles, openings, non_members)
+        return cls(examples["forget"], examples.get("holdout", []), roles, openings, non_members, encoded.parts)
 
     def calibrated(self, original: Responses, reference: Responses) -> AuditTexts:
         """Return the texts with a reference model's numbers as what is expected of unseen text."""
@@ -187,7 +190,7 @@ class ResponseCollector:
     ) -> NonMembers:
         """Return non-members in place of a holdout; from the cache, if they were chosen before."""
         kind = "reference_non_members" if is_reference else "non_members"
-        store = self.cache.store(kind, ("grade_rank", "texts", "expected"))
+        store = self.cache.store(kind, ("grade_rank", "packed_texts", "expected"))
         key = store.key(forget[0], seed, [store.key(t) for t in forget] if self.cache.folder else None)
         if key not in store:
             self.bar.say("scoring unseen text")
@@ -215,7 +218,7 @@ class ResponseCollector:
 
     def _within_budget(self, texts: AuditTexts, forced: TeacherForced, budget: int) -> list[int]:
         """Choose the texts to decode where there is no time for all: those likely recited (`metrics.audit_within`)."""
-        ratio = zlib_score(forced.mean_log_likelihood, [e.completion for e in texts.forget])
+        ratio = zlib_score(forced.mean_log_likelihood, [e.scored_text for e in texts.forget])
 
         def recited_share(indices: list[int]) -> list[float]:
             openings = [texts.openings[i] for i in indices]
@@ -240,7 +243,8 @@ def _start_of_text(lm: LanguageModel) -> int:
 
 def _packed(tokens: Sequence[Tokens]) -> Any:
     rows = [
-        [len(t.ids), t.first, -1 if t.decoder is None else len(t.decoder), *t.ids, *(t.decoder or ())] for t in tokens
+        [len(t.ids), len(t.scored), -1 if t.decoder is None else len(t.decoder), *t.ids, *(t.decoder or ()), *t.indices]
+        for t in tokens
     ]
     return np.array([n for row in rows for n in row], dtype=np.int64)
 
@@ -248,9 +252,9 @@ def _packed(tokens: Sequence[Tokens]) -> Any:
 def _unpacked(texts: NDArray[np.int64]) -> list[Tokens]:
     numbers, tokens, at = texts.tolist(), [], 0
     while at < len(numbers):
-        ids, first, decoder = numbers[at : at + 3]
+        ids, scored, decoder = numbers[at : at + 3]
         split, end = at + 3 + ids, at + 3 + ids + max(decoder, 0)
         written = None if decoder < 0 else tuple(numbers[split:end])
-        tokens.append(Tokens(tuple(numbers[at + 3 : split]), first, written))
-        at = end
+        tokens.append(Tokens.at(tuple(numbers[at + 3 : split]), numbers[end : end + scored], written))
+        at = end + scored
     return tokens

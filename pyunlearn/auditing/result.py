@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pyunlearn.auditing.redaction import masked
 from pyunlearn.metrics import ExposureTest, Interval, PairedDifference, TopTest, TruePositiveRate
 from pyunlearn.output import plain_json
-from pyunlearn.unlearning.result import PASSED
+from pyunlearn.probes.long_texts import label_of
+from pyunlearn.unlearning.result import PASSED, Document, documents_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class AuditedExample:
     index: int
     prompt: str
     text: str
-    """The text to forget, without the prompt."""
+    """The text to forget: what is scored of the record, without the prompt."""
     opening: str
     """The model's input before its continuation: the prompt, or the first part of a text that has none."""
     truth: str
@@ -67,6 +68,17 @@ class AuditedExample:
     """Exposure under the original model, bits; None without one."""
     now: Measures
     before: Measures | None
+    record: int | None = None
+    """Index of the record among those that were given: of a text longer than the context each window is an example."""
+    window: int = 1
+    """Number of the window, from 1."""
+    windows: int = 1
+    """Number of windows in which the record was read."""
+
+    @property
+    def label(self) -> str:
+        """Number of the record, from 1, with that of the window where there are several: "3 (2/7)"."""
+        return label_of(self.index, self.record, self.window, self.windows)
 
 
 @dataclass(frozen=True)
@@ -162,6 +174,11 @@ class Audit:
         return dict(Counter(e.verdict for e in self.examples).most_common())
 
     @property
+    def documents(self) -> list[Document]:
+        """Verdicts on the records that were read in several windows."""
+        return documents_of(self.examples)
+
+    @property
     def collapsed(self) -> bool:
         """True where most continuations repeat themselves, and more than twice as many as under the original model.
 
@@ -180,6 +197,7 @@ class Audit:
     def to_dict(self, *, show_text: bool = False) -> dict[str, Any]:
         """Return all fields, ready for JSON; the texts and the continuations are masked unless `show_text`."""
         content: dict[str, Any] = plain_json(self)
+        documents = [asdict(d) for d in self.documents]
         if not show_text:
             for e in content["examples"]:
                 for name in ("prompt", "text", "opening", "truth"):
@@ -187,4 +205,4 @@ class Audit:
                 for side in (e["now"], e["before"]):
                     if side is not None and side["continuation"] is not None:
                         side["continuation"] = masked(side["continuation"])
-        return {"passed": self.passed, "verdicts": self.verdicts, **content}
+        return {"passed": self.passed, "verdicts": self.verdicts, "documents": documents, **content}

@@ -102,7 +102,7 @@ def compare(
     folder = None if output_dir is None else check_folder(output_dir)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {
-        role: read_examples(source, role=role)
+        role: read_examples(source, role=role, turns=config.turns)
         for role, source in sources.items()
         if role == "forget" or source is not None
     }
@@ -116,7 +116,7 @@ def compare(
         comparison.notes = notes + texts.notes(memorized=True) + reference_notes(criterion.non_members)
         if texts.rendering.key != "file":  # the examples are rendered already
             config = replace(config, template=rendering_of("auto", lm.tokenizer).key)
-        inputs = {**texts.examples, "tokenizer": lm.tokenizer, "reference_model": reference_model, "progress": progress}
+        inputs = {**texts.rendered, "tokenizer": lm.tokenizer, "reference_model": reference_model, "progress": progress}
         _fill(comparison, names, start, criterion, config, inputs, folder)
     order = {name: rank for rank, name in enumerate(names)}
     comparison.rows.sort(key=lambda row: order.get(row.method, len(order)))

@@ -75,7 +75,7 @@ def collate(tokens: Sequence[Tokens], *, pad_id: int, decoder_start_id: int | No
     return TokenBatch(
         ids=ids,
         attention_mask=attention_mask,
-        rows=torch.cat([torch.arange(t.first, len(t.written)) + (b * width - shift) for b, t in enumerate(tokens)]),
+        rows=torch.cat([_indices(t) + (b * width - shift) for b, t in enumerate(tokens)]),
         targets=torch.cat([torch.tensor(t.scored) for t in tokens]),
         example=torch.arange(len(tokens)).repeat_interleave(counts),
         counts=counts,
@@ -104,6 +104,10 @@ def batches(
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # stable, so every run has the same batches
     groups = (order[at : at + batch_size] for at in range(0, len(order), batch_size))
     return ((g, collate([tokens[i] for i in g], pad_id=pad_id, decoder_start_id=decoder_start_id)) for g in groups)
+
+
+def _indices(t: Tokens) -> Tensor:
+    return torch.arange(t.first, len(t.written)) if t.chosen is None else torch.tensor(t.chosen)
 
 
 def _padded(sequences: Sequence[tuple[int, ...]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,8 @@ def check_texts(examples: Mapping[str, list[Example]]) -> CheckedTexts:
         warnings.warn(note, stacklevel=3)
     notes += _grouped(examples["forget"], texts["forget"])
     if "holdout" in checked:
-        notes += length_note(*([len(words(e.completion)) for e in checked[role]] for role in ("forget", "holdout")))
+        notes += _spans_note(examples["forget"], examples["holdout"])
+        notes += length_note(*([len(words(e.scored_text)) for e in checked[role]] for role in ("forget", "holdout")))
     return CheckedTexts(checked, notes)
 
 
@@ -130,14 +131,15 @@ def _copies(examples: Sequence[Example], texts: Sequence[Words], documents: Sequ
     """Return (index of the example, index of the document) where a document contains an example or nearly one.
 
     Each example is searched for with its prompt, and a long completion that no other example has also alone. A document
-    that shares the prompt but not the completion is no copy, since only the completion is scored.
+    that shares the prompt but not the completion is no copy, since only the completion is scored. Where other parts of
+    the example are scored, they stand for its completion.
 
     Args:
         examples: of one set.
         texts: their words, prompts included.
         documents: words of the texts of the other set.
     """
-    completions = [words(e.completion) for e in examples]
+    completions = [words(e.scored_text) for e in examples]
     queries = searched(texts, completions)
     pairs = [(queries[i][0], j) for i, j in near_copies([query for _, query in queries], documents)]
     return {(i, j) for i, j in pairs if present(completions[i], documents[j])}
@@ -202,6 +204,16 @@ def _refuse_copies(examples: Mapping[str, list[Example]], texts: Mapping[str, li
         f"{i + 1} ({excerpt(examples['forget'][i])}){others}: take it out, for the holdout is text that was never "
         "trained on"
     )
+
+
+def _spans_note(forget: Sequence[Example], holdout: Sequence[Example]) -> list[str]:
+    """Return a sentence where strings of the forget texts are scored, and whole texts of the holdout."""
+    if not any(e.forget for e in forget) or any(e.forget for e in holdout):
+        return []
+    return [
+        'Of forget texts only the strings in "forget" are scored, and of the holdout whole texts: give its records a '
+        '"forget" too, of the same kind, or verdicts measure that difference.'
+    ]
 
 
 def _repeated(total: int, different: int) -> list[str]:

@@ -1,26 +1,38 @@
 """Read texts, files and datasets as a list of `Example(prompt, completion)`; no tokenizer and no tensor yet."""
 
-import csv
-import io
-import json
 import os
-import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from pyunlearn.errors import DataError, missing_packages
+from pyunlearn.data.files import SUFFIXES, Rows, file_rows, text_rows
+from pyunlearn.errors import DataError
 
-__all__ = ["Example", "Message", "excerpt", "parse_examples", "read_examples", "seam"]
+__all__ = [
+    "TURNS",
+    "Example",
+    "Message",
+    "Span",
+    "excerpt",
+    "occurrences",
+    "parse_examples",
+    "read_examples",
+    "seam",
+    "spans_of",
+    "spans_of_turns",
+    "wide_spans_of",
+]
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+Span = tuple[int, int]  # characters of a text, the end excluded
+
+TURNS = ("all", "assistant", "last")
+"""What is scored of a conversation: all of it from the first turn's content on, each turn of the assistant, or the last
+turn alone."""
+
 WANTED = '"text", "prompt" and "completion", "question" and "answer", or "messages"'
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
-_LONGEST_FIELD = 2**31 - 1  # the default of csv, 131,072 characters, is shorter than many chapters
-
-Rows = Iterator[tuple[str, object]]  # (the row's name in messages, the row)
 
 
 class Message(NamedTuple):
@@ -32,35 +44,52 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One text, of which the completion is scored.
+    """One text, of which the completion is scored, or what `turns` and `spans` say.
 
     The text is `prompt + completion` with nothing put in between, so an Example made by hand can even divide a word. A
     plain text has the prompt ''. `messages`, if any, is the same exchange as chat turns: a tokenizer with a chat
     template renders those, any other gets prompt and completion. `winner`, if any, is the answer that `dpo` prefers to
-    the completion.
+    the completion. `turns` is one of TURNS. `spans`, if any, are the ranges of characters of prompt + completion that
+    are scored, in order, and come before `turns`. Of these ranges only the strings in `forget` are scored, if there are
+    any, wherever they occur.
 
-    >>> Example("Who wrote it? ", "Thomas Jefferson.")
-    Example(prompt='Who wrote it? ', completion='Thomas Jefferson.', messages=None, winner=None)
+    >>> Example("Who wrote it? ", "Thomas Jefferson.").turns
+    'last'
     """
 
     prompt: str
     completion: str
     messages: tuple[Message, ...] | None = None
     winner: str | None = None
+    turns: str = "last"
+    spans: tuple[Span, ...] = ()
+    forget: tuple[str, ...] = ()
+
+    @property
+    def prompted(self) -> bool:
+        """True where the whole completion is scored, and a prompt before it is not."""
+        return bool(self.prompt) and self.turns == "last" and not (self.spans or self.forget)
+
+    @property
+    def scored_text(self) -> str:
+        """Text that is scored where there is no chat template; separate parts of it are joined by spaces."""
+        whole = self.prompt + self.completion
+        return " ".join(whole[start:end] for start, end in spans_of(self))
 
 
-def read_examples(source: object, *, role: str) -> list[Example]:
+def read_examples(source: object, *, role: str, turns: str | None = None) -> list[Example]:
     """Read a text, file, list or dataset as a list of examples.
 
     A dict, a row or a JSON object has one of these, looked up in this order; other columns are ignored:
 
-        messages           the last turn, the assistant's, is scored; without a chat template: lines "{role}: {content}"
+        messages           turns of a chat, all scored; without a chat template: lines "{role}: {content}"
         prompt/completion  a space joins the two where neither has one at the seam (none between two wide characters, as
                            in Chinese); both may also be lists of messages
         question/answer    a user's and an assistant's turn; without a chat template: "{question}\\n{answer}"
         text               a plain text, all of it scored
 
-    In addition to any of them, `winner` is an answer to prefer to the scored one, for the method that reads it.
+    In addition to any of them, `winner` is an answer to prefer to the scored one, for the method that reads it, and
+    `forget` a string, or a list of strings, of what is scored: only these are then, wherever they occur in it.
 
     Files, all UTF-8: .jsonl (an object or string a line), .json (a list of these, {"data": [...]}, or JSON lines), .csv
     and .tsv (with a header), .parquet, and .txt: its paragraphs where blank lines separate them, and else its lines.
@@ -70,6 +99,7 @@ def read_examples(source: object, *, role: str) -> list[Example]:
             a text (in a list, it is always a text); a pathlib.Path: always a path; a list of strings, dicts and
             Examples; one dict; one Example; a datasets.Dataset.
         role: "forget", "retain" or "holdout", for messages.
+        turns: one of TURNS, for all examples with a prompt; None: all turns of `messages`, and else the completion.
 
     Returns:
         The examples in order, at least one.
@@ -81,7 +111,7 @@ def read_examples(source: object, *, role: str) -> list[Example]:
     >>> read_examples(["a text", {"prompt": "Who?", "completion": "He."}], role="forget")[1].prompt
     'Who? '
     """
-    examples = [_example(row, where) for where, row in _rows(source, role)]
+    examples = [_checked(_example(row, where), where, role, turns) for where, row in _rows(source, role)]
     if not examples:
         raise DataError(f"{role} holds no example: give at least one text")
     return examples
@@ -97,7 +127,7 @@ def parse_examples(text: str, suffix: str, *, name: str) -> list[Example]:
     """
     if not text.strip():
         raise DataError(f"{name} is empty: give at least one text")
-    return [_example(row, where) for where, row in _text_rows(text, suffix, name)]
+    return [_example(row, where) for where, row in text_rows(text, suffix, name)]
 
 
 def excerpt(example: Example) -> str:
@@ -110,10 +140,94 @@ def excerpt(example: Example) -> str:
     return f'"{text}"' if len(text) <= 40 else f'"{text[:37]}..."'
 
 
+def spans_of(example: Example, where: str = "the example") -> tuple[Span, ...]:
+    """Return the ranges of characters of prompt + completion that are scored.
+
+    Raises DataError, with `where` as its name, where a string in `forget` does not occur in them.
+
+    >>> spans_of(Example("Call ", "4711, not 0815.", forget=("4711",)))
+    ((5, 9),)
+    """
+    return occurrences(example.prompt + example.completion, wide_spans_of(example), example.forget, where)
+
+
+def occurrences(text: str, spans: tuple[Span, ...], strings: Sequence[str], where: str) -> tuple[Span, ...]:
+    """Return the ranges of the strings wherever they occur within the spans of a text; without strings, the spans.
+
+    Ranges that overlap or touch become one. Raises DataError, with `where` as the name of the example, where a string
+    does not occur.
+    """
+    if not strings:
+        return spans
+    ranges: list[Span] = []
+    for string in strings:
+        own = [(at, at + len(string)) for start, end in spans for at in _positions(text, string, start, end)]
+        if not own:
+            raise DataError(
+                f'{where} has a "forget" of {len(string)} characters that is not in what is scored of it: write it '
+                'as it stands there, or score more of the record with turns="all" (--turns all)'
+            )
+        ranges += own
+    merged: list[Span] = []
+    for start, end in sorted(ranges):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
+def _positions(text: str, string: str, start: int, end: int) -> Iterator[int]:
+    at = text.find(string, start, end)
+    while at >= 0:
+        yield at
+        at = text.find(string, at + 1, end)
+
+
+def wide_spans_of(example: Example) -> tuple[Span, ...]:
+    """Return the ranges of characters of prompt + completion that are scored without `forget`.
+
+    >>> turns = (Message("user", "Who?"), Message("assistant", "He."))
+    >>> [wide_spans_of(Example("Who?\\n", "He.", turns, turns=each)) for each in TURNS]
+    [((0, 8),), ((5, 8),), ((5, 8),)]
+    """
+    start, end = len(example.prompt), len(example.prompt) + len(example.completion)
+    if example.spans:
+        return example.spans
+    if example.turns == "last" or not example.prompt:
+        return ((start, end),)
+    contents = _contents(example)
+    if contents is None or example.messages is None:
+        return ((0 if example.turns == "all" else start, end),)
+    return spans_of_turns(example.turns, example.messages, contents)
+
+
+def spans_of_turns(turns: str, messages: Sequence[Message], contents: Sequence[Span]) -> tuple[Span, ...]:
+    """Return the ranges of characters that `turns` scores, given those of the contents of all messages."""
+    if turns == "all":
+        return ((contents[0][0], contents[-1][1]),)
+    if turns == "last":
+        return (contents[-1],)
+    return tuple(span for message, span in zip(messages, contents, strict=True) if message.role == "assistant")
+
+
+def _contents(example: Example) -> list[Span] | None:
+    """Return the ranges of the messages' contents in prompt + completion, lines as the reader writes them, or None."""
+    text, at, contents = example.prompt + example.completion, 0, []
+    for role, content in example.messages or ():
+        label = f"{role}: "
+        at += len(label) if text.startswith(label + content, at) else 0
+        if not text.startswith(content, at):
+            return None
+        contents.append((at, at + len(content)))
+        at += len(content) + 1
+    return contents if contents and contents[-1][1] == len(text) else None
+
+
 def _rows(source: object, role: str) -> Rows:
     columns = getattr(source, "column_names", None)
     if isinstance(source, os.PathLike) or (isinstance(source, str) and _is_path(source)):
-        yield from _file_rows(Path(source).expanduser(), role)
+        yield from file_rows(Path(source).expanduser(), role)
     elif isinstance(columns, Mapping):
         splits = ", ".join(f'"{split}"' for split in columns)
         raise DataError(f"{role} is a dataset of several splits, {splits}: pass one of them, as in dataset[split]")
@@ -140,6 +254,17 @@ def _is_path(text: str) -> bool:
 # ---------------------------------------------------------------- rows -> examples
 
 
+def _checked(example: Example, where: str, role: str, turns: str | None) -> Example:
+    """Return the example with the turns that are wanted. Raises DataError where its `forget` cannot be used."""
+    if turns is not None and example.prompt:
+        example = replace(example, turns=turns)
+    if example.forget and role == "retain":
+        raise DataError(f'{where} has a "forget", and a retain set is what must stay: take one of them out')
+    if example.forget:
+        spans_of(example, where)
+    return example
+
+
 def _example(row: object, where: str) -> Example:
     if isinstance(row, Example):
         _string(row.completion, "completion", where)
@@ -151,9 +276,12 @@ def _example(row: object, where: str) -> Example:
     if isinstance(winner := row.get("winner"), str) and winner.strip():
         rest = {key: value for key, value in row.items() if key != "winner"}
         return replace(_example(rest, where), winner=_string(winner, "winner", where))
+    if row.get("forget"):
+        rest = {key: value for key, value in row.items() if key != "forget"}
+        return replace(_example(rest, where), forget=_strings(row["forget"], where))
     present = {key for key, value in row.items() if value is not None}
     if "messages" in present:
-        return _chat(row["messages"], where)
+        return replace(_chat(row["messages"], where), turns="all")
     for first, second in _PAIRS:
         if {first, second} <= present:
             return _pair(first, row[first], second, row[second], where)
@@ -177,6 +305,15 @@ def _string(value: object, name: str, where: str, *, blank: bool = False) -> str
         at = f"character {error.start + 1} is half of a surrogate pair"
         raise DataError(f'{where} has a "{name}" that is not valid Unicode: {at}; mend or remove it') from error
     return value
+
+
+def _strings(value: object, where: str) -> tuple[str, ...]:
+    """Return the strings of a "forget", without repetitions."""
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(each, str) for each in values):
+        got = type(value).__name__
+        raise DataError(f'{where} must have a string or a list of strings as "forget", and has a value of type {got}')
+    return tuple(dict.fromkeys(_string(each, "forget", where) for each in values))
 
 
 def _unanswered(first: str, second: str, where: str) -> DataError:
@@ -233,101 +370,3 @@ def _message(message: object, where: str) -> Message:
 
 def _is_text_part(part: object) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-# ---------------------------------------------------------------- files -> rows
-
-
-def _file_rows(path: Path, role: str) -> Rows:
-    name, suffix = f"the {role} file {path}", path.suffix.lower()
-    if path.is_dir():
-        raise DataError(f"{name} is a folder: wanted a file that ends in one of {', '.join(SUFFIXES)}")
-    if not path.exists():
-        raise DataError(f"{name} was not found: check the path, or put the string in a list if it is the text itself")
-    if suffix not in SUFFIXES:
-        raise DataError(f"{name} should end in one of {', '.join(SUFFIXES)}: rename it to what it holds")
-    rows = list(_parquet(path, name) if suffix == ".parquet" else _text_rows(_read(path, name), suffix, name))
-    if not rows:
-        raise DataError(f"{name} holds no example: give at least one text")
-    yield from rows
-
-
-def _read(path: Path, name: str) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 text, as byte {error.start + 1} shows: save it as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror}") from error
-    if not text.strip():
-        raise DataError(f"{name} is empty: give at least one text")
-    return text
-
-
-def _text_rows(text: str, suffix: str, name: str) -> Rows:
-    if suffix in (".csv", ".tsv"):
-        return _table(text, "\t" if suffix == ".tsv" else ",", name)
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return {".jsonl": _json_lines, ".json": _json, ".txt": _paragraphs}[suffix](text, name)
-
-
-def _paragraphs(text: str, name: str) -> Rows:
-    kind, blocks = "paragraph", re.split(r"\n\s*\n", text.strip())
-    if len(blocks) == 1:
-        kind, blocks = "line", blocks[0].split("\n")
-    return ((f"{name}, {kind} {number},", block.strip()) for number, block in enumerate(blocks, 1))
-
-
-def _json_lines(text: str, name: str) -> Rows:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a JSON string
-        if line.strip():
-            try:
-                yield f"{name}, line {number},", json.loads(line)
-            except json.JSONDecodeError as error:
-                fault = f"{error.msg} at column {error.colno}"
-                raise DataError(f"{name}, line {number}, is not JSON: {fault}; wanted one object a line") from error
-
-
-def _json(text: str, name: str) -> Rows:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object a line, as datasets.Dataset.to_json writes it
-            yield from _json_lines(text, name)
-            return
-        raise DataError(f"{name} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
-    if isinstance(content, dict):
-        content = content["data"] if isinstance(content.get("data"), list) else [content]
-    if not isinstance(content, list):
-        wanted, got = 'a list of objects or strings, or {"data": [...]}', type(content).__name__
-        raise DataError(f"{name} must hold {wanted}, and holds a value of type {got}")
-    yield from ((f"{name}, row {number},", row) for number, row in enumerate(content, 1))
-
-
-def _table(text: str, delimiter: str, name: str) -> Rows:
-    number, limit = 0, csv.field_size_limit(_LONGEST_FIELD)
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        header = next(reader, [])
-        for number, fields in enumerate((fields for fields in reader if fields), 1):
-            if len(fields) > len(header):  # an unquoted comma in a text: reading on would cut the text short
-                got, mend = f"{len(fields)} fields under {len(header)} columns", "quote texts that hold the separator"
-                raise DataError(f"{name}, row {number}, has {got}: {mend}")
-            yield f"{name}, row {number},", dict(zip(header, fields, strict=False))
-    except csv.Error as error:
-        raise DataError(f'{name}, row {number + 1}, is malformed: {error}; write a quote in a text as ""') from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parquet(path: Path, name: str) -> Rows:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise missing_packages(f"reading {name}", "pyarrow", otherwise="save it as .jsonl") from error
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name} cannot be read as parquet: {str(error).splitlines()[0].rstrip('.')}") from error
-    yield from ((f"{name}, row {number},", row) for number, row in enumerate(rows, 1))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pyunlearn.data.examples import Example, Message, seam
+from pyunlearn.data.examples import Example, Message, seam, spans_of_turns, wide_spans_of
 from pyunlearn.errors import ArgumentError
 
 __all__ = ["Rendering", "other_renderings", "rendering_of"]
@@ -28,8 +28,8 @@ class Rendering:
     """One form of records with a prompt.
 
     >>> question = Example("Who?\\n", "He.", (Message("user", "Who?"), Message("assistant", "He.")))
-    >>> Rendering("plain", "plain").of(question)
-    Example(prompt='Question: Who?\\nAnswer: ', completion='He.', messages=None, winner=None)
+    >>> Rendering("plain", "plain").of(question).prompt
+    'Question: Who?\\nAnswer: '
     """
 
     key: str
@@ -43,28 +43,39 @@ class Rendering:
 
     def of(self, example: Example) -> Example:
         """Return the example in this form; one without a prompt is returned unchanged."""
-        if not example.prompt or not (example.messages or self.everything):
+        if not example.prompt or example.spans or not (example.messages or self.everything):
             return example
         turns = example.messages or (Message("user", example.prompt.strip()), Message("assistant", example.completion))
         if self.key in ("chat", "file"):
             return replace(example, messages=turns)
-        return replace(example, prompt=self._prompt(example, turns), messages=None)
-
-    def _prompt(self, example: Example, turns: Sequence[Message]) -> str:
-        if self.key == "none":
-            return example.prompt
         if self.key == "alone":
-            return ""
-        contents = [turn.content for turn in turns]
-        if self.key == "joined":
-            text = ""
-            for content in contents[:-1]:
-                text += (seam(text, content) if text and content else "") + content
-        else:
-            labels = _LABELS[self.key]
-            lines = [f"{labels.get(turn.role, '').strip()} {turn.content}".strip() for turn in turns[:-1]]
-            text = "\n".join([*lines, labels["assistant"]])
-        return text + (seam(text, example.completion) if text else "")
+            return replace(example, prompt="", messages=None, turns="last", spans=())
+        if self.key == "none":
+            spans = () if example.turns == "last" else wide_spans_of(example)
+            return replace(example, messages=None, spans=spans)
+        prompt, contents = self._prompt(example, turns)
+        spans = () if example.turns == "last" else spans_of_turns(example.turns, turns, contents)
+        return replace(example, prompt=prompt, messages=None, spans=spans)
+
+    def _prompt(self, example: Example, turns: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text before the completion, and the ranges of characters of the turns' contents."""
+        text = ""
+        contents: list[tuple[int, int]] = []
+        labels = _LABELS.get(self.key, {})
+        for turn in turns[:-1]:
+            if self.key == "joined":
+                content = turn.content
+                text += seam(text, content) if text and content else ""
+            else:
+                label = labels.get(turn.role, "").strip()
+                content = turn.content.rstrip() if label else turn.content.strip()
+                text += ("\n" if contents else "") + label + (" " if label and content else "")
+            contents.append((len(text), len(text) + len(content)))
+            text += content
+        if self.key != "joined":
+            text += "\n" + labels["assistant"]
+        text += seam(text, example.completion) if text else ""
+        return text, [*contents, (len(text), len(text) + len(example.completion))]
 
 
 def rendering_of(template: str | Path, tokenizer: Any) -> Rendering:

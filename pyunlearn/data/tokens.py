@@ -7,41 +7,59 @@ never from `ids == pad`, so a pad token that is also the end of text does no har
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
-from pyunlearn.data.examples import Example, excerpt
+from pyunlearn.data.examples import Example, Span, excerpt, occurrences
+from pyunlearn.data.texts import ScoredText, rendered_text, shared_length
 from pyunlearn.errors import ArgumentError, DataError
 
-__all__ = ["Tokens", "encode", "padding_id", "text_of"]
+__all__ = ["Tokens", "encode", "padding_id"]
 
 Tokenizer: TypeAlias = Any  # a tokenizer of transformers
-Split = tuple[list[int], list[int]]  # (ids of the prompt, ids of the scored tokens)
+Ids = list[int]
+Split = tuple[Ids, Ids, Ids | None]
+"""(ids before the first scored token, ids from it on, indices of the scored among these or None for all)."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One example as token ids. The scored tokens are one run up to the end of `decoder`, or else of `ids`.
+    """One example as token ids. The scored tokens are all from `first` on, or those at the indices `chosen`.
 
     ids      the model's input; with an encoder-decoder model, the encoder's
     first    index of the first scored token; a causal model cannot score index 0, which nothing predicts
     decoder  the decoder's output in an encoder-decoder model, not shifted; None for a causal model
+    chosen   indices of the scored tokens, from `first` on, where there are unscored ones between or after them
 
     >>> Tokens((5, 6, 7, 8), first=2).scored
     (7, 8)
+    >>> Tokens.at((5, 6, 7, 8, 9), [1, 2, 4]).scored
+    (6, 7, 9)
     """
 
     ids: tuple[int, ...]
     first: int
     decoder: tuple[int, ...] | None = None
+    chosen: tuple[int, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         lowest, length = int(self.decoder is None), len(self.written)
         if not self.ids or not lowest <= self.first < length:
             span = f"from {lowest} to {length - 1}"
             raise DataError(f"no token is scored: `first` must be {span} in {length} tokens, and is {self.first}")
+        if self.chosen is not None:
+            increasing = all(a < b for a, b in pairwise(self.chosen))
+            if not (self.chosen and self.chosen[0] == self.first and self.chosen[-1] < length and increasing):
+                raise DataError(f"`chosen` must be increasing indices from {self.first} to {length - 1}")
+
+    @classmethod
+    def at(cls, ids: Sequence[int], indices: Sequence[int], decoder: tuple[int, ...] | None = None) -> Tokens:
+        """Return the tokens of which those at the indices are scored, one or more, in order."""
+        first, length = indices[0] if len(indices) else -1, len(ids if decoder is None else decoder)
+        chosen = None if tuple(indices) == tuple(range(first, length)) else tuple(indices)
+        return cls(tuple(ids), first, decoder, chosen)
 
     @property
     def written(self) -> tuple[int, ...]:
@@ -51,7 +69,23 @@ class Tokens:
     @property
     def scored(self) -> tuple[int, ...]:
         """The tokens whose likelihood is measured, in order."""
+        if self.chosen is not None:
+            return tuple(self.written[i] for i in self.chosen)
         return self.written[self.first :]
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Indices of the scored tokens in `written`."""
+        return range(self.first, len(self.written)) if self.chosen is None else self.chosen
+
+    @property
+    def runs(self) -> list[range]:
+        """The indices of the scored tokens as runs without gaps."""
+        if self.chosen is None:
+            return [range(self.first, len(self.written))]
+        edges = [i for i, (a, b) in enumerate(pairwise(self.chosen), 1) if b != a + 1]
+        ends = zip([0, *edges], [*edges, len(self.chosen)], strict=True)
+        return [range(self.chosen[a], self.chosen[b - 1] + 1) for a, b in ends]
 
     def __len__(self) -> int:
         """Return the number of positions that the model computes."""
@@ -71,18 +105,20 @@ def encode(
     truncate: bool = False,
     chat_template: str | None = None,
 ) -> list[Tokens]:
-    """Tokenize each example; only its completion is scored.
+    """Tokenize each example; scored is its completion, or what its `turns` and `spans` say.
 
-    Causal: prompt + completion are tokenized as one text, and a token that reaches over the seam counts as completion.
+    Causal: prompt + completion are tokenized as one text, and a token that reaches over the seam counts as completion,
+    as does one that reaches into a span. Of the strings in `forget` the end of text is no part.
     The tokenizer's prefix of a text (BOS) comes first; a plain text without one is scored from its second token, since
     nothing predicts the first. After a prompt's completion comes the end of text, scored, since it is part of an
     answer; a plain text may be a fragment and gets none.
 
-    Chat: the tokenizer's chat template, or the one passed in, renders `messages`, special tokens included, and the last
-    turn is scored up to its closing token.
+    Chat: the tokenizer's chat template, or the one passed in, renders `messages`, special tokens included. Scored are,
+    by `turns`, the last turn up to its closing token, each of the assistant's turns up to its closing token, or all
+    that the template writes from the first turn's content on.
 
     Encoder-decoder: the encoder reads the prompt as the tokenizer makes it (of a plain text, which has none, the end of
-    text alone); the decoder writes completion and end of text.
+    text alone); the decoder writes completion and end of text. What the encoder reads is never scored.
 
     Args:
         examples: the texts.
@@ -106,22 +142,22 @@ def encode(
     if not examples:
         return []
     wheres = [f"{role} example {number} ({excerpt(example)})" for number, example in enumerate(examples, 1)]
-    texts = [_render(example, tokenizer, where, chat_template) for example, where in zip(examples, wheres, strict=True)]
-    splits = _apart(texts, tokenizer) if encoder_decoder else _jointly(texts, tokenizer)
+    strings = [example.forget for example in examples]
+    if encoder_decoder:
+        examples = [replace(example, turns="last", spans=(), forget=()) for example in examples]
+    texts = [
+        rendered_text(example, tokenizer, where, chat_template) for example, where in zip(examples, wheres, strict=True)
+    ]
+    splits = _apart(texts, strings, wheres, tokenizer) if encoder_decoder else _jointly(texts, tokenizer)
     usual, none = _special(tokenizer, texts[0].completion[:64]), _Special([], [], [])
     assemble = _encoder_decoder if encoder_decoder else _causal
     tokens = []
     for text, split, where in zip(texts, splits, wheres, strict=True):
-        if not split[1]:
+        if not split[1] or split[2] == []:
             raise DataError(f"{where} has no token to score: the tokenizer makes none of it; give another text")
         fit = _Fit(max_length, truncate, tokenizer.bos_token_id, where)
-        tokens.append(assemble(split, none if text.templated else usual, fit, bool(text.prompt), padding_id(tokenizer)))
+        tokens.append(assemble(split, none if text.templated else usual, fit, text, padding_id(tokenizer)))
     return tokens
-
-
-def text_of(example: Example, tokenizer: Tokenizer, chat_template: str | None = None) -> tuple[str, str]:
-    """Return (prompt, completion) as the text that `encode` tokenizes; its errors name no example."""
-    return _render(example, tokenizer, "the example", chat_template)[:2]
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
@@ -130,63 +166,70 @@ def padding_id(tokenizer: Tokenizer) -> int:
     return int(next(known, 0))
 
 
-class _Text(NamedTuple):
-    prompt: str
-    completion: str
-    templated: bool  # rendered by the chat template, which writes every special token itself
-
-
 class _Special(NamedTuple):
     before: list[int]  # special tokens before a text
     after: list[int]  # special tokens after it
     end: list[int]  # end of an answer: `after`, or else the end of text
 
 
-def _render(example: Example, tokenizer: Tokenizer, where: str, chat_template: str | None) -> _Text:
-    if example.messages is None or not (chat_template or getattr(tokenizer, "chat_template", None)):
-        return _Text(example.prompt, example.completion, False)
-    messages = [message._asdict() for message in example.messages]
-    name = "the given chat template" if chat_template else "the tokenizer's chat template"
-    mend = "give it as prompt and completion, or set template='none' (--template none)"
-    apply = functools.partial(tokenizer.apply_chat_template, tokenize=False, chat_template=chat_template)
-    try:
-        whole = str(apply(messages))
-        prompt = str(apply(messages[:-1], add_generation_prompt=True))
-    except Exception as error:  # a template is a program: it can raise anything
-        fault = " ".join(str(error).split())
-        raise DataError(f"{where} is refused by {name}: {fault}; {mend}") from error
-    if not whole.startswith(prompt) or whole == prompt:
-        fault = f"{name} does not write the prompt alone as it writes it before the answer"
-        raise DataError(f"{where} cannot be split into prompt and answer, because {fault}; {mend}")
-    if whole.rstrip().endswith(tuple(tokenizer.all_special_tokens)):  # "<|im_end|>\n": no model generates that newline
-        whole = whole.rstrip()
-    return _Text(prompt, whole[len(prompt) :], True)
-
-
-def _apart(texts: list[_Text], tokenizer: Tokenizer) -> list[Split]:
+def _apart(
+    texts: list[ScoredText], strings: Sequence[tuple[str, ...]], wheres: Sequence[str], tokenizer: Tokenizer
+) -> list[Split]:
     prompts = _tokenize(tokenizer, [text.prompt.strip() for text in texts])["input_ids"]
-    completions = _tokenize(tokenizer, [text.completion.strip() for text in texts])["input_ids"]
-    return list(zip(prompts, completions, strict=True))
+    completions = [text.completion.strip() for text in texts]
+    whole = tuple(((0, len(completion)),) for completion in completions)
+    spans = [occurrences(*each) if each[2] else None for each in zip(completions, whole, strings, wheres, strict=True)]
+    written, offsets = _with_offsets(completions, tokenizer)
+    return [
+        (prompt, ids, None if own is None else _scored(own, ids, places, completion, tokenizer))
+        for prompt, ids, own, places, completion in zip(prompts, written, spans, offsets, completions, strict=True)
+    ]
 
 
-def _jointly(texts: list[_Text], tokenizer: Tokenizer) -> list[Split]:
-    wholes = [text.prompt + text.completion for text in texts]
+def _with_offsets(texts: list[str], tokenizer: Tokenizer) -> tuple[list[Ids], list[list[Span]]]:
+    """Return the ids of texts, and the characters of each token; none where the tokenizer does not tell them."""
     fast = bool(getattr(tokenizer, "is_fast", False))
-    out = _tokenize(tokenizer, wholes, **({"return_offsets_mapping": True} if fast else {}))
-    splits = []
-    for number, ids in enumerate(out["input_ids"]):
-        prompt, whole = texts[number].prompt, wholes[number]
-        ends = [end for _, end in out["offset_mapping"][number]] if fast else []
-        if not prompt:
-            seam = 0
-        elif ends and max(ends) >= len(whole.rstrip()):
-            seam = next((at for at, end in enumerate(ends) if end > len(prompt)), len(ids))
-        else:  # no offsets, or broken ones: as far as the prompt alone gives the same ids
-            alone = _tokenize(tokenizer, [prompt])["input_ids"][0]
-            shared = min(len(alone), len(ids))
-            seam = next((at for at in range(shared) if alone[at] != ids[at]), shared)
-        splits.append((ids[:seam], ids[seam:]))
+    out = _tokenize(tokenizer, texts, **({"return_offsets_mapping": True} if fast else {}))
+    offsets = out["offset_mapping"] if fast else [[] for _ in texts]
+    broken = [
+        max((end for _, end in each), default=0) < len(t.rstrip()) for each, t in zip(offsets, texts, strict=True)
+    ]
+    return out["input_ids"], [[] if bad else each for bad, each in zip(broken, offsets, strict=True)]
+
+
+def _jointly(texts: list[ScoredText], tokenizer: Tokenizer) -> list[Split]:
+    wholes = [text.prompt + text.completion for text in texts]
+    splits: list[Split] = []
+    for text, whole, ids, offsets in zip(texts, wholes, *_with_offsets(wholes, tokenizer), strict=True):
+        scored = None if text.spans is None else _scored(text.spans, ids, offsets, whole, tokenizer)
+        if scored:
+            splits.append((ids[: scored[0]], ids[scored[0] :], [i - scored[0] for i in scored]))
+            continue
+        seam = _seam(text.prompt, ids, offsets, tokenizer)
+        splits.append((ids[:seam], ids[seam:], scored))
     return splits
+
+
+def _seam(prompt: str, ids: Ids, offsets: Sequence[Span], tokenizer: Tokenizer) -> int:
+    """Return the index of the first token that reaches beyond the prompt."""
+    if not prompt:
+        return 0
+    if offsets:
+        return next((at for at, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
+    return shared_length(_tokenize(tokenizer, [prompt])["input_ids"][0], ids)
+
+
+def _scored(spans: Sequence[Span], ids: Ids, offsets: Sequence[Span], text: str, tokenizer: Tokenizer) -> Ids:
+    """Return the indices of the tokens that reach into a span; without offsets, one or two more at its edges."""
+    chosen: set[int] = set()
+    for start, end in spans:
+        first = _seam(text[:start], ids, offsets, tokenizer)
+        if offsets:
+            chosen |= {i for i in range(first, len(ids)) if offsets[i][0] < end}
+        else:
+            after = _tokenize(tokenizer, [text[end:]])["input_ids"][0] if text[end:] else []
+            chosen |= set(range(first, len(ids) - shared_length(after[::-1], ids[::-1])))
+    return sorted(chosen)
 
 
 def _tokenize(tokenizer: Tokenizer, texts: list[str], **options: Any) -> Any:
@@ -203,26 +246,41 @@ def _special(tokenizer: Tokenizer, text: str) -> _Special:
     return _Special(before, after, after or ([] if eos is None else [eos]))
 
 
-def _causal(split: Split, special: _Special, fit: _Fit, prompted: bool, _: int) -> Tokens:
-    prompt, completion = split
-    head, tail = special.before + prompt, _closed(completion, special.end) if prompted else completion
+def _causal(split: Split, special: _Special, fit: _Fit, text: ScoredText, _: int) -> Tokens:
+    prompt, completion, chosen = split
+    head, tail = special.before + prompt, _closed(completion, special.end) if text.answers else completion
+    if chosen is not None and text.answers and not text.partial and chosen[-1] == len(completion) - 1:
+        chosen = [*chosen, *range(len(completion), len(tail))]
     if not head:
-        head, tail = tail[:1], tail[1:]
-    if not tail:
+        head, tail, chosen = tail[:1], tail[1:], chosen and [i - 1 for i in chosen if i]
+    if not tail or chosen == []:
         fault = "it is one token, with nothing before it that predicts it"
         raise DataError(f"{fit.where} has no token to score: {fault}; give a longer text, or a prompt")
     head, tail = fit(head, tail)
-    return Tokens((*head, *tail), len(head))
+    if chosen is None:
+        return Tokens((*head, *tail), len(head))
+    ids = (*head, *tail)
+    return Tokens.at(ids, _within([len(head) + i for i in chosen], len(ids), fit))
 
 
-def _encoder_decoder(split: Split, special: _Special, fit: _Fit, _: bool, pad_id: int) -> Tokens:
-    prompt, completion = split
+def _encoder_decoder(split: Split, special: _Special, fit: _Fit, _: ScoredText, pad_id: int) -> Tokens:
+    prompt, completion, chosen = split
     read, end = fit(special.before + prompt, special.after)
     begun, written = fit(special.before, _closed(completion, special.end))
-    return Tokens((*read, *end) or tuple(special.end) or (pad_id,), len(begun), (*begun, *written))
+    ids, decoder = (*read, *end) or tuple(special.end) or (pad_id,), (*begun, *written)
+    if chosen is None:
+        return Tokens(ids, len(begun), decoder)
+    return Tokens.at(ids, _within([len(begun) + i for i in chosen], len(decoder), fit), decoder)
 
 
-def _closed(completion: list[int], end: list[int]) -> list[int]:
+def _within(indices: Ids, length: int, fit: _Fit) -> Ids:
+    """Return the indices below the length of a text that was cut; raises DataError where there is none."""
+    if indices[0] >= length:
+        raise DataError(f"{fit.where} has no token to score before the end to which it is cut: shorten it")
+    return [i for i in indices if i < length]
+
+
+def _closed(completion: Ids, end: Ids) -> Ids:
     return completion if completion[len(completion) - len(end) :] == end else completion + end
 
 
@@ -234,7 +292,7 @@ class _Fit(NamedTuple):
     bos: int | None
     where: str
 
-    def __call__(self, head: list[int], tail: list[int]) -> Split:
+    def __call__(self, head: Ids, tail: Ids) -> tuple[Ids, Ids]:
         length = len(head) + len(tail)
         if self.limit is None or length <= self.limit:
             return head, tail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,6 +18,7 @@ from pyunlearn.models.language_model import LanguageModel, require_model, requir
 from pyunlearn.models.scoring import Scorer, evaluation_mode
 from pyunlearn.options import Flag, Kind, Number, Whole, require
 from pyunlearn.probes.gradients import trained_parameters
+from pyunlearn.probes.long_texts import encode_texts
 from pyunlearn.progress import Progress
 
 POSITIVE = Number(above=0)
@@ -169,7 +171,7 @@ class Editing:
         self.config = EditConfig() if config is None else config
         self.show_progress = progress
         examples = {
-            role: read_examples(source, role=role)
+            role: read_examples(source, role=role, turns=self.config.turns)
             for role, source in sources.items()
             if source is not None or role == "forget"
         }
@@ -181,7 +183,12 @@ class Editing:
                 f"{odd} is spread over several devices or not loaded, and an edit needs it whole: "
                 "load the model in one process"
             )
-        self.tokens = self.lm.encode(examples, truncate=self.config.truncate)
+        self.tokens: dict[str, list[Tokens]] = {}
+        if examples:
+            encoded = encode_texts(self.lm, examples, truncate=self.config.truncate)
+            self.tokens = encoded.tokens
+            for note in encoded.notes:
+                warnings.warn(note, stacklevel=3)
         self.saved: dict[str, SavedValues] = {}
         self.changed: dict[str, int] = {}
         self.backups: dict[str, Tensor] = {}

@@ -226,7 +226,7 @@ def whole(t: Tokens) -> Tokens:
     >>> whole(Tokens((5, 6, 7, 8), 2)).first
     1
     """
-    return replace(t, first=int(t.decoder is None))
+    return replace(t, first=int(t.decoder is None), chosen=None)
 
 
 UNANSWERABLE = (

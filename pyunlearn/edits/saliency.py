@@ -24,6 +24,7 @@ def saliency_mask(
     share: float = 0.5,
     tokenizer: Any = None,
     batch_size: int = 8,
+    turns: str | None = None,
     truncate: bool = False,
     workspace: int | None = None,
 ) -> dict[str, Tensor]:
@@ -42,7 +43,8 @@ def saliency_mask(
         share: of all trainable weights, above 0 and at most 1; exactly that number of weights, rounded.
         tokenizer: the model's; None: loaded from where the model came from.
         batch_size: texts in one pass.
-        truncate: cut texts that are longer than the model's context, instead of refusing them.
+        turns: what is scored of records with prompts, as in `pyunlearn.unlearn`.
+        truncate: cut texts that are longer than the model's context, instead of reading them in windows.
         workspace: bytes for cached logits.
 
     Returns:
@@ -55,7 +57,7 @@ def saliency_mask(
 
     Source: Fan et al. 2024, arXiv 2310.12508, eq. 3.
     """
-    config = EditConfig(batch_size=batch_size, truncate=truncate, workspace=workspace)
+    config = EditConfig(batch_size=batch_size, turns=turns, truncate=truncate, workspace=workspace)
     require(Number(above=0, maximum=1), share=share)
     edit = Editing("saliency_mask", model, {"forget": forget}, tokenizer, config)
     return salient(edit.model, edit.tokens["forget"], share, batch_size=config.batch_size, workspace=config.workspace)

@@ -101,14 +101,22 @@ class LanguageModel:
         *,
         truncate: bool = False,
         chat_template: str | None = None,
+        limited: bool = True,
     ) -> dict[str, list[Tokens]]:
-        """Tokenize examples by role ("forget", "retain", ...), as `pyunlearn.data.encode` does, and with its errors."""
+        """Tokenize examples by role ("forget", "retain", ...), as `pyunlearn.data.encode` does, and with its errors.
+
+        Args:
+            examples: role -> examples.
+            truncate: cut what is longer than the context.
+            chat_template: Jinja source in place of the tokenizer's chat template.
+            limited: False where texts may be longer than the context.
+        """
         return {
             role: encode(
                 each,
                 self.tokenizer,
                 role=role,
-                max_length=self.context_length,
+                max_length=self.context_length if limited else None,
                 encoder_decoder=self.is_encoder_decoder,
                 truncate=truncate,
                 chat_template=chat_template,

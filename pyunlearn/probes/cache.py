@@ -135,7 +135,8 @@ def weights_digest(model: Any) -> str:
 def _digest(tokens: Tokens, more: tuple[object, ...]) -> str:
     digest = hashlib.sha256(np.array(tokens.ids, dtype=np.int64).tobytes())
     digest.update(np.array([-1, tokens.first, -2, *(tokens.decoder or ())], dtype=np.int64).tobytes())
-    digest.update(repr((tokens.decoder is None, more)).encode())
+    chosen = () if tokens.chosen is None else (tokens.chosen,)
+    digest.update(repr((tokens.decoder is None, more, *chosen)).encode())
     return digest.hexdigest()
 
 

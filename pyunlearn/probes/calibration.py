@@ -166,9 +166,9 @@ def _windows(tokens: Sequence[Tokens]) -> tuple[list[Tokens], NDArray[np.int64],
     windows, owner, copied = [], [], []
     for i, t in enumerate(tokens):
         prompt = set(t.ids[: t.first]) if t.first > 1 else set()
-        for at in range(t.first, len(t.ids), _CONTEXT):
+        for at, end in ((at, min(at + _CONTEXT, run.stop)) for run in t.runs for at in run[::_CONTEXT]):
             begin = max(0, at - _CONTEXT)
-            windows.append(Tokens(t.ids[begin : at + _CONTEXT], at - begin))
+            windows.append(Tokens(t.ids[begin:end], at - begin))
             owner.append(i)
-            copied.append(np.array([each in prompt for each in t.ids[at : at + _CONTEXT]]))
+            copied.append(np.array([each in prompt for each in t.ids[at:end]]))
     return windows, np.array(owner), copied

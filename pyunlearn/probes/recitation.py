@@ -17,9 +17,18 @@ _SHORTEST = 4  # a rest of fewer tokens is guessed too often to show anything
 def opening(t: Tokens, prompted: bool) -> Tokens:
     """Return the text with its continuation as scored tokens: after the prompt, or after the first half.
 
+    Where other tokens stand between or after the scored ones, it is the longest run of these, after all before it.
+
     >>> opening(Tokens((5, 6, 7, 8, 9), first=1), prompted=False).scored
     (8, 9)
+    >>> opening(Tokens.at((5, 6, 7, 8, 9), [2, 3]), prompted=False)
+    Tokens(ids=(5, 6, 7, 8), first=2, decoder=None)
     """
+    if t.chosen is not None:
+        run = max(t.runs, key=len)
+        prompted = run.start > int(t.decoder is None)
+        cut = t.written[: run.stop]
+        t = Tokens(cut, run.start) if t.decoder is None else Tokens(t.ids, run.start, cut)
     if prompted:
         return t
     return Tokens(t.ids, t.first + min(len(t.scored) // 2, _OPENING), t.decoder)

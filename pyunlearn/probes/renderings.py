@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from pyunlearn.data import Example, Tokens
 from pyunlearn.data.rendering import Rendering, other_renderings, rendering_of
-from pyunlearn.data.tokens import text_of
+from pyunlearn.data.texts import rendered_text
 from pyunlearn.errors import DataError
 from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.probes.long_texts import SHORT, EncodedTexts, encode_texts
 
 Floats = NDArray[np.float64]
 Score = Callable[[Sequence[Tokens]], Sequence[NDArray[np.floating]]]
@@ -58,14 +59,24 @@ class RenderedTexts:
 
     given: dict[str, list[Example]]
     """As they were read."""
-    examples: dict[str, list[Example]]
+    rendered: dict[str, list[Example]]
     """As they are rendered."""
-    tokens: dict[str, list[Tokens]]
+    encoded: EncodedTexts
     rendering: Rendering
     own: str
     """Name of the rendering with which template="auto" compares others."""
     compared: tuple[Gain, ...] = ()
     """The other renderings that auto compared with it."""
+
+    @property
+    def examples(self) -> dict[str, list[Example]]:
+        """The texts as they are rendered, long ones as one example for each window."""
+        return self.encoded.examples
+
+    @property
+    def tokens(self) -> dict[str, list[Tokens]]:
+        """The tokens of `examples`."""
+        return self.encoded.tokens
 
     @property
     def name(self) -> str | None:
@@ -79,9 +90,9 @@ class RenderedTexts:
             memorized: True where at least one record is, or was before unlearning.
         """
         if self.name is None:
-            return []
+            return self._strings() + self._windows()
         gain = next((g.differences for g in self.compared if g.rendering == self.rendering), None)
-        notes = []
+        notes = self._turns() + self._strings() + self._windows()
         if gain is not None:
             records = f"{len(gain)} record{'s' if len(gain) > 1 else ''}"
             notes.append(
@@ -91,6 +102,45 @@ class RenderedTexts:
         elif self.name != self.own:
             notes.append(f"The model reads the records in the form {self.name}, as `template` says, not {self.own}.")
         return notes if memorized else [*notes, self._not_memorized()]
+
+    def _turns(self) -> list[str]:
+        """Return a sentence on how much of the forget set's conversations is scored; none for completions alone."""
+        records = list(zip(self.given["forget"], self.encoded.whole, strict=True))
+        chats = [(e, t) for e, t in records if e.prompt and (e.turns != "last" or len(e.messages or ()) > 2)]
+        if not chats:
+            return []
+        scored, total, turns, all_turns = 0, 0, 0, 0
+        for e, t in chats:
+            roles = [message.role for message in e.messages or ()] or ["user", "assistant"]
+            own = "last" if t.decoder is not None else e.turns
+            scored, total, all_turns = scored + len(t.scored), total + len(t), all_turns + len(roles)
+            turns += {"all": len(roles), "assistant": roles.count("assistant"), "last": 1}[own]
+        what = f"{len(chats)} conversations" if len(chats) > 1 else "one conversation"
+        return [
+            f"Scored are {scored} of {total} tokens, in {turns} of {all_turns} turns of {what}; the others are read as "
+            "their context."
+        ]
+
+    def _strings(self) -> list[str]:
+        """Return a sentence on how much of the forget set its "forget" strings are; none without such strings."""
+        records = list(zip(self.given["forget"], self.encoded.whole, strict=True))
+        own = [t for e, t in records if e.forget]
+        if not own:
+            return []
+        scored, total, n = sum(len(t.scored) for t in own), sum(map(len, own)), len(own)
+        texts = f"{n} texts" if n > 1 else "one text"
+        return [f'Of {texts} only the strings in "forget" are scored: {scored} of {total} tokens.']
+
+    def _windows(self) -> list[str]:
+        """Return the notes on long texts, with one on what their windows are compared with."""
+        if "holdout" in self.given or all(part.windows == 1 for part in self.encoded.parts):
+            return self.encoded.notes
+        return [
+            *self.encoded.notes,
+            f"Without a holdout the windows of forget texts have {SHORT} tokens at most, as the texts that they are "
+            "compared with are short, and text after a longer context is likelier a token. A holdout of texts as long "
+            "allows windows of the whole context.",
+        ]
 
     def _not_memorized(self) -> str:
         forms = dict.fromkeys([self.own, *(g.rendering.name for g in self.compared)])
@@ -113,12 +163,19 @@ class RenderedTexts:
             return ""
         first = next(e for e in self.given["forget"] if e.prompt)
         turns = first.messages and tuple(turn._replace(content=change(turn.content)) for turn in first.messages)
-        masked = Example(change(first.prompt), change(first.completion), turns)
-        parts = text_of(self.rendering.of(masked), lm.tokenizer, self.rendering.chat_template)
-        prompt, completion = (
-            json.dumps(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...", ensure_ascii=False) for text in parts
-        )
+        masked = Example(change(first.prompt), change(first.completion), turns, turns=first.turns)
+        if masked.prompt == first.prompt and masked.completion == first.completion:
+            masked = replace(masked, forget=first.forget)
+        text = rendered_text(self.rendering.of(masked), lm.tokenizer, "the example", self.rendering.chat_template)
+        prompt, completion = _quoted(text.prompt), _quoted(text.completion)
+        if text.spans is not None:
+            whole, parts = _quoted(text.prompt + text.completion), ", ".join(map(_quoted, text.parts))
+            return f"form of the records: {self.name}; for example {whole} and scored of it: {parts}"
         return f"form of the records: {self.name}; for example {prompt} and then, scored, {completion}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...", ensure_ascii=False)
 
 
 def render(
@@ -215,9 +272,15 @@ def _in(
     compared: tuple[Gain, ...],
     truncate: bool,
 ) -> RenderedTexts:
-    examples = {role: [rendering.of(e) for e in each] for role, each in given.items()}
-    tokens = lm.encode(examples, truncate=truncate, chat_template=rendering.chat_template)
-    return RenderedTexts(given, examples, tokens, rendering, own, compared)
+    rendered = {role: [rendering.of(e) for e in each] for role, each in given.items()}
+    encoded = encode_texts(
+        lm,
+        rendered,
+        truncate=truncate,
+        chat_template=rendering.chat_template,
+        short_windows="holdout" not in given,
+    )
+    return RenderedTexts(given, rendered, encoded, rendering, own, compared)
 
 
 def _tokenized(
@@ -225,11 +288,12 @@ def _tokenized(
 ) -> list[tuple[Rendering, list[Tokens]]]:
     """Return each rendering with the sample's tokens, the own first; without those that give the same tokens."""
     forms: list[tuple[Rendering, list[Tokens]]] = []
+    cut = truncate or any(part.windows > 1 for part in texts.encoded.parts)
     for rendering in [texts.rendering, *other_renderings(lm.tokenizer)] if sample else []:
         if rendering.key == "alone" and not texts.given.keys() <= {"forget", "retain", "holdout"}:
             continue  # without its prompt an answer has no refusal
         try:
-            tokens = lm.encode({"forget": [rendering.of(e) for e in sample]}, truncate=truncate)["forget"]
+            tokens = lm.encode({"forget": [rendering.of(e) for e in sample]}, truncate=cut)["forget"]
         except DataError:
             continue
         if all(tokens != other for _, other in forms):

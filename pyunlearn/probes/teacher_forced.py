@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -121,7 +121,7 @@ def _add(store: RecordStore, keys: Sequence[object], statistics: Sequence[torch.
 
 
 def without_prompt(tokens: Tokens, start: int) -> Tokens:
-    """Return the same scored tokens after `start` alone, the beginning of text: the answer without its question.
+    """Return the text from its first scored token on after `start` alone: the answer without its question.
 
     Args:
         tokens: a text with a prompt.
@@ -131,5 +131,5 @@ def without_prompt(tokens: Tokens, start: int) -> Tokens:
     Tokens(ids=(0, 7, 8), first=1, decoder=None)
     """
     if tokens.decoder is not None:
-        return Tokens((start,), tokens.first, tokens.decoder)
-    return Tokens((start, *tokens.scored), 1)
+        return replace(tokens, ids=(start,))
+    return Tokens.at((start, *tokens.ids[tokens.first :]), [i - tokens.first + 1 for i in tokens.indices])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -32,17 +33,23 @@ def unseen_texts() -> list[Example]:
 def unseen_like(examples: Sequence[Example]) -> list[Example]:
     """Return the texts; for records with prompts the answers, with their questions in the records' form.
 
+    Their questions are scored where those of the records are.
+
     >>> records = [Example("Question: Who?\\nAnswer: ", "I."), Example("Question: Why?\\nAnswer: ", "So.")]
     >>> unseen_like(records)[0].prompt
     'Question: What inspired Hadrian Vosk to write his first novel?\\nAnswer: '
     """
-    if not any(e.prompt for e in examples):
+    turns = next((e.turns for e in examples if e.prompt), None)
+    if turns is None:
         return unseen_texts()
     if any(e.messages for e in examples):
         pairs = [{"question": row["prompt"], "answer": row["completion"]} for row in _rows(ANSWERS)]
-        return read_examples(pairs, role="holdout")
+        return read_examples(pairs, role="holdout", turns=turns)
     before, after = _frame([e.prompt for e in examples])
-    return [Example(before + row["prompt"] + after, row["completion"]) for row in _rows(ANSWERS)]
+    unseen = [Example(before + row["prompt"] + after, row["completion"], turns=turns) for row in _rows(ANSWERS)]
+    if turns == "all":  # without the label before the first turn, as in the records
+        unseen = [replace(e, spans=((len(before), len(e.prompt + e.completion)),)) for e in unseen]
+    return unseen
 
 
 def other_language(examples: Sequence[Example]) -> str:

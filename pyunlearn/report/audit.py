@@ -29,7 +29,7 @@ def audit_table(audit: Audit, *, show_text: bool = False) -> Table:
     for e in order[:SHOWN]:
         exposure = f"{e.exposure_before:.1f} → {e.exposure:.1f}" if anchored else f"{e.exposure:.1f}"
         table.add_row(
-            str(e.index + 1),
+            e.label,
             cell(e.text if show_text else masked(" ".join(e.text.split()[:4]))),
             verdict_cell(e.verdict, certain=e.certain),
             exposure,

@@ -78,7 +78,7 @@ def _evidence(audit: Audit) -> dict[str, Any]:
     verdicts = [e.verdict for e in examples]
     exposures = [e.exposure for e in examples]
     before = [e.exposure_before for e in examples if e.exposure_before is not None]
-    names = [f"text {e.index + 1}" for e in examples]
+    names = [f"text {e.label}" for e in examples]
     curves = [(f"{_SCORES.get(m.score, m.score)}: {m.auc.estimate:.2f}", m.roc) for m in audit.membership]
     return {
         "source": _SOURCES[non_members.source],
@@ -105,7 +105,7 @@ def _texts(audit: Audit, show_text: bool) -> dict[str, Any]:
 def _row(e: AuditedExample, show_text: bool) -> dict[str, Any]:
     prior = e.now.answer_prior
     return {
-        "number": e.index + 1,
+        "number": e.label,
         "text": _start(e.text) if show_text else masked(_start(e.text)),
         "verdict": e.verdict,
         "exposure": f"{e.exposure:.1f}",
@@ -135,7 +135,7 @@ def _continuation(e: AuditedExample, show_text: bool) -> dict[str, Any]:
     note = f"Longest run of the true text: {run} token{'s in a row' if run != 1 else ''}"
     note += f"; {e.before.longest_run} before." if e.before is not None else "."
     return {
-        "number": e.index + 1,
+        "number": e.label,
         "verdict": e.verdict,
         "opening": _shown(e.opening, show_text) or "(nothing)",
         "truth": _shown(e.truth, show_text),
@@ -186,7 +186,7 @@ def _how(audit: Audit) -> list[tuple[str, str]]:
     passes = ", ".join(f"{name.replace('_', ' ')}: {n} texts, each once" for name, n in audit.passes.items())
     null, top = audit.null_test, audit.top_test
     models = {name: s[name] for name in ("model", "original", "reference_model") if s[name]}
-    shown = ("seed", "batch_size", "template", "truncate", "pyunlearn", "torch")
+    shown = ("seed", "batch_size", "template", "turns", "truncate", "pyunlearn", "torch")
     return [
         ("comparison texts", f"{len(non_members.scores)}, {_SOURCES[non_members.source]}"),
         ("exposure", exposure),
@@ -199,7 +199,7 @@ def _how(audit: Audit) -> list[tuple[str, str]]:
             f"{null.statistic:.2f} from unseen text, p = {null.pvalue:.2g}; mean exposure {mean} bits",
         ),
         *((name.replace("_", " "), str(path)) for name, path in models.items()),
-        ("settings", ", ".join(f"{k} {v}" for k, v in s.items() if k in shown)),
+        ("settings", ", ".join(f"{k} {v}" for k, v in s.items() if k in shown and v is not None)),
         (
             "sources",
             "exposure: arXiv 1802.08232, 2411.04388; extraction strength and exact memorization: 2406.09179; "

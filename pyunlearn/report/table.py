@@ -36,8 +36,8 @@ def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
     table = record_table("texts to forget", numbers)
     for e in result.examples[:SHOWN]:
         table.add_row(
-            str(e.index + 1),
-            cell(names[e.index] if names else e.text),
+            e.label,
+            cell(names[e.index if e.record is None else e.record] if names else e.text),
             verdict_cell(e.verdict, certain=e.certain),
             f"{e.log_likelihood_before:.2f} → {e.log_likelihood_after:.2f}",
             f"{e.exposure_before:.1f} → {e.exposure_after:.1f}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pyunlearn.data.examples import Example, read_examples
@@ -58,7 +59,7 @@ def read_corpus(paths: Sequence[str | Path], role: str = "corpus") -> list[Examp
                 )
             return _pairs([(row[0], row[1]) for row in rows if len(row) == 2], role)
         return _prompted([Example("", row[0]) for row in rows if row[0].strip()])
-    return _prompted(read_examples(path, role=role))
+    return _prompted([replace(e, forget=()) for e in read_examples(path, role=role, turns="last")])
 
 
 def synthetic(setup: str, count: int, seed: int) -> list[Example]:

@@ -19,6 +19,7 @@ from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path, shown
 from pyunlearn.output import check_output, model_name, versions
 from pyunlearn.probes import greedy_continuations
+from pyunlearn.probes.long_texts import Part
 from pyunlearn.probes.non_members import NO_LIKELIER, capped, evidence_notes
 from pyunlearn.probes.recitation import LONGEST, opening, recited
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
@@ -31,7 +32,7 @@ from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.loop import ascend, measure
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.preferences import substitutes_for
-from pyunlearn.unlearning.result import ExampleResult, Result, Utility
+from pyunlearn.unlearning.result import ExampleResult, Result, Utility, document_notes
 from pyunlearn.unlearning.setup import Session, setup
 from pyunlearn.unlearning.token_weights import check_token_weights
 
@@ -68,8 +69,10 @@ def unlearn(
         model: a transformers causal or encoder-decoder language model (PEFT-wrapped or not), or a path, a .gguf file or
             a name to load one from. It is changed in place. Only parameters that require a gradient are trained.
         forget: a text, a list of texts, a list of dicts (`text`; `prompt`/`completion`; `question`/`answer`; chat
-            `messages`), a datasets.Dataset, or a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. With prompts, only
-            the completion is scored and forgotten. With `dpo`, each example has a preferred answer `winner`.
+            `messages`), a datasets.Dataset, or a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. Of a prompt
+            with a completion, only the completion is scored and forgotten, of a chat all turns (`turns`), and of a dict
+            with `forget`, a string or a list of strings, only these; the rest of it is held. With `dpo`, each example
+            has a preferred answer `winner`.
         retain: text that must keep working, same forms: for the retain loss (`retain_loss`), and as the utility set,
             for which a fifth at most is set apart where there are 20 different texts or more. Copies of forget texts
             are left out, with a warning.
@@ -88,8 +91,9 @@ def unlearn(
         {options}
 
     Returns:
-        Result: `.model`, `.examples` (one verdict each), `.utility`, `.history` (one record per step), `.stopped`,
-        `.notes` (on the texts), `.save(dir)`.
+        Result: `.model`, `.examples` (one verdict each; of texts longer than the context one for each window, and for
+        the whole in `.documents`), `.utility`, `.history` (one record per step), `.stopped`, `.notes` (on the texts),
+        `.save(dir)`.
 
     Raises:
         ArgumentError, DataError, ModelError, OutputError: an argument cannot be used; the model is unchanged.
@@ -115,11 +119,13 @@ def unlearn(
     path = checkpoint_path(output_dir, resume=resume)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {
-        role: read_examples(source, role=role)
+        role: read_examples(source, role=role, turns=config.turns)
         for role, source in sources.items()
         if role == "forget" or source is not None
     }
     examples, notes = check_texts(examples)
+    if retain is None and config.retain_loss == "auto" and any(e.forget for e in examples["forget"]):
+        retain_loss = retain_loss or ("representation" if method.kind == "hidden" else "hold")
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     texts = render(lm, examples, config.template, truncate=config.truncate)
@@ -157,6 +163,7 @@ def unlearn(
     inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
     result = _result(session, config, trained, texts, stopped, inputs)
     result.notes = notes + _notes(session, texts, result, config.false_discovery_rate)
+    result.notes += _rests_note(session, texts, retain_loss) + document_notes(result.documents)
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
             result.save(output_dir)
@@ -234,7 +241,7 @@ def _result(
     inputs: dict[str, Any],
 ) -> Result:
     """Return the result of a run; `inputs` describes the arguments of `unlearn` besides its settings."""
-    examples = _examples(session, texts.examples["forget"])
+    examples = _examples(session, texts.examples["forget"], texts.encoded.parts)
     if stopped in ("forgotten", NO_LIKELIER) and any(e.recited_after for e in examples):
         stopped = "still extracted"
     return Result(
@@ -260,7 +267,19 @@ def _notes(session: Session, texts: RenderedTexts, result: Result, rate: float) 
     return notes + budget_notes(result.stopped, result.history, budgets)
 
 
-def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
+def _rests_note(session: Session, texts: RenderedTexts, retain_loss: str | None) -> list[str]:
+    """Return a sentence on what becomes of the rest of the texts of which only strings are forgotten."""
+    if not texts.encoded.rests:
+        return []
+    if not session.retain_term.rests:
+        return ['What stands around the strings in "forget" was not held, since there is no retain loss.']
+    return [
+        'What stands around the strings in "forget" was held: each step on a text also takes the rest of it in the '
+        f'retain loss "{retain_loss}".'
+    ]
+
+
+def _examples(session: Session, examples: list[Example], parts: list[Part]) -> list[ExampleResult]:
     """Return the verdict on each forget example."""
     stopping, state, forget = session.stopping, session.state, session.texts.forget
     greedy_after = session.scorer.greedy_match(forget) if state.visits.any() else session.greedy_before
@@ -272,7 +291,7 @@ def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
     return [
         ExampleResult(
             index=i,
-            text=example.prompt + example.completion,
+            text=example.completion if parts[i].windows > 1 else example.prompt + example.completion,
             tokens=len(forget[i].scored),
             log_likelihood_before=float(stopping.initial.log_likelihood[i]),
             log_likelihood_after=float(stopping.current.log_likelihood[i]),
@@ -287,6 +306,7 @@ def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
             verdict=verdicts[i],
             interval=(float(judged.low[i]), float(judged.high[i])),
             certain=bool(judged.certain[i]),
+            **parts[i]._asdict(),
         )
         for i, example in enumerate(examples)
     ]
@@ -295,7 +315,7 @@ def _examples(session: Session, examples: list[Example]) -> list[ExampleResult]:
 def recitations(session: Session, examples: list[Example], indices: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return (B,) True for the examples at `indices` whose beginning the model continues with their rest."""
     out = np.zeros(len(examples), dtype=bool)
-    openings = [opening(session.texts.forget[i], bool(examples[i].prompt)) for i in indices]
+    openings = [opening(session.texts.forget[i], examples[i].prompted) for i in indices]
     if openings:
         written = greedy_continuations(session.scorer.lm, openings, longest=LONGEST)
         out[indices] = [recited(ids, t.scored) for ids, t in zip(written, openings, strict=True)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyunlearn.edits.config import TURNS
 from pyunlearn.errors import ArgumentError
 from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Kind, Number, Table, Text, Whole, option
 
@@ -148,8 +149,13 @@ class LoopConfig(Config):
         fixed=True,
     )
     template: str | Path = option(**TEMPLATE, fixed=True)
+    turns: str | None = option(**TURNS, fixed=True)
     truncate: bool = option(
-        False, Flag(), "Cut texts that are longer than the model's context, instead of raising an error.", group="Data"
+        False,
+        Flag(),
+        "Cut texts that are longer than the model's context, instead of reading them in windows; a note says how many "
+        "tokens are not looked at.",
+        group="Data",
     )
     workspace: int | None = option(
         None,

@@ -165,7 +165,8 @@ def optimizer_step(
     # retain term
     retain_batch, retain_total = None, 0.0
     if retain_term.active:
-        retain_batch = retain_term.batch(schedule.retain_indices(step))
+        retain_batch = retain_term.batch(schedule.retain_indices(step), forget_indices)
+    if retain_batch is not None:
         for micro_batch in schedule.micro_batches(processes.shard(retain_batch.indices)):
             with accelerator.autocast():
                 loss, amount = retain_term(micro_batch, retain_batch)

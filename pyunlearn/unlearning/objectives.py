@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,6 +175,7 @@ class RetainTerm:
         reference: the reference model's numbers, for "kl".
         target: the layer, for "representation".
         multiplier: PDU's dual variable, a further factor on the loss.
+        rests: index of a forget text -> index in `retain` of its rest, of which each step on the text takes one more.
     """
 
     def __init__(
@@ -188,8 +189,10 @@ class RetainTerm:
         reference: Reference,
         target: RepresentationTarget | None = None,
         multiplier: Multiplier | None = None,
+        rests: Mapping[int, int] | None = None,
     ) -> None:
         self.lm, self.loss, self._weight, self.retain = lm, loss, weight, retain or []
+        self.rests = rests or {}
         self.initial_nll, self.reference, self.target, self.multiplier = initial_nll, reference, target, multiplier
         terms = {"kl": self._kl, "representation": self._representation}
         self._term = terms.get(loss or "nll", self._nll)
@@ -204,9 +207,13 @@ class RetainTerm:
         """Factor on the loss in this step."""
         return self._weight if self.multiplier is None else self._weight * self.multiplier.value
 
-    def batch(self, indices: list[int]) -> RetainBatch:
-        """Return the step's retain examples with the number of their scored tokens."""
-        return RetainBatch(indices, sum(scored_tokens(self.retain, indices)))
+    def batch(self, indices: list[int], forget_indices: Iterable[int] = ()) -> RetainBatch | None:
+        """Return the step's retain examples and the rests of its forget texts, with the number of scored tokens.
+
+        None where there are neither.
+        """
+        chosen = indices + [self.rests[int(i)] for i in forget_indices if int(i) in self.rests]
+        return RetainBatch(chosen, sum(scored_tokens(self.retain, chosen))) if chosen else None
 
     def __call__(self, indices: list[int], step: RetainBatch) -> tuple[Tensor, float]:
         """Return the loss of a micro-batch of the step, and the sum over its tokens (or examples) for the history."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pyunlearn.output import plain_json, save_folder
+from pyunlearn.probes.long_texts import document_verdict, label_of
 
 VERDICTS = ("forgotten", "no likelier", "not memorized", "still exposed", "over-unlearned")
 """Verdicts on a text; "no likelier" stands for "forgotten" where the non-members were sampled from the model."""
 PASSED = ("forgotten", "no likelier", "not memorized")
 """The verdicts with which nothing is left to do."""
+
+_NAMED = 5  # records that were read in windows, in notes
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,59 @@ class ExampleResult:
     "over-unlearned", else after. It shows the uncertainty from the choice of non-members."""
     certain: bool
     """True where that interval lies wholly on the verdict's side of the threshold."""
+    record: int | None = None
+    """Index of the record among those that were given: of a text longer than the context each window is an example."""
+    window: int = 1
+    """Number of the window, from 1."""
+    windows: int = 1
+    """Number of windows in which the record was read."""
+
+    @property
+    def label(self) -> str:
+        """Number of the record, from 1, with that of the window where there are several: "3 (2/7)"."""
+        return label_of(self.index, self.record, self.window, self.windows)
 
     @property
     def forgotten(self) -> bool:
         """True where it was memorized and its exposure is now that of non-members."""
         return self.verdict == "forgotten"
+
+
+@dataclass(frozen=True)
+class Document:
+    """Verdict on a record that was longer than the model's context and read in windows."""
+
+    record: int
+    """Index of the record."""
+    windows: int
+    verdict: str
+    """The first of these that a window has: still exposed, over-unlearned, no likelier, forgotten, not memorized. So it
+    is forgotten only where every memorized window is."""
+    verdicts: dict[str, int]
+    """Verdict -> number of windows."""
+
+
+def documents_of(examples: Sequence[Any]) -> list[Document]:
+    """Return the verdicts on the records of which the examples are several windows each."""
+    records: dict[int, list[str]] = {}
+    for e in examples:
+        if e.windows > 1 and e.record is not None:
+            records.setdefault(e.record, []).append(e.verdict)
+    return [
+        Document(record, len(own), document_verdict(own), dict(Counter(own).most_common()))
+        for record, own in records.items()
+    ]
+
+
+def document_notes(documents: Sequence[Document]) -> list[str]:
+    """Return a sentence with the verdict on each of five records that were read in windows."""
+    notes = [
+        f"Text {d.record + 1} as a whole: {d.verdict}, as {d.verdicts[d.verdict]} of its {d.windows} windows."
+        for d in documents[:_NAMED]
+    ]
+    if len(documents) > _NAMED:
+        notes.append(f"{len(documents) - _NAMED} more texts were read in windows: the JSON file has the verdicts.")
+    return notes
 
 
 @dataclass(frozen=True)
@@ -108,6 +161,11 @@ class Result:
     """Form in which the model read the records; None where no forget text has a prompt."""
 
     @property
+    def documents(self) -> list[Document]:
+        """Verdicts on the records that were read in several windows."""
+        return documents_of(self.examples)
+
+    @property
     def forgotten(self) -> bool:
         """True where at least one example was memorized, and all of those are forgotten."""
         return self.passed and any(e.forgotten for e in self.examples)
@@ -128,6 +186,7 @@ class Result:
             "notes": self.notes,
             "utility": asdict(self.utility),
             "examples": [{**plain_json(e), "forgotten": e.forgotten} for e in self.examples],
+            "documents": [asdict(d) for d in self.documents],
             "non_member_scores": self.non_member_scores,
             "settings": self.settings,
             "history": self.history,

@@ -57,6 +57,8 @@ class Schedule:
     def retain_indices(self, step: int) -> list[int]:
         """Return the retain examples of a step: an epoch takes each once, shuffled again for the next."""
         n = self.retain_examples
+        if not n:
+            return []
         size = min(self.batch_size, n)
         epoch = np.random.default_rng((self.seed, 1, step * size // n)).permutation(n)
         return [int(epoch[(step * size + i) % n]) for i in range(size)]

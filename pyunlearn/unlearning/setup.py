@@ -108,6 +108,10 @@ def setup(
     forget, given = tokens["forget"], tokens.get("retain")
     retain, utility = split_retain(given, trains=trains, log_likelihood=scorer.mean_log_likelihood)
     forget_scores, greedy_before = _score_forget_set(scorer, forget, bar)
+    own_retain = retain or []  # the user's, in the order of the schedule; the rests follow
+    rests = {i: len(own_retain) + n for n, i in enumerate(rendered.encoded.rests)} if trains else {}
+    if rests:
+        retain = own_retain + list(rendered.encoded.rests.values())
     texts_by_role = tokens | ({} if retain is None else {"retain": retain})
     if "alternates" in method.needs:
         count = (method.options | options)["alternates"]
@@ -116,7 +120,7 @@ def setup(
             sampled.get("alternates", []), forget, count, lm.vocabulary, sample
         )
 
-    retain_ahead = _schedule(config, retain, None).retain_ahead(config.max_steps)
+    retain_ahead = [*_schedule(config, own_retain, None).retain_ahead(config.max_steps), *rests.values()]
     with reference_on_device(lm, reference_model) as reference_lm:
         likelihood = reference_lm.likelihood
         non_members = _non_members(scorer, processes, reference_lm, rendered, tokens, forget_scores, config.seed, bar)
@@ -128,10 +132,10 @@ def setup(
     initial_nll = -scorer.mean_log_likelihood(retain) if retain_loss == "hold" and retain is not None else None
     multiplier = None
     if method.needs_retain and retain is not None:
-        trained = [retain[i] for i in evenly_spaced(retain)]
+        trained = [own_retain[i] for i in evenly_spaced(own_retain)]
         multiplier = multiplier_of(method.options | options, retain_loss, trained, -scorer.mean_log_likelihood(trained))
     target = _representation_target(config, scorer, method, options, retain_loss, texts, retain_ahead, bar)
-    schedule = _schedule(config, retain, difficulty)
+    schedule = _schedule(config, own_retain, difficulty)
     state = LoopState(np.zeros(len(forget), dtype=np.int64), multiplier)
     forget_term = ForgetTerm(
         lm, method, options, texts_by_role, reference=reference, weights=weights, target=target, visits=state.visits
@@ -145,9 +149,10 @@ def setup(
         reference=reference,
         target=target,
         multiplier=multiplier,
+        rests=rests,
     )
     scores = _scores_to_agree(stopping, weights, difficulty)
-    scores |= reference.fingerprint(len(forget), schedule.retain_indices(0) if retain else [])
+    scores |= reference.fingerprint(len(forget), schedule.retain_indices(0) or list(rests.values()))
     return Session(
         accelerator,
         processes,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -133,13 +132,13 @@ def check_weights(weights: Any, tokens: Sequence[Tokens]) -> list[Floats]:
 
 def _masked(t: Tokens, at: int, mask_id: int | None, pool: Sequence[int], rng: np.random.Generator) -> Tokens:
     """Return a text with its scored token `at` replaced, in which only the tokens after it are scored."""
-    index, ids = t.first + at, list(t.written)
+    index, ids = t.indices[at], list(t.written)
     if mask_id is None:
         others = [i for i in pool if i != ids[index]] or list(pool)
         mask_id = others[int(rng.integers(len(others)))]
     ids[index] = mask_id
-    changed = {"ids": tuple(ids)} if t.decoder is None else {"decoder": tuple(ids)}
-    return replace(t, first=index + 1, **changed)
+    rest = t.indices[at + 1 :]
+    return Tokens.at(ids, rest) if t.decoder is None else Tokens.at(t.ids, rest, tuple(ids))
 
 
 def _groups(tokens: Sequence[Tokens], limit: int) -> list[list[Tokens]]:

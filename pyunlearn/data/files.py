@@ -1,0 +1,114 @@
+"""Read the rows of a file of texts: JSON lines, JSON, tables, paragraphs and Parquet."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyunlearn.errors import DataError, missing_packages
+
+__all__ = ["SUFFIXES", "Rows", "file_rows", "text_rows"]
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+_LONGEST_FIELD = 2**31 - 1  # the default of csv, 131,072 characters, is shorter than many chapters
+
+Rows = Iterator[tuple[str, object]]  # (the row's name in messages, the row)
+
+
+def file_rows(path: Path, role: str) -> Rows:
+    """Yield the rows of a file of texts, at least one. Raises DataError where it is missing or malformed."""
+    name, suffix = f"the {role} file {path}", path.suffix.lower()
+    if path.is_dir():
+        raise DataError(f"{name} is a folder: wanted a file that ends in one of {', '.join(SUFFIXES)}")
+    if not path.exists():
+        raise DataError(f"{name} was not found: check the path, or put the string in a list if it is the text itself")
+    if suffix not in SUFFIXES:
+        raise DataError(f"{name} should end in one of {', '.join(SUFFIXES)}: rename it to what it holds")
+    rows = list(_parquet(path, name) if suffix == ".parquet" else text_rows(_read(path, name), suffix, name))
+    if not rows:
+        raise DataError(f"{name} holds no example: give at least one text")
+    yield from rows
+
+
+def _read(path: Path, name: str) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text, as byte {error.start + 1} shows: save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise DataError(f"{name} is empty: give at least one text")
+    return text
+
+
+def text_rows(text: str, suffix: str, name: str) -> Rows:
+    """Yield the rows in the text of a file that ends in `suffix`, any of SUFFIXES but .parquet; `name` is its name."""
+    if suffix in (".csv", ".tsv"):
+        return _table(text, "\t" if suffix == ".tsv" else ",", name)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return {".jsonl": _json_lines, ".json": _json, ".txt": _paragraphs}[suffix](text, name)
+
+
+def _paragraphs(text: str, name: str) -> Rows:
+    kind, blocks = "paragraph", re.split(r"\n\s*\n", text.strip())
+    if len(blocks) == 1:
+        kind, blocks = "line", blocks[0].split("\n")
+    return ((f"{name}, {kind} {number},", block.strip()) for number, block in enumerate(blocks, 1))
+
+
+def _json_lines(text: str, name: str) -> Rows:
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a JSON string
+        if line.strip():
+            try:
+                yield f"{name}, line {number},", json.loads(line)
+            except json.JSONDecodeError as error:
+                fault = f"{error.msg} at column {error.colno}"
+                raise DataError(f"{name}, line {number}, is not JSON: {fault}; wanted one object a line") from error
+
+
+def _json(text: str, name: str) -> Rows:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one object a line, as datasets.Dataset.to_json writes it
+            yield from _json_lines(text, name)
+            return
+        raise DataError(f"{name} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    if isinstance(content, dict):
+        content = content["data"] if isinstance(content.get("data"), list) else [content]
+    if not isinstance(content, list):
+        wanted, got = 'a list of objects or strings, or {"data": [...]}', type(content).__name__
+        raise DataError(f"{name} must hold {wanted}, and holds a value of type {got}")
+    yield from ((f"{name}, row {number},", row) for number, row in enumerate(content, 1))
+
+
+def _table(text: str, delimiter: str, name: str) -> Rows:
+    number, limit = 0, csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        header = next(reader, [])
+        for number, fields in enumerate((fields for fields in reader if fields), 1):
+            if len(fields) > len(header):  # an unquoted comma in a text: reading on would cut the text short
+                got, mend = f"{len(fields)} fields under {len(header)} columns", "quote texts that hold the separator"
+                raise DataError(f"{name}, row {number}, has {got}: {mend}")
+            yield f"{name}, row {number},", dict(zip(header, fields, strict=False))
+    except csv.Error as error:
+        raise DataError(f'{name}, row {number + 1}, is malformed: {error}; write a quote in a text as ""') from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(path: Path, name: str) -> Rows:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise missing_packages(f"reading {name}", "pyarrow", otherwise="save it as .jsonl") from error
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name} cannot be read as parquet: {str(error).splitlines()[0].rstrip('.')}") from error
+    yield from ((f"{name}, row {number},", row) for number, row in enumerate(rows, 1))
