@@ -1,6 +1,6 @@
 """Unlearned against retrained: what a run leaves of TOFU's answers, compared with a model that never saw them.
 
-    python -m benchmarks.retrained --data TOFU --out OUT --methods ceu,wga --evidence holdout,none
+    python -m benchmarks.retrained --data TOFU --out OUT --methods auto,ceu --evidence holdout,none
 
 SmolLM2-135M is fine-tuned twice, on forget and retain answers and on retain answers alone (the retrained model), until
 it knows them by heart. Then each method forgets, with each kind of evidence: holdout, unseen records of the same
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, Any]]:
         results[row] = _once(options.out / f"{name}-{row}.json", partial(measured, folder, texts, options.samples))
     for evidence in options.evidence.split(","):
         for method in options.methods.split(","):
-            row = f"{method}, {evidence}, rate {options.learning_rate:g}"
+            row = f"{method}, {evidence}" + (f", rate {options.learning_rate:g}" if options.learning_rate else "")
             row += f", budget {options.utility_budget:g}" if options.utility_budget != UTILITY_BUDGET else ""
             path = options.out / f"{name}-{row.replace(', ', '-').replace(' ', '')}.json"
 
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, help="folder with forget10.jsonl and retain90.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="folder for everything that is written")
     parser.add_argument("--model", default=None, help="another model than SmolLM2-135M: a folder or a name")
-    parser.add_argument("--methods", default="ceu", help="names, parted by commas (default: ceu)")
+    parser.add_argument("--methods", default="auto", help="names, parted by commas (default: auto)")
     parser.add_argument("--evidence", default="holdout,none", help="holdout, none or both, parted by a comma")
     parser.add_argument("--form", default="prompt", choices=["prompt", "text"], help="a record is two texts, or one")
     for name, number, what in (
@@ -88,7 +88,6 @@ def _parser() -> argparse.ArgumentParser:
         ("holdout", 40, "unseen answers for the run, and as many for the measurement"),
         ("longest", 200, "characters of a question and its answer at most"),
         ("epochs", 40, "epochs of fine-tuning at most"),
-        ("max-steps", 80, "steps of a run at most"),
         ("samples", 16, "samples of each answer"),
         ("seed", 0, "seed of every draw"),
         ("threads", 0, "threads of torch, 0 for its own choice"),
@@ -98,9 +97,10 @@ def _parser() -> argparse.ArgumentParser:
         ("fine-tuning-rate", 2e-4, "learning rate of the fine-tuning"),
         ("known", 0.03, "mean nats a token at which the answers are known"),
         ("utility-budget", UTILITY_BUDGET, "utility budget of a run"),
-        ("learning-rate", 2e-5, "learning rate of a run"),
     ):
         parser.add_argument(f"--{name}", type=float, default=amount, help=f"{what} (default {amount})")
+    parser.add_argument("--learning-rate", type=float, help="learning rate of a run (default: the package's own)")
+    parser.add_argument("--max-steps", type=int, help="steps of a run at most (default: the package's own)")
     return parser
 
 

@@ -52,23 +52,31 @@ class Progress:
             self.bar.advance(self.task, texts)
 
     def update(
-        self, step: int, memorized: int, left: int, costs: Sequence[tuple[str, float, float]], halvings: int
+        self,
+        step: int,
+        max_steps: int,
+        memorized: int,
+        left: int,
+        costs: Sequence[tuple[str, float, float]],
+        exponent: int,
     ) -> None:
         """Show the state of an unlearning run after a round.
 
         Args:
             step: optimizer steps so far.
+            max_steps: the largest number of them.
             memorized: examples that were memorized at the start.
-            left: those of them that are still exposed.
+            left: those of them that are not settled.
             costs: of each budget the name of its texts, the upper end of the relative rise of their negative
                 log-likelihood, and the rise that is allowed.
-            halvings: times that the learning rate was halved.
+            exponent: the learning rate is 2^exponent times its start.
         """
         if self.shown:
-            slower = f" · learning rate halved {halvings}x" if halvings else ""
-            exposed = f"{left} of {memorized} still exposed"
+            factor = f"{2**exponent} times" if exponent > 0 else f"1/{2**-exponent} of"
+            rate = f" · learning rate {factor} its start" if exponent else ""
             spent = " · ".join(f"{name} at most {upper:+.1%} of {allowed:.0%}" for name, upper, allowed in costs)
-            say = f"step {step} · {exposed} · {spent} allowed{slower}"
+            done = f"step {step} of at most {max_steps} · {memorized - left} of {memorized} settled"
+            say = f"{done} · {spent} allowed{rate}"
             self.bar.update(self.task, total=memorized, completed=memorized - left, say=say)
 
     def close(self) -> None:

@@ -152,8 +152,8 @@ def test_options_of_an_audit_and_a_comparison(call, seen):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--max-steps", "-1"], "--max-steps must be a whole number, 0 or more, got -1"),
-        (["--max-steps", "ten"], "--max-steps must be a whole number, 0 or more, got 'ten'"),
+        (["--max-steps", "-1"], "--max-steps must be a whole number, 0 or more or None, got -1"),
+        (["--max-steps", "ten"], "--max-steps must be a whole number, 0 or more or None, got 'ten'"),
         (["--order", "easy-first"], '--order must be one of .*: did you mean "easy_first"'),
         (["--mask", "salience"], "--mask must be 'saliency', 'nonzero' or .*, got 'salience'"),
         (["--token-share", "0.5"], "token_share keeps the tokens of the largest weight"),

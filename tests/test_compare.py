@@ -20,7 +20,7 @@ from pyunlearn.probes import teacher_forced
 
 OPTIONS = {"learning_rate": 1e-3, "max_steps": 4, "seed": 0}
 TAU = 0.98
-UNGUARDED = {"retain_loss": None, "utility_budget": 5.0, "learning_rate": 3e-3, "max_steps": 12}
+UNGUARDED = {"retain_loss": None, "utility_budget": 5.0, "learning_rate": 1e-2, "max_steps": 12}
 """Settings with which a method costs more than TAU allows."""
 
 

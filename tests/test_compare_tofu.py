@@ -75,11 +75,11 @@ def test_unlearned_is_measured_beside_retrained(benchmark, data, tmp_path, capsy
     arguments += ["--epochs", 60, "--fine-tuning-rate", 1e-2, "--known", 0.3, "--samples", 2]
     try:
         results = retrained.main([*map(str, arguments)])
-        assert [*results] == ["start", "retrained", "ga, holdout, rate 2e-05"]
+        assert [*results] == ["start", "retrained", "ga, holdout"]
         assert results["start"]["forget_nll"] + 1 < results["retrained"]["forget_nll"]
         assert results["start"]["half"] > results["retrained"]["half"]
         assert retrained.main([*map(str, arguments)]) == results
-        assert capsys.readouterr().out.count("| ga, holdout, rate 2e-05 |") == 2
+        assert capsys.readouterr().out.count("| ga, holdout |") == 2
     finally:
         torch.set_num_threads(threads)
 

@@ -143,14 +143,15 @@ def test_every_name_resolves_to_its_term_and_retain_loss():
         if "retain" not in method.needs:
             assert resolve(name, "auto", False, {}, True) == (method, None)
             assert resolve(name.upper(), None, True, {}, True) == (method, None)
-        assert resolve(name, "auto", True, {}) == (method, "representation" if method.kind == "hidden" else "nll")
+        own = {"match": "hold", "rmu": "representation", "adaptive_rmu": "representation"}.get(name, "nll")
+        assert resolve(name, "auto", True, {}) == (method, own)
         for retain_loss in ("nll", "kl"):
             assert resolve(name, retain_loss, True, {}, True) == (method, retain_loss)
     for alias, (name, retain) in ALIASES.items():
         for given_retain in ("auto", retain, None):
             assert resolve(alias, given_retain, True, {}, True) == (METHODS[name], retain)
     for other, name in SYNONYMS.items():
-        assert resolve(other, "auto", True, {}) == (METHODS[name], "nll")
+        assert resolve(other, "auto", True, {}) == (METHODS[name], "hold" if name == "match" else "nll")
         assert resolve(f"{other}+kl", "auto", True, {}) == (METHODS[name], "kl")
     assert resolve("ga+nll", "hold", True, {}) == (METHODS["ga"], "hold")
     assert resolve("npo", "auto", False, {"beta": 0.5}) == (METHODS["npo"], None)

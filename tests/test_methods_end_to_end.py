@@ -66,21 +66,19 @@ def exposures(trained, model):
 @pytest.mark.parametrize(
     "method",
     [
-        *("ga", "npo"),
-        *in_full("flat", "dpo", "wga", "simnpo", "kto", "hinge", "idk", "idkdpo", "altpo", "tnpo", "wtnpo", "satimp"),
+        *("match", "npo"),
+        *in_full(
+            "ga", "flat", "dpo", "wga", "simnpo", "kto", "hinge", "idk", "idkdpo", "altpo", "tnpo", "wtnpo", "satimp"
+        ),
     ],
 )
 def test_secrets_come_down_to_the_level_of_unseen_ones_within_the_budget(trained, method):
-    """This holds with the defaults of every method: no secret ends below unseen ones, and the facts are retained.
-
-    The preference losses with a fixed answer stop there: they lower few of the digits, and still write the others.
-    """
+    """This holds with the defaults of every method: no secret ends below unseen ones, and the facts are retained."""
     lower, _ = exposures(trained, trained.model)
     assert (lower > SIGNIFICANT).all()
     result = unlearned(trained, method)
-    still_written = method in ("dpo", "idkdpo")
-    assert {e.verdict for e in result.examples} == {"still exposed" if still_written else "forgotten"}
-    assert result.stopped == ("over-unlearning" if still_written else "forgotten")
+    assert {e.verdict for e in result.examples} == {"forgotten"}
+    assert result.stopped == "forgotten"
     lower, upper = exposures(trained, result.model)
     np.testing.assert_allclose(lower, [e.exposure_after for e in result.examples], atol=1e-9)
     assert (lower <= NULL_MEAN).all()
@@ -102,12 +100,12 @@ def test_the_holdout_s_budget_ends_a_run_before_the_form_of_the_secrets_is_lost(
 
 
 @pytest.mark.full
-def test_a_hinge_at_the_paper_s_level_leaves_a_longer_text_exposed(trained):
-    """A cap of 6 nats on a text of 18 tokens stops the ascent early, and the verdict is that this is not enough."""
-    result = unlearned(trained, "hinge", method_options={"delta": 6.0}, max_steps=24)
+def test_a_hinge_at_a_low_level_leaves_a_longer_text_exposed(trained):
+    """A cap of 3 nats on a text of 18 tokens stops the ascent early, and the verdict is that this is not enough."""
+    result = unlearned(trained, "hinge", method_options={"delta": 3.0}, max_steps=24)
     assert result.stopped == "max_steps"
     assert {e.verdict for e in result.examples} == {"still exposed"}
-    assert all(6 < -e.log_likelihood_after * e.tokens < 16 for e in result.examples)
+    assert all(3 < -e.log_likelihood_after * e.tokens < 16 for e in result.examples)
     assert result.history[-1]["forget_loss"] == 0
     assert result.history[-1]["gradient_norm"] >= 0
 

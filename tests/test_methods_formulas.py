@@ -44,9 +44,9 @@ PAIRED = {  # of a refusal and a forget text
 
 
 def test_every_method_has_a_formula():
-    """It is one of these, or of those in the files for distributions and for hidden states."""
+    """It is one of these, or of those in the files for match, distributions and hidden states."""
     kinds = {name: method.kind for name, method in METHODS.items()}
-    assert {name for name, kind in kinds.items() if kind in ("example", "token")} == {*FORMULAS, *PAIRED}
+    assert {name for name, kind in kinds.items() if kind in ("example", "token")} == {*FORMULAS, *PAIRED, "match"}
     assert {name for name, kind in kinds.items() if kind == "vocabulary"} == {*test_methods_vocabulary.FORMULAS}
     assert {name for name, kind in kinds.items() if kind == "hidden"} == {"rmu", "adaptive_rmu"}
 

@@ -41,10 +41,12 @@ def check_as_likely(result):
     They are forgotten where no more of their tokens are first choices than of unseen ones: these methods lower a text's
     mean by few of its tokens, and most do not get there.
     """
-    assert result.stopped == ("forgotten" if result.forgotten else "still extracted")
+    assert result.stopped in (("forgotten",) if result.forgotten else ("still extracted", "max_steps"))
     for e in result.examples[:2]:
-        assert e.verdict == ("forgotten" if e.extraction_after <= NOT_EXTRACTED else "still exposed")
-        assert e.exposure_after <= NULL_MEAN < SIGNIFICANT < e.exposure_before
+        level = e.exposure_after <= NULL_MEAN
+        assert level or result.stopped == "max_steps"  # the last rounds may lead back a little
+        assert e.verdict == ("forgotten" if level and e.extraction_after <= NOT_EXTRACTED else "still exposed")
+        assert e.exposure_after < SIGNIFICANT < e.exposure_before
         assert e.upper_exposure_after < SIGNIFICANT
         assert e.log_likelihood_after < e.log_likelihood_before
     assert {(e.verdict, e.steps) for e in result.examples[2:]} <= {("not memorized", 0)}
@@ -142,7 +144,9 @@ def test_only_the_examples_that_the_steps_read_are_cached(story, monkeypatch):
     """From a retain set larger than the run, the examples of its steps are cached and no others."""
     seen, sessions = [], sessions_of(monkeypatch)
     taken = RetainTerm.batch
-    monkeypatch.setattr(RetainTerm, "batch", lambda self, indices: seen.append(indices) or taken(self, indices))
+    monkeypatch.setattr(
+        RetainTerm, "batch", lambda self, indices, *forget: seen.append(indices) or taken(self, indices, *forget)
+    )
     run(story, method="ga+kl", batch_size=4, max_steps=3, learning_rate=1e-6)
     cache = sessions[0].retain_term.reference.retain
     assert set(cache.ends) == {i for indices in seen for i in indices}

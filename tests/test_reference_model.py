@@ -210,7 +210,7 @@ def test_a_resumed_run_has_the_numbers_of_an_uninterrupted_one(plain, tmp_path, 
     """And is refused with another reference model, or without one."""
     whole = unlearn(plain, "retrained", max_steps=6)
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "wga", tiny.with_loss("wga", Interrupted("wga", 4)))
+        patch.setitem(METHODS, "match", tiny.with_loss("match", Interrupted("match", 4)))
         assert unlearn(plain, "retrained", max_steps=6, output_dir=tmp_path / "out").stopped == "interrupted"
     for other in ("base", None):
         with pytest.raises(DataError, match="was made with another model or reference model"):

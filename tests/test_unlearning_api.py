@@ -135,7 +135,7 @@ def test_a_model_is_loaded_from_a_folder(story, tmp_path):
         tmp_path / "m", story.forget, retain=story.corpus, holdout=story.holdout, learning_rate=3e-4, progress=False
     )
     check_forgotten(result, story)
-    assert same(result.model, run(story, method="wga").model)
+    assert same(result.model, run(story, method="match").model)
     assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
 
 

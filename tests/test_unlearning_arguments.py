@@ -97,10 +97,10 @@ def test_copies_in_retain_and_repeated_non_members_are_left_out(story):
         "1 of 201 retain texts is a copy of a forget text and is left out: retain example 201.",
         "1 of 61 holdout texts repeats another one and is left out: 60 different ones count.",
     ]
-    assert [str(w.message) for w in caught] == result.notes == result.to_dict()["notes"] == notes
+    assert [str(w.message) for w in caught] == result.notes[:2] == result.to_dict()["notes"][:2] == notes
     assert all(w.filename.endswith("unlearning_runs.py") for w in caught)
     clean = run(story, max_steps=2)
-    assert clean.notes == []
+    assert clean.notes == result.notes[2:]
     assert same(result.model, clean.model)
     assert result.non_member_scores == clean.non_member_scores
     assert result.utility == clean.utility

@@ -12,7 +12,7 @@ from pyunlearn.metrics import NULL_MEAN
 from pyunlearn.probes.non_members import uncalibrated
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning import objectives
-from pyunlearn.unlearning.budget import Budget, budget_notes
+from pyunlearn.unlearning.budget import UTILITY_BUDGET, Budget, budget_notes
 from pyunlearn.unlearning.utility_set import evenly_spaced, non_members_as_utility_set, split_retain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,16 +114,27 @@ def test_texts_set_apart_are_never_trained_on(story, monkeypatch):
     assert not any("also trained on" in note for note in result.notes)
 
 
+def test_texts_that_became_likelier_do_not_end_a_run():
+    """They widen the interval of the rise, but not that of the losses, which decides where its upper end is smaller."""
+    budget = Budget(UTILITY_BUDGET, np.array([1.6, 1.9, 2.1, 1.7]), 0.05)
+    rise = budget.rise(budget.before * [0.7, 0.9, 1.0, 1.01])
+    assert rise.interval[1] > 0.05
+    assert 0 < rise.upper == rise.of_losses < 0.05
+    assert not budget.exceeded(rise)
+    lost = budget.rise(budget.before * [1.01, 1.02, 1.03, 1.02])
+    assert lost.upper == lost.interval[1] == pytest.approx(lost.of_losses, rel=0.2)
+
+
 def test_a_run_ends_by_the_budget_of_the_holdout(story):
     """Measured from outside it is within the budget at its end, and a note says what to do; resumed or not."""
     result = run(story, learning_rate=1e-3, holdout_budget=0.002)
     assert result.stopped == "holdout budget"
     assert {e.verdict for e in result.examples} == {"still exposed"}
     rejected = [record for record in result.history if record.get("rejection_reason")]
-    assert len(rejected) == 7
+    assert len(rejected) >= 7
     assert {record["rejection_reason"] for record in rejected} == {"holdout budget"}
     assert all(record["utility_rise_upper"] <= 0.05 and record["holdout_rise_upper"] > 0.002 for record in rejected)
-    assert result.utility.holdout_rise <= result.utility.holdout_interval[1] <= result.utility.holdout_budget == 0.002
+    assert result.utility.holdout_rise <= result.utility.holdout_budget == 0.002
     before, after = (tiny.negative_log_likelihoods(story, story.holdout, m) for m in (story.model, result.model))
     assert after.mean() / before.mean() - 1 == pytest.approx(result.utility.non_member_drift / before.mean(), abs=1e-5)
     assert any(note.startswith("The run ended because unseen text like the forget set") for note in result.notes)
@@ -163,8 +174,14 @@ def test_the_progress_bar_shows_each_budget(monkeypatch):
     bar, shown = Progress(False), {}
     bar.shown, bar.task = True, 0
     bar.bar = type("Bar", (), {"update": lambda self, task, **fields: shown.update(fields)})()
-    bar.update(6, 3, 1, [("utility", 0.049, 0.05), ("holdout", 0.021, 0.1)], 1)
-    assert shown["say"] == (
-        "step 6 · 1 of 3 still exposed · utility at most +4.9% of 5% · holdout at most +2.1% of 10% allowed"
-        " · learning rate halved 1x"
-    )
+    costs = [("utility", 0.049, 0.05), ("holdout", 0.021, 0.1)]
+    for exponent, rate in (
+        (0, ""),
+        (2, " · learning rate 4 times its start"),
+        (-1, " · learning rate 1/2 of its start"),
+    ):
+        bar.update(6, 200, 3, 1, costs, exponent)
+        assert shown["say"] == (
+            "step 6 of at most 200 · 2 of 3 settled · utility at most +4.9% of 5% · holdout at most +2.1% of 10% "
+            f"allowed{rate}"
+        )

@@ -14,6 +14,7 @@ from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import METHODS, Multiplier
 from pyunlearn.unlearning.checkpoint import Checkpoint, LoopState, checkpoint_path, sampled_texts
 from pyunlearn.unlearning.optimizer import TrainedWeights
+from pyunlearn.unlearning.step_size import StepSize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +28,8 @@ def state_of(multiplier=True):
         multiplier=Multiplier(4.0, 0.5, 1.5, 2, steps=5) if multiplier else None,
         step=5,
         round_number=2,
-        halvings=1,
+        step_size=StepSize(-1, 2, 4),
+        scores={"log_likelihood": np.array([-1.5, -2.5, -3.5]), "stale": np.array([False, True, False])},
         history=[{"step": 5, "forget_loss": -1.25, "utility_rise": None}],
     )
 
@@ -95,7 +97,12 @@ def test_a_checkpoint_loads_what_was_saved(tmp_path):
     resumed = LoopState(visits, Multiplier(50.0, 1.0, 1.0, 0))
     Checkpoint(path, FINGERPRINT, {}).load(loaded, resumed)
     assert same(model, other)
-    assert asdict(resumed) | {"visits": visits.tolist()} == asdict(state) | {"visits": [3, 0, 2]}
+    assert {name: values.tolist() for name, values in resumed.scores.items()} == {
+        "log_likelihood": [-1.5, -2.5, -3.5],
+        "stale": [False, True, False],
+    }
+    loaded_arrays, arrays = {"visits": visits.tolist(), "scores": None}, {"visits": [3, 0, 2], "scores": None}
+    assert asdict(resumed) | loaded_arrays == asdict(state) | arrays
     assert resumed.visits is visits
     for m, w in ((model, saved), (other, loaded)):
         for p in m.parameters():
@@ -195,7 +202,7 @@ def test_a_checkpoint_is_next_to_the_output_folder(tmp_path):
 RESUMED = {
     "plain": {},
     "many batches": {"batch_size": 1, "retain": None},
-    "rolled-back steps": {"learning_rate": 5e-3},
+    "rolled-back steps": {"learning_rate": 2e-2},
     "bfloat16": {},
 }
 
@@ -205,7 +212,7 @@ RESUMED = {
     [(4, "rolled-back steps"), (0, "plain"), *in_full(*((at, setting) for at in (0, 2, 4) for setting in RESUMED))],
 )
 def test_an_interrupted_run_resumes_to_the_numbers_of_an_uninterrupted_one(story, tmp_path, monkeypatch, at, setting):
-    """Weights, optimizer, order, halvings, history and steps are those of the checkpoint, also within a round."""
+    """Weights, optimizer, order, step size, history and steps are those of the checkpoint, also within a round."""
     options = {"max_steps": 8, **RESUMED[setting]}
     model = story.fresh().bfloat16() if setting == "bfloat16" else story.fresh()
     start, forget = weights(model), story.forget + story.unseen

@@ -25,7 +25,7 @@ for arguments in " ".join(sys.argv[1:]).split(" , "):
     try:
         cli.main()
     except SystemExit as ended:
-        assert not ended.code, ended.code
+        assert ended.code in (0, 1), ended.code
 """
 
 
@@ -87,7 +87,7 @@ def test_two_processes_give_the_run_of_one(launched, method, one_thread):
     )
     assert len(documents(output)) == len(METHODS)  # one process prints
     printed = documents(output)[list(METHODS).index(method)]
-    assert printed["stopped"] == alone.stopped == "no likelier"  # there is no holdout
+    assert printed["stopped"] == alone.stopped == ("no likelier" if method == "ga" else "still extracted")
     assert printed["non_member_scores"] == pytest.approx(alone.non_member_scores, abs=1e-4)
     assert [r["examples"] for r in printed["history"]] == [r["examples"] for r in alone.history]
     for name in (

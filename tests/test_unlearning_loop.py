@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -49,9 +50,11 @@ def test_a_run_never_spends_more_than_its_utility_budget(story, budget):
     assert result.utility.nll_after == pytest.approx(after, rel=1e-5)
     assert result.utility.interval[1] <= budget
     rejected = [record for record in result.history if record.get("rejection_reason")]
-    assert len(rejected) == 7
+    assert len(rejected) >= 7
     assert all(record["utility_rise_upper"] > budget for record in rejected)
-    assert [record["learning_rate"] for record in rejected] == pytest.approx([1e-3 / 2**i for i in range(7)])
+    for before, after in pairwise(result.history):  # of two texts, a round is a step
+        if not before["accepted"]:
+            assert after["learning_rate"] == before["learning_rate"] / 2
     if all(record.get("accepted") is not True for record in result.history):
         assert same(result.model, story.model)
         assert {e.steps for e in result.examples} == {0}
@@ -61,7 +64,7 @@ def test_a_run_never_spends_more_than_its_utility_budget(story, budget):
 def test_a_learning_rate_far_too_high_never_over_unlearns(story, learning_rate, method):
     """Rounds that go too far are rolled back: the run ends finite, within the budget, not below unseen text."""
     result = run(story, story.forget + story.unseen, learning_rate=learning_rate, method=method)
-    assert any(record.get("rejection_reason") for record in result.history)
+    assert any(record.get("rejection_reason") or record["restored"] for record in result.history)
     assert "over-unlearned" not in {e.verdict for e in result.examples}
     assert all(e.upper_exposure_after < SIGNIFICANT for e in result.examples)
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
@@ -70,11 +73,11 @@ def test_a_learning_rate_far_too_high_never_over_unlearns(story, learning_rate, 
     assert tiny.negative_log_likelihoods(story, apart(story.corpus), result.model).mean() == pytest.approx(
         result.utility.nll_after, rel=1e-5
     )
-    assert result.stopped in ("forgotten", "utility budget", "over-unlearning")
+    assert result.stopped in ("forgotten", "utility budget")
 
 
 def test_a_step_that_is_not_finite_is_rolled_back(story, monkeypatch):
-    """After all halvings the weights are the first ones, bit for bit, and the history is still JSON."""
+    """After seven rollbacks the weights are the first ones, bit for bit, and the history is still JSON."""
     poisoned = tiny.with_loss("ga", lambda forget, lengths, **_: forget * math.nan)
     monkeypatch.setitem(METHODS, "ga", poisoned)
     for model in (story.fresh(), story.fresh().bfloat16()):

@@ -123,7 +123,7 @@ def test_token_probabilities_of_a_pair_are_computed_where_a_loss_reads_them():
     assert tensors["winner_probability"].tolist() == pytest.approx([0.5])
     assert tensors["loser_probability"].tolist() == pytest.approx([1.1 / 3])
     weights = torch.tensor([1.0, 2.0, 0.0, 0.0])
-    weighted = token_tensors(p.log(), example, counts, torch.zeros(4), weights)
+    weighted = token_tensors(p.log(), example, counts, torch.zeros(4), weights=weights)
     assert weighted["weights"] is weights
     assert weighted["loser_probability"].tolist() == pytest.approx([0.5 / 3])
 

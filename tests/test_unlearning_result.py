@@ -14,7 +14,8 @@ import pyunlearn
 from pyunlearn import models
 from pyunlearn.errors import OutputError
 
-STEP = {"step", "round", "examples", "forget_loss", "retain_nll", "gradient_norm", "learning_rate", "seconds"}
+STEP = {"step", "round", "examples", "restored", "forget_loss", "retain_nll", "gradient_norm", "learning_rate"}
+STEP |= {"seconds"}
 ROUND = {
     "accepted",
     "rejection_reason",
@@ -26,7 +27,8 @@ ROUND = {
     "mean_log_likelihood",
     "exposure",
     "extraction",
-    "left_out",
+    "overshot",
+    "scored",
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")

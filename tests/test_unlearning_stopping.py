@@ -10,7 +10,7 @@ from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.probes.calibration import Expected
 from pyunlearn.probes.non_members import NonMembers
 from pyunlearn.unlearning.result import VERDICTS
-from pyunlearn.unlearning.stopping import StoppingRule
+from pyunlearn.unlearning.stopping import LEAST_WEIGHT, LEVEL_MARGIN, MAX_OVERSHOOTS, StoppingRule
 
 NON_MEMBERS = np.linspace(2.0, 4.0, 120)  # negative log-likelihoods, nats a token
 
@@ -54,6 +54,32 @@ def test_an_example_is_active_until_its_own_target_is_reached():
     assert stopping.active.tolist() == [1]
 
 
+def test_the_level_at_which_match_ends_is_between_the_target_and_overshooting():
+    """A little below the target; half-way to overshooting where non-members lie close together."""
+    stopping = rule()
+    assert stopping.level == pytest.approx([-(2 + 2 * 2**-NULL_MEAN) - LEVEL_MARGIN] * 3)
+    stopping.current = measured(stopping, stopping.level)
+    assert stopping.unsettled.tolist() == []
+    stopping.current = stopping.with_extraction(stopping.current, np.array([0]), np.array([0.9]))
+    target, overshot = 2 + 2 * 2**-NULL_MEAN, 2 + 2 * 0.95
+    assert stopping.level[:2] == pytest.approx([-(0.2 * target + 0.8 * overshot), -(target + LEVEL_MARGIN)])
+    close = rule(non_members=np.linspace(2.0, 2.1, 120))
+    target, overshot = 2 + 0.1 * 2**-NULL_MEAN, 2 + 0.1 * 0.95
+    assert close.level == pytest.approx([-(target + overshot) / 2] * 3)
+
+
+def test_the_forget_term_fades_as_a_budget_is_used():
+    """By the fourth power of what is left, and not below a hundredth; a gain is no reason to go faster."""
+    stopping = rule(utility_budget=0.1)
+    spread = np.array([1.5, 2.5])
+    for rise, weight in ((-0.2, 1.0), (0.0, 1.0), (0.05, 0.5**4), (0.1, LEAST_WEIGHT), (0.3, LEAST_WEIGHT)):
+        stopping.current = measured(stopping, [-1, -1, -3], spread * (1 + rise))
+        assert stopping.forget_weight == pytest.approx(weight), rise
+    both = rule(utility_budget=0.1, holdout_nll=np.array([2.0, 3.0]), holdout_budget=0.1)
+    both.current = measured(both, [-1, -1, -3], spread * 1.01, holdout=[2.1, 3.15])
+    assert both.forget_weight == pytest.approx(0.5**4)
+
+
 def test_an_exposure_equal_to_the_target_is_reached():
     """Above it by any amount the example is active."""
     exposure = float(rule().measurement(np.array([-2.5, -2.5, -3.0]), np.array([2.0, 2.0])).exposure.lower[0])
@@ -86,14 +112,84 @@ def test_the_rise_is_relative_to_the_mean_and_to_one_nat_at_least():
 
 
 def test_rejection_reasons_come_in_order():
-    """Not finite before utility budget before over-unlearning; None where a round is accepted."""
+    """Not finite before utility budget; None where a round is accepted: no example rejects one."""
     stopping = rule()
     assert stopping.rejection_reason(measured(stopping, [-2.5, -1.0, -3.0])) is None
-    assert stopping.rejection_reason(measured(stopping, [-9.0, -1.0, -3.0])) == "over-unlearning"
+    assert stopping.rejection_reason(measured(stopping, [-9.0, -1.0, -9.0])) is None
     assert stopping.rejection_reason(measured(stopping, [-9.0, -1.0, -3.0], (1.8, 2.5))) == "utility budget"
     for worse in (math.nan, math.inf):
         assert stopping.rejection_reason(measured(stopping, [-9.0, -1.0, -3.0], (1.8, worse))) == "not finite"
         assert stopping.rejection_reason(measured(stopping, [-9.0, -worse, -3.0], (1.8, 2.5))) == "not finite"
+
+
+def accepted(stopping, log_likelihood, scored=(0, 1, 2)):
+    """Accept a round that ends with those log-likelihoods; return how many it settled and unsettled."""
+    return stopping.accept(measured(stopping, log_likelihood), np.array(scored))
+
+
+def test_an_example_that_went_too_far_is_restored():
+    """It is overshot from the last twentieth of the non-members on and until half-way from there to their mean."""
+    stopping = rule()
+    assert accepted(stopping, [-3.95, -1.0, -9.0]) == (0, 1)
+    assert (stopping.active.tolist(), stopping.overshot.tolist()) == ([1], [True, False, False])
+    assert stopping.unsettled.tolist() == [0, 1]
+    assert accepted(stopping, [-3.8, -1.0, -9.0]) == (0, 0)  # no longer in the last twentieth
+    assert stopping.overshot.tolist() == [True, False, False]
+    assert accepted(stopping, [-3.5, -1.0, -9.0]) == (1, 0)
+    assert stopping.unsettled.tolist() == [1]
+    assert accepted(stopping, [-3.8, -3.5, -9.0]) == (1, 0)  # it has not overshot again
+    assert stopping.unsettled.tolist() == []
+    assert accepted(stopping, [-2.0, -3.95, -9.0]) == (0, 1)  # one that rises above the target does not count
+    assert stopping.active.tolist() == [0]
+    assert stopping.overshoots.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("target", [0.0, 0.2, NULL_MEAN, 4.0])
+def test_a_restored_example_is_not_active_again(target):
+    """On its way up there is a level at which it is settled, for any target above 0.08 bits."""
+    stopping = rule(target_exposure=target)
+    seen = []
+    for nll in np.linspace(4.0, 2.0, 400):
+        accepted(stopping, [-nll, -3.1, -3.0])
+        seen.append("overshot" if stopping.overshot[0] else "active" if 0 in stopping.active else "settled")
+    assert [name for i, name in enumerate(seen) if seen[i - 1 : i] != [name]] == (
+        ["overshot", "settled", "active"] if target else ["overshot", "active"]
+    )
+
+
+def test_an_example_that_overshoots_often_is_unlearned_no_further_for_what_is_extracted():
+    """Its likelihood has no room left; the run ends as still extracted."""
+    stopping = rule()
+    for i in range(MAX_OVERSHOOTS):
+        accepted(stopping, [-2.9, -2.9, -3.0])
+        stopping.current = stopping.with_extraction(stopping.current, np.array([0]), np.array([0.9]))
+        assert stopping.active.tolist() == [0], i
+        accepted(stopping, [-3.99, -2.9, -3.0])
+    accepted(stopping, [-2.9, -2.9, -3.0])
+    stopping.current = stopping.with_extraction(stopping.current, np.array([0]), np.array([0.9]))
+    assert stopping.extracted.tolist() == [True, False, False]
+    assert stopping.unsettled.tolist() == []
+
+
+def test_examples_that_were_not_scored_are_stale_and_do_not_count():
+    """What changed in them may be the work of an earlier round."""
+    stopping = rule()
+    accepted(stopping, [-1.0, -1.0, -3.0], scored=[1])
+    assert stopping.stale.tolist() == [True, False, True]
+    assert accepted(stopping, [-9.0, -2.9, -3.0]) == (1, 0)
+    assert not stopping.stale.any()
+    assert stopping.overshot.tolist() == [True, False, False]
+
+
+def test_a_rule_resumes_from_its_scores():
+    """Active, overshot and stale examples and what is extracted are the same."""
+    stopping, resumed = rule(), rule()
+    accepted(stopping, [-2.9, -9.0, -3.0])
+    stopping.current = stopping.with_extraction(stopping.current, np.array([0]), np.array([0.9]))
+    resumed.resume(stopping.scores, np.array([1.5, 2.5]), None)
+    for name in ("active", "unsettled", "overshot", "overshoots", "stale", "extracted"):
+        assert getattr(resumed, name).tolist() == getattr(stopping, name).tolist()
+    assert resumed.budget_used == stopping.budget_used == 0
 
 
 def test_a_rise_equal_to_the_budget_is_accepted():
@@ -121,7 +217,7 @@ def test_the_upper_end_of_the_interval_decides():
 
 
 def test_the_holdout_has_a_budget_of_its_own():
-    """It is tested after the utility budget and before over-unlearning; NaN in it is not finite; None is no budget."""
+    """It is tested after the utility budget; NaN in it is not finite; None is no budget."""
     options = {"holdout_nll": np.array([2.0, 3.0, 4.0]), "holdout_budget": 0.1}
     stopping = rule(**options)
     assert stopping.initial.holdout.upper == 0
@@ -142,13 +238,12 @@ def test_the_holdout_has_a_budget_of_its_own():
         assert [budget.name for budget, _ in free.budgets] == ["utility budget"]
 
 
-def test_an_example_that_began_below_all_non_members_is_not_over_unlearned():
-    """The run has not put it there; another one that falls there rejects the round."""
+def test_an_example_that_was_never_memorized_is_never_restored():
+    """Also where the run made it less likely than all non-members: only the final verdict says so."""
     stopping = rule([-0.1, -9.0, -3.0])
-    assert stopping.rejection_reason(stopping.initial) is None
-    assert stopping.rejection_reason(measured(stopping, [-1.0, -9.5, -3.0])) is None
-    assert stopping.rejection_reason(measured(stopping, [-1.0, -9.0, -9.0])) == "over-unlearning"
-    assert verdicts(stopping) == ["still exposed", "not memorized", "not memorized"]
+    accepted(stopping, [-1.0, -9.5, -9.0])
+    assert stopping.unsettled.tolist() == [0]
+    assert verdicts(stopping) == ["still exposed", "not memorized", "over-unlearned"]
 
 
 def test_each_verdict_is_given():

@@ -193,7 +193,7 @@ def test_secrets_are_forgotten_by_their_important_tokens(story, method, share):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "idk", "token_weights": "importance"}, "method 'idk' reads none: choose from ga, npo"),
+        ({"method": "idk", "token_weights": "importance"}, "method 'idk' reads none: choose from match, ga, npo"),
         (
             {"token_weights": "loss"},
             "must be 'importance', 'reference' or a list of numbers for each forget example, got 'loss'",

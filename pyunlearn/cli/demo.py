@@ -144,15 +144,12 @@ def run(out: Path, *, model: str | None = None, save_model: bool = False, seed: 
     before = _continuations(LanguageModel.of(network, tokenizer), console)
     survivors_before = scored(LanguageModel.of(network, tokenizer), SURVIVE)
 
-    options = 'holdout=holdout, retain=retain, retain_loss="hold", learning_rate=1e-5'
-    console.print(f"\n[bold]pyunlearn.unlearn(model, forget, {options})[/]")
+    console.print("\n[bold]pyunlearn.unlearn(model, forget, holdout=holdout, retain=retain)[/]")
     result = unlearn(
         network,
         list(FORGET.values()),
         holdout=HOLDOUT.read_text(encoding="utf-8").splitlines(),
         retain=[SURVIVE[name] for name in _RETAINED],
-        retain_loss="hold",
-        learning_rate=1e-5,
         tokenizer=tokenizer,
         seed=seed,
     )

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyunlearn.data.examples import SUFFIXES, WANTED, Example, Message
+from pyunlearn.data.examples import WANTED, Example, Message
+from pyunlearn.data.files import SUFFIXES
 from pyunlearn.errors import DataError, missing_packages
 
 __all__ = ["Corpus", "Record", "record_text"]

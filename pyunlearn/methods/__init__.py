@@ -9,6 +9,7 @@ from pyunlearn.methods.hinge import hinge
 from pyunlearn.methods.idk import idk
 from pyunlearn.methods.kl import kl
 from pyunlearn.methods.kto import kto
+from pyunlearn.methods.match import match
 from pyunlearn.methods.npo import npo
 from pyunlearn.methods.pdu import Multiplier, pdu
 from pyunlearn.methods.refusals import REFUSALS
@@ -38,6 +39,7 @@ __all__ = [
     "idk",
     "kl",
     "kto",
+    "match",
     "npo",
     "pdu",
     "resolve",

@@ -20,6 +20,7 @@ from pyunlearn.methods.hinge import hinge
 from pyunlearn.methods.idk import idk
 from pyunlearn.methods.kl import kl
 from pyunlearn.methods.kto import kto
+from pyunlearn.methods.match import match
 from pyunlearn.methods.npo import npo
 from pyunlearn.methods.pdu import pdu
 from pyunlearn.methods.rmu import rmu
@@ -47,6 +48,7 @@ class Method:
         log_likelihood             (n,) log-likelihoods of single tokens, with example (n,), counts (B,), weights (n,)
         *_probability              (B,) mean token probabilities of the two texts of a pair
         model, reference           `Distributions` at the scored rows, with targets (n,), example (n,), counts (B,)
+        level, unseen              (n,) mean log-likelihood of a token's text if it were unseen; (Q,) of unseen tokens
         hidden                     (n, D) hidden states of one layer, with example, counts, direction (D,), norms (B,)
 
     Args:
@@ -57,6 +59,7 @@ class Method:
         pair: role of the text that is scored before the forget text: "refusal", "winner" or "alternate".
         needs_retain: True where the method does not work without a retain set.
         rate: factor on the default learning rate.
+        retain_loss: name of the retain loss that it has by default.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Method:
     pair: str | None = None
     needs_retain: bool = False
     rate: float = 1.0
+    retain_loss: str = "nll"
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -177,6 +181,8 @@ _MULTIPLIER = {"multiplier": 50.0, "multiplier_step_size": 1.0, "multiplier_warm
 METHODS = {
     method.name: method
     for method in (
+        # "nll" learns the retain set by heart, which costs other text at the rates that the loop reaches
+        Method("match", match, "pyunlearn", retain_loss="hold"),
         Method("ga", ga, "arXiv 2210.01504", _SELECT),
         Method("npo", npo, "arXiv 2404.05868"),
         Method("simnpo", simnpo, "arXiv 2410.07163", _SELECT),
@@ -192,8 +198,8 @@ METHODS = {
         Method("wtnpo", wtnpo, "arXiv 2502.19301"),
         Method("satimp", satimp, "arXiv 2505.11953", _TEMPERATURE),
         Method("flat", flat, "arXiv 2410.11143", pair="refusal"),
-        Method("rmu", rmu, "arXiv 2403.03218", _LAYER, rate=10.0),
-        Method("adaptive_rmu", adaptive_rmu, "arXiv 2408.06223", _LAYER, rate=10.0),
+        Method("rmu", rmu, "arXiv 2403.03218", _LAYER, rate=10.0, retain_loss="representation"),
+        Method("adaptive_rmu", adaptive_rmu, "arXiv 2408.06223", _LAYER, rate=10.0, retain_loss="representation"),
         Method("ceu", ceu, "arXiv 2503.01224"),
         Method("undial", undial, "arXiv 2402.10052"),
         Method("kl", kl, "arXiv 2302.09880"),
@@ -205,8 +211,8 @@ METHODS = {
 ALIASES = {"graddiff": ("ga", "nll")} | {f"{name}+{loss}": (name, loss) for loss in ("nll", "kl") for name in METHODS}
 """Compound name, as papers use it -> (forget term, retain loss)."""
 
-SYNONYMS = {"ce-u": "ceu"}
-"""Other spelling of a forget term's name -> name."""
+SYNONYMS = {"auto": "match", "ce-u": "ceu"}
+"""Other name of a forget term -> name."""
 
 _EDITS = {"lunar": "pyunlearn.edits.lunar(model, forget, retain=retain)"}
 
@@ -222,8 +228,7 @@ def resolve(
 
     Args:
         name: a forget term, with or without "+nll" or "+kl"; "graddiff" is ga+nll.
-        retain_loss: a name in `methods.retain`, None, or "auto": the default, nll or the method's own, if there is a
-            retain set.
+        retain_loss: a name in `methods.retain`, None, or "auto": the method's default, if there is a retain set.
         has_retain: True where there is a retain set.
         options: the method's options, checked here.
         has_reference: True where a reference model other than the original one is passed.
@@ -257,7 +262,7 @@ def resolve(
         retain_loss = "hold" if retain_loss == "hold" else implied
     method = METHODS[key]
     if retain_loss == "auto":
-        retain_loss = ("representation" if method.kind == "hidden" else "nll") if has_retain else None
+        retain_loss = method.retain_loss if has_retain else None
     _check_retain_loss(method, name, retain_loss, has_retain)
     direction = (options or {}).get("direction", "away")
     if key == "kl" and not has_reference and (retain_loss != "nll" or direction != "away"):

@@ -28,11 +28,12 @@ from pyunlearn.unlearning.budget import budget_notes
 from pyunlearn.unlearning.checkpoint import Checkpoint, checkpoint_path, sampled_texts
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.distributed import Processes, make_accelerator
+from pyunlearn.unlearning.endings import advice
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
-from pyunlearn.unlearning.loop import ascend, measure
+from pyunlearn.unlearning.loop import ascend, resume_scores
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.preferences import substitutes_for
-from pyunlearn.unlearning.result import ExampleResult, Result, Utility, document_notes
+from pyunlearn.unlearning.result import PASSED, ExampleResult, Result, Utility, document_notes
 from pyunlearn.unlearning.setup import Session, setup
 from pyunlearn.unlearning.token_weights import check_token_weights
 
@@ -60,10 +61,10 @@ def unlearn(
     were written for this package, each score less that of a reference model if there is one. *Memorized* are those that
     stand out, at a false discovery rate over all of them.
     They are made less likely step by step, each until its anchored generalized exposure
-    (`pyunlearn.metrics.generalized_exposure`) is that of non-members and no more of it is extracted. A round that
-    may exceed the budget of the utility set or of the holdout (the upper end of the rise's interval decides), or makes
-    an example less likely than non-members, is rolled back and the learning rate is halved. So the returned model is
-    the best state within the budgets.
+    (`pyunlearn.metrics.generalized_exposure`) is that of non-members and no more of it is extracted; one that went too
+    far is trained on until it is back. A round that may exceed the budget of the utility set or of the holdout (the
+    upper end of the rise's interval decides) is rolled back. The learning rate doubles while rounds are cheap, and is
+    halved where they are not. So the returned model is the last state within the budgets.
 
     Args:
         model: a transformers causal or encoder-decoder language model (PEFT-wrapped or not), or a path, a .gguf file or
@@ -110,9 +111,8 @@ def unlearn(
     require_tokenizer("tokenizer", tokenizer)
     require_mask(config.mask)
     options = dict(config.method_options or {})
-    method, retain_loss = resolve(
-        config.method, config.retain_loss, retain is not None, options, reference_model is not None
-    )
+    given = (retain is not None, options, reference_model is not None)
+    method, retain_loss = resolve(config.method, config.retain_loss, *given)
     _check_together(config, method, retain, reference_model)
     if output_dir is not None:
         check_output(output_dir)
@@ -124,8 +124,7 @@ def unlearn(
         if role == "forget" or source is not None
     }
     examples, notes = check_texts(examples)
-    if retain is None and config.retain_loss == "auto" and any(e.forget for e in examples["forget"]):
-        retain_loss = retain_loss or ("representation" if method.kind == "hidden" else "hold")
+    retain_loss = retain_loss or _loss_on_rests(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     texts = render(lm, examples, config.template, truncate=config.truncate)
@@ -162,8 +161,7 @@ def unlearn(
     inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
     inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
     result = _result(session, config, trained, texts, stopped, inputs)
-    result.notes = notes + _notes(session, texts, result, config.false_discovery_rate)
-    result.notes += _rests_note(session, texts, retain_loss) + document_notes(result.documents)
+    result.notes = notes + _notes(session, texts, result, config)
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
             result.save(output_dir)
@@ -200,11 +198,18 @@ def _check_together(config: UnlearnConfig, method: Method, retain: Any, referenc
         )
 
 
+def _loss_on_rests(config: UnlearnConfig, method: Method, examples: dict[str, list[Example]]) -> str | None:
+    """Return the retain loss without a retain set: it holds the rest of texts of which strings are forgotten."""
+    if "retain" in examples or config.retain_loss != "auto" or not any(e.forget for e in examples["forget"]):
+        return None
+    return "hold" if method.retain_loss == "nll" else method.retain_loss
+
+
 def _fingerprint(config: UnlearnConfig, session: Session) -> dict[str, Any]:
     """Return the settings and scores in which a run that resumes from a checkpoint must agree."""
     settings = config.fixed() | {"mask": digest_of(config.mask)}
     if config.l1:
-        settings["max_steps"] = config.max_steps  # at which its strength reaches 0
+        settings["max_steps"] = session.max_steps  # at which its strength reaches 0
     return settings | {name: values.tolist() for name, values in session.scores.items()}
 
 
@@ -226,9 +231,7 @@ def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resu
         optimizer = session.accelerator.prepare_optimizer(weights.optimizer)
         if resume:
             checkpoint.load(weights, session.state)
-            session.stopping.current = measure(session)
-            for record in session.state.history:
-                session.stopping.overshot[record.get("left_out", [])] = True
+            resume_scores(session)
         return ascend(session, weights, optimizer, config, checkpoint, interrupt, bar)
 
 
@@ -258,16 +261,29 @@ def _result(
     )
 
 
-def _notes(session: Session, texts: RenderedTexts, result: Result, rate: float) -> list[str]:
-    """Return what is to be noted on the rendering, the texts, the evidence and the budgets, one sentence each."""
+def _notes(session: Session, texts: RenderedTexts, result: Result, config: UnlearnConfig) -> list[str]:
+    """Return notes on the rendering, the texts, the evidence and the end of the run, one sentence each."""
+    stopping = session.stopping
     memorized = any(e.verdict != "not memorized" for e in result.examples)
-    evidence = evidence_notes(session.stopping.non_members, [e.verdict for e in result.examples], rate=rate)
-    budgets = [budget for budget, _ in session.stopping.budgets]
-    notes = texts.notes(memorized=memorized) + session.texts.utility.notes + evidence
-    return notes + budget_notes(result.stopped, result.history, budgets)
+    verdicts, rate = [e.verdict for e in result.examples], config.false_discovery_rate
+    notes = texts.notes(memorized=memorized) + session.texts.utility.notes
+    notes += evidence_notes(stopping.non_members, verdicts, rate=rate)
+    ending = budget_notes(result.stopped, result.history, [budget for budget, _ in stopping.budgets])
+    left = [i for i in np.flatnonzero(stopping.memorized).tolist() if verdicts[i] not in PASSED]
+    notes += ending or advice(
+        result.stopped,
+        left=left,
+        memorized=int(stopping.memorized.sum()),
+        visits=float(session.state.visits[stopping.memorized].mean()) if stopping.memorized.any() else 0.0,
+        budget_used=stopping.budget_used,
+        limit=config.max_steps,
+        has_retain=session.texts.retain is not None,
+        method=session.forget_term.method.name,
+    )
+    return notes + _rests_note(session, texts) + document_notes(result.documents)
 
 
-def _rests_note(session: Session, texts: RenderedTexts, retain_loss: str | None) -> list[str]:
+def _rests_note(session: Session, texts: RenderedTexts) -> list[str]:
     """Return a sentence on what becomes of the rest of the texts of which only strings are forgotten."""
     if not texts.encoded.rests:
         return []
@@ -275,7 +291,7 @@ def _rests_note(session: Session, texts: RenderedTexts, retain_loss: str | None)
         return ['What stands around the strings in "forget" was not held, since there is no retain loss.']
     return [
         'What stands around the strings in "forget" was held: each step on a text also takes the rest of it in the '
-        f'retain loss "{retain_loss}".'
+        f'retain loss "{session.retain_term.loss}".'
     ]
 
 

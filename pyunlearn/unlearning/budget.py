@@ -23,11 +23,17 @@ class Rise(NamedTuple):
     estimate: float
     interval: tuple[float, float] | None
     """95 % interval over the texts; None for one text."""
+    of_losses: float = math.inf
+    """Upper end of the interval of the mean loss, in which a gain counts as 0."""
 
     @property
     def upper(self) -> float:
-        """Upper end of the interval, which a budget bounds; of one text the rise itself."""
-        return self.estimate if self.interval is None else self.interval[1]
+        """Upper end of the interval, or of that of the losses if smaller, which a budget bounds; of one text the rise.
+
+        The rise is at most the mean loss. So texts that became likelier, which widen the interval, are no reason to end
+        a run.
+        """
+        return self.estimate if self.interval is None else min(self.interval[1], self.of_losses)
 
 
 class Budget(NamedTuple):
@@ -66,7 +72,8 @@ class Budget(NamedTuple):
             return Rise(estimate, None)
         errors = after - before - (estimate * before if scale > self.least else 0)
         _, low, high = mean_interval(estimate + (errors - errors.mean()) / scale)
-        return Rise(estimate, (low, high))
+        _, _, of_losses = mean_interval(np.maximum(after - before, 0) / scale)
+        return Rise(estimate, (low, high), of_losses)
 
     def exceeded(self, rise: Rise) -> bool:
         """Return whether the upper end of the rise's interval is above the budget."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import Multiplier
 from pyunlearn.unlearning.optimizer import TrainedWeights
+from pyunlearn.unlearning.step_size import StepSize
 
 
 @dataclass
@@ -27,8 +28,10 @@ class LoopState:
     """PDU's dual variable."""
     step: int = 0
     round_number: int = 0
-    halvings: int = 0
-    """Number of halvings of the learning rate."""
+    step_size: StepSize = field(default_factory=StepSize)
+    """The learning rate, relative to its start."""
+    scores: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """The examples' numbers after the last accepted round, see `StoppingRule.scores`; empty before."""
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def snapshot(self) -> tuple[NDArray[np.int64], Multiplier | None]:
@@ -64,7 +67,8 @@ class Checkpoint:
         progress = {
             "step": state.step,
             "round": state.round_number,
-            "halvings": state.halvings,
+            "step_size": tuple(state.step_size),
+            "scores": {name: values.tolist() for name, values in state.scores.items()},
             "fingerprint": self.fingerprint,
             "history": json.dumps(state.history),
             "visits": state.visits.tolist(),
@@ -89,7 +93,9 @@ class Checkpoint:
         progress = saved["progress"]
         require_same(self.path, progress["fingerprint"], self.fingerprint)
         weights.load_state_dict(saved)
-        state.step, state.round_number, state.halvings = progress["step"], progress["round"], progress["halvings"]
+        state.step, state.round_number = progress["step"], progress["round"]
+        state.step_size = StepSize(*progress["step_size"])
+        state.scores = {name: np.array(values) for name, values in progress["scores"].items()}
         state.history = json.loads(progress["history"])
         multiplier = progress["multiplier"]
         state.restore((np.array(progress["visits"]), multiplier and Multiplier(**multiplier)))

@@ -57,7 +57,8 @@ class LoopConfig(Config):
         Choice(RETAIN_LOSSES),
         "Loss on the retain set: nll trains on it; kl preserves the reference model's distribution at each of its "
         "tokens; hold only reverses a rise of its negative log-likelihood; representation (rmu, adaptive_rmu) "
-        "preserves its hidden states; none; auto: the method's own term, or else nll, where there is a retain set.",
+        "preserves its hidden states; none; auto: where there is a retain set, representation for rmu and "
+        "adaptive_rmu, nll for all others, but hold for match, the default, if the set is not known by heart.",
         group="Method",
         optional=True,
         fixed=True,
@@ -66,7 +67,8 @@ class LoopConfig(Config):
     learning_rate: float | None = option(
         None,
         Number(above=0, below=1),
-        "Learning rate of AdamW. Default: 5e-6, for adapters (PEFT) 1e-4, and ten times that for idk, rmu and "
+        "Learning rate of AdamW at the start; it doubles while rounds are cheap, up to 64 times, and is halved where "
+        "they are not. Default: 5e-6, for adapters (PEFT) 1e-4, and ten times that for idk, rmu and "
         "adaptive_rmu.",
         fixed=True,
     )
@@ -102,7 +104,11 @@ class LoopConfig(Config):
         group="Method",
         fixed=True,
     )
-    max_steps: int = option(200, Whole(0), "Largest number of optimizer steps.")
+    max_steps: int | None = option(
+        None,
+        Whole(0),
+        "Largest number of optimizer steps. Default: 64 for each batch_size memorized examples, and 200 at least.",
+    )
     target_exposure: float = option(
         MEAN_OF_NON_MEMBERS,
         Number(0, below=round(MEMORIZED, 2)),
@@ -183,11 +189,10 @@ class UnlearnConfig(LoopConfig):
     """
 
     method: str = option(
-        "wga",
+        "auto",
         Text('the name of a method, such as "ga"'),
-        "The unlearning method; `pyunlearn methods` lists them. The default ascends most on the tokens that are still "
-        "likely, so that a text's tokens come down together. With a retain set also graddiff, npo+nll, simnpo+kl and "
-        "others.",
+        "The unlearning method; `pyunlearn methods` lists them. auto is match, which gives the tokens of a text the "
+        "likelihoods that tokens of unseen text have. With a retain set also graddiff, npo+nll, simnpo+kl and others.",
         group="Method",
         fixed=True,
     )

@@ -1,7 +1,8 @@
 """Training loop: ascend on memorized examples and stop each at the level of text that was not trained on.
 
-A round takes every active example once (16 optimizer steps at most), then scores the forget set and the texts of the
-budgets. A round that may exceed a budget or over-unlearns an example is rolled back, and the learning rate is halved.
+A round takes every active example once (16 optimizer steps at most) and trains on those that went too far, then scores
+these, some others and the texts of the budgets. A round that may exceed a budget is rolled back. The learning rate
+grows while rounds are cheap and is halved where they are not, see `step_size`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,11 @@ from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, finite
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.schedule import Schedule
 from pyunlearn.unlearning.setup import Session
+from pyunlearn.unlearning.step_size import StepSize
 from pyunlearn.unlearning.stopping import Measurement
 
+Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
-
-MAX_HALVINGS = 6
-"""Largest number of halvings of the learning rate before a run ends."""
 
 CHECKPOINT_SECONDS = 300
 """Least time between two checkpoints."""
@@ -73,46 +73,31 @@ def ascend(
         weights,
         optimizer,
     )
-    weights.set_learning_rate(learning_rate / 2**state.halvings)
+    weights.set_learning_rate(state.step_size.rate(learning_rate))
     rejection_reason: str | None = None
     last_saved = time.monotonic()
     snapshot = state.snapshot()
     try:
-        while state.step < config.max_steps and state.halvings <= MAX_HALVINGS:
-            round_batches = schedule.round_batches(stopping.active, state.round_number, config.max_steps - state.step)
+        while state.step < session.max_steps and not state.step_size.exhausted:
+            steps_left = session.max_steps - state.step
+            round_batches = schedule.round_batches(stopping.unsettled, state.round_number, steps_left)
             if not round_batches:
                 break
-            records: list[dict[str, Any]] = []
             snapshot = state.snapshot()
-            for forget_indices in round_batches:
-                step = state.step + len(records)
-                started = time.perf_counter()
-                l1 = config.l1 * (1 - step / config.max_steps)
-                record = optimizer_step(parts, forget_indices, step, max_grad_norm=config.max_grad_norm, l1=l1)
-                state.visits[forget_indices] += 1
-                interrupt.check()
-                step_record = {
-                    "step": step + 1,
-                    "round": state.round_number,
-                    "examples": [int(i) for i in forget_indices],
-                    **record,
-                    "learning_rate": learning_rate / 2**state.halvings,
-                    "seconds": time.perf_counter() - started,
-                }
-                records.append(step_record)
-
-            measurement = measure(session)
-            rejection_reason, left_out = stopping.rejection_reason(measurement), []
+            records = _round(session, parts, round_batches, config, interrupt)
+            taken = np.concatenate(round_batches)
+            scored = schedule.scored(taken, len(session.texts.forget), state.round_number)
+            measurement = measure(session, scored)
+            rejection_reason = stopping.rejection_reason(measurement)
             if rejection_reason is None:
                 weights.accept()
-                stopping.current = measurement
+                state.step_size = _accept(session, measurement, scored, taken)
             else:
                 weights.rollback()
-                left_out = stopping.leave_out(measurement) if state.halvings else []  # first try a smaller rate
-                state.halvings += not left_out  # without them the round may succeed at this rate
-                weights.set_learning_rate(learning_rate / 2**state.halvings)
+                state.step_size = state.step_size.after(accepted=False)
                 state.restore(snapshot)
-            records[-1] |= _round_record(session, measurement, rejection_reason) | {"left_out": left_out}
+            weights.set_learning_rate(state.step_size.rate(learning_rate))
+            records[-1] |= _round_record(session, measurement, scored, rejection_reason)
             state.step, state.round_number = state.step + len(records), state.round_number + 1
             state.history += records
             snapshot = state.snapshot()
@@ -126,17 +111,84 @@ def ascend(
         state.restore(snapshot)
         if session.processes.is_main:
             checkpoint.save(weights, state)
+        refresh(session)
         return "interrupted"
+    refresh(session)
     if not stopping.memorized.any():
         return "nothing memorized"
-    if not stopping.active.size:
+    if not stopping.unsettled.size:
         reached = NO_LIKELIER if stopping.non_members.grade == "self-sampled" else "forgotten"
         return "still extracted" if stopping.extracted.any() else reached
-    return rejection_reason if state.halvings > MAX_HALVINGS and rejection_reason else "max_steps"
+    return rejection_reason if state.step_size.exhausted and rejection_reason else "max_steps"
+
+
+def _round(
+    session: Session,
+    parts: StepParts,
+    round_batches: list[Indices],
+    config: LoopConfig,
+    interrupt: DeferredInterrupt,
+) -> list[dict[str, Any]]:
+    """Take the optimizer steps of a round; return their records for the history."""
+    state, overshot = session.state, session.stopping.overshot
+    parts.forget_term.aim(session.stopping.level)
+    records: list[dict[str, Any]] = []
+    for indices in round_batches:
+        step = state.step + len(records)
+        started = time.perf_counter()
+        restored = indices[overshot[indices]]
+        record = optimizer_step(
+            parts,
+            indices[~overshot[indices]],
+            step,
+            max_grad_norm=config.max_grad_norm,
+            l1=config.l1 * (1 - step / session.max_steps),
+            forget_weight=session.stopping.forget_weight,
+            restored=restored,
+        )
+        state.visits[indices] += 1
+        interrupt.check()
+        step_record = {
+            "step": step + 1,
+            "round": state.round_number,
+            "examples": [int(i) for i in indices],
+            "restored": [int(i) for i in restored],
+            **record,
+            "learning_rate": state.step_size.rate(config.learning_rate or 0.0),
+            "seconds": time.perf_counter() - started,
+        }
+        records.append(step_record)
+    return records
+
+
+def _accept(session: Session, measurement: Measurement, scored: Indices, taken: Indices) -> StepSize:
+    """Take the measurement of an accepted round as the present state; return the step size of the next round."""
+    state, stopping = session.state, session.stopping
+    used_before, before = stopping.budget_used, stopping.current.log_likelihood
+    settled, unsettled = stopping.accept(measurement, scored)
+    step_size = state.step_size.after(
+        accepted=True,
+        budget_used=stopping.budget_used,
+        round_cost=stopping.budget_used - used_before,
+        moved=float(np.abs(measurement.log_likelihood - before)[taken].mean()),
+        settled=settled,
+        unsettled=unsettled,
+    )
+    if not stopping.unsettled.size:
+        refresh(session)
+    state.scores = stopping.scores
+    return step_size
 
 
 def optimizer_step(
-    parts: StepParts, forget_indices: Indices, step: int, *, max_grad_norm: float, l1: float = 0.0
+    parts: StepParts,
+    forget_indices: Indices,
+    step: int,
+    *,
+    max_grad_norm: float,
+    l1: float = 0.0,
+    forget_weight: float = 1.0,
+    restored: Indices | None = None,
 ) -> dict[str, float | None]:
     """Take one optimizer step on some forget examples and the retain examples of step number `step`.
 
@@ -146,11 +198,15 @@ def optimizer_step(
         step: number of the step, from 0, which selects the retain examples.
         max_grad_norm: gradients are clipped to this norm.
         l1: strength of the l1 penalty in this step.
+        forget_weight: factor on the forget loss.
+        restored: overshot examples, which the step brings back.
 
     Returns:
         The step's record for the history: forget_loss, the retain loss, gradient_norm.
     """
     accelerator, processes, schedule, forget_term, retain_term, weights, optimizer = parts
+    restored = np.empty(0, dtype=np.int64) if restored is None else restored
+    examples = len(forget_indices) + len(restored)
     # ------------------------------------------------------------------------------------------------
     optimizer.zero_grad()
 
@@ -158,14 +214,20 @@ def optimizer_step(
     forget_loss = 0.0
     for micro_batch in schedule.micro_batches(processes.shard(forget_indices)):
         with accelerator.autocast():
-            loss = forget_term(micro_batch) / len(forget_indices)
-        accelerator.backward(loss)
+            loss = forget_term(micro_batch) / examples
+        accelerator.backward(forget_weight * loss)
         forget_loss += loss.item()
+
+    # overshot examples
+    for micro_batch in schedule.micro_batches(processes.shard(restored)):
+        with accelerator.autocast():
+            loss = forget_term.restore(micro_batch) / examples
+        accelerator.backward(loss)
 
     # retain term
     retain_batch, retain_total = None, 0.0
     if retain_term.active:
-        retain_batch = retain_term.batch(schedule.retain_indices(step), forget_indices)
+        retain_batch = retain_term.batch(schedule.retain_indices(step), [*forget_indices, *restored])
     if retain_batch is not None:
         for micro_batch in schedule.micro_batches(processes.shard(retain_batch.indices)):
             with accelerator.autocast():
@@ -186,30 +248,72 @@ def optimizer_step(
     return losses | {"gradient_norm": finite(float(gradient_norm))}
 
 
-def measure(session: Session) -> Measurement:
-    """Score the forget set and the budgets' texts; when all exposures are at the target, measure extraction too."""
+def measure(session: Session, indices: Indices) -> Measurement:
+    """Score the forget examples at `indices` and the budgets' texts; the other examples keep their numbers."""
     scorer, texts, stopping = session.scorer, session.texts, session.stopping
-    log_likelihood = scorer.mean_log_likelihood(texts.forget)
+    log_likelihood, extraction = _rescored(session, indices)
     utility = -scorer.mean_log_likelihood(texts.utility.tokens)
     holdout = -scorer.mean_log_likelihood(texts.holdout) if texts.holdout else None
-    measurement = stopping.measurement(log_likelihood, utility, holdout)
-    near = stopping.near_target(measurement)
-    if not (near.size and stopping.all_near_target(measurement)):
+    return _extraction(session, stopping.measurement(log_likelihood, utility, holdout, extraction))
+
+
+def resume_scores(session: Session) -> None:
+    """Continue the stopping rule from the scores of the checkpoint that was loaded."""
+    scorer, texts = session.scorer, session.texts
+    if session.state.scores:
+        utility = -scorer.mean_log_likelihood(texts.utility.tokens)
+        holdout = -scorer.mean_log_likelihood(texts.holdout) if texts.holdout else None
+        session.stopping.resume(session.state.scores, utility, holdout)
+
+
+def refresh(session: Session) -> None:
+    """Score the examples that were not scored under the present weights, so that all numbers are theirs."""
+    stopping = session.stopping
+    stale = np.flatnonzero(stopping.stale)
+    if not stale.size:
+        return
+    log_likelihood, extraction = _rescored(session, stale)
+    stopping.refresh(_extraction(session, stopping.rescored(log_likelihood, extraction)), stale)
+
+
+def _rescored(session: Session, indices: Indices) -> tuple[Floats, Floats]:
+    """Return (B,) log-likelihoods and extractions, of the examples at `indices` new and not yet measured."""
+    current = session.stopping.current
+    log_likelihood, extraction = current.log_likelihood.copy(), current.extraction.copy()
+    log_likelihood[indices] = session.scorer.mean_log_likelihood([session.texts.forget[i] for i in indices])
+    extraction[indices] = np.nan
+    return log_likelihood, extraction
+
+
+def _extraction(session: Session, measurement: Measurement) -> Measurement:
+    """Add what is extracted of the examples of which it is not known, when all exposures are at the target."""
+    stopping = session.stopping
+    if not stopping.all_near_target(measurement):
         return measurement
-    return stopping.with_extraction(measurement, near, scorer.greedy_match([texts.forget[i] for i in near]))
+    near = stopping.near_target(measurement)
+    unknown = near[np.isnan(measurement.extraction[near])]
+    extracted = session.scorer.greedy_match([session.texts.forget[i] for i in unknown])
+    return stopping.with_extraction(measurement, unknown, extracted)
 
 
-def _round_record(session: Session, measurement: Measurement, rejection_reason: str | None) -> dict[str, Any]:
+def _round_record(
+    session: Session, measurement: Measurement, scored: Indices, rejection_reason: str | None
+) -> dict[str, Any]:
     """Return the record of a round for the history."""
+    stopping = session.stopping
+    if rejection_reason is None:
+        measurement = stopping.current
     return {
         "accepted": rejection_reason is None,
         "rejection_reason": rejection_reason,
-        "active": len(session.stopping.active),
+        "active": len(stopping.active),
+        "overshot": int(stopping.overshot.sum()),
         **_rise_record("utility", measurement.utility),
         **_rise_record("holdout", measurement.holdout),
-        "mean_log_likelihood": [finite(x) for x in measurement.log_likelihood],
-        "exposure": [finite(x) for x in measurement.exposure.lower],
-        "extraction": [finite(x) for x in measurement.extraction],
+        "scored": [int(i) for i in scored],
+        "mean_log_likelihood": [finite(x) for x in measurement.log_likelihood[scored]],
+        "exposure": [finite(x) for x in measurement.exposure.lower[scored]],
+        "extraction": [finite(x) for x in measurement.extraction[scored]],
     }
 
 
@@ -222,6 +326,6 @@ def _rise_record(name: str, rise: Rise | None) -> dict[str, float | None]:
 def _show(session: Session, bar: Progress) -> None:
     """Update the progress bar."""
     state, stopping = session.state, session.stopping
-    memorized, active = int(stopping.memorized.sum()), len(stopping.active)
+    memorized, left = int(stopping.memorized.sum()), len(stopping.unsettled)
     costs = [(budget.name.split()[0], rise.upper, budget.allowed) for budget, rise in stopping.budgets]
-    bar.update(state.step, memorized, active, costs, state.halvings)
+    bar.update(state.step, session.max_steps, memorized, left, costs, state.step_size.exponent)

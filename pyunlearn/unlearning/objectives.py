@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyunlearn.data import TokenBatch, Tokens
 from pyunlearn.methods import Method, Multiplier
+from pyunlearn.methods.match import match
 from pyunlearn.methods.reduction import token_means
 from pyunlearn.methods.retain import retain_hold, retain_kl, retain_nll, retain_representation
 from pyunlearn.models.language_model import LanguageModel
@@ -21,6 +22,13 @@ from pyunlearn.unlearning.reference import Reference
 from pyunlearn.unlearning.representation import RepresentationTarget
 
 Floats = NDArray[np.float64]
+
+
+class Unseen(NamedTuple):
+    """Log-likelihoods that the forget texts would have if they were unseen, nats."""
+
+    level: Floats  # (B,) mean per token at which each text is to end
+    tokens: Floats  # (Q,) of tokens of the non-members, ascending
 
 
 class ForgetTerm:
@@ -34,6 +42,7 @@ class ForgetTerm:
         reference: the reference model's numbers.
         weights: (T,) token weights of each forget text, or None.
         target: the layer, for methods on hidden states.
+        unseen: log-likelihoods of unseen text, for `match` and for `restore`.
         visits: (B,) steps that took each example so far, counted by the loop; they select the alternate of a step.
     """
 
@@ -47,16 +56,33 @@ class ForgetTerm:
         reference: Reference,
         weights: Sequence[Floats] | None = None,
         target: RepresentationTarget | None = None,
+        unseen: Unseen | None = None,
         visits: NDArray[np.int64],
     ) -> None:
         self.lm, self.method, self.options, self.texts = lm, method, options, texts
-        self.reference, self.weights, self.target, self.visits = reference, weights, target, visits
+        self.reference, self.weights, self.target = reference, weights, target
+        self.unseen, self.visits = unseen, visits
         loss = {"vocabulary": self._on_distributions, "hidden": self._on_hidden_states}
         self._loss: Callable[[list[int]], Tensor] = loss.get(method.kind, self._on_log_likelihoods)
 
     def __call__(self, indices: list[int]) -> Tensor:
         """Return () the sum of the losses of the forget examples at `indices`, differentiable."""
         return self._loss(indices)
+
+    def aim(self, level: Floats) -> None:
+        """Set the (B,) mean log-likelihoods at which the texts are to end, nats a token."""
+        if self.unseen is not None:
+            self.unseen = self.unseen._replace(level=level)
+
+    def restore(self, indices: list[int]) -> Tensor:
+        """Return () the sum of the examples' losses of `match`, which bring back those that went too far."""
+        batch = self.lm.collate(self.texts["forget"], indices)
+        level, unseen = self._level(indices, batch), self._unseen()
+
+        def loss(log_likelihood: Tensor, example: Tensor, counts: Tensor, level: Tensor) -> Tensor:
+            return match(log_likelihood, example, counts, level, unseen, reduction="none")
+
+        return self.lm.likelihood.token_objective(batch, loss, level).loss
 
     def _on_log_likelihoods(self, indices: list[int]) -> Tensor:
         """Compute the loss of a method on summed log-likelihoods or on those of single tokens."""
@@ -74,12 +100,17 @@ class ForgetTerm:
         likelihood = self.lm.likelihood
 
         if method.token:
+            per_token = {"reference": reference_values} | ({} if weights is None else {"weights": weights})
+            constants = {}
+            if "unseen" in method.inputs:
+                per_token["level"], constants["unseen"] = self._level(indices, batch), self._unseen()
 
-            def token_loss(*tensors: Tensor) -> Tensor:
-                return method.loss(token_tensors(*tensors), self.options)
+            def token_loss(log_likelihood: Tensor, example: Tensor, counts: Tensor, *values: Tensor) -> Tensor:
+                named = dict(zip(per_token, values, strict=True)) | constants
+                return method.loss(token_tensors(log_likelihood, example, counts, **named), self.options)
 
-            per_token = (reference_values,) if weights is None else (reference_values, weights)
-            return likelihood.token_objective(batch, token_loss, *per_token, group_size=group_size, **selection).loss
+            values = per_token.values()
+            return likelihood.token_objective(batch, token_loss, *values, group_size=group_size, **selection).loss
 
         def loss(*tensors: Tensor) -> Tensor:
             return method.loss(example_tensors(method, *tensors), self.options)
@@ -106,6 +137,17 @@ class ForgetTerm:
         assert self.target is not None
         return self.target.forget_loss(indices)
 
+    def _level(self, indices: Sequence[int], batch: TokenBatch) -> Tensor:
+        """Return (n,) the mean log-likelihood at which each token's text is to end, nats."""
+        assert self.unseen is not None
+        level = torch.as_tensor(self.unseen.level[list(indices)], dtype=torch.float32, device=self.lm.device)
+        return level[batch.example]
+
+    def _unseen(self) -> Tensor:
+        """Return (Q,) log-likelihoods of tokens of unseen text, nats."""
+        assert self.unseen is not None
+        return torch.as_tensor(self.unseen.tokens, dtype=torch.float32, device=self.lm.device)
+
     def _weights(self, rows: Sequence[tuple[str, int]], tokens: Sequence[Tokens]) -> Tensor | None:
         """Return (n,) token weights of the texts, 1 in all but the forget texts; None without token weights."""
         if self.weights is None:
@@ -124,6 +166,11 @@ class ForgetTerm:
         return i * count + int(self.visits[i]) % count
 
 
+def token_quantiles(log_likelihoods: Sequence[Floats], count: int = 512) -> Floats:
+    """Return (count,) evenly spaced quantiles of the tokens' log-likelihoods in all texts, ascending."""
+    return np.quantile(np.concatenate(log_likelihoods), (np.arange(count) + 0.5) / count)
+
+
 def example_tensors(method: Method, forget: Tensor, lengths: Tensor, reference: Tensor) -> dict[str, Tensor]:
     """Name the tensors of a loss on summed log-likelihoods, (B,), or (B, 2) for the two texts of a pair."""
     if not method.pairs:
@@ -137,11 +184,11 @@ def example_tensors(method: Method, forget: Tensor, lengths: Tensor, reference: 
 
 
 def token_tensors(
-    log_likelihood: Tensor, example: Tensor, counts: Tensor, reference: Tensor, weights: Tensor | None = None
+    log_likelihood: Tensor, example: Tensor, counts: Tensor, reference: Tensor, **others: Tensor
 ) -> Mapping[str, Any]:
     """Name the tensors of a loss on single tokens."""
     tensors = {"log_likelihood": log_likelihood, "example": example, "counts": counts, "reference": reference}
-    return _TokenTensors(tensors | ({} if weights is None else {"weights": weights}))
+    return _TokenTensors(tensors | others)
 
 
 class _TokenTensors(dict[str, Any]):

@@ -16,6 +16,17 @@ Indices = NDArray[np.int64]
 STEPS_PER_ROUND = 16
 """Largest number of optimizer steps between two evaluations."""
 
+SCORED_OTHERS = 64
+"""Largest number of forget examples that are scored after a round which did not take them."""
+
+VISITS, LEAST_STEPS = 64, 200
+"""Default of max_steps: optimizer steps for each memorized example on average, and the least number."""
+
+
+def resolved_steps(max_steps: int | None, memorized: int, batch_size: int) -> int:
+    """Return the largest number of optimizer steps of a run."""
+    return max(LEAST_STEPS, VISITS * -(-memorized // batch_size)) if max_steps is None else max_steps
+
 
 class Schedule:
     """Order in which a run visits its examples. It depends on the seed alone: a resumed run visits the same ones.
@@ -53,6 +64,18 @@ class Schedule:
         ordered = in_order(active, self.order, self.difficulty, (self.seed, round_number))
         steps = [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
         return steps[: min(STEPS_PER_ROUND, steps_left)]
+
+    def scored(self, taken: Indices, examples: int, round_number: int) -> Indices:
+        """Return the sorted examples to score after a round: those that it took, and evenly spaced others.
+
+        Args:
+            taken: the examples of the round.
+            examples: size of the forget set.
+            round_number: number of the round; the rounds take the others in turn.
+        """
+        others = np.setdiff1d(np.arange(examples), taken)
+        stride = max(1, -(-len(others) // SCORED_OTHERS))
+        return np.union1d(taken, others[round_number % stride :: stride])
 
     def retain_indices(self, step: int) -> list[int]:
         """Return the retain examples of a step: an epoch takes each once, shuffled again for the next."""

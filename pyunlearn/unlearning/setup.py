@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pyunlearn.data import Tokens
 from pyunlearn.errors import TrainingError
-from pyunlearn.methods import Method
+from pyunlearn.methods import Method, Multiplier
 from pyunlearn.metrics.stein import ksd_difficulty
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import Likelihood
@@ -29,14 +29,14 @@ from pyunlearn.progress import Progress
 from pyunlearn.unlearning.checkpoint import LoopState
 from pyunlearn.unlearning.config import LoopConfig
 from pyunlearn.unlearning.distributed import Processes
-from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, multiplier_of
+from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, Unseen, multiplier_of, token_quantiles
 from pyunlearn.unlearning.preferences import alternates_of
 from pyunlearn.unlearning.reference import Reference, cached_states, reference_on_device
 from pyunlearn.unlearning.representation import RepresentationTarget
-from pyunlearn.unlearning.schedule import Schedule, check_difficulty
+from pyunlearn.unlearning.schedule import Schedule, check_difficulty, resolved_steps
 from pyunlearn.unlearning.stopping import StoppingRule
 from pyunlearn.unlearning.token_weights import token_weights_of
-from pyunlearn.unlearning.utility_set import UtilitySet, evenly_spaced, non_members_as_utility_set, split_retain
+from pyunlearn.unlearning.utility_set import UtilitySet, evenly_spaced, non_members_as_utility_set, retain_texts
 
 Floats = NDArray[np.float64]
 _CORPUS = 256  # retain examples in the Stein discrepancy
@@ -61,6 +61,7 @@ class Session(NamedTuple):
     texts: Texts
     stopping: StoppingRule
     schedule: Schedule
+    max_steps: int  # of the optimizer
     forget_term: ForgetTerm
     retain_term: RetainTerm
     state: LoopState
@@ -104,41 +105,49 @@ def setup(
     scorer = Scorer(
         lm, 2 * min(config.batch_size, micro_batch_size), autocast=accelerator.autocast, processes=processes
     )
-    trains = retain_loss is not None and config.retain_weight > 0
-    forget, given = tokens["forget"], tokens.get("retain")
-    retain, utility = split_retain(given, trains=trains, log_likelihood=scorer.mean_log_likelihood)
+    forget = tokens["forget"]
+    own_retain, retain, rests, utility, retain_loss = retain_texts(
+        tokens.get("retain"),
+        rendered.encoded.rests,
+        retain_loss,
+        by_default=config.retain_loss == "auto",
+        trains=retain_loss is not None and config.retain_weight > 0,
+        log_likelihood=scorer.mean_log_likelihood,
+    )
     forget_scores, greedy_before = _score_forget_set(scorer, forget, bar)
-    own_retain = retain or []  # the user's, in the order of the schedule; the rests follow
-    rests = {i: len(own_retain) + n for n, i in enumerate(rendered.encoded.rests)} if trains else {}
-    if rests:
-        retain = own_retain + list(rendered.encoded.rests.values())
     texts_by_role = tokens | ({} if retain is None else {"retain": retain})
     if "alternates" in method.needs:
         count = (method.options | options)["alternates"]
         sample = _alternate_sampler(lm, forget, count, config.seed, processes, bar)
-        texts_by_role["alternate"], sampled["alternates"] = alternates_of(
-            sampled.get("alternates", []), forget, count, lm.vocabulary, sample
-        )
+        own = alternates_of(sampled.get("alternates", []), forget, count, lm.vocabulary, sample)
+        texts_by_role["alternate"], sampled["alternates"] = own
 
-    retain_ahead = [*_schedule(config, own_retain, None).retain_ahead(config.max_steps), *rests.values()]
     with reference_on_device(lm, reference_model) as reference_lm:
         likelihood = reference_lm.likelihood
         non_members = _non_members(scorer, processes, reference_lm, rendered, tokens, forget_scores, config.seed, bar)
-        texts, stopping = _stopping_rule(config, scorer, texts_by_role, utility, non_members, forget_scores)
+        unseen = scorer.token_log_likelihood(non_members.tokens)
+        texts, stopping = _stopping_rule(config, scorer, texts_by_role, utility, non_members, forget_scores, unseen)
+        max_steps = resolved_steps(config.max_steps, int(stopping.memorized.sum()), config.batch_size)
+        retain_ahead = [*_schedule(config, own_retain, None).retain_ahead(max_steps), *rests.values()]
         weights = _token_weights(config, forget, scorer, likelihood, bar)
         reference = _read_reference(scorer, likelihood, method, retain_loss, texts_by_role, weights, retain_ahead)
         difficulty = _difficulty(config, texts, scorer, likelihood, micro_batch_size, bar)
 
     initial_nll = -scorer.mean_log_likelihood(retain) if retain_loss == "hold" and retain is not None else None
-    multiplier = None
-    if method.needs_retain and retain is not None:
-        trained = [own_retain[i] for i in evenly_spaced(own_retain)]
-        multiplier = multiplier_of(method.options | options, retain_loss, trained, -scorer.mean_log_likelihood(trained))
+    multiplier = _multiplier(scorer, method, options, retain_loss, own_retain)
     target = _representation_target(config, scorer, method, options, retain_loss, texts, retain_ahead, bar)
     schedule = _schedule(config, own_retain, difficulty)
     state = LoopState(np.zeros(len(forget), dtype=np.int64), multiplier)
     forget_term = ForgetTerm(
-        lm, method, options, texts_by_role, reference=reference, weights=weights, target=target, visits=state.visits
+        lm,
+        method,
+        options,
+        texts_by_role,
+        reference=reference,
+        weights=weights,
+        target=target,
+        unseen=Unseen(stopping.level, token_quantiles(unseen)),
+        visits=state.visits,
     )
     retain_term = RetainTerm(
         lm,
@@ -151,23 +160,22 @@ def setup(
         multiplier=multiplier,
         rests=rests,
     )
-    scores = _scores_to_agree(stopping, weights, difficulty)
-    scores |= reference.fingerprint(len(forget), schedule.retain_indices(0) or list(rests.values()))
+    fingerprint = reference.fingerprint(len(forget), schedule.retain_indices(0) or list(rests.values()))
+    terms = (forget_term, retain_term)
     return Session(
-        accelerator,
-        processes,
-        scorer,
-        texts,
-        stopping,
-        schedule,
-        forget_term,
-        retain_term,
-        state,
-        target,
-        greedy_before,
-        sampled,
-        scores,
-    )
+        accelerator, processes, scorer, texts, stopping, schedule, max_steps, *terms, state, target, greedy_before,
+        sampled, _scores_to_agree(stopping, weights, difficulty) | fingerprint,
+    )  # fmt: skip
+
+
+def _multiplier(
+    scorer: Scorer, method: Method, options: dict[str, Any], retain_loss: str | None, retain: list[Tokens]
+) -> Multiplier | None:
+    """Return the dual variable of a method that bounds the retain loss; None for other methods."""
+    if not method.needs_retain or not retain:
+        return None
+    trained = [retain[i] for i in evenly_spaced(retain)]
+    return multiplier_of(method.options | options, retain_loss, trained, -scorer.mean_log_likelihood(trained))
 
 
 def _scores_to_agree(
@@ -259,15 +267,19 @@ def _stopping_rule(
     utility: UtilitySet | None,
     non_members: NonMembers,
     forget_scores: Floats,
+    unseen: list[Floats],
 ) -> tuple[Texts, StoppingRule]:
-    """Score the non-members and the texts of the budgets; return the texts of the run and its stopping rule."""
+    """Score the texts of the budgets; return the texts of the run and its stopping rule.
+
+    `unseen` are the log-likelihoods of the non-members' tokens, by text.
+    """
     holdout: list[Tokens] = []
     if config.holdout_budget is not None and utility is not None and "holdout" in tokens:
         holdout = [tokens["holdout"][i] for i in evenly_spaced(tokens["holdout"])]
     utility = utility or non_members_as_utility_set(non_members)
     stopping = StoppingRule(
         forget_scores,
-        -scorer.mean_log_likelihood(non_members.tokens),
+        -np.array([x.mean() for x in unseen]),
         scorer.greedy_match(non_members.tokens),
         -scorer.mean_log_likelihood(utility.tokens),
         target_exposure=config.target_exposure,

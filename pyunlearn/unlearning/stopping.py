@@ -1,19 +1,33 @@
-"""Per-example stopping and the budgets: selection of active examples, acceptance of rounds, verdicts."""
+"""Per-example stopping and the budgets: which examples are unlearned or restored, which rounds count, verdicts."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.metrics import SIGNIFICANT, Exposure, Verdict, discoveries, generalized_exposure, verdict
-from pyunlearn.metrics.verdict import NOT_EXTRACTED, over_unlearned
+from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Exposure, Verdict, discoveries, generalized_exposure, verdict
+from pyunlearn.metrics.verdict import NOT_EXTRACTED
 from pyunlearn.probes.non_members import NonMembers, uncalibrated
 from pyunlearn.unlearning.budget import HOLDOUT_BUDGET, UTILITY_BUDGET, Budget, Rise
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+LEAST_WEIGHT = 0.01
+"""Least factor on the forget loss."""
+
+LEVEL_MARGIN = 0.1
+"""Nats a token below the target at which `match` lets the examples end."""
+
+EXTRACTED_SHARE = 0.8
+"""Share of the way from the target to where an example is overshot at which an extracted example is to end."""
+
+MAX_OVERSHOOTS = 4
+"""Number of times that an example may fall below the non-members and still be unlearned for what is extracted of it."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +43,14 @@ class Measurement:
 
 
 class StoppingRule:
-    """Decision for each example whether it is unlearned further, and for each round whether it is accepted.
+    """Decision for each example whether it is unlearned further or restored, and for each round whether it is accepted.
 
     An example is *memorized* where its exposure is selected among those of the whole set, at the false discovery rate.
     It is *active* while it is memorized and its exposure is above `target_exposure`; when no exposure is, while more of
-    it is extracted than of four in five non-members. A round is rejected where the utility set or the holdout may have
-    lost more than its budget (the upper end of the 95 % interval decides), where a memorized example became less likely
-    than 95 % of the non-members, or others did at the same rate.
+    it is extracted than of four in five non-members. It is *overshot* from where it is less likely than 95 % of the
+    non-members until it is back among them: `ForgetTerm.restore` is its loss then. All others are settled. A round is
+    rejected where a number is not finite, or where the utility set or the holdout may have lost more than its budget
+    (the upper end of the 95 % interval decides): no single example rejects it.
 
     Args:
         log_likelihood: (B,) of the forget set under the original model, mean a token, nats.
@@ -90,11 +105,17 @@ class StoppingRule:
         self.target_exposure, self.false_discovery_rate = target_exposure, false_discovery_rate
         self.initial = self.measurement(log_likelihood, utility_nll, holdout_nll)
         self.current = self.initial
-        self.overshot = np.zeros(len(log_likelihood), dtype=bool)
+        self.overshot = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those to restore
+        self.overshoots = np.zeros(len(log_likelihood), dtype=np.int64)  # (B,) how often each was overshot
+        self.stale = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those not scored under the present weights
         self.memorized = discoveries(self.initial.exposure.lower, rate=false_discovery_rate).significant  # (B,)
 
     def measurement(
-        self, log_likelihood: Floats, utility_nll: Floats, holdout_nll: Floats | None = None
+        self,
+        log_likelihood: Floats,
+        utility_nll: Floats,
+        holdout_nll: Floats | None = None,
+        extraction: Floats | None = None,
     ) -> Measurement:
         """Return exposures and rises.
 
@@ -102,6 +123,7 @@ class StoppingRule:
             log_likelihood: (B,) of the forget set.
             utility_nll: (W,) negative log-likelihoods of the utility set.
             holdout_nll: (H,) the same of the holdout; None where it has no budget.
+            extraction: (B,) bits, as far as they are known.
         """
         utility, holdout = self.utility_budget.rise(utility_nll), None
         if self.holdout_budget is not None and holdout_nll is not None:
@@ -111,14 +133,64 @@ class StoppingRule:
             utility, holdout = Rise(math.nan, None), None if holdout is None else Rise(math.nan, None)
             return Measurement(log_likelihood, Exposure(nan, nan, nan > 0), nan, utility_nll, utility, holdout)
         exposure = generalized_exposure(self._scores(log_likelihood), self.non_member_scores)
-        return Measurement(log_likelihood, exposure, nan, utility_nll, utility, holdout)
+        return Measurement(
+            log_likelihood, exposure, nan if extraction is None else extraction, utility_nll, utility, holdout
+        )
+
+    @property
+    def level(self) -> Floats:
+        """(B,) mean log-likelihood a token, nats, to which `match` moves the examples now.
+
+        That is a little below the target: LEVEL_MARGIN, or half of the way to where an example is overshot. For an
+        example that has come there and is still extracted it is EXTRACTED_SHARE of that way, and for one that went too
+        far half as much as for others, so that it comes back among them.
+        """
+        shares = [2.0**-self.target_exposure, 1 - 2.0**-SIGNIFICANT]
+        target, overshot = np.quantile(self.non_member_scores, shares)
+        way = float(overshot - target)
+        below = np.full(len(self.memorized), min(LEVEL_MARGIN, way / 2))
+        below[self.extracted] = EXTRACTED_SHARE * way
+        below[self.overshot] = min(LEVEL_MARGIN, way / 2) / 2
+        return -(self.non_members.forget.nll + target + below)
 
     @property
     def budgets(self) -> list[tuple[Budget, Rise]]:
         """The budgets, each with the rise of the present weights."""
         return self._budgets(self.current)
 
-    def near_target(self, measurement: Measurement) -> NDArray[np.int64]:
+    @property
+    def budget_used(self) -> float:
+        """Largest share of a budget that the present weights use, at the upper end of the rise's interval."""
+        return max(rise.upper / budget.allowed if budget.allowed else math.inf for budget, rise in self.budgets)
+
+    @property
+    def forget_weight(self) -> float:
+        """Factor on the forget loss of the next round: small where most of a budget is used."""
+        return float(max(LEAST_WEIGHT, (1 - min(max(self.budget_used, 0.0), 1.0)) ** 4))
+
+    @property
+    def scores(self) -> dict[str, NDArray[Any]]:
+        """Name -> (B,) numbers of the present state, which a resumed run continues from."""
+        return {
+            "log_likelihood": self.current.log_likelihood,
+            "extraction": self.current.extraction,
+            "overshot": self.overshot,
+            "overshoots": self.overshoots.copy(),
+            "stale": self.stale.copy(),
+        }
+
+    def resume(self, scores: dict[str, NDArray[Any]], utility_nll: Floats, holdout_nll: Floats | None) -> None:
+        """Continue from the `scores` of a checkpoint, with the budgets' texts scored again."""
+        self.current = self.measurement(scores["log_likelihood"], utility_nll, holdout_nll, scores["extraction"])
+        self.overshot = scores["overshot"].astype(bool)
+        self.overshoots, self.stale = scores["overshoots"].astype(np.int64), scores["stale"].astype(bool)
+
+    def rescored(self, log_likelihood: Floats, extraction: Floats) -> Measurement:
+        """Return the present measurement with other (B,) log-likelihoods and extractions."""
+        exposure = generalized_exposure(self._scores(log_likelihood), self.non_member_scores)
+        return replace(self.current, log_likelihood=log_likelihood, exposure=exposure, extraction=extraction)
+
+    def near_target(self, measurement: Measurement) -> Indices:
         """Return the indices of the memorized examples whose exposure has reached the target."""
         return np.flatnonzero(self.memorized & (measurement.exposure.lower <= self.target_exposure))
 
@@ -126,7 +198,7 @@ class StoppingRule:
         """Return whether no memorized example has an exposure above the target: from then on extraction decides."""
         return not (self.memorized & ~(measurement.exposure.lower <= self.target_exposure)).any()
 
-    def with_extraction(self, measurement: Measurement, indices: NDArray[np.int64], extracted: Floats) -> Measurement:
+    def with_extraction(self, measurement: Measurement, indices: Indices, extracted: Floats) -> Measurement:
         """Return the measurement with the extracted shares (0 to 1) of the examples at `indices`."""
         if not len(indices):
             return measurement
@@ -136,11 +208,16 @@ class StoppingRule:
         return replace(measurement, extraction=extraction)
 
     @property
-    def active(self) -> NDArray[np.int64]:
+    def active(self) -> Indices:
         """Indices of the active examples: those that are too likely, and when there are none, those extracted."""
         if not self.all_near_target(self.current):
             return np.flatnonzero(self.memorized & (self.current.exposure.lower > self.target_exposure))
-        return np.flatnonzero(self.extracted & ~self.overshot)
+        return np.flatnonzero(self.extracted & ~self.overshot & (self.overshoots < MAX_OVERSHOOTS))
+
+    @property
+    def unsettled(self) -> Indices:
+        """Indices of the examples that the next round takes: the active and the overshot ones."""
+        return np.union1d(self.active, np.flatnonzero(self.overshot))
 
     @property
     def extracted(self) -> NDArray[np.bool_]:
@@ -154,20 +231,41 @@ class StoppingRule:
         for budget, rise in self._budgets(measurement):
             if budget.exceeded(rise):
                 return budget.name
-        return "over-unlearning" if self._over_unlearned(measurement).any() else None
+        return None
 
-    def leave_out(self, measurement: Measurement) -> list[int]:
-        """Return the examples that a rejected round drove below non-members from their target, active no more.
+    def accept(self, measurement: Measurement, scored: Indices) -> tuple[int, int]:
+        """Take the measurement of a round as the present state.
 
-        Such an example was active because of what is extracted of it, but its likelihood has no room left, and it would
-        stop the others.
+        Args:
+            measurement: of the accepted weights.
+            scored: indices of the examples that were scored under them; the numbers of the others are older.
+
+        Returns:
+            How many examples have reached the level of the non-members in this round, and how many have fallen below
+            it or crossed it from one side to the other; of those that were scored before the round too. Examples that
+            rise above the target again do not count: those that have just reached it cross it at any step size.
         """
-        if self.rejection_reason(measurement) != "over-unlearning":
-            return []
-        near = self.memorized & (self.current.exposure.lower <= self.target_exposure)
-        new = near & self.extracted & self._over_unlearned(measurement) & ~self.overshot
-        self.overshot |= new
-        return [int(i) for i in np.flatnonzero(new)]
+        before, known = self._side, ~self.stale
+        self.stale[:] = True
+        self.refresh(measurement, scored)
+        after = self._side
+        settled, unsettled = (before != 0) & (after == 0), (after != before) & ((after == -1) | (before * after == -1))
+        return int((known & settled).sum()), int((known & unsettled).sum())
+
+    def refresh(self, measurement: Measurement, scored: Indices) -> None:
+        """Take later scores under the same weights as `accept` does."""
+        upper = measurement.exposure.upper
+        below = self.memorized & (upper >= SIGNIFICANT - 1e-9)
+        self.overshoots += below & ~self.overshot
+        self.overshot = below | self.overshot & (upper > self._restored)
+        self.stale[scored] = False
+        self.current = measurement
+
+    @property
+    def _side(self) -> NDArray[np.int64]:
+        """(B,) 1 for the memorized examples above the target, -1 for overshot ones, 0 for all others."""
+        likely = self.memorized & (self.current.exposure.lower > self.target_exposure)
+        return likely.astype(np.int64) - self.overshot
 
     def verdict(self, extracted: Floats, recited: NDArray[np.bool_]) -> Verdict:
         """Return the verdicts on the present weights.
@@ -193,13 +291,12 @@ class StoppingRule:
             pairs.append((self.holdout_budget, measurement.holdout))
         return pairs
 
-    def _over_unlearned(self, measurement: Measurement) -> NDArray[np.bool_]:
-        before, after = self.initial.exposure, measurement.exposure
-        if np.isnan(after.upper).any():
-            return np.zeros(len(self.memorized), dtype=bool)
-        over, _ = over_unlearned(before, after, self.memorized, rate=self.false_discovery_rate)
-        # memorized ones each for itself: the loop drives them, and few non-members name no single one of many
-        return over | self.memorized & (after.upper >= SIGNIFICANT - 1e-9) & (before.upper < SIGNIFICANT - 1e-9)
+    @property
+    def _restored(self) -> float:
+        """Upper exposure, bits, at which an overshot example is restored: half-way to that of one at the target."""
+        unlikelier = 1 - 2.0**-self.target_exposure  # share of non-members that are less likely than one at the target
+        at_target = -math.log2(unlikelier) if unlikelier > 0 else SIGNIFICANT
+        return (SIGNIFICANT + min(SIGNIFICANT, max(NULL_MEAN, at_target))) / 2
 
     def _scores(self, log_likelihood: Floats) -> Floats:
         """Return (B,) scores of the forget set, low = memorized: NLL less what it would be of unseen text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,48 @@ class UtilitySet(NamedTuple):
                 "heart and would forget what it is not trained on."
             ]
         return [f"{measured} have lost more: with {_SPLIT} different retain texts or more, a fifth would be set apart."]
+
+
+class RetainTexts(NamedTuple):
+    """The retain texts of a run, and the loss on them."""
+
+    own: list[Tokens]
+    """Those of the user that the run may train on, in the order of the schedule."""
+    tokens: list[Tokens] | None
+    """The same, and after them the rests of forget texts; None where there are neither."""
+    rests: dict[int, int]
+    """Index of a forget text -> index in `tokens` of its rest."""
+    utility: UtilitySet | None
+    loss: str | None
+    """Name of the retain loss."""
+
+
+def retain_texts(
+    given: list[Tokens] | None,
+    rests: Mapping[int, Tokens],
+    loss: str | None,
+    *,
+    by_default: bool,
+    trains: bool,
+    log_likelihood: Callable[[list[Tokens]], Floats],
+) -> RetainTexts:
+    """Return the retain texts, the utility set and the retain loss of a run.
+
+    Args:
+        given: the retain set, or None.
+        rests: index of a forget text of which only strings are forgotten -> what is left of it.
+        loss: name of the retain loss, or None.
+        by_default: True where the user chose none: "hold" is then "nll" for a set that the model knows by heart, which
+            it cannot learn by heart any further.
+        trains: True where the run trains on these texts.
+        log_likelihood: returns (n,) means a token of n texts under the original model, nats.
+    """
+    retain, utility = split_retain(given, trains=trains, log_likelihood=log_likelihood)
+    if by_default and loss == "hold" and utility is not None and utility.known:
+        loss = "nll"
+    own = retain or []
+    indices = {i: len(own) + n for n, i in enumerate(rests)} if trains else {}
+    return RetainTexts(own, own + list(rests.values()) if indices else retain, indices, utility, loss)
 
 
 def evenly_spaced(tokens: Sequence[Tokens], *, most: int | None = None) -> list[int]:

@@ -1,0 +1,63 @@
+"""Advice after a run that did not settle every example: the option that would most likely help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyunlearn.unlearning.budget import HOLDOUT_BUDGET, UTILITY_BUDGET
+
+_NAMED = 5  # examples that a note names
+
+
+def advice(
+    stopped: str,
+    *,
+    left: Sequence[int],
+    memorized: int,
+    visits: float,
+    budget_used: float,
+    limit: int | None,
+    has_retain: bool,
+    method: str,
+) -> list[str]:
+    """Return one sentence on what to change after a run that ended with `stopped`; none after any other end.
+
+    Args:
+        stopped: the reason why it ended, see `Result.stopped`.
+        left: the memorized examples that are not forgotten.
+        memorized: the number of examples that were memorized.
+        visits: optimizer steps that took a memorized example, on average.
+        budget_used: largest share of a budget that was used.
+        limit: the user's max_steps, or None for the default; after 0 nothing is recommended.
+        has_retain: whether there was a retain set.
+        method: the name of the method.
+
+    >>> seen = {"memorized": 8, "visits": 2.0, "budget_used": 0.1, "has_retain": True, "method": "ga"}
+    >>> advice("max_steps", left=[3], limit=20, **seen)
+    ['1 of 8 memorized texts (number 3) is left after 2 visits each: leave out max_steps, or raise it.']
+    """
+    names = ", ".join(str(i) for i in left[:_NAMED]) + (" and others" if len(left) > _NAMED else "")
+    one = len(left) == 1
+    who = (
+        f"{len(left)} of {memorized} memorized texts (number{'' if one else 's'} {names}) {'is' if one else 'are'} left"
+    )
+    if stopped == "max_steps" and left and limit != 0:
+        used = "most" if budget_used > 1 / 2 else f"only {max(budget_used, 0):.0%}"
+        if limit is not None:
+            help_ = "leave out max_steps, or raise it"
+        elif method != "match":
+            help_ = f'{used} of the budget was used; method="auto" would help most'
+        else:
+            help_ = f"{used} of the budget was used; more retain texts would help most"
+        return [f"{who} after {visits:.0f} visits each: {help_}."]
+    if stopped == "still extracted" and left:
+        option = "a smaller target_exposure" if method == "match" else 'method="auto"'
+        return [
+            f"{who}: as unlikely as unseen text on average, but many of the tokens are still first choices; {option} "
+            "would help most."
+        ]
+    if stopped in (UTILITY_BUDGET, HOLDOUT_BUDGET) and left:
+        option = "utility_budget" if stopped == UTILITY_BUDGET else "holdout_budget"
+        help_ = f"a larger {option} would help most" if has_retain else "a retain set (retain=) would help most"
+        return [f"{who} within the {stopped}: {help_}."]
+    return []

@@ -1,0 +1,90 @@
+"""Requests of many records that a model knows by heart, at the default learning rate: they are settled one by one."""
+
+import random
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from unlearning_runs import run
+
+from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = [c + v + end for c in "bdkl" for v in "aeiou" for end in ("ba", "de", "ki", "lo", "mu")]
+
+
+def facts(count, seed):
+    """Return random facts of eight words that cannot be guessed from the prompt."""
+    r = random.Random(seed)
+    return [
+        {
+            "prompt": f"the {r.choice(WORDS)} {r.choice(WORDS)} of {r.choice(WORDS)}",
+            "completion": " " + " ".join(r.choice(WORDS) for _ in range(8)) + " .",
+        }
+        for _ in range(count)
+    ]
+
+
+def wide_llama(vocabulary):
+    """Return a Llama of 128 hidden units and two layers."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+    )
+
+
+def by_heart(count):
+    """Return a model that has read `count` facts 60 times, and others once; the retain set is some of those."""
+    torch.manual_seed(0)
+    names = ["<s>", "</s>", "<pad>", "the", "of", ".", *WORDS]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    model, forget, once = wide_llama(len(tokenizer)), facts(count, 1), facts(6000, 2)
+    tiny.train(model, tokenizer, once + forget * 60, epochs=1, learning_rate=2e-3)
+    return tiny.Tiny(model, tokenizer, forget, [], once[:400], facts(200, 3), once[:400])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("count", [1, 5, 16, 64])
+def test_all_records_are_forgotten_within_the_budgets_by_default(count):
+    """At least 95 % are, none is over-unlearned, in 64 visits each at most; none has rolled back a round of the others.
+
+    The model knew them better than anything it had not read.
+    """
+    trained = by_heart(count)
+    nll = tiny.negative_log_likelihoods(trained, trained.forget, trained.model)
+    unseen = tiny.negative_log_likelihoods(trained, trained.holdout, trained.model)
+    assert nll.max() < unseen.min()
+    result = run(trained, method="auto", learning_rate=None)
+    verdicts = Counter(e.verdict for e in result.examples)
+    assert verdicts["forgotten"] >= 0.95 * count
+    assert verdicts["over-unlearned"] == 0
+    assert result.utility.interval[1] <= 0.05
+    assert result.utility.holdout_interval[1] <= 0.1
+    assert {r.get("rejection_reason") for r in result.history} <= {None, "utility budget", "holdout budget"}
+    assert sum(e.steps for e in result.examples) <= 64 * count
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["ga", "npo", "kto", "hinge"])
+def test_other_methods_settle_most_records_at_their_defaults(method):
+    """The overshot ones among 16 are brought back, whatever the method."""
+    result = run(by_heart(16), method=method, learning_rate=None)
+    settled = [e for e in result.examples if e.exposure_after <= NULL_MEAN and e.upper_exposure_after < SIGNIFICANT]
+    assert len(settled) >= 15
+    assert Counter(e.verdict for e in result.examples)["forgotten"] >= 14
+    assert any(r["restored"] for r in result.history) or method == "npo"

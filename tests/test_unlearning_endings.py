@@ -1,0 +1,38 @@
+"""One sentence on what to change after a run that did not settle every record."""
+
+import pytest
+
+from pyunlearn.unlearning.endings import advice
+
+SEEN = {"left": [3, 5], "memorized": 8, "visits": 64.0, "budget_used": 0.1, "limit": None, "has_retain": True}
+SEEN["method"] = "wga"
+
+
+@pytest.mark.parametrize(
+    ("stopped", "change", "expected"),
+    [
+        ("max_steps", {"limit": 20}, "leave out max_steps, or raise it"),
+        ("max_steps", {}, 'only 10% of the budget was used; method="auto"'),
+        ("max_steps", {"budget_used": 0.9, "method": "match"}, "most of the budget was used; more retain texts"),
+        ("still extracted", {}, 'method="auto" would help'),
+        ("still extracted", {"method": "match"}, "a smaller target_exposure would help"),
+        ("utility budget", {}, "a larger utility_budget would help"),
+        ("utility budget", {"has_retain": False}, "a retain set (retain=) would help"),
+        ("holdout budget", {}, "a larger holdout_budget would help"),
+    ],
+)
+def test_the_note_names_the_option_and_the_texts(stopped, change, expected):
+    """It follows from what the run saw."""
+    (note,) = advice(stopped, **SEEN | change)
+    assert note.startswith("2 of 8 memorized texts (numbers 3, 5) are left")
+    assert expected in note
+
+
+def test_other_ends_have_no_note():
+    """Nothing is left to do, or the user ended the run; of many texts five are named."""
+    for stopped in ("forgotten", "nothing memorized", "interrupted", "not finite"):
+        assert advice(stopped, **SEEN) == []
+    assert advice("max_steps", **SEEN | {"left": []}) == []
+    assert advice("max_steps", **SEEN | {"limit": 0}) == []
+    (note,) = advice("max_steps", **SEEN | {"left": list(range(9)), "memorized": 9})
+    assert "(numbers 0, 1, 2, 3, 4 and others) are left" in note
