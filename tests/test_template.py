@@ -71,7 +71,6 @@ def test_unlearning_forgets_them_in_their_form(asked, texts, lines, tmp_path):
     result = pyunlearn.unlearn(
         asked.fresh(),
         tokenizer=asked.tokenizer,
-        learning_rate=3e-4,
         progress=False,
         output_dir=tmp_path / "new",
         **texts,
