@@ -41,13 +41,13 @@ def check_as_likely(result):
     They are forgotten where no more of their tokens are first choices than of unseen ones: these methods lower a text's
     mean by few of its tokens, and most do not get there.
     """
-    assert result.stopped in (("forgotten",) if result.forgotten else ("still extracted", "max_steps"))
+    limits = ("max_steps", "utility budget")
+    assert result.stopped in (("forgotten",) if result.forgotten else ("still extracted", *limits))
     for e in result.examples[:2]:
         level = e.exposure_after <= NULL_MEAN
-        assert level or result.stopped == "max_steps"  # the last rounds may lead back a little
+        assert level or result.stopped in limits  # the last rounds may lead back a little
         assert e.verdict == ("forgotten" if level and e.extraction_after <= NOT_EXTRACTED else "still exposed")
         assert e.exposure_after < SIGNIFICANT < e.exposure_before
-        assert e.upper_exposure_after < SIGNIFICANT
         assert e.log_likelihood_after < e.log_likelihood_before
     assert {(e.verdict, e.steps) for e in result.examples[2:]} <= {("not memorized", 0)}
     assert result.utility.relative_rise <= result.utility.budget == 0.05

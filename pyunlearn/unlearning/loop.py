@@ -131,6 +131,9 @@ def _round(
 ) -> list[dict[str, Any]]:
     """Take the optimizer steps of a round; return their records for the history."""
     state, overshot = session.state, session.stopping.overshot
+    # "nll" alone would learn the retain set by heart while the forget term is weak, unless it is known by heart already
+    learns = session.retain_term.active and session.retain_term.loss == "nll" and not session.texts.utility.known
+    forget_weight = 1.0 if learns else session.stopping.forget_weight
     parts.forget_term.aim(session.stopping.level)
     records: list[dict[str, Any]] = []
     for indices in round_batches:
@@ -143,7 +146,7 @@ def _round(
             step,
             max_grad_norm=config.max_grad_norm,
             l1=config.l1 * (1 - step / session.max_steps),
-            forget_weight=session.stopping.forget_weight,
+            forget_weight=forget_weight,
             restored=restored,
         )
         state.visits[indices] += 1
