@@ -42,7 +42,7 @@ def drawn(count, length, seed):
 
 
 def test_exact_copies_have_all_words_in_a_row():
-    """Whatever case and punctuation; inside a longer record; twice in a record counts once."""
+    """With any case and punctuation; inside a longer record; twice in a record counts once."""
     corpus = [SECRET, "Another text.", LETTER, f"{SECRET} {SECRET}", SECRET[:-6]]
     assert find(SECRET, corpus) == [(1, 1, 1.0, True), (3, 1, 1.0, True), (4, 1, 1.0, True), (5, 1, 0.929, False)]
 

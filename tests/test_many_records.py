@@ -82,7 +82,7 @@ def test_all_records_are_forgotten_within_the_budgets_by_default(count):
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["ga", "npo", "kto", "hinge"])
 def test_other_methods_settle_most_records_at_their_defaults(method):
-    """The overshot ones among 16 are brought back, whatever the method."""
+    """The overshot ones among 16 are brought back, with every method."""
     result = run(by_heart(16), method=method, learning_rate=None)
     settled = [e for e in result.examples if e.exposure_after <= NULL_MEAN and e.upper_exposure_after < SIGNIFICANT]
     assert len(settled) >= 15

@@ -4,7 +4,7 @@ import pytest
 
 from pyunlearn.unlearning.endings import advice
 
-SEEN = {"left": [3, 5], "memorized": 8, "visits": 64.0, "budget_used": 0.1, "limit": None, "has_retain": True}
+SEEN = {"left": ["3", "5"], "memorized": 8, "visits": 64.0, "budget_used": 0.1, "limit": None, "has_retain": True}
 SEEN["method"] = "wga"
 
 
@@ -34,5 +34,5 @@ def test_other_ends_have_no_note():
         assert advice(stopped, **SEEN) == []
     assert advice("max_steps", **SEEN | {"left": []}) == []
     assert advice("max_steps", **SEEN | {"limit": 0}) == []
-    (note,) = advice("max_steps", **SEEN | {"left": list(range(9)), "memorized": 9})
-    assert "(numbers 0, 1, 2, 3, 4 and others) are left" in note
+    (note,) = advice("max_steps", **SEEN | {"left": [str(i) for i in range(1, 10)], "memorized": 9})
+    assert "(numbers 1, 2, 3, 4, 5 and others) are left" in note

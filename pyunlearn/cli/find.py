@@ -70,7 +70,7 @@ def find(
     """List the records of a training corpus that contain one of the texts of a file, or nearly contain it.
 
     Each has a share: of the text's runs of three words, those that the record has, close together. A record with all
-    words of the text in a row, whatever their case and punctuation, is *exact*. The corpus may be larger than memory.
+    words of the text in a row, regardless of case and punctuation, is *exact*. The corpus may be larger than memory.
     No model is loaded.
 
     Examples:

@@ -53,7 +53,7 @@ class CorpusCopy(NamedTuple):
     share: float
     """Share of the text's runs of three words that the record has close together, 0 to 1."""
     exact: bool
-    """True where the record has all words of the text in a row, whatever their case and punctuation."""
+    """True where the record has all words of the text in a row, regardless of case and punctuation."""
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,8 @@ def unlearn(
     require_tokenizer("tokenizer", tokenizer)
     require_mask(config.mask)
     options = dict(config.method_options or {})
-    given = (retain is not None, options, reference_model is not None)
-    method, retain_loss = resolve(config.method, config.retain_loss, *given)
+    has_retain, has_reference = retain is not None, reference_model is not None
+    method, retain_loss = resolve(config.method, config.retain_loss, has_retain, options, has_reference)
     _check_together(config, method, retain, reference_model)
     if output_dir is not None:
         check_output(output_dir)
@@ -269,7 +269,7 @@ def _notes(session: Session, texts: RenderedTexts, result: Result, config: Unlea
     notes = texts.notes(memorized=memorized) + session.texts.utility.notes
     notes += evidence_notes(stopping.non_members, verdicts, rate=rate)
     ending = budget_notes(result.stopped, result.history, [budget for budget, _ in stopping.budgets])
-    left = [i for i in np.flatnonzero(stopping.memorized).tolist() if verdicts[i] not in PASSED]
+    left = [e.label for i, e in enumerate(result.examples) if stopping.memorized[i] and e.verdict not in PASSED]
     notes += ending or advice(
         result.stopped,
         left=left,

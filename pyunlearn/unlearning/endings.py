@@ -12,7 +12,7 @@ _NAMED = 5  # examples that a note names
 def advice(
     stopped: str,
     *,
-    left: Sequence[int],
+    left: Sequence[str],
     memorized: int,
     visits: float,
     budget_used: float,
@@ -24,7 +24,7 @@ def advice(
 
     Args:
         stopped: the reason why it ended, see `Result.stopped`.
-        left: the memorized examples that are not forgotten.
+        left: numbers of the memorized examples that are not forgotten, as the tables show them.
         memorized: the number of examples that were memorized.
         visits: optimizer steps that took a memorized example, on average.
         budget_used: largest share of a budget that was used.
@@ -33,10 +33,10 @@ def advice(
         method: the name of the method.
 
     >>> seen = {"memorized": 8, "visits": 2.0, "budget_used": 0.1, "has_retain": True, "method": "ga"}
-    >>> advice("max_steps", left=[3], limit=20, **seen)
+    >>> advice("max_steps", left=["3"], limit=20, **seen)
     ['1 of 8 memorized texts (number 3) is left after 2 visits each: leave out max_steps, or raise it.']
     """
-    names = ", ".join(str(i) for i in left[:_NAMED]) + (" and others" if len(left) > _NAMED else "")
+    names = ", ".join(left[:_NAMED]) + (" and others" if len(left) > _NAMED else "")
     one = len(left) == 1
     who = (
         f"{len(left)} of {memorized} memorized texts (number{'' if one else 's'} {names}) {'is' if one else 'are'} left"
