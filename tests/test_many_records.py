@@ -80,6 +80,31 @@ def test_all_records_are_forgotten_within_the_budgets_by_default(count):
 
 
 @pytest.mark.full
+def test_single_records_are_settled_with_nothing_else_given():
+    """Each of 24 requests of one record runs, and at least 22 end; facts that were read once lose 0.1 nats at most."""
+    trained = by_heart(64)
+    before = tiny.negative_log_likelihoods(trained, trained.retain, trained.model).mean()
+    passed, losses = 0, []
+    for record in trained.forget[:24]:
+        result = run(trained, [record], method="auto", learning_rate=None, retain=None, holdout=None)
+        passed += result.examples[0].verdict == "no likelier"
+        losses.append(tiny.negative_log_likelihoods(trained, trained.retain, result.model).mean() - before)
+    assert passed >= 22
+    assert max(losses) <= 0.1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("count", [2, 5, 16])
+def test_few_records_are_settled_with_nothing_else_given(count):
+    """Text that the model wrote is held meanwhile."""
+    trained = by_heart(16)
+    result = run(trained, trained.forget[:count], method="auto", learning_rate=None, retain=None, holdout=None)
+    assert [e.verdict for e in result.examples] == ["no likelier"] * count
+    assert result.utility.measured_on == "text that the model wrote, gains up to the budget"
+    assert result.utility.interval[1] <= 0.05
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["ga", "npo", "kto", "hinge"])
 def test_other_methods_settle_most_records_at_their_defaults(method):
     """The overshot ones among 16 are brought back, with every method."""

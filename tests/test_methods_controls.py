@@ -37,6 +37,7 @@ def run(story, method, max_steps=1, **options):
         method_options=options,
         learning_rate=1e-4,
         max_steps=max_steps,
+        retain_loss=None,
         progress=False,
     )
 

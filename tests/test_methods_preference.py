@@ -16,7 +16,7 @@ from pyunlearn.methods import METHODS
 from pyunlearn.models import sampling
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.sampling import sample_alternates
-from pyunlearn.unlearning import setup
+from pyunlearn.unlearning import sampled
 from pyunlearn.unlearning.preferences import with_winners
 
 BETA = 0.3
@@ -194,7 +194,7 @@ def test_a_resumed_run_takes_its_alternates_from_the_checkpoint(story, tmp_path,
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, "altpo", tiny.with_loss("altpo", cut))
         assert run(story, "altpo", **options, output_dir=tmp_path / "out").stopped == "interrupted"
-    monkeypatch.setattr(setup, "sample_alternates", lambda *args, **kwargs: pytest.fail("sampled again"))
+    monkeypatch.setattr(sampled, "sample_alternates", lambda *args, **kwargs: pytest.fail("sampled again"))
     resumed = run(story, "altpo", **options, output_dir=tmp_path / "out", resume=True)
     assert timeless(resumed) == timeless(whole)
     assert resumed.examples == whole.examples

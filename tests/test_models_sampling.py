@@ -7,7 +7,7 @@ from coverings import in_full
 from pyunlearn.data import Tokens, encode, read_examples
 from pyunlearn.models import sampling
 from pyunlearn.models.language_model import LanguageModel
-from pyunlearn.models.sampling import COUNT, sample_non_members
+from pyunlearn.models.sampling import COUNT, OWN_COUNT, sample_non_members, sample_own_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,3 +103,35 @@ def test_samples_that_recite_the_forget_set_are_left_out(language_model, monkeyp
     monkeypatch.setattr(sampling, "_sample", sample)
     assert sample_non_members(language_model, forget, count=3) == [nine] * 3  # others are drawn in their place
     assert temperatures[:3] == [1.0, 1.5, 2.0]
+
+
+def test_text_to_hold_starts_as_texts_openings_and_the_records_do(answers):
+    """A third each; all that follows is scored, and the seed decides."""
+    lm, tokens = LanguageModel.of(answers.model, answers.tokenizer), tokens_of(answers)
+    texts = sample_own_texts(lm, tokens)
+    assert OWN_COUNT - 5 <= len(texts) <= OWN_COUNT
+    shared = sampling._shared_prefix([t.ids[: t.first] for t in tokens])
+    assert 1 <= len(shared) < min(t.first for t in tokens)
+    starts = [t.ids[: t.first] for t in texts]
+    assert starts.count(shared) >= OWN_COUNT / 3 - 5
+    assert starts.count((answers.tokenizer.bos_token_id,)) >= OWN_COUNT / 3 - 5
+    assert len(set(starts)) > 2  # openings of which the tokenizer has the words
+    assert all(len(t) <= lm.context_length for t in texts)
+    assert sample_own_texts(lm, tokens) == texts
+    assert sample_own_texts(lm, tokens, seed=1) != texts
+    (first, *_), alone = tokens, sample_own_texts(lm, tokens[:1])
+    assert first.ids[:1] in {t.ids[: t.first] for t in alone}  # the prompt of a single record is not answered
+
+
+def test_text_to_hold_recites_no_record(answers, monkeypatch):
+    """Nor a whole answer that is shorter than ten tokens."""
+    lm = LanguageModel.of(answers.model, answers.tokenizer)
+    secret = Tokens((5, 6, 7, 8, 9, 10), 2)
+    recited, other = (Tokens((0, 50, *ids, 60), 1) for ids in ((7, 8, 9, 10), (7, 8, 9, 11)))
+    monkeypatch.setattr(sampling, "_sample", lambda *_, **__: [recited, other])
+    assert set(sample_own_texts(lm, [secret])) == {other}
+
+
+def test_an_encoder_decoder_model_writes_no_text_to_hold(t5):
+    """It writes only in answer to something."""
+    assert sample_own_texts(LanguageModel.of(t5.model, t5.tokenizer), tokens_of(t5)) == []

@@ -12,7 +12,7 @@ from coverings import in_full
 from unlearning_runs import apart, check_forgotten, run, same, timeless, weights
 
 import pyunlearn
-from pyunlearn.models.sampling import COUNT
+from pyunlearn.models.sampling import COUNT, OWN_COUNT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,15 +39,16 @@ def test_a_llama_forgets_memorized_sentences_and_leaves_unseen_ones_alone(story)
 
 
 def test_model_and_forget_set_are_enough(story):
-    """Completions sampled from the model stand in for the holdout and for the retain set."""
+    """Text sampled from the model stands in for the holdout, and other text of its own for the retain set."""
     result = run(story, story.forget + story.unseen, retain=None, holdout=None)
     assert result.stopped == "no likelier"
     assert [e.verdict for e in result.examples] == ["no likelier"] * 2 + ["not memorized"] * 2
     assert result.passed
     assert not result.forgotten  # which the model's own text cannot show
     assert result.evidence == "self-sampled"
-    (note,) = result.notes
-    assert note.startswith(
+    compared, held = result.notes
+    assert held.startswith(f"Without a retain set, the run held {OWN_COUNT} texts that the model wrote.")
+    assert compared.startswith(
         f"Compared with {COUNT} texts that the model wrote, since no holdout was given and the token"
     )
     assert result.utility.sequences == COUNT
@@ -56,11 +57,15 @@ def test_model_and_forget_set_are_enough(story):
 
 
 def test_without_a_retain_set_utility_is_measured_on_the_holdout(story):
-    """There is no retain loss then."""
+    """Text that the model wrote is held, unless there is no retain loss."""
     result = run(story, retain=None)
     check_forgotten(result, story)
     assert result.utility.measured_on == "holdout"
-    assert {record["retain_nll"] for record in result.history} == {None}
+    assert all(record["retain_nll"] > 0 for record in result.history)
+    assert "the model wrote" in result.notes[-1]
+    alone = run(story, retain=None, retain_loss=None)
+    assert {record["retain_nll"] for record in alone.history} == {None}
+    assert not any("the model wrote" in note for note in alone.notes)
 
 
 @pytest.mark.full

@@ -13,7 +13,7 @@ from pyunlearn.probes.non_members import uncalibrated
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning import objectives
 from pyunlearn.unlearning.budget import UTILITY_BUDGET, Budget, budget_notes
-from pyunlearn.unlearning.utility_set import evenly_spaced, non_members_as_utility_set, split_retain
+from pyunlearn.unlearning.utility_set import evenly_spaced, non_members_as_utility_set, retain_texts, split_retain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,6 +29,17 @@ def unlikely(tokens):
 
 
 # ---------------------------------------------------------------- the texts
+
+
+def test_of_text_that_the_model_wrote_a_third_is_set_apart():
+    """The rest is trained on, and what one text gains makes up for what others lose up to the budget alone."""
+    own = texts(9)
+    retained = retain_texts(None, own, {}, "hold", by_default=True, trains=True, log_likelihood=unlikely)
+    assert retained.utility.tokens == own[::3]
+    assert not retained.utility.trained
+    assert set(retained.tokens) == set(own) - set(own[::3])
+    budget = Budget(UTILITY_BUDGET, np.full(3, 2.0), 0.05, gains_capped=True)
+    assert budget.rise(np.array([1.0, 2.06, 2.1])).estimate == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ Each function returns the share of some examples in the loss of the step, so tha
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-4  # nats a token
+
 
 def retain_nll(log_likelihood: Tensor, weight: float, tokens: int) -> Tensor:
     """Return (b,) the negative log-likelihood's share in the loss of a step.
@@ -33,6 +35,8 @@ def retain_hold(log_likelihood: Tensor, lengths: Tensor, initial: Tensor, weight
 
         loss_i = weight / examples * max(0, -log_likelihood_i / lengths_i - initial_i)
 
+    A rise below 0.0001 nats, which rounding can make, is none: it would train on text that lost nothing.
+
     Args:
         log_likelihood: (b,) summed, nats.
         lengths: (b,) scored tokens.
@@ -43,7 +47,8 @@ def retain_hold(log_likelihood: Tensor, lengths: Tensor, initial: Tensor, weight
     >>> retain_hold(torch.tensor([-6.0, -2.0]), torch.tensor([2, 2]), torch.tensor([2.0, 2.0]), 1.0, 2)
     tensor([0.5000, 0.0000])
     """
-    return weight / examples * torch.relu(-log_likelihood / lengths - initial)
+    rise = -log_likelihood / lengths - initial
+    return weight / examples * torch.where(rise > _ROUNDING, rise, 0.0)
 
 
 def retain_kl(divergence: Tensor, weight: float, tokens: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Texts sampled from the model itself: non-members for the comparison, and alternate answers to a prompt."""
+"""Texts sampled from the model itself: non-members, text to hold in place of a retain set, and alternate answers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,17 @@ from pyunlearn.models.language_model import LanguageModel
 COUNT = 64
 """Number of sampled non-members, which limits the measured exposure to log2(65) = 6.02 bits."""
 
+OWN_COUNT = 96
+"""Number of texts sampled in place of a retain set."""
+
 _RECITED = 10  # consecutive tokens that count as recited
 _ATTEMPTS = 4  # number of attempts to sample a text that does not recite the forget set
+
+
+_OPENINGS = (
+    "The", "In the", "It is", "How to", "What is", "There are", "We", "Dear", "Chapter 1", "For example,",
+    "Once upon a time", "According to", "import", "Today", "To make", "1.",
+)  # fmt: skip
 
 
 def require_enough(non_members: Sequence[Tokens], *, holdout: bool) -> None:
@@ -56,7 +65,7 @@ def sample_non_members(
     length = max(8, min(48, lengths[len(lengths) // 2]))
     prompted = [t for t in forget if _prompt(lm, t)[1]]
     pool = prompted if len(prompted) * 2 > len(forget) else [t for t in forget if not _prompt(lm, t)[1]]
-    known = {run for t in forget for run in _runs(t)}
+    known = {run for t in forget for run in _runs(t.scored)}
     samples: list[Tokens] = []
     with seeded(seed, lm.device):
         for attempt in range(_ATTEMPTS):
@@ -71,8 +80,45 @@ def sample_non_members(
                     prompt = prompt[-max(1, lm.context_length - length) :]
                 wanted, other = min(per_prompt, missing - len(new)), t.scored[0] if departs else None
                 new += _sample(lm, prompt, other, length, wanted, temperature=1 + attempt / 2)
-            samples += [t for t in new if known.isdisjoint(_runs(t))]
+            samples += [t for t in new if known.isdisjoint(_runs(t.scored))]
     return samples
+
+
+@torch.no_grad()
+def sample_own_texts(
+    lm: LanguageModel, forget: Sequence[Tokens], *, count: int = OWN_COUNT, seed: int = 0
+) -> list[Tokens]:
+    """Sample texts at temperature 1 that hold what the model knows, for a run without a retain set.
+
+    In turn, one starts from the beginning-of-text token, one from the opening of an English text, if the tokenizer has
+    its words, and one from the tokens with which all forget texts begin: the first, and what their prompts share. Each
+    is as long as the forget texts are (8 to 48 tokens). Texts that recite a forget text are left out.
+
+    Args:
+        lm: the model, in evaluation mode.
+        forget: the forget texts.
+        count: number of samples.
+        seed: seed of the sampling.
+
+    Returns:
+        At most `count` texts; none from an encoder-decoder model, which writes only in answer to something.
+    """
+    if lm.is_encoder_decoder:
+        return []
+    lengths = sorted(len(t.ids) for t in forget)
+    length = max(8, min(48, lengths[len(lengths) // 2]))
+    shared = _shared_prefix([t.ids[: t.first] for t in forget])
+    alone = len(set(forget)) == 1 or not shared
+    records = forget[0].ids[:1] if alone else shared[-max(1, (lm.context_length or len(shared) + length) - length) :]
+    encoded = [tuple(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in _OPENINGS]
+    openings = [ids for ids in encoded if ids and lm.tokenizer.unk_token_id not in ids] or [_start(lm)]
+    starts = [(_start(lm), openings[i // 3 % len(openings)], records)[i % 3] for i in range(count)]
+    known = [_runs(t.ids, min(_RECITED, max(3, len(t.scored)))) for t in forget]
+    samples: list[Tokens] = []
+    with seeded(seed, lm.device):
+        for start in dict.fromkeys(starts):
+            samples += _sample(lm, start, None, length, starts.count(start))
+    return [t for t in samples if not any(runs & _runs(t.ids, len(next(iter(runs)))) for runs in known)]
 
 
 @torch.no_grad()
@@ -94,7 +140,7 @@ def sample_alternates(lm: LanguageModel, forget: Sequence[Tokens], *, count: int
     Raises:
         DataError: the model recites the forget set in every attempt.
     """
-    known = {run for t in forget for run in _runs(t)}
+    known = {run for t in forget for run in _runs(t.scored)}
     alternates: list[Tokens] = []
     with seeded(seed, lm.device):
         for number, t in enumerate(forget, 1):
@@ -104,7 +150,7 @@ def sample_alternates(lm: LanguageModel, forget: Sequence[Tokens], *, count: int
                 length = max(2, len(t.scored))
                 samples = _sample(lm, prompt, t.scored[0] if departs else None, length, count - len(own))
                 whole = [replace(x, first=0 if lm.is_encoder_decoder else len(prompt)) for x in samples]
-                own += [x for x in whole if known.isdisjoint(_runs(x))]
+                own += [x for x in whole if known.isdisjoint(_runs(x.scored))]
                 if len(own) == count:
                     break
             if not own:
@@ -116,9 +162,21 @@ def sample_alternates(lm: LanguageModel, forget: Sequence[Tokens], *, count: int
     return alternates
 
 
-def _runs(t: Tokens) -> set[tuple[int, ...]]:
-    """Return every run of _RECITED consecutive scored tokens."""
-    return {tuple(t.scored[i : i + _RECITED]) for i in range(len(t.scored) - _RECITED + 1)}
+def _runs(ids: Sequence[int], length: int = _RECITED) -> set[tuple[int, ...]]:
+    """Return every run of `length` consecutive tokens."""
+    return {tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)}
+
+
+def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the tokens with which all prompts begin."""
+    differ = (i for i, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1)
+    return prompts[0][: next(differ, min(map(len, prompts)))]
+
+
+def _start(lm: LanguageModel) -> tuple[int, ...]:
+    """Return the token that begins a text."""
+    known = (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id, lm.tokenizer.pad_token_id, 0)
+    return (next(i for i in known if i is not None),)
 
 
 def _prompt(lm: LanguageModel, t: Tokens) -> tuple[tuple[int, ...], bool]:
@@ -128,8 +186,7 @@ def _prompt(lm: LanguageModel, t: Tokens) -> tuple[tuple[int, ...], bool]:
     prompt = t.ids[: t.first]
     if len(prompt) > 1:
         return prompt, True
-    known = (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id, lm.tokenizer.pad_token_id, 0)
-    return (next(i for i in known if i is not None),), False
+    return _start(lm), False
 
 
 def _sample(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ NO_LIKELIER = "no likelier"
 
 _LATIN = 0.8  # share of the forget set's letters from which texts in English and German are compared with it
 _UNKNOWN = 0.05  # share of unknown tokens up to which a tokenizer reads these texts
+_COMMONEST = 0.2  # share of one token up to which it can be a word
 _CHARACTERS = 2.0  # of these texts that it makes one token of, at least
 _SAME = 0.01  # nats a token: models that differ by less on every text are the same, up to the rounding of their dtype
 _HOLDOUT = "A holdout is better evidence: 19 or more texts of the same kind that were never trained on (--holdout)."
@@ -250,6 +252,11 @@ def unsuitable(lm: LanguageModel, examples: Sequence[Example], *, reads_head: bo
     words = [e.completion for e in unseen_texts()[:50]]
     ids = [i for text in words for i in lm.tokenizer(text, add_special_tokens=False).input_ids]
     unknown = sum(i == lm.tokenizer.unk_token_id for i in ids)
-    if unknown > _UNKNOWN * len(ids) or sum(map(len, words)) < _CHARACTERS * len(ids):
+    commonest = max(Counter(ids).values())  # some tokenizers have a token for unknown words that is not called so
+    if (
+        unknown > _UNKNOWN * len(ids)
+        or commonest > _COMMONEST * len(ids)
+        or sum(map(len, words)) < _CHARACTERS * len(ids)
+    ):
         return "the tokenizer was not made for English"
     return ""

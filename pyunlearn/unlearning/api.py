@@ -124,7 +124,7 @@ def unlearn(
         if role == "forget" or source is not None
     }
     examples, notes = check_texts(examples)
-    retain_loss = retain_loss or _loss_on_rests(config, method, examples)
+    retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     texts = render(lm, examples, config.template, truncate=config.truncate)
@@ -198,11 +198,16 @@ def _check_together(config: UnlearnConfig, method: Method, retain: Any, referenc
         )
 
 
-def _loss_on_rests(config: UnlearnConfig, method: Method, examples: dict[str, list[Example]]) -> str | None:
-    """Return the retain loss without a retain set: it holds the rest of texts of which strings are forgotten."""
-    if "retain" in examples or config.retain_loss != "auto" or not any(e.forget for e in examples["forget"]):
+def _loss_without_retain(config: UnlearnConfig, method: Method, examples: dict[str, list[Example]]) -> str | None:
+    """Return the retain loss without a retain set.
+
+    It holds text that the model wrote, and the rest of texts of which strings are forgotten.
+    """
+    if "retain" in examples or config.retain_loss != "auto":
         return None
-    return "hold" if method.retain_loss == "nll" else method.retain_loss
+    if method.retain_loss in ("nll", "hold"):
+        return "hold"
+    return method.retain_loss if any(e.forget for e in examples["forget"]) else None
 
 
 def _fingerprint(config: UnlearnConfig, session: Session) -> dict[str, Any]:
@@ -277,22 +282,28 @@ def _notes(session: Session, texts: RenderedTexts, result: Result, config: Unlea
         visits=float(session.state.visits[stopping.memorized].mean()) if stopping.memorized.any() else 0.0,
         budget_used=stopping.budget_used,
         limit=config.max_steps,
-        has_retain=session.texts.retain is not None,
+        has_retain=session.texts.retain is not None and not session.sampled.get("held"),
         method=session.forget_term.method.name,
     )
-    return notes + _rests_note(session, texts) + document_notes(result.documents)
+    return notes + _held_notes(session, texts) + document_notes(result.documents)
 
 
-def _rests_note(session: Session, texts: RenderedTexts) -> list[str]:
-    """Return a sentence on what becomes of the rest of the texts of which only strings are forgotten."""
-    if not texts.encoded.rests:
-        return []
-    if not session.retain_term.rests:
-        return ['What stands around the strings in "forget" was not held, since there is no retain loss.']
-    return [
-        'What stands around the strings in "forget" was held: each step on a text also takes the rest of it in the '
-        f'retain loss "{session.retain_term.loss}".'
-    ]
+def _held_notes(session: Session, texts: RenderedTexts) -> list[str]:
+    """Return sentences on the text of the model's own that was held, and on the rest of texts with "forget"."""
+    notes = []
+    if (own := session.sampled.get("held")) and session.state.visits.any():
+        notes.append(
+            f"Without a retain set, the run held {len(own)} texts that the model wrote. Other text that it knows by "
+            "heart can be lost with the forget set: pass what must stay with retain."
+        )
+    if texts.encoded.rests and not session.retain_term.rests:
+        notes.append('What stands around the strings in "forget" was not held, since there is no retain loss.')
+    elif texts.encoded.rests:
+        notes.append(
+            'What stands around the strings in "forget" was held: each step on a text also takes the rest of it in the '
+            f'retain loss "{session.retain_term.loss}".'
+        )
+    return notes
 
 
 def _examples(session: Session, examples: list[Example], parts: list[Part]) -> list[ExampleResult]:

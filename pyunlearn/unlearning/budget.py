@@ -53,6 +53,8 @@ class Budget(NamedTuple):
     """Relative rise up to which a round is accepted."""
     least: float = 1.0
     """Nats a token: the rise is relative to the mean before, or to this where the mean is smaller."""
+    gains_capped: bool = False
+    """True: what a text gains counts up to `allowed`, so that a gain of few does not hide the loss of others."""
 
     def rise(self, after: Floats) -> Rise:
         """Return the relative rise of the mean, of at least `least`, with its paired 95 % t interval.
@@ -66,6 +68,7 @@ class Budget(NamedTuple):
         if not np.isfinite(after).all():
             return Rise(math.nan, None)
         before = self.before
+        after = np.maximum(after, (1 - self.allowed) * before) if self.gains_capped else after
         scale = max(float(before.mean()), self.least)
         estimate = float((after.mean() - before.mean()) / scale)
         if len(before) == 1:

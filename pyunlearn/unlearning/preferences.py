@@ -1,13 +1,13 @@
-"""Texts in place of the forget texts: refusals, preferred answers and answers sampled from the model."""
+"""Texts in place of the forget texts: refusals and preferred answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pyunlearn.data import Example, Tokens
+from pyunlearn.data import Example
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import REFUSALS, Method
 
@@ -68,27 +68,6 @@ def with_winners(forget: Sequence[Example], winners: Sequence[str] | None) -> li
                 '"winner", pass method_options={"winners": [...]}, or let the model write some with altpo'
             )
     return [_with_completion(example, str(text)) for example, text in zip(forget, texts, strict=True)]
-
-
-def alternates_of(
-    stored: Sequence[Any], forget: Sequence[Tokens], count: int, vocabulary: int, sample: Callable[[], list[Tokens]]
-) -> tuple[list[Tokens], list[Any]]:
-    """Return `count` alternates for each forget example, example by example, and their form in a checkpoint.
-
-    Sampling is not reproducible on every device, so those of a checkpoint are used where they fit.
-
-    Args:
-        stored: alternates in the checkpoint of an interrupted run, or an empty list.
-        forget: the forget texts.
-        count: alternates per example.
-        vocabulary: number of token ids of the model.
-        sample: samples them where none are stored.
-    """
-    alternates = [Tokens(tuple(ids), first, decoder and tuple(decoder)) for ids, first, decoder in stored]
-    complete = len(alternates) == count * len(forget)
-    if not alternates or not complete or not all(max(*t.ids, *t.written) < vocabulary for t in alternates):
-        alternates = sample()
-    return alternates, [(list(t.ids), t.first, t.decoder and list(t.decoder)) for t in alternates]
 
 
 def _are_texts(values: Any) -> bool:

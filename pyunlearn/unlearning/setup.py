@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,6 @@ from pyunlearn.methods import Method, Multiplier
 from pyunlearn.metrics.stein import ksd_difficulty
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import Likelihood
-from pyunlearn.models.sampling import sample_alternates
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.probes.non_members import (
     NonMembers,
@@ -30,13 +29,19 @@ from pyunlearn.unlearning.checkpoint import LoopState
 from pyunlearn.unlearning.config import LoopConfig
 from pyunlearn.unlearning.distributed import Processes
 from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, Unseen, multiplier_of, token_quantiles
-from pyunlearn.unlearning.preferences import alternates_of
 from pyunlearn.unlearning.reference import Reference, cached_states, reference_on_device
 from pyunlearn.unlearning.representation import RepresentationTarget
+from pyunlearn.unlearning.sampled import SampledTexts
 from pyunlearn.unlearning.schedule import Schedule, check_difficulty, resolved_steps
 from pyunlearn.unlearning.stopping import StoppingRule
 from pyunlearn.unlearning.token_weights import token_weights_of
-from pyunlearn.unlearning.utility_set import UtilitySet, evenly_spaced, non_members_as_utility_set, retain_texts
+from pyunlearn.unlearning.utility_set import (
+    OWN_TEXTS,
+    UtilitySet,
+    evenly_spaced,
+    non_members_as_utility_set,
+    retain_texts,
+)
 
 Floats = NDArray[np.float64]
 _CORPUS = 256  # retain examples in the Stein discrepancy
@@ -106,8 +111,11 @@ def setup(
         lm, 2 * min(config.batch_size, micro_batch_size), autocast=accelerator.autocast, processes=processes
     )
     forget = tokens["forget"]
+    draws = SampledTexts(lm, forget, sampled, seed=config.seed, processes=processes, bar=bar)
+    held = draws.to_hold() if "retain" not in tokens and retain_loss == "hold" and config.retain_loss == "auto" else []
     own_retain, retain, rests, utility, retain_loss = retain_texts(
         tokens.get("retain"),
+        held,
         rendered.encoded.rests,
         retain_loss,
         by_default=config.retain_loss == "auto",
@@ -117,10 +125,7 @@ def setup(
     forget_scores, greedy_before = _score_forget_set(scorer, forget, bar)
     texts_by_role = tokens | ({} if retain is None else {"retain": retain})
     if "alternates" in method.needs:
-        count = (method.options | options)["alternates"]
-        sample = _alternate_sampler(lm, forget, count, config.seed, processes, bar)
-        own = alternates_of(sampled.get("alternates", []), forget, count, lm.vocabulary, sample)
-        texts_by_role["alternate"], sampled["alternates"] = own
+        texts_by_role["alternate"] = draws.alternates((method.options | options)["alternates"])
 
     with reference_on_device(lm, reference_model) as reference_lm:
         likelihood = reference_lm.likelihood
@@ -247,19 +252,6 @@ def _non_members(
     return calibrated(non_members, -forget_scores, of_forget, own)
 
 
-def _alternate_sampler(
-    lm: LanguageModel, forget: list[Tokens], count: int, seed: int, processes: Processes, bar: Progress
-) -> Callable[[], list[Tokens]]:
-    """Return a function that samples alternative answers (AltPO) in the main process and broadcasts them."""
-
-    def sample() -> list[Tokens]:
-        bar.say("sampling other answers of the model's own")
-        own = sample_alternates(lm, forget, count=count, seed=seed) if processes.is_main else []
-        return processes.broadcast_objects(own)
-
-    return sample
-
-
 def _stopping_rule(
     config: LoopConfig,
     scorer: Scorer,
@@ -274,9 +266,11 @@ def _stopping_rule(
     `unseen` are the log-likelihoods of the non-members' tokens, by text.
     """
     holdout: list[Tokens] = []
-    if config.holdout_budget is not None and utility is not None and "holdout" in tokens:
+    answers = non_members.reason and any(t.first > 1 for t in non_members.tokens)  # to the prompts of the forget set
+    if utility is None or (utility.source == OWN_TEXTS and not answers):
+        utility = non_members_as_utility_set(non_members)
+    elif config.holdout_budget is not None and "holdout" in tokens:
         holdout = [tokens["holdout"][i] for i in evenly_spaced(tokens["holdout"])]
-    utility = utility or non_members_as_utility_set(non_members)
     stopping = StoppingRule(
         forget_scores,
         -np.array([x.mean() for x in unseen]),
@@ -286,6 +280,7 @@ def _stopping_rule(
         false_discovery_rate=config.false_discovery_rate,
         utility_budget=config.utility_budget,
         utility_known=utility.known,
+        utility_gains_capped=utility.source == OWN_TEXTS,
         holdout_nll=-scorer.mean_log_likelihood(holdout) if holdout else None,
         holdout_budget=config.holdout_budget,
         non_members=non_members,

@@ -62,6 +62,7 @@ class StoppingRule:
         utility_budget: allowed relative rise of the utility set's mean (of at least 1 nat).
         utility_known: True where the model knows the utility set by heart: the rise is then relative to the mean that
             the forget texts would have if they were unseen.
+        utility_gains_capped: True: what a text of the utility set gains counts up to the budget.
         holdout_nll: (H,) of the holdout texts that have a budget, under the original model; None where they have none.
         holdout_budget: allowed relative rise of their mean.
         non_members: what is expected of the examples and of the non-members if they are unseen, which is subtracted
@@ -91,6 +92,7 @@ class StoppingRule:
         false_discovery_rate: float = 0.05,
         non_members: NonMembers | None = None,
         utility_known: bool = False,
+        utility_gains_capped: bool = False,
     ) -> None:
         self.non_member_nll = non_member_nll
         self.holdout_budget: Budget | None = None
@@ -101,7 +103,7 @@ class StoppingRule:
         self.non_member_extracted = non_member_extracted - self.non_members.own.greedy_match
         unseen = float(self.non_members.forget.nll.mean() + self.non_member_scores.mean())
         least = max(1.0, unseen) if utility_known else 1.0
-        self.utility_budget = Budget(UTILITY_BUDGET, utility_nll, utility_budget, least)
+        self.utility_budget = Budget(UTILITY_BUDGET, utility_nll, utility_budget, least, utility_gains_capped)
         self.target_exposure, self.false_discovery_rate = target_exposure, false_discovery_rate
         self.initial = self.measurement(log_likelihood, utility_nll, holdout_nll)
         self.current = self.initial

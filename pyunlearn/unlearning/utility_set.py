@@ -17,6 +17,9 @@ _TOKENS = 1024  # scored tokens of a budget's texts, at each evaluation
 _LEAST = 8  # texts of a budget, where there are as many and they are long: fewer have a wide interval
 _SPLIT = 20  # different retain texts from which a part is set apart
 _SHARE = 5  # one text in this many is set apart at most
+_OWN_SHARE = 3  # the same of texts that the model wrote
+OWN_TEXTS = "text that the model wrote, gains up to the budget"
+"""Name of the utility set of a run with neither a retain set nor other text than the model's own."""
 _KNOWN = 0.5  # nats a token, below which a retain set is known by heart: unseen text is rarely so likely
 
 
@@ -60,6 +63,7 @@ class RetainTexts(NamedTuple):
 
 def retain_texts(
     given: list[Tokens] | None,
+    own: list[Tokens],
     rests: Mapping[int, Tokens],
     loss: str | None,
     *,
@@ -71,6 +75,7 @@ def retain_texts(
 
     Args:
         given: the retain set, or None.
+        own: texts that the model wrote, in place of a retain set; a third of them is set apart.
         rests: index of a forget text of which only strings are forgotten -> what is left of it.
         loss: name of the retain loss, or None.
         by_default: True where the user chose none: "hold" is then "nll" for a set that the model knows by heart, which
@@ -79,11 +84,15 @@ def retain_texts(
         log_likelihood: returns (n,) means a token of n texts under the original model, nats.
     """
     retain, utility = split_retain(given, trains=trains, log_likelihood=log_likelihood)
+    if own:
+        apart = set(own[::_OWN_SHARE])
+        retain = [t for t in own if t not in apart]
+        utility = UtilitySet(own[::_OWN_SHARE], OWN_TEXTS, trained=False)
     if by_default and loss == "hold" and utility is not None and utility.known:
         loss = "nll"
-    own = retain or []
-    indices = {i: len(own) + n for n, i in enumerate(rests)} if trains else {}
-    return RetainTexts(own, own + list(rests.values()) if indices else retain, indices, utility, loss)
+    trained = retain or []
+    indices = {i: len(trained) + n for n, i in enumerate(rests)} if trains else {}
+    return RetainTexts(trained, trained + list(rests.values()) if indices else retain, indices, utility, loss)
 
 
 def evenly_spaced(tokens: Sequence[Tokens], *, most: int | None = None) -> list[int]:
