@@ -59,6 +59,8 @@ class Progress:
         left: int,
         costs: Sequence[tuple[str, float, float]],
         exponent: int,
+        share: float,
+        remaining: str,
     ) -> None:
         """Show the state of an unlearning run after a round.
 
@@ -70,14 +72,22 @@ class Progress:
             costs: of each budget the name of its texts, the upper end of the relative rise of their negative
                 log-likelihood, and the rise that is allowed.
             exponent: the learning rate is 2^exponent times its start.
+            share: how far the examples have come, 0 to 1.
+            remaining: the time that is left.
         """
         if self.shown:
             factor = f"{2**exponent} times" if exponent > 0 else f"1/{2**-exponent} of"
             rate = f" · learning rate {factor} its start" if exponent else ""
             spent = " · ".join(f"{name} at most {upper:+.1%} of {allowed:.0%}" for name, upper, allowed in costs)
             done = f"step {step} of at most {max_steps} · {memorized - left} of {memorized} settled"
-            say = f"{done} · {spent} allowed{rate}"
-            self.bar.update(self.task, total=memorized, completed=memorized - left, say=say)
+            say = f"{done} · about {remaining} left · {spent} allowed{rate}"
+            self.bar.update(self.task, total=1.0, completed=share, say=say)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the line."""

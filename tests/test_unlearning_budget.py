@@ -191,8 +191,10 @@ def test_the_progress_bar_shows_each_budget(monkeypatch):
         (2, " · learning rate 4 times its start"),
         (-1, " · learning rate 1/2 of its start"),
     ):
-        bar.update(6, 200, 3, 1, costs, exponent)
+        bar.update(6, 200, 3, 1, costs, exponent, 0.8, "5 min")
         assert shown["say"] == (
-            "step 6 of at most 200 · 2 of 3 settled · utility at most +4.9% of 5% · holdout at most +2.1% of 10% "
+            "step 6 of at most 200 · 2 of 3 settled · about 5 min left · "
+            "utility at most +4.9% of 5% · holdout at most +2.1% of 10% "
             f"allowed{rate}"
         )
+        assert (shown["completed"], shown["total"]) == (0.8, 1)

@@ -27,7 +27,7 @@ from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.budget import budget_notes
 from pyunlearn.unlearning.checkpoint import Checkpoint, checkpoint_path, sampled_texts
 from pyunlearn.unlearning.config import UnlearnConfig
-from pyunlearn.unlearning.distributed import Processes, make_accelerator
+from pyunlearn.unlearning.distributed import Processes, is_main_process, make_accelerator
 from pyunlearn.unlearning.endings import advice
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.loop import ascend, resume_scores
@@ -126,19 +126,19 @@ def unlearn(
     examples, notes = check_texts(examples)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
-    lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
-    texts = render(lm, examples, config.template, truncate=config.truncate)
+    with Progress(progress if is_main_process() else False) as bar:
+        bar.say("loading the model")
+        lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
+        texts = render(lm, examples, config.template, truncate=config.truncate)
 
-    accelerator = make_accelerator(lm.inner)
-    processes = Processes(accelerator)
-    lm.module.to(accelerator.device)
-    processes.broadcast_weights(lm.module)
-    lm.module.eval()  # no dropout, so that log-likelihoods are a function of the weights
-    trained = accelerator.unwrap_model(lm.module)
-    default_rate = _ADAPTER_LEARNING_RATE if hasattr(trained, "peft_config") else _LEARNING_RATE
-    config = replace(config, learning_rate=config.learning_rate or default_rate * method.rate)
-    bar = Progress(progress if processes.is_main else False)
-    try:
+        accelerator = make_accelerator(lm.inner)
+        processes = Processes(accelerator)
+        lm.module.to(accelerator.device)
+        processes.broadcast_weights(lm.module)
+        lm.module.eval()  # no dropout, so that log-likelihoods are a function of the weights
+        trained = accelerator.unwrap_model(lm.module)
+        default_rate = _ADAPTER_LEARNING_RATE if hasattr(trained, "peft_config") else _LEARNING_RATE
+        config = replace(config, learning_rate=config.learning_rate or default_rate * method.rate)
         texts = _in_best_form(lm, texts, config, accelerator, processes, bar)
         session = setup(
             lm,
@@ -156,11 +156,10 @@ def unlearn(
         )
         checkpoint = Checkpoint(path, _fingerprint(config, session), session.sampled)
         stopped = _train(session, config, checkpoint, resume, bar)
-    finally:
-        bar.close()
-    inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
-    inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
-    result = _result(session, config, trained, texts, stopped, inputs)
+        bar.say("measuring what is left")
+        inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
+        inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
+        result = _result(session, config, trained, texts, stopped, inputs)
     result.notes = notes + _notes(session, texts, result, config)
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:

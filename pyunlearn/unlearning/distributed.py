@@ -6,6 +6,7 @@ may be empty, and the model must come back as the user gave it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -94,6 +95,11 @@ class Processes:
         """Wait for all processes to get here."""
         if self.count > 1:
             self._accelerator.wait_for_everyone()
+
+
+def is_main_process() -> bool:
+    """Return True in the main one of several processes, and in a process of its own; known without an Accelerator."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def make_accelerator(module: nn.Module) -> Any:

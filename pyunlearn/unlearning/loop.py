@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyunlearn.probes.non_members import NO_LIKELIER
-from pyunlearn.progress import Progress
+from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.budget import Rise
 from pyunlearn.unlearning.checkpoint import Checkpoint
 from pyunlearn.unlearning.config import LoopConfig
 from pyunlearn.unlearning.distributed import Processes
+from pyunlearn.unlearning.forecast import Forecast, Pace, duration, share_done
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, finite
 from pyunlearn.unlearning.optimizer import TrainedWeights
@@ -75,6 +76,10 @@ def ascend(
     )
     weights.set_learning_rate(state.step_size.rate(learning_rate))
     rejection_reason: str | None = None
+    pace = Pace(Forecast.of(session), share_done(session))
+    if session.processes.is_main:
+        logger.info(pace.forecast.line)
+    _show(session, bar, pace)
     last_saved = time.monotonic()
     snapshot = state.snapshot()
     try:
@@ -101,7 +106,7 @@ def ascend(
             state.step, state.round_number = state.step + len(records), state.round_number + 1
             state.history += records
             snapshot = state.snapshot()
-            _show(session, bar)
+            _show(session, bar, pace)
             if session.processes.is_main and time.monotonic() - last_saved > CHECKPOINT_SECONDS:
                 checkpoint.save(weights, state)
                 last_saved = time.monotonic()
@@ -326,9 +331,11 @@ def _rise_record(name: str, rise: Rise | None) -> dict[str, float | None]:
     return dict(zip((f"{name}_rise", f"{name}_rise_upper"), values, strict=True))
 
 
-def _show(session: Session, bar: Progress) -> None:
+def _show(session: Session, bar: Progress, pace: Pace) -> None:
     """Update the progress bar."""
     state, stopping = session.state, session.stopping
     memorized, left = int(stopping.memorized.sum()), len(stopping.unsettled)
     costs = [(budget.name.split()[0], rise.upper, budget.allowed) for budget, rise in stopping.budgets]
-    bar.update(state.step, session.max_steps, memorized, left, costs, state.step_size.exponent)
+    done = share_done(session)
+    remaining = duration(pace.left(done))
+    bar.update(state.step, session.max_steps, memorized, left, costs, state.step_size.exponent, done, remaining)

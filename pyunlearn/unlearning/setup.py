@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -74,6 +75,7 @@ class Session(NamedTuple):
     greedy_before: Floats  # (B,) share of each forget text's tokens that were the model's first choice
     sampled: dict[str, Any]  # name -> texts that a checkpoint has to store
     scores: dict[str, Floats]  # name of a set -> numbers in which a resumed run must agree
+    seconds_per_id: float  # of a forward pass
 
 
 def setup(
@@ -122,7 +124,7 @@ def setup(
         trains=retain_loss is not None and config.retain_weight > 0,
         log_likelihood=scorer.mean_log_likelihood,
     )
-    forget_scores, greedy_before = _score_forget_set(scorer, forget, bar)
+    forget_scores, greedy_before, seconds_per_id = _score_forget_set(scorer, forget, bar)
     texts_by_role = tokens | ({} if retain is None else {"retain": retain})
     if "alternates" in method.needs:
         texts_by_role["alternate"] = draws.alternates((method.options | options)["alternates"])
@@ -169,7 +171,7 @@ def setup(
     terms = (forget_term, retain_term)
     return Session(
         accelerator, processes, scorer, texts, stopping, schedule, max_steps, *terms, state, target, greedy_before,
-        sampled, _scores_to_agree(stopping, weights, difficulty) | fingerprint,
+        sampled, _scores_to_agree(stopping, weights, difficulty) | fingerprint, seconds_per_id,
     )  # fmt: skip
 
 
@@ -197,8 +199,8 @@ def _scores_to_agree(
     }
 
 
-def _score_forget_set(scorer: Scorer, forget: list[Tokens], bar: Progress) -> tuple[Floats, Floats]:
-    """Return (B,) mean log-likelihoods per token, nats, and (B,) shares of tokens that are the model's first choice.
+def _score_forget_set(scorer: Scorer, forget: list[Tokens], bar: Progress) -> tuple[Floats, Floats, float]:
+    """Return (B,) mean log-likelihoods per token, nats, (B,) shares of first-choice tokens, and the pass's s per token.
 
     Raises TrainingError where a log-likelihood is not finite.
     """
@@ -208,7 +210,9 @@ def _score_forget_set(scorer: Scorer, forget: list[Tokens], bar: Progress) -> tu
         raise TrainingError(
             "the model gives NaN or Inf for the forget set before the first step: it cannot be trained from here"
         )
-    return log_likelihood, scorer.greedy_match(forget)
+    began = time.perf_counter()
+    matches = scorer.greedy_match(forget)
+    return log_likelihood, matches, (time.perf_counter() - began) / sum(map(len, forget))
 
 
 def _non_members(

@@ -1,0 +1,110 @@
+"""Forecast of a run: the steps and the time that it will take, before the first step and after each round."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from pyunlearn.unlearning.schedule import SCORED_OTHERS, STEPS_PER_ROUND
+from pyunlearn.unlearning.setup import Session
+
+VISITS = 16
+"""Optimizer steps on an example until it is settled: a usual number at the defaults, see docs/benchmarks.md."""
+
+_STEP = 3.0  # passes that forward and backward cost, in forward passes
+_SURE = 0.05  # share of the way from which a run's own pace says more than the forecast
+
+
+class Forecast(NamedTuple):
+    """Size and expected cost of a run."""
+
+    texts: int
+    tokens: int
+    """Scored tokens of the forget set."""
+    memorized: int
+    """Texts that count as memorized."""
+    steps: int
+    """Expected optimizer steps."""
+    most: int
+    """Largest number of steps."""
+    seconds: float
+    """Expected time, without that for loading, the first scores and the final ones."""
+
+    @classmethod
+    def of(cls, session: Session) -> Forecast:
+        """Return the forecast of a run that has not begun."""
+        texts, schedule = session.texts, session.schedule
+        memorized = int(session.stopping.memorized.sum())
+        size = schedule.batch_size
+        per_round = min(STEPS_PER_ROUND, -(-memorized // size))
+        steps = min(session.max_steps, VISITS * -(-memorized // size))
+        # ids of a step and of the scores after a round
+        length = sum(map(len, texts.forget)) / len(texts.forget)
+        retain = texts.retain if session.retain_term.active and texts.retain else []
+        taken = min(memorized, size)
+        step = taken * length + min(size, len(retain)) * sum(map(len, retain)) / max(1, len(retain))
+        scored = min(len(texts.forget), per_round * size + SCORED_OTHERS) * length
+        scored += sum(map(len, [*texts.utility.tokens, *texts.holdout]))
+        ids = steps * (_STEP * step + scored / max(1, per_round))
+        tokens = sum(len(t.scored) for t in texts.forget)
+        return cls(len(texts.forget), tokens, memorized, steps, session.max_steps, ids * session.seconds_per_id)
+
+    @property
+    def line(self) -> str:
+        """One sentence for the user."""
+        size = f"{_number(self.texts, 'text')} to forget with {_number(self.tokens, 'scored token')}"
+        if not self.memorized or not self.most:
+            return f"{size}: {self.memorized:,} memorized, no step to take"
+        return (
+            f"{size}: {self.memorized:,} memorized; about {_number(self.steps, 'step')} (at most {self.most:,}), "
+            f"about {duration(self.seconds)}"
+        )
+
+
+class Pace:
+    """Time that is left of a run: from the forecast at first, later from how far the texts have come in what time.
+
+    Args:
+        forecast: of the run.
+        done: share of the way that a resumed run has behind it.
+    """
+
+    def __init__(self, forecast: Forecast, done: float) -> None:
+        self.forecast, self.before, self.began = forecast, done, time.monotonic()
+
+    def left(self, done: float) -> float:
+        """Return the seconds that are left where that share of the way is behind."""
+        if done - self.before < _SURE:
+            return self.forecast.seconds * (1 - done)
+        return (time.monotonic() - self.began) * (1 - done) / (done - self.before)
+
+
+def share_done(session: Session) -> float:
+    """Return how far the memorized texts have come, 0 to 1: the mean share of the way down to their level."""
+    stopping = session.stopping
+    if not stopping.memorized.any():
+        return 1.0
+    start, now = stopping.initial.log_likelihood, stopping.current.log_likelihood
+    way = np.maximum(start - stopping.level, 1e-6)
+    share = np.clip((start - now) / way, 0, 0.95)  # the rest when it is settled
+    settled = np.ones(len(share), dtype=bool)
+    settled[stopping.unsettled] = False
+    return float(np.where(settled, 1.0, share)[stopping.memorized].mean())
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it.
+
+    >>> duration(42.3), duration(310), duration(5000)
+    ('42 s', '5 min', '1 h 23 min')
+    """
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
