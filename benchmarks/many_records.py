@@ -2,10 +2,11 @@
 
     python -m benchmarks.many_records --counts 1,2,5,16,64 --given retain+holdout,holdout,retain,nothing
 
-For each count a tiny Llama is trained on that many random facts sixty times and on six thousand others once, so that it
-knows the first by heart and of the others the form alone: nothing in a fact can be guessed from its prompt. Then
-`pyunlearn.unlearn` forgets them with its defaults. The retain set is 400 of the facts that were read once, or, with
---known, as many that were read sixty times too; the holdout is 200 facts that were never read.
+For each count a tiny Llama is trained on that many random facts sixty times and on others once (six thousand, or 32 for
+each that is known, if that is more), so that it knows the first by heart and of the others the form alone: nothing in a
+fact can be guessed from its prompt. Then `pyunlearn.unlearn` forgets them with its defaults. The retain set is 400 (or
+the count) of the facts that were read once, or, with --known, as many that were read sixty times too; the holdout is
+200 facts that were never read.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pyunlearn.models import Likelihood
 from pyunlearn.models.from_scratch import untrained_llama
 
 WORDS = [c + v + end for c in "bdkl" for v in "aeiou" for end in ("ba", "de", "ki", "lo", "mu")]
-ONCE, READ_OFTEN, RETAIN, HOLDOUT = 6000, 60, 400, 200
+ONCE, ONCE_EACH, READ_OFTEN, RETAIN, HOLDOUT = 6000, 32, 60, 400, 200
 COLUMNS = ("records", "given", "forgotten", "over-unlearned", "ended with", "visits a record", "s a record", "utility")
 
 
@@ -80,14 +81,15 @@ def world(count: int, *, known: bool, seed: int) -> tuple[Any, Any, dict[str, li
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>", pad_token="<pad>")
     model = untrained_llama(len(names), width=128, feed_forward=256, layers=2, heads=4, context=64)
-    forget, once, often = (facts(n, 10 * seed + i) for i, n in ((1, count), (2, ONCE), (4, max(count, 64))))
+    sizes = {1: count, 2: max(ONCE, ONCE_EACH * count), 4: max(count, 64)}
+    forget, once, often = (facts(n, 10 * seed + i) for i, n in sizes.items())
     train(model, tokenizer, once + (forget + (often if known else [])) * READ_OFTEN)
     return (
         model,
         tokenizer,
         {
             "forget": forget,
-            "retain": often if known else once[:RETAIN],
+            "retain": often if known else once[: max(RETAIN, count)],
             "holdout": facts(HOLDOUT, 10 * seed + 3),
         },
     )

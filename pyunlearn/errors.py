@@ -24,6 +24,7 @@ __all__ = [
     "OutputError",
     "PyunlearnError",
     "TrainingError",
+    "first_line",
     "missing_packages",
     "nearest",
 ]
@@ -55,6 +56,11 @@ class DependencyError(PyunlearnError, ImportError):
 
 class TrainingError(PyunlearnError, RuntimeError):
     """Failed run without an accepted state to return."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where there is none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def missing_packages(feature: str, *packages: str, otherwise: str = "") -> DependencyError:

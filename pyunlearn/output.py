@@ -6,14 +6,16 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from pyunlearn.errors import OutputError
+from pyunlearn.errors import OutputError, first_line
 
 
 def model_name(model: Any) -> str | None:
@@ -36,31 +38,34 @@ def versions() -> dict[str, str]:
     return {"pyunlearn": __version__, "torch": torch.__version__}
 
 
-def save_folder(directory: str | Path, model: Any, tokenizer: Any, name: str, content: dict[str, Any]) -> Path:
+def save_folder(
+    directory: str | Path, model: Any, tokenizer: Any, name: str, content: dict[str, Any], *, replace: bool = False
+) -> Path:
     """Write a model, its tokenizer and one JSON file into an empty or new directory; all of it or nothing.
+
+    With `replace`, a directory that holds the JSON file is replaced.
 
     Raises OutputError when the directory holds something already or cannot be written.
     """
-    target = check_output(directory)
+    target = check_output(directory, marker=name if replace else None)
     mount = target.is_mount()  # cannot be replaced, only filled
-    partial = (target / ".partial") if mount else target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if mount:
-            for part in sorted(partial.iterdir()):
-                part.replace(target / part.name)
-        else:
-            if target.exists():
-                target.rmdir()
-            partial.replace(target)
-    except OSError as error:
-        raise OutputError(f"the result could not be written to {target}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with _workshop(target / target.name if mount else target) as partial:
+            partial.mkdir()
+            model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            _synchronize(partial)
+            if mount:
+                for part in sorted(partial.iterdir()):
+                    part.replace(target / part.name)
+            else:
+                if target.exists():
+                    shutil.rmtree(target) if replace else target.rmdir()
+                partial.replace(target)
+    except Exception as error:  # safetensors has its own for a full disk
+        raise OutputError(f"the result could not be written to {target}: {first_line(error)}") from error
     return target
 
 
@@ -80,25 +85,58 @@ def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
 
     Raises OutputError when it cannot be written.
     """
-    partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        write(partial)
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(partial, target)
+        with _workshop(target) as partial:
+            write(partial)
+            _synchronize(partial)
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(partial, target)
     except OSError as error:
         raise OutputError(f"{target.name} could not be written to {target.parent}: {error}") from error
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[BinaryIO]:
+    """Open a new file next to `target`, which only its owner can read; at the end of the block it gets that name.
+
+    It is on the disk then. After an error it is removed, and `target` stays as it was.
+    """
+    with _workshop(target) as partial:
+        with partial.open("xb") as file:
+            partial.chmod(0o600)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+        _synchronize(target.parent, deep=False)
+
+
+@contextmanager
+def _workshop(target: Path) -> Iterator[Path]:
+    """Yield a path that nobody else can have prepared, in a new folder next to `target` that is removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=_made(target.parent)))
+    try:
+        yield folder / target.name
     finally:
-        _remove(partial)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _synchronize(path: Path, *, deep: bool = True) -> None:
+    """Write a file, or a folder and the files in it, from the system's memory to the disk."""
+    for each in [*(path.rglob("*") if deep and path.is_dir() else ()), path]:
+        if not each.is_symlink():
+            number = os.open(each, os.O_RDONLY)
+            try:
+                os.fsync(number)
+            finally:
+                os.close(number)
 
 
 def write_json(target: Path, content: Any) -> None:

@@ -38,10 +38,13 @@ def folder(trained, tmp_path_factory):
 
 @pytest.fixture
 def unlearn(call, folder):
-    """call("unlearn", the saved model, ...), with the forget set and the holdout unless told otherwise."""
+    """call("unlearn", the saved model, ...), with the forget set and the holdout unless told otherwise.
+
+    The line with the forecast is not part of the standard error that it returns.
+    """
 
     def run(*arguments, forget=folder / "forget.jsonl", model=folder / "model-1.5"):
-        return call(
+        code, out, err = call(
             "unlearn",
             model,
             "--forget",
@@ -52,8 +55,18 @@ def unlearn(call, folder):
             3e-4,
             *arguments,
         )
+        return code, out, re.sub(r"[\d,]+ texts? to forget with .*\n", "", err)
 
     return run
+
+
+def test_unlearn_says_on_standard_error_what_it_will_take(call, folder, tmp_path):
+    """Not with --quiet."""
+    options = ("unlearn", folder / "model-1.5", "--forget", folder / "forget.jsonl", "--max-steps", 0)
+    _, out, err = call(*options, "--holdout", folder / "holdout.jsonl", "--out", "new")
+    assert err == "2 texts to forget with 24 scored tokens: 2 memorized, no step to take\n"
+    assert "scored tokens" not in out
+    assert call(*options, "--holdout", folder / "holdout.jsonl", "--out", "other", "--quiet")[2] == ""
 
 
 def refused(result, tmp_path, present=()):

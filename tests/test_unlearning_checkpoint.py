@@ -1,5 +1,6 @@
 """Checkpoints: an interrupted run resumes to the numbers of an uninterrupted one; a foreign checkpoint is refused."""
 
+import pickle
 from dataclasses import asdict
 
 import numpy as np
@@ -12,7 +13,8 @@ from unlearning_runs import Interrupted, run, same, timeless, weights
 
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import METHODS, Multiplier
-from pyunlearn.unlearning.checkpoint import Checkpoint, LoopState, checkpoint_path, sampled_texts
+from pyunlearn.progress import logger
+from pyunlearn.unlearning.checkpoint import Checkpoint, LoopState, sampled_texts
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.step_size import StepSize
 
@@ -167,33 +169,76 @@ def test_a_run_without_an_output_folder_writes_no_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    """The file is written under another name first."""
-    path = tmp_path / "out.checkpoint.pt"
-    Checkpoint(path, FINGERPRINT, {}).save(trained_layer()[1], state_of())
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_save_that_fails_warns_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, error):
+    """The file is written under another name first, and a run goes on without it."""
+    path, warnings = tmp_path / "out.checkpoint.pt", []
+    assert Checkpoint(path, FINGERPRINT, {}).save(trained_layer()[1], state_of())
     before = path.read_bytes()
 
     def half(data, file):
-        file.write_bytes(b"half")
-        raise OSError("disk full")
+        file.write(b"half")
+        raise error
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="disk full"):
-        Checkpoint(path, FINGERPRINT, {}).save(trained_layer()[1], state_of())
+    monkeypatch.setattr(logger, "warning", warnings.append)
+    assert not Checkpoint(path, FINGERPRINT, {}).save(trained_layer()[1], state_of())
     assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out.checkpoint.pt"]
+    assert warnings == [f"the checkpoint {path} could not be written ({error}): the run goes on"]
 
 
-def test_a_checkpoint_is_next_to_the_output_folder(tmp_path):
-    """It must exist to resume, and must not exist to start; without an output folder there is none."""
+def test_only_its_owner_can_read_a_checkpoint(tmp_path):
+    """And a link that was planted under the name is replaced, not followed."""
+    path, other = tmp_path / "out.checkpoint.pt", tmp_path / "other"
+    other.write_bytes(b"mine")
+    path.symlink_to(other)
+    Checkpoint(path, FINGERPRINT, {}).save(trained_layer()[1], state_of())
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert not path.is_symlink()
+    assert other.read_bytes() == b"mine"
+
+
+def damaged(rng, data):
+    """Return the bytes with one of four kinds of damage."""
+    kind, at = int(rng.integers(4)), int(rng.integers(len(data)))
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + bytes([data[at] ^ (1 << int(rng.integers(8)))]) + data[at + 1 :]
+    if kind == 2:
+        return data[:at] + rng.bytes(20) + data[at + 20 :]
+    return data + rng.bytes(1 + at % 9)
+
+
+@pytest.mark.parametrize("count", [100, *in_full(1000)])
+def test_a_damaged_checkpoint_is_refused(tmp_path, count):
+    """Whatever bytes are cut, flipped, overwritten or added: one sentence, and nothing has changed."""
+    path, rng = tmp_path / "out.checkpoint.pt", np.random.default_rng(0)
+    Checkpoint(path, FINGERPRINT, {}).save(trained_layer()[1], state_of())
+    data = path.read_bytes()
+    (model, loaded), state = trained_layer(seed=1), LoopState(np.zeros(3, dtype=np.int64))
+    before = weights(model)
+    for _ in range(count):
+        path.write_bytes(damaged(rng, data))
+        for read in (lambda: sampled_texts(path), lambda: Checkpoint(path, FINGERPRINT, {}).load(loaded, state)):
+            with pytest.raises(DataError, match="delete it and start again without resume"):
+                read()
+    assert same(model, before)
+    assert state.step == 0
+
+
+def test_a_foreign_file_is_no_checkpoint(tmp_path):
+    """Nor is an empty one, a pickle, or one of another version."""
     path = tmp_path / "out.checkpoint.pt"
-    assert checkpoint_path(None, resume=False) is None
-    assert checkpoint_path(tmp_path / "out", resume=False) == path
-    with pytest.raises(ArgumentError, match="does not exist: give that run's output_dir"):
-        checkpoint_path(tmp_path / "out", resume=True)
-    path.write_bytes(b"")
-    assert checkpoint_path(tmp_path / "out", resume=True) == path
-    with pytest.raises(ArgumentError, match="holds an interrupted run: continue it with resume=True"):
-        checkpoint_path(tmp_path / "out", resume=False)
+    for data in (b"", b"x" * 1000, pickle.dumps({"weights": 1})):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match="is no whole checkpoint of pyunlearn, or one of an older version"):
+            sampled_texts(path)
+    Checkpoint(path, FINGERPRINT, {}).save(trained_layer()[1], state_of())
+    path.write_bytes(path.read_bytes().replace(b"checkpoint 1 sha256", b"checkpoint 2 sha256"))
+    with pytest.raises(DataError, match="is of another version of pyunlearn"):
+        sampled_texts(path)
 
 
 # ---------------------------------------------------------------- in a run

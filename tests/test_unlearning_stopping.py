@@ -181,6 +181,35 @@ def test_examples_that_were_not_scored_are_stale_and_do_not_count():
     assert stopping.overshot.tolist() == [True, False, False]
 
 
+def test_the_measure_is_unseen_text_as_it_is_now_where_that_became_likelier():
+    """An example at its level is settled then; text that became unlikelier is no measure."""
+    stopping = rule()
+    accepted(stopping, [-2.2, -2.2, -3.0])
+    assert stopping.anchor_is_old
+    assert stopping.active.tolist() == [0, 1]
+    before = stopping.level.copy()
+    stopping.compare_with(NON_MEMBERS + 0.5)
+    assert stopping.active.tolist() == [0, 1]
+    assert stopping.level.tolist() == before.tolist()
+    stopping.compare_with(NON_MEMBERS - 1)
+    assert not stopping.anchor_is_old
+    assert stopping.active.tolist() == []
+    assert stopping.level.tolist() == pytest.approx((before + 1).tolist())
+    assert verdicts(stopping) == ["forgotten", "forgotten", "not memorized"]
+    resumed = rule()
+    resumed.resume(stopping.scores, np.array([1.5, 2.5]), None)
+    assert resumed.active.tolist() == []
+
+
+def test_a_record_below_what_unseen_text_has_become_is_brought_back():
+    """It was at the level of the original model's."""
+    stopping = rule()
+    accepted(stopping, [-2.9, -2.9, -3.0])
+    assert not stopping.overshot.any()
+    stopping.compare_with(NON_MEMBERS - 1.5)
+    assert stopping.overshot.tolist() == [True, True, False]
+
+
 def test_a_rule_resumes_from_its_scores():
     """Active, overshot and stale examples and what is extracted are the same."""
     stopping, resumed = rule(), rule()

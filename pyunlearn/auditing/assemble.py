@@ -25,6 +25,7 @@ from pyunlearn.metrics import (
     verdict,
 )
 from pyunlearn.metrics._binomial import clopper_pearson
+from pyunlearn.metrics.verdict import anchor_after
 from pyunlearn.probes.non_members import capped, evidence_notes
 from pyunlearn.probes.recitation import LONGEST, recited
 
@@ -61,6 +62,8 @@ class AuditAssembler:
         self.non_members, expected = texts.non_members, texts.non_members.forget
         self.non_member_nll = -anchor.statistics["non_members"].mean_log_likelihood
         self.non_member_scores = self.non_member_nll - self.non_members.own.nll
+        present = -now.statistics["non_members"].mean_log_likelihood - self.non_members.own.nll
+        self.anchor = anchor_after(self.non_member_scores, present)
         self.nll = -now.statistics["forget"].mean_log_likelihood
         self.nll_before = -anchor.statistics["forget"].mean_log_likelihood
         self.scores, self.scores_before = self.nll - expected.nll, self.nll_before - expected.nll
@@ -100,6 +103,7 @@ class AuditAssembler:
             self.scores_before,
             self.scores,
             self.non_member_scores,
+            non_member_scores_after=self.anchor,
             extracted=forget.greedy_match - self.non_members.forget.greedy_match,
             non_member_extracted=anchor.greedy_match - self.non_members.own.greedy_match,
             recited=[i in written and recited(written[i], openings[i].scored) for i in range(len(openings))],

@@ -108,6 +108,7 @@ def verdict(
     scores_after: ArrayLike,
     non_member_scores: ArrayLike,
     *,
+    non_member_scores_after: ArrayLike | None = None,
     extracted: ArrayLike | None = None,
     non_member_extracted: ArrayLike | None = None,
     recited: ArrayLike | None = None,
@@ -126,7 +127,9 @@ def verdict(
     unseen ones, on average; a set of one is judged at 4.32 bits. Over-unlearned texts are selected among the memorized
     ones and among the others, each for itself.
 
-    Exposures are anchored: the same non-members, under the original model, before and after. With fewer than 19
+    Exposures are anchored: the same non-members, under the original model, before and after. Unlearning can also make
+    unseen text likelier, where the model had recited in its place; then `non_member_scores_after` takes it (see
+    `anchor_after`). With fewer than 19
     non-members no text can be memorized or over-unlearned; few memorized among many need more (non_members_needed).
     A text stopped at `target_exposure` lies near the threshold by design, and few of those verdicts are `certain`.
 
@@ -139,6 +142,7 @@ def verdict(
         scores_before: (n,) under the original model, low where a text is likely.
         scores_after: (n,) of the same texts under the unlearned model.
         non_member_scores: (m,) or (n, m), under the original model.
+        non_member_scores_after: (m,) or (n, m), what `scores_after` are compared with; default: the same.
         extracted: (n,) 0 to 1, under the unlearned model, high where a text is extracted.
         non_member_extracted: (m,) or (n, m), under the original model; with `extracted`.
         recited: (n,) True where the unlearned model's greedy continuation of a text's beginning is its rest.
@@ -164,7 +168,8 @@ def verdict(
     if not target_exposure >= 0:
         raise ArgumentError(f"target_exposure must be 0 bits or more, got {target_exposure!r}")
     before = generalized_exposure(scores_before, non_member_scores)
-    after = generalized_exposure(scores_after, non_member_scores)
+    anchor = non_member_scores if non_member_scores_after is None else non_member_scores_after
+    after = generalized_exposure(scores_after, anchor)
     if len(before.lower) != len(after.lower):
         raise ArgumentError(
             f"scores_before and scores_after must be of the same texts, got {len(before.lower)} and {len(after.lower)}"
@@ -180,8 +185,8 @@ def verdict(
     name = np.select([over, ~memorized, forgotten], ["over-unlearned", "not memorized", "forgotten"], "still exposed")
 
     of_before = exposure_interval(scores_before, non_member_scores, confidence=confidence)
-    of_lower = exposure_interval(scores_after, non_member_scores, confidence=confidence)
-    of_upper = exposure_interval(scores_after, non_member_scores, confidence=confidence, side="upper")
+    of_lower = exposure_interval(scores_after, anchor, confidence=confidence)
+    of_upper = exposure_interval(scores_after, anchor, confidence=confidence, side="upper")
     bounds = zip(of_upper, of_before, of_lower, strict=True)
     low, high = (np.select([over, ~memorized], [u, b], x) for u, b, x in bounds)
     was_memorized = of_before.low >= threshold
@@ -191,6 +196,25 @@ def verdict(
         was_memorized & (low > target_exposure),
     )
     return Verdict(name, before, after, low, high, certain, threshold, extraction)
+
+
+def anchor_after(original: Floats, present: Floats) -> Floats:
+    """Return the non-members' scores with which the scores of an unlearned model are compared.
+
+    Those of the original model: text that unlearning made unlikely is no measure of what unseen text is. But a model
+    that knows much by heart recites it in the place of unseen text, which becomes likelier once that is forgotten, as
+    it would be had the model never learned it. Where it has become likelier on average, its present scores are taken.
+
+    Args:
+        original: (m,) low where a text is likely, under the original model.
+        present: (m,) of the same texts under the unlearned model.
+
+    >>> anchor_after(np.array([2.0, 4.0]), np.array([2.5, 3.0])).tolist()
+    [2.5, 3.0]
+    >>> anchor_after(np.array([2.0, 4.0]), np.array([9.0, 3.0])).tolist()
+    [2.0, 4.0]
+    """
+    return present if present.mean() < original.mean() else original
 
 
 def over_unlearned(

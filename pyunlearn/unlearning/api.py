@@ -17,7 +17,7 @@ from pyunlearn.methods import Method, resolve
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path, shown
-from pyunlearn.output import check_output, model_name, versions
+from pyunlearn.output import model_name, save_folder, versions
 from pyunlearn.probes import greedy_continuations
 from pyunlearn.probes.long_texts import Part
 from pyunlearn.probes.non_members import NO_LIKELIER, capped, evidence_notes
@@ -25,7 +25,7 @@ from pyunlearn.probes.recitation import LONGEST, opening, recited
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.budget import budget_notes
-from pyunlearn.unlearning.checkpoint import Checkpoint, checkpoint_path, sampled_texts
+from pyunlearn.unlearning.checkpoint import Checkpoint, sampled_texts
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.distributed import Processes, is_main_process, make_accelerator
 from pyunlearn.unlearning.endings import advice
@@ -34,6 +34,7 @@ from pyunlearn.unlearning.loop import ascend, resume_scores
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.preferences import substitutes_for
 from pyunlearn.unlearning.result import PASSED, ExampleResult, Result, Utility, document_notes
+from pyunlearn.unlearning.run_folder import RESULT, RunFolder
 from pyunlearn.unlearning.setup import Session, setup
 from pyunlearn.unlearning.token_weights import check_token_weights
 
@@ -114,9 +115,7 @@ def unlearn(
     has_retain, has_reference = retain is not None, reference_model is not None
     method, retain_loss = resolve(config.method, config.retain_loss, has_retain, options, has_reference)
     _check_together(config, method, retain, reference_model)
-    if output_dir is not None:
-        check_output(output_dir)
-    path = checkpoint_path(output_dir, resume=resume)
+    folder = RunFolder(output_dir, resume=resume)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {
         role: read_examples(source, role=role, turns=config.turns)
@@ -126,7 +125,7 @@ def unlearn(
     examples, notes = check_texts(examples)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
-    with Progress(progress if is_main_process() else False) as bar:
+    with folder.claimed(), Progress(progress if is_main_process() else False) as bar:
         bar.say("loading the model")
         lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
         texts = render(lm, examples, config.template, truncate=config.truncate)
@@ -137,6 +136,7 @@ def unlearn(
         processes.broadcast_weights(lm.module)
         lm.module.eval()  # no dropout, so that log-likelihoods are a function of the weights
         trained = accelerator.unwrap_model(lm.module)
+        folder.require_room(trained)
         default_rate = _ADAPTER_LEARNING_RATE if hasattr(trained, "peft_config") else _LEARNING_RATE
         config = replace(config, learning_rate=config.learning_rate or default_rate * method.rate)
         texts = _in_best_form(lm, texts, config, accelerator, processes, bar)
@@ -149,24 +149,33 @@ def unlearn(
             texts,
             texts.tokens,
             reference_model=reference_model,
-            sampled=sampled_texts(path if resume else None),
+            sampled=sampled_texts(folder.checkpoint if resume else None),
             accelerator=accelerator,
             processes=processes,
             bar=bar,
         )
-        checkpoint = Checkpoint(path, _fingerprint(config, session), session.sampled)
+        checkpoint = Checkpoint(folder.checkpoint, _fingerprint(config, session), session.sampled)
         stopped = _train(session, config, checkpoint, resume, bar)
         bar.say("measuring what is left")
         inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
         inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
         result = _result(session, config, trained, texts, stopped, inputs)
-    result.notes = notes + _notes(session, texts, result, config)
-    if output_dir is not None and stopped != "interrupted":
-        if processes.is_main:
-            result.save(output_dir)
-            checkpoint.delete()
-        processes.barrier()
+        result.notes = notes + _notes(session, texts, result, config)
+        if folder.path is not None and stopped != "interrupted":
+            _save(result, folder.path, checkpoint, processes, replace=resume)
     return result
+
+
+def _save(result: Result, directory: Path, checkpoint: Checkpoint, processes: Processes, *, replace: bool) -> None:
+    """Write the result; the checkpoint stays until it is on the disk."""
+    if processes.is_main:
+        try:
+            save_folder(directory, result.model, result.tokenizer, RESULT, result.to_dict(), replace=replace)
+        except BaseException:
+            logger.warning(f"{checkpoint.path} holds the run: resume=True (--resume) continues it")
+            raise
+        checkpoint.delete()
+    processes.barrier()
 
 
 def _in_best_form(
@@ -236,7 +245,9 @@ def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resu
         if resume:
             checkpoint.load(weights, session.state)
             resume_scores(session)
-        return ascend(session, weights, optimizer, config, checkpoint, interrupt, bar)
+        stopped = ascend(session, weights, optimizer, config, checkpoint, interrupt, bar)
+    interrupt.redeliver()
+    return stopped
 
 
 def _result(

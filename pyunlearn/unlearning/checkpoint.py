@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pyunlearn.errors import ArgumentError, DataError
+from pyunlearn.errors import DataError, first_line
 from pyunlearn.methods import Multiplier
+from pyunlearn.output import replacing
+from pyunlearn.progress import logger
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.step_size import StepSize
+
+_VERSION = b" 1 sha256 "
+_SEAL = b"\npyunlearn checkpoint" + _VERSION
+"""Precedes the SHA-256 of all before it, at the end of a checkpoint."""
 
 
 @dataclass
@@ -47,7 +53,9 @@ class LoopState:
 
 
 class Checkpoint:
-    """File in which an interrupted run is stored, OUTPUT.checkpoint.pt.
+    """File in which an interrupted run is stored, OUTPUT.checkpoint.pt, with a format version and a SHA-256.
+
+    Only its owner can read it, for the weights and the sampled texts can give the forget set back.
 
     Args:
         path: the file; None where the run has no output folder and stores nothing.
@@ -58,12 +66,14 @@ class Checkpoint:
     def __init__(self, path: Path | None, fingerprint: dict[str, Any], sampled: dict[str, Any]) -> None:
         self.path, self.fingerprint, self.sampled = path, fingerprint, sampled
 
-    def save(self, weights: TrainedWeights, state: LoopState) -> None:
-        """Write the state under a temporary name, then rename the file."""
+    def save(self, weights: TrainedWeights, state: LoopState) -> bool:
+        """Write the state under a temporary name, then rename the file.
+
+        Returns:
+            False where it could not be written: a warning says why, and the last checkpoint stays.
+        """
         if self.path is None:
-            return
-        partial = self.path.with_name(self.path.name + ".partial")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+            return True
         progress = {
             "step": state.step,
             "round": state.round_number,
@@ -75,16 +85,25 @@ class Checkpoint:
             "multiplier": None if state.multiplier is None else asdict(state.multiplier),
             "sampled": self.sampled,
         }
-        torch.save(weights.state_dict() | {"progress": progress}, partial)
-        os.replace(partial, self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path) as file:
+                hashing: Any = _Hashing(file)
+                torch.save(weights.state_dict() | {"progress": progress}, hashing)
+                file.write(_SEAL + hashing.digest.hexdigest().encode())
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            logger.warning(f"the checkpoint {self.path} could not be written ({first_line(error)}): the run goes on")
+            return False
+        return True
 
     def load(self, weights: TrainedWeights, state: LoopState) -> None:
         """Restore weights and state in place from the file.
 
-        Raises DataError where it was made with another model, other texts or settings; nothing has been changed then.
+        Raises DataError where it is damaged or was made with another model, other texts or settings; nothing has been
+        changed then.
         """
         assert self.path is not None
-        saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        saved = _read(self.path)
         shapes = {name: tuple(w.shape) for name, w in saved["weights"].items()}
         if shapes != {name: tuple(p.shape) for name, p in weights.parameters.items()}:
             raise DataError(
@@ -106,38 +125,47 @@ class Checkpoint:
             self.path.unlink(missing_ok=True)
 
 
-def checkpoint_path(output_dir: str | Path | None, *, resume: bool) -> Path | None:
-    """Return the path of a run's checkpoint, next to its output folder, or None if the run has no output folder.
+class _Hashing:
+    """File that is only written, with the SHA-256 of what was."""
 
-    Raises ArgumentError if the run is to resume and has no checkpoint, or if a new run would overwrite one.
-    """
-    if output_dir is None:
-        if resume:
-            raise ArgumentError(
-                "resume continues from the checkpoint of an interrupted run, and no output_dir was given: give that "
-                "run's output_dir, or start again without it"
-            )
-        return None
-    folder = Path(output_dir).resolve()
-    path = folder.with_name(folder.name + ".checkpoint.pt")
-    if resume and not path.exists():
-        raise ArgumentError(
-            f"resume continues from the checkpoint of an interrupted run, and {path} does not exist: give that run's "
-            "output_dir, or start again without it"
-        )
-    if path.exists() and not resume:
-        raise ArgumentError(
-            f"{path} holds an interrupted run: continue it with resume=True (--resume), or delete it to start again"
-        )
-    return path
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds. Raises DataError where it is no checkpoint of this version, or damaged."""
+    again = "delete it and start again without resume"
+    size = path.stat().st_size - len(_SEAL) - 64
+    with path.open("rb") as file:
+        file.seek(max(0, size))
+        seal = file.read()
+        if size <= 0 or not seal.startswith(_SEAL[: -len(_VERSION)]):
+            raise DataError(f"{path} is no whole checkpoint of pyunlearn, or one of an older version: {again}")
+        if not seal.startswith(_SEAL):
+            raise DataError(f"the checkpoint {path} is of another version of pyunlearn: resume with that, or {again}")
+        file.seek(0)
+        digest, left = hashlib.sha256(), size
+        while left and (part := file.read(min(left, 1 << 20))):
+            digest.update(part)
+            left -= len(part)
+    if digest.hexdigest().encode() != seal[len(_SEAL) :]:
+        raise DataError(f"the checkpoint {path} is damaged (its SHA-256 is another): {again}")
+    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return saved
 
 
 def sampled_texts(path: Path | None) -> dict[str, Any]:
-    """Return name -> texts that a checkpoint's run had sampled."""
+    """Return name -> texts that a checkpoint's run had sampled. Raises DataError as `Checkpoint.load`."""
     if path is None or not path.exists():
         return {}
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return dict(saved["progress"].get("sampled") or {})
+    return dict(_read(path)["progress"].get("sampled") or {})
 
 
 def require_same(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

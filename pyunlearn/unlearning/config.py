@@ -105,6 +105,12 @@ class LoopConfig(Config):
         group="Method",
         fixed=True,
     )
+    checkpoint_every: float = option(
+        5.0,
+        Number(above=0),
+        "Minutes between two checkpoints, from which an interrupted run resumes.",
+        group="Output",
+    )
     max_steps: int | None = option(
         None,
         Whole(0),

@@ -97,8 +97,8 @@ def share_done(session: Session) -> float:
 def duration(seconds: float) -> str:
     """Return a time as people say it.
 
-    >>> duration(42.3), duration(310), duration(5000)
-    ('42 s', '5 min', '1 h 23 min')
+    >>> duration(42.3), duration(310), duration(5500)
+    ('42 s', '5 min', '1 h 32 min')
     """
     if seconds < 90:
         return f"{max(1, round(seconds))} s"

@@ -1,37 +1,63 @@
-"""Deferred SIGINT: Ctrl-C takes effect at step boundaries."""
+"""Deferred signals: Ctrl-C, SIGTERM and SIGHUP take effect at step boundaries."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 class DeferredInterrupt:
-    """Context in which the first Ctrl-C waits for the next `check`, between two steps; a second one raises at once."""
+    """Context in which the first signal waits for the next `check`, between two steps; a second one raises at once.
+
+    `received` is its number, None before. Within `shielded` every signal waits.
+    """
 
     def __init__(self) -> None:
-        self.pending = False
+        self.received: int | None = None
+        self._shields = 0
+
+    @property
+    def pending(self) -> bool:
+        """True after a signal."""
+        return self.received is not None
 
     def __enter__(self) -> DeferredInterrupt:
-        self._listens = (
-            threading.current_thread() is threading.main_thread()
-        )  # Python allows signal handlers there only
-        if self._listens:
-            self._before = signal.signal(signal.SIGINT, self._note)
+        # Python allows signal handlers in the main thread only
+        listens = threading.current_thread() is threading.main_thread()
+        self._before = {number: signal.signal(number, self._note) for number in (_SIGNALS if listens else ())}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._listens:
-            signal.signal(signal.SIGINT, self._before if self._before is not None else signal.SIG_DFL)
+        for number, before in self._before.items():
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if there was a Ctrl-C."""
+        """Raise KeyboardInterrupt if there was a signal."""
         if self.pending:
             raise KeyboardInterrupt
 
+    @contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Let every signal wait until the end of the block, in which a file is written."""
+        self._shields += 1
+        try:
+            yield
+        finally:
+            self._shields -= 1
+
+    def redeliver(self) -> None:
+        """Send the signal again, after the context, unless it was Ctrl-C: its sender wants the process to end."""
+        if self.received not in (None, signal.SIGINT):
+            signal.raise_signal(self.received)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.check()
-        self.pending = True
+        if not self._shields:
+            self.check()
+        self.received = number if self.received is None else self.received

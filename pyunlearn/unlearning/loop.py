@@ -11,8 +11,10 @@ import time
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from pyunlearn.errors import DataError
 from pyunlearn.probes.non_members import NO_LIKELIER
 from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.budget import Rise
@@ -31,8 +33,10 @@ from pyunlearn.unlearning.stopping import Measurement
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-CHECKPOINT_SECONDS = 300
-"""Least time between two checkpoints."""
+ROUNDS_PER_ANCHOR = 8
+"""Rounds between two scores of the non-members."""
+
+_NO_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class StepParts(NamedTuple):
@@ -80,7 +84,7 @@ def ascend(
     if session.processes.is_main:
         logger.info(pace.forecast.line)
     _show(session, bar, pace)
-    last_saved = time.monotonic()
+    last_saved, interval = time.monotonic(), 60 * config.checkpoint_every
     snapshot = state.snapshot()
     try:
         while state.step < session.max_steps and not state.step_size.exhausted:
@@ -89,10 +93,16 @@ def ascend(
             if not round_batches:
                 break
             snapshot = state.snapshot()
-            records = _round(session, parts, round_batches, config, interrupt)
             taken = np.concatenate(round_batches)
             scored = schedule.scored(taken, len(session.texts.forget), state.round_number)
-            measurement = measure(session, scored)
+            try:
+                records = _round(session, parts, round_batches, config, interrupt)
+                measurement = measure(session, scored)
+            except RuntimeError as error:
+                if not _with_less_memory(session, error):
+                    raise
+                _rewind(session, weights, snapshot)
+                continue
             rejection_reason = stopping.rejection_reason(measurement)
             if rejection_reason is None:
                 weights.accept()
@@ -107,24 +117,57 @@ def ascend(
             state.history += records
             snapshot = state.snapshot()
             _show(session, bar, pace)
-            if session.processes.is_main and time.monotonic() - last_saved > CHECKPOINT_SECONDS:
-                checkpoint.save(weights, state)
+            if session.processes.is_main and time.monotonic() - last_saved > interval:
+                with interrupt.shielded():
+                    checkpoint.save(weights, state)
                 last_saved = time.monotonic()
             interrupt.check()
-    except KeyboardInterrupt:
-        weights.rewind()
-        state.restore(snapshot)
-        if session.processes.is_main:
-            checkpoint.save(weights, state)
+    except BaseException as error:
+        with interrupt.shielded():
+            _rewind(session, weights, snapshot)
+            if session.processes.is_main:
+                checkpoint.save(weights, state)
+        if not isinstance(error, KeyboardInterrupt):
+            raise
         refresh(session)
         return "interrupted"
     refresh(session)
+    weights.optimizer.zero_grad(set_to_none=True)
+    if session.processes.is_main:
+        checkpoint.save(weights, state)  # until the result is on the disk
+    return _ending(session, rejection_reason)
+
+
+def _ending(session: Session, rejection_reason: str | None) -> str:
+    """Return why a run ended; `rejection_reason` is that of its last round."""
+    state, stopping = session.state, session.stopping
     if not stopping.memorized.any():
         return "nothing memorized"
     if not stopping.unsettled.size:
         reached = NO_LIKELIER if stopping.non_members.grade == "self-sampled" else "forgotten"
         return "still extracted" if stopping.extracted.any() else reached
     return rejection_reason if state.step_size.exhausted and rejection_reason else "max_steps"
+
+
+def _rewind(session: Session, weights: TrainedWeights, snapshot: tuple[Any, Any]) -> None:
+    """Return to the last accepted state, from which a run resumes; the model holds no gradients then."""
+    weights.rewind()
+    weights.optimizer.zero_grad(set_to_none=True)
+    session.state.restore(snapshot)
+
+
+def _with_less_memory(session: Session, error: RuntimeError) -> bool:
+    """Halve the examples of a pass after an error for lack of memory; return False where that is impossible."""
+    size = session.schedule.micro_batch_size
+    lack = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
+    if not lack or size == 1 or session.processes.count > 1:  # other processes would wait for this one
+        return False
+    session.schedule.micro_batch_size = -(-size // 2)
+    session.scorer.batch_size = max(1, session.scorer.batch_size // 2)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    logger.warning(f"out of memory: the run goes on with {session.schedule.micro_batch_size} examples in a pass")
+    return True
 
 
 def _round(
@@ -184,6 +227,8 @@ def _accept(session: Session, measurement: Measurement, scored: Indices, taken: 
     )
     if not stopping.unsettled.size:
         refresh(session)
+    elif state.round_number % ROUNDS_PER_ANCHOR == ROUNDS_PER_ANCHOR - 1:
+        _compare_anew(session)
     state.scores = stopping.scores
     return step_size
 
@@ -272,16 +317,27 @@ def resume_scores(session: Session) -> None:
         utility = -scorer.mean_log_likelihood(texts.utility.tokens)
         holdout = -scorer.mean_log_likelihood(texts.holdout) if texts.holdout else None
         session.stopping.resume(session.state.scores, utility, holdout)
+        if reason := session.stopping.rejection_reason(session.stopping.current):
+            raise DataError(
+                f"the state in the checkpoint does not pass the test of a round ({reason}): delete it and start again"
+            )
 
 
 def refresh(session: Session) -> None:
     """Score the examples that were not scored under the present weights, so that all numbers are theirs."""
     stopping = session.stopping
+    _compare_anew(session)
     stale = np.flatnonzero(stopping.stale)
     if not stale.size:
         return
     log_likelihood, extraction = _rescored(session, stale)
     stopping.refresh(_extraction(session, stopping.rescored(log_likelihood, extraction)), stale)
+
+
+def _compare_anew(session: Session) -> None:
+    """Compare with the non-members under the present weights, where these have changed."""
+    if session.stopping.anchor_is_old:
+        session.stopping.compare_with(-session.scorer.mean_log_likelihood(session.texts.non_members))
 
 
 def _rescored(session: Session, indices: Indices) -> tuple[Floats, Floats]:

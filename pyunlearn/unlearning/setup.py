@@ -123,6 +123,7 @@ def setup(
         by_default=config.retain_loss == "auto",
         trains=retain_loss is not None and config.retain_weight > 0,
         log_likelihood=scorer.mean_log_likelihood,
+        forget=len(forget),
     )
     forget_scores, greedy_before, seconds_per_id = _score_forget_set(scorer, forget, bar)
     texts_by_role = tokens | ({} if retain is None else {"retain": retain})
@@ -168,10 +169,9 @@ def setup(
         rests=rests,
     )
     fingerprint = reference.fingerprint(len(forget), schedule.retain_indices(0) or list(rests.values()))
-    terms = (forget_term, retain_term)
     return Session(
-        accelerator, processes, scorer, texts, stopping, schedule, max_steps, *terms, state, target, greedy_before,
-        sampled, _scores_to_agree(stopping, weights, difficulty) | fingerprint, seconds_per_id,
+        accelerator, processes, scorer, texts, stopping, schedule, max_steps, forget_term, retain_term, state, target,
+        greedy_before, sampled, _scores_to_agree(stopping, weights, difficulty) | fingerprint, seconds_per_id,
     )  # fmt: skip
 
 
@@ -272,9 +272,9 @@ def _stopping_rule(
     holdout: list[Tokens] = []
     answers = non_members.reason and any(t.first > 1 for t in non_members.tokens)  # to the prompts of the forget set
     if utility is None or (utility.source == OWN_TEXTS and not answers):
-        utility = non_members_as_utility_set(non_members)
+        utility = non_members_as_utility_set(non_members, len(forget_scores))
     elif config.holdout_budget is not None and "holdout" in tokens:
-        holdout = [tokens["holdout"][i] for i in evenly_spaced(tokens["holdout"])]
+        holdout = [tokens["holdout"][i] for i in evenly_spaced(tokens["holdout"], forget=len(forget_scores))]
     stopping = StoppingRule(
         forget_scores,
         -np.array([x.mean() for x in unseen]),

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Exposure, Verdict, discoveries, generalized_exposure, verdict
-from pyunlearn.metrics.verdict import NOT_EXTRACTED
+from pyunlearn.metrics.verdict import NOT_EXTRACTED, anchor_after
 from pyunlearn.probes.non_members import NonMembers, uncalibrated
 from pyunlearn.unlearning.budget import HOLDOUT_BUDGET, UTILITY_BUDGET, Budget, Rise
 
@@ -100,6 +100,7 @@ class StoppingRule:
             self.holdout_budget = Budget(HOLDOUT_BUDGET, holdout_nll, holdout_budget)
         self.non_members = non_members or uncalibrated("holdout", len(log_likelihood), [], m=len(non_member_nll))
         self.non_member_scores = non_member_nll - self.non_members.own.nll
+        self.anchor, self.anchor_is_old = self.non_member_scores, False  # what the present weights are compared with
         self.non_member_extracted = non_member_extracted - self.non_members.own.greedy_match
         unseen = float(self.non_members.forget.nll.mean() + self.non_member_scores.mean())
         least = max(1.0, unseen) if utility_known else 1.0
@@ -134,7 +135,7 @@ class StoppingRule:
         if not (np.isfinite(log_likelihood).all() and _finite(utility) and _finite(holdout)):
             utility, holdout = Rise(math.nan, None), None if holdout is None else Rise(math.nan, None)
             return Measurement(log_likelihood, Exposure(nan, nan, nan > 0), nan, utility_nll, utility, holdout)
-        exposure = generalized_exposure(self._scores(log_likelihood), self.non_member_scores)
+        exposure = generalized_exposure(self._scores(log_likelihood), self.anchor)
         return Measurement(
             log_likelihood, exposure, nan if extraction is None else extraction, utility_nll, utility, holdout
         )
@@ -148,7 +149,7 @@ class StoppingRule:
         far half as much as for others, so that it comes back among them.
         """
         shares = [2.0**-self.target_exposure, 1 - 2.0**-SIGNIFICANT]
-        target, overshot = np.quantile(self.non_member_scores, shares)
+        target, overshot = np.quantile(self.anchor, shares)
         way = float(overshot - target)
         below = np.full(len(self.memorized), min(LEVEL_MARGIN, way / 2))
         below[self.extracted] = EXTRACTED_SHARE * way
@@ -172,24 +173,32 @@ class StoppingRule:
 
     @property
     def scores(self) -> dict[str, NDArray[Any]]:
-        """Name -> (B,) numbers of the present state, which a resumed run continues from."""
+        """Name -> (B,) numbers of the present state, and the anchor (m,), which a resumed run continues from."""
         return {
             "log_likelihood": self.current.log_likelihood,
             "extraction": self.current.extraction,
             "overshot": self.overshot,
             "overshoots": self.overshoots.copy(),
             "stale": self.stale.copy(),
+            "anchor": self.anchor,
         }
 
     def resume(self, scores: dict[str, NDArray[Any]], utility_nll: Floats, holdout_nll: Floats | None) -> None:
         """Continue from the `scores` of a checkpoint, with the budgets' texts scored again."""
+        self.anchor, self.anchor_is_old = scores["anchor"], True
         self.current = self.measurement(scores["log_likelihood"], utility_nll, holdout_nll, scores["extraction"])
         self.overshot = scores["overshot"].astype(bool)
         self.overshoots, self.stale = scores["overshoots"].astype(np.int64), scores["stale"].astype(bool)
 
+    def compare_with(self, non_member_nll: Floats) -> None:
+        """Compare with the non-members' (m,) negative log-likelihoods under the present weights, see `anchor_after`."""
+        self.anchor_is_old = False
+        self.anchor = anchor_after(self.non_member_scores, non_member_nll - self.non_members.own.nll)
+        self.refresh(self.rescored(self.current.log_likelihood, self.current.extraction), np.empty(0, dtype=np.int64))
+
     def rescored(self, log_likelihood: Floats, extraction: Floats) -> Measurement:
         """Return the present measurement with other (B,) log-likelihoods and extractions."""
-        exposure = generalized_exposure(self._scores(log_likelihood), self.non_member_scores)
+        exposure = generalized_exposure(self._scores(log_likelihood), self.anchor)
         return replace(self.current, log_likelihood=log_likelihood, exposure=exposure, extraction=extraction)
 
     def near_target(self, measurement: Measurement) -> Indices:
@@ -213,7 +222,7 @@ class StoppingRule:
     def active(self) -> Indices:
         """Indices of the active examples: those that are too likely, and when there are none, those extracted."""
         if not self.all_near_target(self.current):
-            return np.flatnonzero(self.memorized & (self.current.exposure.lower > self.target_exposure))
+            return np.flatnonzero(self.memorized & ~(self.current.exposure.lower <= self.target_exposure))
         return np.flatnonzero(self.extracted & ~self.overshot & (self.overshoots < MAX_OVERSHOOTS))
 
     @property
@@ -248,7 +257,7 @@ class StoppingRule:
             rise above the target again do not count: those that have just reached it cross it at any step size.
         """
         before, known = self._side, ~self.stale
-        self.stale[:] = True
+        self.stale[:], self.anchor_is_old = True, True
         self.refresh(measurement, scored)
         after = self._side
         settled, unsettled = (before != 0) & (after == 0), (after != before) & ((after == -1) | (before * after == -1))
@@ -280,6 +289,7 @@ class StoppingRule:
             self._scores(self.initial.log_likelihood),
             self._scores(self.current.log_likelihood),
             self.non_member_scores,
+            non_member_scores_after=self.anchor,
             extracted=extracted - self.non_members.forget.greedy_match,
             non_member_extracted=self.non_member_extracted,
             recited=recited,

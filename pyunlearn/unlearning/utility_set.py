@@ -14,6 +14,7 @@ from pyunlearn.probes.non_members import NonMembers
 Floats = NDArray[np.float64]
 
 _TOKENS = 1024  # scored tokens of a budget's texts, at each evaluation
+_PER_TEXTS, _MOST = 64, 4  # as many tokens for each 64 forget texts, at most four times as many: rounds are longer then
 _LEAST = 8  # texts of a budget, where there are as many and they are long: fewer have a wide interval
 _SPLIT = 20  # different retain texts from which a part is set apart
 _SHARE = 5  # one text in this many is set apart at most
@@ -70,6 +71,7 @@ def retain_texts(
     by_default: bool,
     trains: bool,
     log_likelihood: Callable[[list[Tokens]], Floats],
+    forget: int = 1,
 ) -> RetainTexts:
     """Return the retain texts, the utility set and the retain loss of a run.
 
@@ -82,8 +84,9 @@ def retain_texts(
             it cannot learn by heart any further.
         trains: True where the run trains on these texts.
         log_likelihood: returns (n,) means a token of n texts under the original model, nats.
+        forget: number of forget texts.
     """
-    retain, utility = split_retain(given, trains=trains, log_likelihood=log_likelihood)
+    retain, utility = split_retain(given, trains=trains, log_likelihood=log_likelihood, forget=forget)
     if own:
         apart = set(own[::_OWN_SHARE])
         retain = [t for t in own if t not in apart]
@@ -95,21 +98,23 @@ def retain_texts(
     return RetainTexts(trained, trained + list(rests.values()) if indices else retain, indices, utility, loss)
 
 
-def evenly_spaced(tokens: Sequence[Tokens], *, most: int | None = None) -> list[int]:
-    """Return the indices of evenly spaced texts, about 1024 scored tokens in all and 8 texts at least.
+def evenly_spaced(tokens: Sequence[Tokens], *, most: int | None = None, forget: int = 1) -> list[int]:
+    """Return the indices of evenly spaced texts, about 1024 to 4096 scored tokens in all and 8 texts at least.
 
     Args:
         tokens: the texts.
         most: largest number of texts; default: all.
+        forget: number of forget texts: the more there are, the more tokens.
     """
     total = sum(len(t.scored) for t in tokens)
-    count = max(_LEAST, len(tokens) * _TOKENS // max(total, 1))
+    wanted = _TOKENS * min(_MOST, max(1, forget // _PER_TEXTS))
+    count = max(_LEAST, len(tokens) * wanted // max(total, 1))
     count = min(count, len(tokens) if most is None else most)
     return [i * len(tokens) // count for i in range(count)]
 
 
 def split_retain(
-    retain: list[Tokens] | None, *, trains: bool, log_likelihood: Callable[[list[Tokens]], Floats]
+    retain: list[Tokens] | None, *, trains: bool, log_likelihood: Callable[[list[Tokens]], Floats], forget: int = 1
 ) -> tuple[list[Tokens] | None, UtilitySet | None]:
     """Return the retain texts that the run may train on, and the utility set; None and None without a retain set.
 
@@ -120,21 +125,22 @@ def split_retain(
         retain: the retain set.
         trains: True where the run trains on it.
         log_likelihood: returns (n,) means a token of n texts under the original model, nats.
+        forget: number of forget texts.
     """
     if retain is None:
         return None, None
     different = list(dict.fromkeys(retain))
-    chosen = [retain[i] for i in evenly_spaced(retain)]
+    chosen = [retain[i] for i in evenly_spaced(retain, forget=forget)]
     if not trains or len(different) < _SPLIT:
         return retain, UtilitySet(chosen, "retain set", trained=trains)
     if -log_likelihood(chosen).mean() < _KNOWN:
         return retain, UtilitySet(chosen, "retain set", trained=True, known=True)
-    apart = [different[i] for i in evenly_spaced(different, most=len(different) // _SHARE)]
+    apart = [different[i] for i in evenly_spaced(different, most=len(different) // _SHARE, forget=forget)]
     unread = set(apart)
     return [t for t in retain if t not in unread], UtilitySet(apart, "retain texts set apart", trained=False)
 
 
-def non_members_as_utility_set(non_members: NonMembers) -> UtilitySet:
-    """Return the utility set of a run without a retain set: evenly spaced non-members."""
-    chosen = [non_members.tokens[i] for i in evenly_spaced(non_members.tokens)]
+def non_members_as_utility_set(non_members: NonMembers, forget: int = 1) -> UtilitySet:
+    """Return the utility set of a run on `forget` texts without a retain set: evenly spaced non-members."""
+    chosen = [non_members.tokens[i] for i in evenly_spaced(non_members.tokens, forget=forget)]
     return UtilitySet(chosen, non_members.utility_source, trained=False)

@@ -1,0 +1,115 @@
+"""The output folder of a run: claimed for one run at a time, writable and large enough, before the first step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pyunlearn.errors import ArgumentError, OutputError
+from pyunlearn.output import check_output, replacing
+from pyunlearn.unlearning.distributed import is_main_process
+
+RESULT = "result.json"
+
+
+class RunFolder:
+    """Output folder of a run, and the checkpoint next to it; None: the run writes nothing.
+
+    Args:
+        output_dir: the folder, new or empty; of a finished run whose checkpoint is still there, its own.
+        resume: True where the run continues from the checkpoint.
+
+    Raises:
+        ArgumentError: no checkpoint to resume from, or one that a new run would overwrite.
+        OutputError: the folder is not empty.
+    """
+
+    def __init__(self, output_dir: str | Path | None, *, resume: bool) -> None:
+        self.path: Path | None = None
+        self.checkpoint: Path | None = None
+        if output_dir is None:
+            if resume:
+                raise ArgumentError(
+                    "resume continues from the checkpoint of an interrupted run, and no output_dir was given: give "
+                    "that run's output_dir, or start again without it"
+                )
+            return
+        path = Path(output_dir).resolve()
+        self.checkpoint = path.with_name(path.name + ".checkpoint.pt")
+        there = self.checkpoint.exists()
+        # a run that was killed between saving and deleting its checkpoint writes the same once more
+        self.path = check_output(output_dir, marker=RESULT if there and resume else None)
+        if resume and not there:
+            raise ArgumentError(
+                f"resume continues from the checkpoint of an interrupted run, and {self.checkpoint} does not exist: "
+                "give that run's output_dir, or start again without it"
+            )
+        if there and not resume:
+            raise ArgumentError(
+                f"{self.checkpoint} holds an interrupted run: continue it with resume=True (--resume), or delete it to "
+                "start again"
+            )
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the folder for this run alone, and remove what a killed run has left half-written.
+
+        Raises OutputError where another run holds it, or where nothing can be written next to it.
+        """
+        if self.path is None or not is_main_process():
+            yield
+            return
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("a")
+        except OSError as error:
+            raise OutputError(f"nothing can be written to {lock.parent}, where the result would be: {error}") from error
+        with file:
+            if not _locked(file):
+                raise OutputError(f"another run writes to {self.path}: wait for its end, or choose another folder")
+            try:
+                for name in (self.path.name, f"{self.path.name}.checkpoint.pt"):
+                    for left in lock.parent.glob(f".{name}.partial-*"):
+                        shutil.rmtree(left, ignore_errors=True)
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+
+    def require_room(self, model: Any) -> None:
+        """Raise OutputError unless there is room for the model and a checkpoint, and a file can be written."""
+        if self.path is None or not is_main_process():
+            return
+        parent = self.path.parent
+        tensors = [*model.parameters(), *model.buffers()]
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        # weights and two moments of each that is trained, in float32
+        needed = sum(t.numel() * t.element_size() for t in tensors) + 12 * trained
+        try:
+            with replacing(parent / f".{self.path.name}.probe") as file:
+                file.write(b"a file can be written here")
+            (parent / f".{self.path.name}.probe").unlink()
+            free = shutil.disk_usage(parent).free
+        except OSError as error:
+            raise OutputError(f"nothing can be written to {parent}, where the result would be: {error}") from error
+        if free < needed:
+            raise OutputError(
+                f"the model and a checkpoint need {needed / 2**20:,.0f} MiB, and {parent} has {free / 2**20:,.0f} MiB "
+                "free: make room, or choose a folder on another disk"
+            )
+
+
+def _locked(file: Any) -> bool:
+    """Return whether this process now holds the lock of a file, until it is closed, however the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
