@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +60,9 @@ def drawn(data: Path, forget: int, retain: int, holdout: int, longest: int, seed
     return {"forget": chosen["forget10"], "retain": others[:retain], "holdout": others[retain:]}
 
 
-def fine_tuned(where: str | Path, out: Path, texts: Sequence[Rows], recipe: Recipe) -> Path:
+def fine_tuned(
+    where: str | Path, out: Path, texts: Sequence[Rows], recipe: Recipe, *, mixed_precision: bool = False
+) -> Path:
     """Return the folder, in `out`, of the model that knows these texts; fine-tune it unless that has been done.
 
     Args:
@@ -67,8 +70,9 @@ def fine_tuned(where: str | Path, out: Path, texts: Sequence[Rows], recipe: Reci
         out: the folder for models.
         texts: sets of records, the first of which says when the model knows them.
         recipe: the settings.
+        mixed_precision: train in bfloat16 with float32 weights.
     """
-    recipe_text = json.dumps([Path(where).name, *texts, *recipe])
+    recipe_text = json.dumps([Path(where).name, *texts, *recipe, *(["bf16"] if mixed_precision else [])])
     folder = out / f"model-{hashlib.sha256(recipe_text.encode()).hexdigest()[:12]}"
     if folder.exists():
         say(f"fine-tuned before: {folder}")
@@ -78,7 +82,7 @@ def fine_tuned(where: str | Path, out: Path, texts: Sequence[Rows], recipe: Reci
     lm = LanguageModel.of(model, tokenizer)
     tokens = lm.encode({f"texts {i}": read_examples(rows, role="retain") for i, rows in enumerate(texts)})
     model.eval()  # no dropout: the model shall memorize
-    train(lm, list(tokens.values()), recipe)
+    train(lm, list(tokens.values()), recipe, mixed_precision)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     for part in (model, tokenizer):
@@ -87,9 +91,10 @@ def fine_tuned(where: str | Path, out: Path, texts: Sequence[Rows], recipe: Reci
     return folder
 
 
-def train(lm: LanguageModel, texts: Sequence[list[Tokens]], recipe: Recipe) -> None:
+def train(lm: LanguageModel, texts: Sequence[list[Tokens]], recipe: Recipe, mixed_precision: bool = False) -> None:
     """Train by maximum likelihood in shuffled batches, until the first set of texts is known."""
-    optimizer = torch.optim.AdamW(lm.module.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(lm.module.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
+    autocast = partial(torch.autocast, lm.device.type, torch.bfloat16, enabled=mixed_precision)
     r = random.Random(recipe.seed)
     every = [t for tokens in texts for t in tokens]
     for epoch in range(1, recipe.epochs + 1):
@@ -98,10 +103,12 @@ def train(lm: LanguageModel, texts: Sequence[list[Tokens]], recipe: Recipe) -> N
         for start in range(0, len(every), _BATCH_SIZE):
             ((_, batch),) = lm.batches(every[start : start + _BATCH_SIZE], _BATCH_SIZE)
             optimizer.zero_grad()
-            (-lm.likelihood(batch).mean()).backward()
+            with autocast():
+                loss = -lm.likelihood(batch).mean()
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(lm.module.parameters(), 1.0)
             optimizer.step()
-        with torch.no_grad():
+        with torch.no_grad(), autocast():
             values = torch.cat([lm.likelihood(batch) for _, batch in lm.batches(texts[0], _BATCH_SIZE)])
         nll, seconds = -float(values.mean()), time.perf_counter() - began
         say(f"fine-tuning, epoch {epoch}: {nll:.3f} nats per token ({seconds:.0f} s)")
