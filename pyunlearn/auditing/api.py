@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pyunlearn.auditing.assemble import AuditAssembler
 from pyunlearn.auditing.config import AuditConfig
-from pyunlearn.auditing.redaction import masked
+from pyunlearn.data.redaction import masked
 from pyunlearn.auditing.responses import AuditTexts, ResponseCollector, Responses
 from pyunlearn.auditing.result import Audit
 from pyunlearn.data import Example, check_texts, read_examples

@@ -120,7 +120,7 @@ def copies_table(result: CorpusCopies, *, show_text: bool, out: Path | None = No
     from rich.table import Table
     from rich.text import Text
 
-    from pyunlearn.auditing.redaction import masked
+    from pyunlearn.data.redaction import masked
 
     table = Table(title="copies in the corpus", title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 1, 0, 0), False

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from pyunlearn.data.files import SUFFIXES, Rows, file_rows, text_rows
+from pyunlearn.data.files import SUFFIXES, Rows, column_names, file_rows, text_rows
 from pyunlearn.errors import DataError
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "Example",
     "Message",
     "Span",
-    "excerpt",
     "occurrences",
     "parse_examples",
     "read_examples",
@@ -32,6 +31,7 @@ TURNS = ("all", "assistant", "last")
 turn alone."""
 
 WANTED = '"text", "prompt" and "completion", "question" and "answer", or "messages"'
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories of characters of which nothing is seen
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
 
 
@@ -128,16 +128,6 @@ def parse_examples(text: str, suffix: str, *, name: str) -> list[Example]:
     if not text.strip():
         raise DataError(f"{name} is empty: give at least one text")
     return [_example(row, where) for where, row in text_rows(text, suffix, name)]
-
-
-def excerpt(example: Example) -> str:
-    """Return the start of an example's text in quotes, 40 characters at most, for messages.
-
-    >>> excerpt(Example("Who wrote it? ", "Thomas Jefferson, in Philadelphia."))
-    '"Who wrote it? Thomas Jefferson, in Ph..."'
-    """
-    text = " ".join((example.prompt + example.completion)[:200].split())
-    return f'"{text}"' if len(text) <= 40 else f'"{text[:37]}..."'
 
 
 def spans_of(example: Example, where: str = "the example") -> tuple[Span, ...]:
@@ -290,14 +280,15 @@ def _example(row: object, where: str) -> Example:
     for first, second in _PAIRS:
         if first in present:
             raise _unanswered(first, second, where)
-    columns = ", ".join(f'"{key}"' if key in present else f'"{key}" (empty)' for key in row) or "none"
+    empty = column_names(key for key in row if key not in present)
+    columns = column_names(present) if present or empty == "none" else f"only empty ones: {empty}"
     raise DataError(f"{where} has no usable column: wanted {WANTED}, found {columns}")
 
 
 def _string(value: object, name: str, where: str, *, blank: bool = False) -> str:
     if not isinstance(value, str):
         raise DataError(f'{where} must have a string as "{name}", and has a value of type {type(value).__name__}')
-    if not (blank or value.strip()):
+    if not blank and all(unicodedata.category(c) in _INVISIBLE for c in set(value)):
         raise DataError(f'{where} has an empty "{name}": fill it in, or drop it')
     try:
         value.encode()
@@ -347,7 +338,7 @@ def _chat(messages: object, where: str) -> Example:
         raise DataError(f'{where} must have a list of objects as "messages", and has a value of type {got}')
     turns = tuple(_message(message, f"message {number} of {where}") for number, message in enumerate(messages, 1))
     if len(turns) < 2 or turns[-1].role != "assistant":
-        got = ", ".join(turn.role for turn in turns) or "none"
+        got = column_names(turn.role for turn in turns)
         raise DataError(
             f"{where} must have messages that end with one by the assistant after another's, and has: {got}"
         )
@@ -359,8 +350,8 @@ def _message(message: object, where: str) -> Message:
     if isinstance(message, Message):
         message = message._asdict()
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        got = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
-        raise DataError(f'{where} must be an object with "role" and "content", and is {got or "empty"}')
+        got = f"has {column_names(message)}" if isinstance(message, Mapping) else f"is {type(message).__name__}"
+        raise DataError(f'{where} must be an object with "role" and "content", and {got}')
     content = message["content"]
     if isinstance(content, (list, tuple)) and all(_is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pyunlearn.auditing.redaction import masked
+from pyunlearn.data.redaction import masked
 from pyunlearn.auditing.result import Audit
 from pyunlearn.errors import OutputError
 from pyunlearn.output import check_output

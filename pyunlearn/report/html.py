@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pyunlearn.auditing.redaction import MASK, masked, recited
+from pyunlearn.data.redaction import MASK, masked, recited
 from pyunlearn.auditing.result import Audit, AuditedExample
 from pyunlearn.report import plots, sentences
 from pyunlearn.report.pages import rendered
