@@ -79,8 +79,9 @@ def test_unlearn_forgets_a_file_and_writes_the_model(unlearn, folder, trained, t
     assert "result.json are in new" in out
     written = json.loads((tmp_path / "new" / "result.json").read_text())
     assert written["forgotten"]
-    assert [e["text"] for e in written["examples"]] == trained.forget
-    assert written["settings"]["forget"] == str(folder / "forget.jsonl")
+    assert [len(e["text"].split()) for e in written["examples"]] == [len(text.split()) for text in trained.forget]
+    assert {word for e in written["examples"] for word in e["text"].split()} == {"•••"}
+    assert written["settings"]["forget"] == "forget.jsonl"
     model, tokenizer = models.load(tmp_path / "new")
     assert tokenizer.pad_token is None
     assert not torch.equal(model.lm_head.weight, trained.model.lm_head.weight)

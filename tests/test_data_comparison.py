@@ -77,8 +77,8 @@ def test_a_copy_in_the_holdout_is_refused():
     holdout = tiny.sentences(20, 2)
     message = refusal(forget=["Some other text.", SECRET], holdout=[*holdout[:4], COPY, *holdout[4:]])
     assert message == (
-        "holdout example 5 is a copy, or nearly one, of forget example 2: take it out, for the holdout is text that was "
-        "never trained on"
+        "holdout example 5 is a copy, or nearly one, of forget example 2: take it out, for the holdout is text that "
+        "was never trained on"
     )
     assert ", and 2 more are too: take" in refusal(forget=[SECRET], holdout=[*holdout, SECRET, COPY, SECRET.upper()])
 

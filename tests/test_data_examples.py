@@ -145,7 +145,10 @@ def test_strings_that_are_not_paths_stay_texts(tmp_path, monkeypatch):
         ([{"messages": []}], "and has: none"),
         ([{"messages": CHAT[:2]}], "must have messages that end with one by the assistant .* has: .system., .user."),
         ([{"messages": CHAT[2:]}], "after another's, and has: .assistant."),
-        ([{"messages": [*CHAT[:1], {"role": "assistant"}]}], 'message 2 of forget example 1 .* "content", and has "role"'),
+        (
+            [{"messages": [*CHAT[:1], {"role": "assistant"}]}],
+            'message 2 of forget example 1 .* "content", and has "role"',
+        ),
         ([{"messages": [*CHAT[:1], {"role": "assistant", "content": None}]}], 'must have a string as "content"'),
     ],
 )

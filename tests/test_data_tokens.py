@@ -281,7 +281,7 @@ def test_a_truncated_example_fits_and_keeps_bos_and_a_scored_token(
 
 def test_an_example_without_a_token_to_score_is_refused(plain):
     """One token that nothing predicts, text of which the tokenizer makes nothing, and Tokens made by hand."""
-    with pytest.raises(DataError, match='forget example 1 has no token to score: it is one token') as error:
+    with pytest.raises(DataError, match="forget example 1 has no token to score: it is one token") as error:
         one(Example("", "a"), plain)
     sentence_of(error)
     for encoder_decoder in (False, True):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pyunlearn.cli.options import AsJson, Forget, Model, Quiet, Retain, Tokenizer, folder_for, texts, with_settings
-from pyunlearn.cli.quiet import quiet_libraries
+from pyunlearn.cli.quiet import quiet_libraries, terminal
 from pyunlearn.edits.config import EditConfig
 
 OwnOptions = Annotated[
@@ -90,11 +90,9 @@ def edit(
     if as_json:
         print(json.dumps(content, indent=2))
         return
-    from rich.console import Console
-
     from pyunlearn.report import edit_line, edit_table
 
-    console = Console()
+    console = terminal()
     console.print(edit_table(result))
     console.print(edit_line(result), highlight=False, markup=False)
     console.print(f"model, tokenizer and edit.json are in {target}", highlight=False, markup=False)

@@ -19,6 +19,7 @@ __all__ = [
     "parse_examples",
     "read_examples",
     "seam",
+    "source_name",
     "spans_of",
     "spans_of_turns",
     "wide_spans_of",
@@ -239,6 +240,17 @@ def _is_path(text: str) -> bool:
         return Path(text).suffix.lower() in SUFFIXES or Path(text).exists()
     except (OSError, ValueError):  # too long for a file name, or a NUL in it
         return False
+
+
+def source_name(source: object) -> str | None:
+    """Return a source's name for a report: a path (its last part where it is absolute), or its type.
+
+    >>> source_name("/home/ann/secrets.jsonl"), source_name("My pin is 4711."), source_name(["a"]), source_name(None)
+    ('secrets.jsonl', 'str', 'list', None)
+    """
+    if isinstance(source, os.PathLike) or (isinstance(source, str) and _is_path(source)):
+        return Path(source).name if Path(source).is_absolute() else str(source)
+    return None if source is None else type(source).__name__
 
 
 # ---------------------------------------------------------------- rows -> examples

@@ -16,10 +16,11 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _LONGEST_FIELD = 2**31 - 1  # the default of csv, 131,072 characters, is shorter than many chapters
 
 _DIGITS = 4300  # of a whole number: more take Python long to read
-_USUAL = (
-    "text prompt completion question answer messages forget winner role content instruction input output response "
-    "sentence title label source target context chosen rejected id index data system user assistant tool"
-).split()
+_USUAL = re.compile(
+    "text|prompt|completion|question|answer|messages|forget|winner|role|content|instruction|input|output|response|"
+    "sentence|title|label|source|target|context|chosen|rejected|id|index|data|system|user|assistant|tool",
+    re.IGNORECASE,
+)
 
 Rows = Iterator[tuple[str, object]]  # (the row's name in messages, the row)
 T = TypeVar("T")
@@ -49,7 +50,7 @@ def column_names(names: Iterable[object]) -> str:
     '"Title" and 1 other'
     """
     every = [str(name) for name in names]
-    usual = [f'"{name}"' for name in every if name.lower() in _USUAL]
+    usual = [f'"{name}"' for name in every if _USUAL.fullmatch(name)]
     others = len(every) - len(usual)
     unusual = [f"{others} other{'s' if others > 1 else ''}"] if others else []
     return " and ".join([*([", ".join(usual)] if usual else []), *unusual]) or "none"
@@ -93,7 +94,9 @@ def parse_parquet(name: str, read: Callable[[], T]) -> T:
         fault = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(f"{name} cannot be read as parquet: {fault}") from error
     except (ValueError, OverflowError, TypeError) as error:  # a date or a duration that Python's types do not hold
-        raise DataError(f"{name} has a value that Python cannot hold: leave out columns of dates and durations") from error
+        raise DataError(
+            f"{name} has a value that Python cannot hold: leave out columns of dates and durations"
+        ) from error
 
 
 def _read(path: Path, name: str) -> str:

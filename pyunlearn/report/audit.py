@@ -8,13 +8,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pyunlearn.data.redaction import masked
 from pyunlearn.auditing.result import Audit
 from pyunlearn.errors import OutputError
-from pyunlearn.output import check_output
+from pyunlearn.output import check_output, new_private_file
 from pyunlearn.report import sentences
 from pyunlearn.report.html import audit_page
-from pyunlearn.report.table import SHOWN, UNCERTAIN, cell, record_table, verdict_cell
+from pyunlearn.report.table import SHOWN, UNCERTAIN, record_table, text_cell, verdict_cell
 
 
 def audit_table(audit: Audit, *, show_text: bool = False) -> Table:
@@ -30,7 +29,7 @@ def audit_table(audit: Audit, *, show_text: bool = False) -> Table:
         exposure = f"{e.exposure_before:.1f} → {e.exposure:.1f}" if anchored else f"{e.exposure:.1f}"
         table.add_row(
             e.label,
-            cell(e.text if show_text else masked(" ".join(e.text.split()[:4]))),
+            text_cell(e.text, show_text),
             verdict_cell(e.verdict, certain=e.certain),
             exposure,
             sentences.exposure_interval(e),
@@ -75,6 +74,7 @@ def write_audit(audit: Audit, directory: str | Path, *, html: bool, show_text: b
         target.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             partial = target / f".{name}.partial"
+            new_private_file(partial)
             partial.write_text(text, encoding="utf-8")
             os.replace(partial, target / name)
     except OSError as error:

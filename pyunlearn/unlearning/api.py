@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyunlearn.data import Example, check_texts, read_examples
+from pyunlearn.data.examples import source_name
+from pyunlearn.data.redaction import masked
 from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import Method, resolve
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.scoring import Scorer
-from pyunlearn.options import Flag, accepts, require, require_path, shown
+from pyunlearn.options import Flag, accepts, require, require_path
 from pyunlearn.output import check_output, model_name, versions
 from pyunlearn.probes import greedy_continuations
 from pyunlearn.probes.long_texts import Part
@@ -158,12 +160,12 @@ def unlearn(
         stopped = _train(session, config, checkpoint, resume, bar)
         bar.say("measuring what is left")
         inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
-        inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
+        inputs |= {name: source_name(value) for name, value in {**sources, "output_dir": output_dir}.items()}
         result = _result(session, config, trained, texts, stopped, inputs)
     result.notes = notes + _notes(session, texts, result, config)
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
-            result.save(output_dir)
+            result.save(output_dir, show_text=config.show_text)
             checkpoint.delete()
         processes.barrier()
     return result
@@ -182,7 +184,8 @@ def _in_best_form(
         bar.say("comparing forms of the records")
         scorer = Scorer(lm, 2 * config.batch_size, autocast=accelerator.autocast, processes=processes)
         texts = likeliest(lm, texts, scorer.token_log_likelihood, truncate=config.truncate)
-    if processes.is_main and (line := texts.example_line(lm)):
+    change = (lambda text: text) if config.show_text else masked
+    if processes.is_main and (line := texts.example_line(lm, change=change)):
         logger.info(line)
     return texts
 
@@ -249,6 +252,9 @@ def _result(
 ) -> Result:
     """Return the result of a run; `inputs` describes the arguments of `unlearn` besides its settings."""
     examples = _examples(session, texts.examples["forget"], texts.encoded.parts)
+    settings = versions() | inputs | config.to_dict() | {"mask": digest_of(config.mask)}
+    if "winners" in settings["method_options"]:  # texts
+        settings["method_options"]["winners"] = "list"
     if stopped in ("forgotten", NO_LIKELIER) and any(e.recited_after for e in examples):
         stopped = "still extracted"
     return Result(
@@ -259,7 +265,7 @@ def _result(
         stopped,
         session.stopping.non_member_scores.tolist(),
         session.state.history,
-        versions() | inputs | config.to_dict() | {"mask": digest_of(config.mask)},
+        settings,
         evidence=session.stopping.non_members.grade,
         rendering=texts.name,
     )

@@ -35,6 +35,14 @@ class ChoiceOrFile(Kind):
         return isinstance(value, (str, Path)) and "\0" not in str(value) and Path(value).expanduser().is_file()
 
 
+SHOW_TEXT: dict[str, Any] = {
+    "default": False,
+    "kind": Flag(),
+    "help": "Show the texts. Without it what is printed, logged and written masks them, so that it can be passed on.",
+    "group": "Output",
+}
+"""The option `show_text`, which several functions share."""
+
 TEMPLATE: dict[str, Any] = {
     "default": "auto",
     "kind": ChoiceOrFile(("auto", "chat", "plain", "none"), "the path of a Jinja chat template"),
@@ -206,3 +214,4 @@ class UnlearnConfig(LoopConfig):
         fixed=True,
         flag="--set",
     )
+    show_text: bool = option(**SHOW_TEXT)
