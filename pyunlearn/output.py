@@ -121,12 +121,12 @@ def _remove(path: Path) -> None:
 
 
 def write_json(target: Path, content: Any) -> None:
-    """Write a JSON file that nobody else can read, all of it or nothing. Raises OutputError when it cannot be written."""
+    """Write a JSON file that nobody else can read, all of it or nothing. Raises OutputError where that fails."""
     write_bytes(target, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_bytes(target: Path, content: bytes) -> None:
-    """Write a file that nobody else can read, all of it or nothing. Raises OutputError when it cannot be written."""
+    """Write a file that nobody else can read, all of it or nothing. Raises OutputError where that fails."""
 
     def write(path: Path) -> None:
         new_private_file(path)

@@ -82,8 +82,8 @@ def test_unlearning_forgets_them_in_their_form(asked, texts, lines, tmp_path):
     written = json.loads((tmp_path / "new" / "result.json").read_text())
     assert (written["rendering"], written["settings"]["template"]) == (PLAIN, "auto")
     assert any(PLAIN in note for note in written["notes"])
-    (line,) = lines
-    assert f"Question: {texts['forget'][0]['question']}\\nAnswer: " in line
+    assert f"form of the records: {PLAIN}; for example " in lines[0]
+    assert "Question: ••• " in lines[0]
     audit = pyunlearn.audit(result.model, original=asked.model, tokenizer=asked.tokenizer, **texts, **FAST)
     assert ([e.verdict for e in audit.examples], audit.rendering) == (["forgotten"] * 2, PLAIN)
 

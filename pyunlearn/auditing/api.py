@@ -82,7 +82,6 @@ def audit(
     began = time.perf_counter()
     config = AuditConfig.of(config, settings, "audit")
     models = {"model": model, "original": original, "reference_model": reference_model}
-    _check(models, tokenizer, cache, progress)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {
         role: read_examples(source, role=role, turns=config.turns)
@@ -90,6 +89,7 @@ def audit(
         if role == "forget" or source is not None
     }
     examples, notes = check_texts(examples)
+    _check(models, tokenizer, cache, progress)
     bar = Progress(progress, "auditing")
     try:
         collected = _collect(models, tokenizer, examples, config, cache, bar)
@@ -109,7 +109,7 @@ def audit(
 
 
 def _check(models: dict[str, Any], tokenizer: Any, cache: Any, progress: Any) -> None:
-    """Raise for an argument that cannot be used, before any text is read or model is loaded."""
+    """Raise for an argument that cannot be used, before any model is loaded."""
     first: tuple[str, int] | None = None
     for name, model in models.items():
         if model is None and name != "model":

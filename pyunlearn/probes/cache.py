@@ -27,9 +27,9 @@ from pyunlearn.options import require_path
 from pyunlearn.output import make_private_folder, new_private_file
 
 WARNING = (
-    "This cache can give back the texts that were audited: treat it like the texts, and delete it when it is not needed.\n"
-    "It holds the token ids of continuations, and the rank and log-likelihood of each token; with the model, each leads\n"
-    "to the token.\n"
+    "This cache can give back the texts that were audited: treat it like the texts.\n\n"
+    "It holds the token ids of continuations, and the rank and log-likelihood of each token, which lead to the token\n"
+    "with the model. Delete it when it is not needed.\n"
 )
 """Content of README.txt."""
 
@@ -110,7 +110,6 @@ class Cache:
         if kind not in self._stores:
             self._stores[kind] = RecordStore(None if self.folder is None else self.folder / kind, names)
         return self._stores[kind]
-
 
     def _make(self) -> None:
         """Make the folder, with a README.txt that says what it is. Raises OutputError where that is impossible."""
