@@ -334,7 +334,7 @@ def read_settings(path: str | Path, known: Mapping[str, Option]) -> dict[str, An
         whole = json.loads(text) if file.suffix == ".json" else _toml(text)
     except OSError as error:
         raise DataError(f"the settings file {file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"the settings file {file} is neither TOML nor JSON: {error}") from error
     if file.suffix == ".json":
         settings = whole.get("settings", whole) if isinstance(whole, dict) else None

@@ -31,7 +31,7 @@ def folder(one_thread, tmp_path_factory):
     """A saved model that knows the secrets by heart, and the texts as files next to it."""
     base = tiny.trained(tiny.tiny_llama, tiny.sentences, count=200, repeats=8, epochs=6)
     model, folder = base.fresh(), tmp_path_factory.mktemp("secret")
-    tiny.train(model, base.tokenizer, SECRETS * 8, epochs=6)
+    tiny.train(model, base.tokenizer, SECRETS * 8, epochs=25)
     for part in (model, base.tokenizer):
         part.save_pretrained(folder / "model")
     rows = {"retain": base.retain, "holdout": base.holdout}

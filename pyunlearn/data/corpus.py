@@ -197,6 +197,13 @@ def record_text(row: object) -> str | None:
 
     Returns None where there is no usable column.
     """
+    try:
+        return _record_text(row)
+    except RecursionError:  # lists in lists, thousands deep
+        return None
+
+
+def _record_text(row: object) -> str | None:
     if isinstance(row, str):
         return row
     if isinstance(row, Example):

@@ -32,7 +32,10 @@ class ChoiceOrFile(Kind):
     def accepts(self, value: Any) -> bool:
         if isinstance(value, str) and value in self.names:
             return True
-        return isinstance(value, (str, Path)) and "\0" not in str(value) and Path(value).expanduser().is_file()
+        try:
+            return isinstance(value, (str, Path)) and Path(value).expanduser().is_file()
+        except (OSError, RuntimeError, ValueError):  # too long, no such home, a NUL
+            return False
 
 
 SHOW_TEXT: dict[str, Any] = {
