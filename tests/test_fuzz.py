@@ -36,7 +36,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 NAMES = st.sampled_from(["text", "prompt", "completion", "question", "answer", "messages", "forget", "winner", "role"])
 NAMES |= st.sampled_from(["content", "data", "\x1b[2J"]) | st.text(max_size=5)
 JSON = st.recursive(SCALARS, lambda x: st.lists(x, max_size=4) | st.dictionaries(NAMES, x, max_size=4), max_leaves=12)
-HARD = st.sampled_from(["x" * 300, "x" * 300 + ".json", "~nobody/x.toml", "\ud800.txt", "/dev/null", "a/../.."])
+HARD = st.sampled_from(["x" * 300, "x" * 300 + ".json", "~nobody/x.txt", "\ud800.txt", "/dev/null", "a/../.."])
 JUNK = JSON | HARD | st.binary(max_size=10) | st.complex_numbers() | st.builds(object) | st.tuples(st.text(max_size=3))
 FEW = settings(max_examples=60)  # of the slower ones
 
@@ -179,6 +179,15 @@ def test_every_argument_takes_a_value_or_a_sentence(model, tmp_path, monkeypatch
     with contextlib.suppress(Checked):
         sentence_or(function, **right | {argument: value})
     assert list(tmp_path.iterdir()) == []
+
+
+@given(st.text(max_size=8).map(lambda x: x + ".txt") | HARD)
+def test_any_name_of_a_file_is_a_file_or_a_sentence(name):
+    """Also one that no file system allows."""
+    for source in (name, Path(name)):
+        sentence_or(read_examples, source, role="forget")
+        sentence_or(pyunlearn.find_copies, ["a"], source, progress=False)
+        sentence_or(UnlearnConfig.of, source, {}, "unlearn")
 
 
 def test_dates_and_other_objects_are_refused():

@@ -122,8 +122,8 @@ def audit(
     interrupted.
     """
     import pyunlearn
-    from pyunlearn.output import check_output
     from pyunlearn.report import require_page_packages, write_audit
+    from pyunlearn.report.audit import audit_folder
 
     quiet_libraries()
     show_lines(quiet=quiet)
@@ -134,7 +134,7 @@ def audit(
     if fast:
         config = replace(config, metrics=tuple(name for name in config.metrics if name != "continuations"))
     target = folder_for(model, out, "audit")
-    check_output(target)
+    audit_folder(target)
     responses = cache if cache is not None else target.with_name(f"{target.name}.cache")
     try:
         result = pyunlearn.audit(

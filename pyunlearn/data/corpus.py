@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyunlearn.data.examples import WANTED, Example, Message
-from pyunlearn.data.files import SUFFIXES, column_names, parse_json, parse_parquet
+from pyunlearn.data.files import SUFFIXES, column_names, expanded, parse_json, parse_parquet, require_readable
 from pyunlearn.errors import DataError, missing_packages
 
 __all__ = ["Corpus", "Record", "record_text"]
@@ -259,7 +259,9 @@ def _names_a_file(each: object) -> bool:
 def _path(source: str | os.PathLike[str]) -> Path:
     if not str(source).strip() or "\0" in str(source):
         raise DataError(f"corpus must be the path of a file or folder, got {str(source)!r}: give one")
-    return Path(source).expanduser()
+    path = expanded(source)
+    require_readable(path, "the corpus file")
+    return path
 
 
 def _files(path: Path) -> list[Path]:

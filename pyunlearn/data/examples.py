@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from pyunlearn.data.files import SUFFIXES, Rows, column_names, file_rows, text_rows
+from pyunlearn.data.files import SUFFIXES, Rows, column_names, expanded, file_rows, text_rows
 from pyunlearn.errors import DataError
 
 __all__ = [
@@ -218,7 +218,7 @@ def _contents(example: Example) -> list[Span] | None:
 def _rows(source: object, role: str) -> Rows:
     columns = getattr(source, "column_names", None)
     if isinstance(source, os.PathLike) or (isinstance(source, str) and _is_path(source)):
-        yield from file_rows(Path(source).expanduser(), role)
+        yield from file_rows(expanded(source), role)
     elif isinstance(columns, Mapping):
         splits = ", ".join(f'"{split}"' for split in columns)
         raise DataError(f"{role} is a dataset of several splits, {splits}: pass one of them, as in dataset[split]")

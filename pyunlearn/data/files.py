@@ -3,14 +3,26 @@
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pyunlearn.errors import DataError, missing_packages
+from pyunlearn.options import shortened
 
-__all__ = ["SUFFIXES", "Rows", "column_names", "file_rows", "parse_json", "parse_parquet", "text_rows"]
+__all__ = [
+    "SUFFIXES",
+    "Rows",
+    "column_names",
+    "expanded",
+    "file_rows",
+    "parse_json",
+    "parse_parquet",
+    "require_readable",
+    "text_rows",
+]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _LONGEST_FIELD = 2**31 - 1  # the default of csv, 131,072 characters, is shorter than many chapters
@@ -29,6 +41,7 @@ T = TypeVar("T")
 def file_rows(path: Path, role: str) -> Rows:
     """Yield the rows of a file of texts, at least one. Raises DataError where it is missing or malformed."""
     name, suffix = f"the {role} file {path}", path.suffix.lower()
+    require_readable(path, f"the {role} file")
     if path.is_dir():
         raise DataError(f"{name} is a folder: wanted a file that ends in one of {', '.join(SUFFIXES)}")
     if not path.exists():
@@ -39,6 +52,23 @@ def file_rows(path: Path, role: str) -> Rows:
     if not rows:
         raise DataError(f"{name} holds no example: give at least one text")
     yield from rows
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ~ replaced, where there is such a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def require_readable(path: Path, name: str) -> None:
+    """Raise DataError for a name that the file system does not allow or that may not be looked up."""
+    try:
+        os.fsencode(path)
+        path.exists()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name} cannot be read: {shortened(error)}; check its path") from error
 
 
 def column_names(names: Iterable[object]) -> str:
