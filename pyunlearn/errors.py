@@ -13,6 +13,7 @@ Each class is also a subclass of the built-in exception in parentheses. Each mes
 is wanted, what came, how to correct it. It quotes no text to forget, and its control characters are escaped.
 """
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ __all__ = [
     "TrainingError",
     "missing_packages",
     "nearest",
+    "path_fault",
     "printable",
 ]
 
@@ -45,6 +47,18 @@ def printable(text: str) -> str:
     'a \\x1b[2J\\u202eb'
     """
     return _SUSPECT.sub(_escaped, text)
+
+
+def path_fault(path: str | os.PathLike[str]) -> str | None:
+    """Return why a path can be none in this file system, or None: too long, forbidden, or not valid Unicode."""
+    try:
+        os.fsencode(path)
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
+    return None
 
 
 def _escaped(match: re.Match[str]) -> str:

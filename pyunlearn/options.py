@@ -18,7 +18,6 @@ import inspect
 import json
 import math
 import numbers
-import os
 import re
 import reprlib
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pyunlearn.errors import ArgumentError, DataError, nearest
+from pyunlearn.errors import ArgumentError, DataError, nearest, path_fault
 
 C = TypeVar("C", bound="Config")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -334,8 +333,7 @@ def read_settings(path: str | Path, known: Mapping[str, Option]) -> dict[str, An
         text = file.read_text(encoding="utf-8")
         whole = json.loads(text) if file.suffix == ".json" else _toml(text)
     except OSError as error:
-        name = reprlib.repr(str(file)) if len(str(file)) > 200 else str(file)
-        raise DataError(f"the settings file {name} cannot be read: {error.strerror}") from error
+        raise DataError(f"the settings file {file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"the settings file {file} is neither TOML nor JSON: {error}") from error
     if file.suffix == ".json":
@@ -398,14 +396,5 @@ def require_path(name: str, value: Any) -> None:
     fine = isinstance(value, (str, Path)) and str(value) != "" and "\0" not in str(value)
     if value is not None and not fine:
         raise ArgumentError(f"{name} must be the path of a file or folder, got {reprlib.repr(value)}: give a string")
-    try:
-        if value is not None:
-            os.fsencode(value)
-            Path(value).exists()
-    except (OSError, ValueError) as error:  # too long, forbidden, half of a surrogate pair
-        raise ArgumentError(f"{name} cannot be used as a path: {shortened(error)}; give another") from error
-
-
-def shortened(error: Exception) -> str:
-    """Return what went wrong with a path, without the path, which may be long."""
-    return getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
+    if value is not None and (fault := path_fault(value)):
+        raise ArgumentError(f"{name} cannot be used as a path: {fault}; give another")

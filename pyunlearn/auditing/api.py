@@ -82,6 +82,7 @@ def audit(
     began = time.perf_counter()
     config = AuditConfig.of(config, settings, "audit")
     models = {"model": model, "original": original, "reference_model": reference_model}
+    _check(models, tokenizer, cache, progress)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples = {
         role: read_examples(source, role=role, turns=config.turns)
@@ -89,7 +90,9 @@ def audit(
         if role == "forget" or source is not None
     }
     examples, notes = check_texts(examples)
-    _check(models, tokenizer, cache, progress)
+    for name, each in models.items():
+        if each is not None:
+            require_model(name, each)
     bar = Progress(progress, "auditing")
     try:
         collected = _collect(models, tokenizer, examples, config, cache, bar)
@@ -109,12 +112,12 @@ def audit(
 
 
 def _check(models: dict[str, Any], tokenizer: Any, cache: Any, progress: Any) -> None:
-    """Raise for an argument that cannot be used, before any model is loaded."""
+    """Raise for an argument that cannot be used, before any text is read or name is looked up."""
     first: tuple[str, int] | None = None
     for name, model in models.items():
         if model is None and name != "model":
             continue
-        require_model(name, model)
+        require_model(name, model, look_up=False)
         if not isinstance(model, (str, Path)):
             vocabulary = LanguageModel.of(model, needs_tokenizer=False).vocabulary
             first = first or (name, vocabulary)

@@ -293,7 +293,11 @@ def _example(row: object, where: str) -> Example:
         if first in present:
             raise _unanswered(first, second, where)
     empty = column_names(key for key in row if key not in present)
-    columns = column_names(present) if present or empty == "none" else f"only empty ones: {empty}"
+    columns = (
+        column_names(key for key in row if key in present)
+        if present or empty == "none"
+        else f"only empty ones: {empty}"
+    )
     raise DataError(f"{where} has no usable column: wanted {WANTED}, found {columns}")
 
 

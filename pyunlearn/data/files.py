@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pyunlearn.errors import DataError, missing_packages
-from pyunlearn.options import shortened
+from pyunlearn.errors import DataError, missing_packages, path_fault
 
 __all__ = [
     "SUFFIXES",
@@ -64,11 +63,8 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 def require_readable(path: Path, name: str) -> None:
     """Raise DataError for a name that the file system does not allow or that may not be looked up."""
-    try:
-        os.fsencode(path)
-        path.exists()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name} cannot be read: {shortened(error)}; check its path") from error
+    if fault := path_fault(path):
+        raise DataError(f"{name} cannot be read: {fault}; check its path")
 
 
 def column_names(names: Iterable[object]) -> str:

@@ -80,16 +80,19 @@ def _load(where: str, extra: dict[str, str], name: str | Path, dtype: torch.dtyp
     return model, tokenizer
 
 
-def require_loadable(name: str, where: str | Path) -> None:
+def require_loadable(name: str, where: str | Path, *, look_up: bool = True) -> None:
     """Raise ModelError unless a folder, a file or a name on the hub holds the configuration of a model.
 
-    No weights are loaded. `name` is the argument's name, for the message.
+    No weights are loaded. `name` is the argument's name, for the message; without `look_up`, no name is looked up on
+    the hub.
     """
     where = _located(where, f", the {name}")
     path, is_gguf = Path(where), str(where).endswith(".gguf")
     if path.exists():
         if not is_gguf:
             _require_saved(path)
+        return
+    if not look_up:
         return
     from transformers import AutoConfig
 

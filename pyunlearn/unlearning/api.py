@@ -107,6 +107,9 @@ def unlearn(
     config = UnlearnConfig.of(config, settings, "unlearn")
     require(Flag(), resume=resume, **({} if progress is None else {"progress": progress}))
     require_path("output_dir", output_dir)
+    named = {"model": model} | ({} if reference_model is None else {"reference_model": reference_model})
+    for name, value in named.items():
+        require_model(name, value, look_up=False)
     require_tokenizer("tokenizer", tokenizer)
     require_mask(config.mask)
     options = dict(config.method_options or {})
@@ -123,9 +126,8 @@ def unlearn(
         if role == "forget" or source is not None
     }
     examples, notes = check_texts(examples)
-    require_model("model", model)  # after the texts: a name may have to be looked up on the hub
-    if reference_model is not None:
-        require_model("reference_model", reference_model)
+    for name, value in named.items():
+        require_model(name, value)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     with Progress(progress if is_main_process() else False) as bar:
