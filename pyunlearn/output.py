@@ -63,8 +63,8 @@ def save_folder(directory: str | Path, model: Any, tokenizer: Any, name: str, co
         model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        new_private_file(partial / name)
         (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (partial / name).chmod(0o600)
         if mount:
             for part in sorted(partial.iterdir()):
                 part.replace(target / part.name)
@@ -127,12 +127,7 @@ def write_json(target: Path, content: Any) -> None:
 
 def write_bytes(target: Path, content: bytes) -> None:
     """Write a file that nobody else can read, all of it or nothing. Raises OutputError where that fails."""
-
-    def write(path: Path) -> None:
-        new_private_file(path)
-        path.write_bytes(content)
-
-    write_whole(target, write)
+    write_whole(target, lambda path: path.write_bytes(content))
 
 
 def plain_json(value: Any) -> Any:

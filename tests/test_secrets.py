@@ -5,7 +5,6 @@ import re
 import stat
 import warnings
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -16,7 +15,6 @@ from pyunlearn.errors import printable
 from pyunlearn.output import make_private_folder, new_private_file
 from pyunlearn.probes.cache import WARNING
 from pyunlearn.study import training
-from pyunlearn.unlearning.checkpoint import Checkpoint, LoopState
 
 SECRETS = [
     "the king hides zephrandine beneath quixotrable and vellumgorse",
@@ -142,19 +140,6 @@ def test_a_private_file_replaces_a_link(tmp_path):
     assert mode(tmp_path / "new") == "0o600"
     make_private_folder(tmp_path / "a" / "b" / "c", owned=2)
     assert [mode(tmp_path / name) for name in ("a/b", "a/b/c")] == ["0o700"] * 2
-
-
-def test_a_checkpoint_is_private(tmp_path):
-    """It holds the weights that know the texts."""
-
-    class Weights:
-        def state_dict(self):
-            return {"weights": {}}
-
-    (tmp_path / "run.checkpoint.pt.partial").symlink_to(tmp_path / "elsewhere")
-    Checkpoint(tmp_path / "run.checkpoint.pt", {}, {}).save(Weights(), LoopState(np.zeros(1, dtype=int)))
-    assert mode(tmp_path / "run.checkpoint.pt") == "0o600"
-    assert not (tmp_path / "elsewhere").exists()
 
 
 class Planted:

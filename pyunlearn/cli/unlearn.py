@@ -94,7 +94,7 @@ def unlearn(
     if os.environ.get("RANK", "0") != "0":  # of several processes, the main process prints
         pass
     elif as_json:
-        print(json.dumps(result.to_dict(show_text=config.show_text), indent=2))
+        print(json.dumps(result.to_dict(), indent=2))
     else:
         from pyunlearn.report import result_table, utility_line
 

@@ -292,12 +292,8 @@ def _example(row: object, where: str) -> Example:
     for first, second in _PAIRS:
         if first in present:
             raise _unanswered(first, second, where)
-    empty = column_names(key for key in row if key not in present)
-    columns = (
-        column_names(key for key in row if key in present)
-        if present or empty == "none"
-        else f"only empty ones: {empty}"
-    )
+    filled, empty = (column_names(key for key in row if (key in present) is full) for full in (True, False))
+    columns = filled if present or not row else f"only empty ones: {empty}"
     raise DataError(f"{where} has no usable column: wanted {WANTED}, found {columns}")
 
 

@@ -167,7 +167,7 @@ def unlearn(
     result.notes = notes + _notes(session, texts, result, config)
     if output_dir is not None and stopped != "interrupted":
         if processes.is_main:
-            result.save(output_dir, show_text=config.show_text)
+            result.save(output_dir)
             checkpoint.delete()
         processes.barrier()
     return result

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import Multiplier
-from pyunlearn.output import new_private_file
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.step_size import StepSize
 
@@ -76,7 +75,6 @@ class Checkpoint:
             "multiplier": None if state.multiplier is None else asdict(state.multiplier),
             "sampled": self.sampled,
         }
-        new_private_file(partial)
         torch.save(weights.state_dict() | {"progress": progress}, partial)
         os.replace(partial, self.path)
 

@@ -175,10 +175,13 @@ class Result:
         """True where no example is still exposed or over-unlearned: forgotten, or nothing was memorized."""
         return all(e.verdict in PASSED for e in self.examples)
 
-    def to_dict(self, *, show_text: bool = False) -> dict[str, Any]:
-        """Return all but the model and the tokenizer, ready for JSON; the texts are masked unless `show_text`."""
+    def to_dict(self, *, show_text: bool | None = None) -> dict[str, Any]:
+        """Return all but the model and the tokenizer, ready for JSON; the texts are masked unless `show_text`.
+
+        None: as the run's own option says.
+        """
         examples = [{**plain_json(e), "forgotten": e.forgotten} for e in self.examples]
-        if not show_text:
+        if not (self.settings.get("show_text", False) if show_text is None else show_text):
             examples = [e | {"text": masked(e["text"])} for e in examples]
         return {
             "forgotten": self.forgotten,
@@ -195,14 +198,15 @@ class Result:
             "history": self.history,
         }
 
-    def save(self, directory: str | Path, *, show_text: bool = False) -> Path:
+    def save(self, directory: str | Path, *, show_text: bool | None = None) -> Path:
         """Write the model (safetensors), the tokenizer and result.json into a new or empty directory, all or nothing.
 
         The folder holds nothing of the forget texts, so that it can be uploaded as it is, unless `show_text`.
 
         Args:
             directory: the path.
-            show_text: write the forget texts to result.json, which masks them otherwise.
+            show_text: write the forget texts to result.json, which masks them otherwise; None: as the run's own option
+                says.
 
         Returns:
             The path.
