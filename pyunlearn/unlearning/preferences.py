@@ -41,7 +41,7 @@ def with_refusals(forget: Sequence[Example], texts: Sequence[str], seed: int, *,
     prompt.
     """
     if not texts or not _are_texts(texts):
-        raise ArgumentError(f"refusals must be a list of one text or more, got {_kind(texts)}")
+        raise ArgumentError(f"refusals must be a list of one text or more, got {texts!r}")
     for number, example in enumerate(forget, 1):
         if alone and not example.prompt:
             raise DataError(
