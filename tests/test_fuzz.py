@@ -7,6 +7,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_arguments
@@ -118,7 +119,7 @@ def test_what_python_cannot_hold_is_a_sentence(tmp_path):
     ):
         (tmp_path / name).write_text(content)
         read_all(tmp_path / name)
-    nested: object = "a"
+    nested = "a"
     for _ in range(20_000):
         nested = [nested]
     assert record_text({"text": nested}) is None
@@ -133,7 +134,7 @@ def test_standard_input_is_texts_or_a_sentence(monkeypatch, content):
     sentence_or(assignments, [f"beta={content}"])
 
 
-CONFIGS = [UnlearnConfig, AuditConfig, CompareConfig, EditConfig, FindConfig, StudyConfig]
+CONFIGS: list[Any] = [UnlearnConfig, AuditConfig, CompareConfig, EditConfig, FindConfig, StudyConfig]
 
 
 @settings(max_examples=200)

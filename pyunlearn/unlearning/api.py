@@ -107,9 +107,7 @@ def unlearn(
     config = UnlearnConfig.of(config, settings, "unlearn")
     require(Flag(), resume=resume, **({} if progress is None else {"progress": progress}))
     require_path("output_dir", output_dir)
-    named = {"model": model} | ({} if reference_model is None else {"reference_model": reference_model})
-    for name, value in named.items():
-        require_model(name, value, look_up=False)
+    _require_models(model, reference_model, look_up=False)
     require_tokenizer("tokenizer", tokenizer)
     require_mask(config.mask)
     options = dict(config.method_options or {})
@@ -126,8 +124,7 @@ def unlearn(
         if role == "forget" or source is not None
     }
     examples, notes = check_texts(examples)
-    for name, value in named.items():
-        require_model(name, value)
+    _require_models(model, reference_model, look_up=True)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     with Progress(progress if is_main_process() else False) as bar:
@@ -171,6 +168,13 @@ def unlearn(
             checkpoint.delete()
         processes.barrier()
     return result
+
+
+def _require_models(model: Any, reference_model: Any, *, look_up: bool) -> None:
+    """Raise for a model that is none; names are looked up on the hub once the texts are checked."""
+    require_model("model", model, look_up=look_up)
+    if reference_model is not None:
+        require_model("reference_model", reference_model, look_up=look_up)
 
 
 def _in_best_form(
