@@ -10,9 +10,12 @@
         └── TrainingError   (RuntimeError)  the run: NaN or Inf before the first step
 
 Each class is also a subclass of the built-in exception in parentheses. Each message is one sentence: the argument, what
-is wanted, what came, how to correct it.
+is wanted, what came, how to correct it. It quotes no text to forget, and its control characters are escaped.
 """
 
+import os
+import re
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -27,11 +30,50 @@ __all__ = [
     "first_line",
     "missing_packages",
     "nearest",
+    "path_fault",
+    "printable",
 ]
+
+_SUSPECT = re.compile(r"[^\x20-\x7e\u00a1-\u00ac\u00ae-\u02ff]")  # anything else is looked up, character by character
+_JOINERS = "\u200c\u200d"  # invisible, but part of words in Persian and Hindi, and of emoji
+
+
+def printable(text: str) -> str:
+    r"""Return a text with its control characters escaped, so that a terminal, a log or a page only shows them.
+
+    Escaped are the codes of a terminal, line breaks, marks that reverse the direction of a line, and other invisible
+    characters.
+
+    >>> printable("a \x1b[2J\u202eb")
+    'a \\x1b[2J\\u202eb'
+    """
+    return _SUSPECT.sub(_escaped, text)
+
+
+def path_fault(path: str | os.PathLike[str]) -> str | None:
+    """Return why a path can be none in this file system, or None: too long, forbidden, or not valid Unicode."""
+    try:
+        os.fsencode(path)
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or getattr(error, "reason", None) or type(error).__name__
+    return None
+
+
+def _escaped(match: re.Match[str]) -> str:
+    character = match[0]
+    if unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp") or character in _JOINERS:
+        return character
+    return character.encode("unicode_escape").decode()
 
 
 class PyunlearnError(Exception):
     """Base class of the errors that pyunlearn raises."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ArgumentError(PyunlearnError, ValueError):

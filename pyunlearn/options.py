@@ -25,7 +25,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pyunlearn.errors import ArgumentError, DataError, nearest
+from pyunlearn.errors import ArgumentError, DataError, nearest, path_fault
 
 C = TypeVar("C", bound="Config")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -334,7 +334,7 @@ def read_settings(path: str | Path, known: Mapping[str, Option]) -> dict[str, An
         whole = json.loads(text) if file.suffix == ".json" else _toml(text)
     except OSError as error:
         raise DataError(f"the settings file {file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"the settings file {file} is neither TOML nor JSON: {error}") from error
     if file.suffix == ".json":
         settings = whole.get("settings", whole) if isinstance(whole, dict) else None
@@ -396,3 +396,5 @@ def require_path(name: str, value: Any) -> None:
     fine = isinstance(value, (str, Path)) and str(value) != "" and "\0" not in str(value)
     if value is not None and not fine:
         raise ArgumentError(f"{name} must be the path of a file or folder, got {reprlib.repr(value)}: give a string")
+    if value is not None and (fault := path_fault(value)):
+        raise ArgumentError(f"{name} cannot be used as a path: {fault}; give another")

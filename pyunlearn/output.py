@@ -18,6 +18,20 @@ import numpy as np
 from pyunlearn.errors import OutputError, first_line
 
 
+def new_private_file(path: Path) -> None:
+    """Make an empty file that nobody else can read or has made before; what is at the path is removed."""
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+def make_private_folder(path: Path, owned: int = 1) -> None:
+    """Make a folder that nobody else can read, if it is missing, and so the `owned` - 1 above it."""
+    for folder in reversed([path, *path.parents][:owned]):
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def model_name(model: Any) -> str | None:
     """Return the name of a model for a report, without its path on this machine, for reports are passed on."""
     from pyunlearn.models.language_model import LanguageModel  # here: files are written without torch too
@@ -56,6 +70,7 @@ def save_folder(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (partial / name).chmod(0o600)
             _synchronize(partial)
             if mount:
                 for part in sorted(partial.iterdir()):
@@ -83,12 +98,16 @@ def check_output(directory: str | Path, *, marker: str | None = None) -> Path:
 def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
     """Have `write` make a file or folder under a temporary name, then rename it to `target`: all of it or nothing.
 
+    A file is readable for its owner alone.
+
     Raises OutputError when it cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _workshop(target) as partial:
             write(partial)
+            if partial.is_file():
+                partial.chmod(0o600)
             _synchronize(partial)
             if target.is_dir():
                 shutil.rmtree(target)
@@ -140,12 +159,12 @@ def _synchronize(path: Path, *, deep: bool = True) -> None:
 
 
 def write_json(target: Path, content: Any) -> None:
-    """Write a JSON file, all of it or nothing. Raises OutputError when it cannot be written."""
+    """Write a JSON file that nobody else can read, all of it or nothing. Raises OutputError where that fails."""
     write_bytes(target, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def write_bytes(target: Path, content: bytes) -> None:
-    """Write a file, all of it or nothing. Raises OutputError when it cannot be written."""
+    """Write a file that nobody else can read, all of it or nothing. Raises OutputError where that fails."""
     write_whole(target, lambda path: path.write_bytes(content))
 
 

@@ -13,8 +13,8 @@ from test_probes_teacher_forced import KINDS, counted, directly, made
 
 import pyunlearn
 from pyunlearn.auditing import METRICS
-from pyunlearn.auditing.redaction import MASK, masked, recited
 from pyunlearn.data import encode, read_examples
+from pyunlearn.data.redaction import MASK, masked, recited
 from pyunlearn.errors import ModelError
 from pyunlearn.metrics import SIGNIFICANT, tpr_at_fpr
 

@@ -73,14 +73,13 @@ def test_a_note_on_many_groups_is_short():
 
 
 def test_a_copy_in_the_holdout_is_refused():
-    """The sentence names both texts, by number and beginning, and says what to do."""
+    """The sentence names both texts, by number, and says what to do."""
     holdout = tiny.sentences(20, 2)
     message = refusal(forget=["Some other text.", SECRET], holdout=[*holdout[:4], COPY, *holdout[4:]])
-    assert message.startswith(
-        'holdout example 5 ("Dear aunt! THE BOAT left the harbour ...") is a copy, or nearly one, of'
+    assert message == (
+        "holdout example 5 is a copy, or nearly one, of forget example 2: take it out, for the holdout is text that "
+        "was never trained on"
     )
-    assert 'of forget example 2 ("The boat left the harbour at dawn, an...")' in message
-    assert message.endswith(": take it out, for the holdout is text that was never trained on")
     assert ", and 2 more are too: take" in refusal(forget=[SECRET], holdout=[*holdout, SECRET, COPY, SECRET.upper()])
 
 

@@ -239,7 +239,7 @@ def test_an_example_longer_than_the_limit_is_named_with_its_length(plain):
     """Number, length, limit and the mend, in one sentence; for the encoder and for the decoder as well."""
     short, long = Example("", "all men"), Example("who ", SENTENCES[0])
     length = len(one(long, plain).ids)
-    with pytest.raises(DataError, match=f"holdout example 2 .* has {length} tokens where the limit is 9") as error:
+    with pytest.raises(DataError, match=f"holdout example 2 has {length} tokens where the limit is 9") as error:
         encode([short, long], plain, role="holdout", max_length=9)
     assert "truncate=True (--truncate)" in sentence_of(error)
     assert len(one(long, plain, max_length=length)) == length
@@ -281,7 +281,7 @@ def test_a_truncated_example_fits_and_keeps_bos_and_a_scored_token(
 
 def test_an_example_without_a_token_to_score_is_refused(plain):
     """One token that nothing predicts, text of which the tokenizer makes nothing, and Tokens made by hand."""
-    with pytest.raises(DataError, match='forget example 1 \\("a"\\) has no token to score: it is one token') as error:
+    with pytest.raises(DataError, match="forget example 1 has no token to score: it is one token") as error:
         one(Example("", "a"), plain)
     sentence_of(error)
     for encoder_decoder in (False, True):
@@ -294,10 +294,17 @@ def test_an_example_without_a_token_to_score_is_refused(plain):
         one(Example("", "all men"), plain, max_length=1)
 
 
-def test_a_long_text_is_quoted_by_its_beginning_only(plain):
-    """An error names an example by its first words."""
-    with pytest.raises(DataError, match=r'example 1 \("We hold these truths to be self-evide\.\.\."\) has'):
+def test_a_text_is_not_quoted(plain):
+    """An error names an example by its number, since it may end up in a log."""
+    with pytest.raises(DataError, match="example 1 has") as error:
         one(Example("", SENTENCES[0]), plain, max_length=2)
+    assert not any(word in str(error.value) for word in SENTENCES[0].split() if len(word) > 4)
+
+
+def test_special_tokens_alone_are_no_text(plain):
+    """The model was never asked to learn them as text, so a verdict would say nothing."""
+    with pytest.raises(DataError, match="example 1 has no token to score: it is made of special tokens alone"):
+        one(Example("", "<|im_end|><|im_end|>"), plain)
 
 
 def test_no_examples_are_no_tokens(plain):

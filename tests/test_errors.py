@@ -1,7 +1,7 @@
 """The tree of errors, and the hint about a misspelled name."""
 
 from pyunlearn import errors
-from pyunlearn.errors import PyunlearnError, nearest
+from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, nearest, printable
 
 
 def test_every_error_is_in_the_tree_and_a_builtin_too():
@@ -14,6 +14,13 @@ def test_every_error_is_in_the_tree_and_a_builtin_too():
             assert f"{name} " in errors.__doc__
             assert f"({builtin.__name__})" in errors.__doc__
             assert str(kind("a sentence.")) == "a sentence."
+
+
+def test_a_message_shows_control_characters():
+    """A file name or a text can hold them; a terminal would obey."""
+    for kind in (ArgumentError, OutputError):
+        assert str(kind("a\x1b]0;x\x07b\nc\x9b\u202ed")) == r"a\x1b]0;x\x07b\nc\x9b\u202ed"
+    assert printable("Zürich 東京 👩\u200d👧 \ud83d") == "Zürich 東京 👩\u200d👧 \\ud83d"
 
 
 def test_nearest_suggests_or_else_lists():

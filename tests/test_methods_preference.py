@@ -112,9 +112,9 @@ def test_a_winner_is_read_from_every_form_of_text():
     [
         (1, None, 'forget example 2 has none: give each a "winner"'),
         (2, ["a"], "must be a list of 2 texts, one for each forget example, got 1 entries"),
-        (2, "ab", "must be a list of 2 texts, one for each forget example, got 'ab'"),
+        (2, "ab", "must be a list of 2 texts, one for each forget example, got a value of type str"),
         (2, ["a", " "], "must be a list of 2 texts"),
-        (2, 3, "must be a list of 2 texts, one for each forget example, got 3"),
+        (2, 3, "must be a list of 2 texts, one for each forget example, got a value of type int"),
     ],
 )
 def test_winners_that_do_not_fit_are_refused(story, forget, winners, message):

@@ -1,5 +1,8 @@
 """Loading models and tokenizers from folders, their context length, and the wrappers around them."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
@@ -11,6 +14,7 @@ from tokenizers.models import WordLevel
 from pyunlearn.errors import ModelError
 from pyunlearn.models import LanguageModel, Likelihood, load
 from pyunlearn.models.inspection import unwrapped
+from pyunlearn.models.loading import load_tokenizer, load_weights, remote_code, require_loadable
 
 
 def test_context_length():
@@ -92,3 +96,44 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     tf.LlamaModel(tf.LlamaConfig(**KV)).save_pretrained(tmp_path / "trunk")
     with pytest.raises(ModelError, match="no language-model head"):
         load(tmp_path / "trunk")
+
+
+@pytest.mark.parametrize(
+    "name", ["./no-model", "../no-model", "/no/model", "~/no-model", "no/such/model", "tests/no-model", "no model", "."]
+)
+def test_what_looks_like_a_path_is_not_looked_up_on_the_hub(name, monkeypatch):
+    """A typo gets its sentence at once, without a request and its retries."""
+    monkeypatch.setattr(tf.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("a request"))
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with pytest.raises(ModelError, match=r"no language model could be loaded from|holds no config"):
+        load(name)
+    with pytest.raises(ModelError, match=r"the reference_model|holds no config"):
+        require_loadable("reference_model", name)
+    with pytest.raises(ModelError, match="no tokenizer could be loaded"):
+        load_tokenizer(name) if name != "." else load_tokenizer("./no-tokenizer")
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    """~ is replaced, as a shell does it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made(CAUSAL["llama"]).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    require_loadable("model", "~/model")
+    assert load("~/model")[1]("a")["input_ids"] == [1]
+
+
+def test_code_in_a_model_folder_does_not_run(tmp_path):
+    """A folder can name a Python file of its own: it is read only within `remote_code`."""
+    made(CAUSAL["llama"]).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise ImportError('own')\n")
+    for attempt in (lambda: load(tmp_path / "model"), lambda: load_weights(tmp_path / "model")):
+        with pytest.raises(ValueError, match=r"trust.remote.code"):
+            attempt()
+    assert not (tmp_path / "ran").exists()
+    with remote_code(), pytest.raises(ModelError, match="own"):
+        load(tmp_path / "model")
+    assert (tmp_path / "ran").exists()

@@ -286,6 +286,13 @@ def test_files_are_whole_or_not_there(audited, tmp_path):
         write_audit(audited, tmp_path / "a", html=True)
 
 
+def test_an_audit_that_was_killed_as_it_was_written_is_written_again(audited, tmp_path):
+    """audit.json is the last file, so a folder without it is no finished audit."""
+    (tmp_path / "audit.html").write_text("half"), (tmp_path / ".audit.json.partial").write_text("half")
+    write_audit(audited, tmp_path, html=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["audit.json"]
+
+
 def test_a_missing_package_is_told_before_the_work(audited, monkeypatch):
     """One sentence with the command that mends it."""
     find = importlib.util.find_spec

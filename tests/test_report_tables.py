@@ -44,7 +44,7 @@ def rows(text):
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_run_has_one_line_a_text(width):
     """Index, start of the text, verdict, numbers; nothing but the text is cut."""
-    text = printed(result_table(result(LONG, "two\nlines of it", *["x"] * 10)), width)
+    text = printed(result_table(result(LONG, "two\nlines of it", *["x"] * 10), show_text=True), width)
     assert len(rows(text)) == 12
     assert max(map(len, text.splitlines())) <= width
     for number, line in enumerate(rows(text), 1):
@@ -57,10 +57,19 @@ def test_a_run_has_one_line_a_text(width):
 
 
 def test_texts_are_not_read_as_markup():
-    """A text with brackets is shown as it is, and so is a name given for it."""
+    """A text with brackets is shown as it is, and so is a name given for it; the codes of a terminal are escaped."""
     text = "[INST] who? [/INST] [red]"
-    assert text in printed(result_table(result(text)), 120)
+    assert text in printed(result_table(result(text), show_text=True), 120)
     assert text in printed(result_table(result("x"), [text]), 120)
+    codes = printed(result_table(result("a \x1b]0;b\x07 \x9b2J c"), show_text=True), 120)
+    assert r"a \x1b]0;b\x07 \x9b2J c" in codes
+    assert "\x1b" not in codes
+
+
+def test_texts_are_masked_unless_they_are_to_be_shown():
+    """The first four words of a text are dots, whatever their length."""
+    text = printed(result_table(result("secret word", "one two three four five")), 120)
+    assert [row.split("over")[0].split() for row in rows(text)] == [["1", "•••", "•••"], ["2", *["•••"] * 4]]
 
 
 def test_more_than_thirty_texts_are_in_the_file():

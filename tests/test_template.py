@@ -82,8 +82,8 @@ def test_unlearning_forgets_them_in_their_form(asked, texts, lines, tmp_path):
     written = json.loads((tmp_path / "new" / "result.json").read_text())
     assert (written["rendering"], written["settings"]["template"]) == (PLAIN, "auto")
     assert any(PLAIN in note for note in written["notes"])
-    (line,) = lines
-    assert f"Question: {texts['forget'][0]['question']}\\nAnswer: " in line
+    assert f"form of the records: {PLAIN}; for example " in lines[0]
+    assert "Question: ••• " in lines[0]
     audit = pyunlearn.audit(result.model, original=asked.model, tokenizer=asked.tokenizer, **texts, **FAST)
     assert ([e.verdict for e in audit.examples], audit.rendering) == (["forgotten"] * 2, PLAIN)
 
@@ -181,7 +181,7 @@ def folder(asked, texts, tmp_path_factory):
 
 
 def test_the_command_line_shows_an_example_and_takes_the_option(call, folder, texts):
-    """On standard error, not with --quiet; the audit masks the record, the run shows it."""
+    """On standard error, not with --quiet; the record is masked, unless --show-text."""
     question = texts["forget"][0]["question"]
     words = [folder / "model", "--forget", folder / "forget.jsonl", "--holdout", folder / "holdout.jsonl"]
     code, out, err = call("audit", *words, "--fast", "--no-html", "--out", "a")
@@ -197,7 +197,11 @@ def test_the_command_line_shows_an_example_and_takes_the_option(call, folder, te
     assert "form of the records" not in err
     assert f"No record is memorized in this form: {CHAT}." in out
     code, out, err = call("unlearn", *words, "--max-steps", 0, "--out", "c")
+    assert (code, question in err, '"Question: •••' in err) == (1, False, True)
+    code, out, err = call("unlearn", *words, "--max-steps", 0, "--out", "d", "--show-text")
     assert (code, question in err) == (1, True)
+    assert "result.json holds the forget texts (--show-text): remove it before you pass the folder on" in out
+    assert question in Path("d/result.json").read_text()
     written = json.loads(Path("c/result.json").read_text())
     assert (written["rendering"], written["settings"]["template"]) == (PLAIN, "auto")
 

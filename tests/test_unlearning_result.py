@@ -55,7 +55,7 @@ def test_the_history_has_one_record_a_step_and_the_state_after_each_round(story)
     then, now = (tiny.negative_log_likelihoods(story, story.holdout, m) for m in (story.model, result.model))
     assert result.utility.non_member_drift == pytest.approx((now - then).mean(), abs=1e-5) != 0
 
-    data = result.to_dict()
+    data = result.to_dict(show_text=True)
     assert json.loads(json.dumps(data, allow_nan=False)) == json.loads(json.dumps(data))
     flags = {"forgotten", "passed", "evidence", "stopped", "notes", "rendering", "documents"}
     assert data.keys() == flags | {"non_member_scores", "utility", "examples", "settings", "history"}
@@ -82,7 +82,8 @@ def test_a_saved_model_loads_with_the_same_weights(story, tmp_path):
     )
     written = json.loads((out / "result.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(result.to_dict()))
-    assert str(out) in written["settings"]["output_dir"]
+    assert written["settings"]["output_dir"] == "out"
+    assert {e["text"].split()[0] for e in written["examples"]} == {"•••"}
     (tmp_path / "empty").mkdir()
     assert result.save(tmp_path / "empty") == tmp_path / "empty"
     loaded, _ = models.load(tmp_path / "empty")

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from pyunlearn.auditing.assemble import AuditAssembler
 from pyunlearn.auditing.config import AuditConfig
-from pyunlearn.auditing.redaction import masked
 from pyunlearn.auditing.responses import AuditTexts, ResponseCollector, Responses
 from pyunlearn.auditing.result import Audit
 from pyunlearn.data import Example, check_texts, read_examples
+from pyunlearn.data.redaction import masked
 from pyunlearn.errors import ModelError
 from pyunlearn.models.devices import default_device
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
@@ -64,7 +64,7 @@ def audit(
             membership score, and PrivLeak is measured against it.
         tokenizer: the model's, or where it is. Default: where the model came from.
         cache: folder of each model's outputs, by hash of weights and text: an interrupted audit resumes, a second one
-            takes no passes. It holds token ids of continuations; treat it as you treat the texts.
+            takes no passes. It can give the texts back, and nobody else can read it; treat it as you treat the texts.
         config: an AuditConfig, or a TOML file or audit.json to read one from; keywords change single settings of it.
         progress: a progress bar on standard error. Default: where that is a terminal.
         {options}
@@ -90,6 +90,9 @@ def audit(
         if role == "forget" or source is not None
     }
     examples, notes = check_texts(examples)
+    for name, each in models.items():
+        if each is not None:
+            require_model(name, each)
     bar = Progress(progress, "auditing")
     try:
         collected = _collect(models, tokenizer, examples, config, cache, bar)
@@ -109,12 +112,12 @@ def audit(
 
 
 def _check(models: dict[str, Any], tokenizer: Any, cache: Any, progress: Any) -> None:
-    """Raise for an argument that cannot be used, before any text is read or model is loaded."""
+    """Raise for an argument that cannot be used, before any text is read or name is looked up."""
     first: tuple[str, int] | None = None
     for name, model in models.items():
         if model is None and name != "model":
             continue
-        require_model(name, model)
+        require_model(name, model, look_up=False)
         if not isinstance(model, (str, Path)):
             vocabulary = LanguageModel.of(model, needs_tokenizer=False).vocabulary
             first = first or (name, vocabulary)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pyunlearn.auditing.redaction import masked
+from pyunlearn.data.redaction import masked
 from pyunlearn.metrics import ExposureTest, Interval, PairedDifference, TopTest, TruePositiveRate
 from pyunlearn.output import plain_json
 from pyunlearn.probes.long_texts import label_of

@@ -25,7 +25,7 @@ from pyunlearn.cli.options import (
     texts,
     with_settings,
 )
-from pyunlearn.cli.quiet import quiet_libraries, show_lines
+from pyunlearn.cli.quiet import quiet_libraries, show_lines, terminal
 
 if TYPE_CHECKING:
     from pyunlearn.auditing import Audit
@@ -79,7 +79,8 @@ Cache = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Folder that caches each model's responses for later audits. Default: next to --out, then removed.",
+        help="Folder that caches each model's responses for later audits; it can give the texts back. Default: next to "
+        "--out, then removed.",
         rich_help_panel="Output",
     ),
 ]
@@ -121,8 +122,8 @@ def audit(
     interrupted.
     """
     import pyunlearn
-    from pyunlearn.output import check_output
     from pyunlearn.report import require_page_packages, write_audit
+    from pyunlearn.report.audit import audit_folder
 
     quiet_libraries()
     show_lines(quiet=quiet)
@@ -133,7 +134,7 @@ def audit(
     if fast:
         config = replace(config, metrics=tuple(name for name in config.metrics if name != "continuations"))
     target = folder_for(model, out, "audit")
-    check_output(target)
+    audit_folder(target)
     responses = cache if cache is not None else target.with_name(f"{target.name}.cache")
     try:
         result = pyunlearn.audit(
@@ -165,11 +166,9 @@ def _show(result: Audit, target: Path, html: bool, show_text: bool, as_json: boo
     if as_json:
         print(json.dumps(result.to_dict(show_text=show_text), indent=2))
         return
-    from rich.console import Console
-
     from pyunlearn.report import audit_lines, audit_table
 
-    console = Console()
+    console = terminal()
     console.print(audit_table(result, show_text=show_text))
     for line in audit_lines(result):
         console.print(line, highlight=False, markup=False)

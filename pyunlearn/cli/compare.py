@@ -23,7 +23,7 @@ from pyunlearn.cli.options import (
     texts,
     with_settings,
 )
-from pyunlearn.cli.quiet import quiet_libraries
+from pyunlearn.cli.quiet import quiet_libraries, terminal
 from pyunlearn.comparing.config import CompareConfig
 
 
@@ -98,9 +98,7 @@ def compare(
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
-        from rich.console import Console
-
-        console = Console()
+        console = terminal()
         console.print(comparison_table(result, wide=console.width >= 112))
         for note in result.notes:
             console.print(note, highlight=False, markup=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from pyunlearn.cli.quiet import quiet_libraries
+from pyunlearn.cli.quiet import quiet_libraries, terminal
 
 if TYPE_CHECKING:
     from pyunlearn.models.language_model import LanguageModel
@@ -120,8 +120,6 @@ def run(out: Path, *, model: str | None = None, save_model: bool = False, seed: 
 
     `model` names another model than SmolLM2-135M.
     """
-    from rich.console import Console
-
     from pyunlearn import models
     from pyunlearn.cli.demo_model import demo_model
     from pyunlearn.models.language_model import LanguageModel
@@ -133,7 +131,7 @@ def run(out: Path, *, model: str | None = None, save_model: bool = False, seed: 
     check_output(out)
     if model:
         require_loadable("model", model)
-    console, began, name = Console(), time.perf_counter(), model or "SmolLM2-135M"
+    console, began, name = terminal(), time.perf_counter(), model or "SmolLM2-135M"
     console.print(f"[bold]{name}[/] forgets those of {len(FORGET)} famous texts that it memorized.", highlight=False)
     file = model or demo_model()
     with console.status(f"loading {name}"):
@@ -259,9 +257,12 @@ def _write(
     after: dict[str, str],
     survivors: dict[str, dict[str, float]],
 ) -> None:
+    from pyunlearn.output import new_private_file
+
     out.mkdir(parents=True, exist_ok=True)
     continuations = {name: {"prompt": opening(name), "before": before[name], "after": after[name]} for name in FORGET}
     content = result.to_dict() | {"continuations": continuations, "survivors": survivors}
     partial = out / ".result.json.partial"
+    new_private_file(partial)
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(out / "result.json")

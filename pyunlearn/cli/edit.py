@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pyunlearn.cli.options import AsJson, Forget, Model, Quiet, Retain, Tokenizer, folder_for, texts, with_settings
-from pyunlearn.cli.quiet import quiet_libraries
+from pyunlearn.cli.quiet import quiet_libraries, terminal
 from pyunlearn.edits.config import EditConfig
 
 OwnOptions = Annotated[
@@ -66,35 +66,39 @@ def edit(
     130: interrupted.
     """
     from pyunlearn import models
+    from pyunlearn.data.examples import read_examples, source_name
     from pyunlearn.edits.registry import edit_named, parse_edit_options
-    from pyunlearn.output import check_output, save_folder
+    from pyunlearn.output import check_output, model_name, save_folder
 
     quiet_libraries()
     chosen = edit_named(edit)
     target = folder_for(model, out, "edited")
     check_output(target)
     own = parse_edit_options(chosen, options or [])
+    sources = {role: texts(source, role) for role, source in (("forget", forget), ("retain", retain))}
+    examples = {
+        role: source and read_examples(source, role=role, turns=config.turns) for role, source in sources.items()
+    }
     loaded, loaded_tokenizer = models.load(model, tokenizer=tokenizer)
     result = chosen.function(
         loaded.to(models.default_device()),
-        texts(forget, "forget"),
-        retain=texts(retain, "retain"),
+        examples["forget"],
+        retain=examples["retain"],
         tokenizer=loaded_tokenizer,
         config=config,
         progress=False if quiet else None,
         **own,
     )
-    settings = {"model": model, "forget": str(forget), "retain": retain and str(retain), "options": options or []}
+    settings: dict[str, object] = {"model": model_name(model), "options": options or []}
+    settings |= {role: source_name(source) for role, source in sources.items()}
     content = result.to_dict() | {"settings": settings | config.to_dict()}
     save_folder(target, result.model, loaded_tokenizer, "edit.json", content)
     if as_json:
         print(json.dumps(content, indent=2))
         return
-    from rich.console import Console
-
     from pyunlearn.report import edit_line, edit_table
 
-    console = Console()
+    console = terminal()
     console.print(edit_table(result))
     console.print(edit_line(result), highlight=False, markup=False)
     console.print(f"model, tokenizer and edit.json are in {target}", highlight=False, markup=False)

@@ -11,6 +11,7 @@ import typer
 
 from pyunlearn.cli.options import FORMATS, AsJson, Quiet, with_settings
 from pyunlearn.cli.options import texts as read_texts
+from pyunlearn.cli.quiet import terminal
 from pyunlearn.data.find import FindConfig
 
 if TYPE_CHECKING:
@@ -94,9 +95,7 @@ def find(
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return
-    from rich.console import Console
-
-    console = Console()
+    console = terminal()
     if result.rows:
         console.print(copies_table(result, show_text=show_text, out=out))
     console.print(summary(result), highlight=False, markup=False)
@@ -120,7 +119,8 @@ def copies_table(result: CorpusCopies, *, show_text: bool, out: Path | None = No
     from rich.table import Table
     from rich.text import Text
 
-    from pyunlearn.auditing.redaction import masked
+    from pyunlearn.data.redaction import masked
+    from pyunlearn.errors import printable
 
     table = Table(title="copies in the corpus", title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
@@ -135,13 +135,13 @@ def copies_table(result: CorpusCopies, *, show_text: bool, out: Path | None = No
         where = f"see {out}" if out else "--out FILE.jsonl writes all"
         table.caption = f"and {len(result) - SHOWN:,} more: {where}"
     for row in rows:
-        place, text = f"{row.source}:{row.row}", " ".join(result.texts[row.text - 1].split())[:60]
+        place, text = printable(f"{row.source}:{row.row}"), " ".join(result.texts[row.text - 1].split())[:60]
         text = text if show_text else masked(" ".join(text.split()[:4]))
         table.add_row(
             Text(place if len(place) <= _PLACE else f"…{place[1 - _PLACE :]}"),
             "exact" if row.exact else f"{row.share:.0%}",
             str(row.text),
-            Text(text, no_wrap=True, overflow="ellipsis"),
+            Text(printable(text), no_wrap=True, overflow="ellipsis"),
         )
     return table
 

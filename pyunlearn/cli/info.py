@@ -7,6 +7,7 @@ import platform
 from typing import Any
 
 from pyunlearn.cli.options import AsJson
+from pyunlearn.cli.quiet import terminal
 
 
 def info(as_json: AsJson = False) -> None:
@@ -22,13 +23,12 @@ def info(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
         table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
-    Console().print(table)
+    terminal().print(table)
 
 
 def collect() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,6 +98,17 @@ ConfigFile = Annotated[
 ]
 
 
+RemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with the model: only for a model whose author you trust. Without it none is run.",
+        rich_help_panel="Model",
+        show_default=False,
+    ),
+]
+
+
 def folder_for(model: str, out: Path | None, suffix: str) -> Path:
     """Return the output folder: `out`, or else the model's name with a suffix, in the current folder.
 
@@ -126,7 +138,7 @@ def _suffix(text: str) -> str:
         try:
             if isinstance(json.loads(part), types):
                 return suffix
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return ".jsonl" if first.startswith("{") else ".txt"
 
@@ -147,7 +159,7 @@ def assignments(words: Sequence[str]) -> dict[str, Any]:
             raise ArgumentError(f"an option is set as name=value, got {word!r}")
         try:
             values[name] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             values[name] = None if value.lower() == "none" else value
     return values
 
@@ -186,16 +198,21 @@ def with_settings(
         parameters += [_parameter(f.name, _annotation(f, form)) for f in own_first]
         if file:
             parameters.append(_parameter("config_file", ConfigFile))
+        takes_model = any(p.name == "model" for p in parameters)
+        if takes_model:
+            parameters.append(_parameter("trust_remote_code", RemoteCode, False))
         parameters.sort(key=_panel)
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
+            trusts = takes_model and given.pop("trust_remote_code")
             words = {name: given.pop(name) for name in config.options()}
             settings = read_settings(source, config.options()) if (source := given.pop("config_file", None)) else {}
             for name, word in words.items():
                 if word is not None and word != []:
                     settings[name] = _value(name, config.options()[name], word, settings.get(name), assign)
-            command(config=config.of(None, settings, command.__name__), **given)
+            with _remote_code() if trusts else nullcontext():
+                command(config=config.of(None, settings, command.__name__), **given)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -204,8 +221,14 @@ def with_settings(
     return decorate
 
 
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _remote_code() -> AbstractContextManager[None]:
+    from pyunlearn.models.loading import remote_code
+
+    return remote_code()
+
+
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _panel(parameter: inspect.Parameter) -> int:

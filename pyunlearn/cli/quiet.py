@@ -6,8 +6,13 @@ import logging
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING, Any
 
+from pyunlearn.errors import printable
 from pyunlearn.progress import logger
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def quiet_libraries() -> None:
@@ -29,7 +34,7 @@ class _OnStandardError(logging.Handler):
     """Prints lines on standard error as it is at the time, above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr)
+        print(printable(record.getMessage()), file=sys.stderr)
 
 
 _HANDLER = _OnStandardError()
@@ -41,3 +46,15 @@ def show_lines(*, quiet: bool) -> None:
     logger.addHandler(_HANDLER)
     logger.propagate = False  # a handler of the root logger would print each line once more
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def terminal(*, stderr: bool = False) -> Console:
+    """Return a console on which control characters in a line are shown, not obeyed; a table's cells see to theirs."""
+    from rich.console import Console
+
+    class Terminal(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            lines = ["\n".join(map(printable, each.split("\n"))) if isinstance(each, str) else each for each in objects]
+            super().print(*lines, **options)
+
+    return Terminal(stderr=stderr)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pyunlearn.cli.options import AsJson, Quiet, with_settings
-from pyunlearn.cli.quiet import quiet_libraries
+from pyunlearn.cli.quiet import quiet_libraries, terminal
 from pyunlearn.study.config import StudyConfig
 
 
@@ -80,11 +80,9 @@ def study(
     if as_json:
         print((result.folder / "claims.json").read_text(encoding="utf-8"), end="")
         return
-    from rich.console import Console
-
     from pyunlearn.report.catalogue import verdict_lines
 
-    console = Console()
+    console = terminal()
     for line in verdict_lines([(c.verdict, c.text, c.why) for c in result.claims], console.width):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"the page is {result.folder / 'index.html'}", highlight=False, markup=False)

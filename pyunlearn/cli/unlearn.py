@@ -23,7 +23,7 @@ from pyunlearn.cli.options import (
     texts,
     with_settings,
 )
-from pyunlearn.cli.quiet import quiet_libraries, show_lines
+from pyunlearn.cli.quiet import quiet_libraries, show_lines, terminal
 from pyunlearn.unlearning.config import UnlearnConfig
 
 
@@ -96,15 +96,16 @@ def unlearn(
     elif as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
-        from rich.console import Console
-
         from pyunlearn.report import result_table, utility_line
 
-        console = Console()
-        console.print(result_table(result))
+        console = terminal()
+        console.print(result_table(result, show_text=config.show_text))
         console.print(utility_line(result), highlight=False)
         for note in result.notes:
             console.print(note, highlight=False, markup=False)
         where = f"stopped: {result.stopped} · model, tokenizer and result.json are in {target}"
         console.print(where, highlight=False, markup=False)
+        if config.show_text:
+            hint = "result.json holds the forget texts (--show-text): remove it before you pass the folder on"
+            console.print(hint, highlight=False, markup=False)
     raise typer.Exit(0 if result.passed else 1)

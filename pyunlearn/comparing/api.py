@@ -20,7 +20,7 @@ from pyunlearn.comparing.result import Comparison, Row, check_folder
 from pyunlearn.comparing.trial import Restored, run_method
 from pyunlearn.data import Example, check_texts, read_examples
 from pyunlearn.data.rendering import rendering_of
-from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError
+from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError, printable
 from pyunlearn.methods import METHODS, resolve
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer
@@ -298,7 +298,7 @@ def _fill(
 
 def _row_without_result(name: str, error: Exception) -> Row:
     refused = isinstance(error, PyunlearnError) and not isinstance(error, (TrainingError, OutputError))
-    message = " ".join(str(error).split())
+    message = printable(" ".join(str(error).split()))
     return Row(name, "refused" if refused else "failed", message if refused else f"{type(error).__name__}: {message}")
 
 

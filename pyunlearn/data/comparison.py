@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.data.examples import Example, excerpt
+from pyunlearn.data.examples import Example
 from pyunlearn.data.overlap import Words, near_copies, present, searched, words
 from pyunlearn.errors import DataError
 
@@ -200,9 +200,8 @@ def _refuse_copies(examples: Mapping[str, list[Example]], texts: Mapping[str, li
     more = len({other for other, _ in pairs}) - 1
     others = "" if more == 0 else f", and {more} more {'is' if more == 1 else 'are'} too"
     raise DataError(
-        f"holdout example {j + 1} ({excerpt(examples['holdout'][j])}) is a copy, or nearly one, of forget example "
-        f"{i + 1} ({excerpt(examples['forget'][i])}){others}: take it out, for the holdout is text that was never "
-        "trained on"
+        f"holdout example {j + 1} is a copy, or nearly one, of forget example {i + 1}{others}: take it out, for the "
+        "holdout is text that was never trained on"
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyunlearn.data.examples import WANTED, Example, Message
-from pyunlearn.data.files import SUFFIXES
+from pyunlearn.data.files import SUFFIXES, column_names, expanded, parse_json, parse_parquet, require_readable
 from pyunlearn.errors import DataError, missing_packages
 
 __all__ = ["Corpus", "Record", "record_text"]
@@ -114,11 +114,13 @@ class Corpus:
             for number, line in enumerate(lines, 1):
                 if not line.isspace():
                     try:
-                        yield number, json.loads(line)
+                        yield number, parse_json(line)
                     except json.JSONDecodeError as error:
                         fault = f"{error.msg} at column {error.colno}"
                         where = f"the corpus file {file}, line {number}"
                         raise DataError(f"{where}, is not JSON: {fault}; wanted one object a line") from error
+                    except ValueError as error:
+                        raise DataError(f"the corpus file {file}, line {number}, cannot be used: {error}") from error
 
     def _json(self, file: Path) -> Rows:
         """Yield the rows of a .json file, as it stands: JSON lines, a list, {"data": [...]}, or one object."""
@@ -153,6 +155,8 @@ class Corpus:
             with self._opened(file, newline="") as text:
                 reader = csv.reader(text, delimiter=delimiter, strict=True)
                 header = next(reader, [])
+                if len(set(header)) < len(header):
+                    raise DataError(f"{name} has two columns of the same name: rename one of them")
                 line = reader.line_num + 1
                 for fields in reader:
                     if len(fields) > len(header):
@@ -173,10 +177,10 @@ class Corpus:
                 total, names = table.metadata.num_rows, table.schema_arrow.names
                 columns = [column for columns in _COLUMNS for column in columns if column in names]
                 if not columns:
-                    raise DataError(f"{name} has no usable column: wanted {WANTED}, found {', '.join(names)}")
+                    raise DataError(f"{name} has no usable column: wanted {WANTED}, found {column_names(names)}")
                 self._tell = lambda: size * number // max(total, 1)
                 for batch in table.iter_batches(_ROWS, columns=columns):
-                    for row in batch.to_pylist():
+                    for row in parse_parquet(name, batch.to_pylist):
                         number += 1
                         yield number, row
         except (pyarrow.ArrowException, OSError) as error:
@@ -193,6 +197,13 @@ def record_text(row: object) -> str | None:
 
     Returns None where there is no usable column.
     """
+    try:
+        return _record_text(row)
+    except RecursionError:  # lists in lists, thousands deep
+        return None
+
+
+def _record_text(row: object) -> str | None:
     if isinstance(row, str):
         return row
     if isinstance(row, Example):
@@ -222,8 +233,8 @@ def _plain(value: object) -> str:
 
 def _unusable(name: str, content: object) -> DataError:
     """Return the error about a record without text."""
-    got = ", ".join(f'"{key}"' for key in content) if isinstance(content, Mapping) else type(content).__name__
-    return DataError(f"{name} has no usable column: wanted {WANTED}, found {got or 'none'}")
+    got = column_names(content) if isinstance(content, Mapping) else type(content).__name__
+    return DataError(f"{name} has no usable column: wanted {WANTED}, found {got}")
 
 
 def _paths(source: object) -> list[Path] | None:
@@ -248,7 +259,9 @@ def _names_a_file(each: object) -> bool:
 def _path(source: str | os.PathLike[str]) -> Path:
     if not str(source).strip() or "\0" in str(source):
         raise DataError(f"corpus must be the path of a file or folder, got {str(source)!r}: give one")
-    return Path(source).expanduser()
+    path = expanded(source)
+    require_readable(path, "the corpus file")
+    return path
 
 
 def _files(path: Path) -> list[Path]:
@@ -293,17 +306,21 @@ def _has_paragraphs(lines: Iterable[str]) -> bool:
 def _is_object(line: str) -> bool:
     """Return True where a line is a JSON object or string of its own."""
     try:
-        return isinstance(json.loads(line), (dict, str))
+        return isinstance(parse_json(line), (dict, str))
     except json.JSONDecodeError:
         return False
+    except ValueError:
+        return True
 
 
 def _parsed(text: str, file: Path) -> list[object]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         fault = f"{error.msg} at line {error.lineno}, column {error.colno}"
         raise DataError(f"the corpus file {file} is not JSON: {fault}") from error
+    except ValueError as error:
+        raise DataError(f"the corpus file {file} cannot be used: {error}") from error
     if isinstance(content, dict):
         content = content["data"] if isinstance(content.get("data"), list) else [content]
     if not isinstance(content, list):

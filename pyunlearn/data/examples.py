@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from pyunlearn.data.files import SUFFIXES, Rows, file_rows, text_rows
+from pyunlearn.data.files import SUFFIXES, Rows, column_names, expanded, file_rows, text_rows
 from pyunlearn.errors import DataError
 
 __all__ = [
@@ -15,11 +15,11 @@ __all__ = [
     "Example",
     "Message",
     "Span",
-    "excerpt",
     "occurrences",
     "parse_examples",
     "read_examples",
     "seam",
+    "source_name",
     "spans_of",
     "spans_of_turns",
     "wide_spans_of",
@@ -32,6 +32,7 @@ TURNS = ("all", "assistant", "last")
 turn alone."""
 
 WANTED = '"text", "prompt" and "completion", "question" and "answer", or "messages"'
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories of characters of which nothing is seen
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
 
 
@@ -130,16 +131,6 @@ def parse_examples(text: str, suffix: str, *, name: str) -> list[Example]:
     return [_example(row, where) for where, row in text_rows(text, suffix, name)]
 
 
-def excerpt(example: Example) -> str:
-    """Return the start of an example's text in quotes, 40 characters at most, for messages.
-
-    >>> excerpt(Example("Who wrote it? ", "Thomas Jefferson, in Philadelphia."))
-    '"Who wrote it? Thomas Jefferson, in Ph..."'
-    """
-    text = " ".join((example.prompt + example.completion)[:200].split())
-    return f'"{text}"' if len(text) <= 40 else f'"{text[:37]}..."'
-
-
 def spans_of(example: Example, where: str = "the example") -> tuple[Span, ...]:
     """Return the ranges of characters of prompt + completion that are scored.
 
@@ -227,7 +218,7 @@ def _contents(example: Example) -> list[Span] | None:
 def _rows(source: object, role: str) -> Rows:
     columns = getattr(source, "column_names", None)
     if isinstance(source, os.PathLike) or (isinstance(source, str) and _is_path(source)):
-        yield from file_rows(Path(source).expanduser(), role)
+        yield from file_rows(expanded(source), role)
     elif isinstance(columns, Mapping):
         splits = ", ".join(f'"{split}"' for split in columns)
         raise DataError(f"{role} is a dataset of several splits, {splits}: pass one of them, as in dataset[split]")
@@ -249,6 +240,17 @@ def _is_path(text: str) -> bool:
         return Path(text).suffix.lower() in SUFFIXES or Path(text).exists()
     except (OSError, ValueError):  # too long for a file name, or a NUL in it
         return False
+
+
+def source_name(source: object) -> str | None:
+    """Return a source's name for a report: a path (its last part where it is absolute), or its type.
+
+    >>> source_name("/home/ann/secrets.jsonl"), source_name("My pin is 4711."), source_name(["a"]), source_name(None)
+    ('secrets.jsonl', 'str', 'list', None)
+    """
+    if isinstance(source, os.PathLike) or (isinstance(source, str) and _is_path(source)):
+        return Path(source).name if Path(source).is_absolute() else str(source)
+    return None if source is None else type(source).__name__
 
 
 # ---------------------------------------------------------------- rows -> examples
@@ -290,14 +292,15 @@ def _example(row: object, where: str) -> Example:
     for first, second in _PAIRS:
         if first in present:
             raise _unanswered(first, second, where)
-    columns = ", ".join(f'"{key}"' if key in present else f'"{key}" (empty)' for key in row) or "none"
+    filled, empty = (column_names(key for key in row if (key in present) is full) for full in (True, False))
+    columns = filled if present or not row else f"only empty ones: {empty}"
     raise DataError(f"{where} has no usable column: wanted {WANTED}, found {columns}")
 
 
 def _string(value: object, name: str, where: str, *, blank: bool = False) -> str:
     if not isinstance(value, str):
         raise DataError(f'{where} must have a string as "{name}", and has a value of type {type(value).__name__}')
-    if not (blank or value.strip()):
+    if not blank and all(unicodedata.category(c) in _INVISIBLE for c in set(value)):
         raise DataError(f'{where} has an empty "{name}": fill it in, or drop it')
     try:
         value.encode()
@@ -347,7 +350,7 @@ def _chat(messages: object, where: str) -> Example:
         raise DataError(f'{where} must have a list of objects as "messages", and has a value of type {got}')
     turns = tuple(_message(message, f"message {number} of {where}") for number, message in enumerate(messages, 1))
     if len(turns) < 2 or turns[-1].role != "assistant":
-        got = ", ".join(turn.role for turn in turns) or "none"
+        got = column_names(turn.role for turn in turns)
         raise DataError(
             f"{where} must have messages that end with one by the assistant after another's, and has: {got}"
         )
@@ -359,8 +362,8 @@ def _message(message: object, where: str) -> Message:
     if isinstance(message, Message):
         message = message._asdict()
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        got = ", ".join(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
-        raise DataError(f'{where} must be an object with "role" and "content", and is {got or "empty"}')
+        got = f"has {column_names(message)}" if isinstance(message, Mapping) else f"is {type(message).__name__}"
+        raise DataError(f'{where} must be an object with "role" and "content", and {got}')
     content = message["content"]
     if isinstance(content, (list, tuple)) and all(_is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)

@@ -3,23 +3,44 @@
 import csv
 import io
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
-from pyunlearn.errors import DataError, missing_packages
+from pyunlearn.errors import DataError, missing_packages, path_fault
 
-__all__ = ["SUFFIXES", "Rows", "file_rows", "text_rows"]
+__all__ = [
+    "SUFFIXES",
+    "Rows",
+    "column_names",
+    "expanded",
+    "file_rows",
+    "parse_json",
+    "parse_parquet",
+    "require_readable",
+    "text_rows",
+]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _LONGEST_FIELD = 2**31 - 1  # the default of csv, 131,072 characters, is shorter than many chapters
 
+_DIGITS = 4300  # of a whole number: more take Python long to read
+_USUAL = re.compile(
+    "text|prompt|completion|question|answer|messages|forget|winner|role|content|instruction|input|output|response|"
+    "sentence|title|label|source|target|context|chosen|rejected|id|index|data|system|user|assistant|tool",
+    re.IGNORECASE,
+)
+
 Rows = Iterator[tuple[str, object]]  # (the row's name in messages, the row)
+T = TypeVar("T")
 
 
 def file_rows(path: Path, role: str) -> Rows:
     """Yield the rows of a file of texts, at least one. Raises DataError where it is missing or malformed."""
     name, suffix = f"the {role} file {path}", path.suffix.lower()
+    require_readable(path, f"the {role} file")
     if path.is_dir():
         raise DataError(f"{name} is a folder: wanted a file that ends in one of {', '.join(SUFFIXES)}")
     if not path.exists():
@@ -30,6 +51,78 @@ def file_rows(path: Path, role: str) -> Rows:
     if not rows:
         raise DataError(f"{name} holds no example: give at least one text")
     yield from rows
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with ~ replaced, where there is such a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def require_readable(path: Path, name: str) -> None:
+    """Raise DataError for a name that the file system does not allow or that may not be looked up."""
+    if fault := path_fault(path):
+        raise DataError(f"{name} cannot be read: {fault}; check its path")
+
+
+def column_names(names: Iterable[object]) -> str:
+    """Return names of columns for a message: usual ones in quotes, others as a number, for they may be texts.
+
+    A table without a header has its first text in place of them.
+
+    >>> column_names(["Title", "my secret"])
+    '"Title" and 1 other'
+    """
+    every = [str(name) for name in names]
+    usual = [f'"{name}"' for name in every if _USUAL.fullmatch(name)]
+    others = len(every) - len(usual)
+    unusual = [f"{others} other{'s' if others > 1 else ''}"] if others else []
+    return " and ".join([*([", ".join(usual)] if usual else []), *unusual]) or "none"
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON that a reader can rely on: no key twice in an object, no number of thousands of digits.
+
+    >>> parse_json('{"a": 1, "a": 2}')
+    Traceback (most recent call last):
+    ValueError: an object has a key twice, and one value would be lost
+
+    Raises json.JSONDecodeError where it is not JSON, and another ValueError for what JSON allows and this does not.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("an object has a key twice, and one value would be lost")
+    return content
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def parse_parquet(name: str, read: Callable[[], T]) -> T:
+    """Return what `read` reads from a Parquet file. Raises DataError, with the name of the file, where it cannot."""
+    import pyarrow
+
+    try:
+        return read()
+    except (pyarrow.ArrowException, OSError) as error:
+        fault = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(f"{name} cannot be read as parquet: {fault}") from error
+    except (ValueError, OverflowError, TypeError) as error:  # a date or a duration that Python's types do not hold
+        raise DataError(
+            f"{name} has a value that Python cannot hold: leave out columns of dates and durations"
+        ) from error
 
 
 def _read(path: Path, name: str) -> str:
@@ -63,20 +156,24 @@ def _json_lines(text: str, name: str) -> Rows:
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a JSON string
         if line.strip():
             try:
-                yield f"{name}, line {number},", json.loads(line)
+                yield f"{name}, line {number},", parse_json(line)
             except json.JSONDecodeError as error:
                 fault = f"{error.msg} at column {error.colno}"
                 raise DataError(f"{name}, line {number}, is not JSON: {fault}; wanted one object a line") from error
+            except ValueError as error:
+                raise DataError(f"{name}, line {number}, cannot be used: {error}") from error
 
 
 def _json(text: str, name: str) -> Rows:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line, as datasets.Dataset.to_json writes it
             yield from _json_lines(text, name)
             return
         raise DataError(f"{name} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    except ValueError as error:
+        raise DataError(f"{name} cannot be used: {error}") from error
     if isinstance(content, dict):
         content = content["data"] if isinstance(content.get("data"), list) else [content]
     if not isinstance(content, list):
@@ -90,6 +187,8 @@ def _table(text: str, delimiter: str, name: str) -> Rows:
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{name} has two columns of the same name: rename one of them")
         for number, fields in enumerate((fields for fields in reader if fields), 1):
             if len(fields) > len(header):  # an unquoted comma in a text: reading on would cut the text short
                 got, mend = f"{len(fields)} fields under {len(header)} columns", "quote texts that hold the separator"
@@ -107,8 +206,8 @@ def _parquet(path: Path, name: str) -> Rows:
         import pyarrow.parquet
     except ImportError as error:
         raise missing_packages(f"reading {name}", "pyarrow", otherwise="save it as .jsonl") from error
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name} cannot be read as parquet: {str(error).splitlines()[0].rstrip('.')}") from error
+    table = parse_parquet(name, lambda: pyarrow.parquet.read_table(path))
+    if len(set(table.column_names)) < len(table.column_names):
+        raise DataError(f"{name} has two columns of the same name: rename one of them")
+    rows = parse_parquet(name, table.to_pylist)
     yield from ((f"{name}, row {number},", row) for number, row in enumerate(rows, 1))

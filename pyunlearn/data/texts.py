@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from pyunlearn.data.examples import Example, Span, occurrences, spans_of
+from pyunlearn.data.redaction import MASK
 from pyunlearn.errors import DataError
 
 __all__ = ["ScoredText", "rendered_text", "shared_length"]
@@ -62,7 +63,7 @@ def rendered_text(example: Example, tokenizer: Any, where: str, chat_template: s
         else:
             contents = [span for span in _contents(apply, messages, whole, example.turns) if span[0] < span[1]]
     except Exception as error:  # a template is a program: it can raise anything
-        fault = " ".join(str(error).split())
+        fault = _without(" ".join(str(error).split()), messages)
         raise DataError(f"{where} is refused by {name}: {fault}; {mend}") from error
     if example.turns == "last" and (not whole.startswith(prompt) or whole == prompt):
         fault = f"{name} does not write the prompt alone as it writes it before the answer"
@@ -77,6 +78,14 @@ def rendered_text(example: Example, tokenizer: Any, where: str, chat_template: s
         spans = ((len(prompt) if example.turns == "last" else contents[0][0], len(whole)),)
     spans = occurrences(whole, spans, example.forget, where)
     return ScoredText.of(whole, spans, templated=True, answers=True, partial=bool(example.forget))
+
+
+def _without(fault: str, messages: list[dict[str, str]]) -> str:
+    """Return the message of a chat template without the contents and roles that it quotes."""
+    for quoted in sorted({part for message in messages for part in message.values()}, key=len, reverse=True):
+        if quoted.strip() and quoted not in ("system", "user", "assistant", "tool"):
+            fault = fault.replace(" ".join(quoted.split()), MASK)
+    return fault
 
 
 def _contents(apply: Callable[..., Any], messages: list[dict[str, str]], whole: str, turns: str) -> Iterator[Span]:

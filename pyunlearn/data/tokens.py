@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
-from pyunlearn.data.examples import Example, Span, excerpt, occurrences
+from pyunlearn.data.examples import Example, Span, occurrences
 from pyunlearn.data.texts import ScoredText, rendered_text, shared_length
 from pyunlearn.errors import ArgumentError, DataError
 
@@ -134,14 +134,14 @@ def encode(
         Tokens of each example, in order.
 
     Raises:
-        DataError: an example that is too long, has no token to score, or that the chat template refuses; its number and
-            beginning are in the message. ArgumentError: a max_length below 2.
+        DataError: an example that is too long, has no token to score, or that the chat template refuses; its number
+            is in the message. ArgumentError: a max_length below 2.
     """
     if max_length is not None and max_length < 2:
         raise ArgumentError(f"max_length must be at least 2, one token and what predicts it, and is {max_length}")
     if not examples:
         return []
-    wheres = [f"{role} example {number} ({excerpt(example)})" for number, example in enumerate(examples, 1)]
+    wheres = [f"{role} example {number}" for number in range(1, len(examples) + 1)]
     strings = [example.forget for example in examples]
     if encoder_decoder:
         examples = [replace(example, turns="last", spans=(), forget=()) for example in examples]
@@ -151,10 +151,12 @@ def encode(
     splits = _apart(texts, strings, wheres, tokenizer) if encoder_decoder else _jointly(texts, tokenizer)
     usual, none = _special(tokenizer, texts[0].completion[:64]), _Special([], [], [])
     assemble = _encoder_decoder if encoder_decoder else _causal
-    tokens = []
+    special, tokens = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}, []
     for text, split, where in zip(texts, splits, wheres, strict=True):
         if not split[1] or split[2] == []:
             raise DataError(f"{where} has no token to score: the tokenizer makes none of it; give another text")
+        if special.issuperset(split[1] if split[2] is None else [split[1][i] for i in split[2]]):
+            raise DataError(f"{where} has no token to score: it is made of special tokens alone; give another text")
         fit = _Fit(max_length, truncate, tokenizer.bos_token_id, where)
         tokens.append(assemble(split, none if text.templated else usual, fit, text, padding_id(tokenizer)))
     return tokens

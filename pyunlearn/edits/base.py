@@ -162,7 +162,7 @@ class Editing:
         needs: Mapping[str, str] | None = None,
     ) -> None:
         require_optional(Flag(), progress=progress)
-        require_model("model", model)
+        require_model("model", model, look_up=False)
         require_tokenizer("tokenizer", tokenizer)
         for role, reason in (needs or {}).items():
             if sources.get(role) is None:
@@ -175,6 +175,7 @@ class Editing:
             for role, source in sources.items()
             if source is not None or role == "forget"
         }
+        require_model("model", model)
         self.lm = LanguageModel.of(model, tokenizer, workspace=self.config.workspace, needs_tokenizer=bool(examples))
         self.scorer = Scorer(self.lm, self.config.batch_size)
         self.parameters = trained_parameters(self.lm.module)

@@ -142,17 +142,17 @@ class LanguageModel:
             raise ModelError(f"{name} has another vocabulary than the model: give one of the same family")
 
 
-def require_model(name: str, value: Any) -> None:
+def require_model(name: str, value: Any, *, look_up: bool = True) -> None:
     """Check that a value is a transformers language model, a LanguageModel, or a path or name to load one from.
 
-    No weights are loaded. `name` is the argument's name, for the message. Raises ArgumentError for a string that is not
-    a path, ModelError for any other value.
+    No weights are loaded. `name` is the argument's name, for the message; without `look_up`, no name is looked up on
+    the hub. Raises ArgumentError for a string that is not a path, ModelError for any other value.
     """
     if isinstance(value, LanguageModel):
         return
     if isinstance(value, (str, Path)):
         require_path(name, value)
-        require_loadable(name, value)
+        require_loadable(name, value, look_up=look_up)
         return
     inspection.require_language_model(value, name)
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,19 @@ import torch
 
 from pyunlearn.errors import ModelError
 from pyunlearn.models import gguf
+
+_ON_THE_HUB = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # all names there, and some of folders
+_REMOTE_CODE = ContextVar("_REMOTE_CODE", default=False)
+
+
+@contextmanager
+def remote_code() -> Iterator[None]:
+    """Let models run code of their own within the context; without it, none that is part of a model is run."""
+    token = _REMOTE_CODE.set(True)
+    try:
+        yield
+    finally:
+        _REMOTE_CODE.reset(token)
 
 
 def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any = None) -> tuple[Any, Any]:
@@ -26,6 +43,7 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
     Raises:
         ModelError: no language model or tokenizer can be loaded from there.
     """
+    name = _located(name)
     if not str(name).endswith(".gguf"):
         return _load(str(name), {}, name, dtype, tokenizer)
     with gguf.cached_headers():
@@ -37,12 +55,13 @@ def _load(where: str, extra: dict[str, str], name: str | Path, dtype: torch.dtyp
 
     if not extra:
         _require_saved(Path(where))
+    own_code: dict[str, Any] = {"trust_remote_code": _REMOTE_CODE.get()}
     try:
         adapter = Path(where) / "adapter_config.json"
         base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.exists() else None
-        config = AutoConfig.from_pretrained(base or where, **extra)
+        config = AutoConfig.from_pretrained(base or where, **extra, **own_code)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, loading = kind.from_pretrained(base or where, dtype=dtype, output_loading_info=True, **extra)
+        model, loading = kind.from_pretrained(base or where, dtype=dtype, output_loading_info=True, **extra, **own_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(str(name), error) from error
     if extra:
@@ -61,29 +80,59 @@ def _load(where: str, extra: dict[str, str], name: str | Path, dtype: torch.dtyp
     return model, tokenizer
 
 
-def require_loadable(name: str, where: str | Path) -> None:
+def require_loadable(name: str, where: str | Path, *, look_up: bool = True) -> None:
     """Raise ModelError unless a folder, a file or a name on the hub holds the configuration of a model.
 
-    No weights are loaded. `name` is the argument's name, for the message.
+    No weights are loaded. `name` is the argument's name, for the message; without `look_up`, no name is looked up on
+    the hub.
     """
+    where = _located(where, f", the {name}")
     path, is_gguf = Path(where), str(where).endswith(".gguf")
     if path.exists():
         if not is_gguf:
             _require_saved(path)
         return
+    if not look_up:
+        return
     from transformers import AutoConfig
 
     try:
         AutoConfig.from_pretrained(
-            str(path.parent if is_gguf else where), **({"gguf_file": path.name} if is_gguf else {})
+            str(path.parent if is_gguf else where),
+            trust_remote_code=_REMOTE_CODE.get(),
+            **({"gguf_file": path.name} if is_gguf else {}),
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(f"{where!s}, the {name}", error) from error
 
 
+def _located(name: str | Path, role: str = "") -> str | Path:
+    """Return a name as it is, or a path with ~ replaced, so that only what can be on the hub is looked up there.
+
+    Raises ModelError, at once, for what must be a path and leads nowhere. `role` ends its name in the message.
+    """
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path if str(name).startswith("~") else name
+    except (OSError, RuntimeError, ValueError):  # too long, no home folder, a NUL
+        path = Path("/")
+    repository = str(path.parent) if path.suffix == ".gguf" else str(name)
+    first = repository.partition("/")[0]
+    on_the_hub = _ON_THE_HUB.fullmatch(repository) and first not in (".", "..") and not str(name).startswith("~")
+    if isinstance(name, Path) or not on_the_hub or ("/" in str(name) and Path(first).is_dir()):
+        raise ModelError(
+            f"no language model could be loaded from {name!s}{role}: nothing is there; give the folder that "
+            "save_pretrained wrote, a .gguf file or a name on the hub"
+        )
+    return name
+
+
 def _not_loadable(name: str, error: Exception) -> ModelError:
     """Return the error for a model that transformers cannot load: its first line, and what can be given instead."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
+    if "trust_remote_code" in str(error):
+        first = "it needs code of its own, which runs only with --trust-remote-code, or when you load it yourself"
     return ModelError(
         f"no language model could be loaded from {name}: {first}; give the folder that save_pretrained wrote, a .gguf "
         "file or a name on the hub"
@@ -115,8 +164,8 @@ def load_tokenizer(name: str | Path, **extra: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(name), **extra)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(str(_located(name)), trust_remote_code=_REMOTE_CODE.get(), **extra)
+    except (OSError, ValueError, KeyError, ImportError) as error:  # ModelError is a ValueError
         raise ModelError(
             f"no tokenizer could be loaded from {name!s}: give the one the model was trained with (tokenizer=, "
             "--tokenizer)"
@@ -127,8 +176,9 @@ def load_weights(path: Path) -> Any:
     """Load the model in a folder that save_pretrained wrote, in float32, without its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(path).is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_pretrained(path, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
 
 
 def quiet_transformers() -> None:

@@ -1,9 +1,10 @@
-"""Cache of model outputs on disk, so that an interrupted audit resumes.
+"""Cache of model outputs on disk, which can give the texts back, so that an interrupted audit resumes.
 
 A folder for each model, named by a hash of its weights and configuration; in it a folder for each kind of output; in
 that, shards: files of many records, each under a hash of its tokenized text. A shard is written under a temporary name
-and renamed, so no partial shard is ever read. No text is stored, but the token ids of continuations are: treat the
-folder as you treat the texts.
+and renamed, so no partial shard is ever read. No text is stored, but the token ids of continuations are, and with the
+model the log-likelihood or the rank of a token leads to the token. So nobody else can read the folder, and a README.txt
+in it says what it is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-import zipfile
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,14 @@ from pyunlearn.data import Tokens
 from pyunlearn.errors import OutputError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.options import require_path
+from pyunlearn.output import make_private_folder, new_private_file
+
+WARNING = (
+    "This cache can give back the texts that were audited: treat it like the texts.\n\n"
+    "It holds the token ids of continuations, and the rank and log-likelihood of each token, which lead to the token\n"
+    "with the model. Delete it when it is not needed.\n"
+)
+"""Content of README.txt."""
 
 Record = tuple[NDArray[Any], ...]
 _EVERY = 10.0  # seconds of work that a crash may cost
@@ -72,8 +80,9 @@ class RecordStore:
         arrays |= {name: np.concatenate([r[i] for r in records]) for i, name in enumerate(self.names)}
         name = f"{hashlib.sha256(''.join(map(str, keys)).encode()).hexdigest()[:24]}.npz"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(self.folder)
             partial = self.folder / f".{name}.partial-{os.getpid()}"
+            new_private_file(partial)
             with partial.open("wb") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
             os.replace(partial, self.folder / name)
@@ -96,9 +105,23 @@ class Cache:
 
     def store(self, kind: str, names: Sequence[str]) -> RecordStore:
         """Return the record store for `kind`; a record is one array per name."""
+        if self.folder is not None and not self._stores:
+            self._make()
         if kind not in self._stores:
             self._stores[kind] = RecordStore(None if self.folder is None else self.folder / kind, names)
         return self._stores[kind]
+
+    def _make(self) -> None:
+        """Make the folder, with a README.txt that says what it is. Raises OutputError where that is impossible."""
+        assert self.folder is not None
+        readme = self.folder.parent / "README.txt"
+        try:
+            make_private_folder(self.folder, owned=2)
+            if not readme.exists():
+                new_private_file(readme)
+                readme.write_text(WARNING, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"the cache could not be written to {self.folder}: {error}") from error
 
 
 def require_cache(name: str, folder: Any) -> None:
@@ -147,5 +170,5 @@ def _read(path: Path, names: tuple[str, ...]) -> dict[Hashable, Record]:
             ends = np.cumsum(file["counts"])[:-1]
             parts = [np.split(file[name], ends) for name in names]
             return dict(zip(file["keys"].tolist(), zip(*parts, strict=True), strict=True))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except Exception:  # damage can be anywhere: in the archive, its compression, the headers of arrays
         return {}

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pyunlearn.auditing.redaction import masked
 from pyunlearn.auditing.result import Audit
 from pyunlearn.errors import OutputError
-from pyunlearn.output import check_output
+from pyunlearn.output import check_output, new_private_file
 from pyunlearn.report import sentences
 from pyunlearn.report.html import audit_page
-from pyunlearn.report.table import SHOWN, UNCERTAIN, cell, record_table, verdict_cell
+from pyunlearn.report.table import SHOWN, UNCERTAIN, record_table, text_cell, verdict_cell
+
+_UNFINISHED = ("audit.html", ".audit.html.partial", ".audit.json.partial")  # what an interruption can leave
 
 
 def audit_table(audit: Audit, *, show_text: bool = False) -> Table:
@@ -30,7 +31,7 @@ def audit_table(audit: Audit, *, show_text: bool = False) -> Table:
         exposure = f"{e.exposure_before:.1f} → {e.exposure:.1f}" if anchored else f"{e.exposure:.1f}"
         table.add_row(
             e.label,
-            cell(e.text if show_text else masked(" ".join(e.text.split()[:4]))),
+            text_cell(e.text, show_text),
             verdict_cell(e.verdict, certain=e.certain),
             exposure,
             sentences.exposure_interval(e),
@@ -58,23 +59,36 @@ def audit_lines(audit: Audit) -> list[str]:
     return lines + sentences.cost(audit)
 
 
+def audit_folder(directory: str | Path) -> Path:
+    """Return the folder of an audit as a path, if it is new, empty, or that of an audit interrupted as it was written.
+
+    Raises OutputError otherwise.
+    """
+    target = Path(directory).resolve()
+    if target.is_dir() and {path.name for path in target.iterdir()} <= set(_UNFINISHED):
+        return target
+    return check_output(directory)
+
+
 def write_audit(audit: Audit, directory: str | Path, *, html: bool, show_text: bool = False) -> Path:
     """Write audit.json, and audit.html where wanted, into an empty or new folder, and return the folder.
 
-    Each file is written under another name and renamed, so that it is whole or not there.
+    Each file is written under another name and renamed, so that it is whole or not there; audit.json is the last.
 
     Raises:
         OutputError: the folder is not empty or cannot be written.
         DependencyError: a page is wanted, and jinja2 or matplotlib is missing.
     """
-    target = check_output(directory)
-    files = {"audit.json": json.dumps(audit.to_dict(show_text=show_text), indent=2, ensure_ascii=False) + "\n"}
-    if html:
-        files["audit.html"] = audit_page(audit, show_text=show_text)
+    target = audit_folder(directory)
+    files = {"audit.html": audit_page(audit, show_text=show_text)} if html else {}
+    files["audit.json"] = json.dumps(audit.to_dict(show_text=show_text), indent=2, ensure_ascii=False) + "\n"
     try:
         target.mkdir(parents=True, exist_ok=True)
+        for name in _UNFINISHED:
+            (target / name).unlink(missing_ok=True)
         for name, text in files.items():
             partial = target / f".{name}.partial"
+            new_private_file(partial)
             partial.write_text(text, encoding="utf-8")
             os.replace(partial, target / name)
     except OSError as error:

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pyunlearn.auditing.redaction import MASK, masked, recited
 from pyunlearn.auditing.result import Audit, AuditedExample
+from pyunlearn.data.redaction import MASK, masked, recited
 from pyunlearn.report import plots, sentences
 from pyunlearn.report.pages import rendered
 

@@ -9,6 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from pyunlearn.data.redaction import masked
+from pyunlearn.errors import printable
 from pyunlearn.unlearning.result import Result
 
 if TYPE_CHECKING:
@@ -25,19 +27,20 @@ UNCERTAIN = "? more non-members might change this verdict"
 SHOWN = 30  # records in a table; the file holds all
 
 
-def result_table(result: Result, names: Sequence[str] | None = None) -> Table:
+def result_table(result: Result, names: Sequence[str] | None = None, *, show_text: bool = False) -> Table:
     """Return a row for each forget example, 30 at most: verdict, likelihood, exposure and greedy match, and steps.
 
     Args:
         result: what `pyunlearn.unlearn` returned.
         names: a name for each example, in place of the start of its text.
+        show_text: show the start of each text, which is masked otherwise.
     """
     numbers = ["log-likelihood\nnats a token", "exposure\nbits", "greedy\nmatch", "steps"]
     table = record_table("texts to forget", numbers)
     for e in result.examples[:SHOWN]:
         table.add_row(
             e.label,
-            cell(names[e.index if e.record is None else e.record] if names else e.text),
+            cell(names[e.index if e.record is None else e.record]) if names else text_cell(e.text, show_text),
             verdict_cell(e.verdict, certain=e.certain),
             f"{e.log_likelihood_before:.2f} → {e.log_likelihood_after:.2f}",
             f"{e.exposure_before:.1f} → {e.exposure_after:.1f}",
@@ -95,7 +98,7 @@ def edit_line(edited: EditResult) -> str:
 def record_table(title: str, numbers: Sequence[str]) -> Table:
     """Return an empty table with the columns index, text, verdict and `numbers`; the text takes the width that is left.
 
-    Rows are filled with `cell` and `verdict_cell`.
+    Rows are filled with `cell`, `text_cell` and `verdict_cell`.
     """
     table = _table(title)
     table.add_column("#", justify="right", no_wrap=True)
@@ -107,8 +110,13 @@ def record_table(title: str, numbers: Sequence[str]) -> Table:
 
 
 def cell(text: str) -> Text:
-    """Return the start of a text as a cell of one line; it is not read as markup."""
-    return Text(" ".join(text.split())[:60], no_wrap=True, overflow="ellipsis")
+    """Return the start of a text as a cell of one line; with no markup and no control characters."""
+    return Text(printable(" ".join(text.split())[:60]), no_wrap=True, overflow="ellipsis")
+
+
+def text_cell(text: str, show_text: bool) -> Text:
+    """Return the start of a text as a cell; masked, its first four words, unless `show_text`."""
+    return cell(text if show_text else masked(" ".join(text.split()[:4])))
 
 
 def verdict_cell(verdict: str, *, certain: bool = True) -> Text:

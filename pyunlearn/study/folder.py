@@ -68,7 +68,7 @@ class Folder:
 
     def read_arrays(self, name: str) -> dict[str, Any]:
         """Read named arrays (.npz)."""
-        with np.load(self.path / name) as arrays:
+        with np.load(self.path / name, allow_pickle=False) as arrays:
             return {key: arrays[key] for key in arrays.files}
 
     def table(self, name: str, rows: Sequence[Row]) -> None:

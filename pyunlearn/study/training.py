@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.data import Tokens
+from pyunlearn.errors import OutputError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.folder import Folder
@@ -103,7 +104,7 @@ def _start(
         return lm, optimizer_of(lm, config), 0
     lm = load_model(folder.path / "models" / base, tokenizer, device)
     optimizer = optimizer_of(lm, config)
-    stored = torch.load(folder.path / "models" / base / "optimizer.pt", map_location=device)
+    stored = _read(folder.path / "models" / base / "optimizer.pt", device)
     optimizer.load_state_dict(stored["optimizer"])
     return lm, optimizer, stored["steps"]
 
@@ -142,13 +143,25 @@ def _checkpoint(folder: Folder, name: str) -> Path:
     return folder.path / "models" / f"{name}.checkpoint"
 
 
+def _read(path: Path, device: str) -> dict[str, Any]:
+    """Read a file that `torch.save` wrote, tensors and numbers alone: no code in it is run.
+
+    Raises OutputError for any other file.
+    """
+    try:
+        stored: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # damage can be anywhere in it
+        raise OutputError(f"{path} is damaged, or is not what a study wrote: delete it to train again") from error
+    return stored
+
+
 def _resume(
     folder: Folder, name: str, lm: LanguageModel, optimizer: torch.optim.Optimizer, device: str
 ) -> tuple[list[Any], int]:
     """Load the checkpoint, if there is one; return the losses so far and the number of steps."""
     if not _checkpoint(folder, name).exists():
         return [], 0
-    stored = torch.load(_checkpoint(folder, name), map_location=device, weights_only=False)
+    stored = _read(_checkpoint(folder, name), device)
     lm.module.load_state_dict(stored["model"])
     optimizer.load_state_dict(stored["optimizer"])
     torch.set_rng_state(stored["noise"]["cpu"].cpu())

@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyunlearn.data import Example, check_texts, read_examples
+from pyunlearn.data.examples import source_name
+from pyunlearn.data.redaction import masked
 from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import Method, resolve
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.scoring import Scorer
-from pyunlearn.options import Flag, accepts, require, require_path, shown
+from pyunlearn.options import Flag, accepts, require, require_path
 from pyunlearn.output import model_name, save_folder, versions
 from pyunlearn.probes import greedy_continuations
 from pyunlearn.probes.long_texts import Part
@@ -106,9 +108,7 @@ def unlearn(
     config = UnlearnConfig.of(config, settings, "unlearn")
     require(Flag(), resume=resume, **({} if progress is None else {"progress": progress}))
     require_path("output_dir", output_dir)
-    require_model("model", model)
-    if reference_model is not None:
-        require_model("reference_model", reference_model)
+    _require_models(model, reference_model, look_up=False)
     require_tokenizer("tokenizer", tokenizer)
     require_mask(config.mask)
     options = dict(config.method_options or {})
@@ -123,6 +123,7 @@ def unlearn(
         if role == "forget" or source is not None
     }
     examples, notes = check_texts(examples)
+    _require_models(model, reference_model, look_up=True)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     with folder.claimed(), Progress(progress if is_main_process() else False) as bar:
@@ -158,7 +159,7 @@ def unlearn(
         stopped = _train(session, config, checkpoint, resume, bar)
         bar.say("measuring what is left")
         inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
-        inputs |= {name: shown(value) for name, value in sources.items()} | {"output_dir": shown(output_dir)}
+        inputs |= {name: source_name(value) for name, value in {**sources, "output_dir": output_dir}.items()}
         result = _result(session, config, trained, texts, stopped, inputs)
         result.notes = notes + _notes(session, texts, result, config)
         if folder.path is not None and stopped != "interrupted":
@@ -178,6 +179,13 @@ def _save(result: Result, directory: Path, checkpoint: Checkpoint, processes: Pr
     processes.barrier()
 
 
+def _require_models(model: Any, reference_model: Any, *, look_up: bool) -> None:
+    """Raise for a model that is none; names are looked up on the hub once the texts are checked."""
+    require_model("model", model, look_up=look_up)
+    if reference_model is not None:
+        require_model("reference_model", reference_model, look_up=look_up)
+
+
 def _in_best_form(
     lm: LanguageModel,
     texts: RenderedTexts,
@@ -191,7 +199,8 @@ def _in_best_form(
         bar.say("comparing forms of the records")
         scorer = Scorer(lm, 2 * config.batch_size, autocast=accelerator.autocast, processes=processes)
         texts = likeliest(lm, texts, scorer.token_log_likelihood, truncate=config.truncate)
-    if processes.is_main and (line := texts.example_line(lm)):
+    change = (lambda text: text) if config.show_text else masked
+    if processes.is_main and (line := texts.example_line(lm, change=change)):
         logger.info(line)
     return texts
 
@@ -260,6 +269,9 @@ def _result(
 ) -> Result:
     """Return the result of a run; `inputs` describes the arguments of `unlearn` besides its settings."""
     examples = _examples(session, texts.examples["forget"], texts.encoded.parts)
+    settings = versions() | inputs | config.to_dict() | {"mask": digest_of(config.mask)}
+    if "winners" in settings["method_options"]:  # texts
+        settings["method_options"]["winners"] = "list"
     if stopped in ("forgotten", NO_LIKELIER) and any(e.recited_after for e in examples):
         stopped = "still extracted"
     return Result(
@@ -270,7 +282,7 @@ def _result(
         stopped,
         session.stopping.non_member_scores.tolist(),
         session.state.history,
-        versions() | inputs | config.to_dict() | {"mask": digest_of(config.mask)},
+        settings,
         evidence=session.stopping.non_members.grade,
         rendering=texts.name,
     )

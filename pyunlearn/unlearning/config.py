@@ -32,8 +32,19 @@ class ChoiceOrFile(Kind):
     def accepts(self, value: Any) -> bool:
         if isinstance(value, str) and value in self.names:
             return True
-        return isinstance(value, (str, Path)) and "\0" not in str(value) and Path(value).expanduser().is_file()
+        try:
+            return isinstance(value, (str, Path)) and Path(value).expanduser().is_file()
+        except (OSError, RuntimeError, ValueError):  # too long, no such home, a NUL
+            return False
 
+
+SHOW_TEXT: dict[str, Any] = {
+    "default": False,
+    "kind": Flag(),
+    "help": "Show the texts. Without it what is printed, logged and written masks them, so that it can be passed on.",
+    "group": "Output",
+}
+"""The option `show_text`, which several functions share."""
 
 TEMPLATE: dict[str, Any] = {
     "default": "auto",
@@ -212,3 +223,4 @@ class UnlearnConfig(LoopConfig):
         fixed=True,
         flag="--set",
     )
+    show_text: bool = option(**SHOW_TEXT)

@@ -58,7 +58,7 @@ def with_winners(forget: Sequence[Example], winners: Sequence[str] | None) -> li
     The winners are those of the list, or the examples' own. Raises ArgumentError unless there is one for each.
     """
     if winners is not None and (not _are_texts(winners) or len(winners) != len(forget)):
-        got = f"{len(winners)} entries" if _are_texts(winners) else repr(winners)
+        got = f"{len(winners)} entries" if _are_texts(winners) else _kind(winners)
         raise ArgumentError(f"winners must be a list of {len(forget)} texts, one for each forget example, got {got}")
     texts = [example.winner for example in forget] if winners is None else winners
     for number, text in enumerate(texts, 1):
@@ -68,6 +68,13 @@ def with_winners(forget: Sequence[Example], winners: Sequence[str] | None) -> li
                 '"winner", pass method_options={"winners": [...]}, or let the model write some with altpo'
             )
     return [_with_completion(example, str(text)) for example, text in zip(forget, texts, strict=True)]
+
+
+def _kind(values: Any) -> str:
+    """Return what came in place of texts, without quoting any."""
+    if isinstance(values, (list, tuple)):
+        return f"{len(values)} entries, not all of them texts" if values else "an empty list"
+    return f"a value of type {type(values).__name__}"
 
 
 def _are_texts(values: Any) -> bool:

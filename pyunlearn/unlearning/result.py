@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyunlearn.data.redaction import masked
 from pyunlearn.output import plain_json, save_folder
 from pyunlearn.probes.long_texts import document_verdict, label_of
 
@@ -174,8 +175,14 @@ class Result:
         """True where no example is still exposed or over-unlearned: forgotten, or nothing was memorized."""
         return all(e.verdict in PASSED for e in self.examples)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything except the model and the tokenizer, ready for JSON."""
+    def to_dict(self, *, show_text: bool | None = None) -> dict[str, Any]:
+        """Return all but the model and the tokenizer, ready for JSON; the texts are masked unless `show_text`.
+
+        None: as the run's own option says.
+        """
+        examples = [{**plain_json(e), "forgotten": e.forgotten} for e in self.examples]
+        if not (self.settings.get("show_text", False) if show_text is None else show_text):
+            examples = [e | {"text": masked(e["text"])} for e in examples]
         return {
             "forgotten": self.forgotten,
             "passed": self.passed,
@@ -184,18 +191,22 @@ class Result:
             "stopped": self.stopped,
             "notes": self.notes,
             "utility": asdict(self.utility),
-            "examples": [{**plain_json(e), "forgotten": e.forgotten} for e in self.examples],
+            "examples": examples,
             "documents": [asdict(d) for d in self.documents],
             "non_member_scores": self.non_member_scores,
             "settings": self.settings,
             "history": self.history,
         }
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path, *, show_text: bool | None = None) -> Path:
         """Write the model (safetensors), the tokenizer and result.json into a new or empty directory, all or nothing.
+
+        The folder holds nothing of the forget texts, so that it can be uploaded as it is, unless `show_text`.
 
         Args:
             directory: the path.
+            show_text: write the forget texts to result.json, which masks them otherwise; None: as the run's own option
+                says.
 
         Returns:
             The path.
@@ -203,4 +214,4 @@ class Result:
         Raises:
             OutputError: the directory is not empty or cannot be written.
         """
-        return save_folder(directory, self.model, self.tokenizer, "result.json", self.to_dict())
+        return save_folder(directory, self.model, self.tokenizer, "result.json", self.to_dict(show_text=show_text))

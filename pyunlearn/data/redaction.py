@@ -6,6 +6,7 @@ import re
 from difflib import SequenceMatcher
 
 MASK = "•••"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")  # white space to Python, and codes to a terminal
 _SHORTEST = 2  # words in a row that count as recited: a single common word proves nothing
 
 
@@ -15,7 +16,7 @@ def masked(text: str) -> str:
     >>> masked("pin 4711")
     '••• •••'
     """
-    return re.sub(r"\S+", MASK, text)
+    return _CONTROL.sub(" ", re.sub(r"\S+", MASK, text))
 
 
 def recited(continuation: str, truth: str) -> list[tuple[str, bool]]:
