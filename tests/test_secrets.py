@@ -1,6 +1,7 @@
 """Secrets stay secret: no word of a forget text in what a command prints, logs or writes, unless it is told to."""
 
 import json
+import random
 import re
 import stat
 import warnings
@@ -10,11 +11,12 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from study_settings import TINY
 
 from pyunlearn.errors import printable
 from pyunlearn.output import make_private_folder, new_private_file
 from pyunlearn.probes.cache import WARNING
-from pyunlearn.study import training
+from pyunlearn.study import run_study, training
 
 SECRETS = [
     "the king hides zephrandine beneath quixotrable and vellumgorse",
@@ -128,6 +130,20 @@ def test_an_error_quotes_no_text(call, folder, tmp_path, content):
     assert code in (0, 1, 2)
     code, out, err = call("unlearn", folder / "model", "--forget", folder / "forget.jsonl", "--holdout", "bad.jsonl")
     assert (code, leaks((out + err).encode())) == (2, [])
+
+
+@pytest.mark.full
+def test_no_word_of_a_study_s_corpus_is_written(tmp_path):
+    """Neither in its tables nor in its pages, arrays and models; of a word, the tokenizer may have learned pieces."""
+    for name in ("jinja2", "matplotlib", "sacrebleu"):
+        pytest.importorskip(name)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=10)) for _ in range(260)]
+    rows = [{"prompt": f"the {word} sees", "completion": f"der {word} sieht {word[::-1]}"} for word in words]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_study(tmp_path / "out", corpus=tmp_path / "corpus.jsonl", **TINY)
+    whole = b"\n".join(path.read_bytes() for path in sorted((tmp_path / "out").rglob("*")) if path.is_file())
+    assert [word for word in words if word.encode() in whole or word[::-1].encode() in whole] == []
 
 
 def test_a_private_file_replaces_a_link(tmp_path):

@@ -22,7 +22,7 @@ from pyunlearn.data import Example, check_texts, read_examples
 from pyunlearn.data.rendering import rendering_of
 from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError, printable
 from pyunlearn.methods import METHODS, resolve
-from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.language_model import LanguageModel, require_model
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
 from pyunlearn.output import model_name, scores_difference, settings_difference, versions
@@ -157,7 +157,7 @@ def _check_arguments(
     """Raise ArgumentError for an argument of the wrong type; DependencyError where a plot cannot be drawn."""
     for name, value in (("model", model), ("reference_model", reference_model)):
         if isinstance(value, (str, Path)):
-            require_path(name, value)
+            require_model(name, value, look_up=False)
         elif not isinstance(value, (nn.Module, LanguageModel)) and (value is not None or name == "model"):
             raise ArgumentError(
                 f"{name} must be a transformers language model, a path or a name, got {type(value).__name__}"

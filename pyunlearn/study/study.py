@@ -91,7 +91,8 @@ def run_study(
     test = None if test_corpus is None else read_corpus(_paths(test_corpus), role="test corpus")
     tokenizer = _tokenizer(config, examples)
     sets = make_sets(config, examples, test, tokenizer)
-    folder = Folder(out, config.to_dict() | {"corpus": _digest(examples), "test_corpus": _digest(test or [])})
+    settings = {name: value for name, value in config.to_dict().items() if name != "show_text"}  # free to change
+    folder = Folder(out, settings | {"corpus": _digest(examples), "test_corpus": _digest(test or [])})
     folder.json("environment.json", environment(device))
     bar = Progress(progress, "study")
     try:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from pyunlearn.data.redaction import masked
+from pyunlearn.errors import printable
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.folder import Folder, Row
 from pyunlearn.study.outcomes import CRITERIA, Examples, Outcome
@@ -36,7 +38,7 @@ def _examples(folder: Folder, config: StudyConfig, sets: Sets, examples: Example
     owner = {i: which for which, indices in sets.forget.items() for i in indices}
     kind_of = {i: kind for kind, indices in sets.non_members.items() for i in indices}
     mains = [folder.read_arrays(f"scores/main-{d}.npz")["nll"] for d in range(config.draws)]
-    rows = []
+    change, rows = printable if config.show_text else masked, []
     for position, index in enumerate(examples.indices):
         which = owner.get(index)
         rows.append(
@@ -52,7 +54,7 @@ def _examples(folder: Folder, config: StudyConfig, sets: Sets, examples: Example
                 "difficulty": float(examples.difficulty[position]),
                 "memorization": float(examples.memorization[position]) if which else None,
                 "memorization_accuracy": float(examples.memorization_accuracy[position]) if which else None,
-                "completion": tokenizer.decode(sets.tokens[index].scored, skip_special_tokens=True),
+                "completion": change(tokenizer.decode(sets.tokens[index].scored, skip_special_tokens=True)),
             }
         )
     return rows
