@@ -120,11 +120,9 @@ def test_files_are_written_into_a_mount_point(story, tmp_path, monkeypatch):
     AutoModelForCausalLM.from_pretrained(out)
 
 
-@pytest.mark.parametrize(
-    ("error", "raised"), [(OSError("disk full"), OutputError), (RuntimeError("odd"), RuntimeError)]
-)
-def test_a_result_is_saved_completely_or_not_at_all(story, tmp_path, monkeypatch, error, raised):
-    """A save that fails in the middle leaves no file."""
+@pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("a library's own")])
+def test_a_result_is_saved_completely_or_not_at_all(story, tmp_path, monkeypatch, error):
+    """A save that fails in the middle leaves no file, whatever error the library below has for it."""
     result = run(story, story.unseen)
     (tmp_path / "out").mkdir()
 
@@ -134,7 +132,7 @@ def test_a_result_is_saved_completely_or_not_at_all(story, tmp_path, monkeypatch
 
     monkeypatch.setattr(result.model, "save_pretrained", half)
     for target in (tmp_path / "out", tmp_path / "new"):
-        with pytest.raises(raised, match=str(error)):
+        with pytest.raises(OutputError, match=str(error)):
             result.save(target)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert list((tmp_path / "out").iterdir()) == []
