@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 logger = logging.getLogger("pyunlearn")
 """Lines about a run, at level INFO; the command line shows them on standard error."""
+
+
+@contextmanager
+def without_lines() -> Iterator[None]:
+    """Drop the lines at level INFO of what runs within, one of many runs."""
+    logger.addFilter(_is_warning)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_warning)
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
 
 
 class Progress:

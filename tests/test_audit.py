@@ -203,7 +203,7 @@ def test_every_number_is_its_definition(kind, side):
             assert side_.membership["zlib"] == pytest.approx(
                 numbers["nll"] / len(zlib.compress(e.text.encode())), rel=1e-4
             )
-        likelier = np.mean([r["nll"] for r in unseen]) < np.mean([r["nll"] for r in unseen_then])
+        likelier = np.mean([r["nll"] for r in unseen]) < np.mean([r["nll"] for r in unseen_then]) - 0.1
         anchored = sum(r["nll"] <= now[i]["nll"] for r in (unseen if likelier else unseen_then))
         assert e.exposure == pytest.approx(math.log2(20 / (1 + anchored)))
         assert (e.now.answer_prior is None) == (not e.prompt)

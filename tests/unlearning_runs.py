@@ -5,6 +5,7 @@ import torch
 import pyunlearn
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
+from pyunlearn.unlearning.optimizer import TrainedWeights
 
 
 def run(trained, forget=None, *, model=None, **options):
@@ -82,3 +83,16 @@ class Interrupted:
         if self.left < 0:
             raise KeyboardInterrupt
         return self.loss(*args, **options)
+
+
+def recorded_gradients(monkeypatch):
+    """Return a dict that holds the gradients of a run's last step, by name: a run leaves none in the model."""
+    gradients, original = {}, TrainedWeights.mask_gradients
+
+    def record(self):
+        original(self)
+        gradients.clear()
+        gradients.update((name, p.grad.clone()) for name, p in self.parameters.items() if p.grad is not None)
+
+    monkeypatch.setattr(TrainedWeights, "mask_gradients", record)
+    return gradients

@@ -19,7 +19,7 @@ from pyunlearn.edits import calibrate_by_mixing
 from pyunlearn.errors import ModelError, TrainingError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import evaluation_mode
-from pyunlearn.progress import Progress
+from pyunlearn.progress import Progress, without_lines
 from pyunlearn.unlearning.api import unlearn
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.result import Result
@@ -94,7 +94,8 @@ def run_method(
     try:
         with PeakMemory(start.lm.device) as peak:
             began = time.perf_counter()
-            result = run_unlearn(start.model, config.for_method(name), inputs)
+            with without_lines():
+                result = run_unlearn(start.model, config.for_method(name), inputs)
             seconds = time.perf_counter() - began
         if result.stopped == "interrupted":  # the loop has caught the Ctrl-C and ended in good order
             raise KeyboardInterrupt

@@ -35,6 +35,9 @@ class Bounds(NamedTuple):
     high: Floats
 
 
+_LIKELIER = 0.1  # nats a token by which unseen text has to become likelier to be a new measure
+
+
 class Verdict(NamedTuple):
     """Verdicts and the exposures behind them, (n,) each: the result of verdict."""
 
@@ -203,7 +206,8 @@ def anchor_after(original: Floats, present: Floats) -> Floats:
 
     Those of the original model: text that unlearning made unlikely is no measure of what unseen text is. But a model
     that knows much by heart recites it in the place of unseen text, which becomes likelier once that is forgotten, as
-    it would be had the model never learned it. Where it has become likelier on average, its present scores are taken.
+    it would be had the model never learned it. Where it has become likelier by 0.1 nats a token or more on average, its
+    present scores are taken.
 
     Args:
         original: (m,) low where a text is likely, under the original model.
@@ -211,10 +215,12 @@ def anchor_after(original: Floats, present: Floats) -> Floats:
 
     >>> anchor_after(np.array([2.0, 4.0]), np.array([2.5, 3.0])).tolist()
     [2.5, 3.0]
+    >>> anchor_after(np.array([2.0, 4.0]), np.array([2.0, 3.9])).tolist()
+    [2.0, 4.0]
     >>> anchor_after(np.array([2.0, 4.0]), np.array([9.0, 3.0])).tolist()
     [2.0, 4.0]
     """
-    return present if present.mean() < original.mean() else original
+    return present if present.mean() < original.mean() - _LIKELIER else original
 
 
 def over_unlearned(
