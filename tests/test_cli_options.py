@@ -356,3 +356,17 @@ def test_a_word_that_sets_nothing_is_refused(word):
         options.assignments([word])
     with pytest.raises(ArgumentError, match=r"set as METHOD\.name=value"):
         options.assignments_by_method(["x=1.5"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("another"), KeyError("a third")])
+def test_a_failure_that_is_no_mistake_has_an_exit_code_of_its_own(call, monkeypatch, error):
+    """1 would say that a text is still exposed. The traceback is shown."""
+
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("pyunlearn.cli.main.app", fails)
+    code, out, err = call("methods")
+    assert (code, out) == (70, "")
+    assert "Traceback" in err
+    assert str(error) in err

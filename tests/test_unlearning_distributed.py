@@ -13,6 +13,7 @@ import torch
 import pyunlearn
 from pyunlearn.errors import ArgumentError
 from pyunlearn.unlearning.distributed import Processes
+from pyunlearn.unlearning.interrupt import DeferredInterrupt
 
 METHODS = {"ga": {"mask": "saliency"}, "pdu+kl": {"utility_budget": 0.1}}
 
@@ -50,7 +51,7 @@ def launched(tmp_path_factory):
     done = subprocess.run(
         [*launch, *" , ".join(each).split()],
         cwd=folder,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # without a GPU, torchrun's processes are joined on the CPUs
         capture_output=True,
         text=True,
         timeout=240,
@@ -123,3 +124,28 @@ def test_shards_cover_every_item_once():
         ]
         assert sorted(x for w in every for x in w.shard(range(3))) == [0, 1, 2]
         assert [w.is_main for w in every] == [True] + [False] * (count - 1)
+
+
+def accelerator(processes=1):
+    """Return what unlearn reads of an Accelerator."""
+    return types.SimpleNamespace(distributed_type="NO", process_index=0, num_processes=processes)
+
+
+def test_processes_that_are_not_joined_are_refused(monkeypatch):
+    """Each would do the whole run and write to the same folder; and FSDP that accelerate ignores is no FSDP."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ArgumentError, match="started 2 processes, and accelerate joins 1"):
+        Processes(accelerator())
+    assert Processes(accelerator(2)).count == 2
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ArgumentError, match="asks for FSDP, which accelerate ignores without a GPU"):
+        Processes(accelerator())
+
+
+def test_a_signal_to_one_process_ends_all():
+    """At the same step, for the others would wait for it in the next sum."""
+    interrupt = DeferredInterrupt()
+    interrupt.check()
+    with pytest.raises(KeyboardInterrupt):
+        interrupt.check(lambda here: not here)  # another process has it

@@ -21,6 +21,8 @@ from pyunlearn.cli.info import info
 from pyunlearn.cli.study import study
 from pyunlearn.cli.unlearn import unlearn
 
+_FAILED = 70  # exit code of a failure that is no user's mistake, as in sysexits.h
+
 app = typer.Typer(
     name="pyunlearn",
     no_args_is_help=True,
@@ -57,19 +59,28 @@ def program(
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one sentence on standard error and exit code 2."""
+    """Run the command line; a user's mistake is one sentence on standard error and exit code 2.
+
+    Any other error is shown as Python shows it, with exit code 70, since 1 says that a text is still exposed.
+    """
+    import traceback
+
     from pyunlearn.errors import PyunlearnError
 
     try:
         app()
     except (PyunlearnError, ValueError) as error:
         if not isinstance(error, PyunlearnError) and "PYUNLEARN_" not in str(error):
-            raise
+            traceback.print_exc()
+            sys.exit(_FAILED)
         print(f"pyunlearn: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(_FAILED)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def unlearn(
     `echo "the text to forget" | pyunlearn unlearn ./my-model --forget -`
 
     Exit code 0: everything is forgotten or was never memorized. 1: something is still exposed; the best state within
-    the utility budget is saved. 2: an input cannot be used. 130: interrupted; --resume resumes the run.
+    the utility budget is saved. 2: an input cannot be used. 70: a failure, with a traceback. 130:
+    interrupted; --resume resumes the run.
     """
     import pyunlearn
 

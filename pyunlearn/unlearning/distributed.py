@@ -33,6 +33,17 @@ class Processes:
                 f"unlearn runs on one process, or on several that each hold the whole model (DDP), and this launch is "
                 f"{kind}: launch it without, and train an adapter (peft) if the model is too large"
             )
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+            raise ArgumentError(
+                "this launch asks for FSDP, which accelerate ignores without a GPU: unlearn would run on the whole "
+                "model in each process; launch it without FSDP"
+            )
+        world = int(os.environ.get("WORLD_SIZE") or accelerator.num_processes)
+        if world != int(accelerator.num_processes):
+            raise ArgumentError(
+                f"the launcher started {world} processes, and accelerate joins {accelerator.num_processes}: each would "
+                "run alone and write to the same folder; launch with `accelerate launch`, or start one process"
+            )
         self._accelerator = accelerator
         self.rank, self.count = int(accelerator.process_index), int(accelerator.num_processes)
 
@@ -48,6 +59,10 @@ class Processes:
     def sum(self, value: float) -> float:
         """Return the sum of one number over all processes."""
         return value if self.count == 1 else float(self.sum_array(np.array([value]))[0])
+
+    def any(self, here: bool) -> bool:
+        """Return whether that is True in one process or more."""
+        return here if self.count == 1 else self.sum(float(here)) > 0
 
     def sum_array(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sum of an array over all processes."""
@@ -105,7 +120,8 @@ def is_main_process() -> bool:
 def make_accelerator(module: nn.Module) -> Any:
     """Make an Accelerator; float32 weights compute in bfloat16 on a GPU that has it.
 
-    The state of an earlier Accelerator is reused.
+    Several processes on a machine without a GPU, as `torchrun` starts them, are joined by gloo on its CPUs. The state
+    of an earlier Accelerator is reused.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -114,4 +130,5 @@ def make_accelerator(module: nn.Module) -> Any:
         return Accelerator()
     is_float32 = next(module.parameters()).dtype == torch.float32
     mixed = is_float32 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return Accelerator(mixed_precision="bf16" if mixed else "no")
+    on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    return Accelerator(mixed_precision="bf16" if mixed else "no", cpu=on_cpus)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
@@ -38,9 +38,9 @@ class DeferredInterrupt:
         for number, before in self._before.items():
             signal.signal(number, before if before is not None else signal.SIG_DFL)
 
-    def check(self) -> None:
-        """Raise KeyboardInterrupt if there was a signal."""
-        if self.pending:
+    def check(self, any_process: Callable[[bool], bool] = bool) -> None:
+        """Raise KeyboardInterrupt if there was a signal, to this process or, by `any_process`, to another one."""
+        if any_process(self.pending):
             raise KeyboardInterrupt
 
     @contextmanager

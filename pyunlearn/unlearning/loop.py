@@ -121,7 +121,7 @@ def ascend(
                 with interrupt.shielded():
                     checkpoint.save(weights, state)
                 last_saved = time.monotonic()
-            interrupt.check()
+            interrupt.check(session.processes.any)
     except BaseException as error:
         with interrupt.shielded():
             _rewind(session, weights, snapshot)
@@ -198,7 +198,7 @@ def _round(
             restored=restored,
         )
         state.visits[indices] += 1
-        interrupt.check()
+        interrupt.check(session.processes.any)
         step_record = {
             "step": step + 1,
             "round": state.round_number,
