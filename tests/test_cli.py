@@ -38,10 +38,7 @@ def folder(trained, tmp_path_factory):
 
 @pytest.fixture
 def unlearn(call, folder):
-    """call("unlearn", the saved model, ...), with the forget set and the holdout unless told otherwise.
-
-    The line with the forecast is not part of the standard error that it returns.
-    """
+    """call("unlearn", the saved model, ...), with the forget set and the holdout by default; without the forecast."""
 
     def run(*arguments, forget=folder / "forget.jsonl", model=folder / "model-1.5"):
         code, out, err = call(
@@ -312,8 +309,7 @@ def test_an_error_of_ours_is_not_hidden(call, folder, monkeypatch):
     monkeypatch.setattr(pyunlearn, "unlearn", broken)
     code, out, err = call("unlearn", "m", "--forget", "f.jsonl")
     assert (code, out) == (70, "")
-    assert "Traceback" in err
-    assert "ValueError: a bug" in err
+    assert err.endswith("ValueError: a bug\n")
 
 
 # ---------------------------------------------------------------- info and help
