@@ -1,4 +1,4 @@
-"""TOFU's forget10 with the defaults, beside the recipes that open-unlearning publishes: one start, TOFU's own columns.
+"""TOFU's forget10 with the defaults and with the recipes that open-unlearning publishes: one start, TOFU's own columns.
 
     python -m benchmarks.forget10 --data TOFU --out OUT
 
@@ -109,7 +109,7 @@ def texts_of(options: argparse.Namespace) -> dict[str, Rows]:
 
 
 def _by_defaults(start: Path, texts: dict[str, Rows], options: argparse.Namespace) -> dict[str, Any]:
-    """Run pyunlearn.unlearn with nothing but the texts; a run that was interrupted goes on from its checkpoint."""
+    """Run pyunlearn.unlearn with nothing but the texts; a run that was interrupted resumes from its checkpoint."""
     began = time.perf_counter()
     out = options.out / "unlearned"
     result = pyunlearn.unlearn(
@@ -218,7 +218,7 @@ def _measures(lm: LanguageModel, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """Return the results as a Markdown table, each beside the retrained model."""
+    """Return the results as a Markdown table, each compared with the retrained model."""
     columns = ["model_utility", "forget_probability", "forget_rouge", "forget_truth_ratio", "retain_rouge"]
     heads = ["model", "forget quality, log10 p", "distance", *(c.replace("_", " ") for c in columns)]
     lines = [f"| {' | '.join([*heads, 'verdicts', 'steps', 's'])} |", "|---" * (len(heads) + 3) + "|"]

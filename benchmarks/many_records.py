@@ -52,7 +52,9 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, ...]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", default="1,2,5,16,64,192,1024", help="numbers of records, separated by commas")
-    parser.add_argument("--given", default="retain+holdout", help="sets beside the forget set, joined by +, or nothing")
+    parser.add_argument(
+        "--given", default="retain+holdout", help="other sets than the forget set, joined by +, or nothing"
+    )
     parser.add_argument("--method", default="auto", help="method (default: auto)")
     parser.add_argument("--plain", action="store_true", help="a record is one text, without a prompt")
     parser.add_argument("--known", action="store_true", help="the retain set is known by heart too")

@@ -171,7 +171,7 @@ def test_a_run_without_an_output_folder_writes_no_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("unexpected pos 64 vs 0")])
 def test_a_save_that_fails_warns_and_leaves_the_last_checkpoint(tmp_path, monkeypatch, error):
-    """The file is written under another name first, and a run goes on without it."""
+    """The file is written under another name first, and a run continues without it."""
     path, warnings = tmp_path / "out.checkpoint.pt", []
     assert Checkpoint(path, FINGERPRINT, {}).save(trained_layer()[1], state_of())
     before = path.read_bytes()
@@ -185,7 +185,7 @@ def test_a_save_that_fails_warns_and_leaves_the_last_checkpoint(tmp_path, monkey
     assert not Checkpoint(path, FINGERPRINT, {}).save(trained_layer()[1], state_of())
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out.checkpoint.pt"]
-    assert warnings == [f"the checkpoint {path} could not be written ({error}): the run goes on"]
+    assert warnings == [f"the checkpoint {path} could not be written ({error})"]
 
 
 def test_only_its_owner_can_read_a_checkpoint(tmp_path):
@@ -213,7 +213,7 @@ def damaged(rng, data):
 
 @pytest.mark.parametrize("count", [100, *in_full(1000)])
 def test_a_damaged_checkpoint_is_refused(tmp_path, count):
-    """Whatever bytes are cut, flipped, overwritten or added: one sentence, and nothing has changed."""
+    """Bytes are cut, flipped, overwritten or added: one sentence, and nothing has changed."""
     path, rng = tmp_path / "out.checkpoint.pt", np.random.default_rng(0)
     Checkpoint(path, FINGERPRINT, {}).save(trained_layer()[1], state_of())
     data = path.read_bytes()

@@ -122,7 +122,7 @@ def test_files_are_written_into_a_mount_point(story, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError("disk full"), RuntimeError("a library's own")])
 def test_a_result_is_saved_completely_or_not_at_all(story, tmp_path, monkeypatch, error):
-    """A save that fails in the middle leaves no file, whatever error the library below has for it."""
+    """A save that fails in the middle leaves no file, with any error of the library below."""
     result = run(story, story.unseen)
     (tmp_path / "out").mkdir()
 

@@ -154,7 +154,7 @@ def test_out_of_memory_halves_the_examples_of_a_pass(story, monkeypatch):
     monkeypatch.setattr(logger, "warning", warnings.append)
     monkeypatch.setitem(METHODS, "ga", breaking(torch.OutOfMemoryError("out of memory"), 0))
     halved = run(story, micro_batch_size=2, max_steps=4)
-    assert warnings == ["out of memory: the run goes on with 1 examples in a pass"]
+    assert warnings == ["out of memory: the run continues with 1 examples in a pass"]
     for name in ("examples", "forget_loss", "retain_nll", "utility_rise"):
         for a, b in zip(halved.history, whole.history, strict=True):
             assert a.get(name) == pytest.approx(b.get(name), rel=1e-3, abs=1e-6)

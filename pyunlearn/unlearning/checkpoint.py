@@ -92,7 +92,7 @@ class Checkpoint:
                 torch.save(weights.state_dict() | {"progress": progress}, hashing)
                 file.write(_SEAL + hashing.digest.hexdigest().encode())
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            logger.warning(f"the checkpoint {self.path} could not be written ({first_line(error)}): the run goes on")
+            logger.warning(f"the checkpoint {self.path} could not be written ({first_line(error)})")
             return False
         return True
 

@@ -166,7 +166,7 @@ def _with_less_memory(session: Session, error: RuntimeError) -> bool:
     session.scorer.batch_size = max(1, session.scorer.batch_size // 2)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    logger.warning(f"out of memory: the run goes on with {session.schedule.micro_batch_size} examples in a pass")
+    logger.warning(f"out of memory: the run continues with {session.schedule.micro_batch_size} examples in a pass")
     return True
 
 
