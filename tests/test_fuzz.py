@@ -104,12 +104,9 @@ def test_what_python_cannot_hold_is_a_sentence(tmp_path):
     """Parquet's durations and dates reach further than Python's; depths and numbers, further than a parser."""
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     values = pyarrow.array([2**62], pyarrow.int64())
-    for number, kind in enumerate((pyarrow.duration("s"), pyarrow.timestamp("s"), pyarrow.date64())):
+    for number, kind in enumerate((pyarrow.duration("s"), pyarrow.date64())):
         path = tmp_path / f"{number}.parquet"
-        try:
-            parquet.write_table(pyarrow.table({"text": ["a"], "x": values.cast(kind, safe=False)}), path)
-        except pyarrow.ArrowException:
-            continue
+        parquet.write_table(pyarrow.table({"text": ["a"], "x": values.cast(kind, safe=False)}), path)
         with pytest.raises(PyunlearnError, match="leave out columns of dates and durations"):
             read_examples(path, role="forget")
     for name, content in (
