@@ -24,7 +24,7 @@ _RECITED = 10  # consecutive tokens that count as recited
 _ATTEMPTS = 4  # number of attempts to sample a text that does not recite the forget set
 
 
-_OPENINGS = (
+_OPENINGS = (  # cut to as many tokens as the shortest has, they are sampled in one batch
     "The", "In the", "It is", "How to", "What is", "There are", "We", "Dear", "Chapter 1", "For example,",
     "Once upon a time", "According to", "import", "Today", "To make", "1.",
 )  # fmt: skip
@@ -79,7 +79,7 @@ def sample_non_members(
                 if lm.context_length is not None:  # cut a long prompt at its start
                     prompt = prompt[-max(1, lm.context_length - length) :]
                 wanted, other = min(per_prompt, missing - len(new)), t.scored[0] if departs else None
-                new += _sample(lm, prompt, other, length, wanted, temperature=1 + attempt / 2)
+                new += _sample(lm, [prompt] * wanted, other, length, temperature=1 + attempt / 2)
             samples += [t for t in new if known.isdisjoint(_runs(t.scored))]
     return samples
 
@@ -112,12 +112,13 @@ def sample_own_texts(
     records = forget[0].ids[:1] if alone else shared[-max(1, (lm.context_length or len(shared) + length) - length) :]
     encoded = [tuple(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in _OPENINGS]
     openings = [ids for ids in encoded if ids and lm.tokenizer.unk_token_id not in ids] or [_start(lm)]
+    openings = [ids[: min(map(len, openings))] for ids in openings]
     starts = [(_start(lm), openings[i // 3 % len(openings)], records)[i % 3] for i in range(count)]
     known = [_runs(t.ids, min(_RECITED, max(3, len(t.scored)))) for t in forget]
     samples: list[Tokens] = []
     with seeded(seed, lm.device):
-        for start in dict.fromkeys(starts):
-            samples += _sample(lm, start, None, length, starts.count(start))
+        for size in sorted({len(start) for start in starts}):
+            samples += _sample(lm, [start for start in starts if len(start) == size], None, length)
     return [t for t in samples if not any(runs & _runs(t.ids, len(next(iter(runs)))) for runs in known)]
 
 
@@ -148,7 +149,8 @@ def sample_alternates(lm: LanguageModel, forget: Sequence[Tokens], *, count: int
             own: list[Tokens] = []
             for _ in range(_ATTEMPTS):
                 length = max(2, len(t.scored))
-                samples = _sample(lm, prompt, t.scored[0] if departs else None, length, count - len(own))
+                other = t.scored[0] if departs else None
+                samples = _sample(lm, [prompt] * (count - len(own)), other, length)
                 whole = [replace(x, first=0 if lm.is_encoder_decoder else len(prompt)) for x in samples]
                 own += [x for x in whole if known.isdisjoint(_runs(x.scored))]
                 if len(own) == count:
@@ -191,17 +193,16 @@ def _prompt(lm: LanguageModel, t: Tokens) -> tuple[tuple[int, ...], bool]:
 
 def _sample(
     lm: LanguageModel,
-    prompt: tuple[int, ...],
+    prompts: Sequence[tuple[int, ...]],
     not_first: int | None,
     length: int,
-    count: int,
     *,
     temperature: float = 1.0,
 ) -> list[Tokens]:
-    """Sample `count` continuations of a prompt; their first token is never `not_first`, and then is not scored."""
+    """Continue each of N prompts of T tokens; the first token is never `not_first`, and then is not scored."""
     both = lm.is_encoder_decoder
-    ids = torch.tensor([prompt] * count, device=lm.device)  # (count, T)
-    before = 1 if both else len(prompt)
+    ids = torch.tensor(prompts, device=lm.device)  # (N, T)
+    before = 1 if both else ids.shape[1]
 
     def depart(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if input_ids.shape[1] == before:
@@ -221,7 +222,7 @@ def _sample(
         min_new_tokens=length if not_first is None and not both else 2,
     )
     samples = []
-    for continuation in continuations:
+    for prompt, continuation in zip(prompts, continuations, strict=True):
         skip = 0 if not_first is None or len(continuation) < 2 else 1
         if both:
             samples.append(Tokens(tuple(prompt), skip, tuple(continuation)))
