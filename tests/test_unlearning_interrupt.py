@@ -6,11 +6,11 @@ import time
 
 import pytest
 import tiny
-import torch
 from coverings import in_full
 from unlearning_runs import Interrupted, run, same, timeless, weights
 
 from pyunlearn.methods import METHODS
+from pyunlearn.unlearning.adam import Adam
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.stopping import StoppingRule
@@ -35,7 +35,7 @@ def test_a_signal_waits_until_the_step_is_complete(story, whole, tmp_path, monke
     owner, name = {
         "accept": (TrainedWeights, "_copy_moments"),
         "measure": (StoppingRule, "rejection_reason"),
-        "step": (torch.optim.AdamW, "step"),
+        "step": (Adam, "step"),
     }[within]
     original, calls = getattr(owner, name), []
 

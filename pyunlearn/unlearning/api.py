@@ -17,6 +17,7 @@ from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import Method, resolve
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
+from pyunlearn.models.recomputation import recomputed_layers
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
 from pyunlearn.output import model_name, save_folder, versions
@@ -240,7 +241,9 @@ def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resu
     lm, learning_rate = session.scorer.lm, config.learning_rate
     assert learning_rate is not None
     freeze_rest = session.target.freeze_rest() if session.target else nullcontext()
-    with DeferredInterrupt() as interrupt, freeze_rest:
+    recompute = config.gradient_checkpointing or getattr(lm.inner, "is_gradient_checkpointing", False)
+    recomputed = recomputed_layers(lm.inner) if recompute else nullcontext()
+    with DeferredInterrupt() as interrupt, freeze_rest, recomputed:
         mask = mask_of(
             config.mask, lm.module, session.texts.forget, batch_size=config.batch_size, workspace=config.workspace
         )

@@ -19,7 +19,7 @@ from pyunlearn.progress import logger
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.step_size import StepSize
 
-_VERSION = b" 1 sha256 "
+_VERSION = b" 2 sha256 "
 _SEAL = b"\npyunlearn checkpoint" + _VERSION
 """Precedes the SHA-256 of all before it, at the end of a checkpoint."""
 

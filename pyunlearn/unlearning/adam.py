@@ -1,0 +1,102 @@
+"""Adam whose 16-bit parameters are updated in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BETA2, _EPSILON = 0.999, 1e-8
+_CHUNK = 1 << 24  # numbers updated at once, so that temporary tensors stay small
+
+
+class Adam(torch.optim.Optimizer):
+    """AdamW without weight decay; the numbers of `torch.optim.AdamW`, in less memory.
+
+    At unlearning's learning rates an update is smaller than half the gap between two 16-bit numbers, so that most would
+    round to zero. Each 16-bit parameter therefore has a second tensor, its *rest*: of bfloat16 the 16 bits that
+    rounding cuts off, so that both together are a float32 number; of float16 the float32 number itself.
+
+    Bytes a parameter besides the weight and its gradient: 4 for the second moment, 4 for the first where there is
+    momentum, and for the rest 2 (bfloat16) or 4 (float16).
+
+    Args:
+        parameters: those that require a gradient are trained.
+        lr: the learning rate.
+        momentum: beta1; 0 stores no first moment.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.0) -> None:
+        trained = [p for p in parameters if p.requires_grad]
+        super().__init__(trained, {"lr": lr})
+        self.momentum = momentum
+        self.rests: dict[nn.Parameter, Tensor] = {}
+        for p in trained:
+            if p.dtype == torch.bfloat16:
+                self.rests[p] = torch.zeros_like(p, dtype=torch.int16, requires_grad=False)
+            elif p.dtype == torch.float16:
+                self.rests[p] = p.detach().float()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step on each parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group["lr"])
+
+    def _update(self, p: nn.Parameter, lr: float) -> None:
+        state, precise = self.state[p], torch.promote_types(p.dtype, torch.float32)
+        for name in ("second", "first") if self.momentum else ("second",):
+            state.setdefault(name, torch.zeros_like(p, dtype=precise, requires_grad=False))
+        state["step"] = step = state.get("step", 0) + 1
+        correction = (1 - _BETA2**step) ** 0.5
+        rate = lr / (1 - self.momentum**step)
+        tensors = [p.detach(), p.grad, state["second"], state.get("first"), self.rests.get(p)]
+        for weight, gradient, second, first, rest in _chunks(tensors):
+            gradient = gradient.to(precise)
+            second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
+            direction = gradient if first is None else first.lerp_(gradient, 1 - self.momentum)
+            denominator = (second.sqrt() / correction).add_(_EPSILON)
+            assign(weight, rest, exact(weight, rest).addcdiv_(direction, denominator, value=-rate))
+
+
+def exact(weight: Tensor, rest: Tensor | None) -> Tensor:
+    """Return a weight and its rest as one tensor of 32 bits a number or more; the weight itself where it is one."""
+    if rest is None:
+        return weight.detach()
+    if rest.dtype == torch.float32:
+        return rest
+    return ((weight.detach().view(torch.int16).to(torch.int32) << 16) + rest).view(torch.float32)
+
+
+def assign(weight: Tensor, rest: Tensor | None, value: Tensor) -> None:
+    """Store the value in a weight, rounded, and in its rest.
+
+    >>> weight, rest = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int16)
+    >>> assign(weight, rest, torch.tensor([0.1]))
+    >>> weight.item(), exact(weight, rest).item() == torch.tensor(0.1).item()
+    (0.10009765625, True)
+    """
+    if rest is None or rest.dtype == torch.float32:
+        for tensor in (weight, rest):
+            if tensor is not None and tensor is not value:
+                tensor.copy_(value)
+        return
+    bits = value.view(torch.int32)
+    upper = (bits + 0x8000) >> 16  # half a unit of the last place is rounded away from zero
+    weight.copy_(upper.to(torch.int16).view(torch.bfloat16))
+    rest.copy_(bits - (upper << 16))
+
+
+def _chunks(tensors: list[Any]) -> Iterator[list[Any]]:
+    """Yield the tensors piece by piece, of the same numbers; whole where one is not contiguous; None stays None."""
+    present = [t for t in tensors if t is not None]
+    if present[0].numel() <= _CHUNK or not all(t.is_contiguous() for t in present):
+        yield tensors
+        return
+    flat = [None if t is None else t.view(-1) for t in tensors]
+    for start in range(0, present[0].numel(), _CHUNK):
+        yield [None if t is None else t[start : start + _CHUNK] for t in flat]
