@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from pyunlearn.errors import ModelError
 from pyunlearn.models import LanguageModel, Likelihood, load
 from pyunlearn.models.inspection import unwrapped
-from pyunlearn.models.loading import load_tokenizer, load_weights, remote_code, require_loadable
+from pyunlearn.models.loading import LoadOptions, load_options, load_tokenizer, load_weights, require_loadable
 
 
 def test_context_length():
@@ -123,7 +123,7 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
 
 
 def test_code_in_a_model_folder_does_not_run(tmp_path):
-    """A folder can name a Python file of its own: it is read only within `remote_code`."""
+    """A folder can name a Python file of its own: it is read only with `trust_remote_code`."""
     made(CAUSAL["llama"]).save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -134,6 +134,6 @@ def test_code_in_a_model_folder_does_not_run(tmp_path):
         with pytest.raises(ValueError, match=r"trust.remote.code"):
             attempt()
     assert not (tmp_path / "ran").exists()
-    with remote_code(), pytest.raises(ModelError, match="own"):
+    with load_options(LoadOptions(trust_remote_code=True)), pytest.raises(ModelError, match="own"):
         load(tmp_path / "model")
     assert (tmp_path / "ran").exists()

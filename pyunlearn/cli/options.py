@@ -7,13 +7,14 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from pyunlearn.cli.model_options import loaded_with, model_options
 from pyunlearn.errors import ArgumentError
 from pyunlearn.options import (
     Choice,
@@ -94,17 +95,6 @@ ConfigFile = Annotated[
         metavar="FILE",
         help="Settings from a TOML file, or those of a result.json; options on the command line come first.",
         rich_help_panel="Method",
-    ),
-]
-
-
-RemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run code that comes with the model: only for a model whose author you trust. Without it none is run.",
-        rich_help_panel="Model",
-        show_default=False,
     ),
 ]
 
@@ -200,18 +190,18 @@ def with_settings(
             parameters.append(_parameter("config_file", ConfigFile))
         takes_model = any(p.name == "model" for p in parameters)
         if takes_model:
-            parameters.append(_parameter("trust_remote_code", RemoteCode, False))
+            parameters += model_options()
         parameters.sort(key=_panel)
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            trusts = takes_model and given.pop("trust_remote_code")
+            loading = loaded_with(given) if takes_model else nullcontext()
             words = {name: given.pop(name) for name in config.options()}
             settings = read_settings(source, config.options()) if (source := given.pop("config_file", None)) else {}
             for name, word in words.items():
                 if word is not None and word != []:
                     settings[name] = _value(name, config.options()[name], word, settings.get(name), assign)
-            with _remote_code() if trusts else nullcontext():
+            with loading:
                 command(config=config.of(None, settings, command.__name__), **given)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -219,12 +209,6 @@ def with_settings(
         return run
 
     return decorate
-
-
-def _remote_code() -> AbstractContextManager[None]:
-    from pyunlearn.models.loading import remote_code
-
-    return remote_code()
 
 
 def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:

@@ -8,16 +8,35 @@ from contextlib import contextmanager
 
 import torch
 
+from pyunlearn.errors import ArgumentError
+
 
 def default_device() -> torch.device:
     """Return the machine's accelerator (CUDA, MPS, XPU, ...), or the CPU without one or with ACCELERATE_USE_CPU=true.
 
-    That is the device that accelerate chooses for one process, and with it `pyunlearn.unlearn`.
+    That is the device that accelerate chooses for one process, and with it `pyunlearn.unlearn`; `use_device` and the
+    variable ACCELERATE_TORCH_DEVICE name another.
     """
+    if chosen := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        return torch.device(chosen)
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if accelerator is None else accelerator
+
+
+def use_device(name: str) -> None:
+    """Run models on this device from now on, in this process: "cpu", "cuda:1", "mps", ...
+
+    Raises ArgumentError for a device that is not there.
+    """
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        names = "cpu" if there is None else f"cpu and {there.type}"
+        raise ArgumentError(f"device must be one that this machine has ({names}), got {name!r}") from error
+    os.environ["ACCELERATE_TORCH_DEVICE"] = name
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,61 @@ import torch
 from pyunlearn.errors import ModelError
 from pyunlearn.models import gguf
 
-_ON_THE_HUB = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # all names there, and some of folders
-_REMOTE_CODE = ContextVar("_REMOTE_CODE", default=False)
+_ON_THE_HUB = re.compile(
+    r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?(@[A-Za-z0-9_./-]+)?"
+)  # all names there, and some of folders
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Settings with which models are loaded by name.
+
+    `dtype`                 of the weights; auto: the one in which they were saved
+    `attn_implementation`   of transformers, such as "sdpa" or "flash_attention_2"; None: transformers' choice
+    `trust_remote_code`     whether code that comes with a model is run
+    """
+
+    dtype: str = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+_OPTIONS: ContextVar[LoadOptions | None] = ContextVar("_OPTIONS", default=None)
 
 
 @contextmanager
-def remote_code() -> Iterator[None]:
-    """Let models run code of their own within the context; without it, none that is part of a model is run."""
-    token = _REMOTE_CODE.set(True)
+def load_options(options: LoadOptions) -> Iterator[None]:
+    """Load models with these options within the context."""
+    token = _OPTIONS.set(options)
     try:
         yield
     finally:
-        _REMOTE_CODE.reset(token)
+        _OPTIONS.reset(token)
 
 
-def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any = None) -> tuple[Any, Any]:
+def _options() -> LoadOptions:
+    return _OPTIONS.get() or LoadOptions()
+
+
+def _arguments(name: str | Path) -> tuple[str, dict[str, Any]]:
+    """Return where transformers finds a model, and the arguments with which it reads its configuration."""
+    arguments: dict[str, Any] = {"trust_remote_code": _options().trust_remote_code}
+    where, at, revision = str(name).partition("@")
+    if at and not Path(name).exists():
+        return where, arguments | {"revision": revision}
+    if str(name).endswith(".gguf"):
+        return str(Path(name).parent), arguments | {"gguf_file": Path(name).name}
+    return str(name), arguments
+
+
+def load(name: str | Path, *, dtype: torch.dtype | None = None, tokenizer: Any = None) -> tuple[Any, Any]:
     """Load a model and its tokenizer from a folder, a .gguf file or a name on the Hugging Face hub.
 
     Args:
-        name: path or name; a folder may hold a PEFT adapter. The weights in a .gguf file are dequantized.
-        dtype: of the weights.
+        name: path or name; a name may end in @REVISION; a folder may hold a PEFT adapter. The weights in a .gguf file
+            are dequantized, to float32 by default.
+        dtype: of the weights; default: the one in which they were saved, or that of `load_options`.
         tokenizer: a tokenizer, or where to load it from; None: where the model is.
 
     Returns:
@@ -44,27 +80,34 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, tokenizer: Any
         ModelError: no language model or tokenizer can be loaded from there.
     """
     name = _located(name)
-    if not str(name).endswith(".gguf"):
-        return _load(str(name), {}, name, dtype, tokenizer)
-    with gguf.cached_headers():
-        return _load(str(Path(name).parent), {"gguf_file": Path(name).name}, name, dtype, tokenizer)
+    headers = gguf.cached_headers() if str(name).endswith(".gguf") else nullcontext()
+    with headers:
+        return _load(name, dtype, tokenizer)
 
 
-def _load(where: str, extra: dict[str, str], name: str | Path, dtype: torch.dtype, tokenizer: Any) -> tuple[Any, Any]:
+def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    if not extra:
+    where, arguments = _arguments(name)
+    is_gguf = "gguf_file" in arguments
+    if not is_gguf:
         _require_saved(Path(where))
-    own_code: dict[str, Any] = {"trust_remote_code": _REMOTE_CODE.get()}
+    options = _options()
+    as_saved = dtype is None and options.dtype == "auto" and not is_gguf
+    if not as_saved and dtype is None:
+        dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
+    weights: dict[str, Any] = {"dtype": "auto" if as_saved else dtype}
+    if options.attn_implementation is not None:
+        weights["attn_implementation"] = options.attn_implementation
     try:
         adapter = Path(where) / "adapter_config.json"
         base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.exists() else None
-        config = AutoConfig.from_pretrained(base or where, **extra, **own_code)
+        config = AutoConfig.from_pretrained(base or where, **arguments)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, loading = kind.from_pretrained(base or where, dtype=dtype, output_loading_info=True, **extra, **own_code)
+        model, loading = kind.from_pretrained(base or where, output_loading_info=True, **weights, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(str(name), error) from error
-    if extra:
+    if is_gguf:
         gguf.mark_dequantized(model)
     head = model.get_output_embeddings()
     names = {n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(head, "weight", None)}
@@ -74,9 +117,9 @@ def _load(where: str, extra: dict[str, str], name: str | Path, dtype: torch.dtyp
             "was saved with it"
         )
     if base:
-        model = _with_adapter(model, where)
+        model = _with_adapter(model, where, as_saved)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = load_tokenizer(tokenizer or where, **({} if tokenizer else extra))
+        tokenizer = load_tokenizer(tokenizer or name)
     return model, tokenizer
 
 
@@ -96,12 +139,9 @@ def require_loadable(name: str, where: str | Path, *, look_up: bool = True) -> N
         return
     from transformers import AutoConfig
 
+    place, arguments = _arguments(where)
     try:
-        AutoConfig.from_pretrained(
-            str(path.parent if is_gguf else where),
-            trust_remote_code=_REMOTE_CODE.get(),
-            **({"gguf_file": path.name} if is_gguf else {}),
-        )
+        AutoConfig.from_pretrained(place, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(f"{where!s}, the {name}", error) from error
 
@@ -148,23 +188,43 @@ def _require_saved(where: Path) -> None:
         )
 
 
-def _with_adapter(model: Any, where: str) -> Any:
-    """Return the model with the PEFT adapter saved there, trainable; transformers alone would load it frozen."""
+def _with_adapter(model: Any, where: str, as_saved: bool) -> Any:
+    """Return the model with the PEFT adapter saved there, trainable; transformers alone would load it frozen.
+
+    `as_saved`: the adapter's weights keep the dtype in which they were saved, which need not be the model's.
+    """
     try:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, where, is_trainable=True, autocast_adapter_dtype=False).eval()
+        adapted = PeftModel.from_pretrained(model, where, is_trainable=True, autocast_adapter_dtype=as_saved).eval()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the adapter in {where} could not be loaded: {first}") from error
+    if as_saved and (dtype := _saved_dtype(Path(where) / "adapter_model.safetensors")):
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.data = p.data.to(dtype)
+    return adapted
 
 
-def load_tokenizer(name: str | Path, **extra: Any) -> Any:
+def _saved_dtype(path: Path) -> torch.dtype | None:
+    """Return the dtype of the first tensor in a .safetensors file; None where there is no such file."""
+    from safetensors import safe_open
+
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        first = next(iter(file.keys()), None)
+        return None if first is None else file.get_tensor(first).dtype
+
+
+def load_tokenizer(name: str | Path) -> Any:
     """Load the tokenizer in a folder or of a name on the hub. Raises ModelError where there is none."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(_located(name)), trust_remote_code=_REMOTE_CODE.get(), **extra)
+        where, arguments = _arguments(_located(name))
+        return AutoTokenizer.from_pretrained(where, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:  # ModelError is a ValueError
         raise ModelError(
             f"no tokenizer could be loaded from {name!s}: give the one the model was trained with (tokenizer=, "
