@@ -16,6 +16,7 @@ from pyunlearn.data.redaction import masked
 from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import Method, resolve
+from pyunlearn.models.adapters import merged, with_lora
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.recomputation import recomputed_layers
 from pyunlearn.models.scoring import Scorer
@@ -33,7 +34,7 @@ from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.distributed import Processes, is_main_process, make_accelerator
 from pyunlearn.unlearning.endings import advice
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
-from pyunlearn.unlearning.loop import ascend, resume_scores
+from pyunlearn.unlearning.loop import after_merge, ascend, resume_scores
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.preferences import substitutes_for
 from pyunlearn.unlearning.result import PASSED, ExampleResult, Result, Utility, document_notes
@@ -129,7 +130,7 @@ def unlearn(
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     with folder.claimed(), Progress(progress if is_main_process() else False) as bar:
         bar.say("loading the model")
-        lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
+        lm = _trainable(LanguageModel.of(model, tokenizer, workspace=config.workspace), config)
         texts = render(lm, examples, config.template, truncate=config.truncate)
 
         accelerator = make_accelerator(lm.inner)
@@ -159,6 +160,9 @@ def unlearn(
         checkpoint = Checkpoint(folder.checkpoint, _fingerprint(config, session), session.sampled)
         stopped = _train(session, config, checkpoint, resume, bar)
         bar.say("measuring what is left")
+        if config.merge and stopped != "interrupted":
+            trained = merged(trained)
+            stopped = after_merge(session, stopped)
         inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
         inputs |= {name: source_name(value) for name, value in {**sources, "output_dir": output_dir}.items()}
         result = _result(session, config, trained, texts, stopped, inputs)
@@ -185,6 +189,15 @@ def _require_models(model: Any, reference_model: Any, *, look_up: bool) -> None:
     require_model("model", model, look_up=look_up)
     if reference_model is not None:
         require_model("reference_model", reference_model, look_up=look_up)
+
+
+def _trainable(lm: LanguageModel, config: UnlearnConfig) -> LanguageModel:
+    """Return the model with the adapter that the settings ask for. Raises ArgumentError for `merge` without one."""
+    if config.lora is not None:
+        lm = with_lora(lm, config.lora, config.seed)
+    if config.merge and not hasattr(lm.module, "peft_config"):
+        raise ArgumentError("merge needs a model with an adapter: set lora as well, or leave merge out")
+    return lm
 
 
 def _in_best_form(

@@ -230,4 +230,18 @@ class UnlearnConfig(LoopConfig):
         fixed=True,
         flag="--set",
     )
+    lora: int | None = option(
+        None,
+        Whole(1),
+        "Train a LoRA adapter of this rank (16, for example) on every linear layer but the head, instead of all "
+        "weights: a few bytes a parameter. The result is the adapter, unless `merge` is set. Needs the package peft.",
+        group="Model",
+        fixed=True,
+    )
+    merge: bool = option(
+        False,
+        Flag(),
+        "Merge the adapter into the weights after the run; the numbers are those of the merged model.",
+        group="Model",
+    )
     show_text: bool = option(**SHOW_TEXT)

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from pyunlearn.unlearning.budget import HOLDOUT_BUDGET, UTILITY_BUDGET
 
+UNDONE = "undone by the merge"
+"""The end of a run whose adapter lost too much when it was rounded into the weights."""
+
 _NAMED = 5  # examples that a note names
 
 
@@ -55,6 +58,11 @@ def advice(
         return [
             f"{who}: as unlikely as unseen text on average, but many of the tokens are still first choices; {option} "
             "would help most."
+        ]
+    if stopped == UNDONE:
+        return [
+            f"{who}: the adapter forgot them, and its changes are too small for the dtype of the weights; leave out "
+            "merge and save the adapter, or load the model in float32."
         ]
     if stopped in (UTILITY_BUDGET, HOLDOUT_BUDGET) and left:
         option = "utility_budget" if stopped == UTILITY_BUDGET else "holdout_budget"

@@ -21,6 +21,7 @@ from pyunlearn.unlearning.budget import Rise
 from pyunlearn.unlearning.checkpoint import Checkpoint
 from pyunlearn.unlearning.config import LoopConfig
 from pyunlearn.unlearning.distributed import Processes
+from pyunlearn.unlearning.endings import UNDONE
 from pyunlearn.unlearning.forecast import Forecast, Pace, duration, share_done
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, finite
@@ -332,6 +333,15 @@ def refresh(session: Session) -> None:
         return
     log_likelihood, extraction = _rescored(session, stale)
     stopping.refresh(_extraction(session, stopping.rescored(log_likelihood, extraction)), stale)
+
+
+def after_merge(session: Session, stopped: str) -> str:
+    """Score all texts under weights into which an adapter was merged; return why the run ended."""
+    everything = np.arange(len(session.texts.forget))
+    session.stopping.accept(measure(session, everything), everything)
+    refresh(session)
+    undone = stopped in ("forgotten", NO_LIKELIER) and session.stopping.unsettled.size
+    return UNDONE if undone else stopped
 
 
 def _compare_anew(session: Session) -> None:

@@ -145,7 +145,8 @@ class Result:
     """Reason why the run ended.
 
     One of forgotten, no likelier, nothing memorized, still extracted (the likelihoods are those of non-members, and a
-    text's tokens are still first choices), max_steps, utility budget, holdout budget, not finite, interrupted.
+    text's tokens are still first choices), max_steps, utility budget, holdout budget, not finite, interrupted, undone
+    by the merge (of an adapter into weights of too few digits).
     """
     non_member_scores: list[float] = field(repr=False)
     """Of the non-members under the original model: mean negative log-likelihoods, nats per token; less those of the
