@@ -56,7 +56,7 @@ def subjects() -> dict[str, Callable[[], tuple[Any, Any]]]:
 
         from pyunlearn.cli.demo_model import demo_model
 
-        tokenizer = models.load_tokenizer(demo_model().parent, gguf_file=demo_model().name)
+        tokenizer = models.load_tokenizer(demo_model())
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=len(tokenizer),

@@ -15,6 +15,7 @@ from pyunlearn.cli.options import PANELS, choices, flag_of, written
 from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.data.find import FindConfig
 from pyunlearn.edits.config import EditConfig
+from pyunlearn.models.config import LoadOptions
 from pyunlearn.options import Config, Flag, Option, default_of
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.unlearning.config import ChoiceOrFile, LoopConfig, UnlearnConfig
@@ -29,6 +30,7 @@ def options() -> str:
     shared = set(LoopConfig.options())
     parts = [
         ("unlearn", UnlearnConfig, set()),
+        ("models", LoadOptions, set()),
         ("audit", AuditConfig, set()),
         ("compare", CompareConfig, shared),
         ("edit", EditConfig, set()),
@@ -38,6 +40,7 @@ def options() -> str:
     blocks = []
     for name, config, left_out in parts:
         own = " has these and all of `unlearn` but `method`" if left_out else ""
+        own = " holds for every command that takes a model" if config is LoadOptions else own
         blocks.append(f"### Options of {name}\n\n`{config.__name__}`{own}:\n\n{table(config, left_out)}")
     return "\n\n".join(blocks)
 

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from test_cli import folder, refused, trained  # noqa: F401
 
 from pyunlearn.models import load
-from pyunlearn.models.loading import LoadOptions, load_options
+from pyunlearn.models.config import LoadOptions
+from pyunlearn.models.loading import load_options
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from tokenizers.models import WordLevel
 
 from pyunlearn.errors import ModelError
 from pyunlearn.models import LanguageModel, Likelihood, load
+from pyunlearn.models.config import LoadOptions
 from pyunlearn.models.inspection import unwrapped
-from pyunlearn.models.loading import LoadOptions, load_options, load_tokenizer, load_weights, require_loadable
+from pyunlearn.models.loading import load_options, load_tokenizer, load_weights, require_loadable
 
 
 def test_context_length():

@@ -42,7 +42,7 @@ def test_the_steps_are_those_of_torch(dtype, momentum):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chunk", [4, 1 << 24])
+@pytest.mark.parametrize("chunk", [4, 1 << 22])
 def test_16_bit_weights_move_as_float32_copies_do(dtype, chunk, monkeypatch):
     """Bit for bit over 50 steps, most of them smaller than the gap between two 16-bit numbers; also in pieces."""
     monkeypatch.setattr(adam, "_CHUNK", chunk)

@@ -7,15 +7,15 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pyunlearn.cli.model_options import loaded_with, model_options
 from pyunlearn.errors import ArgumentError
+from pyunlearn.models.config import LoadOptions
 from pyunlearn.options import (
     Choice,
     ChoiceOrObject,
@@ -190,12 +190,12 @@ def with_settings(
             parameters.append(_parameter("config_file", ConfigFile))
         takes_model = any(p.name == "model" for p in parameters)
         if takes_model:
-            parameters += model_options()
+            parameters += [_parameter(f.name, _annotation(f, form)) for f in fields(LoadOptions)]
         parameters.sort(key=_panel)
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            loading = loaded_with(given) if takes_model else nullcontext()
+            loading = _loading(given) if takes_model else nullcontext()
             words = {name: given.pop(name) for name in config.options()}
             settings = read_settings(source, config.options()) if (source := given.pop("config_file", None)) else {}
             for name, word in words.items():
@@ -209,6 +209,18 @@ def with_settings(
         return run
 
     return decorate
+
+
+def _loading(given: dict[str, Any]) -> AbstractContextManager[None]:
+    """Take the options on models out of a command's arguments; return the context in which they hold."""
+    from pyunlearn.models.loading import load_options
+
+    known = LoadOptions.options()
+    words = {name: word for name in known if (word := given.pop(name)) is not None}
+    options = LoadOptions(**{name: _value(name, known[name], word, None, assignments) for name, word in words.items()})
+    if options.revision is not None:
+        given["model"] = f"{given['model']}@{options.revision}"
+    return load_options(options)
 
 
 def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:

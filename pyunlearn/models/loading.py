@@ -7,41 +7,30 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pyunlearn.errors import ModelError
-from pyunlearn.models import gguf
+from pyunlearn.models import four_bits, gguf
+from pyunlearn.models.config import LoadOptions
+from pyunlearn.models.devices import use_device
 
 _ON_THE_HUB = re.compile(
     r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?(@[A-Za-z0-9_./-]+)?"
 )  # all names there, and some of folders
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """Settings with which models are loaded by name.
-
-    `dtype`                 of the weights; auto: the one in which they were saved
-    `attn_implementation`   of transformers, such as "sdpa" or "flash_attention_2"; None: transformers' choice
-    `trust_remote_code`     whether code that comes with a model is run
-    """
-
-    dtype: str = "auto"
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-
-
 _OPTIONS: ContextVar[LoadOptions | None] = ContextVar("_OPTIONS", default=None)
 
 
 @contextmanager
 def load_options(options: LoadOptions) -> Iterator[None]:
-    """Load models with these options within the context."""
+    """Load models with these options within the context. The revision holds for no particular model: see `load`.
+
+    Raises ArgumentError for a device that is not there.
+    """
+    if options.device is not None:
+        use_device(options.device)
     token = _OPTIONS.set(options)
     try:
         yield
@@ -99,6 +88,8 @@ def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[
     weights: dict[str, Any] = {"dtype": "auto" if as_saved else dtype}
     if options.attn_implementation is not None:
         weights["attn_implementation"] = options.attn_implementation
+    if options.load_in_4bit:
+        weights |= four_bits.loading_arguments()
     try:
         adapter = Path(where) / "adapter_config.json"
         base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.exists() else None
@@ -107,6 +98,7 @@ def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[
         model, loading = kind.from_pretrained(base or where, output_loading_info=True, **weights, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(str(name), error) from error
+    four_bits.keep_differentiable(model)
     if is_gguf:
         gguf.mark_dequantized(model)
     head = model.get_output_embeddings()

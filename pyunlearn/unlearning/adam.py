@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 _BETA2, _EPSILON = 0.999, 1e-8
-_CHUNK = 1 << 24  # numbers updated at once, so that temporary tensors stay small
+_CHUNK = 1 << 22  # numbers updated at once, so that temporary tensors stay small
 
 
 class Adam(torch.optim.Optimizer):

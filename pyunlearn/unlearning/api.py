@@ -17,8 +17,9 @@ from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import Method, resolve
 from pyunlearn.models.adapters import merged, with_lora
+from pyunlearn.models.four_bits import keep_differentiable
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
-from pyunlearn.models.recomputation import recomputed_layers
+from pyunlearn.models.recomputation import is_recomputing, recomputed_layers
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
 from pyunlearn.output import model_name, save_folder, versions
@@ -193,6 +194,7 @@ def _require_models(model: Any, reference_model: Any, *, look_up: bool) -> None:
 
 def _trainable(lm: LanguageModel, config: UnlearnConfig) -> LanguageModel:
     """Return the model with the adapter that the settings ask for. Raises ArgumentError for `merge` without one."""
+    keep_differentiable(lm.module)
     if config.lora is not None:
         lm = with_lora(lm, config.lora, config.seed)
     if config.merge and not hasattr(lm.module, "peft_config"):
@@ -254,7 +256,7 @@ def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resu
     lm, learning_rate = session.scorer.lm, config.learning_rate
     assert learning_rate is not None
     freeze_rest = session.target.freeze_rest() if session.target else nullcontext()
-    recompute = config.gradient_checkpointing or getattr(lm.inner, "is_gradient_checkpointing", False)
+    recompute = config.gradient_checkpointing or is_recomputing(lm.inner)
     recomputed = recomputed_layers(lm.inner) if recompute else nullcontext()
     with DeferredInterrupt() as interrupt, freeze_rest, recomputed:
         mask = mask_of(
