@@ -10,7 +10,6 @@ in it says what it is.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from pyunlearn.data import Tokens
 from pyunlearn.errors import OutputError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.options import require_path
-from pyunlearn.output import make_private_folder, new_private_file
+from pyunlearn.output import make_private_folder, new_private_file, remove_partial, replacing
 
 WARNING = (
     "This cache can give back the texts that were audited: treat it like the texts.\n\n"
@@ -50,6 +49,8 @@ class RecordStore:
         self._records: dict[Hashable, Record] = {}
         self._unsaved: dict[Hashable, Record] = {}
         self._saved_at = time.monotonic()
+        if folder is not None:
+            remove_partial(folder)
         for path in sorted(folder.glob("*.npz")) if folder is not None and folder.is_dir() else []:
             self._records |= _read(path, self.names)
 
@@ -81,11 +82,8 @@ class RecordStore:
         name = f"{hashlib.sha256(''.join(map(str, keys)).encode()).hexdigest()[:24]}.npz"
         try:
             make_private_folder(self.folder)
-            partial = self.folder / f".{name}.partial-{os.getpid()}"
-            new_private_file(partial)
-            with partial.open("wb") as file:
+            with replacing(self.folder / name) as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(partial, self.folder / name)
         except OSError as error:
             raise OutputError(f"the cache could not be written to {self.folder}: {error}") from error
         self._unsaved, self._saved_at = {}, time.monotonic()
