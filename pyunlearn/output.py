@@ -88,8 +88,12 @@ def save_folder(
 
 
 def check_output(directory: str | Path, *, marker: str | None = None) -> Path:
-    """Return the directory as a path, if it is new, empty, or holds the file `marker`. Raises OutputError otherwise."""
+    """Return the directory as a path, if it is new, empty, or holds the file `marker`. Raises OutputError otherwise.
+
+    What a killed process has left half-written in its place is removed.
+    """
     target = Path(directory).resolve()
+    remove_partial(target.parent, target.name)
     if target.exists() and not target.is_dir():
         raise OutputError(f"the output folder {directory} is a file: choose another name")
     resumable = marker is not None and (target / marker).exists()
@@ -150,7 +154,11 @@ def _workshop(target: Path) -> Iterator[Path]:
 
 def remove_partial(parent: Path, name: str | None = None) -> None:
     """Remove what a killed process has left half-written in a folder, in place of `name` or of any file or folder."""
-    for left in [path for path in parent.iterdir() if is_partial(path, name)] if parent.is_dir() else ():
+    try:
+        there = [path for path in parent.iterdir() if is_partial(path, name)]
+    except OSError:  # missing, or unreadable: a later error says so where it matters
+        return
+    for left in there:
         with locked(left) as free:
             if free:
                 shutil.rmtree(left, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -149,3 +150,19 @@ def test_a_signal_to_one_process_ends_all():
     interrupt.check()
     with pytest.raises(KeyboardInterrupt):
         interrupt.check(lambda here: not here)  # another process has it
+
+
+def test_a_signal_to_end_one_process_ends_all():
+    """Each gets one of its own, where the first would leave the others waiting; after Ctrl-C none does."""
+    arrived = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: arrived.append(number))
+    try:
+        interrupt = DeferredInterrupt()
+        interrupt.redeliver()
+        assert arrived == []
+        interrupt.redeliver(lambda here: not here)  # another process has it
+        interrupt.received = signal.SIGINT
+        interrupt.redeliver()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert arrived == [signal.SIGTERM]

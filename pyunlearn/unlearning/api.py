@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pyunlearn.data import Example, check_texts, read_examples
@@ -16,6 +17,7 @@ from pyunlearn.data.redaction import masked
 from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import Method, resolve
+from pyunlearn.models.condition import require_trainable
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
@@ -32,7 +34,7 @@ from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.distributed import Processes, is_main_process, make_accelerator
 from pyunlearn.unlearning.endings import advice
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
-from pyunlearn.unlearning.loop import ascend, resume_scores
+from pyunlearn.unlearning.loop import ascend, refresh, resume_scores
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.preferences import substitutes_for
 from pyunlearn.unlearning.result import PASSED, ExampleResult, Result, Utility, document_notes
@@ -126,9 +128,11 @@ def unlearn(
     _require_models(model, reference_model, look_up=True)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
-    with folder.claimed(), Progress(progress if is_main_process() else False) as bar:
+    shown = progress if is_main_process() else False
+    with torch.inference_mode(False), torch.enable_grad(), folder.claimed(), Progress(shown) as bar:
         bar.say("loading the model")
         lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
+        require_trainable(lm.module)
         texts = render(lm, examples, config.template, truncate=config.truncate)
 
         accelerator = make_accelerator(lm.inner)
@@ -173,7 +177,8 @@ def _save(result: Result, directory: Path, checkpoint: Checkpoint, processes: Pr
         try:
             save_folder(directory, result.model, result.tokenizer, RESULT, result.to_dict(), replace=replace)
         except BaseException:
-            logger.warning(f"{checkpoint.path} holds the run: resume=True (--resume) continues it")
+            if checkpoint.exists:
+                logger.warning(f"{checkpoint.path} holds the run: resume=True (--resume) continues it")
             raise
         checkpoint.delete()
     processes.barrier()
@@ -244,18 +249,16 @@ def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resu
         mask = mask_of(
             config.mask, lm.module, session.texts.forget, batch_size=config.batch_size, workspace=config.workspace
         )
-        weights = TrainedWeights(
-            lm.module,
-            learning_rate,
-            resumable=checkpoint.path is not None,
-            mask=session.processes.broadcast_masks(mask),
-        )
+        mask, resumable = session.processes.broadcast_masks(mask), checkpoint.path is not None
+        weights = TrainedWeights(lm.module, learning_rate, resumable=resumable, mask=mask)
         optimizer = session.accelerator.prepare_optimizer(weights.optimizer)
         if resume:
             checkpoint.load(weights, session.state)
             resume_scores(session)
         stopped = ascend(session, weights, optimizer, config, checkpoint, interrupt, bar)
-    interrupt.redeliver()
+    interrupt.redeliver(session.processes.any if stopped == "interrupted" else bool)
+    if stopped == "interrupted":
+        refresh(session)
     return stopped
 
 

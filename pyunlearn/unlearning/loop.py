@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pyunlearn.errors import DataError
+from pyunlearn.errors import DataError, TrainingError
 from pyunlearn.probes.non_members import NO_LIKELIER
 from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.budget import Rise
 from pyunlearn.unlearning.checkpoint import Checkpoint
 from pyunlearn.unlearning.config import LoopConfig
 from pyunlearn.unlearning.distributed import Processes
+from pyunlearn.unlearning.endings import explained, require_gradient
 from pyunlearn.unlearning.forecast import Forecast, Pace, duration, share_done
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, finite
@@ -97,10 +98,12 @@ def ascend(
             scored = schedule.scored(taken, len(session.texts.forget), state.round_number)
             try:
                 records = _round(session, parts, round_batches, config, interrupt)
+                if not state.history:
+                    require_gradient(records)
                 measurement = measure(session, scored)
             except RuntimeError as error:
                 if not _with_less_memory(session, error):
-                    raise
+                    raise explained(error) from error.__cause__
                 _rewind(session, weights, snapshot)
                 continue
             rejection_reason = stopping.rejection_reason(measurement)
@@ -125,12 +128,11 @@ def ascend(
     except BaseException as error:
         with interrupt.shielded():
             _rewind(session, weights, snapshot)
-            if session.processes.is_main:
+            if session.processes.is_main and not isinstance(error, TrainingError):
                 checkpoint.save(weights, state)
         if not isinstance(error, KeyboardInterrupt):
             raise
-        refresh(session)
-        return "interrupted"
+        return "interrupted"  # the numbers are those of the last round, see `refresh`
     refresh(session)
     weights.optimizer.zero_grad(set_to_none=True)
     if session.processes.is_main:
