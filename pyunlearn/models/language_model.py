@@ -129,7 +129,7 @@ class LanguageModel:
             )
             for role, each in examples.items()
         }
-        largest = max((i for each in encoded.values() for t in each for i in (*t.ids, *t.written)), default=0)
+        largest = max((max(*t.ids, *t.written) for each in encoded.values() for t in each), default=0)
         if largest >= self.vocabulary:
             raise ModelError(
                 f"the tokenizer has more tokens than the model: it writes token id {largest}, and the embedding has "

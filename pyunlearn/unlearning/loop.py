@@ -20,7 +20,7 @@ from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.budget import Rise
 from pyunlearn.unlearning.checkpoint import Checkpoint
 from pyunlearn.unlearning.config import LoopConfig
-from pyunlearn.unlearning.distributed import Processes
+from pyunlearn.unlearning.distributed import LostProcess, Processes
 from pyunlearn.unlearning.endings import explained, require_gradient
 from pyunlearn.unlearning.forecast import Forecast, Pace, duration, share_done
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
@@ -128,7 +128,8 @@ def ascend(
     except BaseException as error:
         with interrupt.shielded():
             _rewind(session, weights, snapshot)
-            if session.processes.is_main and not isinstance(error, TrainingError):
+            lost = isinstance(error, LostProcess)  # perhaps the main process
+            if lost or (session.processes.is_main and not isinstance(error, TrainingError)):
                 checkpoint.save(weights, state)
         if not isinstance(error, KeyboardInterrupt):
             raise
