@@ -14,6 +14,7 @@ import torch
 
 from pyunlearn.errors import ModelError
 from pyunlearn.models import gguf
+from pyunlearn.models.hub import host, hub_options
 
 _ON_THE_HUB = re.compile(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?")  # all names there, and some of folders
 _REMOTE_CODE = ContextVar("_REMOTE_CODE", default=False)
@@ -55,15 +56,17 @@ def _load(where: str, extra: dict[str, str], name: str | Path, dtype: torch.dtyp
 
     if not extra:
         _require_saved(Path(where))
-    own_code: dict[str, Any] = {"trust_remote_code": _REMOTE_CODE.get()}
+    options: dict[str, Any] = {"trust_remote_code": _REMOTE_CODE.get(), **extra}
+    base = None
     try:
         adapter = Path(where) / "adapter_config.json"
         base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.exists() else None
-        config = AutoConfig.from_pretrained(base or where, **extra, **own_code)
+        options |= hub_options(base or where)
+        config = AutoConfig.from_pretrained(base or where, **options)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, loading = kind.from_pretrained(base or where, dtype=dtype, output_loading_info=True, **extra, **own_code)
+        model, loading = kind.from_pretrained(base or where, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loadable(str(name), error) from error
+        raise _not_loadable(str(name), error, base or where if "local_files_only" in options else "") from error
     if extra:
         gguf.mark_dequantized(model)
     head = model.get_output_embeddings()
@@ -96,14 +99,13 @@ def require_loadable(name: str, where: str | Path, *, look_up: bool = True) -> N
         return
     from transformers import AutoConfig
 
+    repository = str(path.parent if is_gguf else where)
+    options = hub_options(repository) | ({"gguf_file": path.name} if is_gguf else {})
     try:
-        AutoConfig.from_pretrained(
-            str(path.parent if is_gguf else where),
-            trust_remote_code=_REMOTE_CODE.get(),
-            **({"gguf_file": path.name} if is_gguf else {}),
-        )
+        AutoConfig.from_pretrained(repository, trust_remote_code=_REMOTE_CODE.get(), **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loadable(f"{where!s}, the {name}", error) from error
+        away = repository if "local_files_only" in options else ""
+        raise _not_loadable(f"{where!s}, the {name}", error, away) from error
 
 
 def _located(name: str | Path, role: str = "") -> str | Path:
@@ -128,10 +130,15 @@ def _located(name: str | Path, role: str = "") -> str | Path:
     return name
 
 
-def _not_loadable(name: str, error: Exception) -> ModelError:
-    """Return the error for a model that transformers cannot load: its first line, and what can be given instead."""
+def _not_loadable(name: str, error: Exception, away: str = "") -> ModelError:
+    """Return the error for a model that transformers cannot load: its first line, and what can be given instead.
+
+    `away` is its name where the hub could not be reached.
+    """
     first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
-    if "trust_remote_code" in str(error):
+    if away:
+        first = f"{away} is neither here nor among the downloads, and the hub ({host()[0]}) cannot be reached"
+    elif "trust_remote_code" in str(error):
         first = "it needs code of its own, which runs only with --trust-remote-code, or when you load it yourself"
     return ModelError(
         f"no language model could be loaded from {name}: {first}; give the folder that save_pretrained wrote, a .gguf "
@@ -164,7 +171,9 @@ def load_tokenizer(name: str | Path, **extra: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(_located(name)), trust_remote_code=_REMOTE_CODE.get(), **extra)
+        where = str(_located(name))
+        extra |= hub_options(where)
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=_REMOTE_CODE.get(), **extra)
     except (OSError, ValueError, KeyError, ImportError) as error:  # ModelError is a ValueError
         raise ModelError(
             f"no tokenizer could be loaded from {name!s}: give the one the model was trained with (tokenizer=, "
