@@ -11,22 +11,28 @@ from pyunlearn.cli import interruption
 from pyunlearn.cli import main as cli
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = "import sys, pyunlearn; from benchmarks.reliability import main; sys.exit(main(sys.argv[1:]))"
+PROGRAM = """
+import sys
+sys.path.append(sys.argv.pop(1))
+import pyunlearn
+from benchmarks.reliability import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
-def faulted(*options):
-    """Run the benchmark; return its table as dicts, after its end with nothing lost."""
-    command = [sys.executable, "-c", PROGRAM, *map(str, options)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def faulted(folder, *options):
+    """Run the benchmark on the package that the tests import; return its table as dicts. Nothing must be lost."""
+    command = [sys.executable, "-c", PROGRAM, str(ROOT), *map(str, options)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
 @pytest.mark.full
-def test_nothing_is_lost():
+def test_nothing_is_lost(tmp_path):
     """After each fault the command has the result of the undisturbed run, or says what to do."""
-    table = faulted("--commands", "unlearn,audit,compare,edit", "--moments", 1, "--seconds", 120)
+    table = faulted(tmp_path, "--commands", "unlearn,audit,compare,edit", "--moments", 1, "--seconds", 120)
     assert len(table) == 4 * 5
     for row in table:
         assert row["lost"] == "0"
