@@ -18,6 +18,7 @@ import os
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true", COLUMNS="200", TQDM_DISABLE="1")
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -47,8 +48,8 @@ STUDY = (
 COMMANDS = {
     "unlearn": f"unlearn ../inputs/model {HOLDOUT} --max-steps 12 --batch-size 2 --checkpoint-every 1e-9 "
     "--learning-rate 1e-3 --out out --quiet",
-    "audit": f"audit ../inputs/model {HOLDOUT} --no-html --out out --quiet",
-    "compare": f"compare ../inputs/model {HOLDOUT} --methods ga,npo --max-steps 2 --no-plot --out out --quiet",
+    "audit": f"audit ../inputs/model {HOLDOUT} --out out --quiet",
+    "compare": f"compare ../inputs/model {HOLDOUT} --methods ga,npo --max-steps 2 --out out --quiet",
     "edit": f"edit ../inputs/model {DATA} --edit prune --out out --quiet",
     "study": f"study --corpus ../inputs/corpus.jsonl {STUDY} --out out --quiet",
 }
@@ -116,6 +117,10 @@ def _imported(model: Path) -> Callable[[], None]:
     """Import all that the commands import, and load a model once, so that children need not; return the program."""
     import accelerate  # noqa: F401
     import transformers.models.t5.modeling_t5  # noqa: F401
+
+    with contextlib.suppress(ImportError):  # pages and plots are written where these are installed
+        import jinja2  # noqa: F401
+        import matplotlib.pyplot  # noqa: F401
 
     import pyunlearn.comparing
     import pyunlearn.edits.registry
