@@ -12,7 +12,7 @@ from unlearning_runs import run, same
 import pyunlearn
 from pyunlearn import edits
 from pyunlearn.errors import ModelError, TrainingError
-from pyunlearn.models.condition import require_loaded, require_trainable
+from pyunlearn.models.condition import require_trainable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,11 +112,22 @@ def test_a_model_that_cannot_be_changed_is_refused_in_one_sentence(untrained, co
 
 
 def test_an_audit_refuses_a_model_that_is_not_loaded(untrained):
-    """It changes nothing, so a frozen or offloaded model will do."""
+    """It says which weight has no values."""
     model, tokenizer = untrained
     with pytest.raises(ModelError, match=r"not all loaded: model\.layers\.1"):
         pyunlearn.audit(on_meta(copy.deepcopy(model)), FORGET, holdout=UNSEEN, tokenizer=tokenizer)
-    require_loaded(offloaded(copy.deepcopy(model)))
+
+
+@pytest.mark.filterwarnings("ignore:LlamaForCausalLM")
+def test_an_offloaded_model_is_audited(untrained, tmp_path):
+    """An audit changes nothing; only a cache, which is named by the weights, needs them in memory."""
+    model, tokenizer = untrained
+    options = {"holdout": UNSEEN, "tokenizer": tokenizer, "progress": False}
+    away = offloaded(copy.deepcopy(model))
+    here, there = (pyunlearn.audit(each, FORGET, **options).examples for each in (model, away))
+    assert [e.exposure for e in here] == pytest.approx([e.exposure for e in there], abs=1e-3)
+    with pytest.raises(ModelError, match="is offloaded: leave out cache"):
+        pyunlearn.audit(away, FORGET, cache=tmp_path / "cache", **options)
 
 
 def test_an_adapter_on_a_quantized_model_trains(untrained):

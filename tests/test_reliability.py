@@ -1,7 +1,10 @@
 """Faults at random moments of the commands: a small form of benchmarks/reliability.py."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,3 +66,21 @@ def test_the_sentence_of_a_command_comes_once(capsys):
     with pytest.raises(Exit), interruption.explained():
         stops()
     assert capsys.readouterr().err == "interrupted; the parts are in out: run it again\n"
+
+
+def test_an_interrupt_while_an_object_is_deleted_is_not_lost(capsys):
+    """Python itself prints a traceback then, and continues."""
+
+    class Deleted:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # the handler runs here
+
+    def work():
+        Deleted()
+        time.sleep(10)
+
+    with pytest.raises(SystemExit) as end, interruption.explained():
+        work()
+    assert end.value.code == 130
+    assert "Traceback" not in capsys.readouterr().err

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import typer
 
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
 _ANYWHERE = "run the same command again; it starts again, resumes, or says how to resume"
+_SOON = 0.01  # seconds
 _EXPLAINED = ContextVar("_EXPLAINED", default=False)
 
 
@@ -30,11 +36,20 @@ def interrupted(what_next: str) -> typer.Exit:
     return typer.Exit(130)
 
 
+def _sent_again(lost: UnraisableHookArgs) -> None:
+    """Send Ctrl-C again where it came while an object was deleted: Python prints a traceback then and continues."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    threading.Timer(_SOON, os.kill, (os.getpid(), signal.SIGINT)).start()  # not within this function
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """Print a sentence where the block is interrupted and has printed none; then Ctrl-C works as before the block."""
     listens = threading.current_thread() is threading.main_thread()
     before, token = signal.getsignal(signal.SIGINT), _EXPLAINED.set(False)
+    hook, sys.unraisablehook = sys.unraisablehook, _sent_again
     try:
         yield
     except SystemExit as end:
@@ -45,6 +60,7 @@ def explained() -> Iterator[None]:
         explain()
         sys.exit(130)
     finally:
+        sys.unraisablehook = hook
         _EXPLAINED.reset(token)
         if listens:
             signal.signal(signal.SIGINT, before)

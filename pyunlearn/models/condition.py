@@ -55,6 +55,15 @@ def require_trainable(model: nn.Module, name: str = "model") -> None:
         )
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that takes a model's inputs: of its first weight, or that to which offloaded ones are moved."""
+    first = next(model.parameters()).device
+    hooks: list[Any] = [getattr(module, "_hf_hook", None) for module in model.modules()] if first.type == "meta" else []
+    execution = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((each for each in execution if each is not None), first)
+    return torch.device(device)
+
+
 def float_types(model: nn.Module) -> list[str]:
     """Return the names of the floating-point dtypes of a model's parameters, sorted."""
     return sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})

@@ -14,7 +14,7 @@ from pyunlearn.data import Example, TokenBatch, Tokens, batches, collate, encode
 from pyunlearn.data.tokens import padding_id
 from pyunlearn.errors import ModelError
 from pyunlearn.models import inspection
-from pyunlearn.models.condition import require_loaded
+from pyunlearn.models.condition import device_of, require_loaded
 from pyunlearn.models.likelihood import Likelihood
 from pyunlearn.models.loading import load, load_tokenizer, require_loadable
 from pyunlearn.options import require_path
@@ -85,9 +85,8 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Device that holds the parameters at present."""
-        device: torch.device = next(self.inner.parameters()).device
-        return device
+        """Device that holds the parameters at present, or to which offloaded ones are moved."""
+        return device_of(self.inner)
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from pyunlearn.data import Tokens
-from pyunlearn.errors import OutputError
+from pyunlearn.errors import ModelError, OutputError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.options import require_path
 from pyunlearn.output import make_private_folder, new_private_file, remove_partial, replacing
@@ -133,7 +133,10 @@ def require_cache(name: str, folder: Any) -> None:
 
 
 def weights_digest(model: Any) -> str:
-    """Return the SHA-256, in hex, of a model's configuration, weights and buffers; tied weights count once."""
+    """Return the SHA-256, in hex, of a model's configuration, weights and buffers; tied weights count once.
+
+    Raises ModelError where weights are offloaded.
+    """
     inner = LanguageModel.of(model, needs_tokenizer=False).inner
     digest, seen = hashlib.sha256(), set()
     digest.update(type(inner).__name__.encode())
@@ -148,6 +151,8 @@ def weights_digest(model: Any) -> str:
         if at in seen and tensor.numel():
             continue
         seen.add(at)
+        if tensor.is_meta:
+            raise ModelError(f"the cache is named by the weights, and {name} is offloaded: leave out cache")
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
