@@ -63,7 +63,7 @@ def run_forked(
     work: Callable[[], Any], folder: Path, fault: Fault | None = None, moment: Moment | None = None
 ) -> Outcome:
     """Call a function in a forked child, in that folder; send it a fault at that moment, and wait for its end."""
-    counter = mmap.mmap(-1, 8)
+    counter = mmap.mmap(-1, 9)  # operations on files; whether the child is ready
     read, write = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -73,9 +73,11 @@ def run_forked(
         os.close(read)
         _child(work, folder, write, counter, fault, moment)
     os.close(write)
-    pending = list(fault.signals) if fault and moment and moment.seconds is not None else []
+    pending = list(fault.signals) if fault and moment and moment.seconds is not None else []  # once it is ready
     due, text, hangs = (moment.seconds or 0.0) if moment else 0.0, bytearray(), False
     while True:
+        if pending and not counter[8]:
+            began = time.monotonic()
         now = time.monotonic() - began
         if pending and now >= due:
             os.kill(child, pending.pop(0))
@@ -84,7 +86,7 @@ def run_forked(
         if now > _TIME_LIMIT:
             os.kill(child, signal.SIGKILL)
             hangs = True
-        ready, _, _ = select.select([read], [], [], due - now if pending else 1.0)
+        ready, _, _ = select.select([read], [], [], min(due - now, 0.005) if pending else 1.0)
         if ready:
             part = os.read(read, 1 << 16)
             if not part:
@@ -124,6 +126,7 @@ def _child(
         if fault and not fault.signals and moment and moment.bytes is not None:
             _no_file_above(moment.bytes)
         signal.signal(signal.SIGINT, interrupt)
+        counter[8] = 1
         work()
         code = 0
     except KeyboardInterrupt:  # after the command's own end

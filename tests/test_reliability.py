@@ -84,3 +84,19 @@ def test_an_interrupt_while_an_object_is_deleted_is_not_lost(capsys):
         work()
     assert end.value.code == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_two_interrupts_at_once_are_one(capsys):
+    """A terminal and a launcher send one each, some milliseconds apart."""
+
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            print("cleaned up", file=sys.stderr)
+
+    with pytest.raises(SystemExit), interruption.explained():
+        work()
+    assert capsys.readouterr().err.startswith("cleaned up\ninterrupted; ")

@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 _ANYWHERE = "run the same command again; it starts again, resumes, or says how to resume"
-_SOON = 0.01  # seconds
+_SOON = 0.1  # seconds
+_TOGETHER = 0.05  # seconds
 _EXPLAINED = ContextVar("_EXPLAINED", default=False)
 
 
@@ -44,6 +47,19 @@ def _sent_again(lost: UnraisableHookArgs) -> None:
     threading.Timer(_SOON, os.kill, (os.getpid(), signal.SIGINT)).start()  # not within this function
 
 
+def _once(handler: Callable[[int, FrameType | None], object]) -> Callable[[int, FrameType | None], None]:
+    """Return a handler of Ctrl-C that passes over one soon after another, as a terminal and a launcher both send it."""
+    last = -_TOGETHER
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before >= _TOGETHER:
+            handler(number, frame)
+
+    return handle
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """Print a sentence where the block is interrupted and has printed none; then Ctrl-C works as before the block."""
@@ -51,6 +67,8 @@ def explained() -> Iterator[None]:
     before, token = signal.getsignal(signal.SIGINT), _EXPLAINED.set(False)
     hook, sys.unraisablehook = sys.unraisablehook, _sent_again
     try:
+        if listens and callable(before):
+            signal.signal(signal.SIGINT, _once(before))
         yield
     except SystemExit as end:
         if end.code == 130:
