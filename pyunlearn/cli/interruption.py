@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 _ANYWHERE = "run the same command again; it starts again, resumes, or says how to resume"
-_SOON = 0.1  # seconds
-_TOGETHER = 0.05  # seconds
+_TOGETHER = 0.05  # seconds within which two Ctrl-C are one
+_SOON = 2 * _TOGETHER
 _EXPLAINED = ContextVar("_EXPLAINED", default=False)
 
 
