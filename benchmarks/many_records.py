@@ -75,14 +75,19 @@ def facts(count: int, seed: int) -> list[dict[str, str]]:
     ]
 
 
-def world(count: int, *, known: bool, seed: int) -> tuple[Any, Any, dict[str, list[dict[str, str]]]]:
-    """Return a model that knows `count` facts by heart, its tokenizer, and the texts by role."""
-    torch.manual_seed(seed)
+def word_tokenizer() -> Any:
+    """Return a tokenizer whose tokens are the words of the facts."""
     names = ["<pad>", "<s>", "the", "of", ".", *WORDS]
     raw = Tokenizer(WordLevel({word: i for i, word in enumerate(names)}, unk_token="<pad>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>", pad_token="<pad>")
-    model = untrained_llama(len(names), width=128, feed_forward=256, layers=2, heads=4, context=64)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="<s>", pad_token="<pad>")
+
+
+def world(count: int, *, known: bool, seed: int) -> tuple[Any, Any, dict[str, list[dict[str, str]]]]:
+    """Return a model that knows `count` facts by heart, its tokenizer, and the texts by role."""
+    torch.manual_seed(seed)
+    tokenizer = word_tokenizer()
+    model = untrained_llama(len(tokenizer), width=128, feed_forward=256, layers=2, heads=4, context=64)
     sizes = {1: count, 2: max(ONCE, ONCE_EACH * count), 4: max(count, 64)}
     forget, once, often = (facts(n, 10 * seed + i) for i, n in sizes.items())
     train(model, tokenizer, once + (forget + (often if known else [])) * READ_OFTEN)

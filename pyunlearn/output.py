@@ -17,6 +17,8 @@ import numpy as np
 
 from pyunlearn.errors import OutputError, first_line
 
+_PARTIAL = ".partial-"
+
 
 def new_private_file(path: Path) -> None:
     """Make an empty file that nobody else can read or has made before; what is at the path is removed."""
@@ -77,6 +79,7 @@ def save_folder(
                     part.replace(target / part.name)
             else:
                 if target.exists():
+                    remove_partial(target)
                     shutil.rmtree(target) if replace else target.rmdir()
                 partial.replace(target)
     except Exception as error:  # safetensors has its own for a full disk
@@ -85,12 +88,17 @@ def save_folder(
 
 
 def check_output(directory: str | Path, *, marker: str | None = None) -> Path:
-    """Return the directory as a path, if it is new, empty, or holds the file `marker`. Raises OutputError otherwise."""
+    """Return the directory as a path, if it is new, empty, or holds the file `marker`. Raises OutputError otherwise.
+
+    What a killed process has left half-written in its place is removed.
+    """
     target = Path(directory).resolve()
+    remove_partial(target.parent, target.name)
     if target.exists() and not target.is_dir():
         raise OutputError(f"the output folder {directory} is a file: choose another name")
     resumable = marker is not None and (target / marker).exists()
-    if target.is_dir() and any(target.iterdir()) and not resumable:
+    there = target.iterdir() if target.is_dir() else ()
+    if not resumable and not all(map(is_partial, there)):
         raise OutputError(f"the output folder {directory} is not empty: choose another, or empty it first")
     return target
 
@@ -135,11 +143,61 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def _workshop(target: Path) -> Iterator[Path]:
     """Yield a path that nobody else can have prepared, in a new folder next to `target` that is removed at the end."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=_made(target.parent)))
+    remove_partial(_made(target.parent), target.name)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=target.parent))
+    with locked(folder):
+        try:
+            yield folder / target.name
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_partial(parent: Path, name: str | None = None) -> None:
+    """Remove what a killed process has left half-written in a folder, in place of `name` or of any file or folder."""
     try:
-        yield folder / target.name
+        there = [path for path in parent.iterdir() if is_partial(path, name)]
+    except OSError:  # missing, or unreadable: a later error says so where it matters
+        return
+    for left in there:
+        with locked(left) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def is_partial(path: Path, name: str | None = None) -> bool:
+    """Return whether a path is where a file or folder is written before it gets its name, `name` or any."""
+    own, partial, _ = path.name.partition(_PARTIAL)
+    return bool(partial) and own.startswith(".") and (name is None or own == f".{name}")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool | None]:
+    """Lock a file or folder within the block, or until this process ends, however it ends.
+
+    Yields False where another process holds it, None where the system or the disk has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield None
+        return
+    mine: bool | None = False
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that somebody planted there blocks nothing
+    except OSError:  # it is gone: the other process has just ended
+        yield mine
+        return
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(number), os.stat(path))  # not one that was removed meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        except OSError:
+            mine = None
+        yield mine
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(number)
 
 
 def _made(folder: Path) -> Path:

@@ -37,7 +37,9 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 NAMES = st.sampled_from(["text", "prompt", "completion", "question", "answer", "messages", "forget", "winner", "role"])
 NAMES |= st.sampled_from(["content", "data", "\x1b[2J"]) | st.text(max_size=5)
 JSON = st.recursive(SCALARS, lambda x: st.lists(x, max_size=4) | st.dictionaries(NAMES, x, max_size=4), max_leaves=12)
-HARD = st.sampled_from(["x" * 300, "x" * 300 + ".json", "~nobody/x.txt", "\ud800.txt", "/dev/null", "a/../.."])
+HARD = st.sampled_from(
+    ["x" * 300, "x" * 300 + ".json", "~nobody/x.txt", "~\0.txt", "\ud800.txt", "/dev/null", "a/../.."]
+)
 JUNK = JSON | HARD | st.binary(max_size=10) | st.complex_numbers() | st.builds(object) | st.tuples(st.text(max_size=3))
 FEW = settings(max_examples=60)  # of the slower ones
 
@@ -98,6 +100,17 @@ def test_a_damaged_parquet_file_is_a_sentence(tmp_path, data):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     (tmp_path / "a.parquet").write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
     read_all(tmp_path / "a.parquet")
+
+
+def test_a_column_s_name_that_is_not_utf_8_is_a_sentence(tmp_path):
+    """As damage can make it: found by 100,000 cases of the tests above."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["one"], "name": ["two"]}), tmp_path / "a.parquet", store_schema=False)
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content.replace(b"name", b"\x80ame"))
+    for read in (lambda: read_examples(tmp_path / "a.parquet", role="forget"), lambda: list(Corpus(tmp_path))):
+        with pytest.raises(PyunlearnError, match="not UTF-8"):
+            read()
 
 
 def test_what_python_cannot_hold_is_a_sentence(tmp_path):

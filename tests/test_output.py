@@ -1,9 +1,19 @@
 """Files written completely or not at all; saved settings and scores that differ from those of a run."""
 
+import multiprocessing
+
 import pytest
 
 from pyunlearn.errors import OutputError
-from pyunlearn.output import scores_difference, settings_difference, write_whole
+from pyunlearn.output import (
+    check_output,
+    locked,
+    remove_partial,
+    scores_difference,
+    settings_difference,
+    write_json,
+    write_whole,
+)
 
 SETTINGS = {"tau": 0.95, "seed": 0, "methods": ("ga", "npo"), "mask": None, "method_options": {"ga": {"beta": 1.0}}}
 SAVED = SETTINGS | {"methods": ["ga", "npo"]}  # as JSON gives it back
@@ -95,3 +105,46 @@ def test_the_file_is_not_there_before_it_is_complete(tmp_path):
     write_whole(target, write)
     assert seen == [False]
     assert tree(tmp_path) == {"result.json": "whole"}
+
+
+def test_what_a_killed_process_left_half_written_is_removed_by_the_next(tmp_path):
+    """In place of the same name alone; a folder that holds nothing else counts as empty."""
+    for name in (".a.json.partial-xy", ".b.json.partial-xy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("{")
+    assert check_output(tmp_path) == tmp_path
+    write_json(tmp_path / "a.json", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.partial-xy", "a.json"]
+    check_output(tmp_path / "b.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def write_slowly(target, started, end):
+    """Write a file while another process writes the same."""
+
+    def write(path):
+        started.set()
+        end.wait(20)
+        path.write_text("whole")
+
+    write_whole(target, write)
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    """It is locked as long as that process lives."""
+    context = multiprocessing.get_context("fork")
+    started, end = context.Event(), context.Event()
+    other = context.Process(target=write_slowly, args=(tmp_path / "a", started, end))
+    other.start()
+    assert started.wait(20)
+    (partial,) = tmp_path.iterdir()
+    with locked(partial) as mine:
+        assert mine is False
+    remove_partial(tmp_path)
+    assert partial.exists()
+    end.set()
+    other.join()
+    assert (tmp_path / "a").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    with locked(tmp_path / "missing") as mine:
+        assert mine is False

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import types
@@ -31,13 +33,20 @@ for arguments in " ".join(sys.argv[1:]).split(" , "):
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """Run `pyunlearn unlearn` with each method in two processes, in one launch: (story, folder, output)."""
+def saved(tmp_path_factory):
+    """A model and its texts in a folder: (story, folder)."""
     story, folder = tiny.storyteller(), tmp_path_factory.mktemp("launch")
     for part in (story.model, story.tokenizer):
         part.save_pretrained(folder / "model")
     for role in ("forget", "corpus"):
         (folder / f"{role}.json").write_text(json.dumps([{"text": text} for text in getattr(story, role)]))
+    return story, folder
+
+
+@pytest.fixture(scope="module")
+def launched(saved):
+    """Run `pyunlearn unlearn` with each method in two processes, in one launch: (story, folder, output)."""
+    story, folder = saved
     (folder / "both.py").write_text(BOTH)
     common = (
         "unlearn model --forget forget.json --retain corpus.json --learning-rate 3e-4 --batch-size 3 --json --quiet"
@@ -126,6 +135,58 @@ def test_shards_cover_every_item_once():
         assert [w.is_main for w in every] == [True] + [False] * (count - 1)
 
 
+DIES = """
+import os, signal, sys
+from pyunlearn.cli import main as cli
+from pyunlearn.unlearning.distributed import Processes
+calls, sum_gradients = [], Processes.sum_gradients
+
+def dies(self, parameters):
+    calls.append(1)
+    if len(calls) == 4 and os.environ["RANK"] == os.environ["DIES"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    sum_gradients(self, parameters)
+
+Processes.sum_gradients = dies
+cli.main()
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dies", ["0", "1"])
+def test_a_dead_process_ends_the_others_with_a_checkpoint(saved, call, dies):
+    """Within seconds, with one sentence, whichever it is; one process resumes from the checkpoint."""
+    _, folder = saved
+    (folder / "dies.py").write_text(DIES)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = f"unlearn {folder}/model --forget {folder}/forget.json --retain {folder}/corpus.json --learning-rate 3e-4 "
+    words += f"--batch-size 1 --max-steps 8 --method ga --quiet --out {folder}/out{dies}"
+    common = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "DIES": dies}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    running = [
+        subprocess.Popen(
+            [sys.executable, folder / "dies.py", *words.split()],
+            env=common | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in running]
+    other = 1 - int(dies)
+    assert running[int(dies)].returncode == -signal.SIGKILL
+    assert running[other].returncode == 2, errors[other]
+    assert "pyunlearn: another process of this launch has ended, so this one ends too" in errors[other]
+    assert "Traceback" not in errors[other]
+    assert (folder / f"out{dies}.checkpoint.pt").exists()
+    code, _, err = call(*words.split(), "--resume")
+    assert code in (0, 1), err
+    history = json.loads((folder / f"out{dies}" / "result.json").read_text())["history"]
+    assert [record["step"] for record in history] == list(range(1, 9))
+
+
 def accelerator(processes=1):
     """Return what unlearn reads of an Accelerator."""
     return types.SimpleNamespace(distributed_type="NO", process_index=0, num_processes=processes)
@@ -149,3 +210,19 @@ def test_a_signal_to_one_process_ends_all():
     interrupt.check()
     with pytest.raises(KeyboardInterrupt):
         interrupt.check(lambda here: not here)  # another process has it
+
+
+def test_a_signal_to_end_one_process_ends_all():
+    """Each gets one of its own, where the first would leave the others waiting; after Ctrl-C none does."""
+    arrived = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: arrived.append(number))
+    try:
+        interrupt = DeferredInterrupt()
+        interrupt.redeliver()
+        assert arrived == []
+        interrupt.redeliver(lambda here: not here)  # another process has it
+        interrupt.received = signal.SIGINT
+        interrupt.redeliver()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert arrived == [signal.SIGTERM]

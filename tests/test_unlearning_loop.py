@@ -14,7 +14,7 @@ from unlearning_runs import apart, check_forgotten, run, same, weights
 
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
-from pyunlearn.unlearning import api
+from pyunlearn.unlearning import outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,7 +146,7 @@ def test_no_buffer_of_logits_is_larger_than_the_workspace(story, answers, method
 
 def test_a_text_that_the_model_still_recites_ends_the_run_as_still_extracted(story, monkeypatch):
     """Likelihood and first choices are those of unseen text, and its beginning is continued with its rest."""
-    monkeypatch.setattr(api, "recitations", lambda session, examples, indices: np.ones(len(examples), dtype=bool))
+    monkeypatch.setattr(outcome, "recitations", lambda session, examples, indices: np.ones(len(examples), dtype=bool))
     result = run(story)
     assert result.stopped == "still extracted"
     assert {e.verdict for e in result.examples} == {"still exposed"}

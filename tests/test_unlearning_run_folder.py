@@ -68,6 +68,16 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [".out2.partial-ef"]
 
 
+def test_a_lock_of_a_killed_run_is_removed(tmp_path):
+    """Also where its result is whole, so that no other run follows."""
+    (tmp_path / ".out.lock").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "result.json").touch()
+    with pytest.raises(OutputError, match="is not empty"):
+        RunFolder(tmp_path / "out", resume=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_full_disk_or_a_folder_that_cannot_be_written_is_known_before_the_first_step(tmp_path, monkeypatch):
     """One sentence with what is needed; the model is unchanged."""
     model, folder = torch.nn.Linear(1000, 1000), RunFolder(tmp_path / "out", resume=False)
@@ -172,9 +182,9 @@ def test_out_of_memory_with_one_example_ends_the_run(story, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_end_leaves_a_checkpoint_and_ends_the_process(story, tmp_path, monkeypatch, number):
-    """The step is completed, the checkpoint written, then the signal arrives where it would have."""
+    """The step is completed, the checkpoint written, and then the signal arrives, before anything is scored."""
     arrived, out = [], tmp_path / "out"
-    loss = METHODS["ga"].function
+    loss, refresh = METHODS["ga"].function, api.refresh
 
     def signalled(*args, **kwargs):
         if not arrived and not (tmp_path / "sent").exists():
@@ -186,9 +196,10 @@ def test_a_signal_to_end_leaves_a_checkpoint_and_ends_the_process(story, tmp_pat
     try:
         with monkeypatch.context() as patch:
             patch.setitem(METHODS, "ga", tiny.with_loss("ga", signalled))
+            patch.setattr(api, "refresh", lambda session: (arrived.append("scored"), refresh(session)))
             assert run(story, max_steps=4, output_dir=out).stopped == "interrupted"
     finally:
         signal.signal(number, before)
-    assert arrived == [True]
+    assert arrived == [True, "scored"]
     resumed = run(story, max_steps=4, output_dir=out, resume=True)
     assert timeless(resumed.history) == timeless(run(story, max_steps=4).history)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pyunlearn.auditing.config import AuditConfig
+from pyunlearn.cli.interruption import interrupted
 from pyunlearn.cli.options import (
     AsJson,
     Forget,
@@ -134,8 +134,10 @@ def audit(
     if fast:
         config = replace(config, metrics=tuple(name for name in config.metrics if name != "continuations"))
     target = folder_for(model, out, "audit")
-    audit_folder(target)
     responses = cache if cache is not None else target.with_name(f"{target.name}.cache")
+    if cache is None and (target / "audit.json").exists():  # killed after it was written
+        shutil.rmtree(responses, ignore_errors=True)
+    audit_folder(target)
     try:
         result = pyunlearn.audit(
             model,
@@ -150,10 +152,7 @@ def audit(
             progress=False if quiet else None,
         )
     except KeyboardInterrupt:
-        print(
-            f"interrupted; responses are cached in {responses}: run the same command again to resume", file=sys.stderr
-        )
-        raise typer.Exit(130) from None
+        raise interrupted(f"responses are cached in {responses}: run the same command again to resume") from None
     write_audit(result, target, html=html, show_text=show_text)
     if cache is None:
         shutil.rmtree(responses, ignore_errors=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pyunlearn.cli.interruption import interrupted
 from pyunlearn.cli.options import (
     AsJson,
     Forget,
@@ -93,8 +93,7 @@ def compare(
             progress=False if quiet else None,
         )
     except KeyboardInterrupt:
-        print(f"interrupted; finished methods are in {target}: run the same command again to resume", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise interrupted(f"finished methods are in {target}: run the same command again to resume") from None
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:

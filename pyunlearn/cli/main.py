@@ -18,6 +18,7 @@ from pyunlearn.cli.demo import demo
 from pyunlearn.cli.edit import edit
 from pyunlearn.cli.find import find
 from pyunlearn.cli.info import info
+from pyunlearn.cli.interruption import explained
 from pyunlearn.cli.study import study
 from pyunlearn.cli.unlearn import unlearn
 
@@ -68,16 +69,14 @@ def main() -> None:
     from pyunlearn.errors import PyunlearnError
 
     try:
-        app()
+        with explained():
+            app()
     except (PyunlearnError, ValueError) as error:
         if not isinstance(error, PyunlearnError) and "PYUNLEARN_" not in str(error):
             traceback.print_exc()
             sys.exit(_FAILED)
         print(f"pyunlearn: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except Exception:
         traceback.print_exc()
         sys.exit(_FAILED)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pyunlearn.cli.interruption import interrupted
 from pyunlearn.cli.options import AsJson, Quiet, with_settings
 from pyunlearn.cli.quiet import quiet_libraries, terminal
 from pyunlearn.study.config import StudyConfig
@@ -75,8 +75,7 @@ def study(
             progress=False if quiet else None,
         )
     except KeyboardInterrupt:
-        print(f"interrupted; finished parts are in {out}: run the same command again to resume", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise interrupted(f"finished parts are in {out}: run the same command again to resume") from None
     if as_json:
         print((result.folder / "claims.json").read_text(encoding="utf-8"), end="")
         return

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pyunlearn.cli.interruption import interrupted
 from pyunlearn.cli.options import (
     AsJson,
     Forget,
@@ -87,11 +87,9 @@ def unlearn(
         progress=False if quiet else None,
     )
     if result.stopped == "interrupted":
-        print(
-            f"interrupted; the checkpoint is next to {target}: run the same command with --resume to resume",
-            file=sys.stderr,
-        )
-        raise typer.Exit(130)
+        if target.with_name(f"{target.name}.checkpoint.pt").exists():
+            raise interrupted(f"the checkpoint is next to {target}: run the same command with --resume to resume")
+        raise interrupted("no checkpoint could be written: run the same command again to start again")
     if os.environ.get("RANK", "0") != "0":  # of several processes, the main process prints
         pass
     elif as_json:

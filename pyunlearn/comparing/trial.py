@@ -17,6 +17,7 @@ from pyunlearn.comparing.peak_memory import PeakMemory
 from pyunlearn.comparing.result import Row
 from pyunlearn.edits import calibrate_by_mixing
 from pyunlearn.errors import ModelError, TrainingError
+from pyunlearn.models.condition import require_trainable
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.progress import Progress, without_lines
@@ -30,14 +31,10 @@ class Restored:
 
     def __init__(self, lm: LanguageModel) -> None:
         self.lm, self.model = lm, lm.module
+        require_trainable(self.model)
         parameters = dict(self.model.named_parameters())
         self.weights = {n: p.detach().to("cpu", copy=True) for n, p in parameters.items() if p.requires_grad}
         self.train = {n: p.requires_grad for n, p in parameters.items()}
-        if not self.weights:
-            raise ModelError(
-                "no parameter of the model requires a gradient, so no method can change it: "
-                "unfreeze it, or an adapter, first"
-            )
         if any(bool(v.any()) for n, v in self.weights.items() if "lora_B" in n):
             raise ModelError(
                 "an adapter is mixed by scaling, which needs one that starts from zero: "

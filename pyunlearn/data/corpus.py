@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pyunlearn.data.examples import WANTED, Example, Message
 from pyunlearn.data.files import SUFFIXES, column_names, expanded, parse_json, parse_parquet, require_readable
-from pyunlearn.errors import DataError, missing_packages
+from pyunlearn.errors import DataError, first_line, missing_packages
 
 __all__ = ["Corpus", "Record", "record_text"]
 
@@ -173,8 +173,9 @@ class Corpus:
     def _parquet(self, file: Path) -> Rows:
         pyarrow, name, size, number = _pyarrow(), f"the corpus file {file}", file.stat().st_size, 0  # rows so far
         try:
-            with pyarrow.parquet.ParquetFile(file) as table:
-                total, names = table.metadata.num_rows, table.schema_arrow.names
+            with parse_parquet(name, lambda: pyarrow.parquet.ParquetFile(file)) as table:
+                total = table.metadata.num_rows
+                names = parse_parquet(name, lambda: table.schema_arrow.names)
                 columns = [column for columns in _COLUMNS for column in columns if column in names]
                 if not columns:
                     raise DataError(f"{name} has no usable column: wanted {WANTED}, found {column_names(names)}")
@@ -184,7 +185,7 @@ class Corpus:
                         number += 1
                         yield number, row
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{name} cannot be read as parquet: {str(error).splitlines()[0].rstrip('.')}") from error
+            raise DataError(f"{name} cannot be read as parquet: {first_line(error).rstrip('.')}") from error
 
 
 def record_text(row: object) -> str | None:

@@ -57,7 +57,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     """Return a path with ~ replaced, where there is such a home."""
     try:
         return Path(path).expanduser()
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # no such home; a NUL, which `require_readable` refuses
         return Path(path)
 
 
@@ -119,6 +119,8 @@ def parse_parquet(name: str, read: Callable[[], T]) -> T:
     except (pyarrow.ArrowException, OSError) as error:
         fault = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(f"{name} cannot be read as parquet: {fault}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} has a text or the name of a column that is not UTF-8: save it as UTF-8") from error
     except (ValueError, OverflowError, TypeError) as error:  # a date or a duration that Python's types do not hold
         raise DataError(
             f"{name} has a value that Python cannot hold: leave out columns of dates and durations"
@@ -207,7 +209,8 @@ def _parquet(path: Path, name: str) -> Rows:
     except ImportError as error:
         raise missing_packages(f"reading {name}", "pyarrow", otherwise="save it as .jsonl") from error
     table = parse_parquet(name, lambda: pyarrow.parquet.read_table(path))
-    if len(set(table.column_names)) < len(table.column_names):
+    names = parse_parquet(name, lambda: table.column_names)
+    if len(set(names)) < len(names):
         raise DataError(f"{name} has two columns of the same name: rename one of them")
     rows = parse_parquet(name, table.to_pylist)
     yield from ((f"{name}, row {number},", row) for number, row in enumerate(rows, 1))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pyunlearn.data import TokenBatch, Tokens, read_examples
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
+from pyunlearn.models.condition import require_trainable
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.scoring import Scorer, evaluation_mode
 from pyunlearn.options import Flag, Kind, Number, Whole, require
@@ -178,6 +179,7 @@ class Editing:
         require_model("model", model)
         self.lm = LanguageModel.of(model, tokenizer, workspace=self.config.workspace, needs_tokenizer=bool(examples))
         self.scorer = Scorer(self.lm, self.config.batch_size)
+        require_trainable(self.lm.module)
         self.parameters = trained_parameters(self.lm.module)
         if odd := next((n for n, p in self.parameters.items() if type(p.data) is not Tensor or p.is_meta), None):
             raise ModelError(
@@ -201,10 +203,12 @@ class Editing:
 
     def __enter__(self) -> Editing:
         self.progress = Progress(self.show_progress, self.name.replace("_", " "))
+        self.gradients = torch.enable_grad()  # also where the caller has switched them off
+        self.gradients.__enter__()
         try:
             self.nll_before = self.nll()
-        except BaseException:
-            self.progress.close()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
@@ -212,6 +216,7 @@ class Editing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.close()
+        self.gradients.__exit__(kind, error, trace)
         if kind is not None:
             for name, saved in self.saved.items():
                 restore(self.parameters[name], saved)

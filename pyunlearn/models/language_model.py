@@ -14,6 +14,7 @@ from pyunlearn.data import Example, TokenBatch, Tokens, batches, collate, encode
 from pyunlearn.data.tokens import padding_id
 from pyunlearn.errors import ModelError
 from pyunlearn.models import inspection
+from pyunlearn.models.condition import device_of, require_loaded
 from pyunlearn.models.likelihood import Likelihood
 from pyunlearn.models.loading import load, load_tokenizer, require_loadable
 from pyunlearn.options import require_path
@@ -64,26 +65,28 @@ class LanguageModel:
         if isinstance(model, (str, Path)):
             model, tokenizer = load(model, tokenizer=tokenizer)
         inner = inspection.require_language_model(model)
+        require_loaded(model)
         if needs_tokenizer:
             tokenizer = _tokenizer(inner, tokenizer)
         both = inspection.is_encoder_decoder(inner)
+        vocabulary = int(inner.get_input_embeddings().weight.shape[0])
+        pad_id = 0 if tokenizer is None else padding_id(tokenizer)
         return cls(
             module=model,
             inner=inner,
             tokenizer=tokenizer,
             is_encoder_decoder=both,
             context_length=inspection.context_length(inner, encoder_decoder=both),
-            pad_id=0 if tokenizer is None else padding_id(tokenizer),
+            pad_id=pad_id if pad_id < vocabulary else 0,  # padding is neither attended to nor scored
             decoder_start_id=inspection.decoder_start_id(inner) if both else None,
-            vocabulary=int(inner.get_input_embeddings().weight.shape[0]),
+            vocabulary=vocabulary,
             workspace=workspace,
         )
 
     @property
     def device(self) -> torch.device:
-        """Device that holds the parameters at present."""
-        device: torch.device = next(self.inner.parameters()).device
-        return device
+        """Device that holds the parameters at present, or to which offloaded ones are moved."""
+        return device_of(self.inner)
 
     @property
     def name(self) -> str:
@@ -110,8 +113,10 @@ class LanguageModel:
             truncate: cut what is longer than the context.
             chat_template: Jinja source in place of the tokenizer's chat template.
             limited: False where texts may be longer than the context.
+
+        Raises ModelError where a token is none of the model's.
         """
-        return {
+        encoded = {
             role: encode(
                 each,
                 self.tokenizer,
@@ -123,6 +128,14 @@ class LanguageModel:
             )
             for role, each in examples.items()
         }
+        largest = max((max(*t.ids, *t.written) for each in encoded.values() for t in each), default=0)
+        if largest >= self.vocabulary:
+            raise ModelError(
+                f"the tokenizer has more tokens than the model: it writes token id {largest}, and the embedding has "
+                f"{self.vocabulary} rows; give the tokenizer that the model was trained with, or enlarge the model "
+                "(resize_token_embeddings)"
+            )
+        return encoded
 
     def collate(self, tokens: Sequence[Tokens], indices: Iterable[int] | None = None) -> TokenBatch:
         """Pad the tokens at `indices` (default: all) into one batch on the model's device."""

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from pyunlearn.data import TokenBatch
+from pyunlearn.errors import ModelError, first_line
+from pyunlearn.models.condition import float_types
 from pyunlearn.models.distributions import Distributions, Head
 from pyunlearn.models.inspection import require_language_model, text_config
 from pyunlearn.ops import _backend
@@ -203,7 +205,7 @@ class Likelihood:
         training = self.model.training
         self.model.eval()
         try:
-            logits = self.logits(first)
+            logits = self._own_logits(first)
             fused, plain = self._from_hidden(first), log_likelihood(logits, first.targets)
         except torch.OutOfMemoryError:
             raise
@@ -221,6 +223,19 @@ class Likelihood:
         if difference <= tolerance:
             return None
         return f"log-likelihoods from its head differ from those of its own logits by up to {difference:.3g} nats"
+
+    def _own_logits(self, batch: TokenBatch) -> Tensor:
+        """Return the model's own logits. Raises ModelError where its dtypes do not fit together."""
+        try:
+            return self.logits(batch)
+        except RuntimeError as error:
+            types = float_types(self.model)
+            if "dtype" not in str(error) or len(types) < 2:
+                raise
+            raise ModelError(
+                f"the model's weights are of several dtypes ({', '.join(types)}) that its forward pass cannot combine "
+                f"({first_line(error)}): convert them to one, for example model.to(torch.bfloat16)"
+            ) from error
 
 
 def head_problem(inner: Any) -> str | None:

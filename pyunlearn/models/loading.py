@@ -16,6 +16,7 @@ from pyunlearn.errors import ModelError
 from pyunlearn.models import four_bits, gguf
 from pyunlearn.models.config import LoadOptions
 from pyunlearn.models.devices import use_device
+from pyunlearn.models.hub import host, hub_options
 
 _ON_THE_HUB = re.compile(
     r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?(@[A-Za-z0-9_./-]+)?"
@@ -81,7 +82,7 @@ def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[
     is_gguf = "gguf_file" in arguments
     if not is_gguf:
         _require_saved(Path(where))
-    options = _options()
+    options, base = _options(), None
     as_saved = dtype is None and options.dtype == "auto" and not is_gguf
     if not as_saved and dtype is None:
         dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -93,11 +94,12 @@ def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[
     try:
         adapter = Path(where) / "adapter_config.json"
         base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.exists() else None
+        arguments |= hub_options(base or where)
         config = AutoConfig.from_pretrained(base or where, **arguments)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, loading = kind.from_pretrained(base or where, output_loading_info=True, **weights, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loadable(str(name), error) from error
+        raise _not_loadable(str(name), error, base or where if "local_files_only" in arguments else "") from error
     four_bits.keep_differentiable(model)
     if is_gguf:
         gguf.mark_dequantized(model)
@@ -132,10 +134,12 @@ def require_loadable(name: str, where: str | Path, *, look_up: bool = True) -> N
     from transformers import AutoConfig
 
     place, arguments = _arguments(where)
+    arguments |= hub_options(place)
     try:
         AutoConfig.from_pretrained(place, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loadable(f"{where!s}, the {name}", error) from error
+        away = place if "local_files_only" in arguments else ""
+        raise _not_loadable(f"{where!s}, the {name}", error, away) from error
 
 
 def _located(name: str | Path, role: str = "") -> str | Path:
@@ -160,10 +164,15 @@ def _located(name: str | Path, role: str = "") -> str | Path:
     return name
 
 
-def _not_loadable(name: str, error: Exception) -> ModelError:
-    """Return the error for a model that transformers cannot load: its first line, and what can be given instead."""
+def _not_loadable(name: str, error: Exception, away: str = "") -> ModelError:
+    """Return the error for a model that transformers cannot load: its first line, and what can be given instead.
+
+    `away` is its name where the hub could not be reached.
+    """
     first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".: ")
-    if "trust_remote_code" in str(error):
+    if away:
+        first = f"{away} is neither here nor among the downloads, and the hub ({host()[0]}) cannot be reached"
+    elif "trust_remote_code" in str(error):
         first = "it needs code of its own, which runs only with --trust-remote-code, or when you load it yourself"
     return ModelError(
         f"no language model could be loaded from {name}: {first}; give the folder that save_pretrained wrote, a .gguf "
@@ -216,7 +225,7 @@ def load_tokenizer(name: str | Path) -> Any:
 
     try:
         where, arguments = _arguments(_located(name))
-        return AutoTokenizer.from_pretrained(where, **arguments)
+        return AutoTokenizer.from_pretrained(where, **arguments, **hub_options(where))
     except (OSError, ValueError, KeyError, ImportError) as error:  # ModelError is a ValueError
         raise ModelError(
             f"no tokenizer could be loaded from {name!s}: give the one the model was trained with (tokenizer=, "

@@ -10,7 +10,6 @@ in it says what it is.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -21,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from pyunlearn.data import Tokens
-from pyunlearn.errors import OutputError
+from pyunlearn.errors import ModelError, OutputError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.options import require_path
-from pyunlearn.output import make_private_folder, new_private_file
+from pyunlearn.output import make_private_folder, new_private_file, remove_partial, replacing
 
 WARNING = (
     "This cache can give back the texts that were audited: treat it like the texts.\n\n"
@@ -50,6 +49,8 @@ class RecordStore:
         self._records: dict[Hashable, Record] = {}
         self._unsaved: dict[Hashable, Record] = {}
         self._saved_at = time.monotonic()
+        if folder is not None:
+            remove_partial(folder)
         for path in sorted(folder.glob("*.npz")) if folder is not None and folder.is_dir() else []:
             self._records |= _read(path, self.names)
 
@@ -81,11 +82,8 @@ class RecordStore:
         name = f"{hashlib.sha256(''.join(map(str, keys)).encode()).hexdigest()[:24]}.npz"
         try:
             make_private_folder(self.folder)
-            partial = self.folder / f".{name}.partial-{os.getpid()}"
-            new_private_file(partial)
-            with partial.open("wb") as file:
+            with replacing(self.folder / name) as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(partial, self.folder / name)
         except OSError as error:
             raise OutputError(f"the cache could not be written to {self.folder}: {error}") from error
         self._unsaved, self._saved_at = {}, time.monotonic()
@@ -135,7 +133,10 @@ def require_cache(name: str, folder: Any) -> None:
 
 
 def weights_digest(model: Any) -> str:
-    """Return the SHA-256, in hex, of a model's configuration, weights and buffers; tied weights count once."""
+    """Return the SHA-256, in hex, of a model's configuration, weights and buffers; tied weights count once.
+
+    Raises ModelError where weights are offloaded.
+    """
     inner = LanguageModel.of(model, needs_tokenizer=False).inner
     digest, seen = hashlib.sha256(), set()
     digest.update(type(inner).__name__.encode())
@@ -150,6 +151,8 @@ def weights_digest(model: Any) -> str:
         if at in seen and tensor.numel():
             continue
         seen.add(at)
+        if tensor.is_meta:
+            raise ModelError(f"the cache is named by the weights, and {name} is offloaded: leave out cache")
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pyunlearn.errors import OutputError
-from pyunlearn.output import check_output, write_json, write_whole
+from pyunlearn.output import check_output, remove_partial, write_json, write_whole
 
 Row = dict[str, Any]
 
@@ -26,6 +26,9 @@ class Folder:
     def __init__(self, path: str | Path, settings: dict[str, Any]) -> None:
         self.path = Path(path)
         check_output(path, marker="config.json")
+        for part in [self.path, *self.path.rglob("*")] if self.has("config.json") else ():
+            if part.is_dir():
+                remove_partial(part)
         if self.has("config.json"):
             saved = self.read_json("config.json")
             other = sorted(k for k in saved.keys() | settings.keys() if saved.get(k) != settings.get(k))

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from pyunlearn.data import Example, check_texts, read_examples
 from pyunlearn.data.examples import source_name
@@ -17,28 +16,25 @@ from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import Method, resolve
 from pyunlearn.models.adapters import merged, with_lora
+from pyunlearn.models.condition import require_trainable
 from pyunlearn.models.four_bits import keep_differentiable
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.recomputation import is_recomputing, recomputed_layers
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
-from pyunlearn.output import model_name, save_folder, versions
-from pyunlearn.probes import greedy_continuations
-from pyunlearn.probes.long_texts import Part
-from pyunlearn.probes.non_members import NO_LIKELIER, capped, evidence_notes
-from pyunlearn.probes.recitation import LONGEST, opening, recited
+from pyunlearn.output import model_name, save_folder
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
-from pyunlearn.unlearning.budget import budget_notes
 from pyunlearn.unlearning.checkpoint import Checkpoint, sampled_texts
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.distributed import Processes, is_main_process, make_accelerator
-from pyunlearn.unlearning.endings import advice
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
-from pyunlearn.unlearning.loop import after_merge, ascend, resume_scores
+from pyunlearn.unlearning.loop import ascend
+from pyunlearn.unlearning.measuring import after_merge, refresh, resume_scores
 from pyunlearn.unlearning.optimizer import TrainedWeights
+from pyunlearn.unlearning.outcome import notes_of, result_of
 from pyunlearn.unlearning.preferences import substitutes_for
-from pyunlearn.unlearning.result import PASSED, ExampleResult, Result, Utility, document_notes
+from pyunlearn.unlearning.result import Result
 from pyunlearn.unlearning.run_folder import RESULT, RunFolder
 from pyunlearn.unlearning.setup import Session, setup
 from pyunlearn.unlearning.token_weights import check_token_weights
@@ -129,7 +125,8 @@ def unlearn(
     _require_models(model, reference_model, look_up=True)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
-    with folder.claimed(), Progress(progress if is_main_process() else False) as bar:
+    shown = progress if is_main_process() else False
+    with torch.inference_mode(False), torch.enable_grad(), folder.claimed(), Progress(shown) as bar:
         bar.say("loading the model")
         lm = _trainable(LanguageModel.of(model, tokenizer, workspace=config.workspace), config)
         texts = render(lm, examples, config.template, truncate=config.truncate)
@@ -166,8 +163,8 @@ def unlearn(
             stopped = after_merge(session, stopped)
         inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
         inputs |= {name: source_name(value) for name, value in {**sources, "output_dir": output_dir}.items()}
-        result = _result(session, config, trained, texts, stopped, inputs)
-        result.notes = notes + _notes(session, texts, result, config)
+        result = result_of(session, config, trained, texts, stopped, inputs)
+        result.notes = notes + notes_of(session, texts, result, config)
         if folder.path is not None and stopped != "interrupted":
             _save(result, folder.path, checkpoint, processes, replace=resume)
     return result
@@ -179,7 +176,8 @@ def _save(result: Result, directory: Path, checkpoint: Checkpoint, processes: Pr
         try:
             save_folder(directory, result.model, result.tokenizer, RESULT, result.to_dict(), replace=replace)
         except BaseException:
-            logger.warning(f"{checkpoint.path} holds the run: resume=True (--resume) continues it")
+            if checkpoint.exists:
+                logger.warning(f"{checkpoint.path} holds the run: resume=True (--resume) continues it")
             raise
         checkpoint.delete()
     processes.barrier()
@@ -199,6 +197,7 @@ def _trainable(lm: LanguageModel, config: UnlearnConfig) -> LanguageModel:
         lm = with_lora(lm, config.lora, config.seed)
     if config.merge and not hasattr(lm.module, "peft_config"):
         raise ArgumentError("merge needs a model with an adapter: set lora as well, or leave merge out")
+    require_trainable(lm.module)
     return lm
 
 
@@ -262,151 +261,14 @@ def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resu
         mask = mask_of(
             config.mask, lm.module, session.texts.forget, batch_size=config.batch_size, workspace=config.workspace
         )
-        weights = TrainedWeights(
-            lm.module,
-            learning_rate,
-            resumable=checkpoint.path is not None,
-            mask=session.processes.broadcast_masks(mask),
-        )
+        mask, resumable = session.processes.broadcast_masks(mask), checkpoint.path is not None
+        weights = TrainedWeights(lm.module, learning_rate, resumable=resumable, mask=mask)
         optimizer = session.accelerator.prepare_optimizer(weights.optimizer)
         if resume:
             checkpoint.load(weights, session.state)
             resume_scores(session)
         stopped = ascend(session, weights, optimizer, config, checkpoint, interrupt, bar)
-    interrupt.redeliver()
+    interrupt.redeliver(session.processes.any if stopped == "interrupted" else bool)
+    if stopped == "interrupted":
+        refresh(session)
     return stopped
-
-
-def _result(
-    session: Session,
-    config: UnlearnConfig,
-    model: Any,
-    texts: RenderedTexts,
-    stopped: str,
-    inputs: dict[str, Any],
-) -> Result:
-    """Return the result of a run; `inputs` describes the arguments of `unlearn` besides its settings."""
-    examples = _examples(session, texts.examples["forget"], texts.encoded.parts)
-    settings = versions() | inputs | config.to_dict() | {"mask": digest_of(config.mask)}
-    if "winners" in settings["method_options"]:  # texts
-        settings["method_options"]["winners"] = "list"
-    if stopped in ("forgotten", NO_LIKELIER) and any(e.recited_after for e in examples):
-        stopped = "still extracted"
-    return Result(
-        model,
-        session.scorer.lm.tokenizer,
-        examples,
-        _utility(session),
-        stopped,
-        session.stopping.non_member_scores.tolist(),
-        session.state.history,
-        settings,
-        evidence=session.stopping.non_members.grade,
-        rendering=texts.name,
-    )
-
-
-def _notes(session: Session, texts: RenderedTexts, result: Result, config: UnlearnConfig) -> list[str]:
-    """Return notes on the rendering, the texts, the evidence and the end of the run, one sentence each."""
-    stopping = session.stopping
-    memorized = any(e.verdict != "not memorized" for e in result.examples)
-    verdicts, rate = [e.verdict for e in result.examples], config.false_discovery_rate
-    notes = texts.notes(memorized=memorized) + session.texts.utility.notes
-    notes += evidence_notes(stopping.non_members, verdicts, rate=rate)
-    ending = budget_notes(result.stopped, result.history, [budget for budget, _ in stopping.budgets])
-    left = [e.label for i, e in enumerate(result.examples) if stopping.memorized[i] and e.verdict not in PASSED]
-    notes += ending or advice(
-        result.stopped,
-        left=left,
-        memorized=int(stopping.memorized.sum()),
-        visits=float(session.state.visits[stopping.memorized].mean()) if stopping.memorized.any() else 0.0,
-        budget_used=stopping.budget_used,
-        limit=config.max_steps,
-        has_retain=session.texts.retain is not None and not session.sampled.get("held"),
-        method=session.forget_term.method.name,
-    )
-    return notes + _held_notes(session, texts) + document_notes(result.documents)
-
-
-def _held_notes(session: Session, texts: RenderedTexts) -> list[str]:
-    """Return sentences on the text of the model's own that was held, and on the rest of texts with "forget"."""
-    notes = []
-    if (own := session.sampled.get("held")) and session.state.visits.any():
-        notes.append(
-            f"Without a retain set, the run held {len(own)} texts that the model wrote. Other text that it knows by "
-            "heart can be lost with the forget set: pass what must stay with retain."
-        )
-    if texts.encoded.rests and not session.retain_term.rests:
-        notes.append('What stands around the strings in "forget" was not held, since there is no retain loss.')
-    elif texts.encoded.rests:
-        notes.append(
-            'What stands around the strings in "forget" was held: each step on a text also takes the rest of it in the '
-            f'retain loss "{session.retain_term.loss}".'
-        )
-    return notes
-
-
-def _examples(session: Session, examples: list[Example], parts: list[Part]) -> list[ExampleResult]:
-    """Return the verdict on each forget example."""
-    stopping, state, forget = session.stopping, session.state, session.texts.forget
-    greedy_after = session.scorer.greedy_match(forget) if state.visits.any() else session.greedy_before
-    reached = stopping.near_target(stopping.current)
-    recited = recitations(session, examples, reached)
-    judged = stopping.verdict(greedy_after, recited)
-    assert judged.extraction is not None
-    verdicts = capped(judged.verdict, stopping.non_members.grade)
-    return [
-        ExampleResult(
-            index=i,
-            text=example.completion if parts[i].windows > 1 else example.prompt + example.completion,
-            tokens=len(forget[i].scored),
-            log_likelihood_before=float(stopping.initial.log_likelihood[i]),
-            log_likelihood_after=float(stopping.current.log_likelihood[i]),
-            exposure_before=float(judged.before.lower[i]),
-            exposure_after=float(judged.after.lower[i]),
-            upper_exposure_after=float(judged.after.upper[i]),
-            greedy_match_before=float(session.greedy_before[i]),
-            greedy_match_after=float(greedy_after[i]),
-            extraction_after=float(judged.extraction[i]),
-            recited_after=bool(recited[i]) if i in reached else None,
-            steps=int(state.visits[i]),
-            verdict=verdicts[i],
-            interval=(float(judged.low[i]), float(judged.high[i])),
-            certain=bool(judged.certain[i]),
-            **parts[i]._asdict(),
-        )
-        for i, example in enumerate(examples)
-    ]
-
-
-def recitations(session: Session, examples: list[Example], indices: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return (B,) True for the examples at `indices` whose beginning the model continues with their rest."""
-    out = np.zeros(len(examples), dtype=bool)
-    openings = [opening(session.texts.forget[i], examples[i].prompted) for i in indices]
-    if openings:
-        written = greedy_continuations(session.scorer.lm, openings, longest=LONGEST)
-        out[indices] = [recited(ids, t.scored) for ids, t in zip(written, openings, strict=True)]
-    return out
-
-
-def _utility(session: Session) -> Utility:
-    """Return the cost of the run on the utility set and on the non-members."""
-    stopping, texts = session.stopping, session.texts
-    drift = 0.0
-    if session.state.visits.any():
-        after = -session.scorer.mean_log_likelihood(texts.non_members)
-        drift = float((after - stopping.non_member_nll).mean())
-    utility, holdout = stopping.current.utility, stopping.current.holdout
-    return Utility(
-        measured_on=texts.utility.source,
-        sequences=len(texts.utility.tokens),
-        nll_before=float(stopping.utility_budget.before.mean()),
-        nll_after=float(stopping.current.utility_nll.mean()),
-        relative_rise=utility.estimate,
-        interval=utility.interval,
-        budget=stopping.utility_budget.allowed,
-        non_member_drift=drift,
-        holdout_rise=None if holdout is None else holdout.estimate,
-        holdout_interval=None if holdout is None else holdout.interval,
-        holdout_budget=None if stopping.holdout_budget is None else stopping.holdout_budget.allowed,
-    )

@@ -66,6 +66,11 @@ class Checkpoint:
     def __init__(self, path: Path | None, fingerprint: dict[str, Any], sampled: dict[str, Any]) -> None:
         self.path, self.fingerprint, self.sampled = path, fingerprint, sampled
 
+    @property
+    def exists(self) -> bool:
+        """True where there is a state to resume from."""
+        return self.path is not None and self.path.exists()
+
     def save(self, weights: TrainedWeights, state: LoopState) -> bool:
         """Write the state under a temporary name, then rename the file.
 

@@ -7,7 +7,8 @@ may be empty, and the model must come back as the user gave it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pyunlearn.errors import ArgumentError
+from pyunlearn.errors import ArgumentError, TrainingError, first_line
+
+
+class LostProcess(TrainingError):
+    """Another process of the run has ended, so that this one cannot continue."""
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Raise LostProcess where an operation of all processes fails."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo's and NCCL's
+        raise LostProcess(
+            f"another process of this launch has ended, so this one ends too ({first_line(error)}): launch the run "
+            "again, with resume=True (--resume) where there is a checkpoint"
+        ) from error
+
 
 _SERVED = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
@@ -69,15 +89,17 @@ class Processes:
         if self.count == 1:
             return values
         local = torch.as_tensor(values, device=self._accelerator.device)
-        total: NDArray[np.float64] = self._accelerator.reduce(local, "sum").cpu().numpy()
+        with _together():
+            total: NDArray[np.float64] = self._accelerator.reduce(local, "sum").cpu().numpy()
         return total
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Replace every gradient by its sum over all processes; one that is missing counts as zero."""
         if self.count == 1:
             return
-        for p in parameters:
-            p.grad = self._accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+        with _together():
+            for p in parameters:
+                p.grad = self._accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
 
     @torch.no_grad()
     def broadcast_weights(self, model: nn.Module) -> None:
@@ -85,8 +107,9 @@ class Processes:
         if self.count > 1:
             from accelerate.utils import broadcast
 
-            for p in [*model.parameters(), *model.buffers()]:
-                p.copy_(broadcast(p.detach().clone(), from_process=0))
+            with _together():
+                for p in [*model.parameters(), *model.buffers()]:
+                    p.copy_(broadcast(p.detach().clone(), from_process=0))
 
     def broadcast_masks(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the main process's boolean tensors in every process; names and shapes are the same already."""
@@ -94,7 +117,8 @@ class Processes:
             return masks
         from accelerate.utils import broadcast
 
-        return {name: broadcast(m.to(torch.uint8), from_process=0).bool() for name, m in masks.items()}
+        with _together():
+            return {name: broadcast(m.to(torch.uint8), from_process=0).bool() for name, m in masks.items()}
 
     def broadcast_objects(self, items: Sequence[Any]) -> list[Any]:
         """Return the main process's items in every process."""
@@ -103,13 +127,15 @@ class Processes:
         from accelerate.utils import broadcast_object_list
 
         box = [list(items)]
-        broadcast_object_list(box, from_process=0)
+        with _together():
+            broadcast_object_list(box, from_process=0)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for all processes to get here."""
         if self.count > 1:
-            self._accelerator.wait_for_everyone()
+            with _together():
+                self._accelerator.wait_for_everyone()
 
 
 def is_main_process() -> bool:

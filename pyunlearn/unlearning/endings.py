@@ -1,15 +1,21 @@
-"""Advice after a run that did not settle every example: the option that would most likely help."""
+"""Ends of a run that did not settle every example: what would most likely help, and a run without a gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from pyunlearn.errors import TrainingError
 from pyunlearn.unlearning.budget import HOLDOUT_BUDGET, UTILITY_BUDGET
 
 UNDONE = "undone by the merge"
 """The end of a run whose adapter lost too much when it was rounded into the weights."""
 
 _NAMED = 5  # examples that a note names
+_NO_GRADIENT = (
+    "there is no gradient in the first steps, so the run would change nothing: check that the model uses the "
+    "parameters that require one (an adapter that is not active?), and the mask"
+)
 
 
 def advice(
@@ -69,3 +75,14 @@ def advice(
         help_ = f"a larger {option} would help most" if has_retain else "a retain set (retain=) would help most"
         return [f"{who} within the {stopped}: {help_}."]
     return []
+
+
+def require_gradient(records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise TrainingError where no step of the first round had a gradient: all further steps would change nothing."""
+    if records and all(record["gradient_norm"] == 0 for record in records):
+        raise TrainingError(_NO_GRADIENT)
+
+
+def explained(error: RuntimeError) -> RuntimeError:
+    """Return an error of a step, in our words where it says that there is no gradient."""
+    return TrainingError(_NO_GRADIENT) if "does not require grad" in str(error) else error

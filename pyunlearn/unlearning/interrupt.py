@@ -52,10 +52,14 @@ class DeferredInterrupt:
         finally:
             self._shields -= 1
 
-    def redeliver(self) -> None:
-        """Send the signal again, after the context, unless it was Ctrl-C: its sender wants the process to end."""
-        if self.received not in (None, signal.SIGINT):
-            signal.raise_signal(self.received)
+    def redeliver(self, any_process: Callable[[bool], bool] = bool) -> None:
+        """Send the signal again, after the context, unless it was Ctrl-C: its sender wants the process to end.
+
+        Where another process had one, by `any_process`, this one ends too.
+        """
+        ends = self.received not in (None, signal.SIGINT)
+        if any_process(ends):
+            signal.raise_signal(self.received if ends and self.received else signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self._shields:

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pyunlearn.errors import DataError
+from pyunlearn.errors import TrainingError
 from pyunlearn.probes.non_members import NO_LIKELIER
 from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.budget import Rise
 from pyunlearn.unlearning.checkpoint import Checkpoint
 from pyunlearn.unlearning.config import LoopConfig
-from pyunlearn.unlearning.distributed import Processes
-from pyunlearn.unlearning.endings import UNDONE
+from pyunlearn.unlearning.distributed import LostProcess, Processes
+from pyunlearn.unlearning.endings import explained, require_gradient
 from pyunlearn.unlearning.forecast import Forecast, Pace, duration, share_done
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
+from pyunlearn.unlearning.measuring import compare_anew, measure, refresh
 from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, finite
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.schedule import Schedule
@@ -98,10 +99,12 @@ def ascend(
             scored = schedule.scored(taken, len(session.texts.forget), state.round_number)
             try:
                 records = _round(session, parts, round_batches, config, interrupt)
+                if not state.history:
+                    require_gradient(records)
                 measurement = measure(session, scored)
             except RuntimeError as error:
                 if not _with_less_memory(session, error):
-                    raise
+                    raise explained(error) from error.__cause__
                 _rewind(session, weights, snapshot)
                 continue
             rejection_reason = stopping.rejection_reason(measurement)
@@ -126,12 +129,12 @@ def ascend(
     except BaseException as error:
         with interrupt.shielded():
             _rewind(session, weights, snapshot)
-            if session.processes.is_main:
+            lost = isinstance(error, LostProcess)  # perhaps the main process
+            if lost or (session.processes.is_main and not isinstance(error, TrainingError)):
                 checkpoint.save(weights, state)
         if not isinstance(error, KeyboardInterrupt):
             raise
-        refresh(session)
-        return "interrupted"
+        return "interrupted"  # the numbers are those of the last round, see `refresh`
     refresh(session)
     weights.optimizer.zero_grad(set_to_none=True)
     if session.processes.is_main:
@@ -229,7 +232,7 @@ def _accept(session: Session, measurement: Measurement, scored: Indices, taken: 
     if not stopping.unsettled.size:
         refresh(session)
     elif state.round_number % ROUNDS_PER_ANCHOR == ROUNDS_PER_ANCHOR - 1:
-        _compare_anew(session)
+        compare_anew(session)
     state.scores = stopping.scores
     return step_size
 
@@ -300,74 +303,6 @@ def optimizer_step(
     losses = {"forget_loss": finite(processes.sum(forget_loss))}
     losses |= retain_term.report(processes.sum(retain_total), retain_batch)
     return losses | {"gradient_norm": finite(float(gradient_norm))}
-
-
-def measure(session: Session, indices: Indices) -> Measurement:
-    """Score the forget examples at `indices` and the budgets' texts; the other examples keep their numbers."""
-    scorer, texts, stopping = session.scorer, session.texts, session.stopping
-    log_likelihood, extraction = _rescored(session, indices)
-    utility = -scorer.mean_log_likelihood(texts.utility.tokens)
-    holdout = -scorer.mean_log_likelihood(texts.holdout) if texts.holdout else None
-    return _extraction(session, stopping.measurement(log_likelihood, utility, holdout, extraction))
-
-
-def resume_scores(session: Session) -> None:
-    """Continue the stopping rule from the scores of the checkpoint that was loaded."""
-    scorer, texts = session.scorer, session.texts
-    if session.state.scores:
-        utility = -scorer.mean_log_likelihood(texts.utility.tokens)
-        holdout = -scorer.mean_log_likelihood(texts.holdout) if texts.holdout else None
-        session.stopping.resume(session.state.scores, utility, holdout)
-        if reason := session.stopping.rejection_reason(session.stopping.current):
-            raise DataError(
-                f"the state in the checkpoint does not pass the test of a round ({reason}): delete it and start again"
-            )
-
-
-def refresh(session: Session) -> None:
-    """Score the examples that were not scored under the present weights, so that all numbers are theirs."""
-    stopping = session.stopping
-    _compare_anew(session)
-    stale = np.flatnonzero(stopping.stale)
-    if not stale.size:
-        return
-    log_likelihood, extraction = _rescored(session, stale)
-    stopping.refresh(_extraction(session, stopping.rescored(log_likelihood, extraction)), stale)
-
-
-def after_merge(session: Session, stopped: str) -> str:
-    """Score all texts under weights into which an adapter was merged; return why the run ended."""
-    everything = np.arange(len(session.texts.forget))
-    session.stopping.accept(measure(session, everything), everything)
-    refresh(session)
-    undone = stopped in ("forgotten", NO_LIKELIER) and session.stopping.unsettled.size
-    return UNDONE if undone else stopped
-
-
-def _compare_anew(session: Session) -> None:
-    """Compare with the non-members under the present weights, where these have changed."""
-    if session.stopping.anchor_is_old:
-        session.stopping.compare_with(-session.scorer.mean_log_likelihood(session.texts.non_members))
-
-
-def _rescored(session: Session, indices: Indices) -> tuple[Floats, Floats]:
-    """Return (B,) log-likelihoods and extractions, of the examples at `indices` new and not yet measured."""
-    current = session.stopping.current
-    log_likelihood, extraction = current.log_likelihood.copy(), current.extraction.copy()
-    log_likelihood[indices] = session.scorer.mean_log_likelihood([session.texts.forget[i] for i in indices])
-    extraction[indices] = np.nan
-    return log_likelihood, extraction
-
-
-def _extraction(session: Session, measurement: Measurement) -> Measurement:
-    """Add what is extracted of the examples of which it is not known, when all exposures are at the target."""
-    stopping = session.stopping
-    if not stopping.all_near_target(measurement):
-        return measurement
-    near = stopping.near_target(measurement)
-    unknown = near[np.isnan(measurement.extraction[near])]
-    extracted = session.scorer.greedy_match([session.texts.forget[i] for i in unknown])
-    return stopping.with_extraction(measurement, unknown, extracted)
 
 
 def _round_record(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyunlearn.errors import ArgumentError, OutputError
-from pyunlearn.output import check_output, replacing
+from pyunlearn.output import check_output, locked, remove_partial, replacing
 from pyunlearn.unlearning.distributed import is_main_process
 
 RESULT = "result.json"
@@ -39,6 +39,11 @@ class RunFolder:
             return
         path = Path(output_dir).resolve()
         self.checkpoint = path.with_name(path.name + ".checkpoint.pt")
+        self._lock = path.with_name(f".{path.name}.lock")
+        if self._lock.exists() and is_main_process():
+            with locked(self._lock) as free:
+                if free:  # its run was killed
+                    self._lock.unlink(missing_ok=True)
         there = self.checkpoint.exists()
         # a run that was killed between saving and deleting its checkpoint writes the same once more
         self.path = check_output(output_dir, marker=RESULT if there and resume else None)
@@ -62,22 +67,21 @@ class RunFolder:
         if self.path is None or not is_main_process():
             yield
             return
-        lock = self.path.with_name(f".{self.path.name}.lock")
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("a")
+            self._lock.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.touch()
         except OSError as error:
-            raise OutputError(f"nothing can be written to {lock.parent}, where the result would be: {error}") from error
-        with file:
-            if not _locked(file):
+            parent = self._lock.parent
+            raise OutputError(f"nothing can be written to {parent}, where the result would be: {error}") from error
+        with locked(self._lock) as free:
+            if free is False:
                 raise OutputError(f"another run writes to {self.path}: wait for its end, or choose another folder")
             try:
                 for name in (self.path.name, f"{self.path.name}.checkpoint.pt"):
-                    for left in lock.parent.glob(f".{name}.partial-*"):
-                        shutil.rmtree(left, ignore_errors=True)
+                    remove_partial(self.path.parent, name)
                 yield
             finally:
-                lock.unlink(missing_ok=True)
+                self._lock.unlink(missing_ok=True)
 
     def require_room(self, model: Any) -> None:
         """Raise OutputError unless there is room for the model and a checkpoint, and a file can be written."""
@@ -100,16 +104,3 @@ class RunFolder:
                 f"the model and a checkpoint need {needed / 2**20:,.0f} MiB, and {parent} has {free / 2**20:,.0f} MiB "
                 "free: make room, or choose a folder on another disk"
             )
-
-
-def _locked(file: Any) -> bool:
-    """Return whether this process now holds the lock of a file, until it is closed, however the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
