@@ -15,6 +15,7 @@ from unlearning_runs import apart, check_forgotten, run, same, weights
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.unlearning import outcome
+from pyunlearn.unlearning.adam import Adam
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,13 +108,13 @@ def test_a_run_continues_after_one_step_that_is_not_finite(story, monkeypatch):
 
 def test_every_step_is_taken_at_the_learning_rate_in_its_record(story, monkeypatch):
     """Each rollback halves it for the next step, in the optimizer itself."""
-    rates, step = [], torch.optim.AdamW.step
+    rates, step = [], Adam.step
 
     def recorded(self, *args, **kwargs):
         rates.append(self.param_groups[0]["lr"])
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    monkeypatch.setattr(Adam, "step", recorded)
     result = run(story, learning_rate=2e-2, max_steps=4)
     assert [record["accepted"] for record in result.history[:2]] == [False, False]
     assert rates == [record["learning_rate"] for record in result.history]
