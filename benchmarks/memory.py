@@ -24,7 +24,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "full, bfloat16, gradient checkpointing": {"dtype": "bfloat16", "gradient_checkpointing": True},
     "LoRA 16, bfloat16": {"dtype": "bfloat16", "lora": 16},
     "LoRA 16, bfloat16, gradient checkpointing": {"dtype": "bfloat16", "lora": 16, "gradient_checkpointing": True},
-    "LoRA 16, 4-bit": {"dtype": "bfloat16", "lora": 16, "load_in_4bit": True, "gradient_checkpointing": True},
+    "LoRA 16, 4-bit, gradient checkpointing": {
+        "dtype": "bfloat16",
+        "lora": 16,
+        "load_in_4bit": True,
+        "gradient_checkpointing": True,
+    },
 }
 
 
