@@ -120,8 +120,11 @@ def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(partial, target)
-    except OSError as error:
-        raise OutputError(f"{target.name} could not be written to {target.parent}: {error}") from error
+    except Exception as error:
+        if not (isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError"):
+            raise
+        # a full disk is a RuntimeError in torch, and no subclass of either in safetensors
+        raise OutputError(f"{target.name} could not be written to {target.parent}: {first_line(error)}") from error
 
 
 @contextmanager

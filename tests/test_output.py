@@ -3,6 +3,7 @@
 import multiprocessing
 
 import pytest
+from safetensors import SafetensorError
 
 from pyunlearn.errors import OutputError
 from pyunlearn.output import (
@@ -117,6 +118,21 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.partial-xy", "a.json"]
     check_output(tmp_path / "b.json")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError, SafetensorError])
+def test_a_full_disk_is_one_sentence_from_whichever_library(tmp_path, kind):
+    """Each has an error of its own; nothing is left. A bug in what writes is no full disk."""
+
+    def fails(path):
+        path.mkdir()
+        raise kind("File too large")
+
+    with pytest.raises(OutputError, match=r"model could not be written to .*: File too large"):
+        write_whole(tmp_path / "model", fails)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError):
+        write_whole(tmp_path / "model", lambda path: 1 / 0)
 
 
 def write_slowly(target, started, end):
