@@ -113,7 +113,8 @@ def test_a_config_gives_every_method_its_settings():
     run = config.for_method("npo")
     assert (run.method, run.method_options, run.max_steps, run.seed) == ("npo", {"beta": 0.5}, 7, 3)
     assert config.for_method("ga").method_options == {}
-    shared = set(run.options()) - {"method", "method_options", "show_text"}
+    shared = set(run.options()) & set(config.options()) - {"method", "method_options", "show_text"}
+    assert shared >= {"learning_rate", "batch_size", "gradient_checkpointing"}
     assert all(getattr(run, name) == getattr(config, name) for name in shared)
 
 

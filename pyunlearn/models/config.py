@@ -9,7 +9,7 @@ from pyunlearn.options import Choice, Config, Flag, Text, option
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions(Config):
-    """How a model that is given by its name is loaded, and where it runs.
+    """Settings with which a model that is given by its name is loaded, and where it runs.
 
     >>> LoadOptions(dtype="bfloat16").load_in_4bit
     False

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached: without a network every look-up there takes half a minute of retries."""
+"""Reachability of the Hugging Face hub: without a network every look-up there takes half a minute of retries."""
 
 from __future__ import annotations
 

@@ -126,7 +126,8 @@ def unlearn(
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     shown = progress if is_main_process() else False
-    with torch.inference_mode(False), torch.enable_grad(), folder.claimed(), Progress(shown) as bar:
+    trains = torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
+    with trains, folder.claimed(), Progress(shown) as bar:
         bar.say("loading the model")
         lm = _trainable(LanguageModel.of(model, tokenizer, workspace=config.workspace), config)
         texts = render(lm, examples, config.template, truncate=config.truncate)

@@ -14,7 +14,8 @@ UNDONE = "undone by the merge"
 _NAMED = 5  # examples that a note names
 _NO_GRADIENT = (
     "there is no gradient in the first steps, so the run would change nothing: check that the model uses the "
-    "parameters that require one (an adapter that is not active?), and the mask"
+    "parameters that require one (an adapter that is not active?), the mask, the token weights, and whether a cap of "
+    "the method is reached from the start"
 )
 
 
