@@ -105,7 +105,9 @@ def test_few_records_are_settled_with_nothing_else_given(count):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("method", ["ga", "npo", "kto", "hinge"])
+@pytest.mark.parametrize(
+    "method", ["ga", "npo", "simnpo", "kto", "hinge", "altpo", "wga", "tnpo", "wtnpo", "satimp", "kl"]
+)
 def test_other_methods_settle_most_records_at_their_defaults(method):
     """The overshot ones among 16 are brought back, with every method."""
     result = run(by_heart(16), method=method, learning_rate=None)

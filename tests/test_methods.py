@@ -137,13 +137,13 @@ def test_no_method_overflows():
 
 
 def test_every_name_resolves_to_its_term_and_retain_loss():
-    """Compound names are aliases; with a retain set 'auto' is the method's own retain loss, or else nll."""
+    """Compound names are aliases; with a retain set 'auto' is the method's own retain loss, or else hold."""
     for name, method in METHODS.items():
         assert method.name == name
         if "retain" not in method.needs:
             assert resolve(name, "auto", False, {}, True) == (method, None)
             assert resolve(name.upper(), None, True, {}, True) == (method, None)
-        own = {"match": "hold", "rmu": "representation", "adaptive_rmu": "representation"}.get(name, "nll")
+        own = {"kl": "nll", "pdu": "nll", "rmu": "representation", "adaptive_rmu": "representation"}.get(name, "hold")
         assert resolve(name, "auto", True, {}) == (method, own)
         for retain_loss in ("nll", "kl"):
             assert resolve(name, retain_loss, True, {}, True) == (method, retain_loss)
@@ -151,7 +151,7 @@ def test_every_name_resolves_to_its_term_and_retain_loss():
         for given_retain in ("auto", retain, None):
             assert resolve(alias, given_retain, True, {}, True) == (METHODS[name], retain)
     for other, name in SYNONYMS.items():
-        assert resolve(other, "auto", True, {}) == (METHODS[name], "hold" if name == "match" else "nll")
+        assert resolve(other, "auto", True, {}) == (METHODS[name], "hold")
         assert resolve(f"{other}+kl", "auto", True, {}) == (METHODS[name], "kl")
     assert resolve("ga+nll", "hold", True, {}) == (METHODS["ga"], "hold")
     assert resolve("npo", "auto", False, {"beta": 0.5}) == (METHODS["npo"], None)

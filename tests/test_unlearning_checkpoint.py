@@ -249,6 +249,8 @@ RESUMED = {
     "many batches": {"batch_size": 1, "retain": None},
     "rolled-back steps": {"learning_rate": 2e-2},
     "bfloat16": {},
+    "a loss that is scaled": {"method": "kto"},
+    "a loss that stops by token": {"method": "wtnpo"},
 }
 
 
@@ -258,7 +260,8 @@ RESUMED = {
 )
 def test_an_interrupted_run_resumes_to_the_numbers_of_an_uninterrupted_one(story, tmp_path, monkeypatch, at, setting):
     """Weights, optimizer, order, step size, history and steps are those of the checkpoint, also within a round."""
-    options = {"max_steps": 8, **RESUMED[setting]}
+    options = {"method": "ga", "max_steps": 8, **RESUMED[setting]}
+    method = options["method"]
     model = story.fresh().bfloat16() if setting == "bfloat16" else story.fresh()
     start, forget = weights(model), story.forget + story.unseen
     whole = run(story, forget, **options, model=model)
@@ -268,9 +271,9 @@ def test_an_interrupted_run_resumes_to_the_numbers_of_an_uninterrupted_one(story
 
     model.load_state_dict(start)
     out = tmp_path / "out"
-    cut = tiny.with_loss("ga", Interrupted("ga", at))
+    cut = tiny.with_loss(method, Interrupted(method, at))
     with monkeypatch.context() as patch:
-        patch.setitem(METHODS, "ga", cut)
+        patch.setitem(METHODS, method, cut)
         interrupted = run(story, forget, **options, model=model, output_dir=out)
     assert interrupted.stopped == "interrupted"
     assert not out.exists()

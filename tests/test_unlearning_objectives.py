@@ -14,6 +14,7 @@ from pyunlearn.models.distributions import Distributions
 from pyunlearn.unlearning.objectives import (
     ForgetTerm,
     RetainTerm,
+    Unseen,
     example_tensors,
     finite,
     multiplier_of,
@@ -335,3 +336,34 @@ def test_the_bound_of_the_multiplier_is_above_the_first_retain_loss():
 def test_finite_is_none_for_what_json_lacks():
     """NaN and both infinities; a number stays what it is."""
     assert [finite(x) for x in (math.nan, math.inf, -math.inf, 0.0, -2.5)] == [None, None, None, 0.0, -2.5]
+
+
+@pytest.mark.parametrize("name", ["ga", "npo", "simnpo", "kto", "hinge", "altpo"])
+def test_the_scale_makes_a_loss_on_sums_pull_as_gradient_ascent_does(name):
+    """On average over the active examples; at the reference, and where the loss has faded."""
+    method, lengths = METHODS[name], torch.tensor([2.0, 3.0], dtype=torch.float64)
+    numbers = {role: [[-2.0], [-3.0]] for role in method.roles}  # -1 a token
+    reference = reference_of(**numbers) if "reference" in method.needs else None
+    term = forget_term(name, reference=reference, **({"alternate": FORGET} if method.pairs else {}))
+    for mean in (-1.0, -2.5):
+        per_token = torch.full((2,), mean, dtype=torch.float64, requires_grad=True)
+        own, at_reference = per_token * lengths, -lengths
+        if method.pairs:
+            own, at_reference = (torch.stack([-lengths, x], dim=1) for x in (own, at_reference))
+        losses = method.loss(example_tensors(method, own, lengths, at_reference), {})
+        (slope,) = torch.autograd.grad(losses.sum(), per_token)
+        scale = term.scale(np.full(2, mean), np.array([0, 1]))
+        assert scale * slope.abs().mean().item() == pytest.approx(1.0)
+    assert term.scale(np.full(2, -1.0), np.array([], dtype=np.int64)) == 1.0
+
+
+@pytest.mark.parametrize("name", ["ceu", "undial", "kl", "pdu"])
+def test_losses_on_distributions_leave_out_tokens_at_the_level_of_unseen_text(name):
+    """Token i has -(i + 0.46) nats here, and the tokens of unseen text -2: of all five, token 1 alone is unlearned."""
+    loss, stored = recorder()
+    term = forget_term(name, loss)
+    term([0, 1])
+    assert "weights" not in stored
+    term.unseen = Unseen(np.full(2, -2.0), np.full(9, -2.0))
+    term([0, 1])
+    assert stored["weights"].tolist() == [1, 0, 0, 0, 0]

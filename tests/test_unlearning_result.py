@@ -15,7 +15,7 @@ from pyunlearn import models
 from pyunlearn.errors import OutputError
 
 STEP = {"step", "round", "examples", "restored", "forget_loss", "retain_nll", "gradient_norm", "learning_rate"}
-STEP |= {"seconds"}
+STEP |= {"forget_weight", "seconds"}
 ROUND = {
     "accepted",
     "rejection_reason",

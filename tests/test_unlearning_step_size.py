@@ -3,7 +3,18 @@
 import math
 
 from pyunlearn.unlearning.schedule import resolved_steps
-from pyunlearn.unlearning.step_size import CHEAP, EXPENSIVE, FAR, LARGEST_EXPONENT, MAX_REJECTIONS, NEAR, StepSize
+from pyunlearn.unlearning.step_size import (
+    CHEAP,
+    EXPENSIVE,
+    FAR,
+    LARGEST,
+    LARGEST_EXPONENT,
+    LARGEST_FORGET_EXPONENT,
+    MAX_REJECTIONS,
+    NEAR,
+    STUCK,
+    StepSize,
+)
 
 
 def test_it_doubles_after_cheap_rounds_up_to_its_limit():
@@ -11,7 +22,7 @@ def test_it_doubles_after_cheap_rounds_up_to_its_limit():
     size = StepSize()
     for exponent in (1, 2, 3, 4, 5, 6, 6):
         size = size.after(accepted=True, budget_used=0.5, round_cost=CHEAP, moved=NEAR)
-        assert size[:3] == (exponent, 0, LARGEST_EXPONENT)
+        assert size == (exponent, 0, LARGEST, 0)
     assert size.rate(1e-5) == 64e-5 == 2**LARGEST_EXPONENT * 1e-5
     assert StepSize(1).after(accepted=True, unsettled=1, settled=1) == StepSize(1)
     assert StepSize(1).after(accepted=True, budget_used=0.51, round_cost=0.01) == StepSize(1)
@@ -19,6 +30,28 @@ def test_it_doubles_after_cheap_rounds_up_to_its_limit():
     assert StepSize(1).after(accepted=True, round_cost=CHEAP + 1e-6) == StepSize(1)
     assert StepSize(1).after(accepted=True, moved=NEAR + 1e-6) == StepSize(1)
     assert StepSize(1).after(accepted=True, budget_used=math.inf, round_cost=math.nan) == StepSize(1)  # a budget of 0
+
+
+def test_the_forget_loss_grows_where_the_largest_rate_moves_nothing():
+    """Up to 2^6 times; the learning rate stays, both shrink in the opposite order, and a rollback ends the growth."""
+    size = StepSize(LARGEST_EXPONENT)
+    assert size.after(accepted=True, moved=STUCK + 1e-6) == size
+    for exponent in range(1, LARGEST_FORGET_EXPONENT + 1):
+        size = size.after(accepted=True, moved=STUCK)
+        assert (size.rate(1e-5), size.forget_weight) == (64e-5, 2.0**exponent)
+    assert size.after(accepted=True)[:3] == size[:3]
+    assert size.after(accepted=False) == (LARGEST_EXPONENT, 1, LARGEST_EXPONENT, 0)
+    size = StepSize(LARGEST_EXPONENT + 1).after(accepted=True, round_cost=EXPENSIVE + 1e-6)
+    assert (size.rate(1e-5), size.forget_weight) == (64e-5, 1.0)
+    size = size.after(accepted=False)
+    assert (size.rate(1e-5), size.forget_weight) == (32e-5, 1.0)
+
+
+def test_a_few_of_many_active_examples_do_not_hold_up_the_others():
+    """One in eight may be unsettled: it is restored meanwhile."""
+    assert StepSize(3).after(accepted=True, unsettled=2, active=16) == StepSize(4)
+    assert StepSize(3).after(accepted=True, unsettled=3, active=16) == StepSize(2, 0, 2)
+    assert StepSize(3).after(accepted=True, settled=3, unsettled=3, active=16) == StepSize(3)
 
 
 def test_it_is_halved_after_rounds_that_go_too_far():

@@ -17,6 +17,7 @@ def ceu(
     counts: Tensor,
     *,
     skip: int = 1,
+    weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Compute the cross entropy with the model's own distribution without the forget token.
@@ -33,7 +34,9 @@ def ceu(
         targets: (N,) the forget tokens.
         example: (N,) index of the example of each row, in [0, B), ascending.
         counts: (B,) tokens of each example.
-        skip: number of first tokens of each text that are not counted; the last token always counts.
+        skip: number of first tokens of each text that are not counted; the last token always counts. With 1 the
+            first token is unlearned as a side effect only.
+        weights: (N,) factors on the tokens in the mean; None: all 1.
         reduction: "mean" over the examples, or "none".
 
     Returns:
@@ -54,4 +57,4 @@ def ceu(
     skipped = torch.minimum(torch.full_like(counts, skip), counts - 1)  # (B,)
     position = torch.arange(len(example), device=example.device) - (counts.cumsum(0) - counts)[example]  # (N,)
     counted = torch.where(position >= skipped[example], losses, 0)
-    return reduced(token_means(counted, example, counts - skipped), reduction)
+    return reduced(token_means(counted, example, counts - skipped, weights), reduction)

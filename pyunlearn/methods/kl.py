@@ -15,6 +15,7 @@ def kl(
     counts: Tensor,
     *,
     direction: str = "away",
+    weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Compute the divergence of the model from a reference model, negative for the direction "away".
@@ -33,6 +34,7 @@ def kl(
         example: (N,) index of the example of each row, in [0, B), ascending.
         counts: (B,) tokens of each example.
         direction: "away" or "toward".
+        weights: (N,) factors on the tokens in the mean; None: all 1.
         reduction: "mean" over the examples, or "none".
 
     Returns:
@@ -51,5 +53,5 @@ def kl(
     """
     if direction not in ("away", "toward"):
         raise ArgumentError(f'direction must be "away" or "toward", got {direction!r}')
-    divergence = token_means(model.kl_from(reference, targets), example, counts)
+    divergence = token_means(model.kl_from(reference, targets), example, counts, weights)
     return reduced(divergence if direction == "toward" else -divergence, reduction)

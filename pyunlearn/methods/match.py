@@ -58,11 +58,21 @@ def match(
     tensor(0.)
     """
     log_p = log_likelihood.detach()
-    target = unseen_quantiles(log_p, example, counts, unseen.to(log_p.dtype))
-    target = target + level - token_means(target, example, counts)[example]
-    force = ((log_p - target.clamp(max=0)) / width).clamp(-1, 1)
+    target = quantile_targets(log_p, example, counts, level, unseen)
+    force = ((log_p - target) / width).clamp(-1, 1)
     weight = force / (-torch.expm1(log_p)).clamp(min=_CERTAIN)
     return reduced(token_means(weight * log_likelihood, example, counts, weights), reduction)
+
+
+def quantile_targets(log_likelihood: Tensor, example: Tensor, counts: Tensor, level: Tensor, unseen: Tensor) -> Tensor:
+    """Return (N,) t of `match`, 0 at most: the log-likelihoods that the tokens would have in unseen text.
+
+    >>> known, example, counts = torch.tensor([-0.1, -0.2]), torch.tensor([0, 0]), torch.tensor([2])
+    >>> quantile_targets(known, example, counts, torch.tensor([-2.0, -2.0]), torch.tensor([-4.0, -1.0]))
+    tensor([-0.5000, -3.5000])
+    """
+    target = unseen_quantiles(log_likelihood, example, counts, unseen.to(log_likelihood.dtype))
+    return (target + level - token_means(target, example, counts)[example]).clamp(max=0)
 
 
 def unseen_quantiles(log_likelihood: Tensor, example: Tensor, counts: Tensor, unseen: Tensor) -> Tensor:

@@ -12,7 +12,14 @@ from pyunlearn.methods.reduction import reduced, token_means
 from pyunlearn.models.distributions import Distributions
 
 
-def pdu(model: Distributions, example: Tensor, counts: Tensor, *, reduction: str = "mean") -> Tensor:
+def pdu(
+    model: Distributions,
+    example: Tensor,
+    counts: Tensor,
+    *,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
     """Compute the squared logit margin, which is 0 for the uniform distribution.
 
         loss_i = mean over its tokens of (max over v of z[v] - mean over v of z[v])^2
@@ -21,6 +28,7 @@ def pdu(model: Distributions, example: Tensor, counts: Tensor, *, reduction: str
         model: the model's distributions at N scored rows; z are their logits.
         example: (N,) index of the example of each row, in [0, B), ascending.
         counts: (B,) tokens of each example.
+        weights: (N,) factors on the tokens in the mean; None: all 1.
         reduction: "mean" over the examples, or "none".
 
     Returns:
@@ -35,7 +43,7 @@ def pdu(model: Distributions, example: Tensor, counts: Tensor, *, reduction: str
     >>> pdu(Distributions(torch.tensor([[3.0, 0.0, 0.0]]), None), torch.tensor([0]), torch.tensor([1]))
     tensor(4.)
     """
-    return reduced(token_means(model.margin().square(), example, counts), reduction)
+    return reduced(token_means(model.margin().square(), example, counts, weights), reduction)
 
 
 @dataclass

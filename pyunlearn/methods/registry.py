@@ -59,7 +59,7 @@ class Method:
         pair: role of the text that is scored before the forget text: "refusal", "winner" or "alternate".
         needs_retain: True where the method does not work without a retain set.
         rate: factor on the default learning rate.
-        retain_loss: name of the retain loss that it has by default.
+        retain_loss: name of the retain loss that it has by default; "hold" is "nll" for a set known by heart.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Method:
     pair: str | None = None
     needs_retain: bool = False
     rate: float = 1.0
-    retain_loss: str = "nll"
+    retain_loss: str = "hold"
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -181,8 +181,7 @@ _MULTIPLIER = {"multiplier": 50.0, "multiplier_step_size": 1.0, "multiplier_warm
 METHODS = {
     method.name: method
     for method in (
-        # "nll" learns the retain set by heart, which costs other text at the rates that the loop reaches
-        Method("match", match, "pyunlearn", retain_loss="hold"),
+        Method("match", match, "pyunlearn"),
         Method("ga", ga, "arXiv 2210.01504", _SELECT),
         Method("npo", npo, "arXiv 2404.05868"),
         Method("simnpo", simnpo, "arXiv 2410.07163", _SELECT),
@@ -202,8 +201,8 @@ METHODS = {
         Method("adaptive_rmu", adaptive_rmu, "arXiv 2408.06223", _LAYER, rate=10.0, retain_loss="representation"),
         Method("ceu", ceu, "arXiv 2503.01224"),
         Method("undial", undial, "arXiv 2402.10052"),
-        Method("kl", kl, "arXiv 2302.09880"),
-        Method("pdu", pdu, "arXiv 2506.05314", _MULTIPLIER, needs_retain=True),
+        Method("kl", kl, "arXiv 2302.09880", retain_loss="nll"),
+        Method("pdu", pdu, "arXiv 2506.05314", _MULTIPLIER, needs_retain=True, retain_loss="nll"),
     )
 }
 """Name -> forget term."""

@@ -14,6 +14,7 @@ def undial(
     counts: Tensor,
     *,
     beta: float = 10.0,
+    weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Compute the cross entropy with the reference model's distribution, in which the forget token's logit is lowered.
@@ -30,6 +31,7 @@ def undial(
         example: (N,) index of the example of each row, in [0, B), ascending.
         counts: (B,) tokens of each example.
         beta: amount by which the logit is lowered, nats; the token's odds fall by the factor exp(beta).
+        weights: (N,) factors on the tokens in the mean; None: all 1.
         reduction: "mean" over the examples, or "none".
 
     Returns:
@@ -46,4 +48,4 @@ def undial(
     tensor(0.6931)
     """
     losses = model.kl_from(reference, targets, beta) + reference.entropy(targets, beta)
-    return reduced(token_means(losses, example, counts), reduction)
+    return reduced(token_means(losses, example, counts, weights), reduction)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pyunlearn.ops import reference as definition
 from pyunlearn.ops.kl_divergence import kl_divergence
+from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
+from pyunlearn.ops.log_likelihood import log_likelihood
 from pyunlearn.ops.logit_margin import logit_margin
 
 
@@ -61,6 +63,23 @@ class Distributions(NamedTuple):
             logit_scale=head.logit_scale,
             softcap=head.softcap,
             target_shift=target_shift,
+            ignore_index=None,
+            workspace=self.workspace,
+        )
+
+    @torch.no_grad()
+    def log_likelihood(self, targets: Tensor) -> Tensor:
+        """Return (N,) log-likelihoods of the targets (N,), nats. No gradient."""
+        if self.head is None:
+            return log_likelihood(self._logits(), targets)
+        weight, bias, scale, softcap = self.head
+        return linear_log_likelihood(
+            self.states,
+            weight,
+            targets,
+            bias=bias,
+            logit_scale=scale,
+            softcap=softcap,
             ignore_index=None,
             workspace=self.workspace,
         )

@@ -1,7 +1,7 @@
 """Training loop: ascend on memorized examples and stop each at the level of text that was not trained on.
 
 A round takes every active example once (16 optimizer steps at most) and trains on those that went too far, then scores
-these, some others and the texts of the budgets. A round that may exceed a budget is rolled back. The learning rate
+these, some others and the texts of the budgets. A round that may exceed a budget is rolled back. The step size
 grows while rounds are cheap and is halved where they are not, see `step_size`.
 """
 
@@ -29,7 +29,7 @@ from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, finite
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.schedule import Schedule
 from pyunlearn.unlearning.setup import Session
-from pyunlearn.unlearning.step_size import StepSize
+from pyunlearn.unlearning.step_size import LARGEST_EXPONENT, StepSize
 from pyunlearn.unlearning.stopping import Measurement
 
 Floats = NDArray[np.float64]
@@ -182,11 +182,13 @@ def _round(
     interrupt: DeferredInterrupt,
 ) -> list[dict[str, Any]]:
     """Take the optimizer steps of a round; return their records for the history."""
-    state, overshot = session.state, session.stopping.overshot
+    state, stopping, overshot = session.state, session.stopping, session.stopping.overshot
     # "nll" alone would learn the retain set by heart while the forget term is weak, unless it is known by heart already
     learns = session.retain_term.active and session.retain_term.loss == "nll" and not session.texts.utility.known
-    forget_weight = 1.0 if learns else session.stopping.forget_weight
-    parts.forget_term.aim(session.stopping.level)
+    forget_weight = 1.0 if learns else stopping.forget_weight
+    scale = parts.forget_term.scale(stopping.current.log_likelihood, stopping.active)
+    forget_weight *= state.step_size.forget_weight * scale
+    parts.forget_term.aim(stopping.level)
     records: list[dict[str, Any]] = []
     for indices in round_batches:
         step = state.step + len(records)
@@ -210,6 +212,7 @@ def _round(
             "restored": [int(i) for i in restored],
             **record,
             "learning_rate": state.step_size.rate(config.learning_rate or 0.0),
+            "forget_weight": finite(forget_weight),
             "seconds": time.perf_counter() - started,
         }
         records.append(step_record)
@@ -228,6 +231,7 @@ def _accept(session: Session, measurement: Measurement, scored: Indices, taken: 
         moved=float(np.abs(measurement.log_likelihood - before)[taken].mean()),
         settled=settled,
         unsettled=unsettled,
+        active=len(stopping.active),
     )
     if not stopping.unsettled.size:
         refresh(session)
@@ -337,6 +341,6 @@ def _show(session: Session, bar: Progress, pace: Pace) -> None:
     state, stopping = session.state, session.stopping
     memorized, left = int(stopping.memorized.sum()), len(stopping.unsettled)
     costs = [(budget.name.split()[0], rise.upper, budget.allowed) for budget, rise in stopping.budgets]
-    done = share_done(session)
+    done, exponent = share_done(session), min(state.step_size.exponent, LARGEST_EXPONENT)
     remaining = duration(pace.left(done))
-    bar.update(state.step, session.max_steps, memorized, left, costs, state.step_size.exponent, done, remaining)
+    bar.update(state.step, session.max_steps, memorized, left, costs, exponent, done, remaining)

@@ -20,8 +20,11 @@ from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import scored_tokens
 from pyunlearn.unlearning.reference import Reference
 from pyunlearn.unlearning.representation import RepresentationTarget
+from pyunlearn.unlearning.token_stopping import above_level, stopped_by_token
 
 Floats = NDArray[np.float64]
+
+_LEAST_SLOPE = 1e-4  # derivative below which a loss is not scaled up: a text that rises would be pulled too hard
 
 
 class Unseen(NamedTuple):
@@ -64,6 +67,38 @@ class ForgetTerm:
         self.unseen, self.visits = unseen, visits
         loss = {"vocabulary": self._on_distributions, "hidden": self._on_hidden_states}
         self._loss: Callable[[list[int]], Tensor] = loss.get(method.kind, self._on_log_likelihoods)
+
+    def scale(self, log_likelihood: Floats, indices: NDArray[np.int64]) -> float:
+        """Return the factor that makes the loss pull the examples at `indices` as gradient ascent does, on average.
+
+        It is 1 / the mean derivative of a loss on summed log-likelihoods with respect to a text's mean a token. So a
+        loss of long sums does not outweigh the retain loss, and one that fades does not vanish beside it. The examples'
+        weights relative to each other are the method's. A winner counts as unchanged. It is 1 for other methods, and
+        with token weights, under which the sums are not known.
+
+        Args:
+            log_likelihood: (B,) of the forget set, mean a token, nats.
+            indices: of the examples that are to be unlearned.
+        """
+        method = self.method
+        sums = method.kind == "example" and "forget" in method.roles and self.weights is None
+        if not sums or not len(indices):
+            return 1.0
+        rows = [(role, int(i)) for i in indices for role in method.roles]
+        reference = torch.as_tensor(self._example_reference(rows), dtype=torch.float64).view(-1, len(method.roles))
+        lengths = torch.tensor([len(self.texts["forget"][int(i)].scored) for i in indices], dtype=torch.float64)
+        forget = (torch.as_tensor(log_likelihood[indices]) * lengths).requires_grad_()
+        if method.pairs:
+            tensors = example_tensors(method, torch.stack([reference[:, 0], forget], dim=1), lengths, reference)
+        else:
+            tensors = example_tensors(method, forget, lengths, reference[:, 0])
+        (slope,) = torch.autograd.grad(method.loss(tensors, self.options).sum(), forget)
+        return 1 / max(float((slope.abs() * lengths).mean()), _LEAST_SLOPE)
+
+    def _example_reference(self, rows: list[tuple[str, int]]) -> Floats:
+        """Return (n,) the reference model's sums of (role, example) rows, 0 without a reference model."""
+        reference = self.reference.gather([(role, self._index(role, i)) for role, i in rows])
+        return np.zeros(len(rows)) if reference is None else reference
 
     def __call__(self, indices: list[int]) -> Tensor:
         """Return () the sum of the losses of the forget examples at `indices`, differentiable."""
@@ -109,6 +144,10 @@ class ForgetTerm:
                 named = dict(zip(per_token, values, strict=True)) | constants
                 return method.loss(token_tensors(log_likelihood, example, counts, **named), self.options)
 
+            if self.unseen is not None and "unseen" not in method.inputs:
+                aim = (self._level(indices, batch, len(method.roles)), self._unseen())
+                token_loss = stopped_by_token(token_loss, *aim, group_size=group_size)
+
             values = per_token.values()
             return likelihood.token_objective(batch, token_loss, *values, group_size=group_size, **selection).loss
 
@@ -122,14 +161,18 @@ class ForgetTerm:
     def _on_distributions(self, indices: list[int]) -> Tensor:
         """Compute the loss of a method on whole next-token distributions."""
         batch = self.lm.collate(self.texts["forget"], indices)
-        cache = self.reference.forget
-        tensors = {
-            "model": self.lm.likelihood.distributions(batch),
+        model, cache = self.lm.likelihood.distributions(batch), self.reference.forget
+        tensors: dict[str, Any] = {
+            "model": model,
             "reference": None if cache is None else cache.at(indices, self.lm.device),
             "targets": batch.targets,
             "example": batch.example,
             "counts": batch.counts,
         }
+        if self.unseen is not None:
+            log_likelihood = model.log_likelihood(batch.targets)
+            aim = self._level(indices, batch), self._unseen()
+            tensors["weights"] = above_level(log_likelihood, batch.example, batch.counts, *aim)
         return self.method.loss(tensors, self.options).sum()
 
     def _on_hidden_states(self, indices: list[int]) -> Tensor:
@@ -137,10 +180,11 @@ class ForgetTerm:
         assert self.target is not None
         return self.target.forget_loss(indices)
 
-    def _level(self, indices: Sequence[int], batch: TokenBatch) -> Tensor:
+    def _level(self, indices: Sequence[int], batch: TokenBatch, repeats: int = 1) -> Tensor:
         """Return (n,) the mean log-likelihood at which each token's text is to end, nats."""
         assert self.unseen is not None
-        level = torch.as_tensor(self.unseen.level[list(indices)], dtype=torch.float32, device=self.lm.device)
+        levels = self.unseen.level[np.repeat(list(indices), repeats)]
+        level = torch.as_tensor(levels, dtype=torch.float32, device=self.lm.device)
         return level[batch.example]
 
     def _unseen(self) -> Tensor:
