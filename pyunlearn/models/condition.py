@@ -45,8 +45,8 @@ def require_trainable(model: nn.Module, name: str = "model") -> None:
     kind = _quantization(model)
     if kind and not any(hasattr(m, "peft_config") for m in model.modules()):
         raise ModelError(
-            f"{name} is quantized ({kind}), and quantized weights do not train: add an adapter (peft.get_peft_model), "
-            "or load it without quantization"
+            f"{name} is quantized ({kind}), and quantized weights do not train: add an adapter (--lora of unlearn, or "
+            "peft.get_peft_model), or load it without quantization"
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError(
