@@ -187,10 +187,11 @@ def test_a_code_is_forgotten_and_what_stands_around_it_stays(clerk, method):
         held = [note for note in result.notes if note.startswith("What stands around the strings")]
         assert len(held) == 1
         assert ("was held" in held[0]) == (retain_loss == "auto")
-    assert after["auto"][0] < before[0] - 0.2
-    assert before[1] - after["auto"][1] < 0.6 * (before[1] - after[None][1])
-    if method == "wga":
-        assert after["auto"][1] > before[1] - 0.02
+    lost = {loss: [b - a for b, a in zip(before, values, strict=True)] for loss, values in after.items()}
+    assert lost["auto"][0] > 0.2
+    assert lost["auto"][1] < 0.05 * lost["auto"][0] or method in ("kl", "undial")
+    if method != "simnpo":  # which costs the rest little without it too
+        assert lost["auto"][1] < 0.6 * lost[None][1]
 
 
 @pytest.mark.full

@@ -144,8 +144,9 @@ class ForgetTerm:
                 named = dict(zip(per_token, values, strict=True)) | constants
                 return method.loss(token_tensors(log_likelihood, example, counts, **named), self.options)
 
-            heated = self.options.get("temperature", 1.0) != 1  # no longer the log-likelihoods that unseen text has
-            if self.unseen is not None and "unseen" not in method.inputs and not heated:
+            # heated log-likelihoods are none that unseen text has, and token weights say themselves what is unlearned
+            plain = self.options.get("temperature", 1.0) == 1 and weights is None
+            if self.unseen is not None and "unseen" not in method.inputs and plain:
                 aim = (self._level(indices, batch, len(method.roles)), self._unseen())
                 token_loss = stopped_by_token(token_loss, *aim, group_size=group_size)
 
