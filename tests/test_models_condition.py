@@ -119,6 +119,7 @@ def test_an_audit_refuses_a_model_that_is_not_loaded(untrained):
 
 
 @pytest.mark.filterwarnings("ignore:LlamaForCausalLM")
+@pytest.mark.filterwarnings("ignore:You are calling .generate")  # of transformers 4, which looks at the weights' device
 def test_an_offloaded_model_is_audited(untrained, tmp_path):
     """An audit changes nothing; only a cache, which is named by the weights, needs them in memory."""
     model, tokenizer = untrained
