@@ -84,6 +84,14 @@ def test_a_revision_is_looked_up_on_the_hub(call, folder, monkeypatch):  # noqa:
     assert asked == [("us/model", "v1.0")] * 2 + [("us/base", "0a1b")]
 
 
+@pytest.mark.parametrize("words", [["model-1.5", "--revision", "v1"], ["model-1.5@v1"]])
+def test_a_folder_has_no_revision(words, call, folder, tmp_path, monkeypatch):  # noqa: F811
+    """One sentence, where transformers would load the folder and pass over the revision."""
+    monkeypatch.chdir(folder)
+    err = refused(call("audit", *words, "--forget", folder / "forget.jsonl"), tmp_path)
+    assert "model-1.5 is a folder on this machine, and v1 would be a revision on the hub" in err
+
+
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
 def test_an_adapter_keeps_its_dtype(saved, trained, narrow, tmp_path):  # noqa: F811
     """It need not be that of the model below it; with a dtype given, both have it."""

@@ -161,6 +161,11 @@ def _located(name: str | Path, role: str = "") -> str | Path:
             f"no language model could be loaded from {name!s}{role}: nothing is there; give the folder that "
             "save_pretrained wrote, a .gguf file or a name on the hub"
         )
+    folder, at, revision = str(name).partition("@")
+    if at and Path(folder).exists():  # transformers would load it and pass over the revision
+        raise ModelError(
+            f"{folder} is a folder on this machine, and {revision} would be a revision on the hub: leave it out"
+        )
     return name
 
 
