@@ -89,9 +89,9 @@ class RunFolder:
             return
         parent = self.path.parent
         tensors = [*model.parameters(), *model.buffers()]
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        # weights and two moments of each that is trained, in float32
-        needed = sum(t.numel() * t.element_size() for t in tensors) + 12 * trained
+        # of each weight that is trained: itself, its rest, the second moment, see `Adam`
+        stored = sum(p.numel() * max(10, 2 * p.element_size()) for p in model.parameters() if p.requires_grad)
+        needed = sum(t.numel() * t.element_size() for t in tensors) + stored
         try:
             with replacing(parent / f".{self.path.name}.probe") as file:
                 file.write(b"a file can be written here")
