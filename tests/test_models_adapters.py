@@ -104,7 +104,7 @@ def test_what_cannot_be_adapted_is_refused(story):
     lm = with_lora(LanguageModel.of(story.fresh(), story.tokenizer), 2, seed=0)
     with pytest.raises(ArgumentError, match="the model has one already"):
         run(story, model=lm.module, lora=2)
-    with pytest.raises(ArgumentError, match="merge needs a model with an adapter"):
+    with pytest.raises(ArgumentError, match="merge needs a model with an adapter that can be merged"):
         run(story, merge=True)
     with pytest.raises(ArgumentError, match="lora must be"):
         run(story, lora=0)

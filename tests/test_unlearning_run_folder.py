@@ -83,8 +83,8 @@ def test_a_full_disk_or_a_folder_that_cannot_be_written_is_known_before_the_firs
     model, folder = torch.nn.Linear(1000, 1000), RunFolder(tmp_path / "out", resume=False)
     folder.require_room(model)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=15 * 2**20))
-    with pytest.raises(OutputError, match=r"need 15 MiB, and .* has 15 MiB free: make room"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=13 * 2**20))
+    with pytest.raises(OutputError, match=r"need 13 MiB, and .* has 13 MiB free: make room"):
         folder.require_room(model)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=16 * 2**20))
     folder.require_room(model)

@@ -5,6 +5,7 @@ import torch
 
 from pyunlearn.methods import satimp, tnpo, wga, wtnpo
 from pyunlearn.methods.match import quantile_targets
+from pyunlearn.ops import token_objective
 from pyunlearn.unlearning.token_stopping import stopped_by_token
 
 EXAMPLE, COUNTS = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([4, 2])
@@ -15,8 +16,8 @@ REFERENCE = torch.full((6,), -0.1)
 def gradient(function, values, *others, group_size=1):
     """Return the losses and the gradient of their sum."""
     x = torch.tensor(values, requires_grad=True)
-    stopped = stopped_by_token(function, LEVEL, UNSEEN, group_size=group_size)
-    losses = stopped(x, EXAMPLE, COUNTS, *others)
+    stopped = stopped_by_token(function, UNSEEN, group_size=group_size)
+    losses = stopped(x, EXAMPLE, COUNTS, *others, LEVEL)
     losses.sum().backward()
     return losses.detach(), x.grad
 
@@ -43,6 +44,21 @@ def test_the_force_on_a_text_is_that_of_gradient_ascent_and_the_loss_divides_it(
             assert slope[pulled].sum().item() == pytest.approx(pulled.sum().item() / n)
             torch.testing.assert_close(slope[pulled] / slope[pulled].sum(), plain[pulled] / plain[pulled].sum())
         assert not slope[~above].any()
+
+
+def test_a_batch_in_several_chunks_has_the_gradients_of_one(one_thread):
+    """The head computes a long batch chunk by chunk of whole texts."""
+    torch.manual_seed(0)
+    example, targets = torch.arange(12).repeat_interleave(50), torch.randint(700, (600,))
+    hidden, weight, level = torch.randn(600, 16), torch.randn(700, 16), torch.full((600,), -8.0)
+    gradients = []
+    for workspace in (1 << 30, 1 << 19):
+        h = hidden.clone().requires_grad_()
+        loss = stopped_by_token(losses_of(wga), UNSEEN - 4)
+        token_objective(h, weight, targets, example, loss, level, examples=12, workspace=workspace).loss.backward()
+        gradients.append(h.grad)
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients)
 
 
 def test_a_force_that_has_all_but_faded_is_scaled_up():

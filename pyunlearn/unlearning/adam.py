@@ -85,14 +85,14 @@ def assign(weight: Tensor, rest: Tensor | None, value: Tensor) -> None:
             if tensor is not None and tensor is not value:
                 tensor.copy_(value)
         return
-    bits = value.view(torch.int32)
+    bits = value.masked_fill(value.isnan(), float("nan")).view(torch.int32)  # other NaN would overflow
     upper = (bits + 0x8000) >> 16  # half a unit of the last place is rounded away from zero
     weight.copy_(upper.to(torch.int16).view(torch.bfloat16))
     rest.copy_(bits - (upper << 16))
 
 
 def _chunks(tensors: list[Any]) -> Iterator[list[Any]]:
-    """Yield the tensors piece by piece, of the same numbers; whole where one is not contiguous; None stays None."""
+    """Yield the tensors in chunks of the same numbers; whole where one is not contiguous; None stays None."""
     present = [t for t in tensors if t is not None]
     if present[0].numel() <= _CHUNK or not all(t.is_contiguous() for t in present):
         yield tensors

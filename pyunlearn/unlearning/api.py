@@ -129,16 +129,17 @@ def unlearn(
     trains = torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
     with trains, folder.claimed(), Progress(shown) as bar:
         bar.say("loading the model")
-        lm = _trainable(LanguageModel.of(model, tokenizer, workspace=config.workspace), config)
+        lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
         texts = render(lm, examples, config.template, truncate=config.truncate)
 
         accelerator = make_accelerator(lm.inner)
         processes = Processes(accelerator)
+        lm = _trainable(lm, config)  # the first change of the model
         lm.module.to(accelerator.device)
         processes.broadcast_weights(lm.module)
         lm.module.eval()  # no dropout, so that log-likelihoods are a function of the weights
         trained = accelerator.unwrap_model(lm.module)
-        folder.require_room(trained)
+        folder.require_room(trained, merge=config.merge)
         default_rate = _ADAPTER_LEARNING_RATE if hasattr(trained, "peft_config") else _LEARNING_RATE
         config = replace(config, learning_rate=config.learning_rate or default_rate * method.rate)
         texts = _in_best_form(lm, texts, config, accelerator, processes, bar)
@@ -196,8 +197,8 @@ def _trainable(lm: LanguageModel, config: UnlearnConfig) -> LanguageModel:
     keep_differentiable(lm.module)
     if config.lora is not None:
         lm = with_lora(lm, config.lora, config.seed)
-    if config.merge and not hasattr(lm.module, "peft_config"):
-        raise ArgumentError("merge needs a model with an adapter: set lora as well, or leave merge out")
+    if config.merge and not hasattr(lm.module, "merge_adapter"):
+        raise ArgumentError("merge needs a model with an adapter that can be merged: set lora as well, or leave it out")
     require_trainable(lm.module)
     return lm
 

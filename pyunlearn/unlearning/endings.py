@@ -69,7 +69,7 @@ def advice(
     if stopped == UNDONE:
         return [
             f"{who}: the adapter forgot them, and its changes are too small for the dtype of the weights; leave out "
-            "merge and save the adapter, or load the model in float32."
+            "merge and save the adapter, or load the weights with more digits (dtype float32, not load_in_4bit)."
         ]
     if stopped in (UTILITY_BUDGET, HOLDOUT_BUDGET) and left:
         option = "utility_budget" if stopped == UTILITY_BUDGET else "holdout_budget"

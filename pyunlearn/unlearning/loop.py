@@ -24,7 +24,7 @@ from pyunlearn.unlearning.distributed import LostProcess, Processes
 from pyunlearn.unlearning.endings import explained, require_gradient
 from pyunlearn.unlearning.forecast import Forecast, Pace, duration, share_done
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
-from pyunlearn.unlearning.measuring import compare_anew, measure, refresh
+from pyunlearn.unlearning.measuring import compare_with_non_members, measure, refresh
 from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, finite
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.schedule import Schedule
@@ -109,17 +109,22 @@ def ascend(
                 continue
             rejection_reason = stopping.rejection_reason(measurement)
             if rejection_reason is None:
-                weights.accept()
-                state.step_size = _accept(session, measurement, scored, taken)
+                step_size = _accept(session, measurement, scored, taken)
             else:
-                weights.rollback()
-                state.step_size = state.step_size.after(accepted=False)
-                state.restore(snapshot)
-            weights.set_learning_rate(state.step_size.rate(learning_rate))
-            records[-1] |= _round_record(session, measurement, scored, rejection_reason)
-            state.step, state.round_number = state.step + len(records), state.round_number + 1
-            state.history += records
-            snapshot = state.snapshot()
+                step_size = state.step_size.after(accepted=False)
+            with interrupt.shielded():  # weights and state change together, or a checkpoint would hold parts of both
+                if rejection_reason is None:
+                    weights.accept()
+                    state.scores = stopping.scores
+                else:
+                    weights.rollback()
+                    state.restore(snapshot)
+                state.step_size = step_size
+                weights.set_learning_rate(step_size.rate(learning_rate))
+                records[-1] |= _round_record(session, measurement, scored, rejection_reason)
+                state.step, state.round_number = state.step + len(records), state.round_number + 1
+                state.history += records
+                snapshot = state.snapshot()
             _show(session, bar, pace)
             if session.processes.is_main and time.monotonic() - last_saved > interval:
                 with interrupt.shielded():
@@ -236,8 +241,7 @@ def _accept(session: Session, measurement: Measurement, scored: Indices, taken: 
     if not stopping.unsettled.size:
         refresh(session)
     elif state.round_number % ROUNDS_PER_ANCHOR == ROUNDS_PER_ANCHOR - 1:
-        compare_anew(session)
-    state.scores = stopping.scores
+        compare_with_non_members(session)
     return step_size
 
 

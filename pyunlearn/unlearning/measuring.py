@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from pyunlearn.errors import DataError
 from pyunlearn.probes.non_members import NO_LIKELIER
+from pyunlearn.progress import logger
 from pyunlearn.unlearning.endings import UNDONE
 from pyunlearn.unlearning.setup import Session
 from pyunlearn.unlearning.stopping import Measurement
@@ -40,7 +41,7 @@ def resume_scores(session: Session) -> None:
 def refresh(session: Session) -> None:
     """Score the examples that were not scored under the present weights, so that all numbers are theirs."""
     stopping = session.stopping
-    compare_anew(session)
+    compare_with_non_members(session)
     stale = np.flatnonzero(stopping.stale)
     if not stale.size:
         return
@@ -51,13 +52,18 @@ def refresh(session: Session) -> None:
 def after_merge(session: Session, stopped: str) -> str:
     """Score all texts under weights into which an adapter was merged; return why the run ended."""
     everything = np.arange(len(session.texts.forget))
-    session.stopping.accept(measure(session, everything), everything)
+    measurement = measure(session, everything)
+    reason = session.stopping.rejection_reason(measurement)
+    session.stopping.accept(measurement, everything)
     refresh(session)
+    if reason:
+        logger.warning(f"the merged model does not pass the test of a round ({reason}): the adapter alone did")
+        return reason
     undone = stopped in ("forgotten", NO_LIKELIER) and session.stopping.unsettled.size
     return UNDONE if undone else stopped
 
 
-def compare_anew(session: Session) -> None:
+def compare_with_non_members(session: Session) -> None:
     """Compare with the non-members under the present weights, where these have changed."""
     if session.stopping.anchor_is_old:
         session.stopping.compare_with(-session.scorer.mean_log_likelihood(session.texts.non_members))

@@ -72,16 +72,17 @@ class ForgetTerm:
         """Return the factor that makes the loss pull the examples at `indices` as gradient ascent does, on average.
 
         It is 1 / the mean derivative of a loss on summed log-likelihoods with respect to a text's mean a token. So a
-        loss of long sums does not outweigh the retain loss, and one that fades does not vanish beside it. The examples'
+        loss of long sums does not outweigh the retain loss, and one that fades does not vanish. The examples'
         weights relative to each other are the method's. A winner counts as unchanged. It is 1 for other methods, and
-        with token weights, under which the sums are not known.
+        with token weights, a temperature or a share of the tokens, under which the sums are not known.
 
         Args:
             log_likelihood: (B,) of the forget set, mean a token, nats.
             indices: of the examples that are to be unlearned.
         """
         method = self.method
-        sums = method.kind == "example" and "forget" in method.roles and self.weights is None
+        whole = self.weights is None and not {"temperature", "top_fraction"} & set(self.options)
+        sums = method.kind == "example" and "forget" in method.roles and whole
         if not sums or not len(indices):
             return 1.0
         rows = [(role, int(i)) for i in indices for role in method.roles]
@@ -146,11 +147,11 @@ class ForgetTerm:
 
             # heated log-likelihoods are none that unseen text has, and token weights say themselves what is unlearned
             plain = self.options.get("temperature", 1.0) == 1 and weights is None
+            values = [*per_token.values()]
             if self.unseen is not None and "unseen" not in method.inputs and plain:
-                aim = (self._level(indices, batch, len(method.roles)), self._unseen())
-                token_loss = stopped_by_token(token_loss, *aim, group_size=group_size)
+                token_loss = stopped_by_token(token_loss, self._unseen(), group_size=group_size)
+                values.append(self._level(indices, batch, len(method.roles)))
 
-            values = per_token.values()
             return likelihood.token_objective(batch, token_loss, *values, group_size=group_size, **selection).loss
 
         def loss(*tensors: Tensor) -> Tensor:

@@ -83,12 +83,16 @@ class RunFolder:
             finally:
                 self._lock.unlink(missing_ok=True)
 
-    def require_room(self, model: Any) -> None:
-        """Raise OutputError unless there is room for the model and a checkpoint, and a file can be written."""
+    def require_room(self, model: Any, *, merge: bool = False) -> None:
+        """Raise OutputError unless there is room for the result and a checkpoint, and a file can be written.
+
+        `merge`: an adapter is merged, so that the result is the whole model.
+        """
         if self.path is None or not is_main_process():
             return
         parent = self.path.parent
-        tensors = [*model.parameters(), *model.buffers()]
+        adapted = hasattr(model, "peft_config") and not merge  # only the adapter is saved
+        tensors = [p for p in model.parameters() if p.requires_grad or not adapted]
         # of each weight that is trained: itself, its rest, the second moment, see `Adam`
         stored = sum(p.numel() * max(10, 2 * p.element_size()) for p in model.parameters() if p.requires_grad)
         needed = sum(t.numel() * t.element_size() for t in tensors) + stored
@@ -101,6 +105,6 @@ class RunFolder:
             raise OutputError(f"nothing can be written to {parent}, where the result would be: {error}") from error
         if free < needed:
             raise OutputError(
-                f"the model and a checkpoint need {needed / 2**20:,.0f} MiB, and {parent} has {free / 2**20:,.0f} MiB "
+                f"the result and a checkpoint need {needed / 2**20:,.0f} MiB, and {parent} has {free / 2**20:,.0f} MiB "
                 "free: make room, or choose a folder on another disk"
             )

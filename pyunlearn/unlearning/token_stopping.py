@@ -24,32 +24,34 @@ def above_level(log_likelihood: Tensor, example: Tensor, counts: Tensor, level: 
     return (log_likelihood > target).to(log_likelihood.dtype)
 
 
-def stopped_by_token(
-    function: Callable[..., Tensor], level: Tensor, unseen: Tensor, *, group_size: int = 1
-) -> Callable[..., Tensor]:
+def stopped_by_token(function: Callable[..., Tensor], unseen: Tensor, *, group_size: int = 1) -> Callable[..., Tensor]:
     """Return a function with the same values, whose gradients stop and scale each forget text as the loop needs.
 
     A token of a forget text that is as unlikely as the token of its rank in unseen text has no gradient. The gradients
     of a text's other tokens are multiplied by one factor, so that their mean is as large as that of gradient ascent,
-    1 / n of n tokens. So the loss decides how the force is divided among the tokens, and the force does not fade beside
+    1 / n of n tokens. So the loss decides how the force is divided among the tokens, and the force does not fade against
     the retain loss before the text is as unlikely as unseen text. Other texts of a group are pulled as the loss says.
 
     Args:
         function: of log-likelihoods (N,), example (N,), counts (B,) and further tensors, to losses (B / group_size,).
-        level: (N,) mean log-likelihood per token, nats, at which the token's text is to end.
         unseen: (Q,) log-likelihoods of tokens of unseen text, ascending, nats.
         group_size: texts in one loss, of which the last is the forget text.
+
+    Returns:
+        A function of the same tensors and, at the end, (N,) the mean log-likelihood per token, nats, at which each
+        token's text is to end.
 
     >>> def wga(x, example, counts):
     ...     return (x.detach().exp() * x).mean().view(1)
     >>> x = torch.tensor([-0.5, -1.0, -6.0], requires_grad=True)
-    >>> loss = stopped_by_token(wga, torch.full((3,), -3.0), torch.tensor([-4.0, -3.0, -2.0]))
-    >>> loss(x, torch.tensor([0, 0, 0]), torch.tensor([3])).sum().backward()
+    >>> loss = stopped_by_token(wga, torch.tensor([-4.0, -3.0, -2.0]))
+    >>> loss(x, torch.tensor([0, 0, 0]), torch.tensor([3]), torch.full((3,), -3.0)).sum().backward()
     >>> x.grad  # of gradient ascent: 1/3 for each
     tensor([0.4150, 0.2517, 0.0000])
     """
 
-    def stopped(log_likelihood: Tensor, example: Tensor, counts: Tensor, *others: Tensor) -> Tensor:
+    def stopped(log_likelihood: Tensor, example: Tensor, counts: Tensor, *tensors: Tensor) -> Tensor:
+        *others, level = tensors
         fixed = log_likelihood.detach()
         forget = (example + 1) % group_size == 0
         above = forget * above_level(fixed, example, counts, level, unseen)
