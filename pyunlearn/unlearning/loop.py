@@ -113,13 +113,7 @@ def ascend(
             else:
                 step_size = state.step_size.after(accepted=False)
             with interrupt.shielded():  # weights and state change together, or a checkpoint would hold parts of both
-                if rejection_reason is None:
-                    weights.accept()
-                    state.scores = stopping.scores
-                else:
-                    weights.rollback()
-                    state.restore(snapshot)
-                state.step_size = step_size
+                _store(session, weights, step_size, None if rejection_reason is None else snapshot)
                 weights.set_learning_rate(step_size.rate(learning_rate))
                 records[-1] |= _round_record(session, measurement, scored, rejection_reason)
                 state.step, state.round_number = state.step + len(records), state.round_number + 1
@@ -156,6 +150,18 @@ def _ending(session: Session, rejection_reason: str | None) -> str:
         reached = NO_LIKELIER if stopping.non_members.grade == "self-sampled" else "forgotten"
         return "still extracted" if stopping.extracted.any() else reached
     return rejection_reason if state.step_size.exhausted and rejection_reason else "max_steps"
+
+
+def _store(session: Session, weights: TrainedWeights, step_size: StepSize, before: tuple[Any, Any] | None) -> None:
+    """Store the weights and scores of an accepted round, or return to those of the snapshot `before` a rejected one."""
+    state = session.state
+    if before is None:
+        weights.accept()
+        state.scores = session.stopping.scores
+    else:
+        weights.rollback()
+        state.restore(before)
+    state.step_size = step_size
 
 
 def _rewind(session: Session, weights: TrainedWeights, snapshot: tuple[Any, Any]) -> None:

@@ -29,8 +29,8 @@ def stopped_by_token(function: Callable[..., Tensor], unseen: Tensor, *, group_s
 
     A token of a forget text that is as unlikely as the token of its rank in unseen text has no gradient. The gradients
     of a text's other tokens are multiplied by one factor, so that their mean is as large as that of gradient ascent,
-    1 / n of n tokens. So the loss decides how the force is divided among the tokens, and the force does not fade against
-    the retain loss before the text is as unlikely as unseen text. Other texts of a group are pulled as the loss says.
+    1 / n of n tokens. So the loss decides how the force is divided among the tokens, and the force does not fade
+    before the text is as unlikely as unseen text. Other texts of a group are pulled as the loss says.
 
     Args:
         function: of log-likelihoods (N,), example (N,), counts (B,) and further tensors, to losses (B / group_size,).
