@@ -163,8 +163,10 @@ def remove_partial(parent: Path, name: str | None = None) -> None:
         return
     for left in there:
         with locked(left) as free:
-            if free:
+            if free and left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
+            elif free:
+                left.unlink(missing_ok=True)
 
 
 def is_partial(path: Path, name: str | None = None) -> bool:

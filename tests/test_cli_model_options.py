@@ -69,10 +69,10 @@ def test_a_device_that_is_not_there_is_refused(device, call, folder, tmp_path): 
 
 def test_a_revision_is_looked_up_on_the_hub(call, folder, monkeypatch):  # noqa: F811
     """The option, and @REVISION after the name of any model."""
-    asked, texts = [], ["--forget", folder / "forget.jsonl"]
+    requests, texts = [], ["--forget", folder / "forget.jsonl"]
 
     def from_pretrained(name, **options):
-        asked.append((name, options.get("revision")))
+        requests.append((name, options.get("revision")))
         raise OSError("nothing there")
 
     monkeypatch.setattr(tf.AutoConfig, "from_pretrained", from_pretrained)
@@ -81,7 +81,7 @@ def test_a_revision_is_looked_up_on_the_hub(call, folder, monkeypatch):  # noqa:
         assert code == 2
         assert "us/model@v1.0" in err
     call("audit", folder / "model-1.5", "--reference-model", "us/base@0a1b", *texts)
-    assert asked == [("us/model", "v1.0")] * 2 + [("us/base", "0a1b")]
+    assert requests == [("us/model", "v1.0")] * 2 + [("us/base", "0a1b")]
 
 
 @pytest.mark.parametrize("words", [["model-1.5", "--revision", "v1"], ["model-1.5@v1"]])

@@ -17,9 +17,9 @@ from pyunlearn.errors import ModelError
 def recomputed_layers(model: Any) -> Iterator[None]:
     """Recompute the activations of each layer in the backward pass, within the context, instead of storing them.
 
-    The gradients are the same, bit for bit on a CPU, for about a third more time. Without it a pass stores some
-    30 numbers a token, layer and hidden unit; with it one. transformers' own `gradient_checkpointing_enable` has no
-    effect in evaluation mode, in which a run must train: dropout would change the scores.
+    The gradients are the same, bit for bit on a CPU, for one more forward pass of each layer; only the layers' inputs
+    are stored. transformers' own `gradient_checkpointing_enable` has no effect in evaluation mode, in which a run must
+    train: dropout would change the scores.
 
     Args:
         model: a transformers model, wrapped or not.

@@ -64,7 +64,10 @@ class Adam(torch.optim.Optimizer):
 
 
 def exact(weight: Tensor, rest: Tensor | None) -> Tensor:
-    """Return a weight and its rest as one tensor of 32 bits a number or more; the weight itself where it is one."""
+    """Return a weight and its rest, int16 or float32 of the same shape or None, as one tensor of that shape.
+
+    It has 32 bits a number or more, and is the weight itself, or the rest, where that holds the number.
+    """
     if rest is None:
         return weight.detach()
     if rest.dtype == torch.float32:
@@ -73,7 +76,7 @@ def exact(weight: Tensor, rest: Tensor | None) -> Tensor:
 
 
 def assign(weight: Tensor, rest: Tensor | None, value: Tensor) -> None:
-    """Store the value in a weight, rounded, and in its rest.
+    """Store the value, of the weight's shape, in a weight, rounded to nearest, and in its rest.
 
     >>> weight, rest = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int16)
     >>> assign(weight, rest, torch.tensor([0.1]))

@@ -184,7 +184,7 @@ class LoopConfig(Config):
     gradient_checkpointing: bool = option(
         False,
         Flag(),
-        "Recompute the activations of each layer in the backward pass instead of storing them: a third more time, far "
+        "Recompute the activations of each layer in the backward pass instead of storing them: one more forward pass, "
         "less memory, the same result. In Python also where the model's own gradient checkpointing is on.",
         group="Model",
     )
@@ -234,7 +234,7 @@ class UnlearnConfig(LoopConfig):
         None,
         Whole(1),
         "Train a LoRA adapter of this rank (16, for example) on every linear layer but the head, instead of all "
-        "weights: a few bytes a parameter. The result is the adapter, unless `merge` is set. Needs the package peft.",
+        "weights. The result is the adapter, unless `merge` is set. Needs the package peft.",
         group="Model",
         fixed=True,
     )

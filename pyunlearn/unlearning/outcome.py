@@ -70,10 +70,10 @@ def notes_of(session: Session, texts: RenderedTexts, result: Result, config: Unl
         has_retain=session.texts.retain is not None and not session.sampled.get("held"),
         method=session.forget_term.method.name,
     )
-    return notes + _held_notes(session, texts) + document_notes(result.documents)
+    return notes + _retained_notes(session, texts) + document_notes(result.documents)
 
 
-def _held_notes(session: Session, texts: RenderedTexts) -> list[str]:
+def _retained_notes(session: Session, texts: RenderedTexts) -> list[str]:
     """Return sentences on the text of the model's own that was held, and on the rest of texts with "forget"."""
     notes = []
     if (own := session.sampled.get("held")) and session.state.visits.any():
