@@ -164,3 +164,12 @@ def test_what_another_process_is_writing_stays(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     with locked(tmp_path / "missing") as mine:
         assert mine is False
+
+
+def test_a_half_written_file_is_removed_as_a_folder_is(tmp_path):
+    """So that the output folder that holds nothing else can be written."""
+    target = tmp_path / "out"
+    (target / ".x.partial-2").mkdir(parents=True)
+    (target / ".x.partial-1").write_text("half")
+    remove_partial(target)
+    assert list(target.iterdir()) == []
