@@ -23,6 +23,14 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.fixture(autouse=True)
+def listens_to_ctrl_c():
+    """Python's own handler, also where the tests run in the background, whose processes a shell makes ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def faulted(folder, *options):
     """Run the benchmark on the package that the tests import; return its table as dicts. Nothing must be lost."""
     command = [sys.executable, "-c", PROGRAM, str(ROOT), *map(str, options)]
