@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pyunlearn.errors import OutputError, first_line
+from pyunlearn.errors import DataError, OutputError, first_line
 
 _PARTIAL = ".partial-"
 
@@ -229,6 +231,36 @@ def write_json(target: Path, content: Any) -> None:
 def write_bytes(target: Path, content: bytes) -> None:
     """Write a file that nobody else can read, all of it or nothing. Raises OutputError where that fails."""
     write_whole(target, lambda path: path.write_bytes(content))
+
+
+def packed_arrays(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Return named arrays as a safetensors file, which can hold no code, with their SHA-256 in its header."""
+    from safetensors.numpy import save
+
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    return bytes(save(contiguous, metadata={"sha256": _arrays_digest(contiguous)}))
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the named arrays in a file of `packed_arrays`. Raises DataError where it is damaged or another file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            digest = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} is no file of arrays, or damaged: {first_line(error)}") from error
+    if digest != _arrays_digest(arrays):
+        raise DataError(f"{path} is damaged: its SHA-256 is another")
+    return arrays
+
+
+def _arrays_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def plain_json(value: Any) -> Any:

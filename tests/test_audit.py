@@ -298,7 +298,7 @@ def test_an_interrupted_audit_resumes(tmp_path, monkeypatch, at):
         patched.setattr("pyunlearn.progress.Progress.advance", advance)
         with pytest.raises(Stopped):
             pyunlearn.audit(t[0], tiny.sentences(24, 1), cache=tmp_path, **options)
-    assert list(tmp_path.rglob("*.npz"))
+    assert list(tmp_path.rglob("*.safetensors"))
     again = pyunlearn.audit(t[0], tiny.sentences(24, 1), cache=tmp_path, **options)
     drop = {"seconds": 0}
     assert json.dumps(again.to_dict(show_text=True) | drop) == json.dumps(whole.to_dict(show_text=True) | drop)

@@ -2,13 +2,18 @@
 
 import multiprocessing
 
+import numpy as np
 import pytest
+from coverings import in_full
+from damage import damaged
 from safetensors import SafetensorError
 
-from pyunlearn.errors import OutputError
+from pyunlearn.errors import DataError, OutputError
 from pyunlearn.output import (
     check_output,
     locked,
+    packed_arrays,
+    read_arrays,
     remove_partial,
     scores_difference,
     settings_difference,
@@ -173,3 +178,37 @@ def test_a_half_written_file_is_removed_as_a_folder_is(tmp_path):
     (target / ".x.partial-1").write_text("half")
     remove_partial(target)
     assert list(target.iterdir()) == []
+
+
+ARRAYS = {
+    "numbers": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # not contiguous
+    "flags": np.array([True, False]),
+    "none": np.zeros((0, 4), dtype=np.int64),
+    "one": np.array(2.5),
+}
+
+
+def _same_arrays(a, b):
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].shape == b[k].shape and np.array_equal(a[k], b[k]) for k in a
+    )
+
+
+def test_arrays_come_back_as_they_were_written(tmp_path):
+    """With dtype and shape."""
+    (tmp_path / "a").write_bytes(packed_arrays(ARRAYS))
+    assert _same_arrays(read_arrays(tmp_path / "a"), ARRAYS)
+
+
+@pytest.mark.parametrize("count", [100, *in_full(1000)])
+def test_damaged_arrays_are_refused(tmp_path, count):
+    """Bytes are cut, flipped, overwritten or added: a sentence, or (in the spaces of the header) the same numbers."""
+    path, rng, refused = tmp_path / "a", np.random.default_rng(0), 0
+    data = packed_arrays(ARRAYS)
+    for _ in range(count):
+        path.write_bytes(damaged(rng, data))
+        try:
+            assert _same_arrays(read_arrays(path), ARRAYS)
+        except DataError:
+            refused += 1
+    assert refused > count * 0.9

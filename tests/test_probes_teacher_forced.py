@@ -202,9 +202,9 @@ def test_a_damaged_shard_is_computed_again(tmp_path):
     """And nothing half-written is ever taken for a shard."""
     model, _tokenizer, tokens = made("plain")
     whole = teacher_forced(model, tokens, store=Cache(tmp_path, model).store("a", FIELDS))
-    (shard,) = tmp_path.rglob("*.npz")
+    (shard,) = tmp_path.rglob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:100])
-    (shard.parent / ".x.npz.partial-1").write_bytes(b"half")
+    (shard.parent / ".x.safetensors.partial-1").write_bytes(b"half")
     again = teacher_forced(model, tokens, store=Cache(tmp_path, model).store("a", FIELDS))
     np.testing.assert_array_equal(whole.log_likelihood, again.log_likelihood)
 

@@ -380,7 +380,7 @@ def test_an_interrupted_command_says_how_to_go_on(call, folder, tmp_path, monkey
         code, _, err = call(*arguments)
     assert code == 130
     assert "run the same command again" in err
-    assert list((tmp_path / "model-audit.cache").rglob("*.npz"))
+    assert list((tmp_path / "model-audit.cache").rglob("*.safetensors"))
     assert call(*arguments)[0] == 1
     assert not (tmp_path / "model-audit.cache").exists()
 

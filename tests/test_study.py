@@ -14,6 +14,7 @@ from study_settings import TINY
 
 from pyunlearn.cli import main as cli
 from pyunlearn.errors import OutputError
+from pyunlearn.output import read_arrays
 from pyunlearn.study import PRESETS, run_study, study, training
 from pyunlearn.study import runs as study_runs
 from pyunlearn.study.claims import CLAIMS
@@ -71,12 +72,12 @@ def test_each_step_s_numbers_are_those_of_the_trajectory(finished):
     """The tables agree with the arrays of the runs; the first row of a run is the model before unlearning."""
     with open(finished.folder / "steps.csv") as file:
         rows = [r for r in csv.DictReader(file) if (r["kind"], r["repetitions"]) == ("id", "10")]
-    run = np.load(finished.folder / "runs" / "id-r10-draw0-lr0.01.npz")
+    run = read_arrays(finished.folder / "runs" / "id-r10-draw0-lr0.01.safetensors")
     assert [int(r["step"]) for r in rows] == run["steps"].tolist() == [0, 2, 4]
     np.testing.assert_allclose([float(r["nll"]) for r in rows], run["nll"].mean(1), rtol=1e-6)
     assert float(rows[0]["non_member_drift"]) == 0 == float(rows[0]["moved"])
     assert run["nll"][-1].mean() > run["nll"][0].mean()
-    trained = np.load(finished.folder / "scores" / "main-0.npz")
+    trained = read_arrays(finished.folder / "scores" / "main-0.safetensors")
     assert float(rows[0]["test_nll"]) == pytest.approx(float(trained["test_nll"]), rel=1e-6)
 
 
@@ -97,7 +98,7 @@ def test_an_interrupted_study_resumes_to_the_same_files(finished, tmp_path, monk
             run_study(tmp_path, **TINY)
         monkeypatch.setattr(where, name, real)
         assert bool(list((tmp_path / "models").glob("*.checkpoint"))) == (where is training)
-        assert len(list((tmp_path / "runs").glob("*.npz"))) == (0 if where is training else 2)
+        assert len(list((tmp_path / "runs").glob("*.safetensors"))) == (0 if where is training else 2)
         assert not (tmp_path / "index.html").exists()
     again = run_study(tmp_path, **TINY)
     assert digests(again.folder) == digests(finished.folder)
@@ -129,11 +130,11 @@ def test_the_other_setups_come_to_verdicts(tmp_path, monkeypatch, setup):
         }
     made = run_study(tmp_path / "out", **arguments)
     assert [c.name for c in made.claims] == list(CLAIMS)
-    run = np.load(tmp_path / "out" / "runs" / "id-r4-draw0-lr0.01.npz")
+    run = read_arrays(tmp_path / "out" / "runs" / "id-r4-draw0-lr0.01.safetensors")
     assert np.isnan(run["bleu"]).all()
     assert run["nll"][-1].mean() > run["nll"][0].mean()
     trained, retrained = (
-        np.load(tmp_path / "out" / "scores" / f"{name}.npz")["nll"] for name in ("main-0", "retrained")
+        read_arrays(tmp_path / "out" / "scores" / f"{name}.safetensors")["nll"] for name in ("main-0", "retrained")
     )
     assert trained[-4:].mean() < retrained[-4:].mean()
 

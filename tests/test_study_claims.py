@@ -25,7 +25,8 @@ def test_the_four_criteria_are_what_they_say(tmp_path):
     unseen[1] += 0.6
     folder = Folder(tmp_path / "out", {})
     rest = {name: np.zeros(2) for name in ("test_nll", "bleu", "moved")}
-    folder.arrays(f"runs/{which}-lr0.1.npz", steps=np.arange(2), nll=nll, accuracy=nll, non_member_nll=unseen, **rest)
+    run = {"steps": np.arange(2), "nll": nll, "accuracy": nll, "non_member_nll": unseen}
+    folder.arrays(f"runs/{which}-lr0.1.safetensors", **run, **rest)
     names = ("memorization", "memorization_accuracy", "difficulty", "retrained", "tokens")
     known = outcomes.Examples(indices=list(range(23)), **dict.fromkeys(names, ease))
     (outcome,) = outcomes.outcomes_of(folder, config, sets, known)

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from coverings import in_full
+from damage import damaged
 from torch import nn
 from unlearning_runs import Interrupted, run, same, timeless, weights
 
@@ -197,18 +198,6 @@ def test_only_its_owner_can_read_a_checkpoint(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
     assert not path.is_symlink()
     assert other.read_bytes() == b"mine"
-
-
-def damaged(rng, data):
-    """Return the bytes with one of four kinds of damage."""
-    kind, at = int(rng.integers(4)), int(rng.integers(len(data)))
-    if kind == 0:
-        return data[:at]
-    if kind == 1:
-        return data[:at] + bytes([data[at] ^ (1 << int(rng.integers(8)))]) + data[at + 1 :]
-    if kind == 2:
-        return data[:at] + rng.bytes(20) + data[at + 20 :]
-    return data + rng.bytes(1 + at % 9)
 
 
 @pytest.mark.parametrize("count", [100, *in_full(1000)])

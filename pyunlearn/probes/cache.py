@@ -20,10 +20,17 @@ import torch
 from numpy.typing import NDArray
 
 from pyunlearn.data import Tokens
-from pyunlearn.errors import ModelError, OutputError
+from pyunlearn.errors import DataError, ModelError, OutputError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.options import require_path
-from pyunlearn.output import make_private_folder, new_private_file, remove_partial, replacing
+from pyunlearn.output import (
+    make_private_folder,
+    new_private_file,
+    packed_arrays,
+    read_arrays,
+    remove_partial,
+    replacing,
+)
 
 WARNING = (
     "This cache can give back the texts that were audited: treat it like the texts.\n\n"
@@ -51,7 +58,7 @@ class RecordStore:
         self._saved_at = time.monotonic()
         if folder is not None:
             remove_partial(folder)
-        for path in sorted(folder.glob("*.npz")) if folder is not None and folder.is_dir() else []:
+        for path in sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else []:
             self._records |= _read(path, self.names)
 
     def key(self, tokens: Tokens, *more: object) -> Hashable:
@@ -77,13 +84,14 @@ class RecordStore:
         if self.folder is None or not self._unsaved:
             return
         keys, records = list(self._unsaved), list(self._unsaved.values())
-        arrays = {"keys": np.array(keys), "counts": np.array([len(r[0]) for r in records])}
+        digests = np.array([list(bytes.fromhex(str(key))) for key in keys], dtype=np.uint8)
+        arrays = {"keys": digests, "counts": np.array([len(r[0]) for r in records])}
         arrays |= {name: np.concatenate([r[i] for r in records]) for i, name in enumerate(self.names)}
-        name = f"{hashlib.sha256(''.join(map(str, keys)).encode()).hexdigest()[:24]}.npz"
+        name = f"{hashlib.sha256(''.join(map(str, keys)).encode()).hexdigest()[:24]}.safetensors"
         try:
             make_private_folder(self.folder)
             with replacing(self.folder / name) as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
+                file.write(packed_arrays(arrays))
         except OSError as error:
             raise OutputError(f"the cache could not be written to {self.folder}: {error}") from error
         self._unsaved, self._saved_at = {}, time.monotonic()
@@ -169,9 +177,9 @@ def _digest(tokens: Tokens, more: tuple[object, ...]) -> str:
 def _read(path: Path, names: tuple[str, ...]) -> dict[Hashable, Record]:
     """Return the records of a shard; none if it is damaged, since they can be computed again."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            ends = np.cumsum(file["counts"])[:-1]
-            parts = [np.split(file[name], ends) for name in names]
-            return dict(zip(file["keys"].tolist(), zip(*parts, strict=True), strict=True))
-    except Exception:  # damage can be anywhere: in the archive, its compression, the headers of arrays
+        arrays = read_arrays(path)
+        ends = np.cumsum(arrays["counts"])[:-1]
+        parts = [np.split(arrays[name], ends) for name in names]
+    except (DataError, KeyError):  # damaged, or of a kind with other names
         return {}
+    return dict(zip([key.tobytes().hex() for key in arrays["keys"]], zip(*parts, strict=True), strict=True))

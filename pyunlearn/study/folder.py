@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pyunlearn.errors import OutputError
-from pyunlearn.output import check_output, remove_partial, write_json, write_whole
+from pyunlearn.output import check_output, packed_arrays, read_arrays, remove_partial, write_json, write_whole
 
 Row = dict[str, Any]
 
@@ -61,18 +61,12 @@ class Folder:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     def arrays(self, name: str, **arrays: Any) -> None:
-        """Write named arrays (.npz)."""
-
-        def save(path: Path) -> None:
-            with open(path, "wb") as file:
-                np.savez(file, **arrays)
-
-        self.write(name, save)
+        """Write named arrays (.safetensors)."""
+        self.write(name, lambda path: path.write_bytes(packed_arrays({k: np.asarray(v) for k, v in arrays.items()})))
 
     def read_arrays(self, name: str) -> dict[str, Any]:
-        """Read named arrays (.npz)."""
-        with np.load(self.path / name, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in arrays.files}
+        """Read named arrays (.safetensors)."""
+        return read_arrays(self.path / name)
 
     def table(self, name: str, rows: Sequence[Row]) -> None:
         """Write NAME.csv, and NAME.parquet where pyarrow is installed."""

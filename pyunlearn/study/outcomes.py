@@ -102,7 +102,7 @@ class Examples:
 def examples_of(folder: Folder, config: StudyConfig, sets: Sets) -> Examples:
     """Compute memorization and difficulty from the scores of the subset models."""
     scored, masks = sets.scored(), sets.subsets(config)
-    scores = [folder.read_arrays(f"scores/subset-{k}.npz") for k in range(config.subset_models)]
+    scores = [folder.read_arrays(f"scores/subset-{k}.safetensors") for k in range(config.subset_models)]
     inside = np.stack([masks[i] for i in scored], axis=1)  # (K, N)
     nll, accuracy = (np.stack([s[name] for s in scores]) for name in ("nll", "accuracy"))
     # a non-member's mask is a dummy: "in" and "out" are two random halves of the models, none of which saw it
@@ -112,7 +112,7 @@ def examples_of(folder: Folder, config: StudyConfig, sets: Sets) -> Examples:
         memorization=counterfactual_memorization(inside, -nll),
         memorization_accuracy=counterfactual_memorization(inside, accuracy),
         difficulty=difficulty,
-        retrained=folder.read_arrays("scores/retrained.npz")["nll"],
+        retrained=folder.read_arrays("scores/retrained.safetensors")["nll"],
         tokens=lengths(sets, scored),
     )
 

@@ -71,7 +71,7 @@ def _drawings(folder: Folder) -> list[tuple[str, str, str]]:
 def _models(folder: Folder, config: StudyConfig) -> list[dict[str, Any]]:
     rows = []
     for name in names(config):
-        scores, trained = folder.read_arrays(f"scores/{name}.npz"), folder.read_json(f"training/{name}.json")
+        scores, trained = folder.read_arrays(f"scores/{name}.safetensors"), folder.read_json(f"training/{name}.json")
         measured = {"test_nll": float(scores["test_nll"]), "bleu": float(scores["bleu"])}
         rows.append({"name": name, "steps": trained["steps"], **measured})
     return rows

@@ -76,21 +76,21 @@ def _background(config: StudyConfig, sets: Sets, epoch: int) -> list[int]:
 def score_all(
     folder: Folder, config: StudyConfig, tokenizer: Any, sets: Sets, device: str, say: Callable[[str], None]
 ) -> None:
-    """Write scores/NAME.npz of every model.
+    """Write scores/NAME.safetensors of every model.
 
     nll, accuracy (N,): mean NLL, nats per token, and share of tokens that are the first choice, of every example in
     `sets.scored()`; test_nll and bleu of the test examples.
     """
     scored = sets.scored()
     for name in names(config):
-        if folder.has(f"scores/{name}.npz"):
+        if folder.has(f"scores/{name}.safetensors"):
             continue
         say(f"scoring {name}")
         lm = load_model(folder.path / "models" / name, tokenizer, device)
         nll, accuracy = score(lm, [sets.tokens[i] for i in [*scored, *sets.test]])
         n = len(scored)
         folder.arrays(
-            f"scores/{name}.npz",
+            f"scores/{name}.safetensors",
             nll=nll[:n],
             accuracy=accuracy[:n],
             test_nll=nll[n:].mean(),

@@ -39,7 +39,7 @@ class Job(NamedTuple):
     @property
     def file(self) -> str:
         """The name of its trajectory in the folder."""
-        return f"runs/{self.which}-lr{self.rate:g}.npz"
+        return f"runs/{self.which}-lr{self.rate:g}.safetensors"
 
 
 def jobs(config: StudyConfig, sets: Sets) -> list[Job]:

@@ -37,7 +37,7 @@ def write_tables(
 def _examples(folder: Folder, config: StudyConfig, sets: Sets, examples: Examples, tokenizer: Any) -> list[Row]:
     owner = {i: which for which, indices in sets.forget.items() for i in indices}
     kind_of = {i: kind for kind, indices in sets.non_members.items() for i in indices}
-    mains = [folder.read_arrays(f"scores/main-{d}.npz")["nll"] for d in range(config.draws)]
+    mains = [folder.read_arrays(f"scores/main-{d}.safetensors")["nll"] for d in range(config.draws)]
     change, rows = printable if config.show_text else masked, []
     for position, index in enumerate(examples.indices):
         which = owner.get(index)
@@ -61,7 +61,7 @@ def _examples(folder: Folder, config: StudyConfig, sets: Sets, examples: Example
 
 
 def _model(folder: Folder, name: str) -> Row:
-    scores = folder.read_arrays(f"scores/{name}.npz")
+    scores = folder.read_arrays(f"scores/{name}.safetensors")
     return {"model": name, **{key: float(value) for key, value in scores.items() if value.ndim == 0}}
 
 
