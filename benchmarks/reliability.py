@@ -243,7 +243,7 @@ def _content(path: Path) -> Any:
         return _timeless(json.loads(content))
     if path.suffix == ".csv":
         return [_timeless(row) for row in csv.DictReader(io.StringIO(content.decode()))]
-    if zipfile.is_zipfile(path):  # arrays and optimizers; the archive holds the date
+    if zipfile.is_zipfile(path):  # optimizers; the archive holds the date
         with zipfile.ZipFile(path) as archive:
             return {info.filename.partition("/")[2] or info.filename: info.CRC for info in archive.infolist()}
     return hashlib.sha256(content).hexdigest()

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from test_cli import folder, refused, trained  # noqa: F401
 
+from pyunlearn.errors import ArgumentError
 from pyunlearn.models import load
 from pyunlearn.models.config import LoadOptions
 from pyunlearn.models.loading import load_options
@@ -65,6 +66,19 @@ def test_a_device_that_is_not_there_is_refused(device, call, folder, tmp_path): 
     """In one sentence that names what is there, before anything is read."""
     result = call("audit", folder / "model-1.5", "--forget", "none.jsonl", "--device", device)
     assert "device must be one that this machine has (cpu" in refused(result, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda", r"one that this machine has \(cpu.*, got 'cuda:1'"), ("cuda:0", "would be shared by all processes")],
+)
+def test_each_process_of_a_launcher_has_its_own_gpu(device, message, monkeypatch):
+    """The first would otherwise hold the weights of all."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ArgumentError, match=message), load_options(LoadOptions(device=device)):
+        pass
 
 
 def test_a_revision_is_looked_up_on_the_hub(call, folder, monkeypatch):  # noqa: F811

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers as tf
 from test_edits import encoded
 from unlearning_runs import Interrupted, run, same, timeless, weights
 
 import pyunlearn
-from pyunlearn.errors import ArgumentError
+from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.methods import METHODS
 from pyunlearn.models import LanguageModel, load
 from pyunlearn.models.adapters import merged, with_lora
@@ -97,6 +98,35 @@ def test_a_merge_that_undoes_the_run_is_reported(story, monkeypatch):
     assert not result.forgotten
     assert any("leave out merge and save the adapter" in note for note in result.notes)
     assert {e.verdict for e in result.examples} == {"still exposed"}
+
+
+def test_an_adapter_names_the_revision_of_its_model(story, tmp_path, monkeypatch):
+    """It is made on one commit of a name on the hub, and loaded on that one."""
+    model, requests = story.fresh(), []
+    model.name_or_path, model.config._commit_hash = "us/model", "0a1b"
+    lm = with_lora(LanguageModel.of(model, story.tokenizer), 2, seed=0)
+    lm.module.save_pretrained(tmp_path)
+    story.tokenizer.save_pretrained(tmp_path)
+
+    def loaded(kind):
+        def from_pretrained(name, **options):
+            requests.append((name, options["revision"]))
+            return model.config if kind == "config" else (story.fresh(), {"missing_keys": set()})
+
+        return from_pretrained
+
+    monkeypatch.setattr(tf.AutoConfig, "from_pretrained", loaded("config"))
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", loaded("model"))
+    again, _ = load(tmp_path)
+    assert requests[:2] == [("us/model", "0a1b")] * 2  # then the tokenizer in the folder
+    assert again.peft_config["default"].r == 2
+
+
+def test_an_adapter_without_a_readable_configuration_is_refused(tmp_path):
+    """In one sentence."""
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match="no language model could be loaded from"):
+        load(tmp_path)
 
 
 def test_what_cannot_be_adapted_is_refused(story):

@@ -15,6 +15,8 @@ from pyunlearn.cli import demo
 from pyunlearn.cli.demo_model import demo_model
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.metrics.verdict import NOT_EXTRACTED
+from pyunlearn.models import LanguageModel
+from pyunlearn.models.adapters import with_lora
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]  # a minute and a half where nothing else runs
 
@@ -199,3 +201,20 @@ def test_a_gguf_model_can_be_saved_and_loaded_again(original, tmp_path):
     for (name, p), (other, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert name == other
         assert torch.equal(p, q)
+
+
+def test_an_adapter_made_on_a_gguf_file_names_the_file(original, tmp_path):
+    """So it can be loaded again, by pyunlearn."""
+    model, tokenizer = models.load(demo_model())
+    lm = with_lora(LanguageModel.of(model.eval(), tokenizer), 2, seed=0)
+    with torch.no_grad():
+        for p in lm.module.parameters():
+            if p.requires_grad:
+                p.add_(0.01)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    expected = lm.module(ids).logits
+    for part in (lm.module, tokenizer):
+        part.save_pretrained(tmp_path / "adapter")
+    again, _ = models.load(tmp_path / "adapter")
+    assert torch.equal(again(ids).logits, expected)
+    assert not torch.equal(original[0](ids).logits, expected)

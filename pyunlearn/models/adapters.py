@@ -12,7 +12,8 @@ from pyunlearn.models.language_model import LanguageModel
 def with_lora(lm: LanguageModel, rank: int, seed: int) -> LanguageModel:
     """Add a LoRA adapter to every linear layer but the head; only the adapter is trained, in float32.
 
-    At first the adapter changes nothing. It has alpha = 2 * rank and no dropout.
+    At first the adapter changes nothing. It has alpha = 2 * rank and no dropout. Saved, it names the model and, of one
+    from the hub, the commit.
 
     Args:
         lm: the model, whose layers get the adapter in place.
@@ -40,7 +41,7 @@ def with_lora(lm: LanguageModel, rank: int, seed: int) -> LanguageModel:
     )
     try:
         with seeded(seed, lm.device):
-            adapted = get_peft_model(lm.module, config)
+            adapted = get_peft_model(lm.module, config, revision=getattr(lm.module.config, "_commit_hash", None))
     except ValueError as error:
         raise ModelError(f"lora cannot adapt {lm.name}: {error}") from error
     return LanguageModel.of(adapted, lm.tokenizer, workspace=lm.workspace)

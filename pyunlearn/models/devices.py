@@ -10,6 +10,8 @@ import torch
 
 from pyunlearn.errors import ArgumentError
 
+_NUMBERED = ("cuda", "xpu", "npu")  # kinds of devices of which a machine can have several
+
 
 def default_device() -> torch.device:
     """Return the machine's accelerator (CUDA, MPS, XPU, ...), or the CPU without one or with ACCELERATE_USE_CPU=true.
@@ -22,14 +24,20 @@ def default_device() -> torch.device:
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t"):
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if accelerator is None else accelerator
+    return torch.device("cpu") if accelerator is None else torch.device(_own(accelerator.type))
 
 
 def use_device(name: str) -> None:
     """Run models on this device from now on, in this process: "cpu", "cuda:1", "mps", ...
 
-    Raises ArgumentError for a device that is not there.
+    Of several processes that a launcher started, each takes its own GPU for "cuda".
+
+    Raises ArgumentError for a device that is not there, and for one GPU that several processes would share.
     """
+    kind, _, number = name.partition(":")
+    if number and kind != "cpu" and _own(kind) != kind:
+        raise ArgumentError(f"device {name!r} would be shared by all processes of the launcher: give {kind!r}")
+    name = name if number else _own(name)
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
@@ -37,6 +45,12 @@ def use_device(name: str) -> None:
         names = "cpu" if there is None else f"cpu and {there.type}"
         raise ArgumentError(f"device must be one that this machine has ({names}), got {name!r}") from error
     os.environ["ACCELERATE_TORCH_DEVICE"] = name
+
+
+def _own(kind: str) -> str:
+    """Return the device of this kind that belongs to this process, of several that a launcher started: "cuda:1"."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return f"{kind}:{os.environ.get('LOCAL_RANK', '0')}" if several and kind in _NUMBERED else kind
 
 
 @contextmanager

@@ -70,19 +70,21 @@ def load(name: str | Path, *, dtype: torch.dtype | None = None, tokenizer: Any =
         ModelError: no language model or tokenizer can be loaded from there.
     """
     name = _located(name)
-    headers = gguf.cached_headers() if str(name).endswith(".gguf") else nullcontext()
-    with headers:
-        return _load(name, dtype, tokenizer)
+    try:
+        base = _adapted(_arguments(name)[0])
+    except (OSError, ValueError) as error:
+        raise _not_loadable(str(name), error) from error
+    with gguf.cached_headers() if str(base or name).endswith(".gguf") else nullcontext():
+        return _load(name, base, dtype, tokenizer)
 
 
-def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[Any, Any]:
+def _load(name: str | Path, base: str | None, dtype: torch.dtype | None, tokenizer: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    where, arguments = _arguments(name)
-    is_gguf = "gguf_file" in arguments
-    if not is_gguf:
+    where, arguments = _arguments(base or name)
+    is_gguf, options = "gguf_file" in arguments, _options()
+    if not is_gguf and base is None:
         _require_saved(Path(where))
-    options, base = _options(), None
     as_saved = dtype is None and options.dtype == "auto" and not is_gguf
     if not as_saved and dtype is None:
         dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -92,17 +94,16 @@ def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[
     if options.load_in_4bit:
         weights |= four_bits.loading_arguments()
     try:
-        adapter = Path(where) / "adapter_config.json"
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.exists() else None
-        arguments |= hub_options(base or where)
-        config = AutoConfig.from_pretrained(base or where, **arguments)
+        arguments |= hub_options(where)
+        config = AutoConfig.from_pretrained(where, **arguments)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, loading = kind.from_pretrained(base or where, output_loading_info=True, **weights, **arguments)
+        model, loading = kind.from_pretrained(where, output_loading_info=True, **weights, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loadable(str(name), error, base or where if "local_files_only" in arguments else "") from error
+        raise _not_loadable(str(name), error, where if "local_files_only" in arguments else "") from error
     four_bits.keep_differentiable(model)
     if is_gguf:
         gguf.mark_dequantized(model)
+        model.name_or_path = str(base or name)  # an adapter names it as its base
     head = model.get_output_embeddings()
     names = {n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(head, "weight", None)}
     if names and names <= set(loading["missing_keys"]):  # transformers initializes one at random
@@ -111,7 +112,7 @@ def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[
             "was saved with it"
         )
     if base:
-        model = _with_adapter(model, where, as_saved)
+        model = _with_adapter(model, _arguments(name)[0], as_saved)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer or name)
     return model, tokenizer
@@ -183,6 +184,19 @@ def _not_loadable(name: str, error: Exception, away: str = "") -> ModelError:
         f"no language model could be loaded from {name}: {first}; give the folder that save_pretrained wrote, a .gguf "
         "file or a name on the hub"
     )
+
+
+def _adapted(where: str) -> str | None:
+    """Return the model on which the PEFT adapter in a folder was made, as NAME@REVISION where it has one.
+
+    None where there is no adapter, or one that names no model.
+    """
+    path = Path(where) / "adapter_config.json"
+    if not path.exists():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    return f"{base}@{revision}" if base and revision and not Path(base).exists() else base
 
 
 def _require_saved(where: Path) -> None:
