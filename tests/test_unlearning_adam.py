@@ -41,6 +41,41 @@ def test_the_steps_are_those_of_torch(dtype, momentum):
     assert not torch.equal(own, start)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [4, 1 << 22])
+def test_offloaded_moments_give_the_same_steps(dtype, momentum, chunk, monkeypatch):
+    """Bit for bit; here the copies that a GPU would work on are copies in the same memory."""
+    monkeypatch.setattr(adam, "_CHUNK", chunk)
+    monkeypatch.setattr(adam, "_near", lambda tensor, device: None if tensor is None else tensor.clone())
+    torch.manual_seed(0)
+    here = nn.Parameter(torch.randn(7, 5).to(dtype))
+    away = nn.Parameter(here.detach().clone())
+    optimizers = Adam([here], 1e-5, momentum), Adam([away], 1e-5, momentum, offload=True)
+    for gradient in gradients(10):
+        for p, optimizer in zip((here, away), optimizers, strict=True):
+            p.grad = gradient.to(dtype)
+            optimizer.step()
+    assert torch.equal(exact(here, optimizers[0].rests.get(here)), exact(away, optimizers[1].rests.get(away)))
+    for name, values in optimizers[0].state[here].items():
+        assert torch.equal(torch.as_tensor(values), torch.as_tensor(optimizers[1].state[away][name]))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloaded_moments_are_in_the_main_memory(dtype):
+    """While the weight is on the GPU; the steps are the same."""
+    here = nn.Parameter(torch.randn(7, 5, device="cuda").to(dtype))
+    away = nn.Parameter(here.detach().clone())
+    optimizers = Adam([here], 1e-5), Adam([away], 1e-5, offload=True)
+    for gradient in gradients(10):
+        for p, optimizer in zip((here, away), optimizers, strict=True):
+            p.grad = gradient.to("cuda", dtype)
+            optimizer.step()
+    assert torch.equal(here, away)
+    assert optimizers[1].state[away]["second"].device.type == "cpu"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk", [4, 1 << 22])
 def test_16_bit_weights_move_as_float32_copies_do(dtype, chunk, monkeypatch):

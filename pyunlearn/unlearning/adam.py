@@ -26,18 +26,29 @@ class Adam(torch.optim.Optimizer):
         parameters: those that require a gradient are trained.
         lr: the learning rate.
         momentum: beta1; 0 stores no first moment.
+        offload: True holds moments and rests in the main memory, and brings a chunk at a time to the parameter's
+            device.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.0) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.0, *, offload: bool = False
+    ) -> None:
         trained = [p for p in parameters if p.requires_grad]
         super().__init__(trained, {"lr": lr})
-        self.momentum = momentum
+        self.momentum, self.offload = momentum, offload
         self.rests: dict[nn.Parameter, Tensor] = {}
         for p in trained:
             if p.dtype == torch.bfloat16:
-                self.rests[p] = torch.zeros_like(p, dtype=torch.int16, requires_grad=False)
+                self.rests[p] = self.room(p, torch.int16)
             elif p.dtype == torch.float16:
-                self.rests[p] = p.detach().float()
+                self.rests[p] = self.room(p, torch.float32).copy_(p.detach())
+
+    def room(self, p: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        """Return zeros of a parameter's shape where its moments and rest are: on its device, or in main memory."""
+        if not self.offload:
+            return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+        pinned = p.device.type == "cuda"
+        return torch.zeros_like(p, dtype=dtype, device="cpu", requires_grad=False, pin_memory=pinned)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -50,17 +61,29 @@ class Adam(torch.optim.Optimizer):
     def _update(self, p: nn.Parameter, lr: float) -> None:
         state, precise = self.state[p], torch.promote_types(p.dtype, torch.float32)
         for name in ("second", "first") if self.momentum else ("second",):
-            state.setdefault(name, torch.zeros_like(p, dtype=precise, requires_grad=False))
+            if name not in state:
+                state[name] = self.room(p, precise)
         state["step"] = step = state.get("step", 0) + 1
         correction = (1 - _BETA2**step) ** 0.5
         rate = lr / (1 - self.momentum**step)
         tensors = [p.detach(), p.grad, state["second"], state.get("first"), self.rests.get(p)]
-        for weight, gradient, second, first, rest in _chunks(tensors):
+        for weight, gradient, *stored in _chunks(tensors):
+            moved: list[Any] = [_near(t, p.device) for t in stored] if self.offload else stored
+            second, first, rest = moved
             gradient = gradient.to(precise)
             second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
             direction = gradient if first is None else first.lerp_(gradient, 1 - self.momentum)
             denominator = (second.sqrt() / correction).add_(_EPSILON)
             assign(weight, rest, exact(weight, rest).addcdiv_(direction, denominator, value=-rate))
+            if self.offload:
+                for far, near in zip(stored, moved, strict=True):
+                    if far is not None:
+                        far.copy_(near)
+
+
+def _near(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return a tensor on the device; one that is there is not copied."""
+    return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
 def exact(weight: Tensor, rest: Tensor | None) -> Tensor:
@@ -70,6 +93,7 @@ def exact(weight: Tensor, rest: Tensor | None) -> Tensor:
     """
     if rest is None:
         return weight.detach()
+    rest = rest.to(weight.device)
     if rest.dtype == torch.float32:
         return rest
     return ((weight.detach().view(torch.int16).to(torch.int32) << 16) + rest).view(torch.float32)

@@ -264,7 +264,9 @@ def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resu
             config.mask, lm.module, session.texts.forget, batch_size=config.batch_size, workspace=config.workspace
         )
         mask, resumable = session.processes.broadcast_masks(mask), checkpoint.path is not None
-        weights = TrainedWeights(lm.module, learning_rate, resumable=resumable, mask=mask)
+        weights = TrainedWeights(
+            lm.module, learning_rate, resumable=resumable, mask=mask, offload=config.offload_optimizer
+        )
         optimizer = session.accelerator.prepare_optimizer(weights.optimizer)
         if resume:
             checkpoint.load(weights, session.state)

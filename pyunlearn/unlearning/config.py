@@ -188,6 +188,13 @@ class LoopConfig(Config):
         "less memory, the same result. In Python also where the model's own gradient checkpointing is on.",
         group="Model",
     )
+    offload_optimizer: bool = option(
+        False,
+        Flag(),
+        "Hold what the optimizer stores for each weight in the main memory, so that a GPU holds weights and gradients "
+        "alone: 4 bytes for each trained bfloat16 parameter instead of 10, slower steps, the same result.",
+        group="Model",
+    )
     workspace: int | None = option(
         None,
         Whole(0),

@@ -23,6 +23,7 @@ class TrainedWeights:
         resumable: True stores the accepted optimizer state for checkpoints: 4 bytes more for each trained weight.
         mask: name -> bool tensor, False where a weight must keep its bits.
         momentum: beta1 of AdamW.
+        offload: True holds moments and rests in the main memory during the steps too, see `Adam`.
     """
 
     def __init__(
@@ -33,10 +34,11 @@ class TrainedWeights:
         resumable: bool = False,
         mask: dict[str, Tensor] | None = None,
         momentum: float = _NO_MOMENTUM,
+        offload: bool = False,
     ) -> None:
         self.mask = mask or {}
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = Adam(self.parameters.values(), learning_rate, momentum)
+        self.optimizer = Adam(self.parameters.values(), learning_rate, momentum, offload=offload)
         self._accepted: dict[str, dict[str, Tensor]] = {"weights": {}, "rests": {}}
         self._accepted_moments: dict[str, Any] | None = {} if resumable else None
         self.accept()
@@ -133,7 +135,7 @@ class TrainedWeights:
         for name, values in moments.items():
             p = self.parameters[name]
             self.optimizer.state[p] = {
-                k: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in values.items()
+                k: self.optimizer.room(p, v.dtype).copy_(v) if isinstance(v, Tensor) else v for k, v in values.items()
             }
 
     def _copy_moments(self) -> None:
