@@ -2,10 +2,11 @@
 
 import random
 import time
+import tracemalloc
 
 import pytest
 
-from pyunlearn.data.overlap import SHORTEST, near_copies, words
+from pyunlearn.data.overlap import SHORTEST, near_copies, words, words_of
 
 TEXT = "The author of the novel was born in a small harbour town, where her father repaired clocks and her mother sang."
 OTHER = "Rivers in the north freeze early, so the ferries stop in October and the islands are reached on foot."
@@ -137,6 +138,18 @@ def test_a_famous_text_in_many_documents():
     """Its runs are in all of them, as a template's would be; the whole of it makes the copy."""
     documents = [words(f"{i}: {OTHER} {TEXT}") for i in range(30)]
     assert near_copies([words(TEXT)], documents) == [(0, j) for j in range(30)]
+
+
+def test_the_memory_is_a_few_kilobytes_a_text():
+    """A request of a million records is compared with itself and with as many that stay."""
+    r = random.Random(0)
+    texts = words_of(" ".join(f"w{r.randrange(3000)}" for _ in range(40)) for _ in range(2000))
+    tracemalloc.start()
+    try:
+        assert near_copies(texts[:1000], texts) == [(i, i) for i in range(1000)]
+        assert tracemalloc.get_traced_memory()[1] < 4000 * 1000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.full

@@ -1,15 +1,25 @@
 """Tokens: what a model reads of an example, and which of its tokens are scored."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import CHAT, CHATML, SENTENCES, make_tokenizer, one, read, sentence_of
 
-from pyunlearn.data import Example, Tokens, encode, padding_id
+from pyunlearn.data import Example, Tokens, encode, padding_id, tokens
 from pyunlearn.data.examples import TURNS
 from pyunlearn.errors import ArgumentError, DataError
+
+_LARGE = 1000  # Python itself shares the numbers up to 256
+_tokenize = tokens._tokenize
+
+
+def _large(out):
+    """Return a tokenizer's output with ids that each call makes anew."""
+    out["input_ids"] = [[i + _LARGE for i in ids] for ids in out["input_ids"]]
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +51,19 @@ def test_an_answer_ends_with_one_end_of_text(bos, eos):
         assert tokens.ids.count(0) == bos
         assert tokenizer.decode(tokens.scored) == " Thomas Jefferson</s>"
     assert one(Example("who ", "wrote"), make_tokenizer(eos_token=None)).ids[-1] != 1
+
+
+def test_many_texts_are_tokenized_as_each_alone(plain, monkeypatch):
+    """In parts of three; equal ids of all of them are one number in memory."""
+    examples = [Example("", sentence) for sentence in SENTENCES * 3]
+    alone = [one(example, plain) for example in examples]
+    monkeypatch.setattr(tokens, "_AT_ONCE", 3)
+    monkeypatch.setattr(
+        tokens, "_tokenize", lambda tokenizer, texts, **options: _large(_tokenize(tokenizer, texts, **options))
+    )
+    together = encode(examples, plain, role="forget", max_length=None)
+    assert together == [replace(t, ids=tuple(i + _LARGE for i in t.ids)) for t in alone]
+    assert len({id(i) for t in together for i in t.ids}) == len({i for t in together for i in t.ids})
 
 
 words = st.text(alphabet=st.sampled_from("ab e.\n\té蓝🙂'1"), min_size=1, max_size=12).filter(str.strip)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyunlearn.data.examples import Example
-from pyunlearn.data.overlap import Words, near_copies, present, searched, words
+from pyunlearn.data.overlap import Words, near_copies, present, searched, words, words_of
 from pyunlearn.errors import DataError
 
 __all__ = ["CheckedTexts", "check_texts", "length_note", "score_note"]
@@ -52,7 +52,7 @@ def check_texts(examples: Mapping[str, list[Example]]) -> CheckedTexts:
     []
     """
     checked = dict(examples)
-    texts = {role: [words(e.prompt + e.completion) for e in each] for role, each in examples.items()}
+    texts = {role: words_of(e.prompt + e.completion for e in each) for role, each in examples.items()}
     notes = []
     if "retain" in examples:
         copies = {j for _, j in _copies(examples["forget"], texts["forget"], texts["retain"])}
@@ -139,7 +139,10 @@ def _copies(examples: Sequence[Example], texts: Sequence[Words], documents: Sequ
         texts: their words, prompts included.
         documents: words of the texts of the other set.
     """
-    completions = [words(e.scored_text) for e in examples]
+    completions = [
+        t if e.scored_text == e.prompt + e.completion else words(e.scored_text)
+        for e, t in zip(examples, texts, strict=True)
+    ]
     queries = searched(texts, completions)
     pairs = [(queries[i][0], j) for i, j in near_copies([query for _, query in queries], documents)]
     return {(i, j) for i, j in pairs if present(completions[i], documents[j])}

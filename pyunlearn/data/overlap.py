@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import TypeAlias
+from collections.abc import Hashable, Iterable, Sequence, Set
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 __all__ = [
     "COMMON",
@@ -22,6 +23,7 @@ __all__ = [
     "present",
     "searched",
     "words",
+    "words_of",
 ]
 
 SHORTEST = 8
@@ -48,6 +50,9 @@ _ASCII = bytes(ord(chr(i).lower()) if chr(i).isalnum() else 32 for i in range(12
 
 Words: TypeAlias = tuple[str, ...]
 Gram: TypeAlias = tuple[str, ...]
+Grams: TypeAlias = NDArray[np.uint64]
+G = TypeVar("G", bound=Hashable)
+_FACTORS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)  # any odd ones
 
 
 def words(text: str) -> Words:
@@ -60,6 +65,16 @@ def words(text: str) -> Words:
         return tuple(split)
     folded = unicodedata.normalize("NFKC", text).casefold()
     return tuple(_WORD.findall(folded)) or (" ".join(folded.split()),)
+
+
+def words_of(texts: Iterable[str]) -> list[Words]:
+    """Return the words of each text, so that equal words of all texts are in memory once.
+
+    >>> words_of(["Once upon", "a time, once"])
+    [('once', 'upon'), ('a', 'time', 'once')]
+    """
+    shared: dict[str, str] = {}
+    return [tuple(map(shared.setdefault, each, each)) for each in map(words, texts)]
 
 
 def near_copies(texts: Sequence[Words], documents: Sequence[Words]) -> list[tuple[int, int]]:
@@ -84,14 +99,13 @@ def near_copies(texts: Sequence[Words], documents: Sequence[Words]) -> list[tupl
     >>> near_copies([text], [words("The boat."), letter])
     [(0, 1)]
     """
-    equal, index = _positions(texts), _Index(texts)
-    shared = [index.known(document) for document in documents]
-    first = dict(zip(documents, shared, strict=True))  # a repeated document does not make a template
-    index.count_documents(first.values())
+    equal = _positions(texts)
+    index = _Index(equal)
+    for document in set(documents):  # a repeated document does not make a template
+        index.count_document(document)
     pairs = set()
-    for number, (document, grams) in enumerate(zip(documents, shared, strict=True)):
-        pairs |= {(i, number) for i in equal.get(document, ())}
-        pairs |= {(i, number) for i in index.contained_in(document, grams)}
+    for number, document in enumerate(documents):
+        pairs |= {(i, number) for i in (*equal.get(document, ()), *index.contained_in(document))}
     return sorted(pairs)
 
 
@@ -136,71 +150,101 @@ def ngrams(text: Words, length: int = LENGTH) -> list[Gram]:
     return list(zip(*(text[i:] for i in range(length)), strict=False))
 
 
-@dataclass
-class _Entry:
-    """One indexed text."""
-
-    indices: list[int]  # at which the text stands
-    grams: list[Gram]  # in order
-    numbers: set[str]  # that a copy must have
-    seeds: int
-
-    @property
-    def length(self) -> int:
-        return len(self.grams) + LENGTH - 1
-
-
 class _Index:
-    """Inverted index of the rarest n-grams of texts."""
+    """Inverted index of the rarest n-grams of texts, which are 64-bit hashes of words in sorted arrays."""
 
-    def __init__(self, texts: Sequence[Words]) -> None:
-        long = {text: at for text, at in _positions(texts).items() if len(text) >= SHORTEST}
-        grams = {text: ngrams(text) for text in long}
-        self.counts = Counter(chain.from_iterable(map(set, grams.values())))  # n-gram -> number of texts
-        self.entries: list[_Entry] = []
-        self.owners: dict[Gram, list[int]] = {}  # seed -> indices of entries
-        self.documents: Counter[Gram] = Counter()  # n-gram -> number of documents
-        for text, indices in long.items():
-            rarest = sorted(set(grams[text]), key=self.counts.__getitem__)
-            seeds = rarest[: max(SHORTEST, len(rarest) // 2)]
-            for gram in seeds:
-                self.owners.setdefault(gram, []).append(len(self.entries))
-            numbers = {w for w in text if any(map(str.isdigit, w))} if len(text) < _RECORD else set()
-            self.entries.append(_Entry(indices, grams[text], numbers, len(seeds)))
+    def __init__(self, positions: dict[Words, list[int]]) -> None:
+        self.texts = [text for text in positions if len(text) >= SHORTEST]
+        self.indices = [positions[text] for text in self.texts]
+        self.vocabulary: dict[str, int] = {}
+        for text in self.texts:
+            for word in text:
+                self.vocabulary.setdefault(word, len(self.vocabulary))
+        self.known, self.counts = _counted([np.unique(self.hashed(text)) for text in self.texts])
+        """N-grams in order, and the number of texts that have each."""
+        self.documents = np.zeros(len(self.known), dtype=np.int32)
+        """Number of documents that have each."""
+        seeds = [self._rarest(text) for text in self.texts]
+        self.seeds = np.array([len(own) for own in seeds], dtype=np.int64)
+        owners = np.repeat(np.arange(len(seeds), dtype=np.int32), self.seeds)
+        grams = _joined(seeds)
+        order = np.argsort(grams, kind="stable")
+        self.seed_grams, self.owners = grams[order], owners[order]
 
-    def known(self, document: Words) -> set[Gram]:
-        """Return the n-grams of a document that some text has."""
-        return self.counts.keys() & set(ngrams(document)) if len(document) >= SHORTEST else set()
+    def hashed(self, text: Words) -> Grams:
+        """Return the n-grams of a text in order; words of no text are one word."""
+        ids = np.array([self.vocabulary.get(word, -1) for word in text]).astype(np.uint64)
+        return sum((ids[i : len(ids) - LENGTH + 1 + i] * factor for i, factor in enumerate(_FACTORS)), np.uint64(0))
 
-    def count_documents(self, documents: Iterable[set[Gram]]) -> None:
-        """Count the documents that have each n-gram, given the known n-grams of each document."""
-        self.documents.update(chain.from_iterable(documents))
+    def count_document(self, document: Words) -> None:
+        """Count a document for the n-grams that it has."""
+        if len(document) >= SHORTEST:
+            grams = np.unique(self.hashed(document))
+            self.documents[self._places(grams[_among(grams, self.known)])] += 1
 
-    def contained_in(self, document: Words, known: set[Gram]) -> list[int]:
-        """Return the indices of the texts that a document contains, given its known n-grams."""
-        hits = Counter(chain.from_iterable(self.owners[g][:_OWNERS] for g in known if g in self.owners))
-        near = [self.entries[i] for i, count in hits.items() if count >= _SEEDED * self.entries[i].seeds]
-        return [i for entry in near if self._contains(document, entry) for i in entry.indices]
+    def contained_in(self, document: Words) -> list[int]:
+        """Return the indices of the texts that a document contains."""
+        if len(document) < SHORTEST or not self.texts:
+            return []
+        grams = np.unique(self.hashed(document))
+        first, end = (np.searchsorted(self.seed_grams, grams, side) for side in ("left", "right"))
+        hits = [self.owners[a : min(a + _OWNERS, b)] for a, b in zip(first, end, strict=True) if a < b]
+        near, counts = np.unique(_joined(hits), return_counts=True)
+        near = near[counts >= _SEEDED * self.seeds[near]] if len(near) else near
+        return [i for each in near for i in self.indices[each] if self._contains(document, int(each))]
 
-    def _contains(self, document: Words, entry: _Entry) -> bool:
-        """Return True where the document contains the text of the entry or a near copy of it."""
-        grams = ngrams(document)
-        if len(document) > 2 * entry.length:
-            grams = densest(grams, set(entry.grams), entry.length + entry.length // 4)
+    def _rarest(self, text: Words) -> Grams:
+        """Return half of the n-grams of a text, those that the fewest texts have; all of a short one."""
+        grams = np.unique(self.hashed(text))
+        rarest = grams[np.argsort(self.counts[self._places(grams)], kind="stable")]
+        return rarest[: max(SHORTEST, len(rarest) // 2)]
+
+    def _places(self, grams: Grams) -> NDArray[np.int64]:
+        return np.searchsorted(self.known, grams)
+
+    def _contains(self, document: Words, i: int) -> bool:
+        """Return True where the document contains text `i` or a near copy of it."""
+        text = self.texts[i]
+        grams, own = (self.hashed(each).tolist() for each in (document, text))
+        if len(document) > 2 * len(text):
+            grams = densest(grams, set(own), len(text) + len(text) // 4)
         shared = set(grams)
-        if shared.issuperset(entry.grams):
+        if shared.issuperset(own):
             return True
-        covered = {at + i for at, gram in enumerate(entry.grams) if gram in shared for i in range(LENGTH)}
-        if len(covered) < _COVERED * entry.length:
+        covered = {at + k for at, gram in enumerate(own) if gram in shared for k in range(LENGTH)}
+        if len(covered) < _COVERED * len(text):
             return False
-        if not entry.numbers <= set(document):
+        numbers = {w for w in text if any(map(str.isdigit, w))} if len(text) < _RECORD else set()
+        if not numbers <= set(document):
             return False
-        distinctive = {g for g in entry.grams if max(self.counts[g], self.documents[g]) <= COMMON}
-        most = 2 * len(distinctive) < len(set(entry.grams))  # of the text is template
+        different = np.unique(self.hashed(text))
+        places = self._places(different)
+        common = np.maximum(self.counts[places], self.documents[places])
+        distinctive = set(different[common <= COMMON].tolist())
+        most = 2 * len(distinctive) < len(different)  # of the text is template
         return len(distinctive & shared) >= max(1, (_FILLED if most else _DISTINCTIVE) * len(distinctive))
 
 
-def densest(grams: list[Gram], wanted: set[Gram], width: int) -> list[Gram]:
+def _counted(each: list[Grams]) -> tuple[Grams, NDArray[np.int32]]:
+    """Return the n-grams of all texts in order, each once, and the number of texts that have it."""
+    grams = _joined(each)
+    each.clear()
+    grams.sort()
+    first = np.flatnonzero(np.diff(grams, prepend=~grams[:1]))
+    return grams[first], np.diff(first, append=len(grams)).astype(np.int32)
+
+
+def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.uint64)
+
+
+def _among(grams: Grams, known: Grams) -> NDArray[np.bool_]:
+    """Return whether each n-gram is among the known ones, which are in order."""
+    places = np.minimum(np.searchsorted(known, grams), max(len(known) - 1, 0))
+    return known[places] == grams if len(known) else np.zeros(len(grams), dtype=bool)
+
+
+def densest(grams: Sequence[G], wanted: Set[G], width: int) -> Sequence[G]:
     """Return the stretch of at most `width` n-grams with the most wanted ones."""
     hits = [at for at, gram in enumerate(grams) if gram in wanted]
     best, start = (0, 0), 0

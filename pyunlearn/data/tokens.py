@@ -22,6 +22,7 @@ Tokenizer: TypeAlias = Any  # a tokenizer of transformers
 Ids = list[int]
 Split = tuple[Ids, Ids, Ids | None]
 """(ids before the first scored token, ids from it on, indices of the scored among these or None for all)."""
+_AT_ONCE = 1024  # texts that are tokenized at a time: what the tokenizer returns of each takes kilobytes
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ class Tokens:
         ends = zip([0, *edges], [*edges, len(self.chosen)], strict=True)
         return [range(self.chosen[a], self.chosen[b - 1] + 1) for a, b in ends]
 
+    def sharing(self, ids: dict[int, int]) -> Tokens:
+        """Return the same tokens with the numbers in `ids`, which gets new ones, so that each is in memory once."""
+        own = tuple(map(ids.setdefault, self.ids, self.ids))
+        decoder = None if self.decoder is None else tuple(map(ids.setdefault, self.decoder, self.decoder))
+        return replace(self, ids=own, decoder=decoder)
+
     def __len__(self) -> int:
         """Return the number of positions that the model computes."""
         return len(self.ids) + len(self.decoder or ())
@@ -145,20 +152,25 @@ def encode(
     strings = [example.forget for example in examples]
     if encoder_decoder:
         examples = [replace(example, turns="last", spans=(), forget=()) for example in examples]
-    texts = [
-        rendered_text(example, tokenizer, where, chat_template) for example, where in zip(examples, wheres, strict=True)
-    ]
-    splits = _apart(texts, strings, wheres, tokenizer) if encoder_decoder else _jointly(texts, tokenizer)
-    usual, none = _special(tokenizer, texts[0].completion[:64]), _Special([], [], [])
+    usual, none, ids = None, _Special([], [], []), dict[int, int]()
     assemble = _encoder_decoder if encoder_decoder else _causal
     special, tokens = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}, []
-    for text, split, where in zip(texts, splits, wheres, strict=True):
-        if not split[1] or split[2] == []:
-            raise DataError(f"{where} has no token to score: the tokenizer makes none of it; give another text")
-        if special.issuperset(split[1] if split[2] is None else [split[1][i] for i in split[2]]):
-            raise DataError(f"{where} has no token to score: it is made of special tokens alone; give another text")
-        fit = _Fit(max_length, truncate, tokenizer.bos_token_id, where)
-        tokens.append(assemble(split, none if text.templated else usual, fit, text, padding_id(tokenizer)))
+    for start in range(0, len(examples), _AT_ONCE):
+        own, part = wheres[start : start + _AT_ONCE], examples[start : start + _AT_ONCE]
+        texts = [rendered_text(e, tokenizer, where, chat_template) for e, where in zip(part, own, strict=True)]
+        if encoder_decoder:
+            splits = _apart(texts, strings[start : start + _AT_ONCE], own, tokenizer)
+        else:
+            splits = _jointly(texts, tokenizer)
+        usual = usual or _special(tokenizer, texts[0].completion[:64])
+        for text, split, where in zip(texts, splits, own, strict=True):
+            if not split[1] or split[2] == []:
+                raise DataError(f"{where} has no token to score: the tokenizer makes none of it; give another text")
+            if special.issuperset(split[1] if split[2] is None else [split[1][i] for i in split[2]]):
+                raise DataError(f"{where} has no token to score: it is made of special tokens alone; give another text")
+            fit = _Fit(max_length, truncate, tokenizer.bos_token_id, where)
+            made = assemble(split, none if text.templated else usual, fit, text, padding_id(tokenizer))
+            tokens.append(made.sharing(ids))
     return tokens
 
 
