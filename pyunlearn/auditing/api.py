@@ -11,7 +11,7 @@ from pyunlearn.auditing.assemble import AuditAssembler
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.responses import AuditTexts, ResponseCollector, Responses
 from pyunlearn.auditing.result import Audit
-from pyunlearn.data import Example, check_texts, read_examples
+from pyunlearn.data import Example, check_texts, read_roles
 from pyunlearn.data.redaction import masked
 from pyunlearn.errors import ModelError
 from pyunlearn.models.devices import default_device
@@ -84,12 +84,9 @@ def audit(
     models = {"model": model, "original": original, "reference_model": reference_model}
     _check(models, tokenizer, cache, progress)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
-    examples = {
-        role: read_examples(source, role=role, turns=config.turns)
-        for role, source in sources.items()
-        if role == "forget" or source is not None
-    }
+    examples, drawn = read_roles(sources, turns=config.turns)
     examples, notes = check_texts(examples)
+    notes = drawn + notes
     for name, each in models.items():
         if each is not None:
             require_model(name, each)

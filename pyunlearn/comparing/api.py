@@ -18,7 +18,7 @@ from pyunlearn.comparing.measurement import Criterion
 from pyunlearn.comparing.plots import require_plot_package, save_plots
 from pyunlearn.comparing.result import Comparison, Row, check_folder
 from pyunlearn.comparing.trial import Restored, run_method
-from pyunlearn.data import Example, check_texts, read_examples
+from pyunlearn.data import Example, check_texts, read_roles
 from pyunlearn.data.rendering import rendering_of
 from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError, printable
 from pyunlearn.methods import METHODS, resolve
@@ -101,12 +101,9 @@ def compare(
     _check_arguments(model, reference_model, tokenizer, output_dir, plot, progress)
     folder = None if output_dir is None else check_folder(output_dir)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
-    examples = {
-        role: read_examples(source, role=role, turns=config.turns)
-        for role, source in sources.items()
-        if role == "forget" or source is not None
-    }
+    examples, drawn = read_roles(sources, turns=config.turns)
     examples, notes = check_texts(examples)
+    notes = drawn + notes
     record = _record(config, names, model, reference_model)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     with Restored(lm) as start:

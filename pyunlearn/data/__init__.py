@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # imported at first use: a search for copies needs no torch
     from pyunlearn.data.comparison import check_texts, score_note
     from pyunlearn.data.examples import Example, Message, read_examples
     from pyunlearn.data.find import CorpusCopies, CorpusCopy, find_copies
+    from pyunlearn.data.roles import read_roles
     from pyunlearn.data.tokens import Tokens, encode, padding_id
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "find_copies",
     "padding_id",
     "read_examples",
+    "read_roles",
     "score_note",
 ]
 
@@ -34,6 +36,7 @@ _HOMES = {
     "comparison": ("check_texts", "score_note"),
     "examples": ("Example", "Message", "read_examples"),
     "find": ("CorpusCopies", "CorpusCopy", "find_copies"),
+    "roles": ("read_roles",),
     "tokens": ("Tokens", "encode", "padding_id"),
 }
 

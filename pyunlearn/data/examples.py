@@ -15,9 +15,11 @@ __all__ = [
     "Example",
     "Message",
     "Span",
+    "examples_of",
     "occurrences",
     "parse_examples",
     "read_examples",
+    "rows_of",
     "seam",
     "source_name",
     "spans_of",
@@ -112,7 +114,12 @@ def read_examples(source: object, *, role: str, turns: str | None = None) -> lis
     >>> read_examples(["a text", {"prompt": "Who?", "completion": "He."}], role="forget")[1].prompt
     'Who? '
     """
-    examples = [_checked(_example(row, where), where, role, turns) for where, row in _rows(source, role)]
+    return examples_of(rows_of(source, role), role, turns)
+
+
+def examples_of(rows: Rows, role: str, turns: str | None) -> list[Example]:
+    """Return the examples in rows, as `read_examples` does."""
+    examples = [_checked(_example(row, where), where, role, turns) for where, row in rows]
     if not examples:
         raise DataError(f"{role} holds no example: give at least one text")
     return examples
@@ -215,7 +222,8 @@ def _contents(example: Example) -> list[Span] | None:
     return contents if contents and contents[-1][1] == len(text) else None
 
 
-def _rows(source: object, role: str) -> Rows:
+def rows_of(source: object, role: str) -> Rows:
+    """Yield the rows of a source that `read_examples` takes, each with its name in messages."""
     columns = getattr(source, "column_names", None)
     if isinstance(source, os.PathLike) or (isinstance(source, str) and _is_path(source)):
         yield from file_rows(expanded(source), role)

@@ -26,6 +26,7 @@ __all__ = [
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _LONGEST_FIELD = 2**31 - 1  # the default of csv, 131,072 characters, is shorter than many chapters
 
+_AT_ONCE = 1024  # rows of a .parquet file that are in memory at a time
 _DIGITS = 4300  # of a whole number: more take Python long to read
 _USUAL = re.compile(
     "text|prompt|completion|question|answer|messages|forget|winner|role|content|instruction|input|output|response|"
@@ -38,7 +39,10 @@ T = TypeVar("T")
 
 
 def file_rows(path: Path, role: str) -> Rows:
-    """Yield the rows of a file of texts, at least one. Raises DataError where it is missing or malformed."""
+    """Yield the rows of a file of texts, at least one. Raises DataError where it is missing or malformed.
+
+    .jsonl and .parquet are read row by row, the others whole.
+    """
     name, suffix = f"the {role} file {path}", path.suffix.lower()
     require_readable(path, f"the {role} file")
     if path.is_dir():
@@ -47,10 +51,13 @@ def file_rows(path: Path, role: str) -> Rows:
         raise DataError(f"{name} was not found: check the path, or put the string in a list if it is the text itself")
     if suffix not in SUFFIXES:
         raise DataError(f"{name} should end in one of {', '.join(SUFFIXES)}: rename it to what it holds")
-    rows = list(_parquet(path, name) if suffix == ".parquet" else text_rows(_read(path, name), suffix, name))
-    if not rows:
-        raise DataError(f"{name} holds no example: give at least one text")
-    yield from rows
+    by_row = {".parquet": _parquet, ".jsonl": _lines_of}.get(suffix)
+    rows = by_row(path, name) if by_row else text_rows(_read(path, name), suffix, name)
+    row = None
+    for row in rows:
+        yield row
+    if row is None:
+        raise DataError(f"{name} {'is empty' if suffix == '.jsonl' else 'holds no example'}: give at least one text")
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
@@ -144,7 +151,7 @@ def text_rows(text: str, suffix: str, name: str) -> Rows:
     if suffix in (".csv", ".tsv"):
         return _table(text, "\t" if suffix == ".tsv" else ",", name)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return {".jsonl": _json_lines, ".json": _json, ".txt": _paragraphs}[suffix](text, name)
+    return {".jsonl": _text_lines, ".json": _json, ".txt": _paragraphs}[suffix](text, name)
 
 
 def _paragraphs(text: str, name: str) -> Rows:
@@ -154,8 +161,19 @@ def _paragraphs(text: str, name: str) -> Rows:
     return ((f"{name}, {kind} {number},", block.strip()) for number, block in enumerate(blocks, 1))
 
 
-def _json_lines(text: str, name: str) -> Rows:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a JSON string
+def _lines_of(path: Path, name: str) -> Rows:
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            yield from _json_lines(lines, name)
+    except UnicodeDecodeError:
+        _read(path, name)  # says at which byte of the file
+        raise
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def _json_lines(lines: Iterable[str], name: str) -> Rows:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield f"{name}, line {number},", parse_json(line)
@@ -166,12 +184,16 @@ def _json_lines(text: str, name: str) -> Rows:
                 raise DataError(f"{name}, line {number}, cannot be used: {error}") from error
 
 
+def _text_lines(text: str, name: str) -> Rows:
+    return _json_lines(text.split("\n"), name)  # not splitlines(): U+2028 may stand inside a JSON string
+
+
 def _json(text: str, name: str) -> Rows:
     try:
         content = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object a line, as datasets.Dataset.to_json writes it
-            yield from _json_lines(text, name)
+            yield from _text_lines(text, name)
             return
         raise DataError(f"{name} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     except ValueError as error:
@@ -208,9 +230,13 @@ def _parquet(path: Path, name: str) -> Rows:
         import pyarrow.parquet
     except ImportError as error:
         raise missing_packages(f"reading {name}", "pyarrow", otherwise="save it as .jsonl") from error
-    table = parse_parquet(name, lambda: pyarrow.parquet.read_table(path))
-    names = parse_parquet(name, lambda: table.column_names)
-    if len(set(names)) < len(names):
-        raise DataError(f"{name} has two columns of the same name: rename one of them")
-    rows = parse_parquet(name, table.to_pylist)
-    yield from ((f"{name}, row {number},", row) for number, row in enumerate(rows, 1))
+    file = parse_parquet(name, lambda: pyarrow.parquet.ParquetFile(path))
+    with file:
+        names = parse_parquet(name, lambda: file.schema_arrow.names)
+        if len(set(names)) < len(names):
+            raise DataError(f"{name} has two columns of the same name: rename one of them")
+        batches, number = file.iter_batches(_AT_ONCE), 0
+        while (batch := parse_parquet(name, lambda: next(batches, None))) is not None:
+            for row in parse_parquet(name, batch.to_pylist):
+                number += 1
+                yield f"{name}, row {number},", row

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pyunlearn.data import Example, check_texts, read_examples
+from pyunlearn.data import Example, check_texts, read_roles
 from pyunlearn.data.examples import source_name
 from pyunlearn.data.redaction import masked
 from pyunlearn.edits.masks import digest_of, mask_of, require_mask
@@ -78,7 +78,7 @@ def unlearn(
             has a preferred answer `winner`.
         retain: text that must keep working, same forms: for the retain loss (`retain_loss`), and as the utility set,
             for which a fifth at most is set apart where there are 20 different texts or more. Copies of forget texts
-            are left out, with a warning.
+            are left out, with a warning; of more than 100,000 texts, so many are drawn at random.
         holdout: text of the forget set's kind that was never trained on, same forms, 19 different texts or more, no
             copy of a forget text among them; default: texts written for this package, or sampled from the model where
             these cannot serve (other languages): from the reference model, or else from the model, and then no
@@ -116,12 +116,9 @@ def unlearn(
     _check_together(config, method, retain, reference_model)
     folder = RunFolder(output_dir, resume=resume)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
-    examples = {
-        role: read_examples(source, role=role, turns=config.turns)
-        for role, source in sources.items()
-        if role == "forget" or source is not None
-    }
+    examples, drawn = read_roles(sources, turns=config.turns)
     examples, notes = check_texts(examples)
+    notes = drawn + notes
     _require_models(model, reference_model, look_up=True)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
