@@ -37,6 +37,7 @@ from pyunlearn.unlearning.preferences import substitutes_for
 from pyunlearn.unlearning.result import Result
 from pyunlearn.unlearning.run_folder import RESULT, RunFolder
 from pyunlearn.unlearning.setup import Session, setup
+from pyunlearn.unlearning.sharded import processes_of, require_shardable
 from pyunlearn.unlearning.token_weights import check_token_weights
 
 _LEARNING_RATE, _ADAPTER_LEARNING_RATE = 5e-6, 1e-4
@@ -133,10 +134,11 @@ def unlearn(
         texts = render(lm, examples, config.template, truncate=config.truncate)
 
         accelerator = make_accelerator(lm.inner)
-        processes = Processes(accelerator)
+        processes = processes_of(accelerator)
+        if processes.sharded:
+            require_shardable(config, lm.module)
         lm = _trainable(lm, config)  # the first change of the model
-        lm.module.to(accelerator.device)
-        processes.broadcast_weights(lm.module)
+        processes.place(lm.module, lm.inner)
         lm.module.eval()  # no dropout, so that log-likelihoods are a function of the weights
         trained = accelerator.unwrap_model(lm.module)
         folder.require_room(trained, merge=config.merge)
@@ -174,14 +176,15 @@ def unlearn(
 
 def _save(result: Result, directory: Path, checkpoint: Checkpoint, processes: Processes, *, replace: bool) -> None:
     """Write the result; the checkpoint stays until it is on the disk."""
-    if processes.is_main:
+    if processes.writes():
         try:
             save_folder(directory, result.model, result.tokenizer, RESULT, result.to_dict(), replace=replace)
         except BaseException:
             if checkpoint.exists:
                 logger.warning(f"{checkpoint.path} holds the run: resume=True (--resume) continues it")
             raise
-        checkpoint.delete()
+        if processes.is_main:
+            checkpoint.delete()
     processes.barrier()
 
 
@@ -259,7 +262,7 @@ def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resu
     freeze_rest = session.target.freeze_rest() if session.target else nullcontext()
     recompute = config.gradient_checkpointing or is_recomputing(lm.inner)
     recomputed = recomputed_layers(lm.inner) if recompute else nullcontext()
-    with DeferredInterrupt() as interrupt, freeze_rest, recomputed:
+    with DeferredInterrupt(patient=session.processes.sharded) as interrupt, freeze_rest, recomputed:
         mask = mask_of(
             config.mask, lm.module, session.texts.forget, batch_size=config.batch_size, workspace=config.workspace
         )

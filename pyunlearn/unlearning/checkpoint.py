@@ -79,6 +79,9 @@ class Checkpoint:
         """
         if self.path is None:
             return True
+        weights_state = weights.state_dict()
+        if weights_state is None:  # the main process writes
+            return True
         progress = {
             "step": state.step,
             "round": state.round_number,
@@ -94,7 +97,7 @@ class Checkpoint:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as file:
                 hashing: Any = _Hashing(file)
-                torch.save(weights.state_dict() | {"progress": progress}, hashing)
+                torch.save(weights_state | {"progress": progress}, hashing)
                 file.write(_SEAL + hashing.digest.hexdigest().encode())
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             logger.warning(f"the checkpoint {self.path} could not be written ({first_line(error)})")
