@@ -21,8 +21,54 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch` exports with examples/fsdp2.yaml."""
 
 
-def launch(folder: Path, processes: int, *commands: str, script: str = SERIES, **environment: str) -> str:
-    """Run a script with commands of pyunlearn in sharded processes; return its standard output."""
+STOPS = """
+import os, signal, sys
+from pyunlearn.cli import main as cli
+from pyunlearn.unlearning.sharded import ShardedProcesses
+calls, clip = [], ShardedProcesses.clip_gradients
+
+def stops(self, parameters, max_norm):
+    calls.append(1)
+    if len(calls) == 5 and self.rank == 1:
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+    return clip(self, parameters, max_norm)
+
+ShardedProcesses.clip_gradients = stops
+cli.main()
+"""
+"""Script that runs one command, whose second process gets a signal in the fifth step."""
+
+COUNTS = """
+import json, torch
+from pyunlearn.cli import main as cli
+from pyunlearn.unlearning.optimizer import TrainedWeights
+optimizers, accept = [], TrainedWeights.accept
+
+def counts(self):
+    accept(self)
+    local = lambda t: t.to_local() if hasattr(t, "to_local") else t
+    weights = sum(local(p.detach()).numel() for p in self.parameters.values())
+    accepted = sum(t.numel() for t in self._accepted["weights"].values())
+    moments = sum(v.numel() for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v))
+    with open(f"counts{torch.distributed.get_rank()}.json", "w") as file:
+        json.dump([weights, accepted, moments], file)
+
+TrainedWeights.accept = counts
+try:
+    cli.main()
+except SystemExit as ended:
+    assert ended.code in (0, 1), ended.code
+"""
+"""Script that runs one command and writes how many numbers each process holds: weights, accepted weights, moments."""
+
+
+def launch(
+    folder: Path, processes: int, *commands: str, script: str = SERIES, fails: bool = False, **environment: str
+) -> str:
+    """Run a script with commands of pyunlearn in sharded processes; return its output, that on standard error last.
+
+    `fails`: the launch is to end with an error.
+    """
     (folder / "script.py").write_text(script)
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "script.py"]
     done = subprocess.run(
@@ -33,5 +79,5 @@ def launch(folder: Path, processes: int, *commands: str, script: str = SERIES, *
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert (done.returncode != 0) == fails, done.stderr
+    return done.stdout + done.stderr

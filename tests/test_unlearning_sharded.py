@@ -1,6 +1,7 @@
 """Processes that each hold a part of the model (FSDP2) give the run of one process."""
 
 import json
+import shutil
 import types
 
 import launches
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 import pyunlearn
 from pyunlearn.errors import ArgumentError, ModelError
@@ -107,6 +109,103 @@ def test_sharded_processes_give_the_run_of_one(stories, name, one_thread, monkey
 def test_a_tied_head_is_sharded_with_the_embedding(answers, name, one_thread):
     """Also where the head's first weights are cached for retain_loss kl, and where texts are sampled."""
     check_same(tiny.answerer(), *answers, name, ANSWERS[name])
+
+
+STEPS = "--method ga --batch-size 1 --max-steps 8 --learning-rate 3e-4 --checkpoint-every 1e-9"
+
+
+def stopped_run(out, *more):
+    """Return the command of a run of 8 steps that stores each round."""
+    return " ".join(["unlearn model --forget forget.json --retain corpus.json --quiet", STEPS, "--out", out, *more])
+
+
+def check_continued(folder, out):
+    """Check that a run which was resumed is the one that was not interrupted."""
+    whole, parts = (json.loads((folder / name / "result.json").read_text()) for name in ("whole", out))
+    assert [r["step"] for r in parts["history"]] == list(range(1, 9))
+    for field in ("forget_loss", "gradient_norm", "retain_nll"):
+        assert [r[field] for r in parts["history"]] == pytest.approx([r[field] for r in whole["history"]], rel=1e-4)
+    saved, expected = (load_file(folder / name / "model.safetensors") for name in (out, "whole"))
+    assert all(torch.allclose(saved[name], p, atol=1e-5) for name, p in expected.items())
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(f"{out}.checkpoint")]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """Folder with a run of one process, and the checkpoint of one in four, of which one process was killed."""
+    folder, story = tmp_path_factory.mktemp("interrupted"), tiny.storyteller()
+    folder_of(story, folder, story.forget)
+    printed = launches.launch(folder, 4, stopped_run("new"), script=launches.STOPS, fails=True, SIGNAL="SIGKILL")
+    assert "pyunlearn: another process of this launch has ended, so this one ends too" in printed
+    pyunlearn.unlearn(
+        str(folder / "model"),
+        folder / "forget.json",
+        retain=folder / "corpus.json",
+        output_dir=folder / "whole",
+        progress=False,
+        method="ga",
+        batch_size=1,
+        max_steps=8,
+        learning_rate=3e-4,
+    )
+    return folder
+
+
+def copied(folder, out):
+    """Copy the checkpoint of the run in four processes for another output folder."""
+    shutil.copy(folder / "new.checkpoint.pt", folder / f"{out}.checkpoint.pt")
+    shutil.copytree(folder / "new.checkpoint.shards", folder / f"{out}.checkpoint.shards")
+
+
+@pytest.mark.full
+def test_a_checkpoint_of_four_processes_resumes_in_two_and_in_one(interrupted, call, monkeypatch):
+    """The run continues at the step of the checkpoint, and the numbers are those of one that was not interrupted."""
+    assert sorted(p.name for p in (interrupted / "new.checkpoint.shards").glob("*/*")) == [f"{i}.pt" for i in range(4)]
+    monkeypatch.chdir(interrupted)
+    for out in ("two", "one"):
+        copied(interrupted, out)
+    launches.launch(interrupted, 2, stopped_run("two", "--resume"))
+    check_continued(interrupted, "two")
+    code, _, error = call(*stopped_run("one", "--resume").split())
+    assert code in (0, 1), error
+    check_continued(interrupted, "one")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("damage", ["missing", "other bytes"])
+def test_a_damaged_part_is_refused(interrupted, call, monkeypatch, damage):
+    """In one sentence that names the file."""
+    monkeypatch.chdir(interrupted)
+    out = damage.split()[0]
+    copied(interrupted, out)
+    part = next((interrupted / f"{out}.checkpoint.shards").glob("*/2.pt"))
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.unlink()
+    if damage == "other bytes":
+        part.write_bytes(data)
+    code, _, error = call(*stopped_run(out, "--resume").split())
+    assert code == 2
+    assert "2.pt is missing, or its SHA-256 is another" in error.replace("\n", " ")
+
+
+@pytest.mark.full
+def test_a_signal_to_one_process_stores_the_parts_of_all(interrupted):
+    """SIGTERM ends the launch after a step; two processes resume."""
+    launches.launch(interrupted, 2, stopped_run("term"), script=launches.STOPS, fails=True, SIGNAL="SIGTERM")
+    assert (interrupted / "term.checkpoint.pt").exists()
+    launches.launch(interrupted, 2, stopped_run("term", "--resume"))
+    check_continued(interrupted, "term")
+
+
+@pytest.mark.full
+def test_each_process_holds_its_part_alone(interrupted):
+    """Of the weights, the last accepted ones and the moments: half each with two processes."""
+    launches.launch(interrupted, 2, stopped_run("half", "--max-steps 2"), script=launches.COUNTS)
+    total = sum(p.numel() for p in tiny.storyteller().model.parameters())
+    for rank in range(2):
+        numbers = json.loads((interrupted / f"counts{rank}.json").read_text())
+        assert numbers == pytest.approx([total / 2] * 3, rel=0.01)
 
 
 def processes(rank, count, **others):

@@ -23,7 +23,7 @@ from pyunlearn.errors import ModelError, first_line
 from pyunlearn.models.condition import float_types
 from pyunlearn.models.distributions import Distributions, Head
 from pyunlearn.models.inspection import require_language_model, text_config
-from pyunlearn.models.sharding import is_part, is_sharded
+from pyunlearn.models.sharding import first_of_all, is_part, is_sharded
 from pyunlearn.ops import _backend
 from pyunlearn.ops.example_objective import ExampleObjective, example_objective, objective_of
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
@@ -187,6 +187,8 @@ class Likelihood:
         """Return True where the fast path works for this model; decided on the first batch, with a warning if not."""
         if self.fused is None:
             problem = head_problem(self.inner) or self._difference(batch)
+            if is_sharded(self.inner):  # the passes of all processes must be the same
+                problem = first_of_all(problem)
             self.fused = problem is None
             if problem:
                 warnings.warn(

@@ -67,8 +67,11 @@ def part(tensor: Tensor) -> Tensor:
 
 
 def part_like(whole: Tensor, parameter: Any) -> Tensor:
-    """Return this process's part of a tensor of the parameter's shape that is whole in every process."""
-    if not is_part(parameter):
+    """Return this process's part of a parameter's tensor, which is whole in every process, or this part already.
+
+    Or, of a tensor of another shape, this process's share of its rows.
+    """
+    if not is_part(parameter) or whole.shape == part(parameter).shape:
         return whole
     mesh = parameter.device_mesh
     parts = whole.chunk(mesh.size(), parameter.placements[0].dim)
@@ -90,6 +93,13 @@ def gathered(own: Tensor, parameter: Any) -> Tensor | None:
     )
     whole = sharded.full_tensor()
     return whole.cpu() if mesh.get_rank() == 0 else None
+
+
+def first_of_all(value: str | None) -> str | None:
+    """Return the first value that is not None in the order of the processes; all of them call it."""
+    values: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return next((each for each in values if each is not None), None)
 
 
 def drop_gathered(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.checkpoint import Checkpoint, sampled_texts
 from pyunlearn.unlearning.config import UnlearnConfig
-from pyunlearn.unlearning.distributed import Processes, is_main_process, make_accelerator
+from pyunlearn.unlearning.distributed import Processes, is_main_process, make_accelerator, together
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.loop import ascend
 from pyunlearn.unlearning.measuring import after_merge, refresh, resume_scores
@@ -128,7 +128,7 @@ def unlearn(
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     shown = progress if is_main_process() else False
     trains = torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
-    with trains, folder.claimed(), Progress(shown) as bar:
+    with trains, folder.claimed(), together(named=True), Progress(shown) as bar:
         bar.say("loading the model")
         lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
         texts = render(lm, examples, config.template, truncate=config.truncate)

@@ -24,18 +24,23 @@ T = TypeVar("T")
 Batch = TypeVar("Batch")
 
 
+_TRANSPORTS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+
+
 class LostProcess(TrainingError):
     """Another process of the run has ended, so that this one cannot continue."""
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Raise LostProcess where an operation of all processes fails."""
+def together(*, named: bool = False) -> Iterator[None]:
+    """Raise LostProcess where an operation of all processes fails; if `named`, only after an error of gloo or NCCL."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # gloo's and NCCL's
+    except RuntimeError as error:
+        if named and (isinstance(error, TrainingError) or not any(name in str(error) for name in _TRANSPORTS)):
+            raise
         raise LostProcess(
             f"another process of this launch has ended, so this one ends too ({first_line(error)}): launch the run "
             "again, with resume=True (--resume) where there is a checkpoint"

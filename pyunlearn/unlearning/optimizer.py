@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyunlearn.models.sharding import drop_gathered, gathered, is_part, part, part_like
+from pyunlearn.models.sharding import drop_gathered, is_part, part, part_like
 from pyunlearn.unlearning.adam import Adam, assign, exact
 
 _NO_MOMENTUM = 0.0  # earlier steps must not move an example that has stopped
@@ -97,20 +96,24 @@ class TrainedWeights:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def state_dict(self) -> dict[str, Any] | None:
+    @property
+    def sharded(self) -> bool:
+        """True where this process trains parts of the parameters."""
+        return any(map(is_part, self.parameters.values()))
+
+    def state_dict(self) -> dict[str, Any]:
         """Return weights, their rests (see `Adam`), moments and mask, as a checkpoint stores them.
 
-        Those of a sharded model are gathered; all processes call it, and all but the main process get None.
+        Of sharded parameters, this process's parts.
         """
-        state: dict[str, Any] = {**self._precise(), "moments": self._moments()}
-        if not any(map(is_part, self.parameters.values())):
-            return state | {"mask": self.mask}
-        whole = {name: self._each(tensors, gathered) for name, tensors in state.items()}
-        return whole | {"mask": self.mask} if torch.distributed.get_rank() == 0 else None
+        return {**self._precise(), "moments": self._moments(), "mask": self.mask}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
-        own = {name: self._each(state[name], part_like) for name in ("weights", "rests", "moments")}
+        """Continue from what `state_dict` returned, where the parameters were not sharded or are sharded as here."""
+        kinds = ("weights", "rests", "moments")
+        own = {
+            kind: {name: _part(value, self.parameters[name]) for name, value in state[kind].items()} for kind in kinds
+        }
         self._restore(own)
         self._load_moments(own["moments"])
         self.mask = {name: mask.to(self.parameters[name].device) for name, mask in state["mask"].items()}
@@ -134,10 +137,6 @@ class TrainedWeights:
             for name, tensor in tensors.items():
                 tensor.copy_(state[kind][name])
         drop_gathered(self.model)
-
-    def _each(self, tensors: dict[str, Any], change: Callable[[Tensor, nn.Parameter], Any]) -> dict[str, Any]:
-        """Return `change` of each tensor, or dict of tensors, of the parameters by name."""
-        return {name: _changed(value, self.parameters[name], change) for name, value in tensors.items()}
 
     def _moments(self) -> dict[str, dict[str, Any]]:
         """Return the optimizer's numbers of each parameter by name; none before the first step."""
@@ -172,8 +171,8 @@ def _copy_into(copies: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         copies[name].copy_(tensor.detach())
 
 
-def _changed(value: Any, p: nn.Parameter, change: Callable[[Tensor, nn.Parameter], Any]) -> Any:
-    """Return `change` of a tensor of a parameter, or of the tensors in a dict; other values as they are."""
+def _part(value: Any, p: nn.Parameter) -> Any:
+    """Return this process's part of a tensor of a parameter, or of the tensors in a dict; numbers as they are."""
     if isinstance(value, dict):
-        return {name: _changed(each, p, change) for name, each in value.items()}
-    return change(value, p) if isinstance(value, Tensor) else value
+        return {name: _part(each, p) for name, each in value.items()}
+    return part_like(value, p) if isinstance(value, Tensor) else value
