@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from pyunlearn.errors import ModelError
 
 
-def shard(model: Any, inner: Any, device: torch.device, synchronize: Callable[[Tensor], Tensor]) -> None:
+def shard(
+    model: Any,
+    inner: Any,
+    device: torch.device,
+    synchronize: Callable[[Tensor], Tensor],
+    compute_dtype: torch.dtype | None = None,
+) -> None:
     """Shard a model in place over all processes: each layer is gathered alone, then what is outside of the layers.
 
     The gradients of a backward pass are summed over the processes; each gets those of its part. The weights move to the
@@ -25,12 +31,14 @@ def shard(model: Any, inner: Any, device: torch.device, synchronize: Callable[[T
         inner: the transformers model inside, or the model itself.
         device: of this process.
         synchronize: returns the main process's values of a tensor on the device.
+        compute_dtype: in which weights are gathered and compute; their gradients are summed in float32. None: their
+            own.
 
     Raises:
         ModelError: the model has no layers that transformers marks as such.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -39,12 +47,13 @@ def shard(model: Any, inner: Any, device: torch.device, synchronize: Callable[[T
             f"FSDP shards a model layer by layer, and transformers marks no layers of {type(inner).__name__}: launch "
             "the run without FSDP"
         )
+    policy = MixedPrecisionPolicy(compute_dtype, compute_dtype and torch.float32)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in [*layers, inner]:
         for tensor in [*module.parameters(), *module.buffers()]:
             if not is_part(tensor):
                 tensor.data = synchronize(tensor.detach().to(device, copy=True)).to(tensor.device)
-        unit = fully_shard(module, mesh=mesh)
+        unit = fully_shard(module, mesh=mesh, mp_policy=policy)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
         unit.set_gradient_divide_factor(1.0)  # the losses are divided by all examples already
     if hasattr(model, "peft_config"):  # peft calls the forward of the model inside, without the hooks that gather

@@ -176,6 +176,24 @@ class Processes:
                 self._accelerator.wait_for_everyone()
 
 
+def fsdp_version(accelerator: Any = None) -> int:
+    """Return the version of FSDP that this launch asks for, 0 for none.
+
+    accelerate's launcher exports it; on CPUs an Accelerator passes over it.
+    """
+    plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
+    if plugin is not None:
+        return int(plugin.fsdp_version)
+    asked_for = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    return int(os.environ.get("FSDP_VERSION", "1")) if asked_for else 0
+
+
+def computes_in_bfloat16(module: nn.Module) -> bool:
+    """Return whether a model's float32 weights compute in bfloat16: on a GPU that has it."""
+    is_float32 = next(module.parameters()).dtype == torch.float32
+    return is_float32 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
 def is_main_process() -> bool:
     """Return True in the main one of several processes, and in a process of its own; known without an Accelerator."""
     return os.environ.get("RANK", "0") == "0"
@@ -184,6 +202,7 @@ def is_main_process() -> bool:
 def make_accelerator(module: nn.Module) -> Any:
     """Make an Accelerator; float32 weights compute in bfloat16 on a GPU that has it.
 
+    With FSDP these are gathered in bfloat16: autocast would hold a copy of each until the backward pass.
     Several processes on a machine without a GPU, as `torchrun` starts them, are joined by gloo on its CPUs. The state
     of an earlier Accelerator is reused.
     """
@@ -192,7 +211,6 @@ def make_accelerator(module: nn.Module) -> Any:
 
     if AcceleratorState._shared_state:
         return Accelerator()
-    is_float32 = next(module.parameters()).dtype == torch.float32
-    mixed = is_float32 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    mixed = computes_in_bfloat16(module) and not fsdp_version()
     on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     return Accelerator(mixed_precision="bf16" if mixed else "no", cpu=on_cpus)

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.models.sharding import part, shard
 from pyunlearn.unlearning.config import UnlearnConfig
-from pyunlearn.unlearning.distributed import Batch, Processes, T, together
+from pyunlearn.unlearning.distributed import Batch, Processes, T, computes_in_bfloat16, fsdp_version, together
 from pyunlearn.unlearning.schedule import Schedule
 
 
@@ -31,8 +31,9 @@ class ShardedProcesses(Processes):
         """Shard a model whose weights are those of the main process."""
         from accelerate.utils import broadcast
 
+        dtype = torch.bfloat16 if computes_in_bfloat16(inner) else None
         with together():
-            shard(module, inner, self._accelerator.device, lambda tensor: broadcast(tensor, from_process=0))
+            shard(module, inner, self._accelerator.device, lambda tensor: broadcast(tensor, from_process=0), dtype)
 
     def batches(self, batches: Iterator[tuple[list[int], Batch]]) -> Iterator[tuple[list[int], Batch]]:
         """Return this process's share of (indices, batch); one without indices is computed and not counted."""
@@ -82,7 +83,7 @@ def processes_of(accelerator: Any) -> Processes:
 
     Raises ArgumentError for another version of it, for offloading, and as `Processes`.
     """
-    version = _fsdp_version(accelerator)
+    version = fsdp_version(accelerator)
     if version == 1:
         raise ArgumentError(
             "this launch asks for FSDP version 1, and unlearn shards a model with version 2: set fsdp_version: 2 in "
@@ -94,18 +95,6 @@ def processes_of(accelerator: Any) -> Processes:
             "start more processes, or train an adapter (--lora), if the model is too large"
         )
     return ShardedProcesses(accelerator) if version and int(accelerator.num_processes) > 1 else Processes(accelerator)
-
-
-def _fsdp_version(accelerator: Any) -> int:
-    """Return the version of FSDP that a launch asks for, 0 for none.
-
-    accelerate's launcher exports it; on CPUs an Accelerator passes over it.
-    """
-    plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
-    if plugin is not None:
-        return int(plugin.fsdp_version)
-    asked_for = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-    return int(os.environ.get("FSDP_VERSION", "1")) if asked_for else 0
 
 
 def require_shardable(config: UnlearnConfig, module: Any) -> None:
