@@ -41,8 +41,13 @@ cli.main()
 COUNTS = """
 import json, torch
 from pyunlearn.cli import main as cli
+from pyunlearn.models import sharding
 from pyunlearn.unlearning.optimizer import TrainedWeights
-optimizers, accept = [], TrainedWeights.accept
+accept, synchronize, empty = TrainedWeights.accept, sharding._synchronize, []
+
+def synchronized(tensor, *args):
+    empty.append(tensor.is_meta)
+    synchronize(tensor, *args)
 
 def counts(self):
     accept(self)
@@ -51,15 +56,29 @@ def counts(self):
     accepted = sum(t.numel() for t in self._accepted["weights"].values())
     moments = sum(v.numel() for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v))
     with open(f"counts{torch.distributed.get_rank()}.json", "w") as file:
-        json.dump([weights, accepted, moments], file)
+        json.dump({"numbers": [weights, accepted, moments], "empty": empty}, file)
 
-TrainedWeights.accept = counts
+TrainedWeights.accept, sharding._synchronize = counts, synchronized
 try:
     cli.main()
 except SystemExit as ended:
     assert ended.code in (0, 1), ended.code
 """
-"""Script that runs one command and writes how many numbers each process holds: weights, accepted weights, moments."""
+"""Script that runs one command and writes how many numbers each process holds: weights, accepted weights, moments.
+
+And, of each tensor of the model, whether the process had no values of it before the model was sharded.
+"""
+
+BFLOAT16 = """
+from pyunlearn.cli import main as cli
+from pyunlearn.unlearning import sharded
+sharded.computes_in_bfloat16 = lambda module: True
+try:
+    cli.main()
+except SystemExit as ended:
+    assert ended.code in (0, 1), ended.code
+"""
+"""Script that runs one command as on a GPU, where float32 weights compute in bfloat16."""
 
 
 def launch(

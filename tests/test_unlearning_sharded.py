@@ -43,10 +43,10 @@ def command(out, **options):
 
 
 def launched(trained, folder, runs, with_four):
-    """Run each with 2 processes and one with 4: (folder, forget set). Five texts are an odd share for both."""
+    """Run each with 2 processes and perhaps one with 4: (folder, forget set). Five texts are an odd share for both."""
     forget = trained.forget + trained.unseen + trained.holdout[:1]
     folder_of(trained, folder, forget)
-    for count, names in ((2, runs), (4, [with_four])):
+    for count, names in ((2, runs), *([(4, [with_four])] if with_four else [])):
         launches.launch(folder, count, *(command(f"{name}{count}", **runs[name]) for name in names))
     return folder, forget
 
@@ -109,6 +109,13 @@ def test_sharded_processes_give_the_run_of_one(stories, name, one_thread, monkey
 def test_a_tied_head_is_sharded_with_the_embedding(answers, name, one_thread):
     """Also where the head's first weights are cached for retain_loss kl, and where texts are sampled."""
     check_same(tiny.answerer(), *answers, name, ANSWERS[name])
+
+
+@pytest.mark.full
+def test_an_encoder_decoder_model_is_sharded(tmp_path, one_thread):
+    """The layers of encoder and decoder, and the embedding that both share with the head."""
+    folder, forget = launched(tiny.translator(), tmp_path, {"pairs": {"method": "ga", "max_steps": 4}}, None)
+    check_same(tiny.translator(), folder, forget, "pairs", {"method": "ga", "max_steps": 4})
 
 
 STEPS = "--method ga --batch-size 1 --max-steps 8 --learning-rate 3e-4 --checkpoint-every 1e-9"
@@ -200,12 +207,24 @@ def test_a_signal_to_one_process_stores_the_parts_of_all(interrupted):
 
 @pytest.mark.full
 def test_each_process_holds_its_part_alone(interrupted):
-    """Of the weights, the last accepted ones and the moments: half each with two processes."""
+    """Of weights, last accepted weights and moments: half each with two processes, of which one reads the model."""
     launches.launch(interrupted, 2, stopped_run("half", "--max-steps 2"), script=launches.COUNTS)
     total = sum(p.numel() for p in tiny.storyteller().model.parameters())
     for rank in range(2):
-        numbers = json.loads((interrupted / f"counts{rank}.json").read_text())
-        assert numbers == pytest.approx([total / 2] * 3, rel=0.01)
+        counts = json.loads((interrupted / f"counts{rank}.json").read_text())
+        assert counts["numbers"] == pytest.approx([total / 2] * 3, rel=0.01)
+        assert counts["empty"]
+        assert set(counts["empty"]) == {rank == 1}
+
+
+@pytest.mark.full
+def test_sharded_float32_weights_compute_in_bfloat16_as_on_a_gpu(interrupted):
+    """The first loss differs by the rounding of 16 bits, and the weights stay float32."""
+    launches.launch(interrupted, 2, stopped_run("short", "--max-steps 1"), script=launches.BFLOAT16)
+    short, whole = (json.loads((interrupted / name / "result.json").read_text()) for name in ("short", "whole"))
+    difference = abs(short["history"][0]["forget_loss"] - whole["history"][0]["forget_loss"])
+    assert 1e-5 < difference < 1e-2
+    assert {p.dtype for p in load_file(interrupted / "short" / "model.safetensors").values()} == {torch.float32}
 
 
 def processes(rank, count, **others):

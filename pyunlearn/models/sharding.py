@@ -27,7 +27,7 @@ def shard(
     device one layer at a time, so that no GPU holds the whole model.
 
     Args:
-        model: the model, whole in every process.
+        model: the model, whole in the main process; in the others it may be on the meta device.
         inner: the transformers model inside, or the model itself.
         device: of this process.
         synchronize: returns the main process's values of a tensor on the device.
@@ -50,14 +50,30 @@ def shard(
     policy = MixedPrecisionPolicy(compute_dtype, compute_dtype and torch.float32)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in [*layers, inner]:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            if not is_part(tensor):
-                tensor.data = synchronize(tensor.detach().to(device, copy=True)).to(tensor.device)
+        for tensor in _tensors(module):
+            _synchronize(tensor, device, synchronize)
         unit = fully_shard(module, mesh=mesh, mp_policy=policy)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
         unit.set_gradient_divide_factor(1.0)  # the losses are divided by all examples already
     if hasattr(model, "peft_config"):  # peft calls the forward of the model inside, without the hooks that gather
         model.base_model.forward = inner.__call__
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Return the parameters, buffers and other tensors of a module that are not sharded yet, each once."""
+    others = [value for each in module.modules() for value in vars(each).values() if isinstance(value, Tensor)]
+    every = [*module.parameters(), *module.buffers(), *others]
+    return list({id(tensor): tensor for tensor in every if not is_part(tensor)}.values())
+
+
+def _synchronize(tensor: Tensor, device: torch.device, synchronize: Callable[[Tensor], Tensor]) -> None:
+    """Give a tensor the main process's values in place; one on the meta device gets its memory here."""
+    if not tensor.is_meta:
+        tensor.data = synchronize(tensor.detach().to(device, copy=True)).to(tensor.device)
+        return
+    value = synchronize(torch.empty_like(tensor, device=device, requires_grad=False))
+    is_parameter = isinstance(tensor, nn.Parameter)
+    torch.utils.swap_tensors(tensor, nn.Parameter(value, tensor.requires_grad) if is_parameter else value)
 
 
 def is_sharded(model: nn.Module) -> bool:

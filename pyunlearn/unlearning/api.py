@@ -19,6 +19,7 @@ from pyunlearn.models.adapters import merged, with_lora
 from pyunlearn.models.condition import require_trainable
 from pyunlearn.models.four_bits import keep_differentiable
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
+from pyunlearn.models.loading import without_weights
 from pyunlearn.models.recomputation import is_recomputing, recomputed_layers
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
@@ -27,7 +28,7 @@ from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.checkpoint import Checkpoint, sampled_texts
 from pyunlearn.unlearning.config import UnlearnConfig
-from pyunlearn.unlearning.distributed import Processes, is_main_process, make_accelerator, together
+from pyunlearn.unlearning.distributed import Processes, fills_in_weights, is_main_process, make_accelerator, together
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.loop import ascend
 from pyunlearn.unlearning.measuring import after_merge, refresh, resume_scores
@@ -130,7 +131,8 @@ def unlearn(
     trains = torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
     with trains, folder.claimed(), together(named=True), Progress(shown) as bar:
         bar.say("loading the model")
-        lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
+        with without_weights(fills_in_weights()):
+            lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
         texts = render(lm, examples, config.template, truncate=config.truncate)
 
         accelerator = make_accelerator(lm.inner)

@@ -188,6 +188,11 @@ def fsdp_version(accelerator: Any = None) -> int:
     return int(os.environ.get("FSDP_VERSION", "1")) if asked_for else 0
 
 
+def fills_in_weights() -> bool:
+    """Return whether this process gets the weights from the main process, while these are sharded."""
+    return fsdp_version() == 2 and not is_main_process()
+
+
 def computes_in_bfloat16(module: nn.Module) -> bool:
     """Return whether a model's float32 weights compute in bfloat16: on a GPU that has it."""
     is_float32 = next(module.parameters()).dtype == torch.float32
