@@ -82,11 +82,17 @@ except SystemExit as ended:
 
 
 def launch(
-    folder: Path, processes: int, *commands: str, script: str = SERIES, fails: bool = False, **environment: str
+    folder: Path,
+    processes: int,
+    *commands: str,
+    script: str = SERIES,
+    fails: bool = False,
+    timeout: float = 240,
+    **environment: str,
 ) -> str:
     """Run a script with commands of pyunlearn in sharded processes; return its output, that on standard error last.
 
-    `fails`: the launch is to end with an error.
+    `fails`: the launch is to end with an error, within `timeout` seconds.
     """
     (folder / "script.py").write_text(script)
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "script.py"]
@@ -96,7 +102,7 @@ def launch(
         env=os.environ | FSDP2 | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout,
     )
     assert (done.returncode != 0) == fails, done.stderr
     return done.stdout + done.stderr

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import pyunlearn
+from pyunlearn.cli import demo
+from pyunlearn.cli.demo_model import demo_model
 from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.models.loading import load
 from pyunlearn.unlearning.config import UnlearnConfig
@@ -225,6 +227,29 @@ def test_sharded_float32_weights_compute_in_bfloat16_as_on_a_gpu(interrupted):
     difference = abs(short["history"][0]["forget_loss"] - whole["history"][0]["forget_loss"])
     assert 1e-5 < difference < 1e-2
     assert {p.dtype for p in load_file(interrupted / "short" / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(1800)  # three minutes where nothing else runs
+def test_two_processes_forget_two_texts_of_smollm2(tmp_path):
+    """With the verdicts, steps and log-likelihoods of one process."""
+    sets = {
+        "forget": list(demo.FORGET.values())[:2],
+        "corpus": list(demo.SURVIVE.values())[:4],
+        "holdout": demo.HOLDOUT.read_text(encoding="utf-8").splitlines(),
+    }
+    for role, texts in sets.items():
+        (tmp_path / f"{role}.json").write_text(json.dumps([{"text": text} for text in texts]))
+    words = f"unlearn {demo_model()} --forget forget.json --retain corpus.json --holdout holdout.json --quiet --out two"
+    launches.launch(tmp_path, 2, words, timeout=1700)
+    result = json.loads((tmp_path / "two" / "result.json").read_text())
+    alone = pyunlearn.unlearn(
+        str(demo_model()), sets["forget"], retain=sets["corpus"], holdout=sets["holdout"], progress=False
+    )
+    assert result["stopped"] == alone.stopped == "forgotten"
+    for mine, theirs in zip(result["examples"], alone.examples, strict=True):
+        assert (mine["verdict"], mine["steps"]) == (theirs.verdict, theirs.steps)
+        assert mine["log_likelihood_after"] == pytest.approx(theirs.log_likelihood_after, abs=1e-2)
 
 
 def processes(rank, count, **others):

@@ -72,8 +72,9 @@ def _synchronize(tensor: Tensor, device: torch.device, synchronize: Callable[[Te
         tensor.data = synchronize(tensor.detach().to(device, copy=True)).to(tensor.device)
         return
     value = synchronize(torch.empty_like(tensor, device=device, requires_grad=False))
+    # the thread of the operation may still hold `value`, which could not be swapped then: both are new tensors
     is_parameter = isinstance(tensor, nn.Parameter)
-    torch.utils.swap_tensors(tensor, nn.Parameter(value, tensor.requires_grad) if is_parameter else value)
+    torch.utils.swap_tensors(tensor, nn.Parameter(value, tensor.requires_grad) if is_parameter else value.detach())
 
 
 def is_sharded(model: nn.Module) -> bool:

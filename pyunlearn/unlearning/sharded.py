@@ -32,7 +32,7 @@ class ShardedProcesses(Processes):
         from accelerate.utils import broadcast
 
         dtype = torch.bfloat16 if computes_in_bfloat16(inner) else None
-        with together():
+        with together(named=True):
             shard(module, inner, self._accelerator.device, lambda tensor: broadcast(tensor, from_process=0), dtype)
 
     def batches(self, batches: Iterator[tuple[list[int], Batch]]) -> Iterator[tuple[list[int], Batch]]:
