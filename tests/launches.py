@@ -87,7 +87,7 @@ def launch(
     *commands: str,
     script: str = SERIES,
     fails: bool = False,
-    timeout: float = 240,
+    timeout: float = 480,
     **environment: str,
 ) -> str:
     """Run a script with commands of pyunlearn in sharded processes; return its output, that on standard error last.

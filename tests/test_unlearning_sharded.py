@@ -17,6 +17,7 @@ from pyunlearn.cli.demo_model import demo_model
 from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.models.loading import load
 from pyunlearn.unlearning.config import UnlearnConfig
+from pyunlearn.unlearning.distributed import Processes
 from pyunlearn.unlearning.schedule import Schedule
 from pyunlearn.unlearning.sharded import ShardedProcesses, processes_of, require_shardable
 
@@ -34,14 +35,15 @@ def folder_of(trained, folder, forget):
     """Save a model and its texts in a folder."""
     for part in (trained.model, trained.tokenizer):
         part.save_pretrained(folder / "model")
-    for role, rows in {"forget": forget, "corpus": trained.corpus}.items():
+    for role, rows in {"forget": forget, "corpus": trained.corpus, "holdout": trained.holdout[1:]}.items():
         (folder / f"{role}.json").write_text(json.dumps([r if isinstance(r, dict) else {"text": r} for r in rows]))
 
 
 def command(out, **options):
     """Return the command of a run on the folder's model."""
     words = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in (COMMON | options).items()]
-    return " ".join(["unlearn model --forget forget.json --retain corpus.json --quiet", *words, "--out", out])
+    texts = "--forget forget.json --retain corpus.json --holdout holdout.json"
+    return " ".join(["unlearn model", texts, "--quiet", *words, "--out", out])
 
 
 def launched(trained, folder, runs, with_four):
@@ -71,6 +73,7 @@ def check_same(trained, folder, forget, name, options):
         trained.fresh(),
         forget,
         retain=trained.corpus,
+        holdout=trained.holdout[1:],
         tokenizer=trained.tokenizer,
         progress=False,
         **COMMON | options,
@@ -146,18 +149,23 @@ def interrupted(tmp_path_factory):
     folder_of(story, folder, story.forget)
     printed = launches.launch(folder, 4, stopped_run("new"), script=launches.STOPS, fails=True, SIGNAL="SIGKILL")
     assert "pyunlearn: another process of this launch has ended, so this one ends too" in printed
-    pyunlearn.unlearn(
+    run_alone(folder, "whole")
+    return folder
+
+
+def run_alone(folder, out):
+    """Return the result of the same run in one process."""
+    return pyunlearn.unlearn(
         str(folder / "model"),
         folder / "forget.json",
         retain=folder / "corpus.json",
-        output_dir=folder / "whole",
+        output_dir=folder / out,
         progress=False,
         method="ga",
         batch_size=1,
         max_steps=8,
         learning_rate=3e-4,
     )
-    return folder
 
 
 def copied(folder, out):
@@ -178,6 +186,24 @@ def test_a_checkpoint_of_four_processes_resumes_in_two_and_in_one(interrupted, c
     code, _, error = call(*stopped_run("one", "--resume").split())
     assert code in (0, 1), error
     check_continued(interrupted, "one")
+
+
+@pytest.mark.full
+def test_a_checkpoint_of_one_process_resumes_in_two(interrupted, monkeypatch):
+    """From its one file, which is removed at the end."""
+    calls, clip = [], Processes.clip_gradients
+
+    def interrupts(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return clip(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Processes, "clip_gradients", interrupts)
+        assert run_alone(interrupted, "file").stopped == "interrupted"
+    launches.launch(interrupted, 2, stopped_run("file", "--resume"))
+    check_continued(interrupted, "file")
 
 
 @pytest.mark.full
