@@ -35,10 +35,10 @@ def shard(
             own.
 
     Raises:
-        ModelError: the model has no layers that transformers marks as such.
+        ModelError: the model has no layers that transformers marks as such, or torch is too old.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -47,16 +47,22 @@ def shard(
             f"FSDP shards a model layer by layer, and transformers marks no layers of {type(inner).__name__}: launch "
             "the run without FSDP"
         )
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ModelError(
+            f"the FSDP of torch {torch.__version__} cannot sum gradients: install a newer torch, or launch the run "
+            "without FSDP"
+        )
     policy = MixedPrecisionPolicy(compute_dtype, compute_dtype and torch.float32)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for module in [*layers, inner]:
+    for module in [*reversed(layers), inner]:  # a layer inside a layer first
         for tensor in _tensors(module):
             _synchronize(tensor, device, synchronize)
         unit = fully_shard(module, mesh=mesh, mp_policy=policy)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
         unit.set_gradient_divide_factor(1.0)  # the losses are divided by all examples already
-    if hasattr(model, "peft_config"):  # peft calls the forward of the model inside, without the hooks that gather
-        model.base_model.forward = inner.__call__
+    adapter = getattr(model, "base_model", None) if hasattr(model, "peft_config") else None
+    if adapter is not None and adapter is not inner:  # it calls the forward of the model, without the hooks that gather
+        adapter.forward = inner.__call__
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
