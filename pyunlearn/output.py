@@ -61,16 +61,22 @@ def save_folder(
 ) -> Path:
     """Write a model, its tokenizer and one JSON file into an empty or new directory; all of it or nothing.
 
-    With `replace`, a directory that holds the JSON file is replaced.
+    With `replace`, a directory that holds the JSON file is replaced. Of a sharded model all processes call it, and the
+    main process writes.
 
     Raises OutputError when the directory holds something already or cannot be written.
     """
+    from pyunlearn.models.sharding import whole_state_dict
+
+    weights = whole_state_dict(model)
+    if weights == {}:  # not the main process
+        return Path(directory).resolve()
     target = check_output(directory, marker=name if replace else None)
     mount = target.is_mount()  # cannot be replaced, only filled
     try:
         with _workshop(target / target.name if mount else target) as partial:
             partial.mkdir()
-            model.save_pretrained(partial)
+            model.save_pretrained(partial, **({} if weights is None else {"state_dict": weights}))
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pyunlearn.errors import ArgumentError, ModelError, missing_packages
@@ -44,7 +45,7 @@ def with_lora(lm: LanguageModel, rank: int, seed: int) -> LanguageModel:
             adapted = get_peft_model(lm.module, config, revision=getattr(lm.module.config, "_commit_hash", None))
     except ValueError as error:
         raise ModelError(f"lora cannot adapt {lm.name}: {error}") from error
-    return LanguageModel.of(adapted, lm.tokenizer, workspace=lm.workspace)
+    return replace(lm, module=adapted)
 
 
 def merged(model: Any) -> Any:

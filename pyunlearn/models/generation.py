@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.sharding import is_sharded
 
 ScoreHook = Callable[[Tensor, Tensor], Tensor]  # (input ids (B, T), scores (B, V)) -> scores
 
@@ -53,11 +54,13 @@ def generate(
         decoder_start_token_id=lm.decoder_start_id,
         **options,
     )
+    together = {"synced_gpus": True} if is_sharded(inner) else {}  # all processes gather each layer
     hooks = LogitsProcessorList([] if score_hook is None else [Hook()])
     # transformers fills unset fields, a repetition penalty for example, from the model's own config
     own, inner.generation_config = inner.generation_config, config
     try:
-        rows = inner.generate(**inputs, generation_config=config, logits_processor=hooks)[:, prompt_length:].tolist()
+        ids = inner.generate(**inputs, generation_config=config, logits_processor=hooks, **together)
     finally:
         inner.generation_config = own
+    rows = ids[:, prompt_length:].tolist()
     return [row[: row.index(eos) + 1] if eos is not None and eos in row else row for row in rows]

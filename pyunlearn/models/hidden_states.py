@@ -14,6 +14,7 @@ from pyunlearn.data import TokenBatch
 from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import inputs_of
+from pyunlearn.models.sharding import is_sharded
 
 _DOWN = ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "c_proj", "wo", "w2")
 _ATTENTION = re.compile(r"att(e?n|ention)", re.IGNORECASE)
@@ -82,7 +83,8 @@ class Layer:
 
         def stop(_module: nn.Module, _args: Any, output: Any) -> None:
             outputs.append(output[0] if isinstance(output, tuple) else output)
-            raise _Stopped
+            if not is_sharded(self.lm.inner):  # a forward pass that is not ended holds gathered weights
+                raise _Stopped
 
         self._run(batch, self.block.register_forward_hook(stop))
         return outputs[0]

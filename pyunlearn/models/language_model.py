@@ -64,8 +64,10 @@ class LanguageModel:
             return model
         if isinstance(model, (str, Path)):
             model, tokenizer = load(model, tokenizer=tokenizer)
+        else:
+            inspection.require_language_model(model)
+            require_loaded(model)
         inner = inspection.require_language_model(model)
-        require_loaded(model)
         if needs_tokenizer:
             tokenizer = _tokenizer(inner, tokenizer)
         both = inspection.is_encoder_decoder(inner)

@@ -23,6 +23,7 @@ from pyunlearn.errors import ModelError, first_line
 from pyunlearn.models.condition import float_types
 from pyunlearn.models.distributions import Distributions, Head
 from pyunlearn.models.inspection import require_language_model, text_config
+from pyunlearn.models.sharding import first_of_all, is_part, is_sharded
 from pyunlearn.ops import _backend
 from pyunlearn.ops.example_objective import ExampleObjective, example_objective, objective_of
 from pyunlearn.ops.linear_log_likelihood import linear_log_likelihood
@@ -156,7 +157,7 @@ class Likelihood:
     def hidden(self, batch: TokenBatch) -> tuple[Tensor, Head]:
         """Return the head's input at the scored rows, (n, D), and the head, for which `head_problem` returns None."""
         module = self.inner.get_output_embeddings()
-        with _captured(module) as captured:
+        with _captured(module, copies=is_sharded(self.inner)) as captured:
             self.model(**inputs_of(batch))
         return captured[0].flatten(0, 1).index_select(0, batch.rows), _head(self.inner, module)
 
@@ -186,6 +187,8 @@ class Likelihood:
         """Return True where the fast path works for this model; decided on the first batch, with a warning if not."""
         if self.fused is None:
             problem = head_problem(self.inner) or self._difference(batch)
+            if is_sharded(self.inner):  # the passes of all processes must be the same
+                problem = first_of_all(problem)
             self.fused = problem is None
             if problem:
                 warnings.warn(
@@ -245,7 +248,7 @@ def head_problem(inner: Any) -> str | None:
         return (
             f"its head is a {type(module).__name__}, not a plain linear layer (an adapter or quantization on the head?)"
         )
-    if type(module.weight).__name__ == "DTensor" or module.weight.is_meta:
+    if (is_part(module.weight) and not is_sharded(inner)) or module.weight.is_meta:
         return "its head is spread over several devices"
     return None
 
@@ -286,13 +289,16 @@ def _first_example(batch: TokenBatch) -> TokenBatch:
 
 
 @contextmanager
-def _captured(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Replace a module's forward by the identity; the yielded list holds the input of the last call."""
+def _captured(module: nn.Module, *, copies: bool = False) -> Iterator[list[Tensor]]:
+    """Replace a module's forward by the identity; the yielded list holds the input of the last call.
+
+    `copies`: a copy of it, for FSDP has no hook on a view that is safe from operations in place.
+    """
     captured: list[Tensor] = []
 
     def identity(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        captured[:] = [x]
-        return x
+        captured[:] = [x.clone() if copies else x]
+        return captured[0]
 
     had, before = "forward" in vars(module), module.forward
     module.forward = identity  # type: ignore[method-assign]

@@ -22,6 +22,7 @@ _ON_THE_HUB = re.compile(
     r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?(@[A-Za-z0-9_./-]+)?"
 )  # all names there, and some of folders
 _OPTIONS: ContextVar[LoadOptions | None] = ContextVar("_OPTIONS", default=None)
+_EMPTY: ContextVar[bool] = ContextVar("_EMPTY", default=False)
 
 
 @contextmanager
@@ -37,6 +38,20 @@ def load_options(options: LoadOptions) -> Iterator[None]:
         yield
     finally:
         _OPTIONS.reset(token)
+
+
+@contextmanager
+def without_weights(empty: bool = True) -> Iterator[None]:
+    """If `empty`, load models without their weights within the context, for another process to fill them.
+
+    Their tensors are on the meta device. Adapters, .gguf files, 4-bit models and models that were saved without a dtype
+    are loaded whole all the same.
+    """
+    token = _EMPTY.set(empty)
+    try:
+        yield
+    finally:
+        _EMPTY.reset(token)
 
 
 def _options() -> LoadOptions:
@@ -97,7 +112,12 @@ def _load(name: str | Path, base: str | None, dtype: torch.dtype | None, tokeniz
         arguments |= hub_options(where)
         config = AutoConfig.from_pretrained(where, **arguments)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, loading = kind.from_pretrained(where, output_loading_info=True, **weights, **arguments)
+        loading: dict[str, Any]
+        whole = base or is_gguf or options.load_in_4bit or (as_saved and config.dtype is None)
+        if _EMPTY.get() and not whole:
+            model, loading = _empty(kind, config, weights), {}
+        else:
+            model, loading = kind.from_pretrained(where, output_loading_info=True, **weights, **arguments)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(str(name), error, where if "local_files_only" in arguments else "") from error
     four_bits.keep_differentiable(model)
@@ -106,7 +126,7 @@ def _load(name: str | Path, base: str | None, dtype: torch.dtype | None, tokeniz
         model.name_or_path = str(base or name)  # an adapter names it as its base
     head = model.get_output_embeddings()
     names = {n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(head, "weight", None)}
-    if names and names <= set(loading["missing_keys"]):  # transformers initializes one at random
+    if names and names <= set(loading.get("missing_keys", ())):  # transformers initializes one at random
         raise ModelError(
             f"the model saved in {name!s} has no language-model head, so it gives text no probability: give one that "
             "was saved with it"
@@ -116,6 +136,14 @@ def _load(name: str | Path, base: str | None, dtype: torch.dtype | None, tokeniz
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer or name)
     return model, tokenizer
+
+
+def _empty(kind: Any, config: Any, weights: dict[str, Any]) -> Any:
+    """Return a model whose tensors have shapes and dtypes, and no values."""
+    dtype = config.dtype if weights["dtype"] == "auto" else weights["dtype"]
+    with torch.device("meta"):
+        model = kind.from_config(config, **weights | {"dtype": dtype}, trust_remote_code=_options().trust_remote_code)
+    return model.eval()
 
 
 def require_loadable(name: str, where: str | Path, *, look_up: bool = True) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import Likelihood
 
 Floats = NDArray[np.float64]
+_Batch = tuple[list[int], TokenBatch]
 
 
 class Processes(Protocol):
@@ -29,6 +29,9 @@ class Processes(Protocol):
     def sum_array(self, values: Floats) -> Floats:
         """Return the sum over all processes."""
 
+    def batches(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+        """Return this process's share; a batch without indices is computed and not counted."""
+
 
 class OneProcess:
     """The work of scoring undivided: one process scores all batches."""
@@ -39,6 +42,10 @@ class OneProcess:
     def sum_array(self, values: Floats) -> Floats:
         """Return the values unchanged."""
         return values
+
+    def batches(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+        """Return all batches."""
+        return batches
 
 
 class Scorer:
@@ -62,11 +69,11 @@ class Scorer:
         self.lm, self.batch_size, self.autocast = lm, batch_size, autocast
         self.processes = OneProcess() if processes is None else processes
 
-    def batches(self, tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], TokenBatch]]:
+    def batches(self, tokens: Sequence[Tokens]) -> Iterator[_Batch]:
         """Yield (indices into `tokens`, their batch) for this process's share, texts of like length together."""
         if not tokens:
             raise ArgumentError("tokens must hold at least one example, and are empty")
-        return islice(self.lm.batches(tokens, self.batch_size), self.processes.rank, None, self.processes.count)
+        return self.processes.batches(self.lm.batches(tokens, self.batch_size))
 
     @torch.no_grad()
     def mean_log_likelihood(self, tokens: Sequence[Tokens], likelihood: Likelihood | None = None) -> Floats:
@@ -96,7 +103,7 @@ class Scorer:
         for indices, batch in self.batches(tokens):
             with self.autocast():
                 values = score(batch)
-            for i, part in zip(indices, by_example(values, tokens, indices), strict=True):
+            for i, part in zip(indices, by_example(values, tokens, indices) if indices else (), strict=True):
                 out[ends[i] - len(part) : ends[i]] = part.cpu().double().numpy()
         return np.split(self.processes.sum_array(out), ends[:-1])
 
@@ -106,6 +113,8 @@ class Scorer:
         for indices, batch in self.batches(tokens):
             with self.autocast():
                 values = score(batch)  # (n,)
+            if not indices:
+                continue
             # one sum per text, without atomics: deterministic
             sums = torch.stack([part.sum() for part in by_example(values, tokens, indices)])
             out[indices] = sums.cpu().double().numpy() / scored_tokens(tokens, indices)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyunlearn.models.sharding import part
+
 _BETA2, _EPSILON = 0.999, 1e-8
 _CHUNK = 1 << 22  # numbers updated at once, so that temporary tensors stay small
 
@@ -18,6 +20,8 @@ class Adam(torch.optim.Optimizer):
     At unlearning's learning rates an update is smaller than half the gap between two 16-bit numbers, so that most would
     round to zero. Each 16-bit parameter therefore has a second tensor, its *rest*: of bfloat16 the 16 bits that
     rounding cuts off, so that both together are a float32 number; of float16 the float32 number itself.
+
+    Of a parameter that is sharded over processes, each updates its part.
 
     Bytes a parameter besides the weight and its gradient: 4 for the second moment, 4 for the first where there is
     momentum, and for the rest 2 (bfloat16) or 4 (float16).
@@ -41,14 +45,14 @@ class Adam(torch.optim.Optimizer):
             if p.dtype == torch.bfloat16:
                 self.rests[p] = self.room(p, torch.int16)
             elif p.dtype == torch.float16:
-                self.rests[p] = self.room(p, torch.float32).copy_(p.detach())
+                self.rests[p] = self.room(p, torch.float32).copy_(part(p).detach())
 
     def room(self, p: nn.Parameter, dtype: torch.dtype) -> Tensor:
-        """Return zeros of a parameter's shape where its moments and rest are: on its device, or in main memory."""
+        """Return zeros of the shape of this process's part of a parameter, where its moments and its rest are."""
         if not self.offload:
-            return torch.zeros_like(p, dtype=dtype, requires_grad=False)
+            return torch.zeros_like(part(p), dtype=dtype, requires_grad=False)
         pinned = p.device.type == "cuda"
-        return torch.zeros_like(p, dtype=dtype, device="cpu", requires_grad=False, pin_memory=pinned)
+        return torch.zeros_like(part(p), dtype=dtype, device="cpu", requires_grad=False, pin_memory=pinned)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -56,9 +60,9 @@ class Adam(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group["lr"])
+                    self._update(p, p.grad, group["lr"])
 
-    def _update(self, p: nn.Parameter, lr: float) -> None:
+    def _update(self, p: nn.Parameter, grad: Tensor, lr: float) -> None:
         state, precise = self.state[p], torch.promote_types(p.dtype, torch.float32)
         for name in ("second", "first") if self.momentum else ("second",):
             if name not in state:
@@ -66,7 +70,7 @@ class Adam(torch.optim.Optimizer):
         state["step"] = step = state.get("step", 0) + 1
         correction = (1 - _BETA2**step) ** 0.5
         rate = lr / (1 - self.momentum**step)
-        tensors = [p.detach(), p.grad, state["second"], state.get("first"), self.rests.get(p)]
+        tensors = [part(p).detach(), part(grad), state["second"], state.get("first"), self.rests.get(p)]
         for weight, gradient, *stored in _chunks(tensors):
             moved: list[Any] = [_near(t, p.device) for t in stored] if self.offload else stored
             second, first, rest = moved

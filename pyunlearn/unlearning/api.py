@@ -19,6 +19,7 @@ from pyunlearn.models.adapters import merged, with_lora
 from pyunlearn.models.condition import require_trainable
 from pyunlearn.models.four_bits import keep_differentiable
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
+from pyunlearn.models.loading import without_weights
 from pyunlearn.models.recomputation import is_recomputing, recomputed_layers
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
@@ -27,7 +28,7 @@ from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.checkpoint import Checkpoint, sampled_texts
 from pyunlearn.unlearning.config import UnlearnConfig
-from pyunlearn.unlearning.distributed import Processes, is_main_process, make_accelerator
+from pyunlearn.unlearning.distributed import Processes, fills_in_weights, is_main_process, make_accelerator, together
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.loop import ascend
 from pyunlearn.unlearning.measuring import after_merge, refresh, resume_scores
@@ -37,6 +38,7 @@ from pyunlearn.unlearning.preferences import substitutes_for
 from pyunlearn.unlearning.result import Result
 from pyunlearn.unlearning.run_folder import RESULT, RunFolder
 from pyunlearn.unlearning.setup import Session, setup
+from pyunlearn.unlearning.sharded import processes_of, require_shardable
 from pyunlearn.unlearning.token_weights import check_token_weights
 
 _LEARNING_RATE, _ADAPTER_LEARNING_RATE = 5e-6, 1e-4
@@ -124,16 +126,18 @@ def unlearn(
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     shown = progress if is_main_process() else False
     trains = torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
-    with trains, folder.claimed(), Progress(shown) as bar:
+    with trains, folder.claimed(), together(named=True), Progress(shown) as bar:
         bar.say("loading the model")
-        lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
+        with without_weights(fills_in_weights()):
+            lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
         texts = render(lm, examples, config.template, truncate=config.truncate)
 
         accelerator = make_accelerator(lm.inner)
-        processes = Processes(accelerator)
+        processes = processes_of(accelerator)
+        if processes.sharded:
+            require_shardable(config, lm.module)
         lm = _trainable(lm, config)  # the first change of the model
-        lm.module.to(accelerator.device)
-        processes.broadcast_weights(lm.module)
+        processes.place(lm.module, lm.inner)
         lm.module.eval()  # no dropout, so that log-likelihoods are a function of the weights
         trained = accelerator.unwrap_model(lm.module)
         folder.require_room(trained, merge=config.merge)
@@ -171,14 +175,15 @@ def unlearn(
 
 def _save(result: Result, directory: Path, checkpoint: Checkpoint, processes: Processes, *, replace: bool) -> None:
     """Write the result; the checkpoint stays until it is on the disk."""
-    if processes.is_main:
+    if processes.writes():
         try:
             save_folder(directory, result.model, result.tokenizer, RESULT, result.to_dict(), replace=replace)
         except BaseException:
             if checkpoint.exists:
                 logger.warning(f"{checkpoint.path} holds the run: resume=True (--resume) continues it")
             raise
-        checkpoint.delete()
+        if processes.is_main:
+            checkpoint.delete()
     processes.barrier()
 
 
@@ -256,7 +261,7 @@ def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resu
     freeze_rest = session.target.freeze_rest() if session.target else nullcontext()
     recompute = config.gradient_checkpointing or is_recomputing(lm.inner)
     recomputed = recomputed_layers(lm.inner) if recompute else nullcontext()
-    with DeferredInterrupt() as interrupt, freeze_rest, recomputed:
+    with DeferredInterrupt(patient=session.processes.sharded) as interrupt, freeze_rest, recomputed:
         mask = mask_of(
             config.mask, lm.module, session.texts.forget, batch_size=config.batch_size, workspace=config.workspace
         )

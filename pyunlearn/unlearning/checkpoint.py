@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,9 @@ from pyunlearn.errors import DataError, first_line
 from pyunlearn.methods import Multiplier
 from pyunlearn.output import replacing
 from pyunlearn.progress import logger
+from pyunlearn.unlearning.hashing import Hashing, sha256
 from pyunlearn.unlearning.optimizer import TrainedWeights
+from pyunlearn.unlearning.shards import read_parts, remove_parts, write_parts
 from pyunlearn.unlearning.step_size import StepSize
 
 _VERSION = b" 2 sha256 "
@@ -55,6 +56,9 @@ class LoopState:
 class Checkpoint:
     """File in which an interrupted run is stored, OUTPUT.checkpoint.pt, with a format version and a SHA-256.
 
+    The weights of a sharded model are in files of their own, see `shards`; then all processes save and load. A run
+    resumes in any number of processes, sharded or not.
+
     Only its owner can read it, for the weights and the sampled texts can give the forget set back.
 
     Args:
@@ -90,12 +94,19 @@ class Checkpoint:
             "multiplier": None if state.multiplier is None else asdict(state.multiplier),
             "sampled": self.sampled,
         }
+        stored = weights.state_dict()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if weights.sharded:
+                shapes = {name: tuple(p.shape) for name, p in weights.parameters.items()}
+                stored = {"shards": write_parts(self.path, stored), "shapes": shapes, "mask": {}}
+                if torch.distributed.get_rank():
+                    return True
             with replacing(self.path) as file:
-                hashing: Any = _Hashing(file)
-                torch.save(weights.state_dict() | {"progress": progress}, hashing)
+                hashing: Any = Hashing(file)
+                torch.save(stored | {"progress": progress}, hashing)
                 file.write(_SEAL + hashing.digest.hexdigest().encode())
+            remove_parts(self.path, but=stored["shards"]["folder"] if weights.sharded else None)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             logger.warning(f"the checkpoint {self.path} could not be written ({first_line(error)})")
             return False
@@ -109,13 +120,15 @@ class Checkpoint:
         """
         assert self.path is not None
         saved = _read(self.path)
-        shapes = {name: tuple(w.shape) for name, w in saved["weights"].items()}
+        shapes = saved.get("shapes") or {name: tuple(w.shape) for name, w in saved["weights"].items()}
         if shapes != {name: tuple(p.shape) for name, p in weights.parameters.items()}:
             raise DataError(
                 f"the checkpoint {self.path} belongs to another model: delete it, or give the model it was made with"
             )
         progress = saved["progress"]
         require_same(self.path, progress["fingerprint"], self.fingerprint)
+        if "shards" in saved:
+            saved |= read_parts(self.path, saved["shards"], weights.parameters)
         weights.load_state_dict(saved)
         state.step, state.round_number = progress["step"], progress["round"]
         state.step_size = StepSize(*progress["step_size"])
@@ -125,23 +138,10 @@ class Checkpoint:
         state.restore((np.array(progress["visits"]), multiplier and Multiplier(**multiplier)))
 
     def delete(self) -> None:
-        """Remove the file, if there is one."""
+        """Remove the file and the parts, if there are any."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-
-class _Hashing:
-    """File that is only written, with the SHA-256 of what was."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
+            remove_parts(self.path)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -155,12 +155,7 @@ def _read(path: Path) -> dict[str, Any]:
             raise DataError(f"{path} is no whole checkpoint of pyunlearn, or one of an older version: {again}")
         if not seal.startswith(_SEAL):
             raise DataError(f"the checkpoint {path} is of another version of pyunlearn: resume with that, or {again}")
-        file.seek(0)
-        digest, left = hashlib.sha256(), size
-        while left and (part := file.read(min(left, 1 << 20))):
-            digest.update(part)
-            left -= len(part)
-    if digest.hexdigest().encode() != seal[len(_SEAL) :]:
+    if sha256(path, size).encode() != seal[len(_SEAL) :]:
         raise DataError(f"the checkpoint {path} is damaged (its SHA-256 is another): {again}")
     saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return saved

@@ -23,18 +23,24 @@ IN_MEMORY = 1 << 30
 class HiddenStateCache:
     """Distributions of texts under one model: a state (D,) for each scored token, on the CPU, and the head.
 
-    The head is copied only where it is trained.
+    The head is copied only where it is trained, or where `copies_head`.
 
     Args:
         parts: (indices of some texts, their distributions in that order).
         sizes: index of a text -> its scored tokens.
         in_memory: bytes allowed in main memory.
+        copies_head: True where the head's weights are freed after the pass, as those of a sharded model are.
 
     Raises OutputError where the states fit neither in main memory nor on the disk.
     """
 
     def __init__(
-        self, parts: Iterator[tuple[list[int], Distributions]], sizes: dict[int, int], in_memory: int = IN_MEMORY
+        self,
+        parts: Iterator[tuple[list[int], Distributions]],
+        sizes: dict[int, int],
+        in_memory: int = IN_MEMORY,
+        *,
+        copies_head: bool = False,
     ) -> None:
         self.ends, end = {}, 0
         for index, size in sizes.items():
@@ -52,8 +58,8 @@ class HiddenStateCache:
                 self.states[first:last] = part.to("cpu")
         if self.head is not None:
             bias = self.head.bias
-            weight = _constant(self.head.weight)
-            self.head = self.head._replace(weight=weight, bias=None if bias is None else _constant(bias))
+            weight = _constant(self.head.weight, copies_head)
+            self.head = self.head._replace(weight=weight, bias=None if bias is None else _constant(bias, copies_head))
 
     def at(self, indices: Iterable[int], device: torch.device) -> Distributions:
         """Return the concatenated distributions of texts."""
@@ -68,9 +74,9 @@ class HiddenStateCache:
         return np.array([float(s.abs().double().mean()) for s in states], dtype=np.float64)
 
 
-def _constant(parameter: Tensor) -> Tensor:
-    """Return a copy of a parameter that is trained; share the memory of one that is not."""
-    return parameter.detach().clone() if parameter.requires_grad else parameter.detach()
+def _constant(parameter: Tensor, copies: bool) -> Tensor:
+    """Return a copy of a parameter that is trained; share the memory of one that is not, unless `copies`."""
+    return parameter.detach().clone() if copies or parameter.requires_grad else parameter.detach()
 
 
 def _allocate(rows: int, like: Tensor, in_memory: int) -> Tensor:

@@ -14,12 +14,13 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 class DeferredInterrupt:
     """Context in which the first signal waits for the next `check`, between two steps; a second one raises at once.
 
-    `received` is its number, None before. Within `shielded` every signal waits.
+    `received` is its number, None before. Within `shielded` every signal waits, and always if `patient`: where several
+    processes can only stop together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self.received: int | None = None
-        self._shields = 0
+        self._shields = int(patient)
 
     @property
     def pending(self) -> bool:

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pyunlearn.errors import TrainingError
 from pyunlearn.probes.non_members import NO_LIKELIER
 from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.budget import Rise
 from pyunlearn.unlearning.checkpoint import Checkpoint
 from pyunlearn.unlearning.config import LoopConfig
-from pyunlearn.unlearning.distributed import LostProcess, Processes
+from pyunlearn.unlearning.distributed import Processes
 from pyunlearn.unlearning.endings import explained, require_gradient
 from pyunlearn.unlearning.forecast import Forecast, Pace, duration, share_done
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
@@ -120,7 +119,7 @@ def ascend(
                 state.history += records
                 snapshot = state.snapshot()
             _show(session, bar, pace)
-            if session.processes.is_main and time.monotonic() - last_saved > interval:
+            if session.processes.writes(due=time.monotonic() - last_saved > interval):
                 with interrupt.shielded():
                     checkpoint.save(weights, state)
                 last_saved = time.monotonic()
@@ -128,15 +127,14 @@ def ascend(
     except BaseException as error:
         with interrupt.shielded():
             _rewind(session, weights, snapshot)
-            lost = isinstance(error, LostProcess)  # perhaps the main process
-            if lost or (session.processes.is_main and not isinstance(error, TrainingError)):
+            if session.processes.writes_after(error):
                 checkpoint.save(weights, state)
         if not isinstance(error, KeyboardInterrupt):
             raise
         return "interrupted"  # the numbers are those of the last round, see `refresh`
     refresh(session)
     weights.optimizer.zero_grad(set_to_none=True)
-    if session.processes.is_main:
+    if session.processes.writes():
         checkpoint.save(weights, state)  # until the result is on the disk
     return _ending(session, rejection_reason)
 
@@ -283,16 +281,16 @@ def optimizer_step(
 
     # forget term: gradients accumulate over micro-batches; it precedes the retain term, so only one graph is in memory
     forget_loss = 0.0
-    for micro_batch in schedule.micro_batches(processes.shard(forget_indices)):
+    for micro_batch, counts in processes.micro_batches(schedule, forget_indices):
         with accelerator.autocast():
-            loss = forget_term(micro_batch) / examples
+            loss = counts * forget_term(micro_batch) / examples
         accelerator.backward(forget_weight * loss)
         forget_loss += loss.item()
 
     # overshot examples
-    for micro_batch in schedule.micro_batches(processes.shard(restored)):
+    for micro_batch, counts in processes.micro_batches(schedule, restored):
         with accelerator.autocast():
-            loss = forget_term.restore(micro_batch) / examples
+            loss = counts * forget_term.restore(micro_batch) / examples
         accelerator.backward(loss)
 
     # retain term
@@ -300,23 +298,23 @@ def optimizer_step(
     if retain_term.active:
         retain_batch = retain_term.batch(schedule.retain_indices(step), [*forget_indices, *restored])
     if retain_batch is not None:
-        for micro_batch in schedule.micro_batches(processes.shard(retain_batch.indices)):
+        for micro_batch, counts in processes.micro_batches(schedule, retain_batch.indices):
             with accelerator.autocast():
                 loss, amount = retain_term(micro_batch, retain_batch)
-            accelerator.backward(loss)
-            retain_total += amount
+            accelerator.backward(counts * loss)
+            retain_total += counts * amount
 
     # update: gradients are summed over processes, masked and clipped; the l1 penalty is a step of its own
     processes.sum_gradients(weights.parameters.values())
     weights.mask_gradients()
-    gradient_norm = accelerator.clip_grad_norm_(weights.parameters.values(), max_grad_norm)
+    gradient_norm = processes.clip_gradients(weights.parameters.values(), max_grad_norm)
     optimizer.step()
     weights.shrink(l1)
     weights.restore_masked()
     # ------------------------------------------------------------------------------------------------
     losses = {"forget_loss": finite(processes.sum(forget_loss))}
     losses |= retain_term.report(processes.sum(retain_total), retain_batch)
-    return losses | {"gradient_norm": finite(float(gradient_norm))}
+    return losses | {"gradient_norm": finite(gradient_norm)}
 
 
 def _round_record(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyunlearn.models.sharding import drop_gathered, is_part, part, part_like
 from pyunlearn.unlearning.adam import Adam, assign, exact
 
 _NO_MOMENTUM = 0.0  # earlier steps must not move an example that has stopped
@@ -36,7 +37,8 @@ class TrainedWeights:
         momentum: float = _NO_MOMENTUM,
         offload: bool = False,
     ) -> None:
-        self.mask = mask or {}
+        drop_gathered(model)
+        self.model, self.mask = model, mask or {}
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = Adam(self.parameters.values(), learning_rate, momentum, offload=offload)
         self._accepted: dict[str, dict[str, Tensor]] = {"weights": {}, "rests": {}}
@@ -75,8 +77,8 @@ class TrainedWeights:
     @torch.no_grad()
     def accept(self) -> None:
         """Store the present weights for a rollback."""
-        for part, tensors in self._precise().items():
-            _copy_into(self._accepted[part], tensors)
+        for kind, tensors in self._precise().items():
+            _copy_into(self._accepted[kind], tensors)
         self._copy_moments()
 
     def rollback(self) -> None:
@@ -96,34 +98,47 @@ class TrainedWeights:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
+    @property
+    def sharded(self) -> bool:
+        """True where this process trains parts of the parameters."""
+        return any(map(is_part, self.parameters.values()))
+
     def state_dict(self) -> dict[str, Any]:
-        """Return weights, their rests (see `Adam`), moments and mask, as a checkpoint stores them."""
-        return self._precise() | {"moments": self._moments(), "mask": self.mask}
+        """Return weights, their rests (see `Adam`), moments and mask, as a checkpoint stores them.
+
+        Of sharded parameters, this process's parts.
+        """
+        return {**self._precise(), "moments": self._moments(), "mask": self.mask}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
-        self._restore(state)
-        self._load_moments(state["moments"])
+        """Continue from what `state_dict` returned, where the parameters were not sharded or are sharded as here."""
+        kinds = ("weights", "rests", "moments")
+        own = {
+            kind: {name: _part(value, self.parameters[name]) for name, value in state[kind].items()} for kind in kinds
+        }
+        self._restore(own)
+        self._load_moments(own["moments"])
         self.mask = {name: mask.to(self.parameters[name].device) for name, mask in state["mask"].items()}
         self.accept()
 
     def _exact(self, p: nn.Parameter) -> Tensor:
-        return exact(p, self.optimizer.rests.get(p))
+        return exact(part(p), self.optimizer.rests.get(p))
 
     def _assign(self, p: nn.Parameter, value: Tensor) -> None:
-        assign(p, self.optimizer.rests.get(p), value)
+        assign(part(p), self.optimizer.rests.get(p), value)
 
     def _precise(self) -> dict[str, dict[str, Tensor]]:
         """Return the weights and their rests by name."""
         rests = {name: self.optimizer.rests.get(p) for name, p in self.parameters.items()}
         present = {name: rest for name, rest in rests.items() if rest is not None}
-        return {"weights": {name: p.detach() for name, p in self.parameters.items()}, "rests": present}
+        return {"weights": {name: part(p).detach() for name, p in self.parameters.items()}, "rests": present}
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
-        for part, tensors in self._precise().items():
+        for kind, tensors in self._precise().items():
             for name, tensor in tensors.items():
-                tensor.copy_(state[part][name])
+                tensor.copy_(state[kind][name])
+        drop_gathered(self.model)
 
     def _moments(self) -> dict[str, dict[str, Any]]:
         """Return the optimizer's numbers of each parameter by name; none before the first step."""
@@ -156,3 +171,10 @@ def _copy_into(copies: dict[str, Any], tensors: dict[str, Tensor]) -> None:
             pinned = tensor.device.type == "cuda"
             copies[name] = torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=pinned)
         copies[name].copy_(tensor.detach())
+
+
+def _part(value: Any, p: nn.Parameter) -> Any:
+    """Return this process's part of a tensor of a parameter, or of the tensors in a dict; numbers as they are."""
+    if isinstance(value, dict):
+        return {name: _part(each, p) for name, each in value.items()}
+    return part_like(value, p) if isinstance(value, Tensor) else value

@@ -17,6 +17,7 @@ from pyunlearn.models.distributions import Distributions
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import Likelihood
 from pyunlearn.models.scoring import Scorer
+from pyunlearn.models.sharding import is_sharded
 from pyunlearn.unlearning.hidden_cache import HiddenStateCache
 
 Floats = NDArray[np.float64]
@@ -102,4 +103,5 @@ def cached_states(
                 distributions = likelihood.distributions(batch)
             yield [indices[i] for i in within], distributions
 
-    return HiddenStateCache(parts(), {i: len(tokens[i].scored) for i in indices})
+    sizes = {i: len(tokens[i].scored) for i in indices}
+    return HiddenStateCache(parts(), sizes, copies_head=is_sharded(likelihood.inner))

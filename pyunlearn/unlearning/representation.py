@@ -15,6 +15,7 @@ from pyunlearn.methods import Method
 from pyunlearn.methods.rmu import representation_drift, steering_direction
 from pyunlearn.models.hidden_states import Layer, blocks, trainable
 from pyunlearn.models.scoring import Scorer
+from pyunlearn.models.sharding import drop_gathered
 
 _USUAL_LAYER = 7  # the layer that RMU's authors chose of 32
 
@@ -55,6 +56,7 @@ class RepresentationTarget:
             index = min(_USUAL_LAYER, (len(blocks(lm)) - 1) // 2)
         self.scorer, self.lm, self.method, self.batch_size = scorer, lm, method, batch_size
         self.layer = Layer(lm, index)
+        drop_gathered(lm.module)  # the parameters below are those that are trained
         self.parameters = trainable(lm, index, layers=settings["layers"], patterns=settings["trainable"])
         if "alpha" in options and not keeps_retain:
             raise ArgumentError(
@@ -73,6 +75,7 @@ class RepresentationTarget:
     @contextmanager
     def freeze_rest(self) -> Iterator[None]:
         """Freeze all other parameters within the context, so that no gradient is computed for them."""
+        drop_gathered(self.lm.module)
         chosen = set(self.parameters.values())
         others = [p for p in self.lm.module.parameters() if p.requires_grad and p not in chosen]
         for p in others:

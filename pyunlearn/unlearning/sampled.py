@@ -55,6 +55,6 @@ class SampledTexts:
         texts = [Tokens(tuple(ids), first, decoder and tuple(decoder)) for ids, first, decoder in stored]
         complete = bool(texts) and len(texts) == (count or len(texts))
         if not complete or not all(max(*t.ids, *t.written) < self.lm.vocabulary for t in texts):
-            texts = self.processes.broadcast_objects(sample() if self.processes.is_main else [])
+            texts = self.processes.once(sample)
         self.stored[name] = [(list(t.ids), t.first, t.decoder and list(t.decoder)) for t in texts]
         return texts

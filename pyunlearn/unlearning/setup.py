@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -235,20 +236,17 @@ def _non_members(
         non_members = non_members_of_holdout(len(forget), tokens["holdout"])
     else:
         bar.say("scoring unseen text")
-        chosen = []
-        if processes.is_main:
-            chosen.append(
-                non_members_without_holdout(
-                    reference,
-                    rendered.examples["forget"],
-                    forget,
-                    chat_template=rendered.rendering.chat_template,
-                    is_reference=is_reference,
-                    seed=seed,
-                    batch_size=scorer.batch_size,
-                )
-            )
-        (non_members,) = processes.broadcast_objects(chosen)
+        choose = partial(
+            non_members_without_holdout,
+            reference,
+            rendered.examples["forget"],
+            forget,
+            chat_template=rendered.rendering.chat_template,
+            is_reference=is_reference,
+            seed=seed,
+            batch_size=scorer.batch_size,
+        )
+        non_members = processes.once(choose)
     if not is_reference:
         return non_members
     bar.say("scoring with the reference model")
