@@ -50,7 +50,8 @@ class Adam(torch.optim.Optimizer):
     def _update(self, p: nn.Parameter, lr: float) -> None:
         state, precise = self.state[p], torch.promote_types(p.dtype, torch.float32)
         for name in ("second", "first") if self.momentum else ("second",):
-            state.setdefault(name, torch.zeros_like(p, dtype=precise, requires_grad=False))
+            if name not in state:
+                state[name] = torch.zeros_like(p, dtype=precise, requires_grad=False)
         state["step"] = step = state.get("step", 0) + 1
         correction = (1 - _BETA2**step) ** 0.5
         rate = lr / (1 - self.momentum**step)
