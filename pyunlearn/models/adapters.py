@@ -43,7 +43,7 @@ def with_lora(lm: LanguageModel, rank: int, seed: int) -> LanguageModel:
             adapted = get_peft_model(lm.module, config)
     except ValueError as error:
         raise ModelError(f"lora cannot adapt {lm.name}: {error}") from error
-    return LanguageModel.of(adapted, lm.tokenizer, workspace=lm.workspace)
+    return LanguageModel.described(adapted, lm.tokenizer, workspace=lm.workspace)
 
 
 def merged(model: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,13 +39,14 @@ def load_options(options: LoadOptions) -> Iterator[None]:
         _OPTIONS.reset(token)
 
 
-def _options() -> LoadOptions:
+def present_options() -> LoadOptions:
+    """Return the options of `load_options`, or the defaults outside of it."""
     return _OPTIONS.get() or LoadOptions()
 
 
 def _arguments(name: str | Path) -> tuple[str, dict[str, Any]]:
     """Return where transformers finds a model, and the arguments with which it reads its configuration."""
-    arguments: dict[str, Any] = {"trust_remote_code": _options().trust_remote_code}
+    arguments: dict[str, Any] = {"trust_remote_code": present_options().trust_remote_code}
     where, at, revision = str(name).partition("@")
     if at and not Path(name).exists():
         return where, arguments | {"revision": revision}
@@ -69,37 +70,82 @@ def load(name: str | Path, *, dtype: torch.dtype | None = None, tokenizer: Any =
     Raises:
         ModelError: no language model or tokenizer can be loaded from there.
     """
-    name = _located(name)
+    name = located(name)
     headers = gguf.cached_headers() if str(name).endswith(".gguf") else nullcontext()
     with headers:
         return _load(name, dtype, tokenizer)
 
 
-def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+class Origin(NamedTuple):
+    """Place and configuration of a model that is to be loaded."""
+
+    where: str
+    base: str | None
+    """Name of the model under the adapter that `where` holds; None without an adapter."""
+    arguments: dict[str, Any]
+    """Keyword arguments with which transformers reads it."""
+    config: Any
+
+    @property
+    def is_gguf(self) -> bool:
+        """True for a .gguf file, whose weights are dequantized."""
+        return "gguf_file" in self.arguments
+
+    @property
+    def kind(self) -> Any:
+        """Class of transformers that makes or loads such a model."""
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        return AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
+
+
+@contextmanager
+def origin(name: str | Path) -> Iterator[Origin]:
+    """Yield the origin of a model; loading errors within the block are raised as ModelError."""
+    from transformers import AutoConfig
 
     where, arguments = _arguments(name)
-    is_gguf = "gguf_file" in arguments
-    if not is_gguf:
+    if "gguf_file" not in arguments:
         _require_saved(Path(where))
-    options, base = _options(), None
-    as_saved = dtype is None and options.dtype == "auto" and not is_gguf
-    if not as_saved and dtype is None:
-        dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
-    weights: dict[str, Any] = {"dtype": "auto" if as_saved else dtype}
-    if options.attn_implementation is not None:
-        weights["attn_implementation"] = options.attn_implementation
-    if options.load_in_4bit:
-        weights |= four_bits.loading_arguments()
+    base = None
     try:
         adapter = Path(where) / "adapter_config.json"
         base = json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.exists() else None
         arguments |= hub_options(base or where)
-        config = AutoConfig.from_pretrained(base or where, **arguments)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, loading = kind.from_pretrained(base or where, output_loading_info=True, **weights, **arguments)
+        yield Origin(where, base, arguments, AutoConfig.from_pretrained(base or where, **arguments))
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(str(name), error, base or where if "local_files_only" in arguments else "") from error
+
+
+def dtype_of(dtype: torch.dtype | None, *, is_gguf: bool) -> torch.dtype | None:
+    """Return the dtype in which weights are loaded; None for the one in which they were saved.
+
+    Args:
+        dtype: of a call, or None for that of `load_options`.
+        is_gguf: True for a .gguf file, which is dequantized to float32.
+    """
+    chosen = present_options().dtype
+    if dtype is not None or chosen == "auto":
+        return dtype or (torch.float32 if is_gguf else None)
+    wanted: torch.dtype = getattr(torch, chosen)
+    return wanted
+
+
+def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[Any, Any]:
+    options = present_options()
+    dtype = dtype_of(dtype, is_gguf=str(name).endswith(".gguf"))
+    weights: dict[str, Any] = {"dtype": dtype or "auto"}
+    if options.attn_implementation is not None:
+        weights["attn_implementation"] = options.attn_implementation
+    if options.load_in_4bit:
+        weights |= four_bits.loading_arguments()
+    with origin(name) as source:
+        where, base, is_gguf = source.where, source.base, source.is_gguf
+        model, loading = source.kind.from_pretrained(
+            base or where, output_loading_info=True, **weights, **source.arguments
+        )
     four_bits.keep_differentiable(model)
     if is_gguf:
         gguf.mark_dequantized(model)
@@ -111,7 +157,7 @@ def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[
             "was saved with it"
         )
     if base:
-        model = _with_adapter(model, where, as_saved)
+        model = _with_adapter(model, where, as_saved=dtype is None)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer or name)
     return model, tokenizer
@@ -123,7 +169,7 @@ def require_loadable(name: str, where: str | Path, *, look_up: bool = True) -> N
     No weights are loaded. `name` is the argument's name, for the message; without `look_up`, no name is looked up on
     the hub.
     """
-    where = _located(where, f", the {name}")
+    where = located(where, f", the {name}")
     path, is_gguf = Path(where), str(where).endswith(".gguf")
     if path.exists():
         if not is_gguf:
@@ -142,7 +188,7 @@ def require_loadable(name: str, where: str | Path, *, look_up: bool = True) -> N
         raise _not_loadable(f"{where!s}, the {name}", error, away) from error
 
 
-def _located(name: str | Path, role: str = "") -> str | Path:
+def located(name: str | Path, role: str = "") -> str | Path:
     """Return a name as it is, or a path with ~ replaced, so that only what can be on the hub is looked up there.
 
     Raises ModelError, at once, for what must be a path and leads nowhere. `role` ends its name in the message.
@@ -206,14 +252,14 @@ def _with_adapter(model: Any, where: str, as_saved: bool) -> Any:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the adapter in {where} could not be loaded: {first}") from error
-    if as_saved and (dtype := _saved_dtype(Path(where) / "adapter_model.safetensors")):
+    if as_saved and (dtype := saved_dtype(Path(where) / "adapter_model.safetensors")):
         for p in adapted.parameters():
             if p.requires_grad:
                 p.data = p.data.to(dtype)
     return adapted
 
 
-def _saved_dtype(path: Path) -> torch.dtype | None:
+def saved_dtype(path: Path) -> torch.dtype | None:
     """Return the dtype of the first tensor in a .safetensors file; None where there is no such file."""
     from safetensors import safe_open
 
@@ -229,7 +275,7 @@ def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        where, arguments = _arguments(_located(name))
+        where, arguments = _arguments(located(name))
         return AutoTokenizer.from_pretrained(where, **arguments, **hub_options(where))
     except (OSError, ValueError, KeyError, ImportError) as error:  # ModelError is a ValueError
         raise ModelError(
