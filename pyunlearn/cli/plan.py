@@ -111,6 +111,8 @@ def plan(
 def _print(result: Plan, command: str | None) -> None:
     """Print the table and the lines below it."""
     console = terminal()
+    title = f"memory of a run: {result.parameters:,} parameters, {result.trained:,} trained"
+    console.print(title, highlight=False)
     console.print(memory_table(result))
     lines = [result.line]
     if result.fits is False and result.memory_then is not None:
@@ -129,8 +131,7 @@ def memory_table(result: Plan) -> Rows:
     from rich.table import Table as Rows
 
     on_gpu = result.machine.device == "cuda"
-    title = f"memory of a run: {result.parameters:,} parameters, {result.trained:,} trained"
-    table = Rows(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Rows(box=SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
     table.add_column("part", no_wrap=True)
     table.add_column("GPU, GB" if on_gpu else "GB", justify="right")
