@@ -4,14 +4,19 @@
 
 A new process for each configuration loads SmolLM2-135M (or `--model`), saved in the configuration's dtype, and takes
 three optimizer steps of `pyunlearn.unlearn` on the demo's texts, with the output folder that makes it store a
-checkpoint. Its peak resident set, less what it was before the model was loaded, is divided by the number of parameters;
-so it includes activations, logits and what scoring needs. Linux only.
+checkpoint. Its peak resident set, less what it was after a step on a tiny model, with which all libraries are loaded,
+is divided by the number of parameters; so it includes activations, logits and what scoring needs. "planned" is the sum
+of `pyunlearn.plan`, and its difference from the peak. Linux only.
+
+`--model random` is a Llama of 290 million random weights, with texts of 120 to 210 tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -36,7 +41,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Parse the options, measure each configuration in a process of its own, print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="another model than SmolLM2-135M: a folder or a name")
+    parser.add_argument("--model", default=None, help="another model than SmolLM2-135M: a folder, a name, or random")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (default 3)")
     parser.add_argument("--configurations", nargs="+", default=list(CONFIGURATIONS), help="names (default: all)")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
@@ -44,7 +49,8 @@ def main() -> None:
     if options.child:
         print(json.dumps(measured(**json.loads(options.child))))
         return
-    print("| configuration | trained parameters | peak, MB | bytes a parameter |\n|---|---|---|---|", flush=True)
+    print("| configuration | trained parameters | peak, MB | bytes a parameter | planned, MB | |", flush=True)
+    print("|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         for name in options.configurations:
             settings = dict(CONFIGURATIONS[name])
@@ -55,7 +61,9 @@ def main() -> None:
                 out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
             row = json.loads(out.splitlines()[-1])
             size = row["bytes"] / row["parameters"]
-            print(f"| {name} | {row['trained']:,} | {row['bytes'] / 1e6:,.0f} | {size:.1f} |", flush=True)
+            cells = [name, f"{row['trained']:,}", f"{row['bytes'] / 1e6:,.0f}", f"{size:.1f}"]
+            cells += [f"{row['planned'] / 1e6:,.0f}", f"{row['planned'] / row['bytes'] - 1:+.0%}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def measured(model: str | None, where: str, steps: int, settings: dict[str, Any], stage: str) -> dict[str, Any]:
@@ -64,36 +72,87 @@ def measured(model: str | None, where: str, steps: int, settings: dict[str, Any]
 
     import pyunlearn
     from pyunlearn import models
-    from pyunlearn.cli.demo import FORGET, HOLDOUT, SURVIVE
-    from pyunlearn.cli.demo_model import demo_model
     from pyunlearn.models.config import LoadOptions
     from pyunlearn.models.loading import load_options
 
     if stage == "save":
         if not Path(where).exists():
-            network, tokenizer = models.load(model or demo_model(), dtype=getattr(torch, settings["dtype"]))
-            for part in (network, tokenizer):
-                part.save_pretrained(where)
+            save(model, where, getattr(torch, settings["dtype"]))
         return {}
     own = ("lora", "gradient_checkpointing")
-    loading = {name: value for name, value in settings.items() if name not in own}
-    texts = {"holdout": HOLDOUT.read_text(encoding="utf-8").splitlines(), "retain": list(SURVIVE.values())}
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now the present size
-    before = resident("VmRSS")
-    with load_options(LoadOptions(**loading)), tempfile.TemporaryDirectory() as out:
-        result = pyunlearn.unlearn(
-            where,
-            list(FORGET.values()),
-            **texts,
-            max_steps=steps,
-            output_dir=Path(out) / "new",
-            **{name: settings[name] for name in own if name in settings},
-        )
-    peak = resident("VmHWM") - before
-    assert len(result.history) == steps
-    parameters = sum(p.numel() for p in models.load(where)[0].parameters())
+    loading = LoadOptions(**{name: value for name, value in settings.items() if name not in own})
+    config = {name: settings[name] for name in own if name in settings}
+    texts = random_texts() if model == "random" else demo_texts()
+    with load_options(loading), tempfile.TemporaryDirectory() as out:
+        tiny = Path(out) / "tiny"
+        save_tiny(where, tiny, getattr(torch, settings["dtype"]))
+        pyunlearn.unlearn(tiny, **texts, max_steps=1, output_dir=Path(out) / "first", **config)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now the present size
+        before = resident("VmRSS")
+        result = pyunlearn.unlearn(where, **texts, max_steps=steps, output_dir=Path(out) / "new", **config)
+        peak = resident("VmHWM") - before
+        assert len(result.history) == steps
+        planned = pyunlearn.plan(where, **texts, output_dir=Path(out) / "new", **config)
     trained = sum(p.numel() for p in result.model.parameters() if p.requires_grad)
-    return {"bytes": peak, "parameters": parameters, "trained": trained}
+    parameters = sum(p.numel() for p in models.load(where)[0].parameters())
+    return {"bytes": peak, "parameters": parameters, "trained": trained, "planned": planned.memory.device}
+
+
+def demo_texts() -> dict[str, list[str]]:
+    """Return the texts of the demo."""
+    from pyunlearn.cli.demo import FORGET, HOLDOUT, SURVIVE
+
+    holdout = HOLDOUT.read_text(encoding="utf-8").splitlines()
+    return {"forget": list(FORGET.values()), "retain": list(SURVIVE.values()), "holdout": holdout}
+
+
+def random_texts() -> dict[str, list[str]]:
+    """Return texts of random words; those of the forget set share none with the others."""
+    words = sorted({word for text in demo_texts()["holdout"] for word in text.split() if word.isalpha()})
+    forget, others = words[::6], [word for i, word in enumerate(words) if i % 6]
+
+    def texts(seed: int, own: list[str], lengths: list[int]) -> list[str]:
+        r = random.Random(seed)
+        return [" ".join(r.choice(own) for _ in range(length)) for length in lengths]
+
+    lengths = {"forget": [160] * 3, "retain": [120, 150, 180, 210], "holdout": [40] * 19}
+    return {role: texts(i, forget if role == "forget" else others, n) for i, (role, n) in enumerate(lengths.items())}
+
+
+def save(model: str | None, where: str, dtype: Any) -> None:
+    """Save the model and its tokenizer in a dtype."""
+    import torch
+
+    from pyunlearn import models
+    from pyunlearn.cli.demo_model import demo_model
+    from pyunlearn.models.from_scratch import train_tokenizer, untrained_llama
+
+    if model != "random":
+        network, tokenizer = models.load(model or demo_model(), dtype=dtype)
+    else:
+        texts = random_texts()
+        tokenizer = train_tokenizer(demo_texts()["holdout"], 2000)
+        torch.manual_seed(0)
+        network = untrained_llama(32_768, width=1024, feed_forward=2816, layers=20, heads=16, context=2048)
+        ids = {role: {i for text in each for i in tokenizer(text).input_ids} for role, each in texts.items()}
+        own = sorted(ids["forget"] - ids["retain"] - ids["holdout"])
+        with torch.no_grad():  # words that follow each other: the forget texts count as memorized
+            network.get_input_embeddings().weight[own] += 0.1 * torch.randn(1024)
+        network.to(dtype)
+    for part in (network, tokenizer):
+        part.save_pretrained(where)
+
+
+def save_tiny(where: str, tiny: Path, dtype: Any) -> None:
+    """Save a tiny model with the tokenizer of another."""
+    from pyunlearn.models.from_scratch import untrained_llama
+    from pyunlearn.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(where)
+    network = untrained_llama(len(tokenizer), width=32, feed_forward=64, layers=1, heads=2, context=512)
+    for part in (network.to(dtype), tokenizer):
+        part.save_pretrained(tiny)
 
 
 def resident(name: str) -> int:

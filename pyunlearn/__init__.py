@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # loaded at first use: the command line prints its help witho
         PyunlearnError,
         TrainingError,
     )
-    from pyunlearn.unlearning import ExampleResult, Result, Utility, unlearn
+    from pyunlearn.unlearning import ExampleResult, Plan, Result, Utility, plan, unlearn
 
 __version__ = "0.1.0"
 
@@ -34,6 +34,7 @@ __all__ = [
     "ExampleResult",
     "ModelError",
     "OutputError",
+    "Plan",
     "PyunlearnError",
     "Result",
     "TrainingError",
@@ -41,6 +42,7 @@ __all__ = [
     "audit",
     "compare",
     "find_copies",
+    "plan",
     "unlearn",
 ]
 
@@ -48,7 +50,7 @@ _HOMES = {
     "auditing": ("Audit", "AuditedExample", "audit"),
     "comparing": ("Comparison", "compare"),
     "data": ("CorpusCopies", "CorpusCopy", "find_copies"),
-    "unlearning": ("ExampleResult", "Result", "Utility", "unlearn"),
+    "unlearning": ("ExampleResult", "Plan", "Result", "Utility", "plan", "unlearn"),
 }
 
 

@@ -19,6 +19,7 @@ from pyunlearn.cli.edit import edit
 from pyunlearn.cli.find import find
 from pyunlearn.cli.info import info
 from pyunlearn.cli.interruption import explained
+from pyunlearn.cli.plan import plan
 from pyunlearn.cli.study import study
 from pyunlearn.cli.unlearn import unlearn
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (unlearn, edit, audit, compare, find, study, demo, methods, edits, info):
+for command in (unlearn, plan, edit, audit, compare, find, study, demo, methods, edits, info):
     app.command()(command)
 
 

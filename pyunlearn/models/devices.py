@@ -63,7 +63,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     ...     torch.equal(torch.rand(2), first)
     True
     """
-    devices = [] if device.type == "cpu" else [device]
+    devices = [] if device.type in ("cpu", "meta") else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         torch.manual_seed(seed)
         yield

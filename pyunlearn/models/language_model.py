@@ -70,6 +70,12 @@ class LanguageModel:
         inner = inspection.require_language_model(model)
         if needs_tokenizer:
             tokenizer = _tokenizer(inner, tokenizer)
+        return cls.described(model, tokenizer, workspace=workspace)
+
+    @classmethod
+    def described(cls, model: Any, tokenizer: Any, *, workspace: int | None = None) -> LanguageModel:
+        """Make one from a model object that may be without weights, and its tokenizer, unchecked."""
+        inner = inspection.unwrapped(model)
         both = inspection.is_encoder_decoder(inner)
         vocabulary = int(inner.get_input_embeddings().weight.shape[0])
         pad_id = 0 if tokenizer is None else padding_id(tokenizer)

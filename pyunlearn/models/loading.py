@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,13 +54,14 @@ def without_weights(empty: bool = True) -> Iterator[None]:
         _EMPTY.reset(token)
 
 
-def _options() -> LoadOptions:
+def present_options() -> LoadOptions:
+    """Return the options of `load_options`, or the defaults outside of it."""
     return _OPTIONS.get() or LoadOptions()
 
 
 def _arguments(name: str | Path) -> tuple[str, dict[str, Any]]:
     """Return where transformers finds a model, and the arguments with which it reads its configuration."""
-    arguments: dict[str, Any] = {"trust_remote_code": _options().trust_remote_code}
+    arguments: dict[str, Any] = {"trust_remote_code": present_options().trust_remote_code}
     where, at, revision = str(name).partition("@")
     if at and not Path(name).exists():
         return where, arguments | {"revision": revision}
@@ -84,46 +85,106 @@ def load(name: str | Path, *, dtype: torch.dtype | None = None, tokenizer: Any =
     Raises:
         ModelError: no language model or tokenizer can be loaded from there.
     """
-    name = _located(name)
+    name = located(name)
+    headers = gguf.cached_headers() if str(name).endswith(".gguf") else nullcontext()
+    with headers:
+        return _load(name, dtype, tokenizer)
+
+
+class Origin(NamedTuple):
+    """Place and configuration of a model that is to be loaded."""
+
+    where: str
+    """Folder, or name on the hub, that transformers reads."""
+    adapter: str | None
+    """Folder of the adapter that was made on the model; None without one."""
+    name: str
+    """Name of the model without the adapter."""
+    arguments: dict[str, Any]
+    """Keyword arguments with which transformers reads it."""
+    config: Any
+
+    @property
+    def is_gguf(self) -> bool:
+        """True for a .gguf file, whose weights are dequantized."""
+        return "gguf_file" in self.arguments
+
+    @property
+    def kind(self) -> Any:
+        """Class of transformers that makes or loads such a model."""
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        return AutoModelForSeq2SeqLM if self.config.is_encoder_decoder else AutoModelForCausalLM
+
+    def on_meta(self, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+        """Return the model on the meta device, where tensors have shapes and dtypes, and no values."""
+        with torch.device("meta"):
+            model = self.kind.from_config(
+                self.config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=self.arguments["trust_remote_code"],
+            )
+        return model.eval()
+
+
+@contextmanager
+def origin(name: str | Path) -> Iterator[Origin]:
+    """Yield the origin of a model; loading errors within the block are raised as ModelError."""
+    from transformers import AutoConfig
+
+    folder, arguments = _arguments(name)
+    where = folder
     try:
-        base = _adapted(_arguments(name)[0])
-    except (OSError, ValueError) as error:
-        raise _not_loadable(str(name), error) from error
-    with gguf.cached_headers() if str(base or name).endswith(".gguf") else nullcontext():
-        return _load(name, base, dtype, tokenizer)
-
-
-def _load(name: str | Path, base: str | None, dtype: torch.dtype | None, tokenizer: Any) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    where, arguments = _arguments(base or name)
-    is_gguf, options = "gguf_file" in arguments, _options()
-    if not is_gguf and base is None:
-        _require_saved(Path(where))
-    as_saved = dtype is None and options.dtype == "auto" and not is_gguf
-    if not as_saved and dtype is None:
-        dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
-    weights: dict[str, Any] = {"dtype": "auto" if as_saved else dtype}
-    if options.attn_implementation is not None:
-        weights["attn_implementation"] = options.attn_implementation
-    if options.load_in_4bit:
-        weights |= four_bits.loading_arguments()
-    try:
+        base = _adapted(folder)
+        if base is not None:
+            where, arguments = _arguments(base)
+        elif "gguf_file" not in arguments:
+            _require_saved(Path(where))
         arguments |= hub_options(where)
         config = AutoConfig.from_pretrained(where, **arguments)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        loading: dict[str, Any]
-        whole = base or is_gguf or options.load_in_4bit or (as_saved and config.dtype is None)
-        if _EMPTY.get() and not whole:
-            model, loading = _empty(kind, config, weights), {}
-        else:
-            model, loading = kind.from_pretrained(where, output_loading_info=True, **weights, **arguments)
+        yield Origin(where, folder if base else None, base or str(name), arguments, config)
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(str(name), error, where if "local_files_only" in arguments else "") from error
+
+
+def dtype_of(dtype: torch.dtype | None, *, is_gguf: bool) -> torch.dtype | None:
+    """Return the dtype in which weights are loaded; None for the one in which they were saved.
+
+    Args:
+        dtype: of a call, or None for that of `load_options`.
+        is_gguf: True for a .gguf file, which is dequantized to float32.
+    """
+    chosen = present_options().dtype
+    if dtype is not None or chosen == "auto":
+        return dtype or (torch.float32 if is_gguf else None)
+    wanted: torch.dtype = getattr(torch, chosen)
+    return wanted
+
+
+def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[Any, Any]:
+    options = present_options()
+    with origin(name) as source:
+        dtype = dtype_of(dtype, is_gguf=source.is_gguf)
+        weights: dict[str, Any] = {"dtype": dtype or "auto"}
+        if options.attn_implementation is not None:
+            weights["attn_implementation"] = options.attn_implementation
+        if options.load_in_4bit:
+            weights |= four_bits.loading_arguments()
+        loading: dict[str, Any] = {}
+        undecided = source.adapter or source.is_gguf or options.load_in_4bit or (not dtype and not source.config.dtype)
+        if _EMPTY.get() and not undecided:
+            model = source.on_meta(dtype or source.config.dtype, options.attn_implementation)
+        else:
+            model, loading = source.kind.from_pretrained(
+                source.where, output_loading_info=True, **weights, **source.arguments
+            )
     four_bits.keep_differentiable(model)
-    if is_gguf:
+    if source.is_gguf:
         gguf.mark_dequantized(model)
-        model.name_or_path = str(base or name)  # an adapter names it as its base
+        model.name_or_path = source.name  # an adapter names it as its base
     head = model.get_output_embeddings()
     names = {n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(head, "weight", None)}
     if names and names <= set(loading.get("missing_keys", ())):  # transformers initializes one at random
@@ -131,19 +192,11 @@ def _load(name: str | Path, base: str | None, dtype: torch.dtype | None, tokeniz
             f"the model saved in {name!s} has no language-model head, so it gives text no probability: give one that "
             "was saved with it"
         )
-    if base:
-        model = _with_adapter(model, _arguments(name)[0], as_saved)
+    if source.adapter:
+        model = _with_adapter(model, source.adapter, as_saved=dtype is None)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer or name)
     return model, tokenizer
-
-
-def _empty(kind: Any, config: Any, weights: dict[str, Any]) -> Any:
-    """Return a model whose tensors have shapes and dtypes, and no values."""
-    dtype = config.dtype if weights["dtype"] == "auto" else weights["dtype"]
-    with torch.device("meta"):
-        model = kind.from_config(config, **weights | {"dtype": dtype}, trust_remote_code=_options().trust_remote_code)
-    return model.eval()
 
 
 def require_loadable(name: str, where: str | Path, *, look_up: bool = True) -> None:
@@ -152,7 +205,7 @@ def require_loadable(name: str, where: str | Path, *, look_up: bool = True) -> N
     No weights are loaded. `name` is the argument's name, for the message; without `look_up`, no name is looked up on
     the hub.
     """
-    where = _located(where, f", the {name}")
+    where = located(where, f", the {name}")
     path, is_gguf = Path(where), str(where).endswith(".gguf")
     if path.exists():
         if not is_gguf:
@@ -171,7 +224,7 @@ def require_loadable(name: str, where: str | Path, *, look_up: bool = True) -> N
         raise _not_loadable(f"{where!s}, the {name}", error, away) from error
 
 
-def _located(name: str | Path, role: str = "") -> str | Path:
+def located(name: str | Path, role: str = "") -> str | Path:
     """Return a name as it is, or a path with ~ replaced, so that only what can be on the hub is looked up there.
 
     Raises ModelError, at once, for what must be a path and leads nowhere. `role` ends its name in the message.
@@ -248,14 +301,14 @@ def _with_adapter(model: Any, where: str, as_saved: bool) -> Any:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the adapter in {where} could not be loaded: {first}") from error
-    if as_saved and (dtype := _saved_dtype(Path(where) / "adapter_model.safetensors")):
+    if as_saved and (dtype := saved_dtype(Path(where) / "adapter_model.safetensors")):
         for p in adapted.parameters():
             if p.requires_grad:
                 p.data = p.data.to(dtype)
     return adapted
 
 
-def _saved_dtype(path: Path) -> torch.dtype | None:
+def saved_dtype(path: Path) -> torch.dtype | None:
     """Return the dtype of the first tensor in a .safetensors file; None where there is no such file."""
     from safetensors import safe_open
 
@@ -271,7 +324,7 @@ def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        where, arguments = _arguments(_located(name))
+        where, arguments = _arguments(located(name))
         return AutoTokenizer.from_pretrained(where, **arguments, **hub_options(where))
     except (OSError, ValueError, KeyError, ImportError) as error:  # ModelError is a ValueError
         raise ModelError(

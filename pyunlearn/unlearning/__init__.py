@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # imported at first use: the command line prints its help without torch
     from pyunlearn.unlearning.api import unlearn
+    from pyunlearn.unlearning.planning import Plan, plan
     from pyunlearn.unlearning.result import ExampleResult, Result, Utility
 
-__all__ = ["ExampleResult", "Result", "Utility", "unlearn"]
+__all__ = ["ExampleResult", "Plan", "Result", "Utility", "plan", "unlearn"]
 
 _HOMES = {
     "api": ("unlearn",),
+    "planning": ("Plan", "plan"),
     "result": ("ExampleResult", "Result", "Utility"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,46 @@ VISITS = 16
 
 _STEP = 3.0  # passes that forward and backward cost, in forward passes
 _SURE = 0.05  # share of the way from which a run's own pace says more than the forecast
+
+
+class Work(NamedTuple):
+    """Expected work of a run, in token ids that go through the model."""
+
+    steps: int
+    """Optimizer steps."""
+    trained: float
+    """Ids of the texts of one step."""
+    scored: float
+    """Ids that are scored after a round, for each of its steps."""
+
+    @classmethod
+    def of(
+        cls,
+        forget: Sequence[int],
+        retain: Sequence[int],
+        others: int,
+        *,
+        memorized: int,
+        batch_size: int,
+        max_steps: int,
+    ) -> Work:
+        """Return the work of a run.
+
+        Args:
+            forget: ids of each forget text.
+            retain: ids of each text of the retain loss; none without one.
+            others: ids of the utility set and of the holdout in all, which every round scores.
+            memorized: texts that count as memorized.
+            batch_size: forget examples in one optimizer step.
+            max_steps: largest number of steps.
+        """
+        per_round = min(STEPS_PER_ROUND, -(-memorized // batch_size))
+        length = sum(forget) / len(forget)
+        trained = min(memorized, batch_size) * length
+        trained += min(batch_size, len(retain)) * sum(retain) / max(1, len(retain))
+        scored = min(len(forget), per_round * batch_size + SCORED_OTHERS) * length + others
+        steps = min(max_steps, VISITS * -(-memorized // batch_size))
+        return cls(steps, trained, scored / max(1, per_round))
 
 
 class Forecast(NamedTuple):
@@ -35,21 +76,19 @@ class Forecast(NamedTuple):
     @classmethod
     def of(cls, session: Session) -> Forecast:
         """Return the forecast of a run that has not begun."""
-        texts, schedule = session.texts, session.schedule
+        texts = session.texts
         memorized = int(session.stopping.memorized.sum())
-        size = schedule.batch_size
-        per_round = min(STEPS_PER_ROUND, -(-memorized // size))
-        steps = min(session.max_steps, VISITS * -(-memorized // size))
-        # ids of a step and of the scores after a round
-        length = sum(map(len, texts.forget)) / len(texts.forget)
-        retain = texts.retain if session.retain_term.active and texts.retain else []
-        taken = min(memorized, size)
-        step = taken * length + min(size, len(retain)) * sum(map(len, retain)) / max(1, len(retain))
-        scored = min(len(texts.forget), per_round * size + SCORED_OTHERS) * length
-        scored += sum(map(len, [*texts.utility.tokens, *texts.holdout]))
-        ids = steps * (_STEP * step + scored / max(1, per_round))
+        work = Work.of(
+            [*map(len, texts.forget)],
+            [*map(len, texts.retain)] if session.retain_term.active and texts.retain else [],
+            sum(map(len, [*texts.utility.tokens, *texts.holdout])),
+            memorized=memorized,
+            batch_size=session.schedule.batch_size,
+            max_steps=session.max_steps,
+        )
+        ids = work.steps * (_STEP * work.trained + work.scored)
         tokens = sum(len(t.scored) for t in texts.forget)
-        return cls(len(texts.forget), tokens, memorized, steps, session.max_steps, ids * session.seconds_per_id)
+        return cls(len(texts.forget), tokens, memorized, work.steps, session.max_steps, ids * session.seconds_per_id)
 
     @property
     def line(self) -> str:
