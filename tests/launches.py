@@ -88,18 +88,23 @@ def launch(
     script: str = SERIES,
     fails: bool = False,
     timeout: float = 480,
+    config: Path | None = None,
     **environment: str,
 ) -> str:
     """Run a script with commands of pyunlearn in sharded processes; return its output, that on standard error last.
 
-    `fails`: the launch is to end with an error, within `timeout` seconds.
+    `fails`: the launch is to end with an error, within `timeout` seconds. `config`: of accelerate, whose launcher then
+    starts the processes.
     """
     (folder / "script.py").write_text(script)
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "script.py"]
+    if config:
+        start = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+        start += ["--num_processes", str(processes), "--main_process_port", "0", "script.py"]
     done = subprocess.run(
         [sys.executable, *start, *" , ".join(commands).split()],
         cwd=folder,
-        env=os.environ | FSDP2 | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | ({} if config else FSDP2) | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -3,6 +3,7 @@
 import json
 import shutil
 import types
+from pathlib import Path
 
 import launches
 import numpy as np
@@ -243,6 +244,16 @@ def test_each_process_holds_its_part_alone(interrupted):
         assert counts["numbers"] == pytest.approx([total / 2] * 3, rel=0.01)
         assert counts["empty"]
         assert set(counts["empty"]) == {rank == 1}
+
+
+@pytest.mark.full
+def test_accelerate_shards_with_the_config_among_the_examples(interrupted):
+    """Its launcher exports what the other tests do."""
+    config = Path(__file__).parent.parent / "examples" / "fsdp2.yaml"
+    launches.launch(interrupted, 2, stopped_run("yaml", "--max-steps 1"), script=launches.COUNTS, config=config)
+    numbers = [json.loads((interrupted / f"counts{rank}.json").read_text())["numbers"] for rank in range(2)]
+    assert sum(weights for weights, *_ in numbers) == sum(p.numel() for p in tiny.storyteller().model.parameters())
+    assert (interrupted / "yaml" / "result.json").exists()
 
 
 @pytest.mark.full
