@@ -165,7 +165,7 @@ class Trace(TorchDispatchMode):
 
     @property
     def footprint(self) -> Footprint:
-        """What has been counted."""
+        """Return what has been counted."""
         parts = self.at_peak
         return Footprint(parts[GRADIENTS], parts[HEAD], parts[ACTIVATIONS], self.operations, self.small_most)
 

@@ -42,7 +42,7 @@ def load_options(options: LoadOptions) -> Iterator[None]:
 
 @contextmanager
 def without_weights(empty: bool = True) -> Iterator[None]:
-    """If `empty`, load models without their weights within the context, for another process to fill them.
+    """Load models without their weights within the context, for another process to fill them, where `empty` is True.
 
     Their tensors are on the meta device. Adapters, .gguf files, 4-bit models and models that were saved without a dtype
     are loaded whole all the same.
