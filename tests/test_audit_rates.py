@@ -8,7 +8,8 @@ import tiny
 import torch
 
 import pyunlearn
-from pyunlearn.data.overlap import near_copies, words
+from pyunlearn.data.copies import near_copies
+from pyunlearn.data.overlap import words
 
 DRAWS = 100
 MEMORIZED = 20

@@ -6,7 +6,8 @@ import tracemalloc
 
 import pytest
 
-from pyunlearn.data.overlap import SHORTEST, near_copies, words, words_of
+from pyunlearn.data.copies import near_copies
+from pyunlearn.data.overlap import SHORTEST, words, words_of
 
 TEXT = "The author of the novel was born in a small harbour town, where her father repaired clocks and her mother sang."
 OTHER = "Rivers in the north freeze early, so the ferries stop in October and the islands are reached on foot."

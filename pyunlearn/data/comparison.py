@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pyunlearn.data.copies import near_copies
 from pyunlearn.data.examples import Example
-from pyunlearn.data.overlap import Words, near_copies, present, searched, words, words_of
+from pyunlearn.data.overlap import Words, present, searched, words, words_of
 from pyunlearn.errors import DataError
 
 __all__ = ["CheckedTexts", "check_texts", "length_note", "score_note"]
