@@ -114,8 +114,8 @@ def test_a_text_is_forgotten_by_the_salient_weights_alone(story, method):
 class Restless(Adam):
     """Momentum and decay move a weight that has no gradient."""
 
-    def __init__(self, parameters, lr, momentum):
-        super().__init__(parameters, lr, momentum=0.9)
+    def __init__(self, parameters, lr, momentum, **options):
+        super().__init__(parameters, lr, momentum=0.9, **options)
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pyunlearn.errors import ModelError
+from pyunlearn.errors import ModelError, PyunlearnError
 from pyunlearn.models import four_bits, gguf
 from pyunlearn.models.config import LoadOptions
 from pyunlearn.models.devices import use_device
@@ -144,7 +144,7 @@ def origin(name: str | Path) -> Iterator[Origin]:
         arguments |= hub_options(where)
         config = AutoConfig.from_pretrained(where, **arguments)
         yield Origin(where, folder if base else None, base or str(name), arguments, config)
-    except ModelError:
+    except PyunlearnError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(str(name), error, where if "local_files_only" in arguments else "") from error
