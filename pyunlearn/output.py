@@ -255,7 +255,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
             digest = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no file of arrays, or damaged: {first_line(error)}") from error
     if digest != _arrays_digest(arrays):
         raise DataError(f"{path} is damaged: its SHA-256 is another")

@@ -57,8 +57,8 @@ def test_a_malformed_line_is_refused_wherever_it_is(large, monkeypatch):
     """Among the rows that are not drawn too."""
     monkeypatch.setattr(roles, "RETAIN_AT_MOST", 5)
     with large.open("a") as file:
-        file.write("{")
-    with pytest.raises(DataError, match="line 4001, is not JSON"):
+        file.write('{"text": "half\n')
+    with pytest.raises(DataError, match="line 4001, is not JSON: Unterminated string"):
         read_roles({"forget": ["a secret"], "retain": large}, turns=None)
 
 

@@ -124,9 +124,10 @@ def test_an_adapter_names_the_revision_of_its_model(story, tmp_path, monkeypatch
 
 def test_an_adapter_without_a_readable_configuration_is_refused(tmp_path):
     """In one sentence."""
-    (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(ModelError, match="no language model could be loaded from"):
-        load(tmp_path)
+    for content in ("{", "[1]"):
+        (tmp_path / "adapter_config.json").write_text(content)
+        with pytest.raises(ModelError, match="no language model could be loaded from"):
+            load(tmp_path)
 
 
 def test_what_cannot_be_adapted_is_refused(story):

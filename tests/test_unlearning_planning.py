@@ -191,7 +191,10 @@ def test_the_order_of_price():
     rest = list(planning.combinations(config, LoadOptions(), is_float32=False))
     assert rest == [{"load_in_4bit": True}]
     on_gpu = planning.combinations(UnlearnConfig(), LoadOptions(), is_float32=False, on_gpu=True)
-    assert list(on_gpu)[3] == {"gradient_checkpointing": True, "micro_batch_size": 1, "offload_optimizer": True}
+    offload = {"offload_optimizer": True}
+    slower = [offload, {"gradient_checkpointing": True} | offload]
+    slower.append(slower[1] | {"micro_batch_size": 1})
+    assert list(on_gpu)[3:6] == slower
 
 
 def test_machines_by_name_and_size():
@@ -206,11 +209,29 @@ def test_machines_by_name_and_size():
         assert machine_of(as_written).name == name
     assert machine_of("24").memory == machine_of(24.0).memory == machine_of("24 GB").memory == 24 * 10**9
     assert all(machine_of(name).memory > 0.9 * 2**30 * int(name.rpartition("-")[2]) for name in GPUS)
-    for wrong in ("A100", "banana", -3, 0, "nan", True):
+    for wrong in ("A100", "banana", -3, 0, "nan", 1e300, True):
         with pytest.raises(ArgumentError, match=r"^gpu must be"):
             machine_of(wrong)
     with pytest.raises(ArgumentError, match=r"A100-40, A100-80, or a number"):
         machine_of("a100")
+
+
+def test_what_the_run_would_refuse_is_not_planned(saved):
+    """A merge without an adapter, and an argument that needs another one."""
+    with pytest.raises(ArgumentError, match="merge needs a model with an adapter"):
+        pyunlearn.plan(saved, FORGET, merge=True)
+    with pytest.raises(ArgumentError, match="pass some of it as retain="):
+        pyunlearn.plan(saved, FORGET, order="easy_first", difficulty="ksd")
+
+
+def test_the_time_is_that_of_the_texts_of_both_losses(saved):
+    """Less without a retain loss; without a retain set the run holds texts of its own."""
+    both, forget, own = (
+        pyunlearn.plan(saved, FORGET, gpu="H100", **options).seconds
+        for options in ({"retain": RETAIN}, {"retain": RETAIN, "retain_loss": None}, {})
+    )
+    assert forget < 0.9 * both
+    assert forget < 0.9 * own
 
 
 def test_this_machine_has_free_memory():

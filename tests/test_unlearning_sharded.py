@@ -222,7 +222,19 @@ def test_a_damaged_part_is_refused(interrupted, call, monkeypatch, damage):
         part.write_bytes(data)
     code, _, error = call(*stopped_run(out, "--resume").split())
     assert code == 2
-    assert "2.pt is missing, or its SHA-256 is another" in error.replace("\n", " ")
+    assert {"missing": "a part of the checkpoint", "other bytes": "is damaged"}[damage] in error
+
+
+@pytest.mark.full
+def test_weights_that_the_configuration_does_not_describe_are_refused(tmp_path):
+    """By all processes in one sentence: they would wait for each other's tensors, or mix them."""
+    trained = tiny.storyteller()  # its head is a matrix of its own
+    folder_of(trained, tmp_path, trained.forget)
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    error = launches.launch(tmp_path, 2, command("out"), fails=True, timeout=120)
+    assert "the saved weights are not those that the model's configuration describes" in error
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.full
@@ -330,3 +342,7 @@ def test_what_fsdp_cannot_do_is_refused(monkeypatch):
     model.weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ModelError, match="quantized weights cannot be sharded"):
         require_shardable(UnlearnConfig(), model)
+    layers = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2).half()])
+    with pytest.raises(ModelError, match="the trained weights are float16 and float32"):
+        require_shardable(UnlearnConfig(), layers)
+    require_shardable(UnlearnConfig(lora=4), layers)

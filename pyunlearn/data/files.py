@@ -176,7 +176,7 @@ def _json_lines(lines: Iterable[str], name: str) -> Rows:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield f"{name}, line {number},", parse_json(line)
+                yield f"{name}, line {number},", parse_json(line.removesuffix("\n"))
             except json.JSONDecodeError as error:
                 fault = f"{error.msg} at column {error.colno}"
                 raise DataError(f"{name}, line {number}, is not JSON: {fault}; wanted one object a line") from error

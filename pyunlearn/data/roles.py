@@ -11,16 +11,16 @@ from pyunlearn.data.files import Rows
 __all__ = ["RETAIN_AT_MOST", "read_roles"]
 
 RETAIN_AT_MOST = 100_000
-"""Retain texts of a run: of more, so many are drawn."""
+"""Largest number of retain texts of a run: from more, this number is drawn."""
 
 
 def read_roles(sources: Mapping[str, object], *, turns: str | None) -> tuple[dict[str, list[Example]], list[str]]:
     """Read the texts of a run.
 
     Args:
-        sources: role -> texts as `read_examples` takes them: forget, retain, holdout; None is left out. Of a retain set
-            of more than `RETAIN_AT_MOST` texts, so many are drawn at random in one pass, for a run trains on random
-            texts of it; the other rows are not looked at.
+        sources: role -> texts as `read_examples` takes them: forget, retain, holdout; None is left out. From a
+            retain set of more than `RETAIN_AT_MOST` texts that number is drawn at random in one pass, for a run trains
+            on random texts of it; the other rows are not looked at.
         turns: one of TURNS, or None, see `read_examples`.
 
     Returns:

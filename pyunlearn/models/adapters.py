@@ -48,6 +48,12 @@ def with_lora(lm: LanguageModel, rank: int, seed: int) -> LanguageModel:
     return replace(lm, module=adapted)
 
 
+def require_mergeable(model: Any) -> None:
+    """Raise ArgumentError unless a model has an adapter that can be merged."""
+    if not hasattr(model, "merge_adapter"):
+        raise ArgumentError("merge needs a model with an adapter that can be merged: set lora as well, or leave it out")
+
+
 def merged(model: Any) -> Any:
     """Merge the adapter of a PEFT model into its weights in place, and return the transformers model without it."""
     model.merge_adapter()

@@ -49,8 +49,11 @@ def use_device(name: str) -> None:
 
 def _own(kind: str) -> str:
     """Return the device of this kind that belongs to this process, of several that a launcher started: "cuda:1"."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return f"{kind}:{os.environ.get('LOCAL_RANK', '0')}" if several and kind in _NUMBERED else kind
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or kind not in _NUMBERED:
+        return kind
+    visible = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    rank = int(os.environ.get("LOCAL_RANK") or 0)
+    return f"{kind}:{rank % visible if visible else rank}"  # some launchers show each process its GPU alone
 
 
 @contextmanager

@@ -276,6 +276,8 @@ def _adapted(where: str) -> str | None:
     if not path.exists():
         return None
     config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError("adapter_config.json must hold an object")
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     return f"{base}@{revision}" if base and revision and not Path(base).exists() else base
 

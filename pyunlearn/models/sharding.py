@@ -35,12 +35,14 @@ def shard(
             own.
 
     Raises:
-        ModelError: the model has no layers that transformers marks as such, or torch is too old.
+        ModelError: the model has no layers that transformers marks as such, the processes made it differently, or torch
+            is too old.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    _require_same(inner)
     layers = [m for m in inner.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ModelError(
@@ -63,6 +65,20 @@ def shard(
     adapter = getattr(model, "base_model", None) if hasattr(model, "peft_config") else None
     if adapter is not None and adapter is not inner:  # it calls the forward of the model, without the hooks that gather
         adapter.forward = inner.__call__
+
+
+def _require_same(model: nn.Module) -> None:
+    """Raise ModelError where the weights of the main process are others than those that its configuration makes."""
+    own = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, own)
+    different = sorted({row[0] for each in every for row in set(each) ^ set(own)})
+    if different:
+        raise ModelError(
+            f"the saved weights are not those that the model's configuration describes ({different[0]} has another "
+            "shape or dtype, or is tied to another): choose --dtype float32, or load it with transformers and save it "
+            "again"
+        )
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

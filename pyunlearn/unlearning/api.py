@@ -15,7 +15,7 @@ from pyunlearn.data.redaction import masked
 from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import Method, resolve
-from pyunlearn.models.adapters import merged, with_lora
+from pyunlearn.models.adapters import merged, require_mergeable, with_lora
 from pyunlearn.models.condition import require_trainable
 from pyunlearn.models.four_bits import keep_differentiable
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
@@ -80,7 +80,7 @@ def unlearn(
             has a preferred answer `winner`.
         retain: text that must keep working, same forms: for the retain loss (`retain_loss`), and as the utility set,
             for which a fifth at most is set apart where there are 20 different texts or more. Copies of forget texts
-            are left out, with a warning; of more than 100,000 texts, so many are drawn at random.
+            are left out, with a warning; of more than 100,000 texts, 100,000 are drawn.
         holdout: text of the forget set's kind that was never trained on, same forms, 19 different texts or more, no
             copy of a forget text among them; default: texts written for this package, or sampled from the model where
             these cannot serve (other languages): from the reference model, or else from the model, and then no
@@ -115,7 +115,7 @@ def unlearn(
     options = dict(config.method_options or {})
     has_retain, has_reference = retain is not None, reference_model is not None
     method, retain_loss = resolve(config.method, config.retain_loss, has_retain, options, has_reference)
-    _check_together(config, method, retain, reference_model)
+    check_together(config, method, retain, reference_model)
     folder = RunFolder(output_dir, resume=resume)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples, drawn = read_roles(sources, turns=config.turns)
@@ -199,8 +199,8 @@ def _trainable(lm: LanguageModel, config: UnlearnConfig) -> LanguageModel:
     keep_differentiable(lm.module)
     if config.lora is not None:
         lm = with_lora(lm, config.lora, config.seed)
-    if config.merge and not hasattr(lm.module, "merge_adapter"):
-        raise ArgumentError("merge needs a model with an adapter that can be merged: set lora as well, or leave it out")
+    if config.merge:
+        require_mergeable(lm.module)
     require_trainable(lm.module)
     return lm
 
@@ -224,7 +224,7 @@ def _in_best_form(
     return texts
 
 
-def _check_together(config: UnlearnConfig, method: Method, retain: Any, reference_model: Any) -> None:
+def check_together(config: UnlearnConfig, method: Method, retain: Any, reference_model: Any) -> None:
     """Raise ArgumentError where an argument needs another one that is missing."""
     check_token_weights(config.token_weights, method, has_reference=reference_model is not None)
     by_ksd = isinstance(config.difficulty, str) and config.difficulty == "ksd"

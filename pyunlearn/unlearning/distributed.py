@@ -196,7 +196,7 @@ def fills_in_weights() -> bool:
 def computes_in_bfloat16(module: nn.Module) -> bool:
     """Return whether a model's float32 weights compute in bfloat16: on a GPU that has it."""
     is_float32 = next(module.parameters()).dtype == torch.float32
-    return is_float32 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return is_float32 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def is_main_process() -> bool:

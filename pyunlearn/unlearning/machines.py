@@ -103,7 +103,7 @@ def _number(gpu: str | float) -> float | None:
         size = float(str(gpu).lower().removesuffix("gb"))
     except ValueError:
         return None
-    if isinstance(gpu, bool) or not (size > 0 and math.isfinite(size)):
+    if isinstance(gpu, bool) or not (size > 0 and math.isfinite(size * GB)):
         raise ArgumentError(f"gpu must be the name of a GPU or a number of GB above 0, got {gpu!r}")
     return size
 
@@ -115,7 +115,7 @@ def _plain(name: str) -> str:
 def _this_machine() -> Machine:
     device = default_device()
     if device.type == "cuda":
-        free, bfloat16 = torch.cuda.mem_get_info(device)[0], torch.cuda.is_bf16_supported()
+        free, bfloat16 = torch.cuda.mem_get_info(device)[0], torch.cuda.is_bf16_supported(including_emulation=False)
         return Machine(torch.cuda.get_device_name(device), "cuda", free, main_memory(), bfloat16, here=True)
     return Machine("this machine", "cpu", main_memory(), here=True)
 

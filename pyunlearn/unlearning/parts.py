@@ -152,19 +152,23 @@ def _runtime(lm: LanguageModel, config: UnlearnConfig, machine: Machine) -> Runt
 
 
 def largest_batches(tokens: dict[str, list[Tokens]], config: UnlearnConfig) -> list[list[Tokens]]:
-    """Return the longest texts of one optimizer step, in micro-batches, two of each role at most.
-
-    Without a retain set the run holds text that the model writes; forget texts stand in for it.
-    """
+    """Return the longest texts of one optimizer step, in micro-batches, two of each role at most."""
     size = config.micro_batch_size or config.batch_size
     batches: list[list[Tokens]] = []
-    roles = [tokens["forget"]]
-    if config.retain_loss not in (None, "none") and config.retain_weight > 0:
-        roles.append(tokens.get("retain") or tokens["forget"])
-    for texts in roles:
+    for texts in (tokens["forget"], texts_of_retain_loss(tokens, config)):
         longest = _longest(texts, config.batch_size)
         batches += [longest[i : i + size] for i in range(0, len(longest), size)][:2]
     return batches
+
+
+def texts_of_retain_loss(tokens: dict[str, list[Tokens]], config: UnlearnConfig) -> list[Tokens]:
+    """Return the texts of the retain loss; none where there is no such loss.
+
+    Without a retain set the run holds text that the model writes; forget texts stand in for it.
+    """
+    if config.retain_loss is None or config.retain_weight == 0:
+        return []
+    return tokens.get("retain") or tokens["forget"]
 
 
 def _longest(tokens: Sequence[Tokens], count: int) -> list[Tokens]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pyunlearn.data import Tokens, check_texts, read_examples
+from pyunlearn.data import Tokens, check_texts, read_roles
 from pyunlearn.errors import ArgumentError, DependencyError, ModelError
-from pyunlearn.models.adapters import with_lora
+from pyunlearn.methods import resolve
+from pyunlearn.models import gguf
+from pyunlearn.models.adapters import require_mergeable, with_lora
 from pyunlearn.models.config import LoadOptions
 from pyunlearn.models.language_model import LanguageModel, require_tokenizer
 from pyunlearn.models.loading import load_options, present_options, require_loadable
@@ -20,6 +23,7 @@ from pyunlearn.models.outline import FourBits, outline
 from pyunlearn.options import accepts, require_path
 from pyunlearn.output import plain_json
 from pyunlearn.probes.renderings import render
+from pyunlearn.unlearning.api import check_together
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.forecast import Work, duration
 from pyunlearn.unlearning.machines import (
@@ -32,7 +36,7 @@ from pyunlearn.unlearning.machines import (
     machine_of,
     measured_rate,
 )
-from pyunlearn.unlearning.parts import Memory, memory_of, static_parts
+from pyunlearn.unlearning.parts import Memory, memory_of, static_parts, texts_of_retain_loss
 from pyunlearn.unlearning.schedule import resolved_steps
 from pyunlearn.unlearning.utility_set import evenly_spaced
 
@@ -70,8 +74,11 @@ class Plan:
         name, free = self.machine.name, self.machine.memory
         verb = "may fit" if self.fits is None else "fits" if self.fits else "does not fit"
         size = "memory unknown" if free is None else f"{free / GB:.1f} GB{' free' if self.machine.here else ''}"
-        main = f", and {self.memory.main / GB:.1f} GB of main memory" if self.memory.main else ""
-        return f"{verb} {name} ({size}): about {self.memory.device / GB:.1f} GB{main}"
+        free_main = f" ({self.machine.main / GB:.1f} GB free)" if self.machine.main else ""
+        main = f", and {self.memory.main / GB:.1f} GB of main memory{free_main}" if self.memory.main else ""
+        of = "driver" if self.machine.device == "cuda" else "Python"
+        reserve = f"{reserve_of(self.machine) / GB:.1f} GB for {of} and libraries"
+        return f"{verb} {name} ({size}): about {self.memory.device / GB:.1f} GB, {reserve}{main}"
 
     @property
     def time_line(self) -> str:
@@ -127,24 +134,22 @@ def plan(
     require_path("model", model)
     require_tokenizer("tokenizer", tokenizer)
     machine = machine_of(gpu)
+    method_options = dict(config.method_options or {})
+    method, _ = resolve(config.method, config.retain_loss, retain is not None, method_options, has_reference=True)
+    check_together(config, method, retain, model)  # the run may have a reference model
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
-    examples, _ = check_texts(
-        {
-            role: read_examples(source, role=role, turns=config.turns)
-            for role, source in sources.items()
-            if role == "forget" or source is not None
-        }
-    )
+    examples, _ = check_texts(read_roles(sources, turns=config.turns)[0])
     require_loadable("model", model)
-    case = _Case(model, tokenizer, loading or present_options(), config, machine, checkpoint=output_dir is not None)
-    case.read(examples)
-    memory = case.memory()
-    assert memory is not None
-    fits = _fits(memory, machine)
-    options, then = ({}, memory) if fits is not False else _cheapest(case)
-    work, most = _work(case, config)
-    rate, basis = _rate(case)
-    operations = work.trained * memory.operations_trained + work.scored * memory.operations_scored
+    with gguf.cached_headers() if str(model).endswith(".gguf") else nullcontext():
+        case = _Case(model, tokenizer, loading or present_options(), config, machine, checkpoint=output_dir is not None)
+        case.read(examples)
+        memory = case.memory()
+        assert memory is not None
+        fits = _fits(memory, machine)
+        options, then = ({}, memory) if fits is not False else _cheapest(case)
+        work, most = _work(case, config)
+        rate, basis = _rate(case)
+        operations = work.trained * memory.operations_trained + work.scored * memory.operations_scored
     return Plan(
         str(model),
         machine,
@@ -184,6 +189,8 @@ class _Case:
             lm = outline(self.model, self.tokenizer)
         self.tokenizer = lm.tokenizer
         has_adapter = hasattr(lm.module, "peft_config")
+        if self.config.merge and self.config.lora is None:
+            require_mergeable(lm.module)
         if self.config.lora is not None:
             lm = with_lora(lm, self.config.lora, self.config.seed)
         elif not has_adapter and any(isinstance(m, FourBits) for m in lm.module.modules()):
@@ -211,7 +218,7 @@ class _Case:
     def memory(self, limit: int | None = None) -> Memory | None:
         """Return the memory of the run; None where what is there in any case exceeds the limit."""
         parts = static_parts(self.lm.module, self.config, self.machine.device, checkpoint=self.checkpoint)
-        reserve = _reserve(self.machine)
+        reserve = reserve_of(self.machine)
         if limit is not None and sum(part.device for part in parts) + reserve > limit:
             return None
         return memory_of(self.lm, self.tokens, self.config, self.machine, parts)
@@ -232,10 +239,10 @@ def _fits(memory: Memory, machine: Machine) -> bool | None:
     if machine.memory is None:
         return None
     on_host = machine.main is None or memory.main + LIBRARIES <= machine.main
-    return memory.device + _reserve(machine) <= machine.memory and on_host
+    return memory.device + reserve_of(machine) <= machine.memory and on_host
 
 
-def _reserve(machine: Machine) -> int:
+def reserve_of(machine: Machine) -> int:
     """Return the bytes of a device's memory that the run's tensors cannot have."""
     return CONTEXT if machine.device == "cuda" else LIBRARIES
 
@@ -272,7 +279,8 @@ def combinations(
     in_time: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}, {"micro_batch_size": 1}]
     in_time.append(in_time[1] | in_time[2])
     if on_gpu:
-        in_time.append(in_time[3] | {"offload_optimizer": True})
+        offload: dict[str, Any] = {"offload_optimizer": True}
+        in_time += [offload, in_time[1] | offload, in_time[3] | offload]
     narrower = {"dtype": narrow} if is_float32 else {}
     adapter = {} if config.lora else {"lora": _LORA}
     in_quality: list[dict[str, Any]] = [{}, narrower, narrower | adapter]
@@ -291,11 +299,12 @@ def combinations(
 def _work(case: _Case, config: UnlearnConfig) -> tuple[Work, int]:
     """Return the expected work of the run, and its largest number of steps."""
     forget, retain, holdout = (case.tokens.get(role, []) for role in ("forget", "retain", "holdout"))
+    trained = texts_of_retain_loss(case.tokens, config)
     utility = [retain[i] for i in evenly_spaced(retain, forget=len(forget))] if retain else []
     most = resolved_steps(config.max_steps, len(forget), config.batch_size)
     work = Work.of(
         [*map(len, forget)],
-        [*map(len, retain)],
+        [*map(len, trained)],
         sum(map(len, [*utility, *holdout])),
         memorized=len(forget),
         batch_size=config.batch_size,

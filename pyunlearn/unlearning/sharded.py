@@ -113,3 +113,9 @@ def require_shardable(config: UnlearnConfig, module: Any) -> None:
         raise ModelError(
             "quantized weights cannot be sharded (FSDP): leave load_in_4bit out, or launch the run without FSDP"
         )
+    if config.lora is None and len(dtypes := {p.dtype for p in module.parameters() if p.requires_grad}) > 1:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ModelError(
+            f"the trained weights are {names}, and this launch shards them (FSDP), which needs one dtype: choose one "
+            "(--dtype), or train an adapter (--lora)"
+        )

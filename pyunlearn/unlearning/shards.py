@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,17 @@ def read_parts(checkpoint: Path, shards: dict[str, Any], parameters: dict[str, n
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
     own = list(zip(paths, shards["sha256"], strict=True))[rank::size]
-    bad = [path.name for path, digest in own if not path.exists() or sha256(path, path.stat().st_size) != digest]
-    bad = [name for each in (_from_all(bad) if together else [bad]) for name in each]
+    missing = [path.name for path in paths if not path.exists()]
+    bad = [path.name for path, digest in own if path.exists() and sha256(path, path.stat().st_size) != digest]
+    missing, bad = (list(chain(*_from_all(each))) if together else each for each in (missing, bad))
+    if missing:
+        raise DataError(
+            f"a part of the checkpoint {checkpoint} is missing ({folder / missing[0]}): copy the folder to where all "
+            "processes can read it, or delete the checkpoint and start again without resume"
+        )
     if bad:
         raise DataError(
-            f"the checkpoint {checkpoint} is damaged ({folder / bad[0]} is missing, or its SHA-256 is another): delete "
+            f"the checkpoint {checkpoint} is damaged (the SHA-256 of {folder / bad[0]} is another): delete "
             "it and start again without resume"
         )
     parts = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
