@@ -17,7 +17,7 @@ _tokenize = tokens._tokenize
 
 
 def _large(out):
-    """Return a tokenizer's output with ids that each call makes anew."""
+    """Return a tokenizer's output with ids that each call makes again."""
     out["input_ids"] = [[i + _LARGE for i in ids] for ids in out["input_ids"]]
     return out
 
