@@ -32,11 +32,18 @@ def texts(name, lengths=(9, 5)):
     return [Tokens(tuple(range(1, n + 1)), 1, tuple(range(1, n + 1)) if name in BOTH else None) for n in lengths]
 
 
+OLD = int(tf.__version__.partition(".")[0]) < 5
+
+
 @pytest.mark.parametrize("name", [*CAUSAL, *BOTH])
 def test_a_step_of_every_architecture_is_traced(name):
     """All gradients are alive at once at the end of a second pass; a pass takes matrix products."""
     lm = described((CAUSAL | BOTH)[name])
     tokens = texts(name)
+    if OLD and name in ("mixtral", "olmoe"):  # which experts are used depends on the numbers there
+        with pytest.raises(ModelError, match=r"the memory of .* cannot be planned"):
+            training(lm, [tokens, tokens], CPU)
+        return
     step = training(lm, [tokens, tokens], CPU)
     gradients = sum(p.numel() * p.element_size() for p in lm.module.parameters())
     assert step.gradients == pytest.approx(gradients, rel=0.01)
@@ -58,6 +65,7 @@ def test_storages_are_counted_once_and_while_they_are_alive():
     assert trace.total == 200
 
 
+@pytest.mark.skipif(OLD, reason="its rotary embedding does not run on the meta device by itself")
 def test_what_a_forward_pass_stores_is_what_autograd_stores():
     """Between the passes, the live bytes are those of the tensors that a real forward pass saves."""
     config = tf.LlamaConfig(**KV, attn_implementation="eager")

@@ -254,6 +254,10 @@ def _operators(autocast: bool) -> Iterator[None]:
 
         return call if autocast else function
 
+    def autocast_on_cpu(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return original_autocast("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    original_autocast: Any = torch.autocast  # which older transformers call with the device of their input
     places: list[tuple[Any, str]] = [
         (nn.functional, "scaled_dot_product_attention"),
         (nn.functional, "linear"),
@@ -264,11 +268,13 @@ def _operators(autocast: bool) -> Iterator[None]:
     before = [getattr(module, name) for module, name in places]
     own = {"scaled_dot_product_attention": _fused_attention, "grouped_mm": _Experts.product}
     try:
+        torch.autocast = autocast_on_cpu  # type: ignore[assignment, misc]
         for (module, name), original in zip(places, before, strict=True):
             function = own.get(name, original)
             setattr(module, name, narrowed(function))
         yield
     finally:
+        torch.autocast = original_autocast  # type: ignore[misc]
         for (module, name), function in zip(places, before, strict=True):
             setattr(module, name, function)
 

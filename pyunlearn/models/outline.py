@@ -90,7 +90,8 @@ def _with_adapter(model: Any, where: str) -> Any:
 
     settings = PeftConfig.from_pretrained(where)
     settings.inference_mode = False
-    adapted: Any = get_peft_model(model, settings, low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+    with torch.device("meta"):
+        adapted: Any = get_peft_model(model, settings, autocast_adapter_dtype=False)
     dtype = saved_dtype(Path(where) / "adapter_model.safetensors")
     for p in adapted.parameters():
         if p.requires_grad and dtype is not None:
