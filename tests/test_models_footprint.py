@@ -74,10 +74,10 @@ def test_what_a_forward_pass_stores_is_what_autograd_stores():
     def pack(tensor):
         storage = tensor.untyped_storage()
         saved[storage._cdata] = storage.nbytes()
-        held.append(storage)
+        storages.append(storage)
         return tensor
 
-    held = []
+    storages = []  # so that no other gets their place
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         real = model.model(input_ids=ids, use_cache=False).last_hidden_state
     stored = sum(saved.values()) - sum(saved.get(p.untyped_storage()._cdata, 0) for p in model.parameters())

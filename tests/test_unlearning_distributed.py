@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import launches
 import pytest
 import tiny
 import torch
@@ -19,18 +20,6 @@ from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.sharded import processes_of
 
 METHODS = {"ga": {"mask": "saliency"}, "pdu+kl": {"utility_budget": 0.1}}
-
-
-BOTH = """
-import sys
-from pyunlearn.cli import main as cli
-for arguments in " ".join(sys.argv[1:]).split(" , "):
-    sys.argv[1:] = arguments.split()
-    try:
-        cli.main()
-    except SystemExit as ended:
-        assert ended.code in (0, 1), ended.code
-"""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +37,7 @@ def saved(tmp_path_factory):
 def launched(saved):
     """Run `pyunlearn unlearn` with each method in two processes, in one launch: (story, folder, output)."""
     story, folder = saved
-    (folder / "both.py").write_text(BOTH)
+    (folder / "both.py").write_text(launches.SERIES)
     common = (
         "unlearn model --forget forget.json --retain corpus.json --learning-rate 3e-4 --batch-size 3 --json --quiet"
     )

@@ -199,8 +199,8 @@ class _Case:
 
     def read(self, examples: dict[str, Any]) -> None:
         """Tokenize the texts."""
-        given = {role: each for role, each in examples.items() if role in ("forget", "retain", "holdout")}
-        self.tokens = render(self.lm, given, self.config.template, truncate=self.config.truncate).tokens
+        own = {role: each for role, each in examples.items() if role in ("forget", "retain", "holdout")}
+        self.tokens = render(self.lm, own, self.config.template, truncate=self.config.truncate).tokens
 
     def changed(self, **options: Any) -> _Case:
         """Return the case with other options."""
