@@ -55,6 +55,7 @@ COMMANDS = {
 }
 TIMES = {"seconds", "peak_memory"}
 DRAWN = {".svg", ".png", ".pdf", ".html"}  # not the same twice, in the times on them or in the order of elements
+_STARTED = 0.01  # seconds until the command has control of signals, which Python's own start handles before
 COLUMNS = ("command", "fault", "tried", "survived", "resumed", "refused with a sentence", "lost")
 
 
@@ -188,7 +189,7 @@ def _moment(rng: random.Random, fault: Fault, expected: Expected) -> Moment:
     if by_operation:
         return Moment(operation=rng.randint(1, operations))
     if fault.signals:
-        return Moment(seconds=rng.random() * seconds, gap=gap)
+        return Moment(seconds=_STARTED + rng.random() * seconds, gap=gap)
     return Moment(bytes=int(2 ** (16 * rng.random())))
 
 
@@ -201,9 +202,8 @@ def tried(
     silent = first.code < 0 and -first.code in fault.signals  # ended by the signal, as its sender wants
     if reason := _unclear(first, () if finished or silent else (2, 130)):
         return "lost", reason
-    there = contents(place)
     if finished:
-        difference = _difference(expected.files, there)
+        difference = _difference(expected.files, contents(place))
         return ("lost", f"exit code {first.code}, and {difference}") if difference else ("survived", "")
     words = COMMANDS[name] + (" --resume" if "--resume" in first.text else "")
     for _ in range(2):
@@ -240,7 +240,8 @@ def _content(path: Path) -> Any:
         return None
     content = path.read_bytes()
     if path.suffix == ".json":
-        return _timeless(json.loads(content))
+        with contextlib.suppress(ValueError):  # half-written: as bytes it is no other file's content
+            return _timeless(json.loads(content))
     if path.suffix == ".csv":
         return [_timeless(row) for row in csv.DictReader(io.StringIO(content.decode()))]
     if zipfile.is_zipfile(path):  # optimizers; the archive holds the date

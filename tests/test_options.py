@@ -10,11 +10,12 @@ import pytest
 from pyunlearn import metrics
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.comparing.config import CompareConfig
+from pyunlearn.data.config import ChoiceOrFile
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Several, Table, Text, Whole
 from pyunlearn.unlearning import config
-from pyunlearn.unlearning.config import ChoiceOrFile, UnlearnConfig
+from pyunlearn.unlearning.config import UnlearnConfig
 
 CONFIGS: list[type[Config]] = [UnlearnConfig, AuditConfig, CompareConfig, EditConfig]
 

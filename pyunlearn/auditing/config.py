@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyunlearn.edits.config import TURNS
-from pyunlearn.options import Choice, Config, Flag, Number, Several, Whole, option
-from pyunlearn.unlearning.config import MEAN_OF_NON_MEMBERS, MEMORIZED, TEMPLATE
+from pyunlearn.data.config import TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
+from pyunlearn.models.config import WORKSPACE_OPTION
+from pyunlearn.options import Choice, Config, Number, Several, Whole, option
+from pyunlearn.unlearning.config import MEAN_OF_NON_MEMBERS, MEMORIZED
 
 METRICS = ("answer_prior", "continuations", "membership")
 """Measures that can be left out of an audit; likelihood, exposure, memorization and the verdicts always stay."""
@@ -48,19 +49,8 @@ class AuditConfig(Config):
         group="Method",
     )
     batch_size: int = option(32, Whole(1), "Texts in one forward pass.", group="Model")
-    template: str | Path = option(**TEMPLATE)
-    turns: str | None = option(**TURNS)
-    truncate: bool = option(
-        False,
-        Flag(),
-        "Cut texts that are longer than the model's context, instead of reading them in windows; a note says how many "
-        "tokens are not looked at.",
-        group="Data",
-    )
-    workspace: int | None = option(
-        None,
-        Whole(0),
-        "Bytes for cached logits: more memory for less time, with the same result. Default: chosen from what is free.",
-        group="Model",
-    )
+    template: str | Path = option(**TEMPLATE_OPTION)
+    turns: str | None = option(**TURNS_OPTION)
+    truncate: bool = option(**TRUNCATE_OPTION)
+    workspace: int | None = option(**WORKSPACE_OPTION)
     seed: int = option(0, Whole(0), "Seed of sampling and bootstrap: the same seed gives the same audit.")

@@ -64,9 +64,9 @@ def _once(handler: Callable[[int, FrameType | None], object]) -> Callable[[int, 
 def explained() -> Iterator[None]:
     """Print a sentence where the block is interrupted and has printed none; then Ctrl-C works as before the block."""
     listens = threading.current_thread() is threading.main_thread()
-    before, token = signal.getsignal(signal.SIGINT), _EXPLAINED.set(False)
-    hook, sys.unraisablehook = sys.unraisablehook, _sent_again
+    before, token, hook = signal.getsignal(signal.SIGINT), _EXPLAINED.set(False), sys.unraisablehook
     try:
+        sys.unraisablehook = _sent_again
         if listens and callable(before):
             signal.signal(signal.SIGINT, _once(before))
         yield

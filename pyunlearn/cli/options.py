@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pyunlearn.data.config import ChoiceOrFile
 from pyunlearn.errors import ArgumentError
 from pyunlearn.models.config import LoadOptions
 from pyunlearn.options import (
@@ -30,7 +31,6 @@ from pyunlearn.options import (
     default_of,
     read_settings,
 )
-from pyunlearn.unlearning.config import ChoiceOrFile
 
 PANELS = ("Data", "Method", "Loop", "Model", "Output")
 """The groups of options in the help, in this order."""

@@ -1,10 +1,20 @@
-"""Settings with which models are loaded by name."""
+"""Settings with which models are loaded by name, and an option that all functions on models share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from pyunlearn.options import Choice, Config, Flag, Text, option
+from pyunlearn.options import Choice, Config, Flag, Text, Whole, option
+
+WORKSPACE_OPTION: dict[str, Any] = {
+    "default": None,
+    "kind": Whole(0),
+    "help": "Bytes for cached logits: more memory for less time, with the same result. Default: chosen from the free "
+    "memory.",
+    "group": "Model",
+}
+"""The option `workspace`, which several functions share."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pyunlearn.data.config import SHOW_TEXT_OPTION
 from pyunlearn.errors import ArgumentError, nearest
 from pyunlearn.options import Choice, Config, Number, Several, Text, Whole, option, read_settings
-from pyunlearn.unlearning.config import SHOW_TEXT
 
 KINDS = ("id", "mismatched", "canary", "random")
 SETUPS = ("translation", "qa", "text")
@@ -125,7 +125,7 @@ class StudyConfig(Config):
     unlearning_batch: int = option(12, Whole(1), "Forget examples in one unlearning step.")
     budget: float = option(0.1, Number(0), "Rise of the test NLL, nats per token, at which trade-offs are compared.")
     seed: int = option(0, Whole(0), "Seed of corpus, forget sets, weights and order: the same seed, the same study.")
-    show_text: bool = option(**SHOW_TEXT)
+    show_text: bool = option(**SHOW_TEXT_OPTION)
 
     def check(self) -> None:
         """Raise ArgumentError where two settings exclude each other."""

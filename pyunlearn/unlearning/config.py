@@ -7,56 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyunlearn.edits.config import TURNS
+from pyunlearn.data.config import SHOW_TEXT_OPTION, TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
 from pyunlearn.errors import ArgumentError
-from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Kind, Number, Table, Text, Whole, option
+from pyunlearn.models.config import WORKSPACE_OPTION
+from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Table, Text, Whole, option
 
 MEAN_OF_NON_MEMBERS = 1 / math.log(2)  # bits: the mean exposure of text that was not trained on, metrics.NULL_MEAN
 MEMORIZED = math.log2(20)  # bits: an example counts as memorized from here on, metrics.SIGNIFICANT
 
 ORDERS = ("random", "easy_first", "hard_first")
 RETAIN_LOSSES = ("auto", "nll", "kl", "hold", "representation")
-
-
-@dataclass(frozen=True)
-class ChoiceOrFile(Kind):
-    """One of a few names, or the path of a file that exists, which `other` describes."""
-
-    names: tuple[str, ...]
-    other: str
-
-    @property
-    def wanted(self) -> str:
-        return f"{', '.join(self.names)} or {self.other}"
-
-    def accepts(self, value: Any) -> bool:
-        if isinstance(value, str) and value in self.names:
-            return True
-        try:
-            return isinstance(value, (str, Path)) and Path(value).expanduser().is_file()
-        except (OSError, RuntimeError, ValueError):  # too long, no such home, a NUL
-            return False
-
-
-SHOW_TEXT: dict[str, Any] = {
-    "default": False,
-    "kind": Flag(),
-    "help": "Show the texts. Without it what is printed, logged and written masks them, so that it can be passed on.",
-    "group": "Output",
-}
-"""The option `show_text`, which several functions share."""
-
-TEMPLATE: dict[str, Any] = {
-    "default": "auto",
-    "kind": ChoiceOrFile(("auto", "chat", "plain", "none"), "the path of a Jinja chat template"),
-    "help": "Form in which the model reads questions with answers and chats: chat, the tokenizer's chat template; "
-    'plain, "Question: ..." and "Answer: ..." on two lines; none, the texts alone on their lines; a path, the Jinja '
-    "chat template in that file; auto, the form in which the answers of the forget set are likeliest, where a test "
-    "favours it, and else chat, or none without a chat template. auto also tries forms for prompts with completions, "
-    "which the others leave as they are.",
-    "group": "Data",
-}
-"""The option `template`, which several functions share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,15 +132,9 @@ class LoopConfig(Config):
         "adapters and small models.",
         fixed=True,
     )
-    template: str | Path = option(**TEMPLATE, fixed=True)
-    turns: str | None = option(**TURNS, fixed=True)
-    truncate: bool = option(
-        False,
-        Flag(),
-        "Cut texts that are longer than the model's context, instead of reading them in windows; a note says how many "
-        "tokens are not looked at.",
-        group="Data",
-    )
+    template: str | Path = option(**TEMPLATE_OPTION, fixed=True)
+    turns: str | None = option(**TURNS_OPTION, fixed=True)
+    truncate: bool = option(**TRUNCATE_OPTION)
     gradient_checkpointing: bool = option(
         False,
         Flag(),
@@ -195,13 +149,7 @@ class LoopConfig(Config):
         "alone: 4 bytes for each trained bfloat16 parameter instead of 10, slower steps, the same result.",
         group="Model",
     )
-    workspace: int | None = option(
-        None,
-        Whole(0),
-        "Bytes for cached logits: more memory for less time, with the same result. Default: chosen from the free "
-        "memory.",
-        group="Model",
-    )
+    workspace: int | None = option(**WORKSPACE_OPTION)
     seed: int = option(0, Whole(0), "Seed of sampling and order: the same seed gives the same run.", fixed=True)
 
     def check(self) -> None:
@@ -251,4 +199,4 @@ class UnlearnConfig(LoopConfig):
         "Merge the adapter into the weights after the run; the numbers are those of the merged model.",
         group="Model",
     )
-    show_text: bool = option(**SHOW_TEXT)
+    show_text: bool = option(**SHOW_TEXT_OPTION)
