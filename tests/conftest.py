@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -84,6 +85,14 @@ def pytest_collection_finish():
     """Keep what the imports made out of later garbage collections: a tenth of a run's time."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Let Ctrl-C work again after a test whose command was interrupted, which ends with Ctrl-C ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

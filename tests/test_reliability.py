@@ -108,3 +108,13 @@ def test_two_interrupts_at_once_are_one(capsys):
     with pytest.raises(SystemExit), interruption.explained():
         work()
     assert capsys.readouterr().err.startswith("cleaned up\ninterrupted; ")
+
+
+def test_an_interrupt_after_the_sentence_changes_nothing(capsys):
+    """The process is about to end, and a traceback would hide the sentence."""
+    with pytest.raises(SystemExit) as end, interruption.explained():
+        raise KeyboardInterrupt
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.01)  # the handler would run here
+    assert end.value.code == 130
+    assert capsys.readouterr().err.startswith("interrupted; ")

@@ -125,6 +125,8 @@ def test_a_run_that_was_killed_after_its_end_is_finished_by_resume(story, tmp_pa
         patch.setattr(api.Checkpoint, "delete", lambda self: None)
         whole = run(story, max_steps=4, output_dir=out)
     before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ArgumentError, match="holds an interrupted run: continue it with resume=True"):
+        run(story, max_steps=4, output_dir=out)
     resumed = run(story, max_steps=4, output_dir=out, resume=True)
     assert resumed.stopped == whole.stopped
     assert (out / "model.safetensors").read_bytes() == before

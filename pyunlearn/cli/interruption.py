@@ -62,7 +62,10 @@ def _once(handler: Callable[[int, FrameType | None], object]) -> Callable[[int, 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Print a sentence where the block is interrupted and has printed none; then Ctrl-C works as before the block."""
+    """Print a sentence where the block is interrupted and has printed none; then the process is to end.
+
+    After an interruption Ctrl-C stays ignored; otherwise it works as before the block.
+    """
     listens = threading.current_thread() is threading.main_thread()
     before, token, hook = signal.getsignal(signal.SIGINT), _EXPLAINED.set(False), sys.unraisablehook
     try:
@@ -79,6 +82,6 @@ def explained() -> Iterator[None]:
         sys.exit(130)
     finally:
         sys.unraisablehook = hook
-        _EXPLAINED.reset(token)
-        if listens:
+        if listens and not _EXPLAINED.get():
             signal.signal(signal.SIGINT, before)
+        _EXPLAINED.reset(token)

@@ -45,17 +45,17 @@ class RunFolder:
                 if free:  # its run was killed
                     self._lock.unlink(missing_ok=True)
         there = self.checkpoint.exists()
+        if there and not resume:
+            raise ArgumentError(
+                f"{self.checkpoint} holds an interrupted run: continue it with resume=True (--resume), or delete it to "
+                "start again"
+            )
         # a run that was killed between saving and deleting its checkpoint writes the same once more
         self.path = check_output(output_dir, marker=RESULT if there and resume else None)
         if resume and not there:
             raise ArgumentError(
                 f"resume continues from the checkpoint of an interrupted run, and {self.checkpoint} does not exist: "
                 "give that run's output_dir, or start again without it"
-            )
-        if there and not resume:
-            raise ArgumentError(
-                f"{self.checkpoint} holds an interrupted run: continue it with resume=True (--resume), or delete it to "
-                "start again"
             )
 
     @contextmanager
