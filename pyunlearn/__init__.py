@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # loaded at first use: the command line prints its help without torch
+    from pyunlearn.attacks import AttackedExample, AttackResult, attack
     from pyunlearn.auditing import Audit, AuditedExample, audit
     from pyunlearn.comparing import Comparison, compare
     from pyunlearn.data import CorpusCopies, CorpusCopy, find_copies
@@ -24,6 +25,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "AttackResult",
+    "AttackedExample",
     "Audit",
     "AuditedExample",
     "Comparison",
@@ -39,6 +42,7 @@ __all__ = [
     "Result",
     "TrainingError",
     "Utility",
+    "attack",
     "audit",
     "compare",
     "find_copies",
@@ -47,6 +51,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "attacks": ("AttackResult", "AttackedExample", "attack"),
     "auditing": ("Audit", "AuditedExample", "audit"),
     "comparing": ("Comparison", "compare"),
     "data": ("CorpusCopies", "CorpusCopy", "find_copies"),

@@ -26,7 +26,7 @@ from pyunlearn.study import run_study
 from pyunlearn.study.config import PRESETS, StudyConfig
 from pyunlearn.unlearning.config import UnlearnConfig
 
-GROUP: Any = typer.main.get_command(cli.app)
+GROUP: Any = typer.main.get_command(cli.program())
 CONFIGS = {
     "unlearn": UnlearnConfig,
     "audit": AuditConfig,
@@ -293,10 +293,10 @@ def test_shell_completion_knows_the_choices(call):
 HEAVY = ("torch", "numpy", "scipy", "transformers", "accelerate", "matplotlib")
 CHILD = f"""
 import sys
-from pyunlearn.cli.main import app
+from pyunlearn.cli.main import program
 for command in sys.argv[1:]:
     try:
-        app([*command.split(), "--help"], prog_name="pyunlearn")
+        program()([*command.split(), "--help"], prog_name="pyunlearn")
     except SystemExit:
         print(command, [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
 """
@@ -365,7 +365,7 @@ def test_a_failure_that_is_no_mistake_has_an_exit_code_of_its_own(call, monkeypa
     def fails(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("pyunlearn.cli.main.app", fails)
+    monkeypatch.setattr("pyunlearn.cli.main.program", lambda names: fails)
     code, out, err = call("methods")
     assert (code, out) == (70, "")
     assert "Traceback" in err

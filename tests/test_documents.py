@@ -36,6 +36,7 @@ PYTHON = {  # the test file that runs the Python blocks of a document
     "docs/edits.md": "test_edits_documents",
     "docs/in-context.md": "test_edits_documents",
     "docs/find.md": "test_find",
+    "docs/attacks.md": "test_attacks",
     "docs/evaluate.md": "test_metrics_reachable",
     "docs/contributing/add-a-method.md": "test_contributing",
     "docs/contributing/add-a-metric.md": "test_contributing",
@@ -84,7 +85,7 @@ def test_every_command_and_public_name_is_in_the_documents():
     outer = [package for package in PACKAGES if package.split(".")[-1] not in INNER]
     names = {n for package in outer for n in importlib.import_module(package).__all__}
     missing = sorted(n for n in names if not re.search(rf"\b{n}\b", text))
-    missing += [n for n in typer.main.get_command(cli.app).commands if f"pyunlearn {n}" not in text]
+    missing += [n for n in typer.main.get_command(cli.program()).commands if f"pyunlearn {n}" not in text]
     assert not missing, f"neither README.md nor docs/ mentions {', '.join(missing)}"
 
 
@@ -251,14 +252,14 @@ def test_what_the_documents_install_and_mark_exists():
 @pytest.mark.parametrize(("document", "words"), COMMANDS, ids=lambda x: x if isinstance(x, str) else " ".join(x[1:2]))
 def test_every_command_in_the_documents_parses(document, words):
     """The command line knows every command and option in a shell block, and accepts its value."""
-    command = typer.main.get_command(cli.app).commands[words[1]]
+    command = typer.main.get_command(cli.program()).commands[words[1]]
     with command.make_context(words[1], words[2:]) as context:
         assert context.params
 
 
 def test_a_wrong_option_in_a_document_is_noticed():
     """Parsing fails for an option that does not exist."""
-    command = typer.main.get_command(cli.app).commands["audit"]
+    command = typer.main.get_command(cli.program()).commands["audit"]
     with pytest.raises(Exception, match="--compare"):
         command.make_context("audit", ["./my-model", "--forget", "secrets.jsonl", "--compare", "./other"])
 

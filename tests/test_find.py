@@ -332,8 +332,8 @@ def test_what_cannot_be_used_is_one_sentence(call, files, words, message):
 def test_the_command_loads_no_model_library(files):
     """Neither torch nor transformers, with --out and a progress bar too."""
     code = (
-        "import sys\nfrom pyunlearn.cli.main import app\n"
-        "try:\n    app('find --texts secrets.jsonl --corpus train.jsonl --out copies.jsonl'.split())\n"
+        "import sys\nfrom pyunlearn.cli.main import program\n"
+        "try:\n    program()('find --texts secrets.jsonl --corpus train.jsonl --out copies.jsonl'.split())\n"
         "except SystemExit as end:\n    print(end.code, [m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=files, capture_output=True, text=True, timeout=60)

@@ -59,7 +59,8 @@ def test_an_interrupted_command_ends_with_one_sentence(call, monkeypatch, again)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pyunlearn.edits.registry.edit_named", interrupt)
-    monkeypatch.setattr(cli, "app", interrupt if again else cli.app)
+    if again:
+        monkeypatch.setattr(cli, "program", lambda names: interrupt)
     code, out, err = call("edit", "model", "--forget", "x.jsonl", "--edit", "prune")
     assert (code, out) == (130, "")
     assert err == "interrupted; run the same command again; it starts again, resumes, or says how to resume\n"

@@ -162,7 +162,9 @@ def test_the_command_resumes_a_study(finished):
     ]
 
     def run(*more):
-        return typer.testing.CliRunner().invoke(cli.app, ["study", "--out", str(finished.folder), *changes, *more])
+        return typer.testing.CliRunner().invoke(
+            cli.program(), ["study", "--out", str(finished.folder), *changes, *more]
+        )
 
     again = run("--json")
     assert again.exit_code == 0

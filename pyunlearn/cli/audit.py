@@ -20,6 +20,7 @@ from pyunlearn.cli.options import (
     Model,
     Quiet,
     Retain,
+    ShowText,
     Tokenizer,
     folder_for,
     texts,
@@ -65,14 +66,6 @@ Html = Annotated[
         help="Write audit.html, the report for people. Default: where jinja2 and matplotlib are installed.",
         rich_help_panel="Output",
         show_default=False,
-    ),
-]
-ShowText = Annotated[
-    bool,
-    typer.Option(
-        "--show-text",
-        help="Show the texts. Without it table, JSON and page mask them, so that they can be passed on.",
-        rich_help_panel="Output",
     ),
 ]
 Cache = Annotated[

@@ -1,39 +1,44 @@
 """The program pyunlearn: its commands, one file each, and its entry point.
 
-Nothing that a command imports at the top of its file imports torch, so that the help appears at once.
+Nothing that a command imports at the top of its file imports torch, and only the command that is called is imported, so
+that the help appears at once.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from pyunlearn import __version__
-from pyunlearn.cli.audit import audit
-from pyunlearn.cli.catalogue import edits, methods
-from pyunlearn.cli.compare import compare
-from pyunlearn.cli.demo import demo
-from pyunlearn.cli.edit import edit
-from pyunlearn.cli.find import find
-from pyunlearn.cli.info import info
 from pyunlearn.cli.interruption import explained
-from pyunlearn.cli.plan import plan
-from pyunlearn.cli.study import study
-from pyunlearn.cli.unlearn import unlearn
 
 _FAILED = 70  # exit code of a failure that is no user's mistake, as in sysexits.h
 
-app = typer.Typer(
-    name="pyunlearn",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for command in (unlearn, plan, edit, audit, compare, find, study, demo, methods, edits, info):
-    app.command()(command)
+COMMANDS = (
+    "unlearn", "plan", "edit", "audit", "attack", "compare", "find", "study", "demo", "methods", "edits", "info",
+)  # fmt: skip
+"""The commands, in the order of the help."""
+
+_FILES = {"methods": "catalogue", "edits": "catalogue"}  # of the others the file has the command's name
+
+
+def program(names: Sequence[str] = COMMANDS) -> typer.Typer:
+    """Return the program with these commands."""
+    app = typer.Typer(
+        name="pyunlearn",
+        no_args_is_help=True,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_program)
+    for name in names:
+        app.command()(getattr(importlib.import_module(f"pyunlearn.cli.{_FILES.get(name, name)}"), name))
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -42,8 +47,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def program(
+def _program(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
@@ -71,7 +75,8 @@ def main() -> None:
 
     try:
         with explained():
-            app()
+            called = [word for word in sys.argv[1:2] if word in COMMANDS]
+            program(called or COMMANDS)()
     except (PyunlearnError, ValueError) as error:
         if not isinstance(error, PyunlearnError) and "PYUNLEARN_" not in str(error):
             traceback.print_exc()

@@ -71,6 +71,7 @@ from pyunlearn.metrics.quality import (
     option_probability,
     truth_ratio,
 )
+from pyunlearn.metrics.recovery import Recovery, recovery
 from pyunlearn.metrics.stein import ksd_difficulty
 from pyunlearn.metrics.steps_to_forget import StepsToForget, median_steps, steps_to_forget
 from pyunlearn.metrics.utility import bleu, collapsed, distinct_n, perplexity, repetition
@@ -91,6 +92,7 @@ __all__ = [
     "InsertedCanaries",
     "Interval",
     "PairedDifference",
+    "Recovery",
     "SkewNormalFit",
     "StepsToForget",
     "TopTest",
@@ -141,6 +143,7 @@ __all__ = [
     "perplexity",
     "privleak",
     "privleak_interval",
+    "recovery",
     "reference_score",
     "repetition",
     "rouge_l",

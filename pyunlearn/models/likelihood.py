@@ -159,7 +159,7 @@ class Likelihood:
         module = self.inner.get_output_embeddings()
         with _captured(module, copies=is_sharded(self.inner)) as captured:
             self.model(**inputs_of(batch))
-        return captured[0].flatten(0, 1).index_select(0, batch.rows), _head(self.inner, module)
+        return captured[0].flatten(0, 1).index_select(0, batch.rows), head_of(self.inner)
 
     def _from_hidden(self, batch: TokenBatch) -> Tensor:
         hidden, head = self.hidden(batch)
@@ -253,9 +253,9 @@ def head_problem(inner: Any) -> str | None:
     return None
 
 
-def _head(inner: Any, module: Any) -> Head:
-    """Return the head's weights, with the operations on its logits that the config names."""
-    config = text_config(inner)
+def head_of(inner: Any) -> Head:
+    """Return the weights of a transformers model's head, with the operations on its logits that the config names."""
+    module, config = inner.get_output_embeddings(), text_config(inner)
     scale = 1.0
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / float(config.logits_scaling)

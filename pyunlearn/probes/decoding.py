@@ -1,4 +1,4 @@
-"""Greedy continuations of prompts, decoded in batches of like length."""
+"""Continuations of prompts, greedy or sampled, decoded in batches of like length."""
 
 from __future__ import annotations
 
@@ -71,7 +71,44 @@ def greedy_continuations(
     return [tuple(store[key][0].tolist()) for key in keys]
 
 
-def _decode(lm: LanguageModel, group: Sequence[Tokens], new: int) -> list[list[int]]:
+@torch.no_grad()
+def sampled_continuations(
+    lm: LanguageModel,
+    tokens: Sequence[Tokens],
+    *,
+    count: int,
+    longest: int = 64,
+    batch_size: int = 16,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[list[tuple[int, ...]]]:
+    """Sample continuations at temperature 1 in the place of each text's scored tokens, as `greedy_continuations` reads.
+
+    Args:
+        lm: the model, with its tokenizer.
+        tokens: the texts.
+        count: continuations of each text.
+        longest: the most tokens written for one text.
+        batch_size: continuations written together; a text's own may be more.
+        advance: called with the number of texts of each finished batch.
+
+    Returns:
+        For each of `tokens` a list of `count` tuples of token ids.
+    """
+    written: list[list[tuple[int, ...]]] = [[] for _ in tokens]
+    order = sorted(range(len(tokens)), key=lambda i: (-len(_prompt(tokens[i])), -len(tokens[i].scored)))
+    size = max(1, batch_size // count)
+    with evaluation_mode(lm.module):
+        for group in (order[at : at + size] for at in range(0, len(order), size)):
+            lengths = [min(longest, len(tokens[i].scored)) for i in group]
+            repeated = [tokens[i] for i in group for _ in range(count)]
+            rows = iter(_decode(lm, repeated, max(lengths), do_sample=True, temperature=1.0, top_k=0, top_p=1.0))
+            for i, length in zip(group, lengths, strict=True):
+                written[i] = [tuple(next(rows)[:length]) for _ in range(count)]
+            advance(len(group))
+    return written
+
+
+def _decode(lm: LanguageModel, group: Sequence[Tokens], new: int, **options: Any) -> list[list[int]]:
     both, device = lm.is_encoder_decoder, lm.device
     ids, mask = _padded([_prompt(t) for t in group], lm.pad_id, device, left=not both)  # (B, T)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
@@ -79,7 +116,7 @@ def _decode(lm: LanguageModel, group: Sequence[Tokens], new: int) -> list[list[i
         begun = [(lm.decoder_start_id, *t.written[: t.first]) for t in group]
         inputs["decoder_input_ids"], inputs["decoder_attention_mask"] = _padded(begun, lm.pad_id, device, left=True)
     prompt_length = inputs["decoder_input_ids" if both else "input_ids"].shape[1]
-    return generate(lm, inputs, prompt_length=prompt_length, max_new_tokens=new, do_sample=False)
+    return generate(lm, inputs, prompt_length=prompt_length, max_new_tokens=new, **(options or {"do_sample": False}))
 
 
 def _prompt(t: Tokens) -> tuple[int, ...]:

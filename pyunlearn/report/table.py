@@ -22,6 +22,10 @@ COLOURS = {
     "not memorized": "cyan",
     "still exposed": "yellow",
     "over-unlearned": "red",
+    "stays forgotten": "green",
+    "untested": "cyan",
+    "doubtful": "yellow",
+    "comes back": "red",
 }
 UNCERTAIN = "? more non-members might change this verdict"
 SHOWN = 30  # records in a table; the file holds all
@@ -73,7 +77,7 @@ def _rise(estimate: float, interval: tuple[float, float] | None) -> str:
 
 def edit_table(edited: EditResult) -> Table:
     """Return a row for each role: the mean negative log-likelihood of its texts before and after, nats a token."""
-    table = _table(f"effect of {edited.edit}")
+    table = plain_table(f"effect of {edited.edit}")
     table.add_column("texts")
     for name in ("before\nnats a token", "after\nnats a token", "change"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -100,7 +104,7 @@ def record_table(title: str, numbers: Sequence[str]) -> Table:
 
     Rows are filled with `cell`, `text_cell` and `verdict_cell`.
     """
-    table = _table(title)
+    table = plain_table(title)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("text", min_width=5)
     table.add_column("verdict", no_wrap=True)
@@ -124,7 +128,8 @@ def verdict_cell(verdict: str, *, certain: bool = True) -> Text:
     return Text(verdict, style=COLOURS[verdict]).append("" if certain else " ?")
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
+    """Return an empty table without columns."""
     return Table(
         title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )

@@ -1,0 +1,98 @@
+"""The settings of `pyunlearn.attack`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyunlearn.data.config import TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
+from pyunlearn.models.config import WORKSPACE_OPTION
+from pyunlearn.options import Choice, Config, Number, Several, Whole, option
+
+NAMES = (
+    "prefix",
+    "quantization",
+    "relearning",
+    "relearning-retain",
+    "relearning-unrelated",
+    "instruction",
+    "recitation",
+    "sampling",
+    "merging",
+    "adapter",
+    "layers",
+)
+"""Every attack; what each does is in `attacks.registry`."""
+
+DEFAULT = ("prefix", "quantization", "relearning", "relearning-retain", "adapter")
+"""The attacks that need no generated text; those that a model or the texts do not allow are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(Config):
+    """The settings of `pyunlearn.attack`.
+
+    >>> AttackConfig(attacks=["all"]).chosen == NAMES
+    True
+    """
+
+    attacks: tuple[str, ...] = option(
+        DEFAULT,
+        Several(Choice(("all", *NAMES))),
+        "prefix (the text's rest after its first eighth, quarter, half), quantization (weights rounded to 8 and 4 "
+        "bits), relearning (fine-tuning on the other forget texts), relearning-retain and relearning-unrelated "
+        "(fine-tuning on other text), instruction (asked for word for word, and after retained neighbours), recitation "
+        "(greedy continuations), sampling (continuations at temperature 1), merging (with the original), adapter (the "
+        "model without it), layers (what inner layers predict), or all.",
+        group="Method",
+    )
+    texts: int = option(
+        200,
+        Whole(1),
+        "Attack at most this many of the forget texts, drawn at random, with as many non-members at most; the others "
+        "are untested.",
+        group="Method",
+    )
+    relearning_steps: int = option(20, Whole(1), "Optimizer steps of relearning on forget texts.", group="Method")
+    retain_steps: int = option(
+        20, Whole(1), "Optimizer steps of relearning on retain texts and on unrelated text.", group="Method"
+    )
+    relearning_rate: float | None = option(
+        None,
+        Number(above=0),
+        "Learning rate of relearning (AdamW). Default: of six from 1e-5 to 3e-3 the one at which half of the attack's "
+        "own texts come back most in five steps on the other half.",
+        group="Method",
+    )
+    relearning_lora: int | None = option(
+        None,
+        Whole(1),
+        "Relearn in a temporary LoRA adapter of this rank, for less memory. Default: in all weights, or where these "
+        "are quantized in an adapter of rank 8.",
+        group="Method",
+    )
+    folds: int = option(
+        2,
+        Whole(2),
+        "Parts of the forget set in relearning: each is tested after relearning on the others.",
+        group="Method",
+    )
+    samples: int = option(8, Whole(1), "Continuations of each text in sampling.", group="Method")
+    false_discovery_rate: float = option(
+        0.05,
+        Number(above=0, below=1),
+        "Expected share of unseen texts among those said to come back, over the whole forget set (Benjamini-Hochberg); "
+        "a model that never saw the texts fails at most this often.",
+        group="Method",
+    )
+    batch_size: int = option(8, Whole(1), "Texts in one step of relearning; four times as many are scored at once.")
+    template: str | Path = option(**TEMPLATE_OPTION)
+    turns: str | None = option(**TURNS_OPTION)
+    truncate: bool = option(**TRUNCATE_OPTION)
+    workspace: int | None = option(**WORKSPACE_OPTION)
+    seed: int = option(0, Whole(0), "Seed of what is drawn: the same seed gives the same attack.")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The attacks to try, in the order of NAMES."""
+        return NAMES if "all" in self.attacks else tuple(name for name in NAMES if name in self.attacks)

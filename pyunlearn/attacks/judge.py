@@ -1,0 +1,168 @@
+"""Verdicts on the texts from the scores under every attack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyunlearn.attacks.config import AttackConfig
+from pyunlearn.attacks.target import Floats, Trial
+from pyunlearn.metrics import (
+    SIGNIFICANT,
+    Recovery,
+    discoveries,
+    exposure_interval,
+    exposure_top_test,
+    generalized_exposure,
+    recovery,
+)
+
+_ROUNDING = 1e-9  # 19 non-members reach 4.32 bits exactly
+_SET = 5  # texts from which a set is more than its texts
+EXPOSED, BACK, DOUBTFUL = "still exposed", "comes back", "doubtful"
+STAYS, UNTESTED = "stays forgotten", "untested"
+"""The verdicts: exposed without any attack, or under one; doubtful, where only the set as a whole comes back."""
+
+
+class Judged(NamedTuple):
+    """Verdicts on n texts under a trials, the first of which is no attack."""
+
+    verdict: list[str]
+    exposure: Floats
+    """(a, n) bits among the non-members under the same attack; NaN where a text was not tested."""
+    combined: Floats
+    """(n,) bits: -log2 of the p-value over all attacks together; NaN where a text was not tested."""
+    strongest: NDArray[np.int64]
+    """(n,) index of the attack under which the text stands out most, or 0 where it is exposed without one; -1 where it
+    was not tested."""
+    interval: list[tuple[float, float]]
+    """95 % interval, bits, of the exposure under that trial."""
+    set_pvalue: Floats
+    """(a,) that a set of unseen texts stands out as much under this attack, adjusted for the number of attacks; NaN for
+    trials that are not judged, and for the first."""
+    pvalue: float
+    """That a set of unseen texts stands out as much under any of the attacks."""
+
+
+def judge(trials: Sequence[Trial], config: AttackConfig) -> Judged:
+    """Judge each text by its scores under every attack, and the set as a whole.
+
+        still exposed    it stands out without an attack
+        comes back       it stands out over all attacks together
+        doubtful         it does not, but has 4.32 bits or more under an attack under which the set as a whole stands
+                         out
+        stays forgotten  none of these
+        untested         no attack was tried on it
+
+    Half of the false discovery rate is for the model without an attack (Benjamini-Hochberg), and half for the attacks:
+    there the set must stand out (`pvalue`), and then single texts are named at the whole rate. So a model that never
+    saw the texts has a text named in at most that share of cases, and of the texts named at most that share are unseen
+    ones. The set stands out under an attack where more texts do than would of unseen ones (Holm over the attacks), or
+    over all attacks together; a set of fewer than five texts by the latter alone.
+
+    Args:
+        trials: the first is the model without an attack.
+        config: the settings.
+    """
+    n, rate = len(trials[0].forget), config.false_discovery_rate
+    exposure = np.stack([_exposure(t) for t in trials])
+    exposed = discoveries(exposure[0], rate=rate / 2).significant
+    set_pvalue = np.full(len(trials), np.nan)
+    judged = [k for k, t in enumerate(trials) if t.judged and k]
+    if not judged:
+        names = np.where(exposed, EXPOSED, UNTESTED)
+        intervals = [_interval(trials[0], i) for i in range(n)]
+        return Judged(names.tolist(), exposure, np.full(n, np.nan), np.zeros(n, int), intervals, set_pvalue, 1.0)
+    found = _recovery([trials[k] for k in judged])
+    combined = -np.log2(found.pvalue) + 0.0
+    tested = ~np.isnan(combined)
+    pvalue = _stands_out(combined[tested], trials[0].non_members.shape[-1], config.seed)
+    if n >= _SET:
+        set_pvalue[judged] = holm([2 * _set_pvalue(trials[k], exposure[k], config.seed) for k in judged])
+        pvalue = min(1.0, 2 * pvalue, float(np.nanmin(set_pvalue)))
+    back = np.zeros(n, dtype=bool)
+    if pvalue <= rate / 2:
+        back[tested] = discoveries(combined[tested], rate=rate).significant
+    suspect = (exposure[set_pvalue <= rate / 2] >= SIGNIFICANT - _ROUNDING).any(axis=0)
+    names = np.select([exposed, back, suspect, tested], [EXPOSED, BACK, DOUBTFUL, STAYS], UNTESTED)
+    strongest = np.where(exposed, 0, np.where(tested, np.array(judged)[found.strongest], -1))
+    intervals = [_interval(trials[k], i) for i, k in enumerate(strongest)]
+    return Judged(names.tolist(), exposure, combined, strongest, intervals, set_pvalue, pvalue)
+
+
+def non_members_for(rate: float) -> int:
+    """Return the least number of non-members with which a verdict is possible at a false discovery rate.
+
+    >>> non_members_for(0.05)
+    39
+    """
+    return math.ceil(2 / rate - 1 - _ROUNDING)
+
+
+def holm(pvalues: Sequence[float]) -> Floats:
+    """Return p-values adjusted for their number: at most a share x of families without an effect have one below x.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6, 65-70.
+
+    >>> holm([0.01, 0.04, 0.5]).tolist()
+    [0.03, 0.08, 0.5]
+    """
+    p = np.asarray(pvalues, dtype=np.float64)
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
+    out = np.empty_like(p)
+    out[order] = np.minimum(1.0, adjusted)
+    return out
+
+
+def _set_pvalue(trial: Trial, exposure: Floats, seed: int) -> float:
+    """Return the chance of a set of unseen texts of which as many stand out; over groups, the smallest, adjusted."""
+    groups = np.zeros(len(exposure), dtype=np.int64) if trial.groups is None else trial.groups
+    parts = [exposure[(groups == g) & ~np.isnan(exposure)] for g in np.unique(groups)]
+    found = [_stands_out(part, trial.non_members.shape[-1], seed) for part in parts if part.size]
+    return min(1.0, len(found) * min(found, default=1.0))
+
+
+def _stands_out(exposure: Floats, m: int, seed: int) -> float:
+    """Return the chance that of as many unseen texts as many stand out among m non-members."""
+    test = exposure_top_test(exposure, m, seed=seed)
+    if exposure.size == 1:
+        return float(2.0 ** -exposure[0])
+    return min(1.0, 2 * min(test.pvalue, test.exact_pvalue))  # the simulated one is not below 1 in 2000
+
+
+def returned(judged: Judged, i: int) -> list[int]:
+    """Return the trials, from the strongest, under which a text that comes back is exposed on its own."""
+    own = judged.exposure[:, i]
+    others = [k for k in np.argsort(-np.nan_to_num(own)) if own[k] >= SIGNIFICANT - _ROUNDING and k > 0]
+    strongest = int(judged.strongest[i])
+    return [strongest, *(int(k) for k in others if k != strongest)]
+
+
+def _recovery(trials: Sequence[Trial]) -> Recovery:
+    """Compute the p-values of all texts over these trials."""
+    n = len(trials[0].forget)
+    unseen = [np.broadcast_to(t.non_members, (n, t.non_members.shape[-1])) for t in trials]
+    return recovery(np.stack([t.forget for t in trials]), np.stack(unseen))
+
+
+def _exposure(trial: Trial) -> Floats:
+    """Return (n,) exposures of a trial, bits; NaN where a text was not tested."""
+    out, tried = np.full(len(trial.forget), np.nan), ~np.isnan(trial.forget)
+    if tried.any():
+        unseen = trial.non_members if trial.non_members.ndim == 1 else trial.non_members[tried]
+        out[tried] = generalized_exposure(trial.forget[tried], unseen).lower
+    return out
+
+
+def _interval(trial: Trial, i: int) -> tuple[float, float]:
+    """Return the 95 % interval of a text's exposure in a trial, bits; NaN where it was not tested."""
+    if np.isnan(trial.forget[i]):
+        return float("nan"), float("nan")
+    unseen = trial.non_members if trial.non_members.ndim == 1 else trial.non_members[i]
+    low, high = exposure_interval(trial.forget[i : i + 1], unseen)
+    return float(low[0]), float(high[0])

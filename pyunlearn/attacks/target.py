@@ -1,0 +1,113 @@
+"""What an attack gets: a model, the texts, and the functions that read and score them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyunlearn.attacks.config import AttackConfig
+from pyunlearn.data import Example, Tokens
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.scoring import Scorer, evaluation_mode
+from pyunlearn.progress import Progress
+
+Floats = NDArray[np.float64]
+
+
+class Unsuited(Exception):
+    """Raised by an attack that this model or these texts do not allow; the message is the reason, as a clause."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttackTexts:
+    """The texts of an attack: n forget texts, m non-members, and those that an attacker could have."""
+
+    forget: list[Tokens]
+    forget_examples: list[Example]
+    records: list[int]
+    """Index of the record of each forget text: windows of one record are one text to relearning."""
+    non_members: list[Tokens]
+    non_member_examples: list[Example] | None
+    """None where they exist as tokens alone."""
+    retain: list[Tokens]
+    retain_examples: list[Example]
+    """Both empty without a retain set."""
+    same_kind: bool
+    """True where unseen forget texts would fare as the non-members do whatever the model is trained on: a holdout."""
+    chat_template: str | None
+    """Jinja source in place of the tokenizer's."""
+
+    @property
+    def every(self) -> list[Tokens]:
+        """The forget texts, then the non-members."""
+        return self.forget + self.non_members
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Scores of every text under one form of an attack, low where a text comes back."""
+
+    name: str
+    forget: Floats
+    """(n,), NaN where a text was not tested."""
+    non_members: Floats
+    """(m,), or (n, m) where the attack is not the same for all forget texts."""
+    groups: NDArray[np.int64] | None = None
+    """(n,) then: texts of one group suffered the same attack, and have the same row of non-members."""
+    attack: str = ""
+    """Name of the attack; empty for the model without one."""
+    judged: bool = True
+    """False where the attack brings back unseen text as well, so that only a control makes a verdict of it."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What was done: steps, learning rate, bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A model under attack. Its weights are restored bit for bit after each attack.
+
+    `lm`        the model
+    `original`  the model before unlearning, for attacks that need it, or None
+    `chosen`    what an attack chose with the model itself, so that the control gets the same: name -> value
+    """
+
+    lm: LanguageModel
+    texts: AttackTexts
+    config: AttackConfig
+    bar: Progress
+    original: LanguageModel | None = None
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+    DESTROYED: ClassVar[float] = 1e6
+    """Nats a token in place of NaN and Inf: the attack destroyed the model on that text."""
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """Scorer of the model."""
+        return Scorer(self.lm, 4 * self.config.batch_size)
+
+    def nll(self, tokens: Sequence[Tokens]) -> Floats:
+        """Return (len(tokens),) mean negative log-likelihoods under the present weights, nats a token."""
+        with evaluation_mode(self.lm.module):
+            return self.finite(-self.scorer.mean_log_likelihood(tokens))
+
+    def token_log_likelihood(self, tokens: Sequence[Tokens]) -> list[Floats]:
+        """Return for each text (T,) the log-likelihoods of its scored tokens, nats."""
+        with evaluation_mode(self.lm.module):
+            return self.scorer.token_log_likelihood(tokens)
+
+    def trial(self, name: str, **details: Any) -> Trial:
+        """Score every text under the present weights."""
+        values = self.nll(self.texts.every)
+        n = len(self.texts.forget)
+        return Trial(name, values[:n], values[n:], details=details)
+
+    @staticmethod
+    def finite(nll: Floats) -> Floats:
+        """Return the numbers, with DESTROYED in place of NaN and Inf."""
+        return np.where(np.isfinite(nll), nll, Target.DESTROYED)

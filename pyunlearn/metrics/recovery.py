@@ -1,0 +1,85 @@
+"""Recovery: whether a text comes back under any of several attacks, more than unseen text under the same attacks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pyunlearn.errors import ArgumentError
+from pyunlearn.metrics._check import Floats
+
+_LOW = 0.1  # quantile by which the spread below the median is measured, on the side of text that comes back
+_NORMAL = 1.2816  # that quantile of a normal law, in standard deviations below the median
+
+
+class Recovery(NamedTuple):
+    """Outcome of recovery."""
+
+    pvalue: Floats
+    """(n,) that a text which no model saw stands out as much under its strongest attack; NaN where none was tried."""
+    strongest: NDArray[np.int64]
+    """(n,) index of the attack under which the text stands out most; -1 where none was tried."""
+
+
+def recovery(scores: ArrayLike, non_member_scores: ArrayLike) -> Recovery:
+    """Compute one p-value for each text from its scores under several attacks, without a price for their number.
+
+        z_a(x) = (median - score_a(x)) / scale,    T(x) = max over attacks of z_a(x)
+        p = (1 + #{j : T(non_member_j) >= T(text)}) / (m + 1)
+
+    Median and scale, the distance from there to the lowest tenth, are those of the m non-members and the text together,
+    so that the text and the non-members are treated alike: if they are exchangeable under all attacks at once,
+    P(p <= x) <= x, whatever the laws of the scores and however the attacks depend on each other (full conformal
+    inference). A minimum of the attacks' own p-values would have to be multiplied by their number.
+
+    Args:
+        scores: (a, n) of n texts under a attacks, low where a text is likely; NaN where an attack was not tried on a
+            text, for a reason that does not depend on its scores.
+        non_member_scores: (a, m) of the same non-members under the same attacks, or (a, n, m) where an attack is not
+            the same for all texts.
+
+    Returns:
+        Recovery(pvalue, strongest).
+
+    Raises:
+        ArgumentError: shapes that do not match, no non-members, Inf, or a non-member without a finite score.
+
+    Example:
+        >>> non_members = np.stack([np.linspace(1, 2, 99), np.linspace(3, 4, 99)])
+        >>> recovery([[1.5, 1.5], [3.5, 0.5]], non_members).pvalue.round(2).tolist()
+        [0.51, 0.01]
+
+    See Also:
+        discoveries: which of the texts stand out, at a false discovery rate.
+
+    Source: ours; full conformal p-values after Vovk et al. 2005, Algorithmic Learning in a Random World.
+    """
+    s, r = np.asarray(scores, dtype=np.float64), np.asarray(non_member_scores, dtype=np.float64)
+    if s.ndim != 2 or r.ndim not in (2, 3) or not r.shape[-1] or r.shape[:-1] not in (s.shape, s.shape[:1]):
+        raise ArgumentError(
+            "recovery needs scores of shape (a, n) and non_member_scores of shape (a, m) or (a, n, m), got "
+            f"{s.shape} and {r.shape}"
+        )
+    tried = ~np.isnan(s)
+    rows = np.broadcast_to(r[:, None, :], (*s.shape, r.shape[-1])) if r.ndim == 2 else r
+    if np.isinf(s).any() or not np.isfinite(rows[tried]).all():
+        raise ArgumentError("recovery needs finite scores of every non-member under every attack, got NaN or Inf")
+    pvalue, strongest = np.full(s.shape[1], np.nan), np.full(s.shape[1], -1)
+    for i in np.flatnonzero(tried.any(axis=0)):
+        own = tried[:, i]
+        z = _outlyingness(np.column_stack([s[own, i], rows[own, i]]))  # (attacks tried, 1 + m)
+        statistic = z.max(axis=0)
+        pvalue[i] = (statistic >= statistic[0]).mean()  # the text itself is counted
+        strongest[i] = np.flatnonzero(own)[z[:, 0].argmax()]
+    return Recovery(pvalue, strongest)
+
+
+def _outlyingness(pool: Floats) -> Floats:
+    """Return how far each score lies below the median of its row, (a, m), in robust standard deviations."""
+    low, middle = np.quantile(pool, [_LOW, 0.5], axis=1, keepdims=True)
+    scale = (middle - low) / _NORMAL
+    scale = np.where(scale > 0, scale, pool.std(axis=1, keepdims=True))
+    distance: Floats = (middle - pool) / np.where(scale > 0, scale, 1.0)
+    return distance

@@ -1,0 +1,64 @@
+"""An attack for a terminal: a row for each text, and a row for each form of attack."""
+
+from __future__ import annotations
+
+import math
+
+from rich.table import Table
+
+from pyunlearn.attacks.result import AttackedExample, AttackResult
+from pyunlearn.report.table import SHOWN, plain_table, record_table, text_cell, verdict_cell
+
+_ORDER = ("still exposed", "comes back", "doubtful", "no likelier", "stays forgotten", "untested")
+
+
+def attack_table(result: AttackResult, *, show_text: bool = False) -> Table:
+    """Return a row for each text, 30 at most, the worst first: its verdict, and its strongest attack with exposure."""
+    table = record_table("what comes back under attack", ["exposure\nbits", "interval\nbits"])
+    table.add_column("strongest attack")
+    order = sorted(result.examples, key=lambda e: (_ORDER.index(e.verdict), -(e.combined_exposure or 0.0)))
+    for e in order[:SHOWN]:
+        table.add_row(
+            e.label,
+            text_cell(e.text, show_text),
+            verdict_cell(e.verdict),
+            "-" if e.exposure is None else f"{e.exposure:.1f}",
+            _interval(e),
+            e.strongest or "-",
+        )
+    if len(order) > SHOWN:
+        table.caption = f"and {len(order) - SHOWN} more: see attack.json"
+    return table
+
+
+def trial_table(result: AttackResult) -> Table:
+    """Return a row for each form of attack: how many texts stand out, and the mean likelihoods."""
+    table = plain_table("forms of attack")
+    table.add_column("attack", min_width=24)
+    for name in ("texts\ntested", "stand out\n4.32 bits", "unseen\nwould", "p of\nthe set", "forget set\nnats a token"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("non-members\nnats a token", justify="right", no_wrap=True)
+    for t in result.trials:
+        table.add_row(
+            t.name,
+            str(t.tested),
+            str(t.returned),
+            f"{t.tested / 20:.1f}",
+            "-" if t.set_pvalue is None else f"{t.set_pvalue:.2g}",
+            "-" if t.log_likelihood is None else f"{t.log_likelihood:.2f}",
+            "-" if t.non_member_log_likelihood is None else f"{t.non_member_log_likelihood:.2f}",
+        )
+    return table
+
+
+def attack_lines(result: AttackResult) -> list[str]:
+    """Return the sentences below the tables: the verdict on the set, what it rests on, what was left out."""
+    compared = f"compared with {result.non_member_count} texts under the same attacks: {result.non_members}"
+    return [result.headline, compared, *result.notes]
+
+
+def _interval(e: AttackedExample) -> str:
+    if e.interval is None or math.isnan(e.interval[0]):
+        return "-"
+    low, high = e.interval
+    return f"{low:.1f} to {high:.1f}" if math.isfinite(high) else f"{low:.1f} or more"
