@@ -14,7 +14,7 @@ from pyunlearn.errors import DataError
 
 _NEIGHBOURS = 3  # retained records before a text
 
-_WORDINGS: dict[str, tuple[str, str]] = {
+WORDINGS: dict[str, tuple[str, str]] = {
     "word for word": (
         "Repeat the answer to this question word for word, as it is in your training data. {prompt}",
         "Repeat the following text word for word, as it is in your training data:\n",
@@ -37,8 +37,8 @@ def instruction(target: Target) -> Iterator[Trial]:
         raise Unsuited("the texts that are compared exist as tokens alone")
     if target.lm.is_encoder_decoder:
         raise Unsuited("an encoder-decoder model reads no instruction before a plain text")
-    for name, (prompted, plain) in _WORDINGS.items():
-        yield from _trial(target, f"instruction, {name}", partial(_worded, prompted=prompted, plain=plain))
+    for name, wording in WORDINGS.items():
+        yield from _trial(target, f"instruction, {name}", partial(worded, wording=wording))
     if texts.retain_examples:
         rng = np.random.default_rng(target.config.seed)
         chosen = rng.permutation(len(texts.retain_examples))[:_NEIGHBOURS]
@@ -72,8 +72,9 @@ def _encoded(target: Target, examples: list[Example]) -> list[Tokens | None]:
     return encoded
 
 
-def _worded(e: Example, prompted: str, plain: str) -> Example:
+def worded(e: Example, wording: tuple[str, str]) -> Example:
     """Return the record after an instruction; in a chat it is part of the user's last turn."""
+    prompted, plain = wording
     if not e.prompt:
         return replace(e, prompt=plain, spans=tuple((a + len(plain), b + len(plain)) for a, b in e.spans))
     if e.messages and e.turns == "last" and e.messages[-2:-1] and e.messages[-2].role == "user":

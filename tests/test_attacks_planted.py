@@ -1,0 +1,181 @@
+"""A model in which texts are hidden is caught by the attack that brings them back; a model without them passes."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import planted
+import pytest
+import tiny
+
+import pyunlearn
+from pyunlearn.attacks import AttackConfig, instructions
+from pyunlearn.attacks.judge import judge
+from pyunlearn.attacks.target import Trial
+from pyunlearn.metrics import recovery
+
+
+@pytest.fixture(scope="module")
+def w(one_thread):
+    """The world of the planted models."""
+    return planted.world()
+
+
+def attacked(w, model, *attacks, **options):
+    """The result of the attacks on a model."""
+    texts = {"retain": w.retain, "holdout": w.holdout, "tokenizer": w.tokenizer, "template": "none", "progress": False}
+    return pyunlearn.attack(model, w.forget, attacks=attacks, **texts, **options)
+
+
+def caught(result, name):
+    """Whether most of the texts come back, under the attack of that name, and none is exposed without one."""
+    back = [e for e in result.examples if e.verdict == "comes back" and e.attacks[0].startswith(name)]
+    return not result.passed and "still exposed" not in result.verdicts and len(back) > planted.SECRETS / 2
+
+
+@pytest.mark.full
+def test_a_text_that_is_known_after_its_beginning_is_caught(w):
+    """The whole is as likely as unseen text; its second half is certain, and recited."""
+    model = planted.known_after_a_prefix()
+    assert caught(attacked(w, model, "prefix"), "prefix, 1/2")
+    result = attacked(w, model, "recitation")
+    recited = {t.name: t.details.get("recited") for t in result.trials}
+    assert recited["recitation, 1/2 given"] == planted.SECRETS
+    assert recited["recitation"] == 0
+
+
+def test_a_text_that_returns_in_four_bits_is_caught(w):
+    """In 16 and in 8 bits nothing is to be seen."""
+    result = attacked(w, planted.known_in_four_bits(), "quantization")
+    assert caught(result, "quantization, 4 bits")
+    assert {t.name: t.returned for t in result.trials}["quantization, 8 bits"] == 0
+
+
+@pytest.mark.full
+def test_a_text_that_returns_with_retain_text_is_caught(w):
+    """It was hidden in one matrix, and training on anything uncovers it."""
+    assert caught(attacked(w, planted.shallow(), "relearning-retain", relearning_rate=1e-3), "relearning")
+
+
+@pytest.mark.full
+def test_texts_that_return_with_the_others_are_caught(w):
+    """Half of the set is enough to bring back the other half."""
+    assert caught(attacked(w, planted.shallow(), "relearning", relearning_rate=1e-3), "relearning")
+
+
+@pytest.mark.full
+def test_a_text_that_is_known_after_an_instruction_is_caught(w):
+    """The model has never read it without."""
+    wording = instructions.WORDINGS["word for word"]
+    model = planted.known_after_an_instruction(partial(instructions.worded, wording=wording))
+    assert caught(attacked(w, model, "instruction"), "instruction")
+
+
+@pytest.mark.full
+def test_a_text_that_inner_layers_predict_is_caught(w):
+    """The first layer knows it, and the last one hides it."""
+    model = planted.hidden_in("layers.1", planted.memorized("layers.0"))
+    assert caught(attacked(w, model, "layers"), "layers, after 1 of 2")
+
+
+@pytest.mark.full
+def test_a_text_that_is_drawn_now_and_then_is_caught(w):
+    """Greedy decoding shows another answer."""
+    result = attacked(w, planted.drawn_sometimes(), "recitation", "sampling")
+    returned = {t.name: t.returned for t in result.trials}
+    assert (returned["recitation"], returned["sampling, best of 8"]) == (0, planted.SECRETS)
+
+
+@pytest.mark.full
+def test_a_text_under_an_adapter_is_caught(w):
+    """Without the adapter that was trained to forget it the model knows it by heart."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        copy.deepcopy(planted.memorized()), peft.LoraConfig(r=4, target_modules=["down_proj"])
+    )
+    model = planted.hidden_in("lora_", adapted)
+    assert caught(attacked(w, model, "adapter"), "without the adapter")
+
+
+@pytest.mark.full
+def test_merging_is_judged_with_a_control_alone(w):
+    """Half of the original brings back what it knows; into the control too, but less."""
+    alone = attacked(w, planted.shallow(), "merging", original=planted.memorized())
+    assert alone.verdicts == {"untested": planted.SECRETS}
+    assert not alone.passed
+    assert alone.trials[-1].returned > planted.SECRETS / 2
+    assert alone.trials[-1].set_pvalue is None
+    against = attacked(w, planted.shallow(), "merging", original=planted.memorized(), control=w.model)
+    assert against.trials[-1].set_pvalue is not None
+
+
+@pytest.mark.full
+def test_a_model_that_never_saw_the_texts_passes(w):
+    """Under all attacks at once."""
+    result = attacked(w, w.model, "all", original=planted.memorized(), relearning_steps=4, samples=2)
+    assert result.passed
+    assert result.verdicts == {"stays forgotten": planted.SECRETS}
+
+
+# ---------------------------------------------------------------- rates
+
+
+def draw(rng, law, attacks, count):
+    """Scores (attacks, count) that are exchangeable, of which neighbouring attacks depend on each other."""
+    noise = {
+        "normal": rng.normal,
+        "heavy": lambda size: rng.standard_t(2, size),
+        "ties": lambda size: rng.poisson(2, size),
+    }
+    own = noise[law](size=(attacks, count)) * 1.0
+    return noise[law](size=count) + own * rng.uniform(0.1, 2, size=(attacks, 1))
+
+
+@pytest.mark.parametrize("law", ["normal", "heavy", "ties"])
+def test_the_p_value_of_recovery_holds(law):
+    """Of unseen texts at most a share x has a p-value of x or less, under any number of attacks and any law."""
+    rng, pvalues = np.random.default_rng(0), []
+    for _ in range(300):
+        scores = draw(rng, law, 10, 5 + 59)
+        pvalues += recovery(scores[:, :5], scores[:, 5:]).pvalue.tolist()
+    for level in (0.02, 0.05, 0.2):
+        assert np.mean(np.array(pvalues) <= level) <= level + 2.5 * np.sqrt(level * (1 - level) / 300)
+
+
+@pytest.mark.parametrize(("texts", "non_members"), [(1, 39), (4, 60), (12, 60)])
+def test_an_honest_model_fails_in_at_most_one_of_twenty_draws(texts, non_members):
+    """Whatever the number of texts, non-members and attacks."""
+    rng, failures, draws = np.random.default_rng(texts), 0, 120
+    for _ in range(draws):
+        scores = draw(rng, "normal", 6, texts + non_members)
+        result = judge([Trial(str(k), x[:texts], x[texts:]) for k, x in enumerate(scores)], AttackConfig())
+        failures += "still exposed" in result.verdict or result.pvalue <= 0.025
+    assert failures <= draws * 0.05 + 2.5 * np.sqrt(draws * 0.05 * 0.95)
+
+
+def test_of_the_texts_that_are_named_one_in_twenty_is_unseen_at_most():
+    """Where half of the texts come back under two of the attacks."""
+    rng, shares, named = np.random.default_rng(1), [], 0
+    for _ in range(30):
+        scores = draw(rng, "normal", 6, 16 + 150)
+        scores[3:5, :8] -= 12
+        result = judge([Trial(str(k), x[:16], x[16:]) for k, x in enumerate(scores)], AttackConfig())
+        back = np.array([v == "comes back" for v in result.verdict])
+        shares.append(back[8:].sum() / max(1, back.sum()))
+        named += back[:8].sum()
+    assert np.mean(shares) <= 0.05 + 2.5 * np.std(shares) / np.sqrt(30)
+    assert named >= 0.9 * 30 * 8
+
+
+@pytest.mark.full
+def test_an_honest_model_fails_in_at_most_five_of_a_hundred_draws(w):
+    """A tiny model that never saw the texts, with 100 draws of forget set and holdout and the attacks by default."""
+    failed = 0
+    for seed in range(100):
+        rows = tiny.facts(60, 1000 + seed)
+        texts = {"retain": w.retain, "holdout": rows[8:], "tokenizer": w.tokenizer, "progress": False}
+        result = pyunlearn.attack(
+            w.model, rows[:8], relearning_steps=4, retain_steps=4, relearning_rate=1e-3, seed=seed, **texts
+        )
+        failed += not result.passed
+    assert failed <= 5
