@@ -5,10 +5,16 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 import pyunlearn
+from pyunlearn.attacks.quantization import rounded
+from pyunlearn.data import read_examples
 from pyunlearn.errors import ModelError
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.probes.decoding import sampled_continuations
+from pyunlearn.report import audit_lines, audit_page
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "attacks.md"
 QUICK = {"relearning_steps": 4, "retain_steps": 4, "relearning_rate": 1e-3, "samples": 2, "progress": False}
@@ -85,3 +91,208 @@ def test_the_python_of_the_document_runs(story, tmp_path, monkeypatch, capsys):
     (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
     exec(compile(block, str(DOCUMENT), "exec"), {})
     assert "still exposed" in capsys.readouterr().out
+
+
+def test_all_attacks_restore_the_weights_after_an_interruption(story, monkeypatch):
+    """Ctrl-C in the middle of relearning leaves the model as it was."""
+    model = story.fresh()
+    before = weights(model)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.optim.AdamW.zero_grad", stop)  # after the first step
+    with pytest.raises(KeyboardInterrupt):
+        pyunlearn.attack(
+            model, story.unseen, holdout=story.holdout, tokenizer=story.tokenizer, attacks=["relearning"], **QUICK
+        )
+    assert unchanged(before, model)
+
+
+@pytest.mark.parametrize("kind", ["answers", "t5"])
+def test_every_kind_of_model_can_be_attacked(kind, request):
+    """A GPT-2 and a T5; what one does not allow is left out with a reason."""
+    world = request.getfixturevalue(kind)
+    model = world.fresh()
+    before = weights(model)
+    result = pyunlearn.attack(
+        model,
+        world.forget,
+        retain=world.retain,
+        holdout=world.holdout,
+        tokenizer=world.tokenizer,
+        attacks=["all"],
+        relearning_steps=2,
+        retain_steps=2,
+        relearning_rate=1e-3,
+        samples=2,
+        progress=False,
+    )
+    assert result.verdicts == {"still exposed": 2}
+    assert unchanged(before, model)
+    assert any("merging was left out: it needs the original model" in note for note in result.notes)
+    if kind == "t5":
+        assert any("an encoder-decoder model reads no instruction" in note for note in result.notes)
+
+
+def test_chats_are_attacked_in_their_template(one_thread):
+    """The instruction stands in the user's turn."""
+    world = tiny.chatter()
+    model = world.fresh()
+    model.config.max_position_embeddings = 512  # the instruction is longer than its texts
+    result = pyunlearn.attack(
+        model,
+        world.forget,
+        retain=world.retain,
+        holdout=world.holdout,
+        tokenizer=world.tokenizer,
+        attacks=["instruction"],
+        turns="last",
+        progress=False,
+    )
+    assert result.trials[1].name == "instruction, word for word"
+    assert result.trials[1].tested == 2
+
+
+def test_relearning_in_a_temporary_adapter_leaves_nothing_behind(story):
+    """No adapter, no gradient, no other weight."""
+    pytest.importorskip("peft")
+    model = story.fresh()
+    names, before = [name for name, _ in model.named_modules()], weights(model)
+    for _ in range(2):
+        result = pyunlearn.attack(
+            model,
+            story.unseen,
+            holdout=story.holdout,
+            tokenizer=story.tokenizer,
+            attacks=["relearning"],
+            relearning_lora=4,
+            **QUICK,
+        )
+    assert result.trials[1].log_likelihood != pytest.approx(result.trials[0].log_likelihood, abs=1e-6)
+    assert [name for name, _ in model.named_modules()] == names
+    assert unchanged(before, model)
+
+
+def test_rounding_is_to_nearest_in_groups():
+    """Against a plain loop; the largest of each group stays, and zeros do."""
+    torch.manual_seed(0)
+    weight = torch.randn(3, 10)
+    weight[1] = 0
+    expected = weight.clone()
+    for row in expected:
+        for part in row.split(4):
+            scale = part.abs().max() / 7
+            if scale > 0:
+                part.copy_((part / scale).round() * scale)
+    torch.testing.assert_close(rounded(weight, bits=4, group=4), expected, atol=1e-6, rtol=0)
+
+
+def test_sampled_continuations_are_as_many_as_wanted(story):
+    """Each starts after the tokens before the scored ones, and none is longer than these."""
+    lm = LanguageModel.of(story.model, story.tokenizer)
+    tokens = lm.encode({"forget": read_examples(story.forget, role="forget")})["forget"]
+    written = sampled_continuations(lm, tokens, count=3, longest=5, batch_size=2)
+    assert [len(own) for own in written] == [3, 3]
+    assert all(1 <= len(ids) <= 5 for own in written for ids in own)
+
+
+# ---------------------------------------------------------------- as part of a run and of an audit
+
+
+def test_a_run_tries_the_attacks_that_it_is_to_withstand(story, tmp_path):
+    """They are in result.json, with masked texts, and decide whether the run has passed."""
+    result = pyunlearn.unlearn(
+        story.fresh(),
+        story.forget,
+        retain=story.retain,
+        holdout=story.holdout,
+        tokenizer=story.tokenizer,
+        max_steps=1,
+        attacks=["prefix", "quantization"],
+        output_dir=tmp_path / "out",
+        progress=False,
+    )
+    assert result.attack is not None
+    assert not result.attack.passed
+    written = json.loads((tmp_path / "out" / "result.json").read_text())["attack"]
+    assert written["verdicts"] == result.attack.verdicts
+    assert story.forget[0] not in json.dumps(written)
+    for e in result.examples:
+        object.__setattr__(e, "verdict", "forgotten")
+    assert not result.passed
+
+
+def test_an_audit_tries_attacks_too(story):
+    """And the page says what they brought back."""
+    result = pyunlearn.audit(
+        story.model,
+        story.forget,
+        holdout=story.holdout,
+        tokenizer=story.tokenizer,
+        metrics=[],
+        attacks=["prefix"],
+        progress=False,
+    )
+    assert [t.name for t in result.attack.trials] == ["without an attack"] + [
+        f"prefix, {x} given" for x in ("1/8", "1/4", "1/2")
+    ]
+    page = audit_page(result)
+    assert "Does it come back?" in page
+    assert "prefix, 1/2 given" in page
+    assert f"Under attack: {result.attack.headline}" in audit_lines(result)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def files(story, tmp_path, monkeypatch):
+    """A folder with a model and the texts of each role."""
+    monkeypatch.chdir(tmp_path)
+    for part in (story.model, story.tokenizer):
+        part.save_pretrained("model")
+    for name, rows in {"forget": story.forget, "few": story.holdout[:30], "holdout": story.holdout}.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    return tmp_path
+
+
+def test_the_command_writes_a_masked_file(call, files, story):
+    """Exit code 1 where something is exposed; --show-text shows the texts."""
+    words = [
+        "attack",
+        str(files / "model"),
+        "--forget",
+        "forget.jsonl",
+        "--holdout",
+        "holdout.jsonl",
+        "--attacks",
+        "prefix",
+    ]
+    code, out, _ = call(*words)
+    assert code == 1
+    assert "still exposed" in out
+    content = (files / "model-attack" / "attack.json").read_text()
+    assert story.forget[0] not in content + out
+    code, _, err = call(*words)
+    assert (code, err.startswith("pyunlearn: the output folder model-attack is not empty")) == (2, True)
+    code, _, _ = call(*words, "--show-text", "--out", "shown", "--json")
+    assert story.forget[0] in (files / "shown" / "attack.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--holdout", "few.jsonl"], "attack compares with 39 texts or more that were never trained on"),
+        (["--holdout", "holdout.jsonl", "--attacks", "magic"], "--attacks must be a list of different values"),
+        (["--holdout", "holdout.jsonl", "--folds", "1"], "--folds must be a whole number, 2 or more"),
+        (["--holdout", "holdout.jsonl", "--control", "model"], "control gives each forget text the log-likelihood"),
+    ],
+)
+def test_wrong_input_is_one_sentence(call, files, words, message):
+    """Nothing is written."""
+    before = sorted(files.iterdir())
+    code, _, err = call("attack", "model", "--forget", "forget.jsonl", "--quiet", *words)
+    assert code == 2
+    assert f"pyunlearn: {message}" in err.replace("\n", " ")
+    assert sorted(files.iterdir()) == before

@@ -87,35 +87,37 @@ def attack(
         require(Flag(), progress=progress)
     examples, drawn = read_roles({"forget": forget, "retain": retain, "holdout": holdout}, turns=config.turns)
     examples, notes = check_texts(examples)
-    bar = Progress(progress, "attacking")
-    try:
+    with Progress(progress, "attacking") as bar:
         inputs = prepare(models, tokenizer, examples, config, bar)
-        target = Target(inputs.lm, inputs.texts, config, bar, inputs.original)
-        trials, left_out = _tried(target)
-        if inputs.control is not None:
-            against, _ = _tried(Target(inputs.control, inputs.texts, config, bar, inputs.original, target.chosen))
-            _require_another(trials[0].forget - against[0].forget)
-        else:
-            against = []
-    finally:
-        bar.close()
-    compared = [_compared(t, against, inputs) for t in trials]
-    judged = judge(compared, config)
-    result = AttackResult(
+        result = attacked(inputs, config, bar)
+    result.settings |= {name: model_name(each) for name, each in models.items()}
+    result.notes = drawn + notes + result.notes
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def attacked(inputs: Prepared, config: AttackConfig, bar: Progress) -> AttackResult:
+    """Try every attack on prepared inputs, and judge the texts; the weights are restored bit for bit."""
+    began = time.perf_counter()
+    target = Target(inputs.lm, inputs.texts, config, bar, inputs.original)
+    against: list[Trial] = []
+    trials, left_out = _tried(target)
+    if inputs.control is not None:
+        against, _ = _tried(Target(inputs.control, inputs.texts, config, bar, inputs.original, target.chosen))
+        _require_another(trials[0].forget - against[0].forget)
+    judged = judge([_compared(t, against, inputs) for t in trials], config)
+    named = [name in (EXPOSED, BACK) for name in judged.verdict]
+    return AttackResult(
         examples=_examples(inputs, judged, trials),
         trials=[_summary(t, judged.exposure[k], judged.set_pvalue[k], against) for k, t in enumerate(trials)],
         non_members=inputs.non_members.grade,
         non_member_count=len(inputs.texts.non_members),
         pvalue=judged.pvalue,
         false_discovery_rate=config.false_discovery_rate,
-        seconds=0.0,
-        settings=versions() | {name: model_name(each) for name, each in models.items()} | config.to_dict(),
+        seconds=time.perf_counter() - began,
+        settings=versions() | config.to_dict(),
+        notes=left_out + notes_of(inputs, judged.verdict, named, config.false_discovery_rate),
     )
-    named = [name in (EXPOSED, BACK) for name in judged.verdict]
-    evidence = notes_of(inputs, judged.verdict, named, config.false_discovery_rate)
-    result.notes = drawn + notes + left_out + evidence
-    result.seconds = time.perf_counter() - began
-    return result
 
 
 def _tried(target: Target) -> tuple[list[Trial], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyunlearn.data.config import TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
 from pyunlearn.models.config import WORKSPACE_OPTION
@@ -26,6 +27,26 @@ NAMES = (
 
 DEFAULT = ("prefix", "quantization", "relearning", "relearning-retain", "adapter")
 """The attacks that need no generated text; those that a model or the texts do not allow are left out."""
+
+
+GATE_OPTION: dict[str, Any] = {
+    "default": None,
+    "kind": Several(Choice(("default", "all", *NAMES))),
+    "help": "Attacks which a text has to withstand as well, see `pyunlearn attack`: default, all, or some of their "
+    "names. Default: none.",
+    "group": "Method",
+}
+"""The option `attacks` of functions that measure more than attacks."""
+
+
+def gate(attacks: tuple[str, ...], **settings: Any) -> AttackConfig:
+    """Return the settings of the attacks that such an option names.
+
+    >>> gate(("default", "layers")).chosen[-1]
+    'layers'
+    """
+    names = tuple(name for word in attacks for name in (DEFAULT if word == "default" else (word,)))
+    return AttackConfig(attacks=names, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,8 +77,8 @@ def judge(trials: Sequence[Trial], config: AttackConfig) -> Judged:
         names = np.where(exposed, EXPOSED, UNTESTED)
         intervals = [_interval(trials[0], i) for i in range(n)]
         return Judged(names.tolist(), exposure, np.full(n, np.nan), np.zeros(n, int), intervals, set_pvalue, 1.0)
-    found = _recovery([trials[k] for k in judged])
-    combined = -np.log2(found.pvalue) + 0.0
+    outcome = _recovery([trials[k] for k in judged])
+    combined = -np.log2(outcome.pvalue) + 0.0
     tested = ~np.isnan(combined)
     pvalue = _stands_out(combined[tested], trials[0].non_members.shape[-1], config.seed)
     if n >= _SET:
@@ -89,7 +89,7 @@ def judge(trials: Sequence[Trial], config: AttackConfig) -> Judged:
         back[tested] = discoveries(combined[tested], rate=rate).significant
     suspect = (exposure[set_pvalue <= rate / 2] >= SIGNIFICANT - _ROUNDING).any(axis=0)
     names = np.select([exposed, back, suspect, tested], [EXPOSED, BACK, DOUBTFUL, STAYS], UNTESTED)
-    strongest = np.where(exposed, 0, np.where(tested, np.array(judged)[found.strongest], -1))
+    strongest = np.where(exposed, 0, np.where(tested, np.array(judged)[outcome.strongest], -1))
     intervals = [_interval(trials[k], i) for i, k in enumerate(strongest)]
     return Judged(names.tolist(), exposure, combined, strongest, intervals, set_pvalue, pvalue)
 
@@ -123,8 +123,8 @@ def _set_pvalue(trial: Trial, exposure: Floats, seed: int) -> float:
     """Return the chance of a set of unseen texts of which as many stand out; over groups, the smallest, adjusted."""
     groups = np.zeros(len(exposure), dtype=np.int64) if trial.groups is None else trial.groups
     parts = [exposure[(groups == g) & ~np.isnan(exposure)] for g in np.unique(groups)]
-    found = [_stands_out(part, trial.non_members.shape[-1], seed) for part in parts if part.size]
-    return min(1.0, len(found) * min(found, default=1.0))
+    pvalues = [_stands_out(part, trial.non_members.shape[-1], seed) for part in parts if part.size]
+    return min(1.0, len(pvalues) * min(pvalues, default=1.0))
 
 
 def _stands_out(exposure: Floats, m: int, seed: int) -> float:

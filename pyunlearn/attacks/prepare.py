@@ -63,6 +63,22 @@ def prepare(
         None if models[name] is None else _loaded(models[name], lm.tokenizer, config)
         for name in ("control", "original")
     )
+    return arranged(lm, rendered, config, bar, control=control, original=original)
+
+
+def arranged(
+    lm: LanguageModel,
+    rendered: RenderedTexts,
+    config: AttackConfig,
+    bar: Progress,
+    *,
+    control: LanguageModel | None = None,
+    original: LanguageModel | None = None,
+) -> Prepared:
+    """Choose the non-members and the forget texts that are attacked, of texts that are rendered.
+
+    Raises DataError where there are too few non-members, and ModelError for a model with another vocabulary.
+    """
     for name, other in (("control", control), ("original", original)):
         if other is not None:
             lm.require_vocabulary(other, name)

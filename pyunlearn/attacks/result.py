@@ -138,7 +138,7 @@ class AttackResult:
         """Say under which attack the set stands out most, as a clause."""
         judged = [t for t in self.trials if t.set_pvalue is not None]
         if not judged:
-            return f"under all attacks together it stands out (p = {self.pvalue:.1g})"
+            return f"under all attacks together the set stands out (p = {self.pvalue:.1g})"
         t = min(judged, key=lambda t: t.set_pvalue or 0.0)
         would = f"{t.tested / 20:.2g} unseen ones would (p = {self.pvalue:.1g} for the set)"
         return f"{t.returned} of {t.tested} texts stand out under {t.name}, where {would}"

@@ -1,4 +1,4 @@
-"""What an attack gets: a model, the texts, and the functions that read and score them."""
+"""Target of an attack: the model, the texts, and the functions that read and score them."""
 
 from __future__ import annotations
 

@@ -7,6 +7,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pyunlearn.attacks.api import attacked
+from pyunlearn.attacks.config import gate
+from pyunlearn.attacks.prepare import arranged
+from pyunlearn.attacks.result import AttackResult
 from pyunlearn.auditing.assemble import AuditAssembler
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.responses import AuditTexts, ResponseCollector, Responses
@@ -97,6 +101,8 @@ def audit(
         result = AuditAssembler(
             collected.texts, collected.tokenizer, config, collected.now, collected.before, collected.retrained
         ).assemble()
+        if config.attacks is not None:
+            result.attack = _attacked(models, collected, config, bar)
     finally:
         bar.close()
     result.settings = versions() | {name: model_name(each) for name, each in models.items()} | config.to_dict()
@@ -106,6 +112,26 @@ def audit(
     result.rendering = collected.rendered.name
     result.seconds = time.perf_counter() - began
     return result
+
+
+def _attacked(models: dict[str, Any], collected: Collected, config: AuditConfig, bar: Progress) -> AttackResult:
+    """Try the attacks on the model; the reference model is their control, and the original is there to merge with."""
+    settings = gate(config.attacks or (), false_discovery_rate=config.false_discovery_rate, seed=config.seed)
+    lm, original, control = (
+        None if models[name] is None else _loaded(models[name], collected.tokenizer, config)
+        for name in ("model", "original", "reference_model")
+    )
+    assert lm is not None
+    inputs = arranged(lm, collected.rendered, settings, bar, control=control, original=original)
+    return attacked(inputs, settings, bar)
+
+
+def _loaded(model: Any, tokenizer: Any, config: AuditConfig) -> LanguageModel:
+    """Return a model with its tokenizer, on the device of the commands where it is loaded here."""
+    lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
+    if isinstance(model, (str, Path)):
+        lm.module.to(default_device())
+    return lm
 
 
 def _check(models: dict[str, Any], tokenizer: Any, cache: Any, progress: Any) -> None:
@@ -159,9 +185,7 @@ def _collect(
 
     def collector_of(name: str, tokenizer: Any) -> ResponseCollector:
         bar.say("loading")
-        lm = LanguageModel.of(models[name], tokenizer, workspace=config.workspace)
-        if isinstance(models[name], (str, Path)):
-            lm.module.to(default_device())
+        lm = _loaded(models[name], tokenizer, config)
         return ResponseCollector(lm, cache=cache, batch_size=config.batch_size, bar=bar)
 
     def reference_collector() -> ResponseCollector:

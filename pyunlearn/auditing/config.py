@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyunlearn.attacks.config import GATE_OPTION
 from pyunlearn.data.config import TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
 from pyunlearn.models.config import WORKSPACE_OPTION
 from pyunlearn.options import Choice, Config, Number, Several, Whole, option
@@ -48,6 +49,7 @@ class AuditConfig(Config):
         "Expected share of unseen texts among those called memorized, over the whole forget set (Benjamini-Hochberg).",
         group="Method",
     )
+    attacks: tuple[str, ...] | None = option(**GATE_OPTION)
     batch_size: int = option(32, Whole(1), "Texts in one forward pass.", group="Model")
     template: str | Path = option(**TEMPLATE_OPTION)
     turns: str | None = option(**TURNS_OPTION)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pyunlearn.attacks.result import AttackResult
 from pyunlearn.data.redaction import masked
 from pyunlearn.metrics import ExposureTest, Interval, PairedDifference, TopTest, TruePositiveRate
 from pyunlearn.output import plain_json
@@ -167,6 +168,8 @@ class Audit:
     sentence each."""
     rendering: str | None = None
     """Form in which the model read the records; None where no forget text has a prompt."""
+    attack: AttackResult | None = None
+    """Verdicts after attacks on the model, where some were tried (`attacks`)."""
 
     @property
     def verdicts(self) -> dict[str, int]:
@@ -191,13 +194,14 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """True where no text is still exposed or over-unlearned."""
-        return all(e.verdict in PASSED for e in self.examples)
+        """True where no text is still exposed or over-unlearned, and none comes back, if attacks were tried."""
+        return all(e.verdict in PASSED for e in self.examples) and (self.attack is None or self.attack.passed)
 
     def to_dict(self, *, show_text: bool = False) -> dict[str, Any]:
         """Return all fields, ready for JSON; the texts and the continuations are masked unless `show_text`."""
         content: dict[str, Any] = plain_json(self)
         documents = [asdict(d) for d in self.documents]
+        content["attack"] = None if self.attack is None else self.attack.to_dict(show_text=show_text)
         if not show_text:
             for e in content["examples"]:
                 for name in ("prompt", "text", "opening", "truth"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -23,9 +23,6 @@ from pyunlearn.cli.options import (
     with_settings,
 )
 from pyunlearn.cli.quiet import quiet_libraries, show_lines, terminal
-
-if TYPE_CHECKING:
-    from pyunlearn.attacks import AttackResult
 
 Control = Annotated[
     str | None,
@@ -104,17 +101,9 @@ def attack(
     if as_json:
         print(json.dumps(content, indent=2))
     else:
-        _show(result, target, show_text)
+        from pyunlearn.report import show_attack
+
+        console = terminal()
+        show_attack(console, result, show_text=show_text)
+        console.print(f"attack.json is in {target}", highlight=False, markup=False)
     raise typer.Exit(0 if result.passed else 1)
-
-
-def _show(result: AttackResult, target: Path, show_text: bool) -> None:
-    """Print the tables and the sentences."""
-    from pyunlearn.report import attack_lines, attack_table, trial_table
-
-    console = terminal()
-    console.print(trial_table(result))
-    console.print(attack_table(result, show_text=show_text))
-    for line in attack_lines(result):
-        console.print(line, highlight=False, markup=False)
-    console.print(f"attack.json is in {target}", highlight=False, markup=False)

@@ -158,11 +158,13 @@ def _show(result: Audit, target: Path, html: bool, show_text: bool, as_json: boo
     if as_json:
         print(json.dumps(result.to_dict(show_text=show_text), indent=2))
         return
-    from pyunlearn.report import audit_lines, audit_table
+    from pyunlearn.report import audit_lines, audit_table, show_attack
 
     console = terminal()
     console.print(audit_table(result, show_text=show_text))
     for line in audit_lines(result):
         console.print(line, highlight=False, markup=False)
+    if result.attack is not None:
+        show_attack(console, result.attack, show_text=show_text)
     files = "audit.json and audit.html are" if html else "audit.json is"
     console.print(f"{files} in {target}", highlight=False, markup=False)

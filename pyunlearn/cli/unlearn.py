@@ -95,13 +95,15 @@ def unlearn(
     elif as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
-        from pyunlearn.report import result_table, utility_line
+        from pyunlearn.report import result_table, show_attack, utility_line
 
         console = terminal()
         console.print(result_table(result, show_text=config.show_text))
         console.print(utility_line(result), highlight=False)
         for note in result.notes:
             console.print(note, highlight=False, markup=False)
+        if result.attack is not None:
+            show_attack(console, result.attack, show_text=config.show_text)
         where = f"stopped: {result.stopped} · model, tokenizer and result.json are in {target}"
         console.print(where, highlight=False, markup=False)
         if config.show_text:

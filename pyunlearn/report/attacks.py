@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+from rich.console import Console
 from rich.table import Table
 
-from pyunlearn.attacks.result import AttackedExample, AttackResult
+from pyunlearn.attacks.result import AttackedExample, AttackResult, TrialSummary
 from pyunlearn.report.table import SHOWN, plain_table, record_table, text_cell, verdict_cell
 
 _ORDER = ("still exposed", "comes back", "doubtful", "no likelier", "stays forgotten", "untested")
@@ -39,16 +40,30 @@ def trial_table(result: AttackResult) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("non-members\nnats a token", justify="right", no_wrap=True)
     for t in result.trials:
-        table.add_row(
-            t.name,
-            str(t.tested),
-            str(t.returned),
-            f"{t.tested / 20:.1f}",
-            "-" if t.set_pvalue is None else f"{t.set_pvalue:.2g}",
-            "-" if t.log_likelihood is None else f"{t.log_likelihood:.2f}",
-            "-" if t.non_member_log_likelihood is None else f"{t.non_member_log_likelihood:.2f}",
-        )
+        table.add_row(*trial_cells(t).values())
     return table
+
+
+def trial_cells(t: TrialSummary) -> dict[str, str]:
+    """Return the numbers of one form of attack, as text, in the order of the columns."""
+    return {
+        "name": t.name,
+        "tested": str(t.tested),
+        "returned": str(t.returned),
+        "unseen": f"{t.tested / 20:.1f}",
+        "p": "-" if t.set_pvalue is None else f"{t.set_pvalue:.2g}",
+        "forget": "-" if t.log_likelihood is None else f"{t.log_likelihood:.2f}",
+        "non_members": "-" if t.non_member_log_likelihood is None else f"{t.non_member_log_likelihood:.2f}",
+    }
+
+
+def show_attack(console: Console, result: AttackResult, *, show_text: bool = False) -> None:
+    """Print the forms of attack, the texts unless all of them stay forgotten, and the sentences."""
+    console.print(trial_table(result))
+    if not result.passed:
+        console.print(attack_table(result, show_text=show_text))
+    for line in attack_lines(result):
+        console.print(line, highlight=False, markup=False)
 
 
 def attack_lines(result: AttackResult) -> list[str]:

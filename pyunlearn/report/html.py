@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pyunlearn.attacks.result import AttackResult
 from pyunlearn.auditing.result import Audit, AuditedExample
 from pyunlearn.data.redaction import MASK, masked, recited
 from pyunlearn.report import plots, sentences
+from pyunlearn.report.attacks import trial_cells
 from pyunlearn.report.pages import rendered
 
 _ROWS, _WORST = 40, 5  # texts in the table, texts with their continuations
@@ -47,6 +49,7 @@ def audit_page(audit: Audit, *, show_text: bool = False) -> str:
         **_evidence(audit),
         **_texts(audit, show_text),
         **_membership(audit),
+        "attack": None if audit.attack is None else _attacks(audit.attack),
         "how": _how(audit),
     }
     return rendered(Path(__file__).parent / "templates" / "audit.html", content)
@@ -146,6 +149,17 @@ def _continuation(e: AuditedExample, show_text: bool) -> dict[str, Any]:
 
 def _shown(text: str, show_text: bool) -> str:
     return " ".join(text.split()) if show_text else masked(text)
+
+
+def _attacks(result: AttackResult) -> dict[str, Any]:
+    """Return the forms of attack, and the texts that come back under them."""
+    back = [f"{e.label} ({e.attacks[0]})" for e in result.examples if e.attacks]
+    return {
+        "headline": result.headline,
+        "notes": result.notes,
+        "back": ", ".join(back[:_ROWS]) + (f" and {len(back) - _ROWS} more" if len(back) > _ROWS else ""),
+        "trials": [trial_cells(t) for t in result.trials],
+    }
 
 
 def _membership(audit: Audit) -> dict[str, Any]:

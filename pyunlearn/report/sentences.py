@@ -55,6 +55,8 @@ def _was_memorized(e: AuditedExample) -> bool:
 
 def tone(audit: Audit) -> str:
     """Return the colour of the headline: good, plain, warn or bad."""
+    if audit.attack is not None and not audit.attack.passed and not audit.verdicts.get("over-unlearned"):
+        return "warn"
     return next(TONES[name] for name in MEANINGS if audit.verdicts.get(name))
 
 
@@ -76,6 +78,8 @@ def summary(audit: Audit) -> list[str]:
             f"{_of(unsure, n)} {'has' if unsure == 1 else 'have'} a verdict that more comparison texts might still "
             "change: see the intervals below."
         )
+    if audit.attack is not None:
+        lines.append(f"Under attack: {audit.attack.headline}")
     if audit.collapsed:
         lines.append("Beware: the model repeats itself when it writes. It may be damaged rather than have forgotten.")
     return lines

@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from pyunlearn.attacks.api import attacked
+from pyunlearn.attacks.config import gate
+from pyunlearn.attacks.prepare import arranged
+from pyunlearn.attacks.result import AttackResult
 from pyunlearn.data import Example, check_texts, read_roles
 from pyunlearn.data.examples import source_name
 from pyunlearn.data.redaction import masked
@@ -168,6 +172,8 @@ def unlearn(
         inputs |= {name: source_name(value) for name, value in {**sources, "output_dir": output_dir}.items()}
         result = result_of(session, config, trained, texts, stopped, inputs)
         result.notes = notes + notes_of(session, texts, result, config)
+        if config.attacks is not None and stopped != "interrupted":
+            result.attack = processes.once(lambda: _attacked(trained, lm, texts, config, bar))
         if folder.path is not None and stopped != "interrupted":
             _save(result, folder.path, checkpoint, processes, replace=resume)
     return result
@@ -185,6 +191,15 @@ def _save(result: Result, directory: Path, checkpoint: Checkpoint, processes: Pr
         if processes.is_main:
             checkpoint.delete()
     processes.barrier()
+
+
+def _attacked(
+    trained: Any, lm: LanguageModel, texts: RenderedTexts, config: UnlearnConfig, bar: Progress
+) -> AttackResult:
+    """Try the attacks that the settings name on the unlearned model."""
+    target = LanguageModel.described(trained, lm.tokenizer, workspace=config.workspace)
+    attacks = gate(config.attacks or (), false_discovery_rate=config.false_discovery_rate, seed=config.seed)
+    return attacked(arranged(target, texts, attacks, bar), attacks, bar)
 
 
 def _require_models(model: Any, reference_model: Any, *, look_up: bool) -> None:

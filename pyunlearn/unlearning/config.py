@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyunlearn.attacks.config import GATE_OPTION
 from pyunlearn.data.config import SHOW_TEXT_OPTION, TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
 from pyunlearn.errors import ArgumentError
 from pyunlearn.models.config import WORKSPACE_OPTION
@@ -199,4 +200,5 @@ class UnlearnConfig(LoopConfig):
         "Merge the adapter into the weights after the run; the numbers are those of the merged model.",
         group="Model",
     )
+    attacks: tuple[str, ...] | None = option(**GATE_OPTION)
     show_text: bool = option(**SHOW_TEXT_OPTION)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyunlearn.attacks.result import AttackResult
 from pyunlearn.data.redaction import masked
 from pyunlearn.output import plain_json, save_folder
 from pyunlearn.probes.long_texts import document_verdict, label_of
@@ -160,6 +161,8 @@ class Result:
     """What the verdicts rest on: holdout, reference model, unseen texts (written for this package) or self-sampled."""
     rendering: str | None = None
     """Form in which the model read the records; None where no forget text has a prompt."""
+    attack: AttackResult | None = None
+    """Verdicts after the attacks on the result, where the run was to try some (`attacks`)."""
 
     @property
     def documents(self) -> list[Document]:
@@ -173,8 +176,11 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """True where no example is still exposed or over-unlearned: forgotten, or nothing was memorized."""
-        return all(e.verdict in PASSED for e in self.examples)
+        """True where no example is still exposed or over-unlearned: forgotten, or nothing was memorized.
+
+        And where none comes back under attack, if attacks were tried.
+        """
+        return all(e.verdict in PASSED for e in self.examples) and (self.attack is None or self.attack.passed)
 
     def to_dict(self, *, show_text: bool | None = None) -> dict[str, Any]:
         """Return all but the model and the tokenizer, ready for JSON; the texts are masked unless `show_text`.
@@ -182,7 +188,8 @@ class Result:
         None: as the run's own option says.
         """
         examples = [{**plain_json(e), "forgotten": e.forgotten} for e in self.examples]
-        if not (self.settings.get("show_text", False) if show_text is None else show_text):
+        shows = self.settings.get("show_text", False) if show_text is None else show_text
+        if not shows:
             examples = [e | {"text": masked(e["text"])} for e in examples]
         return {
             "forgotten": self.forgotten,
@@ -195,6 +202,7 @@ class Result:
             "examples": examples,
             "documents": [asdict(d) for d in self.documents],
             "non_member_scores": self.non_member_scores,
+            "attack": None if self.attack is None else self.attack.to_dict(show_text=shows),
             "settings": self.settings,
             "history": self.history,
         }

@@ -104,6 +104,11 @@ def require_shardable(config: UnlearnConfig, module: Any) -> None:
             "merge needs the whole model in one process, and this launch shards it (FSDP): leave merge out, and merge "
             "the saved adapter with peft"
         )
+    if config.attacks is not None:
+        raise ArgumentError(
+            "attacks need the whole model in one process, and this launch shards it (FSDP): leave attacks out, and run "
+            "pyunlearn attack on the saved model"
+        )
     if config.mask is not None:
         raise ArgumentError(
             "mask needs the whole model in each process, and this launch shards it (FSDP): leave mask out, or launch "
