@@ -41,6 +41,7 @@ PYTHON = {  # the test file that runs the Python blocks of a document
     "docs/contributing/add-a-method.md": "test_contributing",
     "docs/contributing/add-a-metric.md": "test_contributing",
     "docs/contributing/add-an-op.md": "test_contributing",
+    "docs/contributing/add-an-attack.md": "test_attacks_contributing",
     "docs/contributing/add-an-edit.md": "test_edits_contributing",
 }
 OLD_NAMES = (

@@ -38,4 +38,4 @@ ATTACKS: dict[str, Attack] = {
     "adapter": Attack(adapter),
     "layers": Attack(layers),
 }
-"""Name -> attack, in the order in which they are tried."""
+"""Name -> Attack, in the order in which they are tried. To add one: docs/contributing/add-an-attack.md."""
