@@ -113,7 +113,7 @@ def attack(
     )
     named = [name in (EXPOSED, BACK) for name in judged.verdict]
     evidence = notes_of(inputs, judged.verdict, named, config.false_discovery_rate)
-    result.notes = drawn + notes + left_out + evidence
+    result.notes = drawn + notes + left_out + target.notes + evidence
     result.seconds = time.perf_counter() - began
     return result
 

@@ -80,7 +80,7 @@ def judge(trials: Sequence[Trial], config: AttackConfig) -> Judged:
     found = _recovery([trials[k] for k in judged])
     combined = -np.log2(found.pvalue) + 0.0
     tested = ~np.isnan(combined)
-    pvalue = _stands_out(combined[tested], trials[0].non_members.shape[-1], config.seed)
+    pvalue = _of_parts(combined, _attacked_alike(trials, judged), found.compared, config.seed)
     if n >= _SET:
         set_pvalue[judged] = holm([2 * _set_pvalue(trials[k], exposure[k], config.seed) for k in judged])
         pvalue = min(1.0, 2 * pvalue, float(np.nanmin(set_pvalue)))
@@ -122,9 +122,30 @@ def holm(pvalues: Sequence[float]) -> Floats:
 def _set_pvalue(trial: Trial, exposure: Floats, seed: int) -> float:
     """Return the chance of a set of unseen texts of which as many stand out; over groups, the smallest, adjusted."""
     groups = np.zeros(len(exposure), dtype=np.int64) if trial.groups is None else trial.groups
-    parts = [exposure[(groups == g) & ~np.isnan(exposure)] for g in np.unique(groups)]
-    found = [_stands_out(part, trial.non_members.shape[-1], seed) for part in parts if part.size]
+    m = (~np.isnan(trial.non_members)).sum(axis=-1)
+    return _of_parts(exposure, groups, np.broadcast_to(m, len(exposure)), seed)
+
+
+def _of_parts(exposure: Floats, groups: NDArray[np.int64], m: NDArray[np.int64], seed: int) -> float:
+    """Return the chance of a set of unseen texts that stands out as much: of its groups the smallest, adjusted.
+
+    Args:
+        exposure: (n,) bits, NaN where a text was not tested.
+        groups: (n,) texts of one group were compared with the same non-members under the same attacks.
+        m: (n,) the number of these non-members.
+        seed: of the simulation.
+    """
+    tested = ~np.isnan(exposure)
+    parts = [(groups == g) & tested for g in np.unique(groups[tested])]
+    found = [_stands_out(exposure[part], int(m[part][0]), seed) for part in parts]
     return min(1.0, len(found) * min(found, default=1.0))
+
+
+def _attacked_alike(trials: Sequence[Trial], judged: Sequence[int]) -> NDArray[np.int64]:
+    """Return (n,) numbers, the same for texts on which the same attacks were tried."""
+    tried = np.stack([~np.isnan(trials[k].forget) for k in judged])
+    groups: NDArray[np.int64] = np.unique(tried, axis=1, return_inverse=True)[1].ravel()
+    return groups
 
 
 def _stands_out(exposure: Floats, m: int, seed: int) -> float:
@@ -154,15 +175,20 @@ def _exposure(trial: Trial) -> Floats:
     """Return (n,) exposures of a trial, bits; NaN where a text was not tested."""
     out, tried = np.full(len(trial.forget), np.nan), ~np.isnan(trial.forget)
     if tried.any():
-        unseen = trial.non_members if trial.non_members.ndim == 1 else trial.non_members[tried]
+        unseen = _tested(trial.non_members) if trial.non_members.ndim == 1 else trial.non_members[tried]
         out[tried] = generalized_exposure(trial.forget[tried], unseen).lower
     return out
+
+
+def _tested(scores: Floats) -> Floats:
+    """Return the scores of the non-members that were tested."""
+    return scores[~np.isnan(scores)]
 
 
 def _interval(trial: Trial, i: int) -> tuple[float, float]:
     """Return the 95 % interval of a text's exposure in a trial, bits; NaN where it was not tested."""
     if np.isnan(trial.forget[i]):
         return float("nan"), float("nan")
-    unseen = trial.non_members if trial.non_members.ndim == 1 else trial.non_members[i]
+    unseen = _tested(trial.non_members if trial.non_members.ndim == 1 else trial.non_members[i])
     low, high = exposure_interval(trial.forget[i : i + 1], unseen)
     return float(low[0]), float(high[0])
