@@ -47,7 +47,8 @@ def recovery(scores: ArrayLike, non_member_scores: ArrayLike) -> Recovery:
         Recovery(pvalue, strongest, compared).
 
     Raises:
-        ArgumentError: shapes that do not match, Inf, or a text without a non-member on which all its attacks were tried.
+        ArgumentError: shapes that do not match, Inf, or a text without a non-member on which all its attacks were
+            tried.
 
     Example:
         >>> non_members = np.stack([np.linspace(1, 2, 99), np.linspace(3, 4, 99)])
