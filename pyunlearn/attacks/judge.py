@@ -22,7 +22,8 @@ from pyunlearn.metrics import (
 )
 
 _ROUNDING = 1e-9  # 19 non-members reach 4.32 bits exactly
-_SET = 5  # texts from which a set is more than its texts
+SET = 5
+"""Texts from which a set is more than its texts."""
 EXPOSED, BACK, DOUBTFUL = "still exposed", "comes back", "doubtful"
 STAYS, UNTESTED = "stays forgotten", "untested"
 """The verdicts: exposed without any attack, or under one; doubtful, where only the set as a whole comes back."""
@@ -81,7 +82,7 @@ def judge(trials: Sequence[Trial], config: AttackConfig) -> Judged:
     combined = -np.log2(found.pvalue) + 0.0
     tested = ~np.isnan(combined)
     pvalue = _of_parts(combined, _attacked_alike(trials, judged), found.compared, config.seed)
-    if n >= _SET:
+    if n >= SET:
         set_pvalue[judged] = holm([2 * _set_pvalue(trials[k], exposure[k], config.seed) for k in judged])
         pvalue = min(1.0, 2 * pvalue, float(np.nanmin(set_pvalue)))
     back = np.zeros(n, dtype=bool)
@@ -137,7 +138,7 @@ def _of_parts(exposure: Floats, groups: NDArray[np.int64], m: NDArray[np.int64],
     """
     tested = ~np.isnan(exposure)
     parts = [(groups == g) & tested for g in np.unique(groups[tested])]
-    found = [_stands_out(exposure[part], int(m[part][0]), seed) for part in parts]
+    found = [stands_out(exposure[part], int(m[part][0]), seed) for part in parts]
     return min(1.0, len(found) * min(found, default=1.0))
 
 
@@ -148,7 +149,7 @@ def _attacked_alike(trials: Sequence[Trial], judged: Sequence[int]) -> NDArray[n
     return groups
 
 
-def _stands_out(exposure: Floats, m: int, seed: int) -> float:
+def stands_out(exposure: Floats, m: int, seed: int) -> float:
     """Return the chance that of as many unseen texts as many stand out among m non-members."""
     test = exposure_top_test(exposure, m, seed=seed)
     if exposure.size == 1:
