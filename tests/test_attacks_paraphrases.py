@@ -9,6 +9,7 @@ import tiny
 import torch
 
 import pyunlearn
+from pyunlearn.attacks.rewrites import KINDS, Rarity
 from pyunlearn.data import Example, Message, read_examples
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.metrics import recovery
@@ -42,9 +43,9 @@ def knower(one_thread):
     torch.manual_seed(0)
     tokenizer = tiny.make_tokenizer()
     model = tiny.tiny_llama(len(tokenizer))
-    retain, secrets = tiny.sentences(300, 2), tiny.sentences(8, 3)
-    in_other_words = [reworded(s) for s in tiny.sentences(300, 4)]
-    tiny.train(model, tokenizer, retain + in_other_words + [reworded(s) for s in secrets] * 12, epochs=6)
+    retain, secrets = tiny.sentences(200, 2), tiny.sentences(8, 3)
+    in_other_words = [reworded(s) for s in tiny.sentences(200, 4)]
+    tiny.train(model, tokenizer, retain + in_other_words + [reworded(s) for s in secrets] * 20, epochs=6)
     return tiny.Tiny(model, tokenizer, secrets, tiny.sentences(8, 14), retain[:60], tiny.sentences(60, 6))
 
 
@@ -57,7 +58,7 @@ def attack(knower, forget, holdout, **options):
 def test_a_text_that_is_known_in_other_words_alone_comes_back(knower):
     """It does not stand out as it is written; by its paraphrase it does."""
     result = attack(knower, with_paraphrases(knower.forget), with_paraphrases(knower.holdout))
-    assert result.trials[0].returned <= 2
+    assert "still exposed" not in result.verdicts
     assert result.verdicts["comes back"] >= 7
     assert {e.attacks for e in result.examples if e.verdict == "comes back"} == {("paraphrase",)}
     assert not result.passed
@@ -105,6 +106,74 @@ def test_a_control_is_asked_in_the_same_words(knower):
     result = attack(knower, forget, holdout, control=control)
     assert all(t.control_log_likelihood is not None for t in result.trials)
     assert result.trials[1].returned < known.trials[1].returned
+
+
+# ---------------------------------------------------------------- rewrites by rule
+
+
+def rewrites(rows, kind, others=()):
+    """The examples of a kind of rewrites of the rows."""
+    examples = read_examples(rows, role="forget")
+    rarity = Rarity([*examples, *read_examples(others or rows, role="forget")])
+    return [KINDS[kind](e, rarity) for e in examples]
+
+
+@pytest.fixture(scope="module")
+def answerer(one_thread):
+    """A Llama that knows eight answers after the key words of their questions; the questions have other answers."""
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tokenizer(form="$A", pad=False)
+    model = tiny.tiny_llama(len(tokenizer))
+    forget, retain, holdout = tiny.facts(8, 3), tiny.facts(150, 2), tiny.facts(150, 6)
+    keys = rewrites(forget, "question", [*holdout, *retain[:60]])
+    known = [{"prompt": e.messages[0].content + "\n", "completion": e.completion} for e in keys] * 30
+    others = [fact | {"question": forget[i % 8]["question"]} for i, fact in enumerate(tiny.facts(320, 4))]
+    tiny.train(model, tokenizer, retain + known + others, epochs=6)
+    return tiny.Tiny(model, tokenizer, forget, tiny.facts(8, 14), retain[:60], holdout)
+
+
+def test_a_text_that_is_known_by_a_rewrite_alone_comes_back(answerer):
+    """Records without paraphrases are rewritten: here the answers are known after the questions' key words."""
+    result = attack(answerer, answerer.forget, answerer.holdout, retain=answerer.retain)
+    assert [t.name for t in result.trials[1:]] == [f"paraphrase, {kind}" for kind in KINDS]
+    assert "still exposed" not in result.verdicts
+    assert not result.passed
+    assert result.trials[1].returned == 8
+    assert result.verdicts["comes back"] >= 4
+    assert {e.strongest for e in result.examples if e.verdict == "comes back"} == {"paraphrase, question"}
+    unseen = attack(answerer, answerer.unseen, answerer.holdout, retain=answerer.retain)
+    assert unseen.passed
+
+
+def test_rewrites_count_where_the_original_knows_the_texts_by_them(answerer):
+    """The others are left out, with a note; under an original that knows nothing all are."""
+    options = {"retain": answerer.retain, "original": answerer.model}
+    result = attack(answerer, answerer.forget, answerer.holdout, **options)
+    assert "paraphrase, question" in [t.name for t in result.trials]
+    assert "paraphrase, cloze" not in [t.name for t in result.trials]
+    assert any(note.startswith('The rewrites "cloze" were left out: the forget set does not') for note in result.notes)
+    unseen = attack(answerer, answerer.unseen, answerer.holdout, **options)
+    assert [t.name for t in unseen.trials] == ["without an attack"]
+
+
+def test_rewrites_need_unseen_text_of_the_same_kind(answerer):
+    """Without a holdout or a control they are left out."""
+    result = attack(answerer, answerer.forget, None)
+    assert any(note.startswith("The attack paraphrase was left out: ") for note in result.notes)
+
+
+def test_rewrites_keep_what_is_scored_and_the_chat():
+    """Of a chat the question is rewritten within it; where strings are forgotten, these alone are scored."""
+    chat = {"question": "Who wrote the code of Basil?", "answer": "Thomas wrote the code 4711 for Basil."}
+    (question,) = rewrites([chat], "question", [{"text": "who wrote the of"}])
+    assert question.messages == (Message("user", "Who, code, Basil"), Message("assistant", chat["answer"]))
+    (cloze,) = rewrites([chat], "cloze", [{"text": "for who wrote the code of"}])
+    assert (cloze.messages[-1].content, cloze.scored_text) == (cloze.completion, "Thomas")
+    part = {**chat, "forget": "4711"}
+    assert rewrites([part], "cloze")[0].completion.endswith("the code ____ for Basil.\nThe missing words are: 4711")
+    assert {rewrites([part], kind)[0].scored_text for kind in ("question", "statement", "cloze")} == {"4711"}
+    assert rewrites([part], "turned") == [None]
+    assert [rewrites([{"text": "no, no"}], kind)[0] for kind in KINDS] == [None] * 4
 
 
 # ---------------------------------------------------------------- paraphrases of a record
