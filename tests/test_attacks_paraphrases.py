@@ -133,13 +133,15 @@ def answerer(one_thread):
 
 
 def test_a_text_that_is_known_by_a_rewrite_alone_comes_back(answerer):
-    """Records without paraphrases are rewritten: here the answers are known after the questions' key words."""
+    """Records without paraphrases are rewritten: here the answers are known after the questions' key words.
+
+    To a few of the questions themselves the model has learned them as well.
+    """
     result = attack(answerer, answerer.forget, answerer.holdout, retain=answerer.retain)
     assert [t.name for t in result.trials[1:]] == [f"paraphrase, {kind}" for kind in KINDS]
-    assert "still exposed" not in result.verdicts
-    assert not result.passed
-    assert result.trials[1].returned == 8
+    assert set(result.verdicts) <= {"comes back", "still exposed"}
     assert result.verdicts["comes back"] >= 4
+    assert result.trials[1].returned == 8
     assert {e.strongest for e in result.examples if e.verdict == "comes back"} == {"paraphrase, question"}
     unseen = attack(answerer, answerer.unseen, answerer.holdout, retain=answerer.retain)
     assert unseen.passed
