@@ -204,6 +204,8 @@ def test_an_object_is_another_record():
     other = {"question": "By whom is it?", "answer": "By Thomas.", "forget": "Thomas"}
     (paraphrase,) = read({**FACT, "paraphrases": [other]}, turns="all")
     assert (paraphrase.prompt, paraphrase.scored_text, paraphrase.turns) == ("By whom is it?\n", "Thomas", "last")
+    (chat,) = read({**FACT, "paraphrases": {"messages": [turn._asdict() for turn in paraphrase.messages]}})
+    assert (chat.scored_text, chat.turns) == ("By Thomas.", "last")
     assert read(Example("", "a b", paraphrases=(Example("", "b a"),))) == (Example("", "b a"),)
     for empty in ("", None, []):
         assert read({**FACT, "paraphrases": empty}) == ()

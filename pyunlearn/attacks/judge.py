@@ -78,10 +78,10 @@ def judge(trials: Sequence[Trial], config: AttackConfig) -> Judged:
         names = np.where(exposed, EXPOSED, UNTESTED)
         intervals = [_interval(trials[0], i) for i in range(n)]
         return Judged(names.tolist(), exposure, np.full(n, np.nan), np.zeros(n, int), intervals, set_pvalue, 1.0)
-    found = _recovery([trials[k] for k in judged])
-    combined = -np.log2(found.pvalue) + 0.0
+    recovered = _recovery([trials[k] for k in judged])
+    combined = -np.log2(recovered.pvalue) + 0.0
     tested = ~np.isnan(combined)
-    pvalue = _of_parts(combined, _attacked_alike(trials, judged), found.compared, config.seed)
+    pvalue = _of_parts(combined, _attacked_alike(trials, judged), recovered.compared, config.seed)
     if n >= SET:
         set_pvalue[judged] = holm([2 * _set_pvalue(trials[k], exposure[k], config.seed) for k in judged])
         pvalue = min(1.0, 2 * pvalue, float(np.nanmin(set_pvalue)))
@@ -90,7 +90,7 @@ def judge(trials: Sequence[Trial], config: AttackConfig) -> Judged:
         back[tested] = discoveries(combined[tested], rate=rate).significant
     suspect = (exposure[set_pvalue <= rate / 2] >= SIGNIFICANT - _ROUNDING).any(axis=0)
     names = np.select([exposed, back, suspect, tested], [EXPOSED, BACK, DOUBTFUL, STAYS], UNTESTED)
-    strongest = np.where(exposed, 0, np.where(tested, np.array(judged)[found.strongest], -1))
+    strongest = np.where(exposed, 0, np.where(tested, np.array(judged)[recovered.strongest], -1))
     intervals = [_interval(trials[k], i) for i, k in enumerate(strongest)]
     return Judged(names.tolist(), exposure, combined, strongest, intervals, set_pvalue, pvalue)
 
@@ -138,8 +138,8 @@ def _of_parts(exposure: Floats, groups: NDArray[np.int64], m: NDArray[np.int64],
     """
     tested = ~np.isnan(exposure)
     parts = [(groups == g) & tested for g in np.unique(groups[tested])]
-    found = [stands_out(exposure[part], int(m[part][0]), seed) for part in parts]
-    return min(1.0, len(found) * min(found, default=1.0))
+    pvalues = [stands_out(exposure[part], int(m[part][0]), seed) for part in parts]
+    return min(1.0, len(pvalues) * min(pvalues, default=1.0))
 
 
 def _attacked_alike(trials: Sequence[Trial], judged: Sequence[int]) -> NDArray[np.int64]:

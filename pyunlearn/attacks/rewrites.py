@@ -19,7 +19,7 @@ _FEWEST = 4  # words of a text whose halves change places
 
 
 class Rarity:
-    """How rare each word is among some texts.
+    """Tells how rare a word is among some texts.
 
     >>> rarity = Rarity([Example("", "the cat sat"), Example("", "the dog sat")])
     >>> rarity.of("the"), round(rarity.of("cat"), 2)
@@ -42,7 +42,7 @@ def question(e: Example, rarity: Rarity) -> Example | None:
     >>> probe.prompt, probe.completion
     ('saw, cat: ', 'A dog did.')
     """
-    words = [m.group() for m in _WORD.finditer(_asked(e))]
+    words = [m.group() for m in _WORD.finditer(_query(e))]
     if len(words) < 2:
         return None
     order = sorted(range(len(words)), key=lambda i: (-rarity.of(words[i]), i))
@@ -56,8 +56,8 @@ def question(e: Example, rarity: Rarity) -> Example | None:
 
 def statement(e: Example, rarity: Rarity) -> Example | None:
     """Return the answer as reported speech, in no form of questions and answers; None without a question."""
-    asked = _asked(e).strip()
-    return _after(e, f'Asked "{asked}", the expert said: ') if asked else None
+    query = _query(e).strip()
+    return _after(e, f'Asked "{query}", the expert said: ') if query else None
 
 
 def turned(e: Example, rarity: Rarity) -> Example | None:
@@ -116,7 +116,7 @@ def _rarest(e: Example, rarity: Rarity) -> tuple[int, int]:
     return rare[0].start(), rare[-1].end()
 
 
-def _asked(e: Example) -> str:
+def _query(e: Example) -> str:
     """Return the question of a record: the user's last turn, or its prompt; empty without one."""
     if e.messages is None:
         return e.prompt

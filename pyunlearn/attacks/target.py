@@ -1,4 +1,4 @@
-"""What an attack gets: a model, the texts, and the functions that read and score them."""
+"""The inputs of an attack: a model, the texts, and the functions that read and score them."""
 
 from __future__ import annotations
 
