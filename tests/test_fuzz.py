@@ -35,7 +35,7 @@ from pyunlearn.unlearning.config import UnlearnConfig
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\ud800-\udfff]")
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 NAMES = st.sampled_from(["text", "prompt", "completion", "question", "answer", "messages", "forget", "winner", "role"])
-NAMES |= st.sampled_from(["content", "data", "\x1b[2J"]) | st.text(max_size=5)
+NAMES |= st.sampled_from(["paraphrases", "content", "data", "\x1b[2J"]) | st.text(max_size=5)
 JSON = st.recursive(SCALARS, lambda x: st.lists(x, max_size=4) | st.dictionaries(NAMES, x, max_size=4), max_leaves=12)
 HARD = st.sampled_from(
     ["x" * 300, "x" * 300 + ".json", "~nobody/x.txt", "~\0.txt", "\ud800.txt", "/dev/null", "a/../.."]

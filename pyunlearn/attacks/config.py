@@ -17,6 +17,7 @@ NAMES = (
     "relearning-retain",
     "relearning-unrelated",
     "instruction",
+    "paraphrase",
     "recitation",
     "sampling",
     "merging",
@@ -62,9 +63,10 @@ class AttackConfig(Config):
         Several(Choice(("all", *NAMES))),
         "prefix (the text's rest after its first eighth, quarter, half), quantization (weights rounded to 8 and 4 "
         "bits), relearning (fine-tuning on the other forget texts), relearning-retain and relearning-unrelated "
-        "(fine-tuning on other text), instruction (asked for word for word, and after retained neighbours), recitation "
-        "(greedy continuations), sampling (continuations at temperature 1), merging (with the original), adapter (the "
-        "model without it), layers (what inner layers predict), or all.",
+        "(fine-tuning on other text), instruction (asked for word for word, and after retained neighbours), "
+        "paraphrase (the same in other words), recitation (greedy continuations), sampling (continuations at "
+        "temperature 1), merging (with the original), adapter (the model without it), layers (what inner layers "
+        "predict), or all.",
         group="Method",
     )
     texts: int = option(

@@ -9,8 +9,7 @@ from functools import partial
 import numpy as np
 
 from pyunlearn.attacks.target import Target, Trial, Unsuited
-from pyunlearn.data import Example, Tokens
-from pyunlearn.errors import DataError
+from pyunlearn.data import Example
 
 _NEIGHBOURS = 3  # retained records before a text
 
@@ -51,7 +50,7 @@ def _trial(target: Target, name: str, change: Callable[[Example], Example]) -> I
     assert texts.non_member_examples is not None
     changed = [change(e) for e in texts.forget_examples + texts.non_member_examples]
     target.bar.say(name)
-    tokens = _encoded(target, changed)
+    tokens = target.encoded(changed)
     n = len(texts.forget)
     tried = [i for i, t in enumerate(tokens) if t is not None]
     if any(i not in set(tried) for i in range(n, len(tokens))):
@@ -59,17 +58,6 @@ def _trial(target: Target, name: str, change: Callable[[Example], Example]) -> I
     nll = np.full(len(tokens), np.nan)
     nll[tried] = target.nll([t for t in tokens if t is not None])
     yield Trial(name, nll[:n], nll[n:])
-
-
-def _encoded(target: Target, examples: list[Example]) -> list[Tokens | None]:
-    """Return the tokens of each text; None for one that has become longer than the context."""
-    encoded: list[Tokens | None] = []
-    for e in examples:
-        try:
-            encoded += target.lm.encode({"forget": [e]}, chat_template=target.texts.chat_template)["forget"]
-        except DataError:
-            encoded.append(None)
-    return encoded
 
 
 def worded(e: Example, wording: tuple[str, str]) -> Example:

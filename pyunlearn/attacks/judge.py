@@ -22,7 +22,8 @@ from pyunlearn.metrics import (
 )
 
 _ROUNDING = 1e-9  # 19 non-members reach 4.32 bits exactly
-_SET = 5  # texts from which a set is more than its texts
+SET = 5
+"""Texts from which a set is more than its texts."""
 EXPOSED, BACK, DOUBTFUL = "still exposed", "comes back", "doubtful"
 STAYS, UNTESTED = "stays forgotten", "untested"
 """The verdicts: exposed without any attack, or under one; doubtful, where only the set as a whole comes back."""
@@ -77,11 +78,11 @@ def judge(trials: Sequence[Trial], config: AttackConfig) -> Judged:
         names = np.where(exposed, EXPOSED, UNTESTED)
         intervals = [_interval(trials[0], i) for i in range(n)]
         return Judged(names.tolist(), exposure, np.full(n, np.nan), np.zeros(n, int), intervals, set_pvalue, 1.0)
-    outcome = _recovery([trials[k] for k in judged])
-    combined = -np.log2(outcome.pvalue) + 0.0
+    recovered = _recovery([trials[k] for k in judged])
+    combined = -np.log2(recovered.pvalue) + 0.0
     tested = ~np.isnan(combined)
-    pvalue = _stands_out(combined[tested], trials[0].non_members.shape[-1], config.seed)
-    if n >= _SET:
+    pvalue = _of_parts(combined, _attacked_alike(trials, judged), recovered.compared, config.seed)
+    if n >= SET:
         set_pvalue[judged] = holm([2 * _set_pvalue(trials[k], exposure[k], config.seed) for k in judged])
         pvalue = min(1.0, 2 * pvalue, float(np.nanmin(set_pvalue)))
     back = np.zeros(n, dtype=bool)
@@ -89,7 +90,7 @@ def judge(trials: Sequence[Trial], config: AttackConfig) -> Judged:
         back[tested] = discoveries(combined[tested], rate=rate).significant
     suspect = (exposure[set_pvalue <= rate / 2] >= SIGNIFICANT - _ROUNDING).any(axis=0)
     names = np.select([exposed, back, suspect, tested], [EXPOSED, BACK, DOUBTFUL, STAYS], UNTESTED)
-    strongest = np.where(exposed, 0, np.where(tested, np.array(judged)[outcome.strongest], -1))
+    strongest = np.where(exposed, 0, np.where(tested, np.array(judged)[recovered.strongest], -1))
     intervals = [_interval(trials[k], i) for i, k in enumerate(strongest)]
     return Judged(names.tolist(), exposure, combined, strongest, intervals, set_pvalue, pvalue)
 
@@ -122,12 +123,34 @@ def holm(pvalues: Sequence[float]) -> Floats:
 def _set_pvalue(trial: Trial, exposure: Floats, seed: int) -> float:
     """Return the chance of a set of unseen texts of which as many stand out; over groups, the smallest, adjusted."""
     groups = np.zeros(len(exposure), dtype=np.int64) if trial.groups is None else trial.groups
-    parts = [exposure[(groups == g) & ~np.isnan(exposure)] for g in np.unique(groups)]
-    pvalues = [_stands_out(part, trial.non_members.shape[-1], seed) for part in parts if part.size]
+    m = (~np.isnan(trial.non_members)).sum(axis=-1)
+    return _of_parts(exposure, groups, np.broadcast_to(m, len(exposure)), seed)
+
+
+def _of_parts(exposure: Floats, groups: NDArray[np.int64], m: NDArray[np.int64], seed: int) -> float:
+    """Return the chance of a set of unseen texts that stands out as much: of its groups the smallest, adjusted.
+
+    Args:
+        exposure: (n,) bits, NaN where a text was not tested.
+        groups: (n,) texts of one group were compared with the same non-members under the same attacks.
+        m: (n,) the number of these non-members.
+        seed: of the simulation.
+    """
+    tested = ~np.isnan(exposure)
+    parts = [(groups == g) & tested for g in np.unique(groups[tested])]
+    pvalues = [stands_out(exposure[part], int(m[part][0]), seed) for part in parts]
     return min(1.0, len(pvalues) * min(pvalues, default=1.0))
 
 
-def _stands_out(exposure: Floats, m: int, seed: int) -> float:
+def _attacked_alike(trials: Sequence[Trial], judged: Sequence[int]) -> NDArray[np.int64]:
+    """Return (n,) numbers, the same for texts that suffered the same attacks."""
+    same = [np.isnan(trials[k].forget) for k in judged]
+    same += [groups for k in judged if (groups := trials[k].groups) is not None]
+    numbers: NDArray[np.int64] = np.unique(np.stack(same), axis=1, return_inverse=True)[1].ravel()
+    return numbers
+
+
+def stands_out(exposure: Floats, m: int, seed: int) -> float:
     """Return the chance that of as many unseen texts as many stand out among m non-members."""
     test = exposure_top_test(exposure, m, seed=seed)
     if exposure.size == 1:
@@ -154,15 +177,20 @@ def _exposure(trial: Trial) -> Floats:
     """Return (n,) exposures of a trial, bits; NaN where a text was not tested."""
     out, tried = np.full(len(trial.forget), np.nan), ~np.isnan(trial.forget)
     if tried.any():
-        unseen = trial.non_members if trial.non_members.ndim == 1 else trial.non_members[tried]
+        unseen = _tested(trial.non_members) if trial.non_members.ndim == 1 else trial.non_members[tried]
         out[tried] = generalized_exposure(trial.forget[tried], unseen).lower
     return out
+
+
+def _tested(scores: Floats) -> Floats:
+    """Return the scores of the non-members that were tested."""
+    return scores[~np.isnan(scores)]
 
 
 def _interval(trial: Trial, i: int) -> tuple[float, float]:
     """Return the 95 % interval of a text's exposure in a trial, bits; NaN where it was not tested."""
     if np.isnan(trial.forget[i]):
         return float("nan"), float("nan")
-    unseen = trial.non_members if trial.non_members.ndim == 1 else trial.non_members[i]
+    unseen = _tested(trial.non_members if trial.non_members.ndim == 1 else trial.non_members[i])
     low, high = exposure_interval(trial.forget[i : i + 1], unseen)
     return float(low[0]), float(high[0])

@@ -106,7 +106,7 @@ def arranged(
         retain=tokens.get("retain", []),
         retain_examples=examples.get("retain", []),
         same_kind="holdout" in tokens or control is not None,
-        chat_template=rendered.rendering.chat_template,
+        rendering=rendered.rendering,
     )
     return Prepared(lm, control, original, rendered, indices, texts, chosen)
 

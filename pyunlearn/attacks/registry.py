@@ -9,6 +9,7 @@ from pyunlearn.attacks.adapters import adapter
 from pyunlearn.attacks.instructions import instruction
 from pyunlearn.attacks.layers import layers
 from pyunlearn.attacks.merging import merging
+from pyunlearn.attacks.paraphrases import paraphrase
 from pyunlearn.attacks.prefixes import prefix
 from pyunlearn.attacks.quantization import quantization
 from pyunlearn.attacks.recitation import recitation, sampling
@@ -32,6 +33,7 @@ ATTACKS: dict[str, Attack] = {
     "relearning-retain": Attack(relearning_retain),
     "relearning-unrelated": Attack(relearning_unrelated),
     "instruction": Attack(instruction),
+    "paraphrase": Attack(paraphrase),
     "recitation": Attack(recitation, writes=True),
     "sampling": Attack(sampling, writes=True),
     "merging": Attack(merging),

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from pyunlearn.attacks.config import AttackConfig
 from pyunlearn.data import Example, Tokens
+from pyunlearn.data.rendering import Rendering
+from pyunlearn.errors import DataError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer, evaluation_mode
 from pyunlearn.progress import Progress
@@ -39,8 +41,8 @@ class AttackTexts:
     """Both empty without a retain set."""
     same_kind: bool
     """True where unseen forget texts would fare as the non-members do whatever the model is trained on: a holdout."""
-    chat_template: str | None
-    """Jinja source in place of the tokenizer's."""
+    rendering: Rendering
+    """Form in which the model reads records with a prompt."""
 
     @property
     def every(self) -> list[Tokens]:
@@ -56,7 +58,7 @@ class Trial:
     forget: Floats
     """(n,), NaN where a text was not tested."""
     non_members: Floats
-    """(m,), or (n, m) where the attack is not the same for all forget texts."""
+    """(m,), NaN where one was not tested, or (n, m) where the attack is not the same for all forget texts."""
     groups: NDArray[np.int64] | None = None
     """(n,) then: texts of one group suffered the same attack, and have the same row of non-members."""
     attack: str = ""
@@ -74,6 +76,7 @@ class Target:
     `lm`        the model
     `original`  the model before unlearning, for attacks that need it, or None
     `chosen`    what an attack chose with the model itself, so that the control gets the same: name -> value
+    `notes`     what an attack could not compare: one sentence each
     """
 
     lm: LanguageModel
@@ -82,6 +85,7 @@ class Target:
     bar: Progress
     original: LanguageModel | None = None
     chosen: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     DESTROYED: ClassVar[float] = 1e6
     """Nats a token in place of NaN and Inf: the attack destroyed the model on that text."""
@@ -100,6 +104,16 @@ class Target:
         """Return for each text (T,) the log-likelihoods of its scored tokens, nats."""
         with evaluation_mode(self.lm.module):
             return self.scorer.token_log_likelihood(tokens)
+
+    def encoded(self, examples: Sequence[Example]) -> list[Tokens | None]:
+        """Return the tokens of each text; None for one that is longer than the context."""
+        tokens: list[Tokens | None] = []
+        for e in examples:
+            try:
+                tokens += self.lm.encode({"forget": [e]}, chat_template=self.texts.rendering.chat_template)["forget"]
+            except DataError:
+                tokens.append(None)
+        return tokens
 
     def trial(self, name: str, **details: Any) -> Trial:
         """Score every text under the present weights."""

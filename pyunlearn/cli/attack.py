@@ -35,7 +35,11 @@ Control = Annotated[
 ]
 Original = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="The model before unlearning, for the attack merging.", rich_help_panel="Model"),
+    typer.Option(
+        metavar="NAME",
+        help="The model before unlearning, for the attacks merging and paraphrase.",
+        rich_help_panel="Model",
+    ),
 ]
 Out = Annotated[
     Path | None,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from pyunlearn.data.columns import string_of, strings_of
 from pyunlearn.data.files import SUFFIXES, Rows, column_names, expanded, file_rows, text_rows
 from pyunlearn.errors import DataError
 
@@ -25,6 +26,7 @@ __all__ = [
     "spans_of",
     "spans_of_turns",
     "wide_spans_of",
+    "with_completion",
 ]
 
 Span = tuple[int, int]  # characters of a text, the end excluded
@@ -34,7 +36,6 @@ TURNS = ("all", "assistant", "last")
 turn alone."""
 
 WANTED = '"text", "prompt" and "completion", "question" and "answer", or "messages"'
-_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")  # categories of characters of which nothing is seen
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
 
 
@@ -54,7 +55,7 @@ class Example:
     template renders those, any other gets prompt and completion. `winner`, if any, is the answer that `dpo` prefers to
     the completion. `turns` is one of TURNS. `spans`, if any, are the ranges of characters of prompt + completion that
     are scored, in order, and come before `turns`. Of these ranges only the strings in `forget` are scored, if there are
-    any, wherever they occur.
+    any, wherever they occur. `paraphrases` are the same in other words, for the attack of that name.
 
     >>> Example("Who wrote it? ", "Thomas Jefferson.").turns
     'last'
@@ -67,6 +68,7 @@ class Example:
     turns: str = "last"
     spans: tuple[Span, ...] = ()
     forget: tuple[str, ...] = ()
+    paraphrases: tuple["Example", ...] = ()
 
     @property
     def prompted(self) -> bool:
@@ -93,6 +95,8 @@ def read_examples(source: object, *, role: str, turns: str | None = None) -> lis
 
     In addition to any of them, `winner` is an answer to prefer to the scored one, for the method that reads it, and
     `forget` a string, or a list of strings, of what is scored: only these are then, wherever they occur in it.
+    `paraphrases` is the same in other words, one or a list: a string is another completion under the same prompt, or
+    another text; an object is another record. Of a paraphrase with a prompt the completion alone is scored.
 
     Files, all UTF-8: .jsonl (an object or string a line), .json (a list of these, {"data": [...]}, or JSON lines), .csv
     and .tsv (with a header), .parquet, and .txt: its paragraphs where blank lines separate them, and else its lines.
@@ -277,18 +281,21 @@ def _checked(example: Example, where: str, role: str, turns: str | None) -> Exam
 
 def _example(row: object, where: str) -> Example:
     if isinstance(row, Example):
-        _string(row.completion, "completion", where)
-        return row
+        string_of(row.completion, "completion", where)
+        return _with_paraphrases(row, row.paraphrases, where) if row.paraphrases else row
     if isinstance(row, str):
-        return Example("", _string(row, "text", where))
+        return Example("", string_of(row, "text", where))
     if not isinstance(row, Mapping):
         raise DataError(f"{where} must be a string or an object with {WANTED}, and is of type {type(row).__name__}")
     if isinstance(winner := row.get("winner"), str) and winner.strip():
         rest = {key: value for key, value in row.items() if key != "winner"}
-        return replace(_example(rest, where), winner=_string(winner, "winner", where))
+        return replace(_example(rest, where), winner=string_of(winner, "winner", where))
+    if row.get("paraphrases"):
+        rest = {key: value for key, value in row.items() if key != "paraphrases"}
+        return _with_paraphrases(_example(rest, where), row["paraphrases"], where)
     if row.get("forget"):
         rest = {key: value for key, value in row.items() if key != "forget"}
-        return replace(_example(rest, where), forget=_strings(row["forget"], where))
+        return replace(_example(rest, where), forget=strings_of(row["forget"], where))
     present = {key for key, value in row.items() if value is not None}
     if "messages" in present:
         return replace(_chat(row["messages"], where), turns="all")
@@ -296,7 +303,7 @@ def _example(row: object, where: str) -> Example:
         if {first, second} <= present:
             return _pair(first, row[first], second, row[second], where)
     if "text" in present:
-        return Example("", _string(row["text"], "text", where))
+        return Example("", string_of(row["text"], "text", where))
     for first, second in _PAIRS:
         if first in present:
             raise _unanswered(first, second, where)
@@ -305,26 +312,35 @@ def _example(row: object, where: str) -> Example:
     raise DataError(f"{where} has no usable column: wanted {WANTED}, found {columns}")
 
 
-def _string(value: object, name: str, where: str, *, blank: bool = False) -> str:
-    if not isinstance(value, str):
-        raise DataError(f'{where} must have a string as "{name}", and has a value of type {type(value).__name__}')
-    if not blank and all(unicodedata.category(c) in _INVISIBLE for c in set(value)):
-        raise DataError(f'{where} has an empty "{name}": fill it in, or drop it')
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair: valid in JSON, in no tokenizer
-        at = f"character {error.start + 1} is half of a surrogate pair"
-        raise DataError(f'{where} has a "{name}" that is not valid Unicode: {at}; mend or remove it') from error
-    return value
-
-
-def _strings(value: object, where: str) -> tuple[str, ...]:
-    """Return the strings of a "forget", without repetitions."""
-    values = (value,) if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(each, str) for each in values):
+def _with_paraphrases(record: Example, value: object, where: str) -> Example:
+    """Return the record with its paraphrases, without repetitions. Raises DataError where one cannot be read."""
+    values = (value,) if isinstance(value, (str, Mapping)) else value
+    if not isinstance(values, (list, tuple)):
         got = type(value).__name__
-        raise DataError(f'{where} must have a string or a list of strings as "forget", and has a value of type {got}')
-    return tuple(dict.fromkeys(_string(each, "forget", where) for each in values))
+        raise DataError(f'{where} must have a list of strings or objects as "paraphrases", and has one of type {got}')
+    paraphrases = []
+    for number, each in enumerate(values, 1):
+        name = f"paraphrase {number} of {where}"
+        if (isinstance(each, Mapping) and each.get("paraphrases")) or getattr(each, "paraphrases", ()):
+            raise DataError(f"{name} has paraphrases of its own: list them with those of the record")
+        if isinstance(each, str):
+            other = with_completion(record, string_of(each, "paraphrases", where))
+        else:
+            other = replace(_example(each, name), turns="last", spans=())
+            spans_of(other, name)
+        paraphrases.append(other)
+    return replace(record, paraphrases=tuple(dict.fromkeys(paraphrases)))
+
+
+def with_completion(example: Example, text: str) -> Example:
+    """Return the example with that text in place of its completion, which alone is scored.
+
+    >>> with_completion(Example("Who? ", "He."), "She.").completion
+    'She.'
+    """
+    messages = example.messages and (*example.messages[:-1], example.messages[-1]._replace(content=text))
+    blank = example.completion[: len(example.completion) - len(example.completion.lstrip())]
+    return Example(example.prompt, blank + text.lstrip(), messages or None)
 
 
 def _unanswered(first: str, second: str, where: str) -> DataError:
@@ -334,10 +350,10 @@ def _unanswered(first: str, second: str, where: str) -> DataError:
 def _pair(first: str, prompt: object, second: str, completion: object, where: str) -> Example:
     if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
         return _chat([*prompt, *completion], where)
-    prompt = _string(prompt, first, where, blank=True)
+    prompt = string_of(prompt, first, where, blank=True)
     if prompt.strip() and completion == "":
         raise _unanswered(first, second, where)
-    completion = _string(completion, second, where)
+    completion = string_of(completion, second, where)
     if not prompt.strip():
         return Example("", completion)
     if first == "question":
@@ -375,8 +391,8 @@ def _message(message: object, where: str) -> Message:
     content = message["content"]
     if isinstance(content, (list, tuple)) and all(_is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)
-    role = _string(message["role"], "role", where)
-    return Message(role, _string(content, "content", where, blank=role == "system"))  # often empty, and harmless
+    role = string_of(message["role"], "role", where)
+    return Message(role, string_of(content, "content", where, blank=role == "system"))  # often empty, and harmless
 
 
 def _is_text_part(part: object) -> bool:

@@ -29,8 +29,8 @@ _LONGEST_FIELD = 2**31 - 1  # the default of csv, 131,072 characters, is shorter
 _AT_ONCE = 1024  # rows of a .parquet file that are in memory at a time
 _DIGITS = 4300  # of a whole number: more take Python long to read
 _USUAL = re.compile(
-    "text|prompt|completion|question|answer|messages|forget|winner|role|content|instruction|input|output|response|"
-    "sentence|title|label|source|target|context|chosen|rejected|id|index|data|system|user|assistant|tool",
+    "text|prompt|completion|question|answer|messages|forget|winner|paraphrases|role|content|instruction|input|output|"
+    "response|sentence|title|label|source|target|context|chosen|rejected|id|index|data|system|user|assistant|tool",
     re.IGNORECASE,
 )
 

@@ -21,6 +21,8 @@ class Recovery(NamedTuple):
     """(n,) that a text which no model saw stands out as much under its strongest attack; NaN where none was tried."""
     strongest: NDArray[np.int64]
     """(n,) index of the attack under which the text stands out most; -1 where none was tried."""
+    compared: NDArray[np.int64]
+    """(n,) number of the non-members that the text was compared with; 0 where none was tried."""
 
 
 def recovery(scores: ArrayLike, non_member_scores: ArrayLike) -> Recovery:
@@ -32,19 +34,21 @@ def recovery(scores: ArrayLike, non_member_scores: ArrayLike) -> Recovery:
     Median and scale, the distance from there to the lowest tenth, are those of the m non-members and the text together,
     so that the text and the non-members are treated alike: if they are exchangeable under all attacks at once,
     P(p <= x) <= x, whatever the laws of the scores and however the attacks depend on each other (full conformal
-    inference). A minimum of the attacks' own p-values would have to be multiplied by their number.
+    inference). A minimum of the attacks' own p-values would have to be multiplied by their number. A text is compared
+    with the m non-members on which all its attacks were tried.
 
     Args:
         scores: (a, n) of n texts under a attacks, low where a text is likely; NaN where an attack was not tried on a
             text, for a reason that does not depend on its scores.
         non_member_scores: (a, m) of the same non-members under the same attacks, or (a, n, m) where an attack is not
-            the same for all texts.
+            the same for all texts; NaN as in `scores`.
 
     Returns:
-        Recovery(pvalue, strongest).
+        Recovery(pvalue, strongest, compared).
 
     Raises:
-        ArgumentError: shapes that do not match, no non-members, Inf, or a non-member without a finite score.
+        ArgumentError: shapes that do not match, Inf, or a text without a non-member on which all its attacks were
+            tried.
 
     Example:
         >>> non_members = np.stack([np.linspace(1, 2, 99), np.linspace(3, 4, 99)])
@@ -64,16 +68,25 @@ def recovery(scores: ArrayLike, non_member_scores: ArrayLike) -> Recovery:
         )
     tried = ~np.isnan(s)
     rows = np.broadcast_to(r[:, None, :], (*s.shape, r.shape[-1])) if r.ndim == 2 else r
-    if np.isinf(s).any() or not np.isfinite(rows[tried]).all():
-        raise ArgumentError("recovery needs finite scores of every non-member under every attack, got NaN or Inf")
-    pvalue, strongest = np.full(s.shape[1], np.nan), np.full(s.shape[1], -1)
+    if np.isinf(s).any() or np.isinf(rows).any():
+        raise ArgumentError("recovery needs finite scores, or NaN where an attack was not tried, got Inf")
+    n = s.shape[1]
+    pvalue, strongest, compared = np.full(n, np.nan), np.full(n, -1), np.zeros(n, dtype=np.int64)
     for i in np.flatnonzero(tried.any(axis=0)):
         own = tried[:, i]
-        z = _outlyingness(np.column_stack([s[own, i], rows[own, i]]))  # (attacks tried, 1 + m)
+        unseen = rows[own, i]  # (attacks tried, non-members)
+        unseen = unseen[:, ~np.isnan(unseen).any(axis=0)]
+        compared[i] = unseen.shape[1]
+        if not compared[i]:
+            raise ArgumentError(
+                "recovery needs a non-member with a finite score under every attack that was tried on a text, and text "
+                f"{i + 1} has none"
+            )
+        z = _outlyingness(np.column_stack([s[own, i], unseen]))  # (attacks tried, 1 + m)
         statistic = z.max(axis=0)
         pvalue[i] = (statistic >= statistic[0]).mean()  # the text itself is counted
         strongest[i] = np.flatnonzero(own)[z[:, 0].argmax()]
-    return Recovery(pvalue, strongest)
+    return Recovery(pvalue, strongest, compared)
 
 
 def _outlyingness(pool: Floats) -> Floats:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pyunlearn.data import Example
+from pyunlearn.data.examples import with_completion
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import REFUSALS, Method
 
@@ -49,7 +50,7 @@ def with_refusals(forget: Sequence[Example], texts: Sequence[str], seed: int, *,
                 "idkdpo"
             )
     indices = np.random.default_rng((seed, 2)).integers(len(texts), size=len(forget))
-    return [_with_completion(example, texts[i]) for example, i in zip(forget, indices, strict=True)]
+    return [with_completion(example, texts[i]) for example, i in zip(forget, indices, strict=True)]
 
 
 def with_winners(forget: Sequence[Example], winners: Sequence[str] | None) -> list[Example]:
@@ -67,7 +68,7 @@ def with_winners(forget: Sequence[Example], winners: Sequence[str] | None) -> li
                 f"dpo prefers another answer to each forget text, and forget example {number} has none: give each a "
                 '"winner", pass method_options={"winners": [...]}, or let the model write some with altpo'
             )
-    return [_with_completion(example, str(text)) for example, text in zip(forget, texts, strict=True)]
+    return [with_completion(example, str(text)) for example, text in zip(forget, texts, strict=True)]
 
 
 def _kind(values: Any) -> str:
@@ -80,10 +81,3 @@ def _kind(values: Any) -> str:
 def _are_texts(values: Any) -> bool:
     """Return True for a list of texts that are not blank."""
     return isinstance(values, (list, tuple)) and all(isinstance(x, str) and bool(x.strip()) for x in values)
-
-
-def _with_completion(example: Example, text: str) -> Example:
-    """Return the example with that text in place of its completion."""
-    messages = example.messages and (*example.messages[:-1], example.messages[-1]._replace(content=text))
-    seam = example.completion[: len(example.completion) - len(example.completion.lstrip())]
-    return Example(example.prompt, seam + text.lstrip(), messages or None)
