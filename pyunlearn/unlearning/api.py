@@ -36,6 +36,7 @@ from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.outcome import notes_of, result_of
 from pyunlearn.unlearning.preferences import substitutes_for
 from pyunlearn.unlearning.result import Result
+from pyunlearn.unlearning.robust import require_robust
 from pyunlearn.unlearning.run_folder import RESULT, RunFolder
 from pyunlearn.unlearning.setup import Session, setup
 from pyunlearn.unlearning.sharded import processes_of, require_shardable
@@ -154,6 +155,7 @@ def unlearn(
             texts.tokens,
             reference_model=reference_model,
             sampled=sampled_texts(folder.checkpoint if resume else None),
+            robust=config.robust,
             accelerator=accelerator,
             processes=processes,
             bar=bar,
@@ -227,6 +229,8 @@ def _in_best_form(
 def check_together(config: UnlearnConfig, method: Method, retain: Any, reference_model: Any) -> None:
     """Raise ArgumentError where an argument needs another one that is missing."""
     check_token_weights(config.token_weights, method, has_reference=reference_model is not None)
+    if config.robust:
+        require_robust(method)
     by_ksd = isinstance(config.difficulty, str) and config.difficulty == "ksd"
     if by_ksd and config.order != "random" and retain is None:
         raise ArgumentError(

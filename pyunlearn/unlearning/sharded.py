@@ -104,6 +104,11 @@ def require_shardable(config: UnlearnConfig, module: Any) -> None:
             "merge needs the whole model in one process, and this launch shards it (FSDP): leave merge out, and merge "
             "the saved adapter with peft"
         )
+    if config.robust:
+        raise ArgumentError(
+            "robust changes and restores the whole model in each process, and this launch shards it (FSDP): leave "
+            "robust out, or launch the run without FSDP"
+        )
     if config.mask is not None:
         raise ArgumentError(
             "mask needs the whole model in each process, and this launch shards it (FSDP): leave mask out, or launch "
