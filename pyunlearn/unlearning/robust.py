@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -43,6 +43,18 @@ _FORGET, _OTHER = 0, 1  # what is fine-tuned on: the other half of the forget se
 _NEVER = -1
 
 
+class Texts(Protocol):
+    """The texts of a run, see `setup`."""
+
+    @property
+    def forget(self) -> list[Tokens]:
+        """The forget set."""
+
+    @property
+    def non_members(self) -> list[Tokens]:
+        """Texts that were not trained on."""
+
+
 class Probed(NamedTuple):
     """Numbers under weights that were fine-tuned."""
 
@@ -57,7 +69,7 @@ class Probed(NamedTuple):
 
 
 class Robustness:
-    """What a run adds to be robust: it unlearns what fine-tuning brings back, until fine-tuning brings nothing back.
+    """Unlearns what fine-tuning brings back, until fine-tuning brings nothing back: what a robust run adds.
 
     Once every example is settled, a *probe* fine-tunes the model for a while, on one half of the memorized records and
     on text that is kept, at the attacker's best rate of six. Examples of the other half that stand out then among
@@ -71,10 +83,9 @@ class Robustness:
         processes: the processes that share the work.
         schedule: order of the examples and micro-batches.
         stopping: the stopping rule, whose `returning` a probe sets.
-        forget: (B,) forget texts.
+        texts: the B forget texts and the non-members.
         records: (B,) index of the record of each: windows of one record are in the same half.
         other: text that is kept, to fine-tune on; none where there is none.
-        non_members: (m,) texts that were not trained on.
     """
 
     def __init__(
@@ -84,15 +95,14 @@ class Robustness:
         processes: Processes,
         schedule: Schedule,
         stopping: StoppingRule,
-        *,
-        forget: Sequence[Tokens],
+        texts: Texts,
         records: Sequence[int],
         other: Sequence[Tokens],
-        non_members: Sequence[Tokens],
     ) -> None:
         self.scorer, self.accelerator, self.processes = scorer, accelerator, processes
-        self.schedule, self.stopping, self.forget, self.other = schedule, stopping, forget, other
+        self.schedule, self.stopping, self.forget, self.other = schedule, stopping, texts.forget, other
         self.records = np.asarray(records)
+        non_members = texts.non_members
         self.compared = np.linspace(0, len(non_members) - 1, min(len(non_members), _COMPARED)).astype(int)
         self.non_members = [non_members[int(i)] for i in self.compared]
         memorized = np.unique(self.records[stopping.memorized])
@@ -104,7 +114,9 @@ class Robustness:
             )
         self.probed_at, self.passed = _NEVER, False
         self.rates, self.shifts = np.full(2, np.nan), np.zeros(2)  # of each kind of text: learning rate; nats a token
-        self.log_likelihood = np.zeros(len(forget))  # (B,) after fine-tuning, the larger of both kinds, nats a token
+        self.log_likelihood = np.zeros(
+            len(texts.forget)
+        )  # (B,) after fine-tuning, the larger of both kinds, nats a token
 
     def due(self, round_number: int) -> bool:
         """Return whether a probe comes before this round: all is settled, or the last one was PROBED_EVERY ago."""

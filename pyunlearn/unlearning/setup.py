@@ -175,17 +175,8 @@ def setup(
     )
     robustness = None
     if robust:
-        robustness = Robustness(
-            scorer,
-            accelerator,
-            processes,
-            schedule,
-            stopping,
-            forget=forget,
-            records=[part.record for part in rendered.encoded.parts],
-            other=own_retain or retain or [],
-            non_members=texts.non_members,
-        )
+        records, other = [part.record for part in rendered.encoded.parts], own_retain or retain or []
+        robustness = Robustness(scorer, accelerator, processes, schedule, stopping, texts, records, other)
     fingerprint = reference.fingerprint(len(forget), schedule.retain_indices(0) or list(rests.values()))
     return Session(
         accelerator, processes, scorer, texts, stopping, schedule, max_steps, forget_term, retain_term, state, target,
