@@ -152,16 +152,9 @@ def setup(
     schedule = _schedule(config, own_retain, difficulty)
     state = LoopState(np.zeros(len(forget), dtype=np.int64), multiplier)
     forget_term = ForgetTerm(
-        lm,
-        method,
-        options,
-        texts_by_role,
-        reference=reference,
-        weights=weights,
-        target=target,
-        unseen=Unseen(stopping.level, token_quantiles(unseen)),
-        visits=state.visits,
-    )
+        lm, method, options, texts_by_role, reference=reference, weights=weights, target=target,
+        unseen=Unseen(stopping.level, token_quantiles(unseen)), visits=state.visits,
+    )  # fmt: skip
     retain_term = RetainTerm(
         lm,
         retain_loss,
