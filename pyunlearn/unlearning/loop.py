@@ -95,8 +95,9 @@ def ascend(
                 if robustness is not None and robustness.due(state.round_number):
                     robustness.probe(weights, state)
                 steps_left = session.max_steps - state.step
-                order = schedule if robustness is None else robustness
-                round_batches = order.round_batches(stopping.unsettled, state.round_number, steps_left)
+                round_batches = (robustness or schedule).round_batches(
+                    stopping.unsettled, state.round_number, steps_left
+                )
                 if not round_batches:
                     break
                 snapshot = state.snapshot()
