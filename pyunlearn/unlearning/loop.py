@@ -94,10 +94,8 @@ def ascend(
             try:
                 if robustness is not None and robustness.due(state.round_number):
                     robustness.probe(weights, state)
-                steps_left = session.max_steps - state.step
-                round_batches = (robustness or schedule).round_batches(
-                    stopping.unsettled, state.round_number, steps_left
-                )
+                order, steps_left = robustness or schedule, session.max_steps - state.step
+                round_batches = order.round_batches(stopping.unsettled, state.round_number, steps_left)
                 if not round_batches:
                     break
                 snapshot = state.snapshot()
