@@ -40,6 +40,7 @@ from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.outcome import notes_of, result_of
 from pyunlearn.unlearning.preferences import substitutes_for
 from pyunlearn.unlearning.result import Result
+from pyunlearn.unlearning.robust import require_robust
 from pyunlearn.unlearning.run_folder import RESULT, RunFolder
 from pyunlearn.unlearning.setup import Session, setup
 from pyunlearn.unlearning.sharded import processes_of, require_shardable
@@ -124,7 +125,6 @@ def unlearn(
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples, drawn = read_roles(sources, turns=config.turns)
     examples, notes = check_texts(examples)
-    notes = drawn + notes
     _require_models(model, reference_model, look_up=True)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
@@ -145,8 +145,7 @@ def unlearn(
         lm.module.eval()  # no dropout, so that log-likelihoods are a function of the weights
         trained = accelerator.unwrap_model(lm.module)
         folder.require_room(trained, merge=config.merge)
-        default_rate = _ADAPTER_LEARNING_RATE if hasattr(trained, "peft_config") else _LEARNING_RATE
-        config = replace(config, learning_rate=config.learning_rate or default_rate * method.rate)
+        config = replace(config, learning_rate=config.learning_rate or _default_rate(trained, method))
         texts = _in_best_form(lm, texts, config, accelerator, processes, bar)
         session = setup(
             lm,
@@ -158,6 +157,7 @@ def unlearn(
             texts.tokens,
             reference_model=reference_model,
             sampled=sampled_texts(folder.checkpoint if resume else None),
+            robust=config.robust,
             accelerator=accelerator,
             processes=processes,
             bar=bar,
@@ -171,7 +171,7 @@ def unlearn(
         inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
         inputs |= {name: source_name(value) for name, value in {**sources, "output_dir": output_dir}.items()}
         result = result_of(session, config, trained, texts, stopped, inputs)
-        result.notes = notes + notes_of(session, texts, result, config)
+        result.notes = drawn + notes + notes_of(session, texts, result, config)
         if config.attacks is not None and stopped != "interrupted":
             result.attack = processes.once(lambda: _attacked(trained, lm, texts, config, bar))
         if folder.path is not None and stopped != "interrupted":
@@ -209,6 +209,11 @@ def _require_models(model: Any, reference_model: Any, *, look_up: bool) -> None:
         require_model("reference_model", reference_model, look_up=look_up)
 
 
+def _default_rate(model: Any, method: Method) -> float:
+    """Return the learning rate at which a run starts: that of an adapter or of all weights, for this method."""
+    return method.rate * (_ADAPTER_LEARNING_RATE if hasattr(model, "peft_config") else _LEARNING_RATE)
+
+
 def _trainable(lm: LanguageModel, config: UnlearnConfig) -> LanguageModel:
     """Return the model with the adapter that the settings ask for. Raises ArgumentError for `merge` without one."""
     keep_differentiable(lm.module)
@@ -242,6 +247,8 @@ def _in_best_form(
 def check_together(config: UnlearnConfig, method: Method, retain: Any, reference_model: Any) -> None:
     """Raise ArgumentError where an argument needs another one that is missing."""
     check_token_weights(config.token_weights, method, has_reference=reference_model is not None)
+    if config.robust:
+        require_robust(method)
     by_ksd = isinstance(config.difficulty, str) and config.difficulty == "ksd"
     if by_ksd and config.order != "random" and retain is None:
         raise ArgumentError(

@@ -8,6 +8,8 @@ grows while rounds are cheap and is halved where they are not, see `step_size`.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,8 +30,8 @@ from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, finite
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.schedule import Schedule
 from pyunlearn.unlearning.setup import Session
-from pyunlearn.unlearning.step_size import LARGEST_EXPONENT, StepSize
-from pyunlearn.unlearning.stopping import Measurement
+from pyunlearn.unlearning.step_size import LARGEST_EXPONENT, NEAR, StepSize
+from pyunlearn.unlearning.stopping import Measurement, StoppingRule
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -68,7 +70,7 @@ def ascend(
     Returns:
         The reason why it ended, see `Result.stopped`.
     """
-    state, stopping, schedule = session.state, session.stopping, session.schedule
+    state, stopping, schedule, robustness = session.state, session.stopping, session.schedule, session.robustness
     learning_rate = config.learning_rate or 0.0
     parts = StepParts(
         session.accelerator,
@@ -89,14 +91,16 @@ def ascend(
     snapshot = state.snapshot()
     try:
         while state.step < session.max_steps and not state.step_size.exhausted:
-            steps_left = session.max_steps - state.step
-            round_batches = schedule.round_batches(stopping.unsettled, state.round_number, steps_left)
-            if not round_batches:
-                break
-            snapshot = state.snapshot()
-            taken = np.concatenate(round_batches)
-            scored = schedule.scored(taken, len(session.texts.forget), state.round_number)
             try:
+                if robustness is not None and robustness.due(state.round_number):
+                    robustness.probe(weights, state)
+                order, steps_left = robustness or schedule, session.max_steps - state.step
+                round_batches = order.round_batches(stopping.unsettled, state.round_number, steps_left)
+                if not round_batches:
+                    break
+                snapshot = state.snapshot()
+                taken = np.concatenate(round_batches)
+                scored = schedule.scored(taken, len(session.texts.forget), state.round_number)
                 records = _round(session, parts, round_batches, config, interrupt)
                 if not state.history:
                     require_gradient(records)
@@ -155,7 +159,7 @@ def _store(session: Session, weights: TrainedWeights, step_size: StepSize, befor
     state = session.state
     if before is None:
         weights.accept()
-        state.scores = session.stopping.scores
+        state.scores = session.stopping.scores | ({} if session.robustness is None else session.robustness.scores)
     else:
         weights.rollback()
         state.restore(before)
@@ -195,22 +199,37 @@ def _round(
     # "nll" alone would learn the retain set by heart while the forget term is weak, unless it is known by heart already
     learns = session.retain_term.active and session.retain_term.loss == "nll" and not session.texts.utility.known
     forget_weight = 1.0 if learns else stopping.forget_weight
+    forget_weight *= state.step_size.forget_weight
     scale = parts.forget_term.scale(stopping.current.log_likelihood, stopping.active)
-    forget_weight *= state.step_size.forget_weight * scale
+    above, returning = np.zeros_like(overshot), stopping.returning
+    above[stopping.active] = True
+    settled = overshot | returning & ~above  # to be held at the level of the non-members
     parts.forget_term.aim(stopping.level)
     records: list[dict[str, Any]] = []
     for indices in round_batches:
         step = state.step + len(records)
         started = time.perf_counter()
-        restored = indices[overshot[indices]]
+        restored, again = indices[settled[indices]], indices[returning[indices]]
+        begin = None
+        if session.robustness is not None and again.size:
+            begin = partial(
+                session.robustness.backward,
+                parts.weights,
+                parts.forget_term,
+                again,
+                round_number=state.round_number,
+                step=step,
+                factor=forget_weight / len(indices),
+            )
         record = optimizer_step(
             parts,
-            indices[~overshot[indices]],
+            indices[~settled[indices]],
             step,
             max_grad_norm=config.max_grad_norm,
             l1=config.l1 * (1 - step / session.max_steps),
-            forget_weight=forget_weight,
+            forget_weight=scale * forget_weight,
             restored=restored,
+            begin=begin,
         )
         state.visits[indices] += 1
         interrupt.check(session.processes.any)
@@ -221,7 +240,7 @@ def _round(
             "restored": [int(i) for i in restored],
             **record,
             "learning_rate": state.step_size.rate(config.learning_rate or 0.0),
-            "forget_weight": finite(forget_weight),
+            "forget_weight": finite(scale * forget_weight),
             "seconds": time.perf_counter() - started,
         }
         records.append(step_record)
@@ -237,16 +256,21 @@ def _accept(session: Session, measurement: Measurement, scored: Indices, taken: 
         accepted=True,
         budget_used=stopping.budget_used,
         round_cost=stopping.budget_used - used_before,
-        moved=float(np.abs(measurement.log_likelihood - before)[taken].mean()),
+        moved=_moved(stopping, measurement.log_likelihood - before, taken),
         settled=settled,
         unsettled=unsettled,
-        active=len(stopping.active),
+        active=len(stopping.active) + int(stopping.returning.sum()),
     )
     if not stopping.unsettled.size:
         refresh(session)
     elif state.round_number % ROUNDS_PER_ANCHOR == ROUNDS_PER_ANCHOR - 1:
         compare_with_non_members(session)
     return step_size
+
+
+def _moved(stopping: StoppingRule, change: Floats, taken: Indices) -> float:
+    """Return by how much a round moved its examples, nats a token; a returning one counts as moved by NEAR at least."""
+    return float(np.maximum(np.abs(change), NEAR * stopping.returning)[taken].mean())
 
 
 def optimizer_step(
@@ -258,6 +282,7 @@ def optimizer_step(
     l1: float = 0.0,
     forget_weight: float = 1.0,
     restored: Indices | None = None,
+    begin: Callable[[], None] | None = None,
 ) -> dict[str, float | None]:
     """Take one optimizer step on some forget examples and the retain examples of step number `step`.
 
@@ -269,6 +294,7 @@ def optimizer_step(
         l1: strength of the l1 penalty in this step.
         forget_weight: factor on the forget loss.
         restored: overshot examples, which the step brings back.
+        begin: adds further gradients, before all others.
 
     Returns:
         The step's record for the history: forget_loss, the retain loss, gradient_norm.
@@ -278,6 +304,8 @@ def optimizer_step(
     examples = len(forget_indices) + len(restored)
     # ------------------------------------------------------------------------------------------------
     optimizer.zero_grad()
+    if begin is not None:
+        begin()
 
     # forget term: gradients accumulate over micro-batches; it precedes the retain term, so only one graph is in memory
     forget_loss = 0.0

@@ -31,6 +31,8 @@ def resume_scores(session: Session) -> None:
     if session.state.scores:
         utility = -scorer.mean_log_likelihood(texts.utility.tokens)
         holdout = -scorer.mean_log_likelihood(texts.holdout) if texts.holdout else None
+        if session.robustness is not None:
+            session.robustness.resume(session.state.scores)
         session.stopping.resume(session.state.scores, utility, holdout)
         if reason := session.stopping.rejection_reason(session.stopping.current):
             raise DataError(

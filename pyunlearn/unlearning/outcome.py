@@ -70,6 +70,11 @@ def notes_of(session: Session, texts: RenderedTexts, result: Result, config: Unl
         has_retain=session.texts.retain is not None and not session.sampled.get("held"),
         method=session.forget_term.method.name,
     )
+    if session.robustness is not None and (back := int(stopping.returning.sum())):
+        notes.append(
+            f"In the last probe, fine-tuning on other text brought back {back} of {int(stopping.memorized.sum())} "
+            "memorized texts: a larger max_steps would help most."
+        )
     return notes + _retained_notes(session, texts) + document_notes(result.documents)
 
 

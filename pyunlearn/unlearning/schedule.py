@@ -23,9 +23,15 @@ VISITS, LEAST_STEPS = 64, 200
 """Default of max_steps: optimizer steps for each memorized example on average, and the least number."""
 
 
-def resolved_steps(max_steps: int | None, memorized: int, batch_size: int) -> int:
+ROBUST = 4
+"""Factor on both where the run is to be robust."""
+
+
+def resolved_steps(max_steps: int | None, memorized: int, batch_size: int, *, robust: bool = False) -> int:
     """Return the largest number of optimizer steps of a run."""
-    return max(LEAST_STEPS, VISITS * -(-memorized // batch_size)) if max_steps is None else max_steps
+    if max_steps is not None:
+        return max_steps
+    return max(LEAST_STEPS, VISITS * -(-memorized // batch_size)) * (ROBUST if robust else 1)
 
 
 class Schedule:

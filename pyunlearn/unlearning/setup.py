@@ -33,6 +33,7 @@ from pyunlearn.unlearning.distributed import Processes
 from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, Unseen, multiplier_of, token_quantiles
 from pyunlearn.unlearning.reference import Reference, cached_states, reference_on_device
 from pyunlearn.unlearning.representation import RepresentationTarget
+from pyunlearn.unlearning.robust import Robustness
 from pyunlearn.unlearning.sampled import SampledTexts
 from pyunlearn.unlearning.schedule import Schedule, check_difficulty, resolved_steps
 from pyunlearn.unlearning.stopping import StoppingRule
@@ -73,6 +74,7 @@ class Session(NamedTuple):
     retain_term: RetainTerm
     state: LoopState
     target: RepresentationTarget | None
+    robustness: Robustness | None  # where the run is to be robust
     greedy_before: Floats  # (B,) share of each forget text's tokens that were the model's first choice
     sampled: dict[str, Any]  # name -> texts that a checkpoint has to store
     scores: dict[str, Floats]  # name of a set -> numbers in which a resumed run must agree
@@ -90,6 +92,7 @@ def setup(
     *,
     reference_model: Any,
     sampled: dict[str, Any],
+    robust: bool = False,
     accelerator: Any,
     processes: Processes,
     bar: Progress,
@@ -105,6 +108,7 @@ def setup(
         reference_model: an object or a path, whose numbers calibrate the verdict; None: methods that compare with a
             reference model compare with the original model.
         sampled: name -> texts that were sampled before the run was interrupted.
+        robust: whether to unlearn what fine-tuning brings back, too.
         accelerator: of accelerate.
         processes: the processes that share the work.
         bar: shows the present stage.
@@ -136,7 +140,7 @@ def setup(
         non_members = _non_members(scorer, processes, reference_lm, rendered, tokens, forget_scores, config.seed, bar)
         unseen = scorer.token_log_likelihood(non_members.tokens)
         texts, stopping = _stopping_rule(config, scorer, texts_by_role, utility, non_members, forget_scores, unseen)
-        max_steps = resolved_steps(config.max_steps, int(stopping.memorized.sum()), config.batch_size)
+        max_steps = resolved_steps(config.max_steps, int(stopping.memorized.sum()), config.batch_size, robust=robust)
         retain_ahead = [*_schedule(config, own_retain, None).retain_ahead(max_steps), *rests.values()]
         weights = _token_weights(config, forget, scorer, likelihood, bar)
         reference = _read_reference(scorer, likelihood, method, retain_loss, texts_by_role, weights, retain_ahead)
@@ -148,16 +152,9 @@ def setup(
     schedule = _schedule(config, own_retain, difficulty)
     state = LoopState(np.zeros(len(forget), dtype=np.int64), multiplier)
     forget_term = ForgetTerm(
-        lm,
-        method,
-        options,
-        texts_by_role,
-        reference=reference,
-        weights=weights,
-        target=target,
-        unseen=Unseen(stopping.level, token_quantiles(unseen)),
-        visits=state.visits,
-    )
+        lm, method, options, texts_by_role, reference=reference, weights=weights, target=target,
+        unseen=Unseen(stopping.level, token_quantiles(unseen)), visits=state.visits,
+    )  # fmt: skip
     retain_term = RetainTerm(
         lm,
         retain_loss,
@@ -169,10 +166,15 @@ def setup(
         multiplier=multiplier,
         rests=rests,
     )
+    robustness = None
+    if robust:
+        records, other = [part.record for part in rendered.encoded.parts], own_retain or retain or []
+        robustness = Robustness(scorer, accelerator, processes, schedule, stopping, texts, records, other)
     fingerprint = reference.fingerprint(len(forget), schedule.retain_indices(0) or list(rests.values()))
     return Session(
         accelerator, processes, scorer, texts, stopping, schedule, max_steps, forget_term, retain_term, state, target,
-        greedy_before, sampled, _scores_to_agree(stopping, weights, difficulty) | fingerprint, seconds_per_id,
+        robustness, greedy_before, sampled, _scores_to_agree(stopping, weights, difficulty) | fingerprint,
+        seconds_per_id,
     )  # fmt: skip
 
 

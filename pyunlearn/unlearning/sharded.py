@@ -109,6 +109,11 @@ def require_shardable(config: UnlearnConfig, module: Any) -> None:
             "attacks need the whole model in one process, and this launch shards it (FSDP): leave attacks out, and run "
             "pyunlearn attack on the saved model"
         )
+    if config.robust:
+        raise ArgumentError(
+            "robust changes and restores the whole model in each process, and this launch shards it (FSDP): leave "
+            "robust out, or launch the run without FSDP"
+        )
     if config.mask is not None:
         raise ArgumentError(
             "mask needs the whole model in each process, and this launch shards it (FSDP): leave mask out, or launch "

@@ -111,6 +111,7 @@ class StoppingRule:
         self.overshot = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those to restore
         self.overshoots = np.zeros(len(log_likelihood), dtype=np.int64)  # (B,) how often each was overshot
         self.stale = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those not scored under the present weights
+        self.returning = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those that fine-tuning brings back
         self.memorized = discoveries(self.initial.exposure.lower, rate=false_discovery_rate).significant  # (B,)
 
     def measurement(
@@ -227,8 +228,8 @@ class StoppingRule:
 
     @property
     def unsettled(self) -> Indices:
-        """Indices of the examples that the next round takes: the active and the overshot ones."""
-        return np.union1d(self.active, np.flatnonzero(self.overshot))
+        """Indices of the examples that the next round takes: the active, the overshot and the returning ones."""
+        return np.union1d(self.active, np.flatnonzero(self.overshot | self.returning))
 
     @property
     def extracted(self) -> NDArray[np.bool_]:
