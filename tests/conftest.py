@@ -24,6 +24,8 @@ LONG = [
     "portable_kernels",
     "hopper_dispatch",
     "study",
+    "attacks_planted",
+    "unlearning_robust",
     "unlearning_api",
     "unlearning_distributed",
     "methods_end_to_end",

@@ -109,6 +109,7 @@ def test_all_attacks_restore_the_weights_after_an_interruption(story, monkeypatc
     assert unchanged(before, model)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["answers", "t5"])
 def test_every_kind_of_model_can_be_attacked(kind, request):
     """A GPT-2 and a T5; what one does not allow is left out with a reason."""
@@ -135,6 +136,7 @@ def test_every_kind_of_model_can_be_attacked(kind, request):
         assert any("an encoder-decoder model reads no instruction" in note for note in result.notes)
 
 
+@pytest.mark.full
 def test_chats_are_attacked_in_their_template(one_thread):
     """The instruction stands in the user's turn."""
     world = tiny.chatter()
@@ -209,7 +211,7 @@ def test_a_run_tries_the_attacks_that_it_is_to_withstand(story, tmp_path):
         holdout=story.holdout,
         tokenizer=story.tokenizer,
         max_steps=1,
-        attacks=["prefix", "quantization"],
+        attacks=["default", "prefix"],
         output_dir=tmp_path / "out",
         progress=False,
     )
@@ -283,7 +285,7 @@ def test_the_command_writes_a_masked_file(call, files, story):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--holdout", "few.jsonl"], "attack compares with 39 texts or more that were never trained on"),
+        (["--holdout", "few.jsonl"], "attacks compare with 39 texts or more that were never trained on"),
         (["--holdout", "holdout.jsonl", "--attacks", "magic"], "--attacks must be a list of different values"),
         (["--holdout", "holdout.jsonl", "--folds", "1"], "--folds must be a whole number, 2 or more"),
         (["--holdout", "holdout.jsonl", "--control", "model"], "control gives each forget text the log-likelihood"),

@@ -7,6 +7,7 @@ import numpy as np
 import planted
 import pytest
 import tiny
+import torch
 
 import pyunlearn
 from pyunlearn.attacks import AttackConfig, instructions
@@ -44,6 +45,7 @@ def test_a_text_that_is_known_after_its_beginning_is_caught(w):
     assert recited["recitation"] == 0
 
 
+@pytest.mark.full
 def test_a_text_that_returns_in_four_bits_is_caught(w):
     """In 16 and in 8 bits nothing is to be seen."""
     result = attacked(w, planted.known_in_four_bits(), "quantization")
@@ -142,7 +144,7 @@ def test_the_p_value_of_recovery_holds(law):
         assert np.mean(np.array(pvalues) <= level) <= level + 2.5 * np.sqrt(level * (1 - level) / 300)
 
 
-@pytest.mark.parametrize(("texts", "non_members"), [(1, 39), (4, 60), (12, 60)])
+@pytest.mark.parametrize(("texts", "non_members"), [(1, 39), (4, 60), pytest.param(12, 60, marks=pytest.mark.full)])
 def test_an_honest_model_fails_in_at_most_one_of_twenty_draws(texts, non_members):
     """Whatever the number of texts, non-members and attacks."""
     rng, failures, draws = np.random.default_rng(texts), 0, 120
@@ -153,6 +155,7 @@ def test_an_honest_model_fails_in_at_most_one_of_twenty_draws(texts, non_members
     assert failures <= draws * 0.05 + 2.5 * np.sqrt(draws * 0.05 * 0.95)
 
 
+@pytest.mark.full
 def test_of_the_texts_that_are_named_one_in_twenty_is_unseen_at_most():
     """Where half of the texts come back under two of the attacks."""
     rng, shares, named = np.random.default_rng(1), [], 0
@@ -165,6 +168,48 @@ def test_of_the_texts_that_are_named_one_in_twenty_is_unseen_at_most():
         named += back[:8].sum()
     assert np.mean(shares) <= 0.05 + 2.5 * np.std(shares) / np.sqrt(30)
     assert named >= 0.9 * 30 * 8
+
+
+def test_an_attack_that_was_tried_on_no_text_shows_nothing():
+    """Neither that the set comes back, nor that it stays forgotten, alone or next to another attack."""
+    scores = np.random.default_rng(0).normal(size=(3, 6 + 60))
+    trials = [Trial(str(k), x[:6], x[6:]) for k, x in enumerate(scores)]
+    trials[2] = Trial("2", np.full(6, np.nan), scores[2, 6:])
+    assert judge(trials, AttackConfig()).pvalue > 0.05
+    alone = judge([trials[0], trials[2]], AttackConfig())
+    assert (alone.pvalue, set(alone.verdict)) == (1.0, {"untested"})
+
+
+def test_the_windows_of_a_record_are_no_set():
+    """They rise and fall together: three records in ten windows each are three texts."""
+    rng, failures, draws = np.random.default_rng(2), 0, 100
+    records = np.repeat(np.arange(3), 10)
+    for _ in range(draws):
+        forget = rng.normal(size=(5, 3))[:, records] * 0.8 + 0.6 * rng.normal(size=(5, 30))
+        unseen = rng.normal(size=(5, 80))
+        trials = [Trial(str(k), x, y) for k, (x, y) in enumerate(zip(forget, unseen, strict=True))]
+        failures += judge(trials, AttackConfig(), records.tolist()).pvalue <= 0.025
+    assert failures <= draws * 0.025 + 2.5 * np.sqrt(draws * 0.025)
+
+
+def test_without_a_holdout_only_whole_texts_are_judged(w):
+    """What is expected of unseen text is not known for their rests."""
+    options = {"attacks": ["prefix", "quantization"], "template": "none", "progress": False}
+    result = pyunlearn.attack(w.model, w.forget, tokenizer=w.tokenizer, **options)
+    judged = {t.attack: t.judged for t in result.trials}
+    assert (judged["prefix"], judged["quantization"]) == (False, True)
+    assert any("Tried, but not judged: prefix" in note for note in result.notes)
+
+
+def test_a_control_of_another_depth_leaves_its_layers_unjudged(w):
+    """Its trials have other names, and are compared with nothing else."""
+    torch.manual_seed(1)
+    config = copy.deepcopy(w.model.config)
+    config.num_hidden_layers = 3
+    result = attacked(w, w.model, "layers", control=type(w.model)(config).eval())
+    assert [t.judged for t in result.trials[1:]] == [False, False]
+    assert result.verdicts == {"untested": planted.SECRETS}
+    assert any("the control could not be attacked in the same way" in note for note in result.notes)
 
 
 @pytest.mark.full

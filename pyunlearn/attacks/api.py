@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pyunlearn.attacks.config import AttackConfig
 from pyunlearn.attacks.judge import BACK, EXPOSED, STAYS, UNTESTED, Judged, judge, returned
@@ -102,11 +103,18 @@ def attacked(inputs: Prepared, config: AttackConfig, bar: Progress) -> AttackRes
     began = time.perf_counter()
     target = Target(inputs.lm, inputs.texts, config, bar, inputs.original)
     against: list[Trial] = []
-    trials, left_out = _tried(target)
-    if inputs.control is not None:
-        against, _ = _tried(Target(inputs.control, inputs.texts, config, bar, inputs.original, target.chosen))
-        _require_another(trials[0].forget - against[0].forget)
-    judged = judge([_compared(t, against, inputs) for t in trials], config)
+    with torch.inference_mode(False):
+        if inputs.control is not None:
+            control = Target(inputs.control, inputs.texts, config, bar, inputs.original, target.chosen)
+            _require_another(target.nll(inputs.texts.forget) - control.nll(inputs.texts.forget))
+        trials, left_out = _tried(target)
+        if inputs.control is not None:
+            against, not_on_control = _tried(control)
+            left_out += [note for note in not_on_control if note not in left_out]
+    compared = [_compared(t, against, inputs) for t in trials]
+    trials = [replace(t, judged=c.judged) for t, c in zip(trials, compared, strict=True)]
+    left_out += _unjudged(trials, has_control=bool(against))
+    judged = judge(compared, config, inputs.texts.records)
     named = [name in (EXPOSED, BACK) for name in judged.verdict]
     return AttackResult(
         examples=_examples(inputs, judged, trials),
@@ -130,7 +138,10 @@ def _tried(target: Target) -> tuple[list[Trial], list[str]]:
     for name in target.config.chosen:
         try:
             trials += [replace(t, attack=name) for t in ATTACKS[name].run(target)]
-        except Unsuited as reason:
+        except (Unsuited, ModelError, torch.OutOfMemoryError) as error:
+            reason = "the memory is too small for it (relearning_lora takes less)"
+            if not isinstance(error, torch.OutOfMemoryError):
+                reason = str(error)
             left_out.append(f"The attack {name} was left out: {reason}.")
     return trials, left_out
 
@@ -146,12 +157,15 @@ def _require_another(difference: Floats) -> None:
 
 def _compared(trial: Trial, against: list[Trial], inputs: Prepared) -> Trial:
     """Return a trial with scores less the control's under the same attack, or less what is expected of unseen text."""
-    if trial.attack and ATTACKS[trial.attack].writes:
-        return trial
+    whole = not trial.attack or ATTACKS[trial.attack].whole
+    if not against and not whole:  # what is expected of unseen text is known for the whole text as it is
+        return replace(trial, judged=trial.judged and inputs.texts.same_kind)
     if not against:
         forget, own = inputs.expected
         return replace(trial, forget=trial.forget - forget.nll, non_members=trial.non_members - own.nll)
-    same = next((t for t in against if t.name == trial.name), against[0])
+    same = next((t for t in against if t.name == trial.name), against[0] if trial.attack == "adapter" else None)
+    if same is None:
+        return replace(trial, judged=False)
     return replace(
         trial,
         forget=trial.forget - same.forget,
@@ -160,13 +174,24 @@ def _compared(trial: Trial, against: list[Trial], inputs: Prepared) -> Trial:
     )
 
 
+def _unjudged(trials: list[Trial], *, has_control: bool) -> list[str]:
+    """Return a sentence on the attacks that were tried and count for no verdict."""
+    names = dict.fromkeys(t.attack for t in trials if not t.judged)
+    if not names:
+        return []
+    why = "the control could not be attacked in the same way" if has_control else "that takes a control"
+    if not has_control and set(names) != {"merging"}:
+        why = "that takes a holdout or a control"
+    return [f"Tried, but not judged: {', '.join(names)}; {why}."]
+
+
 def _examples(inputs: Prepared, judged: Judged, trials: list[Trial]) -> list[AttackedExample]:
     """Return every forget text, those that were not attacked as untested."""
-    places = {index: i for i, index in enumerate(inputs.indices)}
+    positions = {index: i for i, index in enumerate(inputs.indices)}
     strongest_claim = NO_LIKELIER if inputs.non_members.grade == "self-sampled" else STAYS
     examples = []
     for index, e in enumerate(inputs.rendered.examples["forget"]):
-        i = places.get(index)
+        i = positions.get(index)
         verdict = UNTESTED if i is None else judged.verdict[i]
         own = [] if i is None or verdict != BACK else returned(judged, i)
         k = -1 if i is None else int(judged.strongest[i])
@@ -198,7 +223,7 @@ def _summary(trial: Trial, exposure: Floats, set_pvalue: float, against: list[Tr
     return TrialSummary(
         name=trial.name,
         attack=trial.attack,
-        judged=trial.judged or control is not None,
+        judged=trial.judged,
         tested=int(tested.sum()),
         returned=int((exposure[tested] >= SIGNIFICANT - 1e-9).sum()),
         set_pvalue=None if np.isnan(set_pvalue) else float(set_pvalue),

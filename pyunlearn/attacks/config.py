@@ -30,9 +30,11 @@ DEFAULT = ("prefix", "quantization", "relearning", "relearning-retain", "adapter
 """The attacks that need no generated text; those that a model or the texts do not allow are left out."""
 
 
+_WORDS = ("default", "all", *NAMES)
+
 GATE_OPTION: dict[str, Any] = {
     "default": None,
-    "kind": Several(Choice(("default", "all", *NAMES))),
+    "kind": Several(Choice(_WORDS)),
     "help": "Attacks which a text has to withstand as well, see `pyunlearn attack`: default, all, or some of their "
     "names. Default: none.",
     "group": "Method",
@@ -40,30 +42,20 @@ GATE_OPTION: dict[str, Any] = {
 """The option `attacks` of functions that measure more than attacks."""
 
 
-def gate(attacks: tuple[str, ...], **settings: Any) -> AttackConfig:
-    """Return the settings of the attacks that such an option names.
-
-    >>> gate(("default", "layers")).chosen[-1]
-    'layers'
-    """
-    names = tuple(name for word in attacks for name in (DEFAULT if word == "default" else (word,)))
-    return AttackConfig(attacks=names, **settings)
-
-
 @dataclass(frozen=True, kw_only=True)
 class AttackConfig(Config):
     """The settings of `pyunlearn.attack`.
 
-    >>> AttackConfig(attacks=["all"]).chosen == NAMES
-    True
+    >>> AttackConfig(attacks=["all"]).chosen == NAMES, AttackConfig(attacks=["default", "layers"]).chosen[-1]
+    (True, 'layers')
     """
 
     attacks: tuple[str, ...] = option(
         DEFAULT,
-        Several(Choice(("all", *NAMES))),
+        Several(Choice(_WORDS)),
         "prefix (the text's rest after its first eighth, quarter, half), quantization (weights rounded to 8 and 4 "
         "bits), relearning (fine-tuning on the other forget texts), relearning-retain and relearning-unrelated "
-        "(fine-tuning on other text), instruction (asked for word for word, and after retained neighbours), "
+        "(fine-tuning on other text), instruction (recited word for word on request, and after retained neighbours), "
         "paraphrase (the same in other words), recitation (greedy continuations), sampling (continuations at "
         "temperature 1), merging (with the original), adapter (the model without it), layers (what inner layers "
         "predict), or all.",
@@ -72,8 +64,7 @@ class AttackConfig(Config):
     texts: int = option(
         200,
         Whole(1),
-        "Attack at most this many of the forget texts, drawn at random, with as many non-members at most; the others "
-        "are untested.",
+        "Attack at most this many of the forget texts, drawn at random; the others are untested.",
         group="Method",
     )
     relearning_steps: int = option(20, Whole(1), "Optimizer steps of relearning on forget texts.", group="Method")
@@ -104,8 +95,8 @@ class AttackConfig(Config):
     false_discovery_rate: float = option(
         0.05,
         Number(above=0, below=1),
-        "Expected share of unseen texts among those said to come back, over the whole forget set (Benjamini-Hochberg); "
-        "a model that never saw the texts fails at most this often.",
+        "Expected share of unseen texts among those that are named as coming back, over the whole forget set "
+        "(Benjamini-Hochberg); a model that never saw the texts fails at most this often.",
         group="Method",
     )
     batch_size: int = option(8, Whole(1), "Texts in one step of relearning; four times as many are scored at once.")
@@ -118,4 +109,5 @@ class AttackConfig(Config):
     @property
     def chosen(self) -> tuple[str, ...]:
         """The attacks to try, in the order of NAMES."""
-        return NAMES if "all" in self.attacks else tuple(name for name in NAMES if name in self.attacks)
+        names = {*self.attacks, *(DEFAULT if "default" in self.attacks else ())}
+        return NAMES if "all" in names else tuple(name for name in NAMES if name in names)

@@ -1,4 +1,4 @@
-"""Instructions: does a text come back when it is asked for word for word, or after texts like it?"""
+"""Instructions: does a text come back when the model is told to recite it, or after texts like it?"""
 
 from __future__ import annotations
 

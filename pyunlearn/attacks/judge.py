@@ -49,7 +49,7 @@ class Judged(NamedTuple):
     """That a set of unseen texts stands out as much under any of the attacks."""
 
 
-def judge(trials: Sequence[Trial], config: AttackConfig) -> Judged:
+def judge(trials: Sequence[Trial], config: AttackConfig, records: Sequence[int] | None = None) -> Judged:
     """Judge each text by its scores under every attack, and the set as a whole.
 
         still exposed    it stands out without an attack
@@ -63,11 +63,13 @@ def judge(trials: Sequence[Trial], config: AttackConfig) -> Judged:
     there the set must stand out (`pvalue`), and then single texts are named at the whole rate. So a model that never
     saw the texts has a text named in at most that share of cases, and of the texts named at most that share are unseen
     ones. The set stands out under an attack where more texts do than would of unseen ones (Holm over the attacks), or
-    over all attacks together; a set of fewer than five texts by the latter alone.
+    over all attacks together; a set of fewer than five texts by the latter alone. Of a record in several windows, which
+    depend on each other, the first counts for the set.
 
     Args:
         trials: the first is the model without an attack.
         config: the settings.
+        records: (n,) index of the record of each text; default: each text is a record.
     """
     n, rate = len(trials[0].forget), config.false_discovery_rate
     exposure = np.stack([_exposure(t) for t in trials])
@@ -80,11 +82,14 @@ def judge(trials: Sequence[Trial], config: AttackConfig) -> Judged:
         return Judged(names.tolist(), exposure, np.full(n, np.nan), np.zeros(n, int), intervals, set_pvalue, 1.0)
     recovered = _recovery([trials[k] for k in judged])
     combined = -np.log2(recovered.pvalue) + 0.0
-    tested = ~np.isnan(combined)
-    pvalue = _of_parts(combined, _attacked_alike(trials, judged), recovered.compared, config.seed)
-    if n >= SET:
-        set_pvalue[judged] = holm([2 * _set_pvalue(trials[k], exposure[k], config.seed) for k in judged])
-        pvalue = min(1.0, 2 * pvalue, float(np.nanmin(set_pvalue)))
+    tested, first = ~np.isnan(combined), np.zeros(n, dtype=bool)
+    first[np.unique(np.arange(n) if records is None else records, return_index=True)[1]] = True
+    alike = _attacked_alike(trials, judged)
+    pvalue = _of_parts(np.where(first, combined, np.nan), alike, recovered.compared, config.seed)
+    if first.sum() >= SET:
+        own = [_set_pvalue(trials[k], np.where(first, exposure[k], np.nan), config.seed) for k in judged]
+        set_pvalue[judged] = holm([min(1.0, 2 * p) for p in own])
+        pvalue = min(1.0, 2 * pvalue, float(np.min(set_pvalue[judged])))
     back = np.zeros(n, dtype=bool)
     if pvalue <= rate / 2:
         back[tested] = discoveries(combined[tested], rate=rate).significant
@@ -139,7 +144,7 @@ def _of_parts(exposure: Floats, groups: NDArray[np.int64], m: NDArray[np.int64],
     tested = ~np.isnan(exposure)
     parts = [(groups == g) & tested for g in np.unique(groups[tested])]
     pvalues = [stands_out(exposure[part], int(m[part][0]), seed) for part in parts]
-    return min(1.0, len(pvalues) * min(pvalues, default=1.0))
+    return min(1.0, len(pvalues) * min(pvalues)) if pvalues else 1.0
 
 
 def _attacked_alike(trials: Sequence[Trial], judged: Sequence[int]) -> NDArray[np.int64]:

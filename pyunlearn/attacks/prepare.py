@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.probes.unseen import unseen_like
 from pyunlearn.progress import Progress, logger
 
-_MOST = 200  # non-members
+_MOST = 1000  # non-members
 
 
 class Prepared(NamedTuple):
@@ -84,11 +85,7 @@ def arranged(
             lm.require_vocabulary(other, name)
     examples, tokens, parts = rendered.examples, rendered.tokens, rendered.encoded.parts
     non_members, own_examples = _non_members(lm, control, rendered, config, bar)
-    if (m := len(non_members.tokens)) < (fewest := non_members_for(config.false_discovery_rate)):
-        raise DataError(
-            f"attack compares with {fewest} texts or more that were never trained on, at a false_discovery_rate of "
-            f"{config.false_discovery_rate:g}, and there are {m}: give a holdout of {fewest}"
-        )
+    require_enough(len(non_members.tokens), config.false_discovery_rate)
     rng = np.random.default_rng(config.seed)
     indices = _drawn(rng, len(tokens["forget"]), config.texts)
     compared = _drawn(rng, len(non_members.tokens), _MOST)
@@ -111,6 +108,15 @@ def arranged(
     return Prepared(lm, control, original, rendered, indices, texts, chosen)
 
 
+def require_enough(non_members: int, rate: float) -> None:
+    """Raise DataError unless there are as many non-members as a verdict on attacks takes."""
+    if non_members < (fewest := non_members_for(rate)):
+        raise DataError(
+            f"attacks compare with {fewest} texts or more that were never trained on, at a false_discovery_rate of "
+            f"{rate:g}, and there are {non_members}: give a holdout of {fewest}"
+        )
+
+
 def notes_of(prepared: Prepared, verdicts: Sequence[str], named: Sequence[bool], rate: float) -> list[str]:
     """Return what the verdicts rest on, and what the evidence cannot show: one sentence each.
 
@@ -126,8 +132,14 @@ def notes_of(prepared: Prepared, verdicts: Sequence[str], named: Sequence[bool],
         notes.append(f"{len(prepared.indices)} of {n} forget texts were attacked, drawn at random (--texts).")
     if prepared.control is not None:
         notes.append("Each likelihood is the model's less that of the control, which was attacked in the same way.")
-    as_audit = [name if is_named else "not memorized" for name, is_named in zip(verdicts, named, strict=True)]
-    return notes + evidence_notes(prepared.non_members, as_audit, rate=rate)
+    m, n = len(prepared.texts.non_members), len(verdicts)
+    fewest = math.ceil(n / (rate * (m + 1)) - 1e-9)
+    if not any(named) and fewest > 1:
+        notes.append(
+            f"{m} non-members can show that texts come back only where about {fewest} or more of these {n} do, or "
+            "where many stand out a little."
+        )
+    return notes + evidence_notes(prepared.non_members, verdicts, rate=rate)
 
 
 def _loaded(model: Any, tokenizer: Any, config: AttackConfig) -> LanguageModel:

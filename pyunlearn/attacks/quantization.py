@@ -50,6 +50,10 @@ def quantization(target: Target) -> Iterator[Trial]:
     head = target.lm.inner.get_output_embeddings()
     embeddings = {id(m.weight) for m in (head, target.lm.inner.get_input_embeddings()) if m is not None}
     linear = {name: p for name, p in matrices.items() if id(p) not in embeddings}
+    if any(p.is_meta for p in target.lm.module.parameters()):
+        raise Unsuited("parts of the model are offloaded")
+    if hasattr(target.lm.module, "peft_config"):
+        raise Unsuited("weights are rounded after an adapter is merged (--merge), and this one is not")
     if not linear:
         raise Unsuited("its weights are quantized already, or it has no linear layers")
     table = {n: p for n, p in target.lm.inner.named_parameters() if id(p) in embeddings and p.is_floating_point()}

@@ -22,22 +22,24 @@ class Attack(NamedTuple):
 
     run: Callable[[Target], Iterator[Trial]]
     """Yields the scores of each of its forms; raises Unsuited where it cannot be tried."""
+    whole: bool = False
+    """True where the whole text is scored as it is: what is expected of unseen text holds for such scores alone."""
     writes: bool = False
     """True where the model writes, and the scores are of what it wrote; else they are likelihoods."""
 
 
 ATTACKS: dict[str, Attack] = {
     "prefix": Attack(prefix),
-    "quantization": Attack(quantization),
-    "relearning": Attack(relearning),
-    "relearning-retain": Attack(relearning_retain),
-    "relearning-unrelated": Attack(relearning_unrelated),
+    "quantization": Attack(quantization, whole=True),
+    "relearning": Attack(relearning, whole=True),
+    "relearning-retain": Attack(relearning_retain, whole=True),
+    "relearning-unrelated": Attack(relearning_unrelated, whole=True),
     "instruction": Attack(instruction),
     "paraphrase": Attack(paraphrase),
     "recitation": Attack(recitation, writes=True),
     "sampling": Attack(sampling, writes=True),
-    "merging": Attack(merging),
-    "adapter": Attack(adapter),
+    "merging": Attack(merging, whole=True),
+    "adapter": Attack(adapter, whole=True),
     "layers": Attack(layers),
 }
 """Name -> Attack, in the order in which they are tried. To add one: docs/contributing/add-an-attack.md."""

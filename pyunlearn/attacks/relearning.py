@@ -6,7 +6,7 @@ On the forget texts but this one, on text that must keep working, or on text tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -25,7 +25,12 @@ from pyunlearn.probes.unseen import unseen_texts
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 _TRIED = 5  # steps with each rate
-_RANK = 8  # of the adapter on quantized weights
+_RANK = 8  # of the adapter on quantized and float16 weights
+_DIVERGED = "fine-tuning gives NaN or Inf: set a smaller relearning_rate"
+
+
+class _Diverged(Unsuited):
+    """Raised where fine-tuning has no finite loss."""
 
 
 def relearning(target: Target) -> Iterator[Trial]:
@@ -61,13 +66,14 @@ def relearning(target: Target) -> Iterator[Trial]:
 
 
 def relearning_retain(target: Target) -> Iterator[Trial]:
-    """Train on the retain set, as an owner who goes on to use the model would.
+    """Train on the retain set, as its owner would.
 
     Source: Lucki et al. 2024, arXiv 2409.18025.
     """
     if not target.texts.retain:
         raise Unsuited("there is no retain set")
-    yield from _on_other_text(target, target.texts.retain, "retain text")
+    compared = set(target.texts.every)
+    yield from _on_other_text(target, [t for t in target.texts.retain if t not in compared], "retain text")
 
 
 def relearning_unrelated(target: Target) -> Iterator[Trial]:
@@ -122,8 +128,11 @@ def _rate(target: Target, learned: Sequence[Tokens], key: str) -> float:
         train, test = (sample[::2], sample[1::2]) if len(sample) > 1 else (sample, sample)
         levels = {}
         for rate in RATES:
-            for _ in _trained(target, train, rate, [_TRIED], f"trying a learning rate of {rate:g}"):
-                levels[rate] = target.nll(test).mean()
+            with suppress(_Diverged):
+                for _ in _trained(target, train, rate, [_TRIED], f"trying a learning rate of {rate:g}"):
+                    levels[rate] = target.nll(test).mean()
+        if not levels:
+            raise _Diverged(_DIVERGED)
         target.chosen[key] = min(levels, key=lambda rate: (levels[rate], rate))
     return float(target.chosen[key])
 
@@ -141,7 +150,7 @@ def _trained(target: Target, learned: Sequence[Tokens], rate: float, stops: Sequ
             indices, queue = queue[: config.batch_size], queue[config.batch_size :]
             loss = -lm.likelihood(lm.collate(learned, indices)).mean()
             if not torch.isfinite(loss):
-                break
+                raise _Diverged(_DIVERGED)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -153,11 +162,16 @@ def _trained(target: Target, learned: Sequence[Tokens], rate: float, stops: Sequ
 
 @contextmanager
 def _trainable(target: Target) -> Iterator[tuple[LanguageModel, list[nn.Parameter]]]:
-    """Make the weights trainable for a while: all of them, an adapter's, or those of an adapter made for the attack."""
+    """Make the weights trainable for a while: all of them, an adapter's, or those of an adapter made for the attack.
+
+    Quantized weights and those in float16, in which AdamW overflows, get such an adapter, in float32.
+    """
     lm, rank = target.lm, target.config.relearning_lora
     own = {n: p for n, p in lm.module.named_parameters() if "lora_" in n} if hasattr(lm.module, "peft_config") else {}
-    quantized = not all(p.is_floating_point() for p in lm.module.parameters())
-    if own or not (rank or quantized):
+    wide = all(p.dtype in (torch.float32, torch.float64, torch.bfloat16) for p in lm.module.parameters())
+    if any(p.is_meta for p in lm.module.parameters()):
+        raise Unsuited("parts of the model are offloaded")
+    if own or (wide and not rank):
         parameters = own or dict(lm.module.named_parameters())
         with temporarily(parameters), frozen_but(lm.module, parameters.values()):
             require_trainable(lm.module)

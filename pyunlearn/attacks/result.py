@@ -125,7 +125,8 @@ class AttackResult:
         if self.comes_back:
             parts.append(self._set())
         if parts:
-            return "; ".join(parts) + "."
+            sentence = "; ".join(parts) + "."
+            return sentence[0].upper() + sentence[1:]
         if not self.passed:
             return "Untested: no attack could be tried on these texts."
         untested = f"; {counts[UNTESTED]} were not tested" if UNTESTED in counts else ""

@@ -40,7 +40,7 @@ class AttackTexts:
     retain_examples: list[Example]
     """Both empty without a retain set."""
     same_kind: bool
-    """True where unseen forget texts would fare as the non-members do whatever the model is trained on: a holdout."""
+    """True where unseen forget texts would fare as the non-members do after any training: a holdout, or a control."""
     rendering: Rendering
     """Form in which the model reads records with a prompt."""
 

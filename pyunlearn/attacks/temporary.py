@@ -1,4 +1,4 @@
-"""Weights that an attack changes for a while, restored bit for bit whatever happens."""
+"""Weights that an attack changes for a while, restored bit for bit at the end, also after an error."""
 
 from __future__ import annotations
 

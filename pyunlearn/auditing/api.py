@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyunlearn.attacks.api import attacked
-from pyunlearn.attacks.config import gate
-from pyunlearn.attacks.prepare import arranged
+from pyunlearn.attacks.config import DEFAULT, AttackConfig
+from pyunlearn.attacks.prepare import arranged, require_enough
 from pyunlearn.attacks.result import AttackResult
 from pyunlearn.auditing.assemble import AuditAssembler
 from pyunlearn.auditing.config import AuditConfig
@@ -90,6 +90,8 @@ def audit(
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples, drawn = read_roles(sources, turns=config.turns)
     examples, notes = check_texts(examples)
+    if config.attacks is not None and "holdout" in examples:
+        require_enough(len(examples["holdout"]), config.false_discovery_rate)
     notes = drawn + notes
     for name, each in models.items():
         if each is not None:
@@ -116,7 +118,15 @@ def audit(
 
 def _attacked(models: dict[str, Any], collected: Collected, config: AuditConfig, bar: Progress) -> AttackResult:
     """Try the attacks on the model; the reference model is their control, and the original is there to merge with."""
-    settings = gate(config.attacks or (), false_discovery_rate=config.false_discovery_rate, seed=config.seed)
+    settings = AttackConfig(
+        attacks=config.attacks or DEFAULT,
+        false_discovery_rate=config.false_discovery_rate,
+        batch_size=max(1, config.batch_size // 4),
+        workspace=config.workspace,
+        seed=config.seed,
+    )
+    if collected.texts.non_members.by_reference is False:  # it is the model itself, and was not used
+        models = models | {"reference_model": None}
     lm, original, control = (
         None if models[name] is None else _loaded(models[name], collected.tokenizer, config)
         for name in ("model", "original", "reference_model")

@@ -33,7 +33,7 @@ def recovery(scores: ArrayLike, non_member_scores: ArrayLike) -> Recovery:
 
     Median and scale, the distance from there to the lowest tenth, are those of the m non-members and the text together,
     so that the text and the non-members are treated alike: if they are exchangeable under all attacks at once,
-    P(p <= x) <= x, whatever the laws of the scores and however the attacks depend on each other (full conformal
+    P(p <= x) <= x, for all laws of the scores and however the attacks depend on each other (full conformal
     inference). A minimum of the attacks' own p-values would have to be multiplied by their number. A text is compared
     with the m non-members on which all its attacks were tried.
 

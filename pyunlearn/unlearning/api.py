@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from pyunlearn.attacks.api import attacked
-from pyunlearn.attacks.config import gate
-from pyunlearn.attacks.prepare import arranged
+from pyunlearn.attacks.config import DEFAULT, AttackConfig
+from pyunlearn.attacks.prepare import arranged, require_enough
 from pyunlearn.attacks.result import AttackResult
 from pyunlearn.data import Example, check_texts, read_roles
 from pyunlearn.data.examples import source_name
@@ -125,6 +125,8 @@ def unlearn(
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples, drawn = read_roles(sources, turns=config.turns)
     examples, notes = check_texts(examples)
+    if config.attacks is not None and "holdout" in examples:
+        require_enough(len(examples["holdout"]), config.false_discovery_rate)
     _require_models(model, reference_model, look_up=True)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
@@ -198,7 +200,13 @@ def _attacked(
 ) -> AttackResult:
     """Try the attacks that the settings name on the unlearned model."""
     target = LanguageModel.described(trained, lm.tokenizer, workspace=config.workspace)
-    attacks = gate(config.attacks or (), false_discovery_rate=config.false_discovery_rate, seed=config.seed)
+    attacks = AttackConfig(
+        attacks=config.attacks or DEFAULT,
+        false_discovery_rate=config.false_discovery_rate,
+        batch_size=config.micro_batch_size or config.batch_size,
+        workspace=config.workspace,
+        seed=config.seed,
+    )
     return attacked(arranged(target, texts, attacks, bar), attacks, bar)
 
 
