@@ -58,7 +58,7 @@ def test_the_history_has_one_record_a_step_and_the_state_after_each_round(story)
     data = result.to_dict(show_text=True)
     assert json.loads(json.dumps(data, allow_nan=False)) == json.loads(json.dumps(data))
     flags = {"forgotten", "passed", "evidence", "stopped", "notes", "rendering", "documents"}
-    assert data.keys() == flags | {"non_member_scores", "utility", "examples", "settings", "history"}
+    assert data.keys() == flags | {"non_member_scores", "utility", "examples", "settings", "history", "attack"}
     first = asdict(result.examples[0])
     assert data["examples"][0] == {**first, "interval": list(first["interval"]), "forgotten": True}
     assert data["settings"]["pyunlearn"] == pyunlearn.__version__
