@@ -225,6 +225,26 @@ def test_a_run_tries_the_attacks_that_it_is_to_withstand(story, tmp_path):
     assert not result.passed
 
 
+def test_a_run_whose_attacks_fail_is_saved_by_resuming_without_them(story, tmp_path, monkeypatch):
+    """The checkpoint stays, and a warning says so."""
+    texts = {"retain": story.retain, "holdout": story.holdout, "tokenizer": story.tokenizer, "progress": False}
+
+    def fails(*args):
+        raise ModelError("no attack is possible")
+
+    monkeypatch.setattr("pyunlearn.unlearning.api.attacked", fails)
+    out = tmp_path / "out"
+    with pytest.raises(ModelError, match="no attack is possible"):
+        pyunlearn.unlearn(
+            story.fresh(), story.forget, max_steps=2, attacks=["prefix"], output_dir=out, checkpoint_every=1e-9, **texts
+        )
+    result = pyunlearn.unlearn(
+        story.fresh(), story.forget, max_steps=2, output_dir=out, checkpoint_every=1e-9, resume=True, **texts
+    )
+    assert result.attack is None
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_an_audit_tries_attacks_too(story):
     """And the page says what they brought back."""
     result = pyunlearn.audit(

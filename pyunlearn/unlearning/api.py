@@ -175,7 +175,7 @@ def unlearn(
         result = result_of(session, config, trained, texts, stopped, inputs)
         result.notes = drawn + notes + notes_of(session, texts, result, config)
         if config.attacks is not None and stopped != "interrupted":
-            result.attack = processes.once(lambda: _attacked(trained, lm, texts, config, bar))
+            result.attack = processes.once(lambda: _attacked(trained, lm, texts, config, bar, checkpoint))
         if folder.path is not None and stopped != "interrupted":
             _save(result, folder.path, checkpoint, processes, replace=resume)
     return result
@@ -196,9 +196,14 @@ def _save(result: Result, directory: Path, checkpoint: Checkpoint, processes: Pr
 
 
 def _attacked(
-    trained: Any, lm: LanguageModel, texts: RenderedTexts, config: UnlearnConfig, bar: Progress
+    trained: Any,
+    lm: LanguageModel,
+    texts: RenderedTexts,
+    config: UnlearnConfig,
+    bar: Progress,
+    checkpoint: Checkpoint,
 ) -> AttackResult:
-    """Try the attacks that the settings name on the unlearned model."""
+    """Try the attacks that the settings name on the unlearned model; the checkpoint stays if they cannot be tried."""
     target = LanguageModel.described(trained, lm.tokenizer, workspace=config.workspace)
     attacks = AttackConfig(
         attacks=config.attacks or DEFAULT,
@@ -207,7 +212,12 @@ def _attacked(
         workspace=config.workspace,
         seed=config.seed,
     )
-    return attacked(arranged(target, texts, attacks, bar), attacks, bar)
+    try:
+        return attacked(arranged(target, texts, attacks, bar), attacks, bar)
+    except BaseException:
+        if checkpoint.exists:
+            logger.warning(f"{checkpoint.path} holds the run: resume=True (--resume) saves it, also without attacks")
+        raise
 
 
 def _require_models(model: Any, reference_model: Any, *, look_up: bool) -> None:
