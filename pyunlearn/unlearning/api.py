@@ -124,9 +124,7 @@ def unlearn(
     folder = RunFolder(output_dir, resume=resume)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples, drawn = read_roles(sources, turns=config.turns)
-    examples, notes = check_texts(examples)
-    if config.attacks is not None and "holdout" in examples:
-        require_enough(len(examples["holdout"]), config.false_discovery_rate)
+    examples, notes = _checked(examples, config)
     _require_models(model, reference_model, look_up=True)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
@@ -179,6 +177,14 @@ def unlearn(
         if folder.path is not None and stopped != "interrupted":
             _save(result, folder.path, checkpoint, processes, replace=resume)
     return result
+
+
+def _checked(examples: dict[str, list[Example]], config: UnlearnConfig) -> tuple[dict[str, list[Example]], list[str]]:
+    """Return the texts without copies, and the notes on them. Raises DataError where the holdout is too small."""
+    examples, notes = check_texts(examples)
+    if config.attacks is not None and "holdout" in examples:
+        require_enough(len(examples["holdout"]), config.false_discovery_rate)
+    return examples, notes
 
 
 def _save(result: Result, directory: Path, checkpoint: Checkpoint, processes: Processes, *, replace: bool) -> None:
