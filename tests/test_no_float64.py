@@ -247,7 +247,7 @@ def test_edits(answers, device, monkeypatch, name):
     assert there.changed
     here = edited(answers.fresh())
     for role, nll in here.nll_after.items():
-        assert there.nll_after[role] == pytest.approx(nll, rel=1e-2)
+        assert there.nll_after[role] == pytest.approx(nll, rel=2e-2)  # eigenvectors in float32: 1.1 % on some CPUs
     there.undo()
     for p, original in zip(there.model.parameters(), answers.model.parameters(), strict=True):
         assert torch.equal(p.cpu(), original)

@@ -1,5 +1,8 @@
 """Training that resists: gradients at fine-tuned weights, probes, and fewer texts that come back."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +90,7 @@ def test_a_robust_step_takes_the_gradient_at_fine_tuned_weights(story, monkeypat
 @pytest.mark.full
 def test_fewer_texts_come_back_after_a_robust_run():
     """After fine-tuning on the other half, with the same seed and attack; utility stays within its budget."""
+    sys.path.append(str(Path(__file__).parent.parent))  # last, so that the package is the installed one
     from benchmarks.many_records import facts, train, word_tokenizer
 
     torch.manual_seed(0)
