@@ -5,7 +5,9 @@ Unlearning often changes weights by less than the width of a 4-bit step, and rou
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -77,11 +79,20 @@ def _formats(linear: dict[str, nn.Parameter], transposed: set[str]) -> dict[str,
         "4 bits": (lambda w: rounded(w, 4), None),
     }
     in_blocks = all(p.shape[int(name not in transposed)] % _BLOCK == 0 for name, p in linear.items())
-    if importlib.util.find_spec("gguf") and in_blocks:
+    if in_blocks and _has_gguf():
         formats |= {"GGUF Q8_0": (_gguf("Q8_0"), _gguf("Q8_0")), "GGUF Q4_0": (_gguf("Q4_0"), _gguf("Q8_0"))}
     if importlib.util.find_spec("bitsandbytes"):
         formats["nf4"] = (_nf4, None)
     return formats
+
+
+def _has_gguf() -> bool:
+    """Return whether the package gguf can be imported: early versions need another one, and do not say so."""
+    try:
+        importlib.import_module("gguf")
+    except ImportError:
+        return False
+    return True
 
 
 def _gguf(name: str) -> Round:
@@ -99,5 +110,7 @@ def _gguf(name: str) -> Round:
 def _nf4(weight: Tensor) -> Tensor:
     from bitsandbytes import functional
 
-    packed, state = functional.quantize_4bit(weight.detach().contiguous(), blocksize=_GROUP, quant_type="nf4")
-    return functional.dequantize_4bit(packed, state).to(weight.dtype).view_as(weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, about what it calls
+        packed, state = functional.quantize_4bit(weight.detach().contiguous(), blocksize=_GROUP, quant_type="nf4")
+        return functional.dequantize_4bit(packed, state).to(weight.dtype).view_as(weight)

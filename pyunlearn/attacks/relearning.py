@@ -184,6 +184,7 @@ def _trainable(target: Target) -> Iterator[tuple[LanguageModel, list[nn.Paramete
         yield adapted, [p for p in adapted.module.parameters() if p.requires_grad]
     finally:
         adapted.module.unload()
+        vars(lm.module).pop("peft_config", None)  # which earlier versions of peft leave behind
         for p, required in before.items():
             if p.is_floating_point():
                 p.requires_grad_(required)
