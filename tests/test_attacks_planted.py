@@ -212,6 +212,7 @@ def test_a_control_of_another_depth_leaves_its_layers_unjudged(w):
     assert any("the control could not be attacked in the same way" in note for note in result.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_an_honest_model_fails_in_at_most_five_of_a_hundred_draws(w):
     """A tiny model that never saw the texts, with 100 draws of forget set and holdout and the attacks by default."""

@@ -52,6 +52,7 @@ def audits(model, unseen, memorized, cache):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_texts_that_were_never_trained_on_pass(model, unseen, tmp_path):
@@ -59,6 +60,7 @@ def test_texts_that_were_never_trained_on_pass(model, unseen, tmp_path):
     assert sum(audit.passed for audit in audits(model, unseen, [], tmp_path)) >= 93
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_a_run_on_texts_that_were_never_trained_on_changes_nothing(model, unseen):
     """None of 100 is memorized, in at least 9 of 10 draws; the first version reported 7 of 100 forgotten."""
@@ -77,6 +79,7 @@ def test_a_run_on_texts_that_were_never_trained_on_changes_nothing(model, unseen
     assert stopped.count("nothing memorized") >= 9
 
 
+@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 def test_memorized_texts_are_named_and_others_are_not(model, unseen, tmp_path):

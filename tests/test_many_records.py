@@ -58,6 +58,7 @@ def by_heart(count):
     return tiny.Tiny(model, tokenizer, forget, [], once[:400], facts(200, 3), once[:400])
 
 
+@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.parametrize("count", [1, 5, 16, 64])
 def test_all_records_are_forgotten_within_the_budgets_by_default(count):
@@ -79,6 +80,7 @@ def test_all_records_are_forgotten_within_the_budgets_by_default(count):
     assert sum(e.steps for e in result.examples) <= 64 * count
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_single_records_are_settled_with_nothing_else_given():
     """Each of 24 requests of one record runs, and at least 22 are as unlikely as unseen text afterwards.
@@ -99,6 +101,7 @@ def test_single_records_are_settled_with_nothing_else_given():
     assert max(losses) <= 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.parametrize("count", [2, 5, 16])
 def test_few_records_are_settled_with_nothing_else_given(count):
@@ -110,6 +113,7 @@ def test_few_records_are_settled_with_nothing_else_given(count):
     assert result.utility.interval[1] <= 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.parametrize(
     "method", ["ga", "npo", "simnpo", "kto", "hinge", "altpo", "wga", "tnpo", "wtnpo", "satimp", "kl"]
