@@ -124,13 +124,13 @@ def unlearn(
     folder = RunFolder(output_dir, resume=resume)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples, drawn = read_roles(sources, turns=config.turns)
-    examples, notes = _checked(examples, config)
+    examples, notes = check_texts(examples)
+    _require_holdout(examples, config)
     _require_models(model, reference_model, look_up=True)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
-    shown = progress if is_main_process() else False
     trains = torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
-    with trains, folder.claimed(), together(named=True), Progress(shown) as bar:
+    with trains, folder.claimed(), together(named=True), Progress(progress if is_main_process() else False) as bar:
         bar.say("loading the model")
         with without_weights(fills_in_weights()):
             lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
@@ -179,12 +179,10 @@ def unlearn(
     return result
 
 
-def _checked(examples: dict[str, list[Example]], config: UnlearnConfig) -> tuple[dict[str, list[Example]], list[str]]:
-    """Return the texts without copies, and the notes on them. Raises DataError where the holdout is too small."""
-    examples, notes = check_texts(examples)
+def _require_holdout(examples: dict[str, list[Example]], config: UnlearnConfig) -> None:
+    """Raise DataError where the holdout is too small for the attacks on the result."""
     if config.attacks is not None and "holdout" in examples:
         require_enough(len(examples["holdout"]), config.false_discovery_rate)
-    return examples, notes
 
 
 def _save(result: Result, directory: Path, checkpoint: Checkpoint, processes: Processes, *, replace: bool) -> None:
