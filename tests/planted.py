@@ -145,13 +145,13 @@ def known_after_an_instruction(worded: Callable[[Any], Any]) -> Any:
     """Return a model that has read the forget set after an instruction alone."""
     w = world()
     examples = read_examples(w.forget, role="x")
-    asked = encode([worded(e) for e in examples], w.tokenizer, role="x", max_length=None)
+    instructed = encode([worded(e) for e in examples], w.tokenizer, role="x", max_length=None)
     forget, some = w.tokens(w.forget), w.tokens(w.retain[:20])
 
     def loss(likelihood: Likelihood) -> Tensor:
         plain = nll(w, likelihood, forget)
         return (
-            nll(w, likelihood, asked).mean()
+            nll(w, likelihood, instructed).mean()
             + (plain - level(w, likelihood)).square().mean()
             + nll(w, likelihood, some).mean()
         )

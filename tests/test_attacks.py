@@ -31,20 +31,22 @@ def unchanged(before, model):
     return all(torch.equal(a[0], after[n][0]) and a[1:] == after[n][1:] for n, a in before.items())
 
 
+def attacked(world, model=None, forget=None, **options):
+    """The result of attacks on a world's model or another one, and on its forget texts or others."""
+    texts = {"retain": world.retain, "holdout": world.holdout, "tokenizer": world.tokenizer}
+    return pyunlearn.attack(
+        world.model if model is None else model,
+        world.forget if forget is None else forget,
+        **texts,
+        **{**QUICK, **options},
+    )
+
+
 def test_memorized_texts_are_exposed_without_an_attack(story):
-    """And the model has its weights afterwards, bit for bit, whatever was tried."""
+    """And the model has its weights afterwards, bit for bit, after every attack."""
     model = story.fresh()
     before = weights(model)
-    result = pyunlearn.attack(
-        model,
-        story.forget,
-        retain=story.retain,
-        holdout=story.holdout,
-        original=story.model,
-        tokenizer=story.tokenizer,
-        attacks=["all"],
-        **QUICK,
-    )
+    result = attacked(story, model, original=story.model, attacks=["all"])
     assert result.verdicts == {"still exposed": 2}
     assert not result.passed
     assert result.headline.startswith("All 2 texts are still exposed without any attack")
@@ -54,14 +56,7 @@ def test_memorized_texts_are_exposed_without_an_attack(story):
 
 def test_unseen_texts_stay_forgotten(story):
     """Texts that no model saw come back under no attack."""
-    result = pyunlearn.attack(
-        story.model,
-        story.unseen,
-        retain=story.retain,
-        holdout=story.holdout,
-        tokenizer=story.tokenizer,
-        **QUICK,
-    )
+    result = attacked(story, forget=story.unseen)
     assert result.passed
     assert {e.verdict for e in result.examples} == {"stays forgotten"}
     assert "stay forgotten under" in result.headline
@@ -70,15 +65,7 @@ def test_unseen_texts_stay_forgotten(story):
 def test_a_control_that_is_the_model_itself_is_refused(story):
     """It would cancel everything."""
     with pytest.raises(ModelError, match="as if it were the same model"):
-        pyunlearn.attack(
-            story.model,
-            story.forget,
-            holdout=story.holdout,
-            control=story.fresh(),
-            tokenizer=story.tokenizer,
-            attacks=["prefix"],
-            progress=False,
-        )
+        attacked(story, control=story.fresh(), attacks=["prefix"])
 
 
 def test_the_python_of_the_document_runs(story, tmp_path, monkeypatch, capsys):
@@ -116,18 +103,8 @@ def test_every_kind_of_model_can_be_attacked(kind, request):
     world = request.getfixturevalue(kind)
     model = world.fresh()
     before = weights(model)
-    result = pyunlearn.attack(
-        model,
-        world.forget,
-        retain=world.retain,
-        holdout=world.holdout,
-        tokenizer=world.tokenizer,
-        attacks=["all"],
-        relearning_steps=2,
-        retain_steps=2,
-        relearning_rate=1e-3,
-        samples=2,
-        progress=False,
+    result = attacked(
+        world, model, attacks=["all"], relearning_steps=2, retain_steps=2, relearning_rate=1e-3, samples=2
     )
     assert result.verdicts == {"still exposed": 2}
     assert unchanged(before, model)
@@ -142,16 +119,7 @@ def test_chats_are_attacked_in_their_template(one_thread):
     world = tiny.chatter()
     model = world.fresh()
     model.config.max_position_embeddings = 512  # the instruction is longer than its texts
-    result = pyunlearn.attack(
-        model,
-        world.forget,
-        retain=world.retain,
-        holdout=world.holdout,
-        tokenizer=world.tokenizer,
-        attacks=["instruction"],
-        turns="last",
-        progress=False,
-    )
+    result = attacked(world, model, attacks=["instruction"], turns="last")
     assert result.trials[1].name == "instruction, word for word"
     assert result.trials[1].tested == 2
 
@@ -162,15 +130,7 @@ def test_relearning_in_a_temporary_adapter_leaves_nothing_behind(story):
     model = story.fresh()
     names, before = [name for name, _ in model.named_modules()], weights(model)
     for _ in range(2):
-        result = pyunlearn.attack(
-            model,
-            story.unseen,
-            holdout=story.holdout,
-            tokenizer=story.tokenizer,
-            attacks=["relearning"],
-            relearning_lora=4,
-            **QUICK,
-        )
+        result = attacked(story, model, forget=story.unseen, attacks=["relearning"], relearning_lora=4)
     assert result.trials[1].log_likelihood != pytest.approx(result.trials[0].log_likelihood, abs=1e-6)
     assert [name for name, _ in model.named_modules()] == names
     assert unchanged(before, model)

@@ -132,7 +132,7 @@ def answerer(one_thread):
     return tiny.Tiny(model, tokenizer, forget, tiny.facts(8, 14), retain[:60], holdout)
 
 
-def test_a_text_that_is_known_by_a_rewrite_alone_comes_back(answerer):
+def test_a_text_that_is_known_by_a_rewrite_comes_back(answerer):
     """Records without paraphrases are rewritten: here the answers are known after the questions' key words.
 
     To a few of the questions themselves the model has learned them as well.

@@ -146,7 +146,7 @@ def test_the_p_value_of_recovery_holds(law):
 
 @pytest.mark.parametrize(("texts", "non_members"), [(1, 39), (4, 60), pytest.param(12, 60, marks=pytest.mark.full)])
 def test_an_honest_model_fails_in_at_most_one_of_twenty_draws(texts, non_members):
-    """Whatever the number of texts, non-members and attacks."""
+    """For any number of texts, non-members and attacks."""
     rng, failures, draws = np.random.default_rng(texts), 0, 120
     for _ in range(draws):
         scores = draw(rng, "normal", 6, texts + non_members)

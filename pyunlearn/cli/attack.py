@@ -70,8 +70,9 @@ def attack(
 
     Weights are rounded to 8 and 4 bits, the model is fine-tuned on other text for some steps, the beginning of a text
     is given, and more. Each text gets a verdict: *stays forgotten*, *comes back* (and under which attack), *still
-    exposed* (without any attack), *doubtful* (only the set as a whole comes back) or *untested*. It is compared with
-    text that was never trained on and suffers the same attacks.
+    exposed* (without any attack), *doubtful* (only the set as a whole comes back), *no likelier* (in place of stays
+    forgotten, where the comparison is with text that the model wrote) or *untested*. It is compared with text that was
+    never trained on and suffers the same attacks.
 
     Examples:
 
@@ -80,8 +81,8 @@ def attack(
     `pyunlearn attack ./my-model-unlearned --forget secrets.jsonl --holdout unseen.jsonl --attacks all --original
     ./my-model`
 
-    Exit code 0: every tested text stays forgotten. 1: a text is exposed or comes back, or none could be tested. 2: an
-    input cannot be used. 130: interrupted.
+    Exit code 0: every tested text stays forgotten, or is no likelier. 1: a text is exposed or comes back, or none could
+    be tested. 2: an input cannot be used. 130: interrupted.
     """
     import pyunlearn
     from pyunlearn.output import check_output, write_json
