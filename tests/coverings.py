@@ -59,6 +59,12 @@ def in_full(*cases):
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.full) for case in cases]
 
 
+def slow(*cases):
+    """Return cases of a parametrization, values or tuples of them, that run with `pytest -m "full and slow"` alone."""
+    marks = [pytest.mark.full, pytest.mark.slow]
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks) for case in cases]
+
+
 def _values(axis):
     """Return the values of an axis as a list."""
     return list(axis.values()) if isinstance(axis, Mapping) else list(axis)

@@ -268,6 +268,7 @@ def test_a_memorized_page_of_a_long_text_is_found_and_forgotten(reciter):
     assert result.forgotten
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_a_book_of_100_000_words_is_audited_and_unlearned(small, tmp_path):
     """Every token of it is scored, in time that grows with its length alone."""

@@ -60,6 +60,7 @@ def area(exposed, order):
     return found_curve(exposed, order)[1:].mean() / best.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_it_finds_more_than_chance_in_a_model_that_was_partly_unlearned():
     """Each of three runs is well above chance (0.55; the best order is 1), and a quarter of the audits finds half of

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from coverings import in_full
+from coverings import in_full, slow
 from scipy import stats
 
 from pyunlearn.metrics import (
@@ -45,7 +45,7 @@ def test_the_null_test_has_the_size_it_says(n, m, shared):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("n", "m", "shared"), [(40, 63, True), (30, 19, False), *in_full((400, 64, True), (400, 199, True))]
+    ("n", "m", "shared"), [(40, 63, True), (30, 19, False), *slow((400, 64, True), (400, 199, True))]
 )
 def test_the_top_test_has_the_size_it_says(n, m, shared):
     """At 5 % it rejects at most 5 % of 400 sets of unseen text, and not far less; the exact one at most 5 %."""
@@ -59,7 +59,7 @@ def test_the_top_test_has_the_size_it_says(n, m, shared):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("m", "power"), [(64, 0.7), *in_full((199, 0.99), (999, 0.99))])
+@pytest.mark.parametrize(("m", "power"), [(64, 0.7), *in_full((199, 0.99)), *slow((999, 0.99))])
 def test_twenty_memorized_texts_among_four_hundred_are_seen(m, power):
     """By the exact p-value, at 4 standard deviations; the Kolmogorov-Smirnov test sees 4 to 18 % of such sets."""
     rng, p = np.random.default_rng(m), []

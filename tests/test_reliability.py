@@ -43,7 +43,7 @@ def faulted(folder, *options):
 @pytest.mark.full
 def test_nothing_is_lost(tmp_path):
     """After each fault the command has the result of the undisturbed run, or says what to do."""
-    table = faulted(tmp_path, "--commands", "unlearn,audit,compare,edit", "--moments", 1, "--seconds", 120)
+    table = faulted(tmp_path, "--commands", "unlearn,audit,compare,edit", "--moments", 1, "--seconds", 240)
     assert len(table) == 4 * 5
     for row in table:
         assert row["lost"] == "0"

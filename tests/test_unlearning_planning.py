@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 from architectures import KV
+from coverings import slow
 
 import pyunlearn
 from pyunlearn.errors import ArgumentError, DataError, ModelError
@@ -316,7 +317,7 @@ def test_the_command_prints_the_parts_and_the_command_that_fits(saved, call, tmp
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident set from /proc")
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [("float32", {}), ("bfloat16", {"gradient_checkpointing": True}), ("bfloat16", {"lora": 16})],
+    [("float32", {}), *slow(("bfloat16", {"gradient_checkpointing": True}), ("bfloat16", {"lora": 16}))],
 )
 def test_the_plan_is_within_15_percent_of_the_measured_peak(dtype, options, tmp_path):
     """The resident set of a run in a process of its own, on a model of 34 million random weights."""

@@ -110,6 +110,7 @@ def test_sharded_processes_give_the_run_of_one(stories, name, one_thread, monkey
     check_same(tiny.storyteller(), *stories, name, RUNS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.parametrize("name", ANSWERS)
 def test_a_tied_head_is_sharded_with_the_embedding(answers, name, one_thread):
@@ -117,6 +118,7 @@ def test_a_tied_head_is_sharded_with_the_embedding(answers, name, one_thread):
     check_same(tiny.answerer(), *answers, name, ANSWERS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_an_encoder_decoder_model_is_sharded(tmp_path, one_thread):
     """The layers of encoder and decoder, and the embedding that both share with the head."""
@@ -175,6 +177,7 @@ def copied(folder, out):
     shutil.copytree(folder / "new.checkpoint.shards", folder / f"{out}.checkpoint.shards")
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_a_checkpoint_of_four_processes_resumes_in_two_and_in_one(interrupted, call, monkeypatch):
     """The run continues at the step of the checkpoint, and the numbers are those of one that was not interrupted."""
@@ -189,6 +192,7 @@ def test_a_checkpoint_of_four_processes_resumes_in_two_and_in_one(interrupted, c
     check_continued(interrupted, "one")
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_a_checkpoint_of_one_process_resumes_in_two(interrupted, monkeypatch):
     """From its one file, which is removed at the end."""
@@ -225,6 +229,7 @@ def test_a_damaged_part_is_refused(interrupted, call, monkeypatch, damage):
     assert {"missing": "a part of the checkpoint", "other bytes": "is damaged"}[damage] in error
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_weights_that_the_configuration_does_not_describe_are_refused(tmp_path):
     """By all processes in one sentence: they would wait for each other's tensors, or mix them."""
@@ -246,6 +251,7 @@ def test_a_signal_to_one_process_stores_the_parts_of_all(interrupted):
     check_continued(interrupted, "term")
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_each_process_holds_its_part_alone(interrupted):
     """Of weights, last accepted weights and moments: half each with two processes, of which one reads the model."""
@@ -258,6 +264,7 @@ def test_each_process_holds_its_part_alone(interrupted):
         assert set(counts["empty"]) == {rank == 1}
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_accelerate_shards_with_the_config_among_the_examples(interrupted):
     """Its launcher exports what the other tests do."""
@@ -268,6 +275,7 @@ def test_accelerate_shards_with_the_config_among_the_examples(interrupted):
     assert (interrupted / "yaml" / "result.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_sharded_float32_weights_compute_in_bfloat16_as_on_a_gpu(interrupted):
     """The first loss differs by the rounding of 16 bits, and the weights stay float32."""
