@@ -83,21 +83,15 @@ def test_all_records_are_forgotten_within_the_budgets_by_default(count):
 @pytest.mark.slow
 @pytest.mark.full
 def test_single_records_are_settled_with_nothing_else_given():
-    """Each of 24 requests of one record runs, and at least 22 are as unlikely as unseen text afterwards.
-
-    A token that is still a first choice leaves one "still exposed" now and then, on some CPUs more often: on one, 21
-    of 24 had the best verdict, on another 22 or more. Facts that were read once lose 0.1 nats at most.
-    """
+    """Each of 24 requests of one record runs, and at least 22 have the best verdict; other facts lose 0.1 nats at most."""
     trained = by_heart(64)
     before = tiny.negative_log_likelihoods(trained, trained.retain, trained.model).mean()
-    passed, unlikely, losses = 0, 0, []
+    passed, losses = 0, []
     for record in trained.forget[:24]:
         result = run(trained, [record], method="auto", learning_rate=None, retain=None, holdout=None)
         passed += result.examples[0].verdict == "no likelier"
-        unlikely += result.examples[0].exposure_after <= NULL_MEAN
         losses.append(tiny.negative_log_likelihoods(trained, trained.retain, result.model).mean() - before)
-    assert unlikely >= 22
-    assert passed >= 20
+    assert passed >= 22
     assert max(losses) <= 0.1
 
 

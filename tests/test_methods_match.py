@@ -12,35 +12,42 @@ from pyunlearn.methods import match
 UNSEEN = np.sort(np.random.default_rng(0).exponential(2.0, 40))[::-1] * -1
 
 
-def targets(log_p, level, unseen=UNSEEN):
-    """Return for each of T tokens the quantile of its rank, moved to the level: plain Python."""
-    out = []
-    for x in log_p:
-        rank = sum(y < x for y in log_p)
-        out.append(unseen[int((rank + 0.5) / len(log_p) * len(unseen))])
+def targets(log_p, level, unseen=UNSEEN, likely=1.0):
+    """Return for each of T tokens the quantile of its rank, moved to the level: plain Python.
+
+    All but the share `likely` of them, the likeliest, have the mean of theirs.
+    """
+    ranks = [sum(y < x for y in log_p) for x in log_p]
+    out = [unseen[int((rank + 0.5) / len(log_p) * len(unseen))] for rank in ranks]
+    rest = [rank < len(log_p) - int(likely * len(log_p)) for rank in ranks]
+    mean = sum(t for t, r in zip(out, rest, strict=True) if r) / max(1, sum(rest))
+    out = [mean if r else t for t, r in zip(out, rest, strict=True)]
     return [min(0.0, t + level - sum(out) / len(out)) for t in out]
 
 
-def call(texts, levels, **options):
+def call(texts, levels, likely=None, **options):
     """Return the losses of texts given as lists of log-likelihoods, and the gradient of each token."""
     x = torch.tensor([v for t in texts for v in t], dtype=torch.float64, requires_grad=True)
     counts = torch.tensor([len(t) for t in texts])
     example = torch.repeat_interleave(torch.arange(len(texts)), counts)
     level = torch.tensor(levels, dtype=torch.float64)[example]
-    losses = match(x, example, counts, level, torch.tensor(UNSEEN.copy()), reduction="none", **options)
+    share = None if likely is None else torch.tensor(likely, dtype=torch.float64)[example]
+    losses = match(x, example, counts, level, torch.tensor(UNSEEN.copy()), share, reduction="none", **options)
     return losses.tolist(), torch.autograd.grad(losses.sum(), x)[0].tolist()
 
 
+@pytest.mark.parametrize("likely", [None, [0.0, 0.5, 0.29, 1.0]])
 @pytest.mark.parametrize("width", [0.3, 2.0])
-def test_the_loss_is_its_formula(width):
+def test_the_loss_is_its_formula(width, likely):
     """For texts of different lengths, with tokens in any order; the gradient goes through log p alone."""
     r = np.random.default_rng(1)
     texts = [(-r.exponential(1.0, n)).tolist() for n in (1, 2, 7, 30)]
     levels = [-1.0, -3.0, -2.5, -0.4]
-    losses, gradient = call(texts, levels, width=width)
+    losses, gradient = call(texts, levels, likely, width=width)
     right, slopes = [], []
-    for text, level in zip(texts, levels, strict=True):
-        force = [min(1, max(-1, (x - t) / width)) for x, t in zip(text, targets(text, level), strict=True)]
+    for text, level, share in zip(texts, levels, likely or [1.0] * 4, strict=True):
+        aim = targets(text, level, likely=share)
+        force = [min(1, max(-1, (x - t) / width)) for x, t in zip(text, aim, strict=True)]
         weights = [f / max(1e-4, 1 - math.exp(x)) for f, x in zip(force, text, strict=True)]
         right.append(sum(w * x for w, x in zip(weights, text, strict=True)) / len(text))
         slopes += [w / len(text) for w in weights]

@@ -364,6 +364,6 @@ def test_losses_on_distributions_leave_out_tokens_at_the_level_of_unseen_text(na
     term = forget_term(name, loss)
     term([0, 1])
     assert "weights" not in stored
-    term.unseen = Unseen(np.full(2, -2.0), np.full(9, -2.0))
+    term.unseen = Unseen(np.full(2, -2.0), np.ones(2), np.full(9, -2.0))
     term([0, 1])
     assert stored["weights"].tolist() == [1, 0, 0, 0, 0]

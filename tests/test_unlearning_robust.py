@@ -57,10 +57,10 @@ def plainly(robustness, weights, forget_term, indices, *, round_number, step, fa
                 g = g * min(1.0, 1 / (norm + 1e-6))
                 v.mul_(0.999).add_(0.001 * g**2)
                 p -= robustness.rates[source] * g / ((v / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
-    forget_term.aim(robustness.stopping.level + robustness.shifts[source])
+    forget_term.aim(robustness.stopping.level + robustness.shifts[source], robustness.stopping.likely)
     loss = factor * forget_term([int(i) for i in indices])
     gradients = torch.autograd.grad(loss, parameters)
-    forget_term.aim(robustness.stopping.level)
+    forget_term.aim(robustness.stopping.level, robustness.stopping.likely)
     with torch.no_grad():
         for p, value in zip(parameters, before, strict=True):
             p.copy_(value)

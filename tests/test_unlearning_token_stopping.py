@@ -9,7 +9,7 @@ from pyunlearn.ops import token_objective
 from pyunlearn.unlearning.token_stopping import stopped_by_token
 
 EXAMPLE, COUNTS = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([4, 2])
-LEVEL, UNSEEN = torch.full((6,), -3.0), torch.linspace(-6.0, -0.1, 40)
+LEVEL, LIKELY, UNSEEN = torch.full((6,), -3.0), torch.ones(6), torch.linspace(-6.0, -0.1, 40)
 REFERENCE = torch.full((6,), -0.1)
 
 
@@ -17,7 +17,7 @@ def gradient(function, values, *others, group_size=1):
     """Return the losses and the gradient of their sum."""
     x = torch.tensor(values, requires_grad=True)
     stopped = stopped_by_token(function, UNSEEN, group_size=group_size)
-    losses = stopped(x, EXAMPLE, COUNTS, *others, LEVEL)
+    losses = stopped(x, EXAMPLE, COUNTS, *others, LEVEL, LIKELY)
     losses.sum().backward()
     return losses.detach(), x.grad
 
@@ -55,7 +55,8 @@ def test_a_batch_in_several_chunks_has_the_gradients_of_one(one_thread):
     for workspace in (1 << 30, 1 << 19):
         h = hidden.clone().requires_grad_()
         loss = stopped_by_token(losses_of(wga), UNSEEN - 4)
-        token_objective(h, weight, targets, example, loss, level, examples=12, workspace=workspace).loss.backward()
+        both = level, torch.ones(600)
+        token_objective(h, weight, targets, example, loss, *both, examples=12, workspace=workspace).loss.backward()
         gradients.append(h.grad)
     assert gradients[0].any()
     torch.testing.assert_close(*gradients)

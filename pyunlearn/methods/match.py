@@ -14,6 +14,7 @@ def match(
     counts: Tensor,
     level: Tensor,
     unseen: Tensor,
+    likely: Tensor | None = None,
     *,
     width: float = 0.3,
     weights: Tensor | None = None,
@@ -24,7 +25,8 @@ def match(
         loss_i = mean over its tokens of w log p,   w = clip((log p - t) / width, -1, 1) / (1 - p)
 
     t is the token's quantile: of T tokens, the one with the r-th smallest log p, r = 1 .. T, gets the value at
-    (r - 1/2) / T in the distribution of unseen tokens, moved by what makes the mean of t over the text its level.
+    (r - 1/2) / T in the distribution of unseen tokens, moved by what makes the mean of t over the text its level. Where
+    only some tokens may stay likelier than the rest (`likely`), the others get the mean of their values.
 
     The gradient with respect to the token's own logit is the clipped distance, for a memorized token as for one that is
     almost forgotten, where the gradient of gradient ascent, 1 - p, vanishes on memorized tokens. It is 0 at the level
@@ -38,6 +40,7 @@ def match(
         counts: (B,) tokens of each example.
         level: (N,) the mean log-likelihood per token, nats, at which the token's text is to end.
         unseen: (Q,) log-likelihoods of tokens of unseen text, ascending, nats.
+        likely: (N,) share of the tokens of the token's text that may stay likelier than the rest, 0 to 1; None: all 1.
         width: nats from its quantile within which a token's force is proportional to the distance.
         weights: (N,) factors on the tokens in the mean; None: all 1.
         reduction: "mean" over the examples, or "none".
@@ -58,34 +61,43 @@ def match(
     tensor(0.)
     """
     log_p = log_likelihood.detach()
-    target = quantile_targets(log_p, example, counts, level, unseen)
+    target = quantile_targets(log_p, example, counts, level, unseen, likely)
     force = ((log_p - target) / width).clamp(-1, 1)
     weight = force / (-torch.expm1(log_p)).clamp(min=_CERTAIN)
     return reduced(token_means(weight * log_likelihood, example, counts, weights), reduction)
 
 
-def quantile_targets(log_likelihood: Tensor, example: Tensor, counts: Tensor, level: Tensor, unseen: Tensor) -> Tensor:
+def quantile_targets(
+    log_likelihood: Tensor,
+    example: Tensor,
+    counts: Tensor,
+    level: Tensor,
+    unseen: Tensor,
+    likely: Tensor | None = None,
+) -> Tensor:
     """Return (N,) t of `match`, 0 at most: the log-likelihoods that the tokens would have in unseen text.
 
     >>> known, example, counts = torch.tensor([-0.1, -0.2]), torch.tensor([0, 0]), torch.tensor([2])
-    >>> quantile_targets(known, example, counts, torch.tensor([-2.0, -2.0]), torch.tensor([-4.0, -1.0]))
+    >>> level, unseen = torch.tensor([-2.0, -2.0]), torch.tensor([-4.0, -1.0])
+    >>> quantile_targets(known, example, counts, level, unseen)
     tensor([-0.5000, -3.5000])
+    >>> quantile_targets(known, example, counts, level, unseen, likely=torch.zeros(2))
+    tensor([-2., -2.])
     """
-    target = unseen_quantiles(log_likelihood, example, counts, unseen.to(log_likelihood.dtype))
+    quantile = (_ranks(log_likelihood, example, counts) + 0.5) / counts[example]
+    target = unseen.to(log_likelihood.dtype)[(quantile * len(unseen)).long().clamp(max=len(unseen) - 1)]
+    if likely is not None:
+        rest = (quantile < 1 - likely).to(target.dtype)
+        share, total = (token_means(x, example, counts)[example] for x in (rest, rest * target))
+        target = torch.where(rest > 0, total / share.clamp(min=1e-9), target)
     return (target + level - token_means(target, example, counts)[example]).clamp(max=0)
 
 
-def unseen_quantiles(log_likelihood: Tensor, example: Tensor, counts: Tensor, unseen: Tensor) -> Tensor:
-    """Return (N,) the value of `unseen`, ascending, at the quantile that each token has within its text.
-
-    >>> example, counts = torch.tensor([0, 0, 1]), torch.tensor([2, 1])
-    >>> unseen_quantiles(torch.tensor([-1.0, -3.0, -2.0]), example, counts, torch.tensor([-9.0, -5.0, -4.0, -0.0]))
-    tensor([-0., -5., -4.])
-    """
+def _ranks(log_likelihood: Tensor, example: Tensor, counts: Tensor) -> Tensor:
+    """Return (N,) the rank of each token within its text, from 0, the least likely."""
     order = torch.argsort(log_likelihood)
     order = order[torch.argsort(example[order], stable=True)]  # by example, then by log-likelihood
     rank = torch.empty_like(log_likelihood)
     starts = (counts.cumsum(0) - counts)[example[order]]
     rank[order] = torch.arange(len(order), device=order.device).to(rank.dtype) - starts
-    quantile = (rank + 0.5) / counts[example]
-    return unseen[(quantile * len(unseen)).long().clamp(max=len(unseen) - 1)]
+    return rank

@@ -49,6 +49,7 @@ class Method:
         *_probability              (B,) mean token probabilities of the two texts of a pair
         model, reference           `Distributions` at the scored rows, with targets (n,), example (n,), counts (B,)
         level, unseen              (n,) mean log-likelihood of a token's text if it were unseen; (Q,) of unseen tokens
+        likely                     (n,) share of the tokens of a token's text that may stay likelier than the rest
         hidden                     (n, D) hidden states of one layer, with example, counts, direction (D,), norms (B,)
 
     Args:

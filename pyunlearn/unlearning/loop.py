@@ -204,7 +204,7 @@ def _round(
     above, returning = np.zeros_like(overshot), stopping.returning
     above[stopping.active] = True
     settled = overshot | returning & ~above  # to be held at the level of the non-members
-    parts.forget_term.aim(stopping.level)
+    parts.forget_term.aim(stopping.level, stopping.likely)
     records: list[dict[str, Any]] = []
     for indices in round_batches:
         step = state.step + len(records)

@@ -31,6 +31,7 @@ class Unseen(NamedTuple):
     """Log-likelihoods that the forget texts would have if they were unseen, nats."""
 
     level: Floats  # (B,) mean per token at which each text is to end
+    likely: Floats  # (B,) share of each text's tokens that may stay likelier than the rest
     tokens: Floats  # (Q,) of tokens of the non-members, ascending
 
 
@@ -105,20 +106,25 @@ class ForgetTerm:
         """Return () the sum of the losses of the forget examples at `indices`, differentiable."""
         return self._loss(indices)
 
-    def aim(self, level: Floats) -> None:
-        """Set the (B,) mean log-likelihoods at which the texts are to end, nats a token."""
+    def aim(self, level: Floats, likely: Floats) -> None:
+        """Set where the texts are to end.
+
+        Args:
+            level: (B,) mean log-likelihoods, nats a token.
+            likely: (B,) share of each text's tokens that may stay likelier than the rest.
+        """
         if self.unseen is not None:
-            self.unseen = self.unseen._replace(level=level)
+            self.unseen = self.unseen._replace(level=level, likely=likely)
 
     def restore(self, indices: list[int]) -> Tensor:
         """Return () the sum of the examples' losses of `match`, which bring back those that went too far."""
         batch = self.lm.collate(self.texts["forget"], indices)
-        level, unseen = self._level(indices, batch), self._unseen()
+        unseen = self._unseen()
 
-        def loss(log_likelihood: Tensor, example: Tensor, counts: Tensor, level: Tensor) -> Tensor:
-            return match(log_likelihood, example, counts, level, unseen, reduction="none")
+        def loss(log_likelihood: Tensor, example: Tensor, counts: Tensor, level: Tensor, likely: Tensor) -> Tensor:
+            return match(log_likelihood, example, counts, level, unseen, likely, reduction="none")
 
-        return self.lm.likelihood.token_objective(batch, loss, level).loss
+        return self.lm.likelihood.token_objective(batch, loss, *self._aim(indices, batch)).loss
 
     def _on_log_likelihoods(self, indices: list[int]) -> Tensor:
         """Compute the loss of a method on summed log-likelihoods or on those of single tokens."""
@@ -139,7 +145,8 @@ class ForgetTerm:
             per_token = {"reference": reference_values} | ({} if weights is None else {"weights": weights})
             constants = {}
             if "unseen" in method.inputs:
-                per_token["level"], constants["unseen"] = self._level(indices, batch), self._unseen()
+                per_token["level"], per_token["likely"] = self._aim(indices, batch)
+                constants["unseen"] = self._unseen()
 
             def token_loss(log_likelihood: Tensor, example: Tensor, counts: Tensor, *values: Tensor) -> Tensor:
                 named = dict(zip(per_token, values, strict=True)) | constants
@@ -150,7 +157,7 @@ class ForgetTerm:
             values = [*per_token.values()]
             if self.unseen is not None and "unseen" not in method.inputs and plain:
                 token_loss = stopped_by_token(token_loss, self._unseen(), group_size=group_size)
-                values.append(self._level(indices, batch, len(method.roles)))
+                values += self._aim(indices, batch, len(method.roles))
 
             return likelihood.token_objective(batch, token_loss, *values, group_size=group_size, **selection).loss
 
@@ -174,7 +181,8 @@ class ForgetTerm:
         }
         if self.unseen is not None:
             log_likelihood = model.log_likelihood(batch.targets)
-            aim = self._level(indices, batch), self._unseen()
+            level, likely = self._aim(indices, batch)
+            aim = level, self._unseen(), likely
             tensors["weights"] = above_level(log_likelihood, batch.example, batch.counts, *aim)
         return self.method.loss(tensors, self.options).sum()
 
@@ -183,12 +191,13 @@ class ForgetTerm:
         assert self.target is not None
         return self.target.forget_loss(indices)
 
-    def _level(self, indices: Sequence[int], batch: TokenBatch, repeats: int = 1) -> Tensor:
-        """Return (n,) the mean log-likelihood at which each token's text is to end, nats."""
+    def _aim(self, indices: Sequence[int], batch: TokenBatch, repeats: int = 1) -> tuple[Tensor, Tensor]:
+        """Return (n,) the mean log-likelihood at which each token's text is to end, nats, and (n,) its `likely`."""
         assert self.unseen is not None
-        levels = self.unseen.level[np.repeat(list(indices), repeats)]
-        level = torch.as_tensor(levels, dtype=torch.float32, device=self.lm.device)
-        return level[batch.example]
+        rows, device = np.repeat(list(indices), repeats), self.lm.device
+        both = (self.unseen.level[rows], self.unseen.likely[rows])
+        level, likely = (torch.as_tensor(x, dtype=torch.float32, device=device)[batch.example] for x in both)
+        return level, likely
 
     def _unseen(self) -> Tensor:
         """Return (Q,) log-likelihoods of tokens of unseen text, nats."""

@@ -160,12 +160,12 @@ class Robustness:
         pool = self._texts(source, half != half[indices[0]])
         scale = forget_term.scale(self.log_likelihood, indices)
         with self._fine_tuned(weights, pool, float(self.rates[source]), (self.schedule.seed, 3, step)):
-            forget_term.aim(self.stopping.level + self.shifts[source])
+            forget_term.aim(self.stopping.level + self.shifts[source], self.stopping.likely)
             for micro_batch, counts in self.processes.micro_batches(self.schedule, indices):
                 with self.accelerator.autocast():
                     loss = counts * factor * scale * forget_term(micro_batch)
                 self.accelerator.backward(loss)
-            forget_term.aim(self.stopping.level)
+            forget_term.aim(self.stopping.level, self.stopping.likely)
 
     def probe(self, weights: TrainedWeights, state: LoopState) -> None:
         """Fine-tune on each kind of text before a round, and set which examples are returning.

@@ -153,7 +153,7 @@ def setup(
     state = LoopState(np.zeros(len(forget), dtype=np.int64), multiplier)
     forget_term = ForgetTerm(
         lm, method, options, texts_by_role, reference=reference, weights=weights, target=target,
-        unseen=Unseen(stopping.level, token_quantiles(unseen)), visits=state.visits,
+        unseen=Unseen(stopping.level, stopping.likely, token_quantiles(unseen)), visits=state.visits,
     )  # fmt: skip
     retain_term = RetainTerm(
         lm,

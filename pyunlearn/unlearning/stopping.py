@@ -23,7 +23,7 @@ LEAST_WEIGHT = 0.01
 LEVEL_MARGIN = 0.1
 """Nats a token below the target at which `match` lets the examples end."""
 
-EXTRACTED_SHARE = 0.8
+EXTRACTED_SHARE = 0.5
 """Share of the way from the target to where an example is overshot at which an extracted example is to end."""
 
 MAX_OVERSHOOTS = 4
@@ -156,6 +156,19 @@ class StoppingRule:
         below[self.extracted] = EXTRACTED_SHARE * way
         below[self.overshot] = min(LEVEL_MARGIN, way / 2) / 2
         return -(self.non_members.forget.nll + target + below)
+
+    @property
+    def likely(self) -> Floats:
+        """(B,) share of each example's tokens that may stay likelier than its others, see `match`.
+
+        All, but of an example that is still extracted, or was overshot: as many as four in five non-members have first
+        choices.
+        """
+        share = np.ones(len(self.memorized))
+        fewer = self.extracted | self.overshot
+        most = float(np.quantile(self.non_member_extracted, 1 - 2.0**-NOT_EXTRACTED, method="lower"))
+        share[fewer] = np.clip(most + self.non_members.forget.greedy_match[fewer], 0, 1)
+        return share
 
     @property
     def budgets(self) -> list[tuple[Budget, Rise]]:

@@ -13,14 +13,21 @@ from pyunlearn.methods.reduction import token_means
 _NO_FORCE = 1e-30  # sum of a text's derivatives that counts as 0
 
 
-def above_level(log_likelihood: Tensor, example: Tensor, counts: Tensor, level: Tensor, unseen: Tensor) -> Tensor:
+def above_level(
+    log_likelihood: Tensor,
+    example: Tensor,
+    counts: Tensor,
+    level: Tensor,
+    unseen: Tensor,
+    likely: Tensor | None = None,
+) -> Tensor:
     """Return (N,) 1 for each token that is likelier than the token of its rank in unseen text, t of `match`, else 0.
 
     >>> known, unseen = torch.tensor([-0.5, -1.0, -6.0]), torch.tensor([-4.0, -3.0, -2.0])
     >>> above_level(known, torch.tensor([0, 0, 0]), torch.tensor([3]), torch.full((3,), -3.0), unseen)
     tensor([1., 1., 0.])
     """
-    target = quantile_targets(log_likelihood, example, counts, level, unseen)
+    target = quantile_targets(log_likelihood, example, counts, level, unseen, likely)
     return (log_likelihood > target).to(log_likelihood.dtype)
 
 
@@ -39,22 +46,23 @@ def stopped_by_token(function: Callable[..., Tensor], unseen: Tensor, *, group_s
 
     Returns:
         A function of the same tensors and, at the end, (N,) the mean log-likelihood per token, nats, at which each
-        token's text is to end.
+        token's text is to end, and (N,) the share of its tokens that may stay likelier than the rest.
 
     >>> def wga(x, example, counts):
     ...     return (x.detach().exp() * x).mean().view(1)
     >>> x = torch.tensor([-0.5, -1.0, -6.0], requires_grad=True)
     >>> loss = stopped_by_token(wga, torch.tensor([-4.0, -3.0, -2.0]))
-    >>> loss(x, torch.tensor([0, 0, 0]), torch.tensor([3]), torch.full((3,), -3.0)).sum().backward()
+    >>> level, likely = torch.full((3,), -3.0), torch.ones(3)
+    >>> loss(x, torch.tensor([0, 0, 0]), torch.tensor([3]), level, likely).sum().backward()
     >>> x.grad  # of gradient ascent: 1/3 for each
     tensor([0.4150, 0.2517, 0.0000])
     """
 
     def stopped(log_likelihood: Tensor, example: Tensor, counts: Tensor, *tensors: Tensor) -> Tensor:
-        *others, level = tensors
+        *others, level, likely = tensors
         fixed = log_likelihood.detach()
         forget = (example + 1) % group_size == 0
-        above = forget * above_level(fixed, example, counts, level, unseen)
+        above = forget * above_level(fixed, example, counts, level, unseen, likely)
         with torch.enable_grad():
             probe = fixed.clone().requires_grad_()
             (slope,) = torch.autograd.grad(function(probe, example, counts, *others).sum(), probe)
