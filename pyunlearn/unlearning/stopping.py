@@ -109,7 +109,7 @@ class StoppingRule:
         self.initial = self.measurement(log_likelihood, utility_nll, holdout_nll)
         self.current = self.initial
         self.overshot = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those to restore
-        self.overshoots = np.zeros(len(log_likelihood), dtype=np.int64)  # (B,) how often each was overshot
+        self.overshoots = np.zeros(len(log_likelihood), dtype=np.int64)  # (B,) how often, while extracted
         self.stale = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those not scored under the present weights
         self.returning = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those that fine-tuning brings back
         self.memorized = discoveries(self.initial.exposure.lower, rate=false_discovery_rate).significant  # (B,)
@@ -161,13 +161,11 @@ class StoppingRule:
     def likely(self) -> Floats:
         """(B,) share of each example's tokens that may stay likelier than its others, see `match`.
 
-        All, but of an example that is still extracted, or was overshot: as many as four in five non-members have first
-        choices.
+        All, but of an example that is still extracted as many as four in five non-members have first choices.
         """
-        share = np.ones(len(self.memorized))
-        fewer = self.extracted | self.overshot
+        share, extracted = np.ones(len(self.memorized)), self.extracted
         most = float(np.quantile(self.non_member_extracted, 1 - 2.0**-NOT_EXTRACTED, method="lower"))
-        share[fewer] = np.clip(most + self.non_members.forget.greedy_match[fewer], 0, 1)
+        share[extracted] = np.clip(most + self.non_members.forget.greedy_match[extracted], 0, 1)
         return share
 
     @property
@@ -281,7 +279,7 @@ class StoppingRule:
         """Take later scores under the same weights as `accept` does."""
         upper = measurement.exposure.upper
         below = self.memorized & (upper >= SIGNIFICANT - 1e-9)
-        self.overshoots += below & ~self.overshot
+        self.overshoots += below & ~self.overshot & self.extracted
         self.overshot = below | self.overshot & (upper > self._restored)
         self.stale[scored] = False
         self.current = measurement
