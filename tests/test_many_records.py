@@ -83,7 +83,7 @@ def test_all_records_are_forgotten_within_the_budgets_by_default(count):
 @pytest.mark.slow
 @pytest.mark.full
 def test_single_records_are_settled_with_nothing_else_given():
-    """Each of 24 requests of one record runs, and at least 22 have the best verdict; other facts lose 0.1 nats at most."""
+    """Of 24 requests of one record at least 22 have the best verdict; other facts lose 0.1 nats at most."""
     trained = by_heart(64)
     before = tiny.negative_log_likelihoods(trained, trained.retain, trained.model).mean()
     passed, losses = 0, []

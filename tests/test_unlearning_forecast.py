@@ -53,6 +53,7 @@ def session(*, memorized, batch_size=8, retain=(), seconds_per_id=1e-3):
         stopping=SimpleNamespace(memorized=np.arange(2 * memorized) < memorized),
         retain_term=SimpleNamespace(active=bool(retain)),
         max_steps=10_000,
+        robustness=None,
         seconds_per_id=seconds_per_id,
     )
 

@@ -26,7 +26,9 @@ from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.parts import (
     ACCEPTED,
     ACTIVATIONS,
+    BEFORE_FINE_TUNING,
     CHECKPOINT,
+    FINE_TUNING,
     GRADIENTS,
     HEAD,
     MASK,
@@ -34,9 +36,11 @@ from pyunlearn.unlearning.parts import (
     OTHERS,
     RESTS,
     TRAINED,
+    Part,
     static_parts,
     update_bytes,
 )
+from pyunlearn.unlearning.schedule import ROBUST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENIZER = train_tokenizer(["the cat sees a dog and the king likes my aunt"] * 3, 60)
@@ -260,6 +264,18 @@ def test_the_time_is_that_of_the_operations(saved):
     # a forward pass takes two operations for each parameter and id, plus attention; a backward pass twice as many
     assert 1 < here.memory.operations_scored / (2 * here.parameters) < 2
     assert 2.2 < here.memory.operations_trained / here.memory.operations_scored < 3.2
+
+
+def test_a_robust_run_holds_the_weights_before_fine_tuning_and_its_moments(saved):
+    """The copy is in the main memory, the moments where the run's own are; the time is that of the plain run."""
+    plain, robust = (pyunlearn.plan(saved, FORGET, retain=RETAIN, gpu="H100", robust=r) for r in (False, True))
+    own, added = 4 * plain.trained, set(robust.memory.parts) - set(plain.memory.parts)
+    assert added == {Part(BEFORE_FINE_TUNING, 0, own), Part(FINE_TUNING, own)}
+    assert robust.most_steps == ROBUST * plain.most_steps
+    assert robust.seconds == pytest.approx(plain.seconds, rel=0.2)
+    assert "four to eleven times the time" in robust.time_line
+    here = sizes(pyunlearn.plan(saved, FORGET, retain=RETAIN, robust=True))
+    assert here[BEFORE_FINE_TUNING] == here[FINE_TUNING] == own
 
 
 def test_more_texts_take_more_steps(saved):

@@ -191,8 +191,8 @@ class UnlearnConfig(LoopConfig):
         Flag(),
         "Unlearn until fine-tuning does not bring the texts back: once they are forgotten, each step first fine-tunes "
         "the model for five steps, on half of them or on retain text, and unlearns what returns of the other half. "
-        "Takes about ten times as long, and the main memory for a copy of the weights. Not for rmu and adaptive_rmu, "
-        "nor with sharded weights (FSDP).",
+        "Takes four to eleven times as long (tiny models), and the main memory for a copy of the weights. Not for rmu "
+        "and adaptive_rmu, nor with sharded weights (FSDP).",
         group="Method",
         fixed=True,
     )

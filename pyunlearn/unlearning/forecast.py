@@ -14,6 +14,9 @@ from pyunlearn.unlearning.setup import Session
 VISITS = 16
 """Optimizer steps on an example until it is settled: a usual number at the defaults, see docs/benchmarks.md."""
 
+ROBUST = "without what robust adds, which is not known before (tiny models: four to eleven times the time in all)"
+"""What the expected steps and time of a robust run leave out."""
+
 _STEP = 3.0  # passes that forward and backward cost, in forward passes
 _SURE = 0.05  # share of the way from which a run's own pace says more than the forecast
 
@@ -72,6 +75,8 @@ class Forecast(NamedTuple):
     """Largest number of steps."""
     seconds: float
     """Expected time, without that for loading, the first scores and the final ones."""
+    robust: bool = False
+    """Whether the run is to be robust: what that adds is not in the steps and the time."""
 
     @classmethod
     def of(cls, session: Session) -> Forecast:
@@ -88,7 +93,8 @@ class Forecast(NamedTuple):
         )
         ids = work.steps * (_STEP * work.trained + work.scored)
         tokens = sum(len(t.scored) for t in texts.forget)
-        return cls(len(texts.forget), tokens, memorized, work.steps, session.max_steps, ids * session.seconds_per_id)
+        seconds, robust = ids * session.seconds_per_id, session.robustness is not None
+        return cls(len(texts.forget), tokens, memorized, work.steps, session.max_steps, seconds, robust)
 
     @property
     def line(self) -> str:
@@ -98,7 +104,7 @@ class Forecast(NamedTuple):
             return f"{size}: {self.memorized:,} memorized, no step to take"
         return (
             f"{size}: {self.memorized:,} memorized; about {_number(self.steps, 'step')} (at most {self.most:,}), "
-            f"about {duration(self.seconds)}"
+            f"about {duration(self.seconds)}{f', {ROBUST}' if self.robust else ''}"
         )
 
 

@@ -22,6 +22,8 @@ RESTS = "rests of 16-bit weights"
 ACCEPTED = "last accepted state"
 CHECKPOINT = "moments for the checkpoint"
 MASK = "mask"
+BEFORE_FINE_TUNING = "weights before fine-tuning (robust)"
+FINE_TUNING = "second moments and rests of fine-tuning (robust)"
 ACTIVATIONS = "activations of a pass"
 HEAD = "output head of a pass"
 EXTRA = "scores and updates, beyond a pass"
@@ -88,6 +90,11 @@ def static_parts(module: nn.Module, config: UnlearnConfig, device: str, *, check
         _on_host(CHECKPOINT, moments if checkpoint else [], device),
         Part(MASK, sum(p.numel() for p in trained) if config.mask is not None else 0),
     ]
+    if config.robust:
+        before = sum(map(_bytes, trained))  # not pinned
+        parts.append(Part(BEFORE_FINE_TUNING, *((0, before) if device == "cuda" else (before, 0))))
+        state, offload = [*moments, *rests], config.offload_optimizer
+        parts.append(_on_host(FINE_TUNING, state, device) if offload else Part(FINE_TUNING, sum(state)))
     return [part for part in parts if part.device or part.main]
 
 

@@ -25,7 +25,7 @@ from pyunlearn.output import plain_json
 from pyunlearn.probes.renderings import render
 from pyunlearn.unlearning.api import check_together
 from pyunlearn.unlearning.config import UnlearnConfig
-from pyunlearn.unlearning.forecast import Work, duration
+from pyunlearn.unlearning.forecast import ROBUST, Work, duration
 from pyunlearn.unlearning.machines import (
     CONTEXT,
     CPU_UTILIZATION,
@@ -149,6 +149,7 @@ def plan(
         options, then = ({}, memory) if fits is not False else _cheapest(case)
         work, most = _work(case, config)
         rate, basis = _rate(case)
+        basis += f"; {ROBUST}" if config.robust else ""
         operations = work.trained * memory.operations_trained + work.scored * memory.operations_scored
     return Plan(
         str(model),
@@ -301,7 +302,7 @@ def _work(case: _Case, config: UnlearnConfig) -> tuple[Work, int]:
     forget, retain, holdout = (case.tokens.get(role, []) for role in ("forget", "retain", "holdout"))
     trained = texts_of_retain_loss(case.tokens, config)
     utility = [retain[i] for i in evenly_spaced(retain, forget=len(forget))] if retain else []
-    most = resolved_steps(config.max_steps, len(forget), config.batch_size)
+    most = resolved_steps(config.max_steps, len(forget), config.batch_size, robust=config.robust)
     work = Work.of(
         [*map(len, forget)],
         [*map(len, trained)],
