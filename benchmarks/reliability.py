@@ -41,9 +41,8 @@ from benchmarks.faults import FAULTS, Fault, Moment, Outcome, run_forked
 DATA = "--forget ../inputs/forget.jsonl --retain ../inputs/retain.jsonl"
 HOLDOUT = f"{DATA} --holdout ../inputs/holdout.jsonl"
 STUDY = (
-    "--corpus-size 260 --vocabulary 120 --examples 4 --non-members 19 --repetitions 1,10 --test-examples 12 "
-    "--bleu-examples 4 --subset-models 2 --shared-epochs 1 --epochs 2 --background 32 --warmup 5 --steps 4 --every 2 "
-    "--bleu-every 2 --kinds id,canary --unlearning-rates 1e-2"
+    "--corpus-size 150 --vocabulary 120 --examples 2 --doses 1,8 --seeds 3 --non-members 19 --test-examples 12 "
+    "--epochs 2 --warmup 2 --steps 4 --kinds id,canary --unlearning-rates 1e-2"
 )
 COMMANDS = {
     "unlearn": f"unlearn ../inputs/model {HOLDOUT} --max-steps 12 --batch-size 2 --checkpoint-every 1e-9 "

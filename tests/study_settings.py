@@ -1,21 +1,16 @@
 """The settings of a very small study."""
 
 TINY = {
-    "corpus_size": 260,
+    "corpus_size": 150,
     "vocabulary": 120,
-    "examples": 4,
+    "examples": 2,
+    "doses": (1, 8),
+    "seeds": 3,
     "non_members": 19,
-    "repetitions": (1, 10),
     "test_examples": 12,
-    "bleu_examples": 4,
-    "subset_models": 2,
-    "shared_epochs": 1,
     "epochs": 2,
-    "background": 32,
-    "warmup": 5,
+    "warmup": 2,
     "steps": 4,
-    "every": 2,
-    "bleu_every": 2,
     "kinds": ("id", "canary"),
     "unlearning_rates": (1e-2,),
 }

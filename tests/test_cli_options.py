@@ -108,9 +108,9 @@ def test_the_lists_of_exceptions_are_needed():
 
 def test_options_of_a_study_change_its_preset(call, seen):
     """Lists of numbers and words too; the others stay those of the preset."""
-    words = ("--preset", "cpu", "--steps", 60, "--unlearning-rates", "1e-4,3e-4", "--kinds", "id,random")
-    assert call("study", *words, "--background", "none")[0] == 130
-    changes = {"steps": 60, "unlearning_rates": (1e-4, 3e-4), "kinds": ("id", "random"), "background": None}
+    words = ("--preset", "cpu", "--steps", 60, "--unlearning-rates", "1e-4,3e-4", "--kinds", "id,canary")
+    assert call("study", *words, "--processes", 3)[0] == 130
+    changes = {"steps": 60, "unlearning_rates": (1e-4, 3e-4), "kinds": ("id", "canary"), "processes": 3}
     assert seen["config"] == dataclasses.replace(PRESETS["cpu"], **changes)
     assert (seen["corpus"], seen["test_corpus"]) == (None, None)
 

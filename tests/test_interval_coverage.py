@@ -28,8 +28,6 @@ from pyunlearn.metrics import (
 )
 from pyunlearn.metrics._binomial import clopper_pearson
 from pyunlearn.metrics.quality import UTILITY_PARTS
-from pyunlearn.study import statistics
-from pyunlearn.study.statistics import StepsToForget
 
 pytestmark = pytest.mark.full  # half a minute in all
 
@@ -259,48 +257,3 @@ def test_resamples_of_fewer_than_six_texts_have_no_interval(n):
     assert np.isnan(bootstrap_interval(x)[1:]).all()
     assert np.isnan(aggregate_interval(np.mean, x)[1:]).all()
     assert np.isnan(model_utility_interval(dict.fromkeys(UTILITY_PARTS, x / n))[1:]).all()
-
-
-# ---------------------------------------------------------------- the study
-
-
-def censored(steps, end=20):
-    """Return steps that end at `end`."""
-    return StepsToForget(np.minimum(steps, end), steps > end)
-
-
-@pytest.mark.parametrize("n", [20, *in_full(40)])
-def test_effects_on_steps(n):
-    """Which set takes longer, and a property's rank correlation with the steps, over three sets of censored steps."""
-
-    def steps(rng, n, ratio=1.0):
-        return censored(np.ceil(ratio * np.exp(rng.normal(2, 0.7, n))))
-
-    large = np.random.default_rng(99)
-    rng = np.random.default_rng(n)
-    for ratio in (1.0, 5.0):
-        truth = statistics.longer(steps(large, 4000), steps(large, 4000, ratio))
-        strata = [[(steps(rng, n), steps(rng, n, ratio)) for _ in range(3)] for _ in range(120)]
-        assert_covers([statistics.steps_effect(s)[:3] for s in strata], truth)
-
-    def related(rng, n):
-        x = rng.normal(size=n)
-        return x, censored(np.ceil(np.exp(2 + 0.5 * x + 0.5 * rng.normal(size=n))))
-
-    x, t = related(large, 200_000)
-    truth = stats.spearmanr(x, np.where(t.censored, 21, t.steps)).statistic
-    results = [statistics.rank_correlation([related(rng, n) for _ in range(3)], seed=i)[:3] for i in range(40)]
-    assert_covers(results, truth)
-
-
-@pytest.mark.parametrize("n", [6, *in_full(20)])
-def test_effects_on_pairs(n):
-    """Differences of paired sets, the share of pairs won (Wilson), and of matched examples that take longer."""
-    rng = np.random.default_rng(n)
-    drawn = [statistics.difference(np.zeros(n), rng.normal(1, 1, n), seed=i)[:3] for i in range(80)]
-    assert_covers(drawn, 1.0)
-    for share in (0.2, 0.5):
-        won = [(rng.random(n) < share) for _ in range(200)]
-        assert_covers([statistics.wins(np.ones(n), np.where(w, 0.0, 2.0))[:3] for w in won], share)
-        pairs = [[(5.0, False, 9.0 if x else 2.0, False) for x in w] for w in won]
-        assert_covers([statistics.matched_effect(p, seed=i)[:3] for i, p in enumerate(pairs)], share)

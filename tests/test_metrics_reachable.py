@@ -84,6 +84,7 @@ def test_an_unused_name_is_noticed():
 def test_the_how_to_runs_and_prints_what_it_shows():
     """Block by block in one namespace; each has an output, and prints exactly that."""
     pytest.importorskip("rouge_score")
+    pytest.importorskip("sacrebleu")
     blocks, names = python_blocks(HOW_TO), {}
     assert len(blocks) >= 8
     for code, shown in blocks:

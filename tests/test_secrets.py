@@ -135,7 +135,7 @@ def test_an_error_quotes_no_text(call, folder, tmp_path, content):
 @pytest.mark.full
 def test_no_word_of_a_study_s_corpus_is_written(tmp_path):
     """Neither in its tables nor in its pages, arrays and models; of a word, the tokenizer may have learned pieces."""
-    for name in ("jinja2", "matplotlib", "sacrebleu"):
+    for name in ("jinja2", "matplotlib"):
         pytest.importorskip(name)
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=10)) for _ in range(260)]

@@ -1,160 +1,193 @@
-"""The study's exposures, statistics and verdicts, on numbers made by hand."""
-
-import math
+"""The study's distances, steps and contrasts, on numbers made by hand."""
 
 import numpy as np
 import pytest
 from study_settings import TINY
 
-from pyunlearn.metrics import StepsToForget, generalized_exposure
-from pyunlearn.study import claims, outcomes, statistics
+from pyunlearn.metrics import NULL_MEAN, generalized_exposure
+from pyunlearn.study import claims, outcomes
 from pyunlearn.study.config import StudyConfig
+from pyunlearn.study.decisions import OUTCOMES
 from pyunlearn.study.folder import Folder
+from pyunlearn.study.outcomes import RETRAINED, Outcome
+from pyunlearn.study.runs import jobs
 from pyunlearn.study.sets import ForgetSet, Sets
 
-# ---------------------------------------------------------------- exposures
+DOSES = (1, 4, 16)
 
 
-def test_the_four_criteria_are_what_they_say(tmp_path):
-    """Anchored non-members are those of step 0; calibrated scores lose the difficulty. All four differ here."""
+def made(tmp_path, seeds=5, n=3):
+    """Write a study of one run for each seed with random numbers; return what was drawn, and what is read of it."""
     rng = np.random.default_rng(3)
-    config = StudyConfig(**{**TINY, "unlearning_rates": (0.1,)})
-    which = ForgetSet("id", 1, 0)
-    sets = Sets([], [], [], [], [], {"id": list(range(3, 23))}, {which: [0, 1, 2]})
-    nll, unseen, ease = rng.normal(2, 0.5, (2, 3)), rng.normal(2, 0.5, (2, 20)), rng.normal(2, 0.5, 23)
-    unseen[1] += 0.6
+    config = StudyConfig(**{**TINY, "seeds": seeds, "doses": (1, 2)})
+    forget = {ForgetSet("id", 1, s): list(range(n * s, n * s + n)) for s in range(seeds)}
+    sets = Sets([], [], [], [], forget)
     folder = Folder(tmp_path / "out", {})
-    rest = {name: np.zeros(2) for name in ("test_nll", "bleu", "moved")}
-    run = {"steps": np.arange(2), "nll": nll, "accuracy": nll, "non_member_nll": unseen}
-    folder.arrays(f"runs/{which}-lr0.1.safetensors", **run, **rest)
-    names = ("memorization", "memorization_accuracy", "difficulty", "retrained", "tokens")
-    known = outcomes.Examples(indices=list(range(23)), **dict.fromkeys(names, ease))
-    (outcome,) = outcomes.outcomes_of(folder, config, sets, known)
-    wanted = {}
-    for where, scores in (("anchored", unseen[0]), ("current", unseen[1])):
-        wanted[f"{where} raw"] = generalized_exposure(nll[1], scores)
-        wanted[f"{where} calibrated"] = generalized_exposure(nll[1] - ease[:3], scores - ease[3:])
-    assert len({tuple(w.lower) for w in wanted.values()}) == 4
-    for criterion, w in wanted.items():
-        np.testing.assert_allclose(outcome.lower[criterion][1], w.lower)
-        np.testing.assert_allclose(outcome.upper[criterion][1], w.upper)
-    np.testing.assert_allclose(outcome.drift, [0, (unseen[1] - unseen[0]).mean()])
-    np.testing.assert_allclose(outcome.from_retrained, np.abs(nll - ease[:3]).mean(1))
+    nll = rng.normal(2, 0.5, (seeds, seeds * n))
+    trajectories = {}
+    for seed in range(seeds):
+        folder.arrays(f"scores/seed-{seed}.safetensors", nll=nll[seed], test_nll=np.array(1.0))
+        (job,) = jobs(config, sets, seed)
+        non_members = sets.non_members("id", seed, config.non_members)
+        trajectories[seed] = {
+            "steps": np.arange(3),
+            "nll": rng.normal(2, 0.5, (3, n)),
+            "non_member_nll": rng.normal(2, 0.5, (3, len(non_members))),
+            "test_nll": np.array([1.0, 1.5, 3.0]),
+        }
+        folder.arrays(job.file, **trajectories[seed])
+    examples = outcomes.examples_of(folder, config, sets)
+    return sets, nll, trajectories, examples, outcomes.outcomes_of(folder, config, sets, examples)
 
 
-def test_lowest_exposure_ends_where_the_budget_does_and_price_where_the_threshold_is():
-    """Steps after the budget is spent do not count, even if the test NLL falls again; inf for what is never reached."""
-    exposures = np.array([[6.0, 4.0], [4.0, 2.0], [1.0, 1.0], [0.5, 0.5]])
-    rise = np.array([2.0, 2.05, 2.5, 2.02])
-    rest = ("steps", "nll", "accuracy", "bleu", "drift", "from_retrained", "non_members_from_retrained", "moved")
-    o = outcomes.Outcome(
-        which=None,
+# ---------------------------------------------------------------- distances
+
+
+def test_the_models_that_never_saw_a_set_are_split_in_two():
+    """Every second one calibrates, the rest measure; none is the owner, none is in both."""
+    for owner in range(7):
+        first, second = outcomes.calibrating(7, owner), outcomes.measuring(7, owner)
+        assert sorted(first + second) == [k for k in range(7) if k != owner]
+        assert len(first) == len(second) == 3
+
+
+def test_distances_difficulty_and_memorization_come_from_their_own_models(tmp_path):
+    """Distance from the calibrating models, difficulty and memorization from the measuring ones."""
+    _, nll, trajectories, examples, results = made(tmp_path)
+    (o,) = [r for r in results if r.which.seed == 1]
+    np.testing.assert_allclose(o.distance, trajectories[1]["nll"] - nll[[0, 3]][:, 3:6].mean(0))
+    np.testing.assert_allclose(examples.at(examples.difficulty, o.indices), nll[[2, 4]][:, 3:6].mean(0))
+    np.testing.assert_allclose(examples.at(examples.memorization, o.indices), nll[[2, 4]][:, 3:6].mean(0) - nll[1, 3:6])
+    np.testing.assert_allclose(o.rise, [0, 0.5, 2.0])
+
+
+def test_every_criterion_is_what_it_says(tmp_path):
+    """Anchored non-members are those of step 0; calibrated ones lose the mean of models that saw neither set."""
+    sets, nll, trajectories, _, results = made(tmp_path)
+    (o,) = [r for r in results if r.which.seed == 1]
+    run, others = trajectories[1], sets.non_members("id", 1, 99)
+    assert others == [0, 1, 2, *range(6, 15)]
+    calibrators = {0: [3], 2: [0, 3], 3: [0, 2], 4: [0, 2]}  # every second model, without the owner and without seed 1
+    away = run["non_member_nll"] - np.array([nll[calibrators[i // 3], i].mean() for i in others])
+    expected = {
+        RETRAINED: o.distance.mean(1),
+        "anchored NLL": run["nll"].mean(1) - run["non_member_nll"][0].mean(),
+    }
+    for name, scores, against in (("", run["nll"], run["non_member_nll"]), ("calibrated ", o.distance, away)):
+        for when, at in (("anchored", [0, 0, 0]), ("current", [0, 1, 2])):
+            bits = [generalized_exposure(scores[t], against[at[t]]).lower.mean() for t in range(3)]
+            expected[f"{when} {name}exposure"] = NULL_MEAN - np.array(bits)
+    assert set(expected) == set(o.gaps)
+    for name, gap in expected.items():
+        np.testing.assert_allclose(o.gaps[name], gap, err_msg=name)
+
+
+def test_a_crossing_is_interpolated_and_censored_where_it_never_comes():
+    """From the start, between two measurements, and never; a later return below 0 does not matter."""
+    assert outcomes.crossing([0, 2, 4], [0.5, 1, 2]) == (0, False)
+    assert outcomes.crossing([0, 2, 4], [-1, 3, -2]) == (0.5, False)
+    assert outcomes.crossing([0, 2, 4], [-3, -2, -1]) == (4, True)
+
+
+# ---------------------------------------------------------------- contrasts
+
+
+def run_of(kind, dose, seed, step, price, speed=None, n=8):
+    """Make a run that is forgotten at `step`, where the test NLL has risen by `price` in a straight line."""
+    steps = np.arange(65)
+    gap = (steps - step) / step
+    nll = 2 + np.outer(steps, np.ones(n) if speed is None else speed)
+    return Outcome(
+        which=ForgetSet(kind, dose, seed),
         rate=0.1,
-        indices=[0, 1],
-        lower={"y": exposures},
-        upper={"y": exposures},
-        test_nll=rise,
-        **dict.fromkeys(rest),
+        indices=list(range(n)),
+        steps=steps,
+        nll=nll,
+        distance=np.tile(gap[:, None], (1, n)),
+        rise=steps * price / step,
+        gaps=dict.fromkeys(outcomes.CRITERIA, gap),
     )
-    assert o.lowest("y", 0.1) == 3.0
-    assert o.price("y", 1.443) == pytest.approx(0.5)
-    assert o.price("y", 0.1) == math.inf
 
 
-# ---------------------------------------------------------------- verdicts
+def made_examples(difficulty):
+    n = len(difficulty)
+    zeros = np.zeros(n)
+    return outcomes.Examples(
+        indices=list(range(n)),
+        owner=zeros,
+        nll=zeros[None],
+        calibration=zeros + 5,
+        difficulty=np.array(difficulty, dtype=float),
+        memorization=zeros,
+    )
 
 
-@pytest.mark.parametrize(
-    ("effect", "low", "high", "p", "n", "expected"),
-    [
-        (0.7, 0.6, 0.8, 0.01, 40, "supported"),
-        (0.7, 0.6, 0.8, 0.2, 40, "undecided"),
-        (0.7, 0.45, 0.8, 0.01, 40, "undecided"),
-        (0.3, 0.2, 0.4, 0.01, 40, "not supported"),
-        (0.5, 0.46, 0.54, 0.9, 400, "not supported"),
-        (0.5, 0.3, 0.7, 0.9, 40, "undecided"),
-        (0.9, 0.8, 1.0, 0.001, 10, "undecided"),
-        (math.nan, math.nan, math.nan, 1.0, 0, "undecided"),
-    ],
-)
-def test_a_verdict_needs_interval_test_and_numbers(effect, low, high, p, n, expected):
-    """A null result is one where every effect that would matter is ruled out; few examples decide nothing."""
-    verdict = claims._verdict(statistics.Effect(effect, low, high, p, n), "share", 0.5, "stratified log-rank")
-    assert verdict == expected
-
-
-def test_a_claim_is_decided_only_where_comparisons_agree():
-    """One comparison against the claim makes it undecided, and the reason names what it depends on."""
-    effects = {True: statistics.Effect(0.8, 0.7, 0.9, 0.01, 40), False: statistics.Effect(0.2, 0.1, 0.3, 0.01, 40)}
-
-    def judge(*supports):
-        rows = [
-            claims.Comparison("same", "canary", 0.1, f"criterion {i}", "share", 0.5, "log-rank", effects[s])
-            for i, s in enumerate(supports)
-        ]
-        return claims.judged(claims._adjusted("steps", rows))[0]
-
-    assert judge(True, True, True).verdict == "supported"
-    assert judge(False, False, False).verdict == "not supported"
-    mixed = judge(True, True, False)
-    assert mixed.verdict == "undecided"
-    assert "depends on the criterion" in mixed.why
-
-
-# ---------------------------------------------------------------- statistics
-
-
-def taken(*steps, cut=()):
-    return StepsToForget(np.array(steps, dtype=float), np.isin(np.arange(len(steps)), cut))
-
-
-def test_censored_steps_are_compared_where_they_can_be():
-    """An example forgotten at a step is shorter than one still exposed there; two censored ones are a tie."""
-    assert statistics.longer(taken(1, 2), taken(3, 4)) == 1
-    assert statistics.longer(taken(5), taken(5, cut=[0])) == 1
-    assert statistics.longer(taken(5, cut=[0]), taken(5, cut=[0])) == 0.5
-    assert statistics.longer(taken(5, cut=[0]), taken(9)) == 0.5
-    a, b = taken(1, 4, 9, 9, cut=[3]), taken(2, 4, 8)
-    assert statistics.longer(a, b) == pytest.approx(1 - statistics.longer(b, a))
-
-
-def test_steps_effect_finds_a_difference_and_no_other():
-    """Longer steps give a share near 1 and a small p; equal ones an interval around one half (in 5 of 5 draws)."""
+def study_of(seeds=6, **changes):
     rng = np.random.default_rng(0)
-
-    def draw(mean):
-        x = rng.geometric(1 / mean, 30).astype(float)
-        return StepsToForget(np.minimum(x, 20), x > 20)
-
-    effect = statistics.steps_effect([(draw(3), draw(12)) for _ in range(3)])
-    assert effect.low > 0.6
-    assert effect.pvalue < 1e-3
-    for _ in range(5):
-        null = statistics.steps_effect([(draw(6), draw(6)) for _ in range(3)])
-        assert null.low < 0.5 < null.high
-        assert null.pvalue > 0.01
-
-
-def test_rank_correlation_is_within_sets_and_counts_censored_ones_highest():
-    """Two sets that differ as wholes but not within have none; the sign is that of the relation."""
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(2, 40))
-    apart = [(x[0], taken(*rng.integers(1, 9, 40))), (x[1] + 10, taken(*(20 + rng.integers(1, 9, 40))))]
-    assert abs(statistics.rank_correlation(apart).effect) < 0.3
-    steps = np.argsort(np.argsort(x[0])).astype(float)
-    for sign in (1, -1):
-        result = statistics.rank_correlation([(sign * x[0], StepsToForget(np.minimum(steps, 30), steps > 30))])
-        assert sign * result.effect > 0.9
-        assert result.pvalue < 0.01
+    x = np.linspace(1, 3, 8)
+    settings = {**TINY, "seeds": seeds, "doses": DOSES, "unlearning_rates": (0.1,)}
+    config = StudyConfig(**{**settings, "kinds": ("id", "mismatched", "canary")})
+    runs = []
+    for seed in range(seeds):
+        for dose in DOSES:
+            wobble = 1 + 0.02 * rng.normal()
+            runs += [
+                run_of("id", dose, seed, 2 * dose**0.5 * wobble, 0.3 * wobble, 0.1 * 2 ** (-0.5 * x), **changes),
+                run_of("canary", dose, seed, 8 * dose**0.5, 0.1, **changes),
+                run_of("mismatched", dose, seed, 2 * dose**0.5, 0.3, **changes),
+            ]
+    return config, made_examples(x), runs
 
 
-def test_holm_is_the_textbook_s():
-    """0.01, 0.04, 0.03 become 0.03, 0.06, 0.06."""
-    np.testing.assert_allclose(statistics.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+def test_every_contrast_is_what_its_text_says():
+    """Four times the steps at every dose: 2 in log2. The rest by hand too."""
+    config, examples, runs = study_of()
+    decided = {c.name: c for c in claims.primary_claims(config, examples, runs)}
+    assert list(decided) == list(claims.CLAIMS)
+    means = {name: c.decision.mean for name, c in decided.items()}
+    assert means["steps"] == pytest.approx(2, abs=0.05)
+    assert means["trade-off"] == pytest.approx(0.2, abs=0.02)
+    assert means["decay"] == pytest.approx(4 * 0.3 - 0.1, abs=0.05)  # four times the steps at the same slope
+    assert means["memorization"] == pytest.approx(0.5, abs=0.02)
+    assert means["difficulty"] == pytest.approx(0.5)
+    assert {c.decision.outcome for c in decided.values()} == {"supported"}
 
 
-def test_never_is_dearer_than_any_price():
-    """An infinite price loses against a finite one, and ties with another."""
-    inf = math.inf
-    assert statistics.wins([1.0, inf, inf], [0.5, 2.0, inf])[0] == 1.0
-    assert statistics.wins([inf], [inf]).pvalue == 1
+def test_the_doses_are_compared_with_themselves():
+    """A set that needs more steps at one dose alone changes the mean by a third of it."""
+    config, examples, runs = study_of()
+    base = claims.primary_claims(config, examples, runs)[0].decision.mean
+    changed = [run_of("canary", 4, o.which.seed, 32, 0.1) if o.which[:2] == ("canary", 4) else o for o in runs]
+    assert claims.primary_claims(config, examples, changed)[0].decision.mean == pytest.approx(base + 1 / 3)
+
+
+def test_a_set_that_was_forgotten_from_the_start_counts_as_half_a_step():
+    """Its logarithm would be minus infinity; its price is 0."""
+    config, examples, runs = study_of()
+    start = [run_of("id", 1, o.which.seed, 1e-9, 1e-9) if o.which[:2] == ("id", 1) else o for o in runs]
+    contrasts = claims.primary_claims(config, examples, start)[0].contrasts
+    assert np.isfinite(contrasts).all()
+    assert np.mean(contrasts) == pytest.approx(2 + (np.log2(8 / 0.5) - 2) / 3, abs=0.05)
+
+
+def test_other_kinds_are_decided_apart():
+    """Mismatched sets that need as many steps: no material difference, while canaries need more."""
+    config, examples, runs = study_of()
+    second = {c.name: c for c in claims.secondary_claims(config, examples, runs)}
+    assert {c.kind for c in second.values()} == {"mismatched"}
+    assert set(second) == {"steps", "trade-off", "decay"}
+    assert second["steps"].decision.outcome == "no material difference"
+
+
+def test_sensitivity_measures_every_claim_in_other_ways():
+    """With the same unit; the share of seeds on the same side; arithmetic alone has its own rows."""
+    config, examples, runs = study_of()
+    rows = claims.variants(config, examples, runs, claims.primary_claims(config, examples, runs))
+    assert {row.claim for row in rows} == set(claims.CLAIMS)
+    assert all(0 <= row.agree <= 1 for row in rows)
+    values = {(row.claim, row.variant): row for row in rows}
+    assert values["steps", "dose 4 alone"].mean == pytest.approx(2, abs=0.05)
+    assert values["steps", "dose 4 alone"].agree == 1
+    one_speed = next(row for row in rows if row.variant.startswith("arithmetic: the same at one speed"))
+    assert one_speed.unit == "correlation"
+    assert not any(row.variant in OUTCOMES for row in rows)

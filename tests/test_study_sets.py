@@ -1,58 +1,89 @@
 """The sets of a study: matched, apart, and never trained on where they must not be; and its corpora."""
 
+from collections import Counter
+
 import pytest
 from study_settings import TINY
 
 from pyunlearn.errors import DataError
 from pyunlearn.models.from_scratch import train_tokenizer
-from pyunlearn.study.config import StudyConfig
+from pyunlearn.study.config import PRESETS, StudyConfig
 from pyunlearn.study.corpus import read_corpus, synthetic
-from pyunlearn.study.sets import make_sets
+from pyunlearn.study.sets import Sets, make_sets
 
 
 def sets_of(**changes):
     kinds = ("id", "mismatched", "canary", "random")
-    config = StudyConfig(**{**TINY, "kinds": kinds, "draws": 2, "corpus_size": 500, **changes})
+    config = StudyConfig(**{**TINY, "kinds": kinds, "corpus_size": 300, **changes})
     corpus = synthetic(config.setup, config.corpus_size, config.seed)
     tokenizer = train_tokenizer((t for e in corpus for t in (e.prompt, e.completion)), config.vocabulary)
-    return config, corpus, make_sets(config, corpus, None, tokenizer)
+    return config, make_sets(config, corpus, None, tokenizer)
 
 
 @pytest.mark.parametrize("setup", ["translation", "text"])
 def test_sets_are_matched_and_apart(setup):
-    """Every kind has the same number of examples of the same lengths; no example is in two groups."""
-    config, _, sets = sets_of(setup=setup)
+    """Every set has the same number of examples, canaries as long as their partners; no example is in two groups."""
+    config, sets = sets_of(setup=setup)
+    assert len(sets.forget) == len(config.kinds) * len(config.doses) * config.seeds
     assert {len(indices) for indices in sets.forget.values()} == {config.examples}
-    assert {len(indices) for indices in sets.non_members.values()} == {config.non_members}
     for which, indices in sets.forget.items():
         if which.kind in ("canary", "random"):
             natural = sets.forget[which._replace(kind="id")]
             assert [len(sets.tokens[i].scored) for i in indices] == [len(sets.tokens[i].scored) for i in natural]
-    groups = [*sets.forget.values(), *sets.non_members.values(), sets.background, sets.test]
+    groups = [*sets.forget.values(), sets.background, sets.test]
     size = sum(map(len, groups))
     assert size == len({i for g in groups for i in g}) == len({(t.ids, t.decoder) for t in sets.tokens})
 
 
-def test_nothing_unseen_is_trained_on():
-    """Non-members and test examples are in no epoch; subset models leave out exactly what their masks exclude."""
-    config, _, sets = sets_of()
-    unseen = {i for g in (*sets.non_members.values(), sets.test) for i in g}
-    assert not unseen & set(sets.members(None)) | unseen & set(sets.background)
-    masks = sets.subsets(config)
-    assert set(masks) == set(sets.scored())
-    for k in range(config.subset_models):
-        chosen = {i for i, mask in masks.items() if mask[k]}
-        members = sets.members(None, chosen)
-        assert set(members) == chosen - unseen
-        for which, indices in sets.forget.items():
-            assert all(members.count(i) == which.repetitions for i in indices if i in chosen)
-    assert {which.draw for which, p in sets.forget.items() if set(p) & set(sets.members(1))} == {1}
+@pytest.mark.parametrize("seed", range(3))
+def test_a_seed_trains_on_its_own_sets_alone_at_their_doses(seed):
+    """Each example as often as its dose says in the whole training, spread over the epochs; nothing unseen at all."""
+    config, sets = sets_of(doses=(1, 5), epochs=2)
+    epochs = sets.epochs(config, seed)
+    rows = Counter(i for epoch in epochs for i in epoch)
+    for which, indices in sets.forget.items():
+        assert {rows[i] for i in indices} == {which.dose if which.seed == seed else 0}
+        if which == ("canary", 5, seed):
+            assert {abs(epochs[0].count(i) - epochs[1].count(i)) for i in indices} == {1}
+    assert {rows[i] for i in sets.background} == {config.epochs}
+    assert not any(rows[i] for i in sets.test)
+
+
+def test_non_members_are_examples_of_other_seeds_of_the_same_kind():
+    """As many as there are, or as are wanted; the same at every call."""
+    config, sets = sets_of()
+    owners = sets.owners()
+    for kind in config.kinds:
+        every = sets.non_members(kind, 1, 99)
+        assert len(every) == 2 * len(config.doses) * config.examples
+        assert {owners[i].kind for i in every} == {kind}
+        assert {owners[i].seed for i in every} == {0, 2}
+        some = sets.non_members(kind, 1, 5)
+        assert some == sets.non_members(kind, 1, 5)
+        assert len(some) == 5
+        assert set(some) < set(every)
+
+
+def test_the_share_out_of_distribution_is_that_of_the_rows():
+    """Counted in the epochs of a seed."""
+    config, sets = sets_of()
+    owners = sets.owners()
+    rows = [i for epoch in sets.epochs(config, 0) for i in epoch]
+    outside = sum(i in owners and owners[i].kind != "id" for i in rows)
+    assert sets.outside_share(config) == pytest.approx(outside / len(rows))
+
+
+@pytest.mark.parametrize(("preset", "background"), [("cpu", 27000), ("gpu", 26000), ("paper", 190000)])
+def test_the_presets_keep_what_is_out_of_distribution_rare(preset, background):
+    """At most 1 % of the training rows, on a corpus of the size that they are made for."""
+    sets = Sets([], [], list(range(background)), [])
+    assert sets.outside_share(PRESETS[preset]) <= 0.01
 
 
 def test_a_corpus_that_is_too_small_is_refused():
     """The message tells the numbers."""
-    with pytest.raises(DataError, match="500 different examples, and the study needs"):
-        sets_of(examples=100)
+    with pytest.raises(DataError, match="300 different examples, and the study needs"):
+        sets_of(examples=40)
 
 
 def test_corpora_are_read_in_every_form(tmp_path):

@@ -50,15 +50,15 @@ def study(
 ) -> None:
     """Repeat the experiment of arXiv 2411.04388: unlearning in and out of distribution, memorization and difficulty.
 
-    It trains models with forget sets of several kinds, unlearns them, and reports for each of the paper's claims
-    whether it holds there: a page (index.html), figures and tables. The defaults below are those of the preset smoke.
-    An interrupted study resumes when the same command is run again.
+    It trains a model for each seed with forget sets of several kinds, unlearns them, and decides five claims of the
+    paper by tests over seeds: a page (index.html), figures and tables. The defaults below are those of the preset
+    smoke, whose 3 seeds decide nothing. An interrupted study resumes when the same command is run again.
 
     Examples:
 
     `pyunlearn study --preset smoke --out ./study`
 
-    `pyunlearn study --preset cpu --steps 60 --corpus train.en --corpus train.de --out ./study`
+    `pyunlearn study --preset cpu --corpus train.en --corpus train.de --processes 2 --out ./study`
 
     Exit code 0: done, whichever the verdicts. 2: an input cannot be used. 130: interrupted.
     """
@@ -80,8 +80,12 @@ def study(
         print((result.folder / "claims.json").read_text(encoding="utf-8"), end="")
         return
     from pyunlearn.report.catalogue import verdict_lines
+    from pyunlearn.study.claims import CLAIMS
+    from pyunlearn.study.page import why
 
     console = terminal()
-    for line in verdict_lines([(c.verdict, c.text, c.why) for c in result.claims], console.width):
+    rows = [(c.decision.outcome, CLAIMS[c.name].claim, why(c.name, c.decision)) for c in result.claims]
+    for line in [*verdict_lines(rows, console.width), *result.notes]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"the page is {result.folder / 'index.html'}", highlight=False, markup=False)
+    page = f"the page is {result.folder / 'index.html'}; SHA-256 of study.yaml {result.plan}"
+    console.print(page, highlight=False, markup=False)

@@ -1,316 +1,290 @@
-"""The claims of Baluta et al. 2024 as comparisons, each with an effect, an interval, a test and a verdict."""
+"""The claims of Baluta et al. 2024, one number per seed for each, and the sensitivity of these numbers.
+
+The estimands and their margins are fixed here; study.yaml repeats them before anything is trained.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
-from pyunlearn.metrics import NULL_MEAN
-from pyunlearn.study import statistics
 from pyunlearn.study.config import StudyConfig
-from pyunlearn.study.outcomes import CRITERIA, Examples, Outcome
-from pyunlearn.study.statistics import Effect
+from pyunlearn.study.decisions import Decision, decide, interval
+from pyunlearn.study.outcomes import CRITERIA, RETRAINED, Examples, Outcome
 
-CLAIMS = {
-    "steps": "Out-of-distribution examples need more unlearning steps.",
-    "trade-off": "Out-of-distribution examples have the better trade-off of forgetting and performance.",
-    "decay": "Unlearning in-distribution examples costs performance quickly.",
-    "memorization": "The memorization of an example decides its steps (more memorized, more steps).",
-    "difficulty": "The difficulty of an example decides its steps (harder, more steps).",
-}
-SMALL = {"share": 0.05, "nats": 0.02, "bits": 0.25, "BLEU": 0.5, "correlation": 0.1}
-"""Unit -> distance from no effect that does not matter: an interval below it means that the claim is not supported."""
-
-_OF_SETS = ("sign-flip permutation", "sign test of sets")
+OUTSIDE = "canary"
+"""The kind that the claims compare with in-distribution sets."""
+LEAST_STEP = 0.5
+"""Steps below this count as this in logarithms: a set may be forgotten from the start."""
 
 
-class Finding(NamedTuple):
-    """One comparison. Effects above the null value speak for the claim."""
+class Estimand(NamedTuple):
+    """The number that is computed in each seed; above 0 it speaks for the claim."""
 
     claim: str
-    comparison: str
-    kind: str
-    """The kind of forget set: compared with in distribution, or the one within which examples are ranked."""
-    criterion: str
-    """The criterion of exposure; empty where none is used."""
-    rate: float
+    """The claim in words."""
+    contrast: str
+    """What is computed in each seed."""
     unit: str
-    null: float
-    effect: float
-    low: float
-    high: float
-    pvalue: float
-    pvalue_holm: float
-    """The p-value adjusted for all comparisons of the claim."""
-    test: str
-    n: int
-    """Units compared: examples, pairs of examples or pairs of sets."""
-    verdict: str
+    margin: float
+    """Distance from 0 that does not matter."""
+
+
+CLAIMS = {
+    "steps": Estimand(
+        "Out-of-distribution examples need more unlearning steps.",
+        "log2 of the steps of canaries over those of in-distribution examples, mean over doses",
+        "log2",
+        0.32,
+    ),
+    "trade-off": Estimand(
+        "Out-of-distribution examples cost less performance when they are forgotten.",
+        "rise of the test NLL where the in-distribution set is forgotten, minus that where the canaries are, mean over "
+        "doses",
+        "nats",
+        0.01,
+    ),
+    "decay": Estimand(
+        "Unlearning in-distribution examples costs performance faster.",
+        "rise of the test NLL in-distribution minus canaries, at the step where the canaries are forgotten, mean over "
+        "doses",
+        "nats",
+        0.02,
+    ),
+    "memorization": Estimand(
+        "The memorization of an example decides its steps (more memorized, more steps).",
+        "slope of log2 of the steps on log2 of the dose, in distribution",
+        "log2 a doubling",
+        0.1,
+    ),
+    "difficulty": Estimand(
+        "The difficulty of an example decides its steps (harder, more steps for the same distance).",
+        "slope of log2 of the first steps a nat (1 / speed) on difficulty, within doses, in distribution",
+        "log2 a nat",
+        0.1,
+    ),
+}
+_OF_KINDS = ("steps", "trade-off", "decay")
+Runs = dict[tuple[str, int], Outcome]  # (kind, dose) -> the run of one seed at one rate
 
 
 class Claim(NamedTuple):
-    """A claim and the verdict on it."""
+    """A claim and what the seeds say about it."""
 
     name: str
-    text: str
-    verdict: str
-    why: str
-    findings: list[Finding]
-
-
-class Comparison(NamedTuple):
-    """A comparison before the p-values of its claim are adjusted; the fields are those of `Finding`."""
-
-    comparison: str
     kind: str
-    rate: float
-    criterion: str
+    """The kind of forget set that is compared with in-distribution ones; id where only these are used."""
+    contrasts: list[float]
+    """One number per seed."""
+    decision: Decision
+
+
+class Variant(NamedTuple):
+    """The same contrast measured in another way. It never votes."""
+
+    claim: str
+    variant: str
     unit: str
-    null: float
-    test: str
-    effect: Effect
+    mean: float
+    low: float
+    high: float
+    agree: float
+    """Share of seeds on the side of the primary mean."""
 
 
-Pairs = list[tuple[Outcome, Outcome]]  # in distribution, out of distribution
+def primary_claims(config: StudyConfig, examples: Examples, outcomes: Sequence[Outcome]) -> list[Claim]:
+    """Decide the five claims."""
+    return _decided(config, {name: _per_seed(config, examples, outcomes, name) for name in CLAIMS}, OUTSIDE)
 
 
-def findings_of(config: StudyConfig, examples: Examples, outcomes: Sequence[Outcome]) -> list[Finding]:
-    """Make every comparison, claim by claim."""
-    findings: list[Finding] = []
-    for claim, compare in (("steps", _steps), ("trade-off", _trade_off), ("decay", _decay)):
-        comparisons = [
-            comparison
-            for kind in config.kinds
-            if kind != "id"
-            for rate in config.unlearning_rates
-            for comparison in compare(config, _pairs(outcomes, kind, rate), kind, rate)
-        ]
-        findings += _adjusted(claim, comparisons)
-    for claim in ("memorization", "difficulty"):
-        comparisons = [
-            comparison
-            for kind in config.kinds
-            for rate in config.unlearning_rates
-            for comparison in _ranks(config, outcomes, examples, claim, kind, rate)
-        ]
-        findings += _adjusted(claim, comparisons)
-    return findings
-
-
-def judged(findings: Sequence[Finding]) -> list[Claim]:
-    """Return one verdict per claim: that of most comparisons, if none says the opposite, else undecided."""
+def secondary_claims(config: StudyConfig, examples: Examples, outcomes: Sequence[Outcome]) -> list[Claim]:
+    """Decide the claims that compare kinds for each further kind, adjusted for their number within the kind."""
     claims = []
-    for name, text in CLAIMS.items():
-        mine = [f for f in findings if f.claim == name]
-        counts = {v: sum(f.verdict == v for f in mine) for v in ("supported", "not supported", "undecided")}
-        yes, no, n = counts["supported"], counts["not supported"], len(mine)
-        verdict = "undecided"
-        if yes > n / 2 and not no:
-            verdict = "supported"
-        elif no > n / 2 and not yes:
-            verdict = "not supported"
-        why = f"{yes} of {n} comparisons support it, {no} speak against it, {counts['undecided']} are undecided"
-        if yes and no:
-            why += ": it depends on " + (" and ".join(_depends(mine)) or "the comparison")
-        claims.append(Claim(name, text, verdict, why + ".", mine))
+    for kind in config.kinds:
+        if kind not in ("id", OUTSIDE):
+            contrasts = {name: _per_seed(config, examples, outcomes, name, kind=kind) for name in _OF_KINDS}
+            claims += _decided(config, contrasts, kind)
     return claims
 
 
-# ---------------------------------------------------------------- comparisons
+def variants(
+    config: StudyConfig, examples: Examples, outcomes: Sequence[Outcome], claims: Sequence[Claim]
+) -> list[Variant]:
+    """Measure every claim by other criteria, doses, rates and kinds."""
+    rows = []
+    signs = {claim.name: np.sign(claim.decision.mean) for claim in claims}
+
+    def add(claim: str, variant: str, unit: str, values: list[float]) -> None:
+        agree = float(np.mean(np.sign(values) == signs[claim]))
+        rows.append(Variant(claim, variant, unit, *interval(values), agree))
+
+    for name in CLAIMS:
+
+        def measure(variant: str, name: str = name, **changes: Any) -> None:
+            add(name, variant, CLAIMS[name].unit, _per_seed(config, examples, outcomes, name, **changes))
+
+        if name != "difficulty":
+            for criterion, text in CRITERIA.items():
+                if criterion != RETRAINED:
+                    measure(f"forgotten at {text}", criterion=criterion)
+        if name != "memorization":
+            for dose in config.doses:
+                measure(f"dose {dose} alone", doses=(dose,))
+        for rate in config.unlearning_rates[1:]:
+            measure(f"learning rate {rate:g}", rate=rate)
+        if name in _OF_KINDS:
+            measure("doses whose distances at the start are nearest", matched=True)
+        else:
+            for kind in config.kinds[1:]:
+                measure(f"{kind} sets", kind=kind)
+    for claim, variant, unit, value in _ARITHMETIC:
+        add(claim, variant, unit, [value(examples, runs) for runs in _by_seed(config, outcomes)])
+    return rows
 
 
-def _steps(config: StudyConfig, pairs: Pairs, kind: str, rate: float) -> Iterator[Comparison]:
-    top = math.log2(config.non_members + 1)
-    for c in CRITERIA:
-        steps = [(a.forgotten(c), b.forgotten(c)) for a, b in pairs]
-        effect = statistics.steps_effect(steps)
-        yield Comparison("same repetitions", kind, rate, c, "share", 0.5, "stratified log-rank", effect)
-        matched = [m for a, b in _same_draw(pairs) for m in _matched(a, b, c, top)]
-        effect = statistics.matched_effect(matched, config.seed)
-        test = "sign test of matched examples"
-        yield Comparison("equal starting exposure", kind, rate, c, "share", 0.5, test, effect)
+# ---------------------------------------------------------------- one number per seed
 
 
-def _trade_off(config: StudyConfig, pairs: Pairs, kind: str, rate: float) -> Iterator[Comparison]:
-    def lower_exposure(pairs: Pairs, criterion: str) -> Effect:
-        lowest = _sides(pairs, lambda o: o.lowest(criterion, config.budget))
-        return statistics.difference(lowest[1], lowest[0], config.seed)
-
-    for c in CRITERIA:
-        name = "lowest exposure at equal utility budget"
-        yield Comparison(name, kind, rate, c, "bits", 0.0, _OF_SETS[0], lower_exposure(pairs, c))
-        effect = lower_exposure(_nearest(pairs, c), c)
-        yield Comparison("the same, equal starting exposure", kind, rate, c, "bits", 0.0, _OF_SETS[0], effect)
-        # a set that starts below the threshold would have a price of 0
-        above = [pair for pair in pairs if min(o.lower[c][0].mean() for o in pair) > NULL_MEAN]
-        prices = _sides(above, lambda o, c=c: o.price(c, NULL_MEAN))  # type: ignore[misc]
-        name = "lower price where exposure reaches that of unseen text"
-        yield Comparison(name, kind, rate, c, "share", 0.5, _OF_SETS[1], statistics.wins(*prices))
+def _decided(config: StudyConfig, contrasts: dict[str, list[float]], kind: str) -> list[Claim]:
+    decisions = decide(contrasts, {name: CLAIMS[name].margin for name in contrasts})
+    return [Claim(n, kind if n in _OF_KINDS else "id", contrasts[n], decisions[n]) for n in contrasts]
 
 
-def _decay(config: StudyConfig, pairs: Pairs, kind: str, rate: float) -> Iterator[Comparison]:
-    common = [min(len(a.steps), len(b.steps)) for a, b in pairs]
-    for name, share in (("half the steps", 0.5), ("all steps", 1.0)):
-        rises = [
-            [o.rise[max(1, round(share * (n - 1)))] for o, n in zip(side, common, strict=True)]
-            for side in zip(*pairs, strict=True)
-        ]
-        effect = statistics.difference(rises[1], rises[0], config.seed)
-        name = f"rise of the test NLL at equal steps, {name}"
-        yield Comparison(name, kind, rate, "", "nats", 0.0, _OF_SETS[0], effect)
-    falls = [[_fall(o, n) for o, n in zip(side, common, strict=True)] for side in zip(*pairs, strict=True)]
-    if np.isfinite(falls).all():
-        effect = statistics.difference(falls[1], falls[0], config.seed)
-        yield Comparison("fall of BLEU at equal steps", kind, rate, "", "BLEU", 0.0, _OF_SETS[0], effect)
+def _by_seed(config: StudyConfig, outcomes: Sequence[Outcome], rate: float | None = None) -> list[Runs]:
+    """Return the runs of each seed at one rate, by default the first."""
+    rate = config.unlearning_rates[0] if rate is None else rate
+    seeds: list[Runs] = [{} for _ in range(config.seeds)]
+    for o in outcomes:
+        if o.rate == rate:
+            seeds[o.which.seed][o.which.kind, o.which.dose] = o
+    return seeds
 
 
-def _ranks(
-    config: StudyConfig, outcomes: Sequence[Outcome], examples: Examples, claim: str, kind: str, rate: float
-) -> Iterator[Comparison]:
-    mine = [o for o in outcomes if o.which.kind == kind and o.rate == rate]
-    values = getattr(examples, claim)
-    few, many = min(config.repetitions), max(config.repetitions)
-    for c in CRITERIA:
-        sets = [(examples.at(values, o.indices), o.forgotten(c)) for o in mine]
-        effect = statistics.rank_correlation(sets, config.seed)
-        test = "permutation within sets"
-        yield Comparison("rank correlation within sets", kind, rate, c, "correlation", 0.0, test, effect)
-        if claim == "memorization" and few < many:
-            steps = {(o.which.repetitions, o.which.draw): o.forgotten(c) for o in mine}
-            strata = [(steps[few, d], steps[many, d]) for d in range(config.draws)]
-            effect = statistics.steps_effect(strata)
-            name = f"{many} repetitions against {few}"
-            yield Comparison(name, kind, rate, c, "share", 0.5, "stratified log-rank", effect)
+def _per_seed(
+    config: StudyConfig,
+    examples: Examples,
+    outcomes: Sequence[Outcome],
+    name: str,
+    *,
+    kind: str | None = None,
+    criterion: str = RETRAINED,
+    rate: float | None = None,
+    doses: tuple[int, ...] | None = None,
+    matched: bool = False,
+) -> list[float]:
+    """Return the contrast of a claim in each seed."""
+    doses, values = doses or config.doses, []
+    for runs in _by_seed(config, outcomes, rate):
+        if name == "memorization":
+            values.append(_slope([(d, _steps(runs[kind or "id", d], criterion)) for d in doses]))
+        elif name == "difficulty":
+            values.append(_difficulty(examples, [runs[kind or "id", d] for d in doses]))
+        else:
+            pairs = [(_partner(runs, d, kind or OUTSIDE, matched), runs[kind or OUTSIDE, d]) for d in doses]
+            values.append(float(np.mean([_PAIRS[name](inside, outside, criterion) for inside, outside in pairs])))
+    return values
 
 
-# ---------------------------------------------------------------- pairs
+def _partner(runs: Runs, dose: int, kind: str, matched: bool) -> Outcome:
+    """Return the in-distribution run of the same dose, or that whose distance at the start is nearest."""
+    if not matched:
+        return runs["id", dose]
+    start = runs[kind, dose].distance[0].mean()
+    inside = [o for (k, _), o in runs.items() if k == "id"]
+    return min(inside, key=lambda o: abs(o.distance[0].mean() - start))
 
 
-def _pairs(outcomes: Sequence[Outcome], kind: str, rate: float) -> Pairs:
-    """Return (in distribution, out of distribution) runs of the same draw and repetitions."""
-    by_set = {o.which: o for o in outcomes if o.rate == rate}
-    return [(o, by_set[w._replace(kind=kind)]) for w, o in by_set.items() if w.kind == "id"]
+def _steps(o: Outcome, criterion: str = RETRAINED) -> float:
+    return max(LEAST_STEP, o.forgotten(criterion).step)
 
 
-def _sides(pairs: Pairs, value: Callable[[Outcome], float]) -> list[list[float]]:
-    """Return the values of the first and of the second of each pair."""
-    return [[value(pair[side]) for pair in pairs] for side in (0, 1)]
+def _more_steps(inside: Outcome, outside: Outcome, criterion: str) -> float:
+    return float(np.log2(_steps(outside, criterion) / _steps(inside, criterion)))
 
 
-def _same_draw(pairs: Pairs) -> list[tuple[list[Outcome], list[Outcome]]]:
-    draws = sorted({a.which.draw for a, _ in pairs})
-    return [([a for a, _ in pairs if a.which.draw == d], [b for a, b in pairs if a.which.draw == d]) for d in draws]
+def _lower_price(inside: Outcome, outside: Outcome, criterion: str) -> float:
+    first, second = (o.rise_at(o.forgotten(criterion).step) for o in (inside, outside))
+    return first - second
 
 
-def _matched(
-    first: list[Outcome], second: list[Outcome], criterion: str, top: float, within: float = 0.5
-) -> list[tuple[float, bool, float, bool]]:
-    """Match each in-distribution example with the out-of-distribution one whose exposure at the start is nearest.
+def _faster_decay(inside: Outcome, outside: Outcome, criterion: str) -> float:
+    step = outside.forgotten(criterion).step
+    return inside.rise_at(step) - outside.rise_at(step)
 
-    Matches are at most half a bit apart, and each example is used once. Examples that begin as forgotten are left out,
-    and those at the ceiling `top`, where starts cannot be told apart. Returns (steps, censored) of both.
+
+_PAIRS: dict[str, Callable[[Outcome, Outcome, str], float]] = {
+    "steps": _more_steps,
+    "trade-off": _lower_price,
+    "decay": _faster_decay,
+}
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float:
+    """Return the slope of log2 y on log2 x."""
+    x, y = np.log2(np.array(points)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def _difficulty(examples: Examples, runs: Sequence[Outcome]) -> float:
+    """Return the slope of -log2 speed on difficulty, each dose with its own level.
+
+    Speeds below 1/16 of their set's mean count as that.
     """
-    sides = []
-    for outcomes in (first, second):
-        results = [o.forgotten(criterion) for o in outcomes]
-        start = np.concatenate([o.lower[criterion][0] for o in outcomes])
-        steps, censored = (np.concatenate([getattr(r, name) for r in results]) for name in ("steps", "censored"))
-        sides.append(
-            [(s, k, bool(c)) for s, k, c in zip(start, steps, censored, strict=True) if k > 0 and s < top - 1e-9]
-        )
-    matches, free = [], sorted(sides[1])
-    for start, own_steps, own_censored in sorted(sides[0]):
-        near = min(range(len(free)), key=lambda j: abs(free[j][0] - start), default=None)
-        if near is not None and abs(free[near][0] - start) <= within:
-            _, other_steps, other_censored = free.pop(near)
-            matches.append((float(own_steps), own_censored, float(other_steps), other_censored))
-    return matches
+    products = squares = 0.0
+    for o in runs:
+        speed = o.speed()
+        floor = max(float(speed.mean()) / 16, 1e-9)
+        slowness, x = -np.log2(np.maximum(speed, floor)), examples.at(examples.difficulty, o.indices)
+        products += float(((x - x.mean()) * slowness).sum())
+        squares += float(((x - x.mean()) ** 2).sum())
+    return products / squares
 
 
-def _nearest(pairs: Pairs, criterion: str, within: float = 1.0) -> Pairs:
-    """Pair forget sets of one draw whose mean exposures at the start differ by a bit at most; each set is used once."""
-    nearest = []
-    for first, second in _same_draw(pairs):
-        gaps = sorted(
-            (abs(a.lower[criterion][0].mean() - b.lower[criterion][0].mean()), i, j)
-            for i, a in enumerate(first)
-            for j, b in enumerate(second)
-        )
-        used: set[tuple[int, int]] = set()
-        for gap, i, j in gaps:
-            if gap <= within and (0, i) not in used and (1, j) not in used:
-                used |= {(0, i), (1, j)}
-                nearest.append((first[i], second[j]))
-    return nearest
+# ---------------------------------------------------------------- what arithmetic alone gives
 
 
-def _fall(o: Outcome, measurements: int) -> float:
-    """Return the fall of BLEU from the start to its last value among the first `measurements`."""
-    values = [b for b in o.bleu[:measurements].tolist() if math.isfinite(b)]
-    return float(values[0] - values[-1]) if len(values) > 1 else float("nan")
+def _distance_slope(_: Examples, runs: Runs) -> float:
+    """Return the slope of log2 of the nats to go on log2 dose: that of the steps if every dose had the same speed."""
+    points = [(dose, max(1e-3, -float(o.distance[0].mean()))) for (kind, dose), o in runs.items() if kind == "id"]
+    return _slope(points)
 
 
-# ---------------------------------------------------------------- verdicts
+def _speed_slope(_: Examples, runs: Runs) -> float:
+    points = [(dose, max(1e-6, float(o.speed().mean()))) for (kind, dose), o in runs.items() if kind == "id"]
+    return _slope(points)
 
 
-def _adjusted(claim: str, comparisons: Sequence[Comparison]) -> list[Finding]:
-    """Return the findings of a claim, with p-values adjusted for their number."""
-    adjusted = statistics.holm([c.effect.pvalue for c in comparisons])
-    return [
-        Finding(
-            claim=claim,
-            comparison=c.comparison,
-            kind=c.kind,
-            criterion=c.criterion,
-            rate=c.rate,
-            unit=c.unit,
-            null=c.null,
-            effect=c.effect.effect,
-            low=c.effect.low,
-            high=c.effect.high,
-            pvalue=c.effect.pvalue,
-            pvalue_holm=pvalue,
-            test=c.test,
-            n=c.effect.n,
-            verdict=_verdict(c.effect, c.unit, c.null, c.test),
-        )
-        for c, pvalue in zip(comparisons, adjusted, strict=True)
-    ]
+def _raw_correlation(examples: Examples, runs: Runs, one_speed: bool = False) -> float:
+    """Return the mean rank correlation of difficulty with the steps to the set's mean retrained NLL by raw scores.
 
-
-def _verdict(e: Effect, unit: str, null: float, test: str) -> str:
-    """Return supported where the interval lies above the null and p < 0.05.
-
-    Not supported where it lies below in the same way, or nowhere far enough above to matter. With fewer than 6 pairs of
-    sets, or 20 examples, always undecided: their intervals are too narrow.
+    Args:
+        examples: the forget examples.
+        runs: of one seed.
+        one_speed: every example rises at the mean speed of its set, so that difficulty has no influence on it.
     """
-    if not math.isfinite(e.low) or e.n < (6 if test in _OF_SETS else 20):
-        return "undecided"
-    if e.low > null and e.pvalue < 0.05:
-        return "supported"
-    if (e.high < null and e.pvalue < 0.05) or e.high < null + SMALL[unit]:
-        return "not supported"
-    return "undecided"
+    correlations = []
+    for (kind, _), o in runs.items():
+        if kind == "id":
+            level = examples.at(examples.calibration, o.indices).mean()
+            speed = np.maximum(o.speed(), max(float(o.speed().mean()) / 16, 1e-9))
+            steps = np.maximum(0, level - o.nll[0]) / (speed.mean() if one_speed else speed)
+            difficulty = examples.at(examples.difficulty, o.indices)
+            related = np.ptp(steps) > 0 and np.ptp(difficulty) > 0
+            correlations.append(float(stats.spearmanr(difficulty, steps).statistic) if related else 0.0)
+    return float(np.mean(correlations))
 
 
-def _depends(findings: Sequence[Finding]) -> list[str]:
-    """Return the properties with which the verdict changes, everything else being equal."""
-    properties: dict[str, Callable[[Finding], Any]] = {
-        "the criterion": lambda f: f.criterion,
-        "the kind of forget set": lambda f: f.kind,
-        "the learning rate": lambda f: f.rate,
-        "the comparison": lambda f: f.comparison,
-    }
-    names = []
-    for name, value in properties.items():
-        groups: dict[Any, set[str]] = {}
-        for f in findings:
-            rest = tuple(v(f) for n, v in properties.items() if n != name)
-            groups.setdefault(rest, set()).add(f.verdict)
-        both = any({"supported", "not supported"} <= verdicts for verdicts in groups.values())
-        if both and len({value(f) for f in findings}) > 1:
-            names.append(name)
-    return names
+_ARITHMETIC: list[tuple[str, str, str, Callable[[Examples, Runs], float]]] = [
+    ("memorization", "arithmetic: the distance at the start alone, at one speed", "log2 a doubling", _distance_slope),
+    ("memorization", "speed (first 4 steps) in place of steps", "log2 a doubling", _speed_slope),
+    ("difficulty", "rank correlation with raw steps", "correlation", _raw_correlation),
+    (
+        "difficulty",
+        "arithmetic: the same at one speed, so without any influence of difficulty on it",
+        "correlation",
+        lambda examples, runs: _raw_correlation(examples, runs, one_speed=True),
+    ),
+]

@@ -22,15 +22,15 @@ SIZES = {"tiny": (128, 256, 2, 4), "small": (256, 1024, 4, 4), "base": (512, 204
 class StudyConfig(Config):
     """The settings of `pyunlearn.study.run_study`. The same settings, corpus and machine give the same numbers.
 
-    >>> StudyConfig.of(None, {"preset": "cpu", "steps": 60}, "run_study").non_members
-    199
+    >>> StudyConfig.of(None, {"preset": "cpu", "steps": 60}, "run_study").seeds
+    12
     """
 
     preset: str = option(
         "smoke",
         Choice(("smoke", "cpu", "gpu", "paper")),
-        "The settings to start from: smoke (one or two minutes on a CPU), cpu (half an hour on two cores), gpu (one "
-        "GPU), paper (a day or more on one GPU).",
+        "The settings to start from: smoke (a minute of one core, decides nothing), cpu (40 minutes of two cores), gpu "
+        "(one GPU), paper (a day or more on one GPU).",
     )
     setup: str = option(
         "translation",
@@ -52,61 +52,45 @@ class StudyConfig(Config):
         group="Model",
     )
     corpus_size: int = option(
-        1200, Whole(1), "Examples in the built-in corpus, where no other corpus is given.", group="Data"
+        600, Whole(1), "Examples in the built-in corpus, where no other corpus is given.", group="Data"
     )
     vocabulary: int = option(
         400, Whole(1), "Tokens of the tokenizer that is trained on the corpus (not in setup qa).", group="Data"
     )
     max_tokens: int = option(48, Whole(1), "Longer prompts and completions are cut to this many tokens.", group="Data")
-    test_examples: int = option(100, Whole(1), "Held-out examples on which utility is measured.", group="Data")
-    bleu_examples: int = option(50, Whole(1), "Test examples that are translated for BLEU.", group="Data")
+    test_examples: int = option(50, Whole(1), "Held-out examples on which utility is measured.", group="Data")
     kinds: tuple[str, ...] = option(
-        KINDS,
+        ("id", "canary"),
         Several(Choice(KINDS)),
-        "Kinds of forget set: id (in distribution: ordinary examples), mismatched (fluent completions of another "
-        "prompt), canary (a template, then random tokens), random (random tokens alone). id and at least one other.",
+        "Kinds of forget set: id (in distribution: ordinary examples), canary (a template, then random tokens); also "
+        "mismatched (fluent completions of another prompt), random (random tokens alone). id and canary are needed.",
         group="Data",
     )
-    repetitions: tuple[int, ...] = option(
-        (1, 3, 10),
+    doses: tuple[int, ...] = option(
+        (1, 4, 16),
         Several(Whole(1)),
-        "Times that each forget example is seen per epoch, a forget set of each kind for each.",
+        "Times that a forget example is seen in the whole training, drawn at random for each example; at least two.",
         group="Data",
     )
-    examples: int = option(12, Whole(4), "Examples in one forget set.", group="Data")
+    examples: int = option(4, Whole(2), "Forget examples of each kind and dose, unlearned together.", group="Data")
     non_members: int = option(
-        99,
+        49,
         Whole(19),
-        "Examples of each kind that are never trained on: exposure is measured up to log2(non_members + 1) bits.",
+        "Examples of each kind from the other seeds' forget sets that are scored during unlearning, at most: for "
+        "exposure, which is shown and decides nothing.",
         group="Data",
     )
-    draws: int = option(
-        1, Whole(1), "Independent forget sets of every kind, each draw with a model of its own.", group="Data"
-    )
-    subset_models: int = option(
-        4,
-        Whole(2),
-        "Models trained on random halves of all forget sets, for memorization, difficulty and calibrated scores.",
+    seeds: int = option(
+        3,
+        Whole(3),
+        "Models, each with its own initial weights, order of the data and forget sets. Fewer than 6 decide nothing.",
         group="Model",
     )
-    shared_epochs: int = option(
-        10,
-        Whole(0),
-        "Epochs without any forget set that all models share; 0: each model is trained from the beginning.",
-        group="Model",
-    )
-    epochs: int = option(3, Whole(1), "Epochs with the forget sets.", group="Model")
-    background: int | None = option(
-        300,
-        Whole(1),
-        "Ordinary examples in each of these epochs, drawn again for each. None: all.",
-        group="Model",
-        optional=True,
-    )
+    epochs: int = option(4, Whole(1), "Epochs of each training.", group="Model")
     batch_size: int = option(32, Whole(1), "Examples in one training step.", group="Model")
     learning_rate: float = option(2e-3, Number(0, below=1), "Learning rate of the training.", group="Model")
-    warmup: int = option(50, Whole(0), "Training steps over which the learning rate rises.", group="Model")
-    dropout: float = option(0.1, Number(0, below=1), "Dropout of a model trained from scratch.", group="Model")
+    warmup: int = option(20, Whole(0), "Training steps over which the learning rate rises.", group="Model")
+    dropout: float = option(0.0, Number(0, below=1), "Dropout of a model trained from scratch.", group="Model")
     weight_decay: float = option(0.01, Number(0), "Weight decay of the training.", group="Model")
     method: str = option(
         "ga",
@@ -115,27 +99,26 @@ class StudyConfig(Config):
         group="Method",
     )
     unlearning_rates: tuple[float, ...] = option(
-        (1e-3,),
+        (3e-4,),
         Several(Number(above=0, below=1)),
-        "Learning rates of the unlearning, a run of every forget set for each.",
+        "Learning rates of the unlearning. The first decides; the others are shown as sensitivity.",
     )
-    steps: int = option(10, Whole(1), "Unlearning steps of one run.")
-    every: int = option(1, Whole(1), "Steps between two measurements.")
-    bleu_every: int = option(5, Whole(1), "Measurements between two of BLEU.")
-    unlearning_batch: int = option(12, Whole(1), "Forget examples in one unlearning step.")
-    budget: float = option(0.1, Number(0), "Rise of the test NLL, nats per token, at which trade-offs are compared.")
-    seed: int = option(0, Whole(0), "Seed of corpus, forget sets, weights and order: the same seed, the same study.")
+    steps: int = option(16, Whole(4), "Unlearning steps of one run, each on all examples of the set.")
+    processes: int = option(
+        1, Whole(1), "Processes that work at the same time, each on seeds of its own; they share the cores."
+    )
+    seed: int = option(0, Whole(0), "Seed of everything that is drawn: the same seed, the same study.")
     show_text: bool = option(**SHOW_TEXT_OPTION)
 
     def check(self) -> None:
         """Raise ArgumentError where two settings exclude each other."""
-        if "id" not in self.kinds or len(self.kinds) < 2:
+        if not {"id", "canary"} <= set(self.kinds):
             raise ArgumentError(
-                f'kinds must hold "id" and at least one other to compare it with, got {", ".join(self.kinds)}'
+                f'kinds must hold "id" and "canary", which the claims compare, got {", ".join(self.kinds)}'
             )
-        if self.bleu_examples > self.test_examples:
+        if len(self.doses) < 2:
             raise ArgumentError(
-                f"bleu_examples must be at most test_examples, {self.test_examples}, got {self.bleu_examples}"
+                f"doses must hold at least two, so that memorization can be told from them, got {list(self.doses)}"
             )
         if (self.setup == "qa") != (self.checkpoint is not None):
             raise ArgumentError(
@@ -179,70 +162,56 @@ PRESETS = {
     "smoke": StudyConfig(),
     "cpu": StudyConfig(
         preset="cpu",
+        corpus_size=28000,
         vocabulary=2000,
         test_examples=100,
-        bleu_examples=60,
-        examples=24,
-        non_members=199,
-        draws=3,
-        subset_models=4,
-        shared_epochs=4,
-        background=2000,
+        kinds=("id", "mismatched", "canary"),
+        examples=12,
+        seeds=12,
+        epochs=2,
         batch_size=64,
         learning_rate=1.5e-3,
-        warmup=200,
-        unlearning_rates=(3e-4, 1e-4),
-        steps=30,
-        every=2,
-        bleu_every=5,
-        unlearning_batch=24,
+        warmup=100,
+        unlearning_rates=(1e-4,),
+        steps=64,
+        processes=2,
     ),
     "gpu": StudyConfig(
         preset="gpu",
         size="small",
+        corpus_size=28000,
         vocabulary=8000,
         test_examples=500,
-        bleu_examples=300,
+        kinds=("id", "mismatched", "canary"),
         examples=64,
-        non_members=499,
-        draws=3,
-        subset_models=8,
-        shared_epochs=20,
-        epochs=5,
-        background=10000,
+        non_members=199,
+        seeds=16,
+        epochs=12,
         batch_size=256,
         learning_rate=1e-3,
         warmup=400,
         dropout=0.3,
-        unlearning_rates=(3e-5, 1e-4),
-        steps=100,
-        every=4,
-        bleu_every=5,
-        unlearning_batch=64,
+        unlearning_rates=(1e-4, 3e-5),
+        steps=96,
     ),
     "paper": StudyConfig(
         preset="paper",
         size="base",
+        corpus_size=200000,
         vocabulary=16000,
         max_tokens=96,
         test_examples=1000,
-        bleu_examples=1000,
+        kinds=KINDS,
         examples=200,
-        non_members=999,
-        draws=5,
-        subset_models=16,
-        shared_epochs=0,
+        non_members=499,
+        seeds=24,
         epochs=30,
-        background=None,
         batch_size=256,
         learning_rate=7e-4,
         warmup=1000,
         dropout=0.3,
-        unlearning_rates=(1e-5, 3e-5, 1e-4),
-        steps=200,
-        every=2,
-        bleu_every=5,
-        unlearning_batch=64,
+        unlearning_rates=(1e-4, 3e-5, 1e-5),
+        steps=192,
     ),
 }
 """Name -> settings, from seconds on a CPU to days on a GPU."""

@@ -14,9 +14,9 @@ from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.study.config import SIZES, StudyConfig
 
 
-def new_model(config: StudyConfig, tokenizer: Any, device: str) -> LanguageModel:
-    """Build the untrained network. The seed decides its weights, which are the same for all models of a study."""
-    torch.manual_seed(config.seed)
+def new_model(config: StudyConfig, tokenizer: Any, device: str, noise: int) -> LanguageModel:
+    """Build the untrained network with weights drawn from `noise`, or load the checkpoint that is fine-tuned."""
+    torch.manual_seed(noise)
     if config.checkpoint is not None:
         model = models.load(config.checkpoint, tokenizer=tokenizer, dtype=torch.float32)[0]
         return LanguageModel.of(model.to(device), tokenizer)

@@ -1,36 +1,128 @@
-"""Outcomes of every run, from its trajectory: exposures, steps to forget, distance of the weights from the start."""
+"""Outcomes of every run: how far a forget set is from the models that never saw it, and what each step costs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pyunlearn.metrics import (
-    NULL_MEAN,
-    StepsToForget,
-    calibrated_scores,
-    counterfactual_memorization,
-    generalized_exposure,
-    steps_to_forget,
-)
+from pyunlearn.metrics import NULL_MEAN, calibrated_scores, counterfactual_memorization, generalized_exposure
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.runs import jobs
-from pyunlearn.study.sets import ForgetSet, Sets, lengths
+from pyunlearn.study.seeds import model_name
+from pyunlearn.study.sets import ForgetSet, Sets
 
-CRITERIA = ("anchored raw", "anchored calibrated", "current raw", "current calibrated")
-"""Four ways to measure exposure.
+RETRAINED = "retrained"
+CRITERIA = {
+    RETRAINED: "mean NLL of the retrained models",
+    "anchored NLL": "mean NLL of non-members before unlearning",
+    "anchored exposure": "1.44 bits of exposure among non-members before unlearning",
+    "current exposure": "1.44 bits of exposure among non-members at the same step",
+    "anchored calibrated exposure": "1.44 bits of exposure of NLL minus that of retrained models, before unlearning",
+    "current calibrated exposure": "the same at the same step",
+}
+"""When a forget set counts as forgotten. The first decides; the others are shown as sensitivity."""
 
-anchored, current: non-members scored once under the original model, or under the model as it is at each measurement.
-raw, calibrated: scored by NLL per token, or by that minus the mean NLL under subset models that never saw the text.
-"""
+
+class Crossing(NamedTuple):
+    """The interpolated step at which a set is first forgotten."""
+
+    step: float
+    """0 where it was forgotten from the start; the last measured step where it never was."""
+    censored: bool
+    """The run ended first."""
+
+
+def crossing(steps: Any, gap: Any) -> Crossing:
+    """Return the first interpolated step at which the gap (T,), below 0 before that, is 0.
+
+    >>> crossing([0, 2, 4], [-3.0, -1.0, 1.0])
+    Crossing(step=3.0, censored=False)
+    """
+    forgotten = np.asarray(gap) >= 0
+    if not forgotten.any():
+        return Crossing(float(steps[-1]), True)
+    at = int(forgotten.argmax())
+    if at == 0:
+        return Crossing(float(steps[0]), False)
+    before, after = gap[at - 1], gap[at]
+    return Crossing(float(steps[at - 1] + (steps[at] - steps[at - 1]) * before / (before - after)), False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The forget examples of all seeds, scored by every model, in the order of `indices`.
+
+    The models of the other seeds never saw an example. Every second one of them calibrates its scores; the rest measure
+    its difficulty and memorization, so that the noise of one is not in the other.
+    """
+
+    indices: list[int]
+    owner: Any
+    """(N,) the seed that trains on it."""
+    nll: Any
+    """(S, N) nats per token, under the model of each seed."""
+    calibration: Any
+    """(N,) mean NLL under the calibrating models."""
+    difficulty: Any
+    """(N,) mean NLL under the measuring models."""
+    memorization: Any
+    """(N,) counterfactual, nats: difficulty minus the NLL under the model that trained on it."""
+
+    def at(self, values: Any, indices: Sequence[int]) -> Any:
+        """Return the values (..., N) of some examples."""
+        return values[..., np.searchsorted(self.indices, indices)]
+
+    def calibration_without(self, seed: int, indices: Sequence[int]) -> Any:
+        """Return (m,) the calibration of other seeds' examples without the model of `seed`."""
+        models, position = len(self.nll), np.searchsorted(self.indices, indices)
+        means = [
+            np.mean([self.nll[k, p] for k in calibrating(models, int(self.owner[p])) if k != seed] or [np.nan])
+            for p in position
+        ]
+        return np.array(means)
+
+
+def calibrating(models: int, owner: int) -> list[int]:
+    """Return the models that calibrate the examples of a seed: every second one that never saw them."""
+    return [k for k in range(models) if k != owner][::2]
+
+
+def measuring(models: int, owner: int) -> list[int]:
+    """Return the models that measure difficulty and memorization: the rest of those that never saw the examples."""
+    return [k for k in range(models) if k != owner][1::2]
+
+
+def examples_of(folder: Folder, config: StudyConfig, sets: Sets) -> Examples:
+    """Read the scores of all models."""
+    indices, owners = sets.scored(), sets.owners()
+    owner = np.array([owners[i].seed for i in indices])
+    nll = np.stack([folder.read_arrays(f"scores/{model_name(s)}.safetensors")["nll"] for s in range(config.seeds)])
+    calibration, difficulty, memorization = np.zeros((3, len(indices)))
+    for seed in range(config.seeds):
+        mine, others = owner == seed, measuring(config.seeds, seed)
+        calibration[mine] = nll[calibrating(config.seeds, seed)][:, mine].mean(0)
+        difficulty[mine] = nll[others][:, mine].mean(0)
+        scores = -nll[[seed, *others]][:, mine]
+        included = np.zeros(scores.shape, dtype=bool)
+        included[0] = True
+        memorization[mine] = counterfactual_memorization(included, scores)
+    return Examples(
+        indices=indices,
+        owner=owner,
+        nll=nll,
+        calibration=calibration,
+        difficulty=difficulty,
+        memorization=memorization,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One run: T measurements of n examples; exposures in bits."""
+    """One run: T measurements of n forget examples."""
 
     which: ForgetSet
     rate: float
@@ -39,129 +131,70 @@ class Outcome:
     """(T,) the step of each measurement."""
     nll: Any
     """(T, n) nats per token."""
-    accuracy: Any
-    """(T, n) share of tokens that are the first choice."""
-    lower: dict[str, Any]
-    """criterion -> (T, n) exposure, high = memorized."""
-    upper: dict[str, Any]
-    """criterion -> (T, n) upper exposure, high = less likely than non-members are."""
-    test_nll: Any
-    """(T,) nats per token."""
-    bleu: Any
-    """(T,) NaN where it was not taken."""
-    drift: Any
-    """(T,) mean rise of the non-members' NLL since the start."""
-    from_retrained: Any
-    """(T,) mean distance |NLL - NLL under the retrained model| of the forget examples, nats per token."""
-    non_members_from_retrained: Any
-    """(T,) the same of the non-members."""
-    moved: Any
-    """(T,) Euclidean distance of the weights from the start."""
+    distance: Any
+    """(T, n) NLL minus the mean NLL of the calibrating models, nats per token: 0 on average under retraining."""
+    rise: Any
+    """(T,) rise of the test NLL since the start, nats per token: the price of forgetting."""
+    gaps: dict[str, Any]
+    """criterion -> (T,) below 0 before the set is forgotten."""
 
-    @property
-    def rise(self) -> Any:
-        """(T,) rise of the test NLL since the start: the price of forgetting."""
-        return self.test_nll - self.test_nll[0]
+    def forgotten(self, criterion: str = RETRAINED) -> Crossing:
+        """Return the step at which the set is first forgotten."""
+        return crossing(self.steps, self.gaps[criterion])
 
-    def forgotten(self, criterion: str, threshold: float = NULL_MEAN) -> StepsToForget:
-        """Return (n,) steps until the exposure is at most the threshold; censored where the run ended before."""
-        return steps_to_forget(self.lower[criterion], threshold, steps=self.steps)
+    def rise_at(self, step: float) -> float:
+        """Return the interpolated rise of the test NLL; that of the last measurement where the run ended before."""
+        return float(np.interp(step, self.steps, self.rise))
 
-    def lowest(self, criterion: str, budget: float) -> float:
-        """Return the lowest mean exposure reached while the test NLL had risen by no more than the budget."""
-        allowed = np.logical_and.accumulate(self.rise <= budget)
-        return float(self.lower[criterion].mean(1)[allowed].min())
-
-    def price(self, criterion: str, threshold: float) -> float:
-        """Return the rise of the test NLL where the mean exposure is first at most the threshold; else inf."""
-        reached = self.lower[criterion].mean(1) <= threshold
-        return float(self.rise[reached.argmax()]) if reached.any() else float("inf")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Examples:
-    """Scores of every forget example and non-member under the models that a study trains, in the order of `indices`."""
-
-    indices: list[int]
-    memorization: Any
-    """(N,) counterfactual, nats: mean log-likelihood per token under subset models with it minus that without it."""
-    memorization_accuracy: Any
-    """(N,) the same difference of the share of tokens that are the first choice."""
-    difficulty: Any
-    """(N,) mean NLL under the subset models without it, nats per token."""
-    retrained: Any
-    """(N,) NLL under the model retrained without any forget set."""
-    tokens: Any
-    """(N,) scored tokens."""
-
-    def at(self, values: Any, indices: list[int]) -> Any:
-        """Return the values of some examples."""
-        return values[np.searchsorted(self.indices, indices)]
-
-
-def examples_of(folder: Folder, config: StudyConfig, sets: Sets) -> Examples:
-    """Compute memorization and difficulty from the scores of the subset models."""
-    scored, masks = sets.scored(), sets.subsets(config)
-    scores = [folder.read_arrays(f"scores/subset-{k}.safetensors") for k in range(config.subset_models)]
-    inside = np.stack([masks[i] for i in scored], axis=1)  # (K, N)
-    nll, accuracy = (np.stack([s[name] for s in scores]) for name in ("nll", "accuracy"))
-    # a non-member's mask is a dummy: "in" and "out" are two random halves of the models, none of which saw it
-    difficulty = np.where(inside, 0.0, nll).sum(0) / (~inside).sum(0)
-    return Examples(
-        indices=scored,
-        memorization=counterfactual_memorization(inside, -nll),
-        memorization_accuracy=counterfactual_memorization(inside, accuracy),
-        difficulty=difficulty,
-        retrained=folder.read_arrays("scores/retrained.safetensors")["nll"],
-        tokens=lengths(sets, scored),
-    )
+    def speed(self) -> Any:
+        """Return (n,) the mean rise of each example's NLL over the first 4 steps, nats a step."""
+        end = int((self.steps <= 4).sum()) - 1
+        return (self.nll[end] - self.nll[0]) / max(1, self.steps[end])
 
 
 def outcomes_of(folder: Folder, config: StudyConfig, sets: Sets, examples: Examples) -> list[Outcome]:
-    """Compute every run's exposures by each criterion."""
+    """Read every trajectory."""
     outcomes = []
-    for job in jobs(config, sets):
-        run = folder.read_arrays(job.file)
-        indices, non_members = sets.forget[job.which], sets.non_members[job.which.kind]
-        lower, upper = _exposures(run, *(examples.at(examples.difficulty, group) for group in (indices, non_members)))
-        distances = [
-            np.abs(run[name] - examples.at(examples.retrained, group)).mean(1)
-            for name, group in (("nll", indices), ("non_member_nll", non_members))
-        ]
-        outcomes.append(
-            Outcome(
-                which=job.which,
-                rate=job.rate,
-                indices=indices,
-                steps=run["steps"],
-                nll=run["nll"],
-                accuracy=run["accuracy"],
-                lower=lower,
-                upper=upper,
-                test_nll=run["test_nll"],
-                bleu=run["bleu"],
-                drift=(run["non_member_nll"] - run["non_member_nll"][0]).mean(1),
-                from_retrained=distances[0],
-                non_members_from_retrained=distances[1],
-                moved=run["moved"],
+    for seed in range(config.seeds):
+        for job in jobs(config, sets, seed):
+            run, indices = folder.read_arrays(job.file), sets.forget[job.which]
+            non_members = sets.non_members(job.which.kind, seed, config.non_members)
+            distance = np.array(
+                [calibrated_scores(row, examples.at(examples.calibration, indices)) for row in run["nll"]]
             )
-        )
+            others = run["non_member_nll"] - examples.calibration_without(seed, non_members)  # NaN with too few seeds
+            outcomes.append(
+                Outcome(
+                    which=job.which,
+                    rate=job.rate,
+                    indices=indices,
+                    steps=run["steps"],
+                    nll=run["nll"],
+                    distance=distance,
+                    rise=run["test_nll"] - run["test_nll"][0],
+                    gaps=_gaps(run["nll"], run["non_member_nll"], distance, others),
+                )
+            )
     return outcomes
 
 
-def _exposures(
-    run: dict[str, Any], difficulty: Any, non_member_difficulty: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return criterion -> (T, n) lower and upper exposures of the forget examples, bits."""
-    lower, upper = {}, {}
-    for criterion in CRITERIA:
-        measured = []
-        for nll, current in zip(run["nll"], run["non_member_nll"], strict=True):
-            against = run["non_member_nll"][0] if criterion.startswith("anchored") else current
-            if criterion.endswith("calibrated"):
-                nll = calibrated_scores(nll, difficulty)
-                against = calibrated_scores(against, non_member_difficulty)
-            measured.append(generalized_exposure(nll, against))
-        lower[criterion] = np.stack([exposure.lower for exposure in measured])
-        upper[criterion] = np.stack([exposure.upper for exposure in measured])
-    return lower, upper
+def _gaps(nll: Any, non_member_nll: Any, distance: Any, non_member_distance: Any) -> dict[str, Any]:
+    """Return criterion -> (T,) below 0 before a set is forgotten; without usable non-members, never forgotten."""
+
+    def exposure(scores: Any, against: Any, current: bool) -> Any:
+        usable = np.isfinite(against).all(0)
+        if not usable.any():
+            return np.full(len(scores), -np.inf)
+        rows = against[:, usable] if current else np.broadcast_to(against[0, usable], (len(scores), usable.sum()))
+        return NULL_MEAN - np.array(
+            [generalized_exposure(s, a).lower.mean() for s, a in zip(scores, rows, strict=True)]
+        )
+
+    return {
+        RETRAINED: distance.mean(1),
+        "anchored NLL": nll.mean(1) - non_member_nll[0].mean(),
+        "anchored exposure": exposure(nll, non_member_nll, False),
+        "current exposure": exposure(nll, non_member_nll, True),
+        "anchored calibrated exposure": exposure(distance, non_member_distance, False),
+        "current calibrated exposure": exposure(distance, non_member_distance, True),
+    }

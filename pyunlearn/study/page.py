@@ -1,60 +1,110 @@
-"""The page of a study: a verdict on each claim, the comparisons behind it, figures and numbers, in one file."""
+"""The page of a study: five decisions with effect and interval, what limits them, and their sensitivity."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pyunlearn.metrics import (
-    NULL_MEAN,
-    SIGNIFICANT,
-    exposure_null_test,
-    exposure_two_sample_test,
-    generalized_exposure,
-    median_steps,
-)
 from pyunlearn.report.pages import rendered
-from pyunlearn.study.claims import SMALL, Claim
+from pyunlearn.study.claims import CLAIMS, OUTSIDE, Claim, Variant
 from pyunlearn.study.config import StudyConfig
-from pyunlearn.study.figures import FIGURES, NAMES, retrained_exposures
+from pyunlearn.study.decisions import FEWEST_SEEDS, Decision
+from pyunlearn.study.figures import FIGURES, NAMES
 from pyunlearn.study.folder import Folder
-from pyunlearn.study.outcomes import Examples, Outcome
-from pyunlearn.study.reference_models import names
+from pyunlearn.study.outcomes import Outcome
+from pyunlearn.study.plan import FILE
+from pyunlearn.study.seeds import model_name
 from pyunlearn.study.sets import Sets
+from pyunlearn.study.tables import decision_row
 
-TONES = {"supported": "good", "not supported": "bad", "undecided": "plain"}
+TONES = {"supported": "good", "contradicted": "bad", "no material difference": "plain", "undecided": "plain"}
+_MOST_OUTSIDE = 0.01
+"""Share of the training rows above which a kind may be learned, so that it is not out of distribution any more."""
 
 
-def write_page(
-    folder: Folder,
-    config: StudyConfig,
-    sets: Sets,
-    examples: Examples,
-    outcomes: Sequence[Outcome],
-    claims: Sequence[Claim],
-) -> None:
-    """Write index.html, and claims.json with the verdicts."""
-    content = {
+def notes_of(config: StudyConfig, sets: Sets, outcomes: Sequence[Outcome]) -> list[str]:
+    """Return what limits the decisions of a study, a sentence each."""
+    notes = []
+    if config.seeds < FEWEST_SEEDS:
+        notes.append(
+            f"A study of {config.seeds} seeds decides nothing: {FEWEST_SEEDS} are needed at least, 12 are the plan."
+        )
+    share = sets.outside_share(config)
+    if share > _MOST_OUTSIDE:
+        notes.append(
+            f"{100 * share:.1f} % of the training rows are out of distribution, more than 1 %: the models may have "
+            "learned these kinds. A larger corpus, more epochs or fewer examples lower the share."
+        )
+    first = [o for o in outcomes if o.rate == config.unlearning_rates[0] and o.which.kind in ("id", OUTSIDE)]
+    ends = [o.forgotten() for o in first]
+    never, already = sum(e.censored for e in ends), sum(e.step == 0 for e in ends)
+    if never:
+        notes.append(
+            f"{never} of {len(first)} sets were never at the level of retrained models: they count with their last "
+            "step, which is too small. More steps, or a higher learning rate, would show it."
+        )
+    if already:
+        notes.append(
+            f"{already} of {len(first)} sets were at the level of retrained models from the start: training had left "
+            "no trace of them on average. They count as half a step in logarithms."
+        )
+    return notes
+
+
+def why(name: str, decision: Decision) -> str:
+    """Return the effect with its interval, and what decided it.
+
+    >>> why("steps", Decision("supported", 1.7, 1.1, 2.3, 0.5, 6e-4, 3e-3, 0.99, 0.32, 6, None))
+    '+1.7 (95 % interval +1.1 to +2.3) log2, 6 seeds, p 0.003 after Holm.'
+    """
+    d, unit = decision, CLAIMS[name].unit
+    text = f"{d.mean:+.2g} (95 % interval {d.low:+.2g} to {d.high:+.2g}) {unit}, {d.seeds} seeds"
+    if d.outcome == "no material difference":
+        return f"{text}, within ±{d.margin:g}: p {d.pvalue_margin:.2g} (TOST)."
+    text += f", p {d.pvalue_holm:.2g} after Holm"
+    if d.outcome != "undecided":
+        return f"{text}."
+    if d.seeds < FEWEST_SEEDS:
+        return f"{text}; fewer than {FEWEST_SEEDS} seeds decide nothing."
+    if not math.isfinite(d.mean):
+        return "a seed has no number for it."
+    needed = f"about {d.seeds_needed} seeds" if d.seeds_needed else "more than 1000 seeds"
+    return f"{text}; {needed} would decide an effect and a spread like these (power 80 %)."
+
+
+def write_page(study: Any, folder: Folder, sets: Sets, variants: Sequence[Variant]) -> None:
+    """Write index.html, and claims.json with the decisions, the notes and the hash of study.yaml."""
+    config = study.config
+    claims = {
+        "plan": study.plan,
+        "notes": study.notes,
+        "claims": [_decision(c) for c in study.claims],
+        "secondary": [_decision(c) for c in study.secondary],
+    }
+    folder.text("claims.json", json.dumps(claims, indent=2, ensure_ascii=False) + "\n")
+    content = claims | {
         "config": config.to_dict(),
-        "claims": claims,
+        "file": FILE,
         "tones": TONES,
-        "small": SMALL,
         "names": NAMES,
+        "variants": variants,
         "figures": _drawings(folder),
-        "models": _models(folder, config),
-        "nulls": _nulls(config, sets, examples),
-        "runs": [_run(o, sets, examples) for o in outcomes],
+        "models": [_model(folder, seed) for seed in range(config.seeds)],
         "environment": folder.read_json("environment.json"),
         "background": len(sets.background),
+        "outside": sets.outside_share(config),
     }
     template = Path(__file__).parent / "templates" / "study.html"
     folder.text("index.html", rendered(template, content, number=_number))
-    folder.json("claims.json", [{"claim": c.name, "text": c.text, "verdict": c.verdict, "why": c.why} for c in claims])
+
+
+def _decision(claim: Claim) -> dict[str, Any]:
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in decision_row(claim).items()}
+    return row | {"why": why(claim.name, claim.decision), "seeds_contrasts": claim.contrasts}
 
 
 def _drawings(folder: Folder) -> list[tuple[str, str, str]]:
@@ -68,62 +118,11 @@ def _drawings(folder: Folder) -> list[tuple[str, str, str]]:
     return drawings
 
 
-def _models(folder: Folder, config: StudyConfig) -> list[dict[str, Any]]:
-    rows = []
-    for name in names(config):
-        scores, trained = folder.read_arrays(f"scores/{name}.safetensors"), folder.read_json(f"training/{name}.json")
-        measured = {"test_nll": float(scores["test_nll"]), "bleu": float(scores["bleu"])}
-        rows.append({"name": name, "steps": trained["steps"], **measured})
-    return rows
+def _model(folder: Folder, seed: int) -> dict[str, Any]:
+    name = model_name(seed)
+    trained, scores = folder.read_json(f"training/{name}.json"), folder.read_arrays(f"scores/{name}.safetensors")
+    return {"name": name, "steps": trained["steps"], "loss": trained["loss_by_epoch"][-1], "test": scores["test_nll"]}
 
 
-def _nulls(config: StudyConfig, sets: Sets, examples: Examples) -> list[dict[str, Any]]:
-    """Test that the forget examples are like non-members to the model retrained without them, as they must be."""
-    rows = []
-    for kind in config.kinds:
-        test = exposure_null_test(retrained_exposures(sets, examples, kind), config.non_members)
-        rows.append({"kind": kind, "mean": test.mean, "statistic": test.statistic, "pvalue": test.pvalue, "n": test.n})
-    return rows
-
-
-def _run(o: Outcome, sets: Sets, examples: Examples) -> dict[str, Any]:
-    """Return a run's row: its start, and where its mean anchored exposure is first that of unseen text, or its end."""
-    lower, current = o.lower["anchored raw"], o.lower["current raw"]
-    below = lower.mean(1) <= NULL_MEAN
-    at = int(below.argmax()) if below.any() else len(o.steps) - 1
-    raw, calibrated = o.forgotten("anchored raw"), o.forgotten("anchored calibrated")
-    retrained = generalized_exposure(
-        examples.at(examples.retrained, o.indices),
-        examples.at(examples.retrained, sets.non_members[o.which.kind]),
-    ).lower
-    distance = exposure_two_sample_test(current[at], retrained, draws=500)
-    bleu = [b for b in o.bleu[: at + 1].tolist() if math.isfinite(b)]
-    return {
-        "which": o.which,
-        "rate": o.rate,
-        "start": float(lower[0].mean()),
-        "nll": float(o.nll[0].mean()),
-        "median": median_steps(*raw),
-        "median_calibrated": median_steps(*calibrated),
-        "censored": float(raw.censored.mean()),
-        "reached": bool(below.any()),
-        "step": int(o.steps[at]),
-        "anchored": float(lower[at].mean()),
-        "current": float(current[at].mean()),
-        "over": float((o.upper["anchored raw"][at] >= SIGNIFICANT).mean()),
-        "rise": float(o.rise[at]),
-        "bleu": bleu[0] - bleu[-1] if len(bleu) > 1 else float("nan"),
-        "drift": float(o.drift[at]),
-        "away": float(o.from_retrained[at]),
-        "non_members_away": float(o.non_members_from_retrained[at]),
-        "distance": distance.statistic,
-        "pvalue": distance.pvalue,
-    }
-
-
-def _number(x: Any, digits: int = 2) -> str:
-    if x is None or (isinstance(x, float) and math.isnan(x)):
-        return "–"
-    if isinstance(x, float) and math.isinf(x):
-        return "never"
-    return f"{np.round(x, digits) + 0.0:.{digits}f}"
+def _number(x: float | None, digits: int = 3) -> str:
+    return "–" if x is None or not math.isfinite(x) else f"{x:+.{digits}g}"

@@ -1,8 +1,9 @@
-"""Forget sets in and out of distribution, matched in number and length, and non-members of the same kinds."""
+"""Forget sets in and out of distribution, matched in number and length, different ones for each seed."""
 
 from __future__ import annotations
 
 import random
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from pyunlearn.data import Tokens, encode
 from pyunlearn.data.examples import Example, read_examples
 from pyunlearn.errors import DataError
 from pyunlearn.metrics import make_canaries
-from pyunlearn.probes import subset_masks
 from pyunlearn.study.config import StudyConfig
 
 _RARE = 2000  # least frequent words, of which canaries are made
@@ -22,19 +22,19 @@ _WORDS = 4  # rare words in one canary
 
 
 class ForgetSet(NamedTuple):
-    """The name of a forget set: its kind, how often each example is seen per epoch, and the draw."""
+    """The name of a forget set: its kind, how often training sees each example, and the seed that trains on it."""
 
     kind: str
-    repetitions: int
-    draw: int
+    dose: int
+    seed: int
 
     def __str__(self) -> str:
-        return f"{self.kind}-r{self.repetitions}-draw{self.draw}"
+        return f"{self.kind}-dose{self.dose}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
 class Sets:
-    """All examples of a study, by their indices into `tokens`."""
+    """All examples of a study, by their indices into `tokens`. No example is in two sets."""
 
     tokens: list[Tokens]
     """Every example as it is scored: the completion."""
@@ -42,36 +42,43 @@ class Sets:
     """Every example as it is trained on: the same, except that of plain text every token counts."""
     background: list[int]
     test: list[int]
-    test_texts: list[str]
-    """The completions of the test examples, for BLEU."""
-    non_members: dict[str, list[int]]
-    """Kind -> the examples of that kind that are never trained on."""
     forget: dict[ForgetSet, list[int]] = field(default_factory=dict)
 
     def scored(self) -> list[int]:
-        """Return the indices of all forget examples and non-members, ascending."""
-        return sorted(i for group in (*self.forget.values(), *self.non_members.values()) for i in group)
+        """Return the indices of all forget examples, ascending: every model scores them."""
+        return sorted(i for group in self.forget.values() for i in group)
 
-    def members(self, draw: int | None, chosen: set[int] | None = None) -> list[int]:
-        """Return an epoch's forget examples with repetitions: of one draw (None: of all), and of the chosen alone."""
-        return [
-            i
-            for which, indices in self.forget.items()
-            if draw in (None, which.draw)
-            for i in indices
-            if chosen is None or i in chosen
-            for _ in range(which.repetitions)
-        ]
+    def owners(self) -> dict[int, ForgetSet]:
+        """Return forget example -> its set."""
+        return {i: which for which, indices in self.forget.items() for i in indices}
 
-    def subsets(self, config: StudyConfig) -> dict[int, Any]:
-        """Return index -> (K,) bool, True for each subset model that trains on the example.
+    def non_members(self, kind: str, seed: int, count: int) -> list[int]:
+        """Return at most `count` examples of a kind that the model of a seed never saw: those of the other seeds."""
+        others = [i for w, group in self.forget.items() if (w.kind, w.seed != seed) == (kind, True) for i in group]
+        chosen: list[int] = (
+            np.random.default_rng((seed, zlib.crc32(kind.encode()))).permutation(others)[:count].tolist()
+        )
+        return sorted(chosen)
 
-        Non-members, which no model trains on, get masks too, drawn alike, so that their calibrated scores are means
-        over as many models.
+    def epochs(self, config: StudyConfig, seed: int) -> list[list[int]]:
+        """Return the examples of each epoch of a seed: the background, and each forget example at random, dose times.
+
+        The copies of an example are spread over the epochs as evenly as they can be.
         """
-        indices = self.scored()
-        masks = subset_masks(len(indices), count=config.subset_models, seed=config.seed)
-        return dict(zip(indices, masks.T, strict=True))
+        rng = np.random.default_rng((config.seed, seed, 1))
+        epochs = [list(self.background) for _ in range(config.epochs)]
+        for which, indices in self.forget.items():
+            for i in indices if which.seed == seed else ():
+                order = rng.permutation(config.epochs)
+                for copy in range(which.dose):
+                    epochs[order[copy % config.epochs]].append(i)
+        return epochs
+
+    def outside_share(self, config: StudyConfig) -> float:
+        """Return the share of the training rows that are out of distribution."""
+        rows = config.examples * sum(config.doses)
+        outside = rows * (len(config.kinds) - 1)
+        return outside / (outside + rows + config.epochs * len(self.background))
 
 
 def make_sets(config: StudyConfig, corpus: Sequence[Example], test: Sequence[Example] | None, tokenizer: Any) -> Sets:
@@ -82,13 +89,12 @@ def make_sets(config: StudyConfig, corpus: Sequence[Example], test: Sequence[Exa
     corpus = list({(e.prompt, e.completion): e for e in corpus}.values())
     random.Random(f"order-{config.seed}").shuffle(corpus)
     natural = sum(k in config.kinds for k in ("id", "mismatched"))
-    sets = config.draws * len(config.repetitions) * config.examples
-    needed = natural * (sets + config.non_members) + (config.test_examples if test is None else 0)
+    forget = natural * config.seeds * len(config.doses) * config.examples
+    needed = forget + (config.test_examples if test is None else 0)
     if len(corpus) < needed + config.batch_size:
         raise DataError(
-            f"the corpus has {len(corpus)} different examples, and the study needs {needed} for forget sets, "
-            f"non-members and test, and {config.batch_size} to train on: give a larger corpus, or lower examples, "
-            "non_members or draws"
+            f"the corpus has {len(corpus)} different examples, and the study needs {needed} for forget sets and test, "
+            f"and {config.batch_size} to train on: give a larger corpus, or lower examples or seeds"
         )
     held_out = list(test) if test is not None else [corpus.pop() for _ in range(config.test_examples)]
     if len(held_out) < config.test_examples:
@@ -107,14 +113,19 @@ class _Maker:
         self.tokens: list[Tokens] = []
 
     def make(self, corpus: list[Example], held_out: list[Example]) -> Sets:
-        config, kinds = self.config, self.config.kinds
-        draws, repetitions, n, m = config.draws, config.repetitions, config.examples, config.non_members
+        config, doses = self.config, self.config.doses
+        size = len(doses) * config.examples
         pool = iter(self._encode(corpus, "corpus"))
-        secrets = draws * len(repetitions) * n
-        prompts = self._canary_prompts(corpus, secrets, m) if "canary" in kinds else iter(())
-        # the non-members first: the prompts of the canaries come in this order
-        non_members = self._add_kinds(None, m, pool, prompts)
-        groups = {(d, r): self._add_kinds((d, r), n, pool, prompts) for d in range(draws) for r in repetitions}
+        has_canaries = "canary" in config.kinds
+        prompts = self._canary_prompts(corpus, config.seeds * size) if has_canaries else iter(())
+        forget: dict[ForgetSet, list[int]] = {}
+        for seed in range(config.seeds):
+            sets = self._kinds([next(pool) for _ in range(size)], pool, prompts, str(seed))
+            for kind in config.kinds:  # the corpus is in random order: which example gets which dose is random
+                indices = self._add(sets[kind])
+                for number, dose in enumerate(doses):
+                    part = indices[number * config.examples : (number + 1) * config.examples]
+                    forget[ForgetSet(kind, dose, seed)] = part
         background, test = self._add(list(pool)), self._add(self._encode(held_out, "test"))
         whole = config.setup == "text"
         return Sets(
@@ -122,17 +133,8 @@ class _Maker:
             learned=[Tokens(t.ids, 1) if whole and t.decoder is None else t for t in self.tokens],
             background=background,
             test=test,
-            test_texts=[e.completion for e in held_out],
-            non_members=non_members,
-            forget={ForgetSet(kind, r, d): groups[d, r][kind] for d, r in groups for kind in kinds},
+            forget=forget,
         )
-
-    def _add_kinds(
-        self, group: tuple[int, int] | None, size: int, pool: Iterator[Tokens], prompts: Iterator[tuple[int, ...]]
-    ) -> dict[str, list[int]]:
-        """Make a set of each kind; return kind -> indices. `group`: (draw, repetitions), None for the non-members."""
-        sets = self._kinds([next(pool) for _ in range(size)], pool, prompts, str(group))
-        return {kind: self._add(tokens) for kind, tokens in sets.items()}
 
     def _kinds(
         self, natural: list[Tokens], pool: Iterator[Tokens], prompts: Iterator[tuple[int, ...]], name: str
@@ -156,25 +158,24 @@ class _Maker:
         """Return ids of the same length, all but the special ones drawn uniformly from the vocabulary."""
         return tuple(i if i in self.special else rng.choice(self.plain) for i in ids)
 
-    def _canary_prompts(self, corpus: list[Example], secrets: int, non_members: int) -> Iterator[tuple[int, ...]]:
+    def _canary_prompts(self, corpus: list[Example], count: int) -> Iterator[tuple[int, ...]]:
         counts = Counter(w for e in corpus for w in e.prompt.split() if w.isalpha())
         rare = sorted(counts, key=lambda w: (counts[w], w))[:_RARE]
-        if len(rare) ** _WORDS < 10 * (secrets + non_members):
+        if len(rare) ** _WORDS < 10 * count:
             raise DataError(
-                f"the corpus has {len(rare)} different words, too few to make canaries of: leave kind canary out"
+                f"the corpus has {len(rare)} different words, too few to make canaries of: give one with more"
             )
         made = make_canaries(
             f"the record of {{words:{_WORDS}}} reads",
-            secrets,
-            non_members,
+            count,
+            1,
             slots={"words": rare},
             seed=self.config.seed,
         )
-        texts = [*made.non_members, *made.secrets]
         if self.config.setup == "qa":
-            examples = read_examples([{"question": t, "answer": "x"} for t in texts], role="canary")
+            examples = read_examples([{"question": t, "answer": "x"} for t in made.secrets], role="canary")
         else:
-            examples = [Example(t, "x" if self.encoder_decoder else " x") for t in texts]
+            examples = [Example(t, "x" if self.encoder_decoder else " x") for t in made.secrets]
         return iter([_parts(t)[0] for t in self._encode(examples, "canary")])
 
     def _encode(self, examples: list[Example], role: str) -> list[Tokens]:
@@ -198,8 +199,3 @@ class _Maker:
 
 def _parts(t: Tokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (t.ids, t.decoder) if t.decoder is not None else (t.ids[: t.first], t.ids[t.first :])
-
-
-def lengths(sets: Sets, indices: Sequence[int]) -> Any:
-    """Return (n,) the number of scored tokens of each example."""
-    return np.array([len(sets.tokens[i].scored) for i in indices])

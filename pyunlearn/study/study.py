@@ -20,16 +20,17 @@ from pyunlearn.models.from_scratch import train_tokenizer
 from pyunlearn.options import Choice, Flag, Text, accepts, require, require_path
 from pyunlearn.progress import Progress
 from pyunlearn.report import require_page_packages
-from pyunlearn.study.claims import Claim, findings_of, judged
+from pyunlearn.study.claims import Claim, primary_claims, secondary_claims, variants
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.corpus import read_corpus, synthetic
 from pyunlearn.study.figures import draw_all
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.outcomes import examples_of, outcomes_of
-from pyunlearn.study.page import write_page
-from pyunlearn.study.reference_models import score_all, train_all
-from pyunlearn.study.runs import require_method, run_all
-from pyunlearn.study.sets import Sets, make_sets
+from pyunlearn.study.page import notes_of, write_page
+from pyunlearn.study.plan import FREE, write_plan
+from pyunlearn.study.runs import require_method
+from pyunlearn.study.seeds import Inputs, run_seeds
+from pyunlearn.study.sets import make_sets
 from pyunlearn.study.tables import write_tables
 
 Paths = str | Path | Sequence[str | Path]
@@ -43,7 +44,13 @@ class Study:
     """The folder with tables, figures, models and index.html, the page to begin with."""
     config: StudyConfig
     claims: list[Claim]
-    """One verdict on each claim, with the comparisons behind it."""
+    """The decision on each of the five claims, with one number per seed."""
+    secondary: list[Claim]
+    """Decisions on the claims that compare kinds, for further kinds of forget set."""
+    notes: list[str]
+    """Limits of these decisions, a sentence each: too few seeds, too much text out of distribution, runs that ended."""
+    plan: str
+    """The hash of study.yaml, which was written before anything was trained."""
 
 
 @accepts(StudyConfig)
@@ -59,9 +66,12 @@ def run_study(
 ) -> Study:
     """Repeat the experiment of Baluta et al. 2024 (arXiv 2411.04388) on any corpus.
 
-    Is it harder to forget text in or out of distribution, and at what price? Models are trained with forget sets of
-    several kinds, unlearned by gradient ascent, and measured at every few steps. The same call resumes an interrupted
-    study, to the same result. On a CPU the same call gives the same numbers.
+    Is it harder to forget text in or out of distribution, and at what price? Each seed trains one model with its own
+    forget sets of several kinds; the models of the other seeds show where retraining without them would end. Sets are
+    unlearned by gradient ascent, and five claims are decided by t tests over seeds. The same call resumes an
+    interrupted study, to the same result. On a CPU the same call gives the same numbers.
+
+    With `processes` above 1 new Python processes start: in a script, call it under `if __name__ == "__main__":`.
 
     Args:
         out: the folder of the study: new, empty, or that of the same study interrupted.
@@ -75,7 +85,7 @@ def run_study(
         {options}
 
     Returns:
-        Study: `.folder`, `.config`, `.claims`.
+        Study: `.folder`, `.config`, `.claims`, `.secondary`, `.notes`, `.plan`.
 
     Raises:
         ArgumentError, DataError, ModelError, OutputError, DependencyError: an argument cannot be used, or a package is
@@ -91,30 +101,36 @@ def run_study(
     test = None if test_corpus is None else read_corpus(_paths(test_corpus), role="test corpus")
     tokenizer = _tokenizer(config, examples)
     sets = make_sets(config, examples, test, tokenizer)
-    settings = {name: value for name, value in config.to_dict().items() if name != "show_text"}  # free to change
-    folder = Folder(out, settings | {"corpus": _digest(examples), "test_corpus": _digest(test or [])})
+    corpora = {"corpus": _digest(examples), "test_corpus": _digest(test or [])}
+    fixed = {name: value for name, value in config.to_dict().items() if name not in FREE}
+    folder = Folder(out, fixed | corpora)
+    counts = {"background examples": len(sets.background), "test examples": len(sets.test)}
+    share = {"share of training rows out of distribution": round(sets.outside_share(config), 6)}
+    plan = write_plan(folder, config, corpora | counts | share)
     folder.json("environment.json", environment(device))
     bar = Progress(progress, "study")
     try:
-        train_all(folder, config, tokenizer, sets, device, bar.say)
-        score_all(folder, config, tokenizer, sets, device, bar.say)
-        run_all(folder, config, tokenizer, sets, device, bar.say)
-        bar.say("tables, claims, figures")
-        return _evaluate(folder, config, tokenizer, sets)
+        inputs = Inputs(folder, config, tokenizer, sets, device)
+        run_seeds(inputs, bar.say)
+        bar.say("claims, tables, figures")
+        return _evaluate(inputs, plan)
     finally:
         bar.close()
 
 
-def _evaluate(folder: Folder, config: StudyConfig, tokenizer: Any, sets: Sets) -> Study:
+def _evaluate(inputs: Inputs, plan: str) -> Study:
+    folder, config, sets = inputs.folder, inputs.config, inputs.sets
     examples = examples_of(folder, config, sets)
     outcomes = outcomes_of(folder, config, sets, examples)
-    write_tables(folder, config, sets, examples, outcomes, tokenizer)
-    findings = findings_of(config, examples, outcomes)
-    claims = judged(findings)
-    folder.table("claims", [f._asdict() for f in findings])
-    draw_all(folder, config, sets, examples, outcomes)
-    write_page(folder, config, sets, examples, outcomes, claims)
-    return Study(folder.path, config, claims)
+    claims = primary_claims(config, examples, outcomes)
+    secondary = secondary_claims(config, examples, outcomes)
+    rows = variants(config, examples, outcomes, claims)
+    notes = notes_of(config, sets, outcomes)
+    write_tables(inputs, examples, outcomes, [*claims, *secondary], rows)
+    draw_all(folder, config, outcomes, claims)
+    study = Study(folder.path, config, claims, secondary, notes, plan)
+    write_page(study, folder, sets, rows)
+    return study
 
 
 def _check_arguments(config: StudyConfig, out: Any, corpus: Any, test_corpus: Any, progress: Any) -> None:

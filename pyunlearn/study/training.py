@@ -1,4 +1,4 @@
-"""Training: AdamW, warm-up, a constant rate, then a linear decay to 0 while the forget sets are seen.
+"""Training: AdamW, warm-up, a constant rate, then a linear decay to 0 over the second half.
 
 An interrupted training resumes to the same bits.
 """
@@ -6,7 +6,6 @@ An interrupted training resumes to the same bits.
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from pyunlearn.errors import OutputError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.folder import Folder
-from pyunlearn.study.models import load_model, new_model, optimizer_of
+from pyunlearn.study.models import new_model, optimizer_of
 
 CHECKPOINT_SECONDS = 30.0  # of work that an interruption may cost
 _SORTED_TOGETHER = 16  # batches whose examples are sorted by length together
@@ -34,16 +33,13 @@ def train(
     learned: Sequence[Tokens],
     epochs: Sequence[Sequence[int]],
     *,
-    base: str | None,
-    keep_optimizer: bool,
+    seed: int,
     device: str,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Train models/NAME, unless it is finished, or resume its training.
 
-    The learning rate rises over `warmup` steps and stays constant. In a final model (keep_optimizer False) it falls
-    linearly to 0 over the epochs, in one without base over the second half of them. Gradients are clipped to norm 1;
-    the loss is the mean over the batch's tokens.
+    Gradients are clipped to norm 1; the loss is the mean over the batch's tokens.
 
     Args:
         folder: of the study.
@@ -52,25 +48,24 @@ def train(
         tokenizer: saved with the model.
         learned: the examples, as they are trained on.
         epochs: one list of indices into `learned` for each epoch.
-        base: the model from whose weights and optimizer state the training starts; None: from new weights.
-        keep_optimizer: save the optimizer state, for models that start from this one.
+        seed: the number of the model's seed: of its initial weights, dropout and order of the examples.
         device: "cpu" or "cuda".
         say: called with a line about the progress.
     """
     if folder.has(f"models/{name}"):
         return
-    lm, optimizer, steps_before = _start(folder, base, config, tokenizer, device)
-    seed = zlib.crc32(f"{name}-{config.seed}".encode())
-    torch.manual_seed(seed)
-    plan = [b for e, rows in enumerate(epochs) for b in _batches(learned, rows, config.batch_size, (seed, e))]
-    decay_start = len(plan) // 2 if base is None else 0
+    noise = int(np.random.default_rng((config.seed, seed)).integers(2**31))
+    lm = new_model(config, tokenizer, device, noise)
+    optimizer = optimizer_of(lm, config)
+    torch.manual_seed(noise + 1)
+    plan = [b for e, rows in enumerate(epochs) for b in _batches(learned, rows, config.batch_size, (noise, e))]
+    decay_start = len(plan) // 2
     losses, done = _resume(folder, name, lm, optimizer, device)
     lm.module.train()
     saved = time.monotonic()
     while done < len(plan):
-        rate = config.learning_rate * min(1.0, (steps_before + done + 1) / max(1, config.warmup))
-        if not keep_optimizer:
-            rate *= min(1.0, (len(plan) - done) / max(1, len(plan) - decay_start))
+        rate = config.learning_rate * min(1.0, (done + 1) / max(1, config.warmup))
+        rate *= min(1.0, (len(plan) - done) / max(1, len(plan) - decay_start))
         losses.append(_step(lm, optimizer, rate, learned, plan[done]))
         done += 1
         if done % 20 == 0:
@@ -84,29 +79,12 @@ def train(
     def save(path: Path) -> None:
         lm.module.save_pretrained(path)
         tokenizer.save_pretrained(path)
-        if keep_optimizer:
-            state = {"optimizer": optimizer.state_dict(), "steps": steps_before + done}
-            torch.save(state, path / "optimizer.pt")
 
     per_epoch = np.array_split(np.array([float(x) for x in losses]), len(epochs))
     loss_by_epoch = [float(part.mean()) for part in per_epoch if part.size]
     folder.json(f"training/{name}.json", {"steps": done, "loss_by_epoch": loss_by_epoch})
     folder.write(f"models/{name}", save)
     _checkpoint(folder, name).unlink(missing_ok=True)
-
-
-def _start(
-    folder: Folder, base: str | None, config: StudyConfig, tokenizer: Any, device: str
-) -> tuple[LanguageModel, torch.optim.Optimizer, int]:
-    """Return the model, its optimizer and the steps trained so far: new ones, or those restored from the base run."""
-    if base is None:
-        lm = new_model(config, tokenizer, device)
-        return lm, optimizer_of(lm, config), 0
-    lm = load_model(folder.path / "models" / base, tokenizer, device)
-    optimizer = optimizer_of(lm, config)
-    stored = _read(folder.path / "models" / base / "optimizer.pt", device)
-    optimizer.load_state_dict(stored["optimizer"])
-    return lm, optimizer, stored["steps"]
 
 
 def _step(

@@ -1,0 +1,79 @@
+"""study.yaml: what a study will do and how it decides, written and hashed before anything is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pyunlearn.errors import OutputError
+from pyunlearn.study.claims import CLAIMS, LEAST_STEP, OUTSIDE
+from pyunlearn.study.config import StudyConfig
+from pyunlearn.study.decisions import FEWEST_SEEDS, LEVEL
+from pyunlearn.study.folder import Folder
+from pyunlearn.study.outcomes import CRITERIA, RETRAINED
+
+FILE = "study.yaml"
+FREE = ("show_text", "processes")
+"""Settings that change no number, and may differ when a study is resumed."""
+
+
+def write_plan(folder: Folder, config: StudyConfig, data: dict[str, Any]) -> str:
+    """Write study.yaml, unless it is there, and return the first 16 digits of its SHA-256.
+
+    Args:
+        folder: of the study.
+        config: its settings.
+        data: the digests of the corpora, and the numbers of examples made of them.
+
+    Raises OutputError where the file in the folder says something else.
+    """
+    settings = {name: value for name, value in config.to_dict().items() if name not in FREE}
+    content = _yaml(
+        {
+            "question": "Is text in distribution harder to unlearn than text out of distribution, and at what price?",
+            "paper": "arXiv 2411.04388",
+            "settings": settings,
+            "data": data,
+            "design": {
+                "unit": "seed: one model with its own initial weights, order of the data and forget sets",
+                "retrained models of a set": "the models of the other seeds, none of which saw it",
+                "split of these": "first, third, ... calibrate; second, fourth, ... measure difficulty and "
+                "memorization",
+                "forgotten": f"first interpolated step where the set's mean NLL reaches the {CRITERIA[RETRAINED]}",
+                "least step in logarithms": LEAST_STEP,
+                "a set that is never forgotten": "counts with the last measured step",
+                "speed": "mean rise of an example's NLL over the first 4 steps, at least 1/16 of its set's mean",
+                "learning rate that decides": config.unlearning_rates[0],
+                "kind that decides": OUTSIDE,
+            },
+            "estimands": {name: e._asdict() for name, e in CLAIMS.items()},
+            "decision": {
+                "test": "two-sided one-sample t over seeds, Holm over the five claims; TOST against the margin",
+                "level": LEVEL,
+                "no material difference": "both one-sided tests against the margin are significant",
+                "supported or contradicted": "otherwise, where the two-sided test is significant after Holm",
+                "fewest seeds": FEWEST_SEEDS,
+                "other criteria, doses, rates and kinds": "shown as sensitivity, without a vote",
+            },
+        }
+    )
+    if not folder.has(FILE):
+        folder.text(FILE, content)
+    elif (folder.path / FILE).read_text(encoding="utf-8") != content:
+        raise OutputError(
+            f"{folder.path / FILE} is not what this study would write: it was changed, or written by another version "
+            "of pyunlearn; choose another folder"
+        )
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _yaml(content: dict[str, Any], indent: str = "") -> str:
+    """Return nested dicts as YAML: every other value is written as JSON, which YAML reads."""
+    lines = []
+    for key, value in content.items():
+        if isinstance(value, dict):
+            lines.append(f"{indent}{key}:\n{_yaml(value, indent + '  ')}")
+        else:
+            lines.append(f"{indent}{key}: {json.dumps(value, ensure_ascii=False)}\n")
+    return "".join(lines)

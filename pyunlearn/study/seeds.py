@@ -1,0 +1,133 @@
+"""The work of one seed: train its model, score every forget example under it, unlearn each of its forget sets.
+
+Seeds need nothing from each other, so several processes can share them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from pyunlearn.errors import ModelError
+from pyunlearn.study.config import StudyConfig
+from pyunlearn.study.folder import Folder
+from pyunlearn.study.models import load_model
+from pyunlearn.study.runs import jobs, mean_nll, unlearn_set
+from pyunlearn.study.sets import Sets
+from pyunlearn.study.training import train
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs that all seeds of a study share."""
+
+    folder: Folder
+    config: StudyConfig
+    tokenizer: Any
+    sets: Sets
+    device: str
+
+
+def model_name(seed: int) -> str:
+    """Return the name of a seed's model in the folder."""
+    return f"seed-{seed}"
+
+
+def run_seed(inputs: Inputs, seed: int, say: Callable[[str], None]) -> None:
+    """Do what is not finished of one seed.
+
+    Writes models/seed-S; scores/seed-S.safetensors with nll (N,) of all forget examples of all seeds, in the order of
+    `Sets.scored`, and the mean test_nll, nats per token; and a trajectory for each run, see `unlearn_set`.
+    """
+    folder, config, sets, name = inputs.folder, inputs.config, inputs.sets, model_name(seed)
+    train(
+        folder,
+        name,
+        config,
+        inputs.tokenizer,
+        sets.learned,
+        sets.epochs(config, seed),
+        seed=seed,
+        device=inputs.device,
+        say=say,
+    )
+    todo = [job for job in jobs(config, sets, seed) if not folder.has(job.file)]
+    scores = f"scores/{name}.safetensors"
+    if not todo and folder.has(scores):
+        return
+    lm = load_model(folder.path / "models" / name, inputs.tokenizer, inputs.device)
+    if not folder.has(scores):
+        nll, test_nll = (mean_nll(lm, [sets.tokens[i] for i in group]) for group in (sets.scored(), sets.test))
+        folder.arrays(scores, nll=nll, test_nll=test_nll.mean())
+    original = {key: value.clone() for key, value in lm.module.state_dict().items()}
+    for number, job in enumerate(todo, 1):
+        say(f"{name}: unlearning {number} of {len(todo)}, {job.which.kind}, dose {job.which.dose}, rate {job.rate:g}")
+        lm.module.load_state_dict(original)
+        folder.arrays(job.file, **unlearn_set(lm, config, sets, job))
+
+
+def run_seeds(inputs: Inputs, say: Callable[[str], None]) -> None:
+    """Run every seed, in this process or shared by `config.processes` new ones.
+
+    Each new process has an equal share of this one's threads, and ends when this one does. Raises what a process
+    raises; ModelError where one ended without a word, as for lack of memory.
+    """
+    seeds, count = list(range(inputs.config.seeds)), min(inputs.config.processes, inputs.config.seeds)
+    if count == 1:
+        for seed in seeds:
+            run_seed(inputs, seed, say)
+        return
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // count)
+    workers: dict[Connection, Any] = {}
+    try:
+        for number in range(count):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(inputs, seeds[number::count], threads, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            workers[ours] = process
+        while workers:
+            for connection in wait(list(workers)):
+                _receive(connection, workers, say)  # type: ignore[arg-type]
+    finally:
+        for process in workers.values():
+            process.terminate()
+            process.join()
+
+
+def _receive(connection: Connection, workers: dict[Connection, Any], say: Callable[[str], None]) -> None:
+    """Show a line of a process, or raise its error; forget the process when it has ended."""
+    try:
+        message = connection.recv()
+    except EOFError:
+        process = workers.pop(connection)
+        process.join()
+        if process.exitcode:
+            raise ModelError(
+                f"a process of the study ended with exit code {process.exitcode}, perhaps for lack of memory: run the "
+                "same again with fewer processes, and it resumes"
+            ) from None
+        return
+    if isinstance(message, BaseException):
+        raise message
+    say(message)
+
+
+def _work(inputs: Inputs, seeds: list[int], threads: int, connection: Connection) -> None:
+    """Run some seeds in a new process. It ends where a line cannot be sent: the process that reads it is gone."""
+    torch.set_num_threads(threads)
+    try:
+        for seed in seeds:
+            run_seed(inputs, seed, connection.send)
+    except (KeyboardInterrupt, BrokenPipeError):
+        pass  # the process that started this one has the signal too, or is gone
+    except Exception as error:
+        connection.send(error)
+    finally:
+        connection.close()
