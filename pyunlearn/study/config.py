@@ -29,8 +29,8 @@ class StudyConfig(Config):
     preset: str = option(
         "smoke",
         Choice(("smoke", "cpu", "gpu", "paper")),
-        "The settings to start from: smoke (a minute of one core, decides nothing), cpu (40 minutes of two cores), gpu "
-        "(one GPU), paper (a day or more on one GPU).",
+        "The settings to start from: smoke (3 models, a minute of one core, decides nothing), cpu (12 models, two "
+        "cores), gpu (16 models, one GPU) or paper (24 models, one GPU).",
     )
     setup: str = option(
         "translation",

@@ -84,7 +84,9 @@ def _trade_off(grid: Grid, config: StudyConfig, outcomes: list[Outcome]) -> None
         axes.plot(away.mean(0), rise.mean(0), color=COLOURS[kind], marker=".", markersize=3, label=NAMES[kind])
         axes.axvline(0, color=_INK, linestyle=":", linewidth=1)
         axes.set(xlabel="NLL minus that of\nretrained models, nats", ylim=(-0.02, 0.3))
-        axes.set_xlim(right=2)
+    for axes in grid[0]:
+        starts = [float(line.get_xdata()[0]) for line in axes.lines if line.get_marker() == "."]
+        axes.set_xlim(1.05 * min(starts) - 0.1, 2)
     grid[0][0].set_ylabel("rise of the test NLL, nats")
 
 

@@ -22,7 +22,7 @@ CRITERIA = {
     "anchored exposure": "1.44 bits of exposure among non-members before unlearning",
     "current exposure": "1.44 bits of exposure among non-members at the same step",
     "anchored calibrated exposure": "1.44 bits of exposure of NLL minus that of retrained models, before unlearning",
-    "current calibrated exposure": "the same at the same step",
+    "current calibrated exposure": "1.44 bits of exposure of NLL minus that of retrained models, at the same step",
 }
 """When a forget set counts as forgotten. The first decides; the others are shown as sensitivity."""
 
