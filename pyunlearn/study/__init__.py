@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # loaded at first use: the command line reads StudyConfig without torch
     from pyunlearn.study.config import PRESETS, StudyConfig
-    from pyunlearn.study.study import Study, run_study
+    from pyunlearn.study.result import Study
+    from pyunlearn.study.study import run_study
 
 __all__ = ["PRESETS", "Study", "StudyConfig", "run_study"]
 
-_HOMES = {"config": ("PRESETS", "StudyConfig"), "study": ("Study", "run_study")}
+_HOMES = {"config": ("PRESETS", "StudyConfig"), "result": ("Study",), "study": ("run_study",)}
 
 
 def __getattr__(name: str) -> Any:

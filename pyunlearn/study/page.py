@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pyunlearn.report.pages import rendered
 from pyunlearn.study.claims import CLAIMS, OUTSIDE, Claim, Variant
 from pyunlearn.study.config import StudyConfig
@@ -17,6 +19,7 @@ from pyunlearn.study.figures import FIGURES, NAMES
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.outcomes import Outcome
 from pyunlearn.study.plan import FILE
+from pyunlearn.study.result import Study
 from pyunlearn.study.seeds import model_name
 from pyunlearn.study.sets import Sets
 from pyunlearn.study.tables import decision_row
@@ -76,7 +79,9 @@ def why(name: str, decision: Decision) -> str:
     return f"{text}; {needed} would decide an effect and a spread like these (power 80 %)."
 
 
-def write_page(study: Any, folder: Folder, sets: Sets, variants: Sequence[Variant]) -> None:
+def write_page(
+    study: Study, folder: Folder, sets: Sets, outcomes: Sequence[Outcome], variants: Sequence[Variant]
+) -> None:
     """Write index.html, and claims.json with the decisions, the notes and the hash of study.yaml."""
     config = study.config
     claims = {
@@ -91,6 +96,7 @@ def write_page(study: Any, folder: Folder, sets: Sets, variants: Sequence[Varian
         "file": FILE,
         "tones": TONES,
         "names": NAMES,
+        "sets": [_set(config, outcomes, kind, dose) for kind in config.kinds for dose in config.doses],
         "variants": variants,
         "figures": _drawings(folder),
         "models": [_model(folder, seed) for seed in range(config.seeds)],
@@ -105,6 +111,21 @@ def write_page(study: Any, folder: Folder, sets: Sets, variants: Sequence[Varian
 def _decision(claim: Claim) -> dict[str, Any]:
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in decision_row(claim).items()}
     return row | {"why": why(claim.name, claim.decision), "seeds_contrasts": claim.contrasts}
+
+
+def _set(config: StudyConfig, outcomes: Sequence[Outcome], kind: str, dose: int) -> dict[str, Any]:
+    """Return means over seeds of the forget sets of one kind and dose, at the learning rate that decides."""
+    mine = [o for o in outcomes if (o.rate, *o.which[:2]) == (config.unlearning_rates[0], kind, dose)]
+    ends = [o.forgotten() for o in mine]
+    return {
+        "kind": kind,
+        "dose": dose,
+        "distance": float(np.mean([o.distance[0].mean() for o in mine])),
+        "steps": float(np.mean([e.step for e in ends])),
+        "price": float(np.mean([o.rise_at(e.step) for o, e in zip(mine, ends, strict=True)])),
+        "already": sum(e.step == 0 for e in ends),
+        "never": sum(e.censored for e in ends),
+    }
 
 
 def _drawings(folder: Folder) -> list[tuple[str, str, str]]:

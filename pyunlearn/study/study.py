@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from pyunlearn.models.from_scratch import train_tokenizer
 from pyunlearn.options import Choice, Flag, Text, accepts, require, require_path
 from pyunlearn.progress import Progress
 from pyunlearn.report import require_page_packages
-from pyunlearn.study.claims import Claim, primary_claims, secondary_claims, variants
+from pyunlearn.study.claims import primary_claims, secondary_claims, variants
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.corpus import read_corpus, synthetic
 from pyunlearn.study.figures import draw_all
@@ -28,29 +27,13 @@ from pyunlearn.study.folder import Folder
 from pyunlearn.study.outcomes import examples_of, outcomes_of
 from pyunlearn.study.page import notes_of, write_page
 from pyunlearn.study.plan import FREE, write_plan
+from pyunlearn.study.result import Study
 from pyunlearn.study.runs import require_method
 from pyunlearn.study.seeds import Inputs, run_seeds
 from pyunlearn.study.sets import make_sets
 from pyunlearn.study.tables import write_tables
 
 Paths = str | Path | Sequence[str | Path]
-
-
-@dataclass(frozen=True)
-class Study:
-    """A finished study."""
-
-    folder: Path
-    """The folder with tables, figures, models and index.html, the page to begin with."""
-    config: StudyConfig
-    claims: list[Claim]
-    """The decision on each of the five claims, with one number per seed."""
-    secondary: list[Claim]
-    """Decisions on the claims that compare kinds, for further kinds of forget set."""
-    notes: list[str]
-    """Limits of these decisions, a sentence each: too few seeds, too much text out of distribution, runs that ended."""
-    plan: str
-    """The hash of study.yaml, which was written before anything was trained."""
 
 
 @accepts(StudyConfig)
@@ -129,7 +112,7 @@ def _evaluate(inputs: Inputs, plan: str) -> Study:
     write_tables(inputs, examples, outcomes, [*claims, *secondary], rows)
     draw_all(folder, config, outcomes, claims)
     study = Study(folder.path, config, claims, secondary, notes, plan)
-    write_page(study, folder, sets, rows)
+    write_page(study, folder, sets, outcomes, rows)
     return study
 
 
