@@ -130,9 +130,9 @@ def study_of(seeds=6, **changes):
     runs = []
     for seed in range(seeds):
         for dose in DOSES:
-            wobble = 1 + 0.02 * rng.normal()
+            wobble, speed = 1 + 0.02 * rng.normal(), 0.1 * 2 ** (-0.5 * x) * dose**-0.25
             runs += [
-                run_of("id", dose, seed, 2 * dose**0.5 * wobble, 0.3 * wobble, 0.1 * 2 ** (-0.5 * x), **changes),
+                run_of("id", dose, seed, 2 * dose**0.5 * wobble, 0.3 * wobble, speed, **changes),
                 run_of("canary", dose, seed, 8 * dose**0.5, 0.1, **changes),
                 run_of("mismatched", dose, seed, 2 * dose**0.5, 0.3, **changes),
             ]
@@ -148,7 +148,7 @@ def test_every_contrast_is_what_its_text_says():
     assert means["steps"] == pytest.approx(2, abs=0.05)
     assert means["trade-off"] == pytest.approx(0.2, abs=0.02)
     assert means["decay"] == pytest.approx(4 * 0.3 - 0.1, abs=0.05)  # four times the steps at the same slope
-    assert means["memorization"] == pytest.approx(0.5, abs=0.02)
+    assert means["memorization"] == pytest.approx(0.25)
     assert means["difficulty"] == pytest.approx(0.5)
     assert {c.decision.outcome for c in decided.values()} == {"supported"}
 
@@ -188,6 +188,7 @@ def test_sensitivity_measures_every_claim_in_other_ways():
     values = {(row.claim, row.variant): row for row in rows}
     assert values["steps", "dose 4 alone"].mean == pytest.approx(2, abs=0.05)
     assert values["steps", "dose 4 alone"].agree == 1
+    assert values["memorization", "steps in all, from unlike starts"].mean == pytest.approx(0.5, abs=0.02)
     one_speed = next(row for row in rows if row.variant.startswith("arithmetic: the same at one speed"))
     assert one_speed.unit == "correlation"
     assert not any(row.variant in OUTCOMES for row in rows)

@@ -19,6 +19,8 @@ OUTSIDE = "canary"
 """The kind that the claims compare with in-distribution sets."""
 LEAST_STEP = 0.5
 """Steps below this count as this in logarithms: a set may be forgotten from the start."""
+LEAST_SPEED = 1e-6
+"""Nats a step; slower sets count as this fast in logarithms."""
 
 
 class Estimand(NamedTuple):
@@ -55,8 +57,8 @@ CLAIMS = {
         0.02,
     ),
     "memorization": Estimand(
-        "The memorization of an example decides its steps (more memorized, more steps).",
-        "slope of log2 of the steps on log2 of the dose, in distribution",
+        "The memorization of an example decides its steps (more memorized, more steps for the same distance).",
+        "slope of log2 of the first steps a nat (1 / speed) on log2 of the dose, in distribution",
         "log2 a doubling",
         0.1,
     ),
@@ -126,7 +128,7 @@ def variants(
         def measure(variant: str, name: str = name, **changes: Any) -> None:
             add(name, variant, CLAIMS[name].unit, _per_seed(config, examples, outcomes, name, **changes))
 
-        if name != "difficulty":
+        if name in _OF_KINDS:
             for criterion, text in CRITERIA.items():
                 if criterion != RETRAINED:
                     measure(f"forgotten at {text}", criterion=criterion)
@@ -179,7 +181,7 @@ def _per_seed(
     doses, values = doses or config.doses, []
     for runs in _by_seed(config, outcomes, rate):
         if name == "memorization":
-            values.append(_slope([(d, _steps(runs[kind or "id", d], criterion)) for d in doses]))
+            values.append(_slope([(d, 1 / _speed(runs[kind or "id", d])) for d in doses]))
         elif name == "difficulty":
             values.append(_difficulty(examples, [runs[kind or "id", d] for d in doses]))
         else:
@@ -199,6 +201,11 @@ def _partner(runs: Runs, dose: int, kind: str, matched: bool) -> Outcome:
 
 def _steps(o: Outcome, criterion: str = RETRAINED) -> float:
     return max(LEAST_STEP, o.forgotten(criterion).step)
+
+
+def _speed(o: Outcome) -> float:
+    """Return the mean speed of a set over the first steps, nats a step."""
+    return max(LEAST_SPEED, float(o.speed().mean()))
 
 
 def _more_steps(inside: Outcome, outside: Outcome, criterion: str) -> float:
@@ -252,9 +259,9 @@ def _distance_slope(_: Examples, runs: Runs) -> float:
     return _slope(points)
 
 
-def _speed_slope(_: Examples, runs: Runs) -> float:
-    points = [(dose, max(1e-6, float(o.speed().mean()))) for (kind, dose), o in runs.items() if kind == "id"]
-    return _slope(points)
+def _steps_slope(_: Examples, runs: Runs) -> float:
+    """Return the slope of log2 of the steps on log2 dose."""
+    return _slope([(dose, _steps(o)) for (kind, dose), o in runs.items() if kind == "id"])
 
 
 def _raw_correlation(examples: Examples, runs: Runs, one_speed: bool = False) -> float:
@@ -278,8 +285,13 @@ def _raw_correlation(examples: Examples, runs: Runs, one_speed: bool = False) ->
 
 
 _ARITHMETIC: list[tuple[str, str, str, Callable[[Examples, Runs], float]]] = [
-    ("memorization", "arithmetic: the distance at the start alone, at one speed", "log2 a doubling", _distance_slope),
-    ("memorization", "speed (first 4 steps) in place of steps", "log2 a doubling", _speed_slope),
+    ("memorization", "steps in all, from unlike starts", "log2 a doubling", _steps_slope),
+    (
+        "memorization",
+        "arithmetic: the same from the distances at the start, at one speed",
+        "log2 a doubling",
+        _distance_slope,
+    ),
     ("difficulty", "rank correlation with raw steps", "correlation", _raw_correlation),
     (
         "difficulty",

@@ -43,7 +43,7 @@ def write_plan(folder: Folder, config: StudyConfig, data: dict[str, Any]) -> str
                 "forgotten": f"first interpolated step where the set's mean NLL reaches the {CRITERIA[RETRAINED]}",
                 "least step in logarithms": LEAST_STEP,
                 "a set that is never forgotten": "counts with the last measured step",
-                "speed": "mean rise of an example's NLL over the first 4 steps, at least 1/16 of its set's mean",
+                "speed": "mean rise of the NLL over the first 4 steps; of an example at least 1/16 of its set's mean",
                 "learning rate that decides": config.unlearning_rates[0],
                 "kind that decides": OUTSIDE,
             },
