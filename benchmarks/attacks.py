@@ -6,8 +6,8 @@ For each seed a tiny Llama knows `--records` random facts by heart (see `benchma
 them with its defaults, and `pyunlearn.attack` tries to bring them back with `--relearning-steps` on one half of the
 records (the other half is scored), with `--retain-steps` on the retain set, and with weights rounded to 4 bits. A row
 shows the share of the records with 4.32 bits or more among 200 unseen facts under the same attack: of unseen facts one
-in twenty has that. Of relearning it is the largest of two points, a quarter
-of the steps and all. The last row is the retrained model. Means over the seeds, with the range where they differ.
+in twenty has that. Of relearning it is the largest of four points, an eighth of the steps, a quarter, half and all. The
+last row is the retrained model. Means over the seeds, with the range where they differ.
 """
 
 from __future__ import annotations

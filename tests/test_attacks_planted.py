@@ -183,12 +183,12 @@ def test_an_attack_that_was_tried_on_no_text_shows_nothing():
 def test_the_windows_of_a_record_are_no_set():
     """They rise and fall together: three records in ten windows each are three texts."""
     rng, failures, draws = np.random.default_rng(2), 0, 100
-    records = np.repeat(np.arange(3), 10)
+    groups = np.repeat(np.arange(3), 10)
     for _ in range(draws):
-        forget = rng.normal(size=(5, 3))[:, records] * 0.8 + 0.6 * rng.normal(size=(5, 30))
+        forget = rng.normal(size=(5, 3))[:, groups] * 0.8 + 0.6 * rng.normal(size=(5, 30))
         unseen = rng.normal(size=(5, 80))
         trials = [Trial(str(k), x, y) for k, (x, y) in enumerate(zip(forget, unseen, strict=True))]
-        failures += judge(trials, AttackConfig(), records.tolist()).pvalue <= 0.025
+        failures += judge(trials, AttackConfig(), groups.tolist()).pvalue <= 0.025
     assert failures <= draws * 0.025 + 2.5 * np.sqrt(draws * 0.025)
 
 
@@ -210,6 +210,42 @@ def test_a_control_of_another_depth_leaves_its_layers_unjudged(w):
     assert [t.judged for t in result.trials[1:]] == [False, False]
     assert result.verdicts == {"untested": planted.SECRETS}
     assert any("the control could not be attacked in the same way" in note for note in result.notes)
+
+
+def persons(count, seed):
+    """Four questions about each person, with the same words in their answers."""
+    questions, answers, rng = tiny.facts(4 * count, seed), tiny.facts(count, seed + 1), np.random.default_rng(seed)
+    words = [row["answer"].split() for row in answers for _ in range(4)]
+    return [{**q, "answer": " ".join(rng.permutation(own))} for q, own in zip(questions, words, strict=True)]
+
+
+def copies(count, seed):
+    """Four near copies of each text."""
+    return [
+        {**row, "answer": row["answer"] + end} for row in tiny.facts(count, seed) for end in ("", " so", " a", " I")
+    ]
+
+
+def relearned(w, forget, holdout, seed):
+    """The result of relearning on a model that never saw either."""
+    texts = {"holdout": holdout, "retain": w.retain, "tokenizer": w.tokenizer, "template": "none", "progress": False}
+    return pyunlearn.attack(w.model, forget, attacks=["relearning"], relearning_rate=1e-3, seed=seed, **texts)
+
+
+@pytest.mark.full
+def test_unseen_texts_that_teach_each_other_do_not_come_back(w):
+    """Four questions about each of four persons, and a holdout of others: at most one of ten draws fails."""
+    failed = 0
+    for seed in range(10):
+        rows = persons(54, 1000 + 10 * seed)
+        failed += not relearned(w, rows[:16], rows[16:], seed).passed
+    assert failed <= 1
+
+
+@pytest.mark.full
+def test_near_copies_are_not_relearned_from_each_other(w):
+    """Four of each of four texts, which are in one part."""
+    assert relearned(w, copies(4, 71), tiny.facts(80, 3), seed=0).passed
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def attacked(inputs: Prepared, config: AttackConfig, bar: Progress) -> AttackRes
     compared = [_compared(t, against, inputs) for t in trials]
     trials = [replace(t, judged=c.judged) for t, c in zip(trials, compared, strict=True)]
     left_out += _unjudged(trials, has_control=bool(against))
-    judged = judge(compared, config, inputs.texts.records)
+    judged = judge(compared, config, inputs.texts.groups)
     named = [name in (EXPOSED, BACK) for name in judged.verdict]
     return AttackResult(
         examples=_examples(inputs, judged, trials),

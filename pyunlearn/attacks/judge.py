@@ -49,7 +49,7 @@ class Judged(NamedTuple):
     """That a set of unseen texts stands out as much under any of the attacks."""
 
 
-def judge(trials: Sequence[Trial], config: AttackConfig, records: Sequence[int] | None = None) -> Judged:
+def judge(trials: Sequence[Trial], config: AttackConfig, groups: Sequence[int] | None = None) -> Judged:
     """Judge each text by its scores under every attack, and the set as a whole.
 
         still exposed    it stands out without an attack
@@ -63,13 +63,13 @@ def judge(trials: Sequence[Trial], config: AttackConfig, records: Sequence[int] 
     there the set must stand out (`pvalue`), and then single texts are named at the whole rate. So a model that never
     saw the texts has a text named in at most that share of cases, and of the texts named at most that share are unseen
     ones. The set stands out under an attack where more texts do than would of unseen ones (Holm over the attacks), or
-    over all attacks together; a set of fewer than five texts by the latter alone. Of a record in several windows, which
-    depend on each other, the first counts for the set.
+    over all attacks together; a set of fewer than five texts by the latter alone. Of near copies, and of a record in
+    several windows, which depend on each other, the first counts for the set.
 
     Args:
         trials: the first is the model without an attack.
         config: the settings.
-        records: (n,) index of the record of each text; default: each text is a record.
+        groups: (n,) a number for each text, the same for those that depend on each other; default: none do.
     """
     n, rate = len(trials[0].forget), config.false_discovery_rate
     exposure = np.stack([_exposure(t) for t in trials])
@@ -83,9 +83,9 @@ def judge(trials: Sequence[Trial], config: AttackConfig, records: Sequence[int] 
     recovered = _recovery([trials[k] for k in judged])
     combined = -np.log2(recovered.pvalue) + 0.0
     tested, first = ~np.isnan(combined), np.zeros(n, dtype=bool)
-    first[np.unique(np.arange(n) if records is None else records, return_index=True)[1]] = True
-    alike = _attacked_alike(trials, judged)
-    pvalue = _of_parts(np.where(first, combined, np.nan), alike, recovered.compared, config.seed)
+    first[np.unique(np.arange(n) if groups is None else groups, return_index=True)[1]] = True
+    tried = np.stack([~np.isnan(trials[k].forget) for k in judged])
+    pvalue = _over_all(np.where(first, combined, np.nan), tried, recovered.compared, config.seed)
     if first.sum() >= SET:
         own = [_set_pvalue(trials[k], np.where(first, exposure[k], np.nan), config.seed) for k in judged]
         set_pvalue[judged] = holm([min(1.0, 2 * p) for p in own])
@@ -126,33 +126,26 @@ def holm(pvalues: Sequence[float]) -> Floats:
 
 
 def _set_pvalue(trial: Trial, exposure: Floats, seed: int) -> float:
-    """Return the chance of a set of unseen texts of which as many stand out; over groups, the smallest, adjusted."""
-    groups = np.zeros(len(exposure), dtype=np.int64) if trial.groups is None else trial.groups
-    m = (~np.isnan(trial.non_members)).sum(axis=-1)
-    return _of_parts(exposure, groups, np.broadcast_to(m, len(exposure)), seed)
+    """Return the chance of a set of unseen texts of which as many stand out under an attack."""
+    tested = ~np.isnan(exposure)
+    return stands_out(exposure[tested], len(_tested(trial.non_members)), seed) if tested.any() else 1.0
 
 
-def _of_parts(exposure: Floats, groups: NDArray[np.int64], m: NDArray[np.int64], seed: int) -> float:
-    """Return the chance of a set of unseen texts that stands out as much: of its groups the smallest, adjusted.
+def _over_all(exposure: Floats, tried: NDArray[np.bool_], m: NDArray[np.int64], seed: int) -> float:
+    """Return the chance of a set of unseen texts that stands out as much over all attacks.
+
+    Texts on which other attacks were tried have other non-members: of these parts the smallest chance, adjusted.
 
     Args:
-        exposure: (n,) bits, NaN where a text was not tested.
-        groups: (n,) texts of one group were compared with the same non-members under the same attacks.
-        m: (n,) the number of these non-members.
+        exposure: (n,) bits over all attacks, NaN where a text was not tested.
+        tried: (a, n) True where an attack was tried on a text.
+        m: (n,) the number of non-members of each text.
         seed: of the simulation.
     """
-    tested = ~np.isnan(exposure)
-    parts = [(groups == g) & tested for g in np.unique(groups[tested])]
-    pvalues = [stands_out(exposure[part], int(m[part][0]), seed) for part in parts]
+    part, tested = np.unique(tried, axis=1, return_inverse=True)[1].ravel(), ~np.isnan(exposure)
+    parts = [(part == k) & tested for k in np.unique(part[tested])]
+    pvalues = [stands_out(exposure[own], int(m[own][0]), seed) for own in parts]
     return min(1.0, len(pvalues) * min(pvalues)) if pvalues else 1.0
-
-
-def _attacked_alike(trials: Sequence[Trial], judged: Sequence[int]) -> NDArray[np.int64]:
-    """Return (n,) numbers, the same for texts that suffered the same attacks."""
-    same = [np.isnan(trials[k].forget) for k in judged]
-    same += [groups for k in judged if (groups := trials[k].groups) is not None]
-    numbers: NDArray[np.int64] = np.unique(np.stack(same), axis=1, return_inverse=True)[1].ravel()
-    return numbers
 
 
 def stands_out(exposure: Floats, m: int, seed: int) -> float:
@@ -173,17 +166,14 @@ def returned(judged: Judged, i: int) -> list[int]:
 
 def _recovery(trials: Sequence[Trial]) -> Recovery:
     """Compute the p-values of all texts over these trials."""
-    n = len(trials[0].forget)
-    unseen = [np.broadcast_to(t.non_members, (n, t.non_members.shape[-1])) for t in trials]
-    return recovery(np.stack([t.forget for t in trials]), np.stack(unseen))
+    return recovery(np.stack([t.forget for t in trials]), np.stack([t.non_members for t in trials]))
 
 
 def _exposure(trial: Trial) -> Floats:
     """Return (n,) exposures of a trial, bits; NaN where a text was not tested."""
     out, tried = np.full(len(trial.forget), np.nan), ~np.isnan(trial.forget)
     if tried.any():
-        unseen = _tested(trial.non_members) if trial.non_members.ndim == 1 else trial.non_members[tried]
-        out[tried] = generalized_exposure(trial.forget[tried], unseen).lower
+        out[tried] = generalized_exposure(trial.forget[tried], _tested(trial.non_members)).lower
     return out
 
 
@@ -196,6 +186,5 @@ def _interval(trial: Trial, i: int) -> tuple[float, float]:
     """Return the 95 % interval of a text's exposure in a trial, bits; NaN where it was not tested."""
     if np.isnan(trial.forget[i]):
         return float("nan"), float("nan")
-    unseen = _tested(trial.non_members if trial.non_members.ndim == 1 else trial.non_members[i])
-    low, high = exposure_interval(trial.forget[i : i + 1], unseen)
+    low, high = exposure_interval(trial.forget[i : i + 1], _tested(trial.non_members))
     return float(low[0]), float(high[0])

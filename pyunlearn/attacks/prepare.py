@@ -12,6 +12,7 @@ from pyunlearn.attacks.config import AttackConfig
 from pyunlearn.attacks.judge import non_members_for
 from pyunlearn.attacks.target import AttackTexts
 from pyunlearn.data import Example
+from pyunlearn.data.comparison import groups_of_copies
 from pyunlearn.data.redaction import masked
 from pyunlearn.errors import DataError
 from pyunlearn.models.devices import default_device
@@ -83,7 +84,7 @@ def arranged(
     for name, other in (("control", control), ("original", original)):
         if other is not None:
             lm.require_vocabulary(other, name)
-    examples, tokens, parts = rendered.examples, rendered.tokens, rendered.encoded.parts
+    examples, tokens = rendered.examples, rendered.tokens
     non_members, own_examples = _non_members(lm, control, rendered, config, bar)
     require_enough(len(non_members.tokens), config.false_discovery_rate)
     rng = np.random.default_rng(config.seed)
@@ -97,8 +98,9 @@ def arranged(
     texts = AttackTexts(
         forget=[tokens["forget"][i] for i in indices],
         forget_examples=[examples["forget"][i] for i in indices],
-        records=[parts[i].record for i in indices],
+        groups=_groups(rendered, "forget", indices),
         non_members=chosen.tokens,
+        non_member_groups=_groups(rendered, "holdout", compared) if "holdout" in tokens else compared,
         non_member_examples=None if own_examples is None else [own_examples[i] for i in compared],
         retain=tokens.get("retain", []),
         retain_examples=examples.get("retain", []),
@@ -184,6 +186,13 @@ def _non_members(
             batch_size=4 * config.batch_size,
         )
     return chosen, None if chosen.reason else list(unseen_like(forget))
+
+
+def _groups(rendered: RenderedTexts, role: str, indices: Sequence[int]) -> list[int]:
+    """Return a number for each of a role's texts, the same for windows of one record and for near copies."""
+    first = {i: group[0] for group in groups_of_copies(rendered.given[role]) for i in group}
+    records = [rendered.encoded.records[role][i] for i in indices]
+    return [first.get(record, record) for record in records]
 
 
 def _drawn(rng: np.random.Generator, n: int, most: int) -> list[int]:

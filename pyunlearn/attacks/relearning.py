@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from pyunlearn.attacks.target import Target, Trial, Unsuited
@@ -25,6 +26,7 @@ from pyunlearn.probes.unseen import unseen_texts
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 _TRIED = 5  # steps with each rate
+_COMPARED = 80  # non-members that are trained on and compared, at least, where there are as many
 _RANK = 8  # of the adapter on quantized and float16 weights
 _DIVERGED = "fine-tuning gives NaN or Inf: set a smaller relearning_rate"
 
@@ -34,35 +36,39 @@ class _Diverged(Unsuited):
 
 
 def relearning(target: Target) -> Iterator[Trial]:
-    """Train on all parts of the forget set but one, and score that one; each part is once the one.
+    """Train on all parts but one of the forget set and of non-members, and score that one; each part is once the one.
 
-    Source: Hu et al. 2024, arXiv 2406.13356; Lynch et al. 2024, arXiv 2402.16835.
+    Both sides are treated alike: texts that teach each other, such as twenty about one person, come back on either
+    side. Near copies are in one part. The non-members are as many as the forget texts, 80 or more, neighbours in their
+    file, and a step reads twice `batch_size` texts of both together.
+
+    Source: Hu et al. 2024, arXiv 2406.13356; Lynch et al. 2024, arXiv 2402.16835; to train on non-members too is ours.
     """
     texts, config = target.texts, target.config
     _require_fair(target)
-    records = sorted(set(texts.records))
-    folds = min(config.folds, len(records))
+    rng, n, m = np.random.default_rng(config.seed), len(texts.forget), len(texts.non_members)
+    compared = min(m, max(n, _COMPARED))
+    first = int(rng.integers(m - compared + 1))
+    groups = texts.groups, texts.non_member_groups[first : first + compared]
+    folds = min(config.folds, *(len(set(side)) for side in groups))
     if folds < 2:
         raise Unsuited("one record is no other text to relearn from")
-    order = np.random.default_rng(config.seed).permutation(records)
-    fold_of = {int(record): i % folds for i, record in enumerate(order)}
-    fold = np.array([fold_of[record] for record in texts.records])
-    n, m, stops = len(texts.forget), len(texts.non_members), _stops(config.relearning_steps)
-    forget = {step: np.full(n, np.nan) for step in stops}
-    unseen = {step: np.full((n, m), np.nan) for step in stops}
-    rates = []
+    part = np.concatenate([_parts(side, folds, rng) for side in groups])
+    pool = texts.forget + texts.non_members[first : first + compared]
+    most = min(4 * config.batch_size, n, compared)
+    rate = _rate(target, "the others", texts.forget[:most] + pool[n : n + most])
+    stops = _stops(config.relearning_steps)
+    values = {step: np.full(len(pool), np.nan) for step in stops}
     for k in range(folds):
-        own = np.flatnonzero(fold == k)
-        learned = [texts.forget[i] for i in np.flatnonzero(fold != k)]
-        rates.append(_rate(target, learned, f"part {k + 1}"))
-        probes = [texts.forget[i] for i in own] + texts.non_members
-        for step in _trained(target, learned, rates[k], stops, f"relearning from part {k + 1} of {folds}"):
-            values = target.nll(probes)
-            forget[step][own], unseen[step][own] = values[: len(own)], values[len(own) :]
+        own, others = np.flatnonzero(part == k), [pool[i] for i in np.flatnonzero(part != k)]
+        doing = f"relearning from part {k + 1} of {folds}"
+        for step in _trained(target, others, rate, stops, doing, batch_size=2 * config.batch_size):
+            values[step][own] = target.nll([pool[i] for i in own])
     for step in stops:
-        details = {"steps": step, "learning_rates": rates, "folds": folds}
-        name = f"relearning, {step} steps on the others"
-        yield Trial(name, forget[step], unseen[step], groups=fold, details=details)
+        non_members = np.full(m, np.nan)
+        non_members[first : first + compared] = values[step][n:]
+        details = {"steps": step, "learning_rate": rate, "folds": folds, "non_members": compared}
+        yield Trial(f"relearning, {step} steps on the others", values[step][:n], non_members, details=details)
 
 
 def relearning_retain(target: Target) -> Iterator[Trial]:
@@ -96,7 +102,7 @@ def _on_other_text(target: Target, learned: list[Tokens], what: str) -> Iterator
     _require_fair(target)
     if not learned:
         raise Unsuited(f"all of the {what} is compared with the forget set")
-    rate = _rate(target, learned, what)
+    rate = _rate(target, what, learned[: 8 * target.config.batch_size])
     for step in _trained(target, learned, rate, _stops(target.config.retain_steps), f"relearning from {what}"):
         yield target.trial(f"relearning, {step} steps on {what}", steps=step, learning_rate=rate)
 
@@ -111,43 +117,72 @@ def _require_fair(target: Target) -> None:
 
 
 def _stops(steps: int) -> list[int]:
-    """Return the steps after which the texts are scored: a quarter of them, and all."""
-    return sorted({max(1, steps // 4), steps})
+    """Return the steps after which the texts are scored: an eighth of them, a quarter, half, and all."""
+    return sorted({max(1, steps // share) for share in (8, 4, 2, 1)})
 
 
-def _rate(target: Target, learned: Sequence[Tokens], key: str) -> float:
-    """Return the learning rate: as set, or the best of six for the attacker, who has `learned` and nothing else.
+def _parts(groups: Sequence[int], folds: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return (len(groups),) a part below `folds` for each text, at random, the same for texts of one group."""
+    distinct, which = np.unique(groups, return_inverse=True)
+    parts: NDArray[np.int64] = (rng.permutation(len(distinct)) % folds)[which]
+    return parts
 
-    That is the one at which half of these texts come back most when the model is trained on the other half. Texts that
-    are compared afterwards have no part in it, so that they stay exchangeable. The control gets the same rate.
+
+def _rate(target: Target, key: str, sample: Sequence[Tokens]) -> float:
+    """Return the learning rate: as set, or the best of six, which the control gets too.
+
+    That is the one at which every second text of the sample is likeliest when the model is trained on the others. From
+    the middle of the six the search goes to the better neighbour as long as there is one.
+
+    Args:
+        target: the model.
+        key: of the choice.
+        sample: texts of which none is compared, or as many forget texts as non-members, so that both sides have the
+            same part in the choice and stay exchangeable.
     """
     if target.config.relearning_rate is not None:
         return target.config.relearning_rate
-    if key not in target.chosen:
-        sample = list(learned[: 8 * target.config.batch_size])
-        train, test = (sample[::2], sample[1::2]) if len(sample) > 1 else (sample, sample)
-        levels = {}
-        for rate in RATES:
+    levels: dict[int, float] = {}
+    train, test = (sample[::2], sample[1::2]) if len(sample) > 1 else (sample, sample)
+
+    def level(k: int) -> float:
+        if k not in levels:
+            levels[k] = np.inf
             with suppress(_Diverged):
-                for _ in _trained(target, train, rate, [_TRIED], f"trying a learning rate of {rate:g}"):
-                    levels[rate] = target.nll(test).mean()
-        if not levels:
+                for _ in _trained(target, train, RATES[k], [_TRIED], f"trying a learning rate of {RATES[k]:g}"):
+                    levels[k] = float(target.nll(test).mean())
+        return levels[k]
+
+    if key not in target.chosen:
+        at, best = -1, len(RATES) // 2
+        while at != best:
+            at = best
+            best = min((k for k in (at, at - 1, at + 1) if 0 <= k < len(RATES)), key=level)
+        if not np.isfinite(levels[at]):
             raise _Diverged(_DIVERGED)
-        target.chosen[key] = min(levels, key=lambda rate: (levels[rate], rate))
+        target.chosen[key] = RATES[at]
     return float(target.chosen[key])
 
 
-def _trained(target: Target, learned: Sequence[Tokens], rate: float, stops: Sequence[int], doing: str) -> Iterator[int]:
+def _trained(
+    target: Target,
+    learned: Sequence[Tokens],
+    rate: float,
+    stops: Sequence[int],
+    doing: str,
+    *,
+    batch_size: int | None = None,
+) -> Iterator[int]:
     """Train by AdamW on batches of texts in random order, and yield at each stop; then restore the weights."""
-    config, rng = target.config, np.random.default_rng(target.config.seed)
+    rng, size = np.random.default_rng(target.config.seed), batch_size or target.config.batch_size
     queue: list[int] = []
     target.bar.begin(doing, max(stops))
     with torch.enable_grad(), _trainable(target) as (lm, parameters), evaluation_mode(lm.module):
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         for step in range(1, max(stops) + 1):
-            while len(queue) < config.batch_size:
+            while len(queue) < size:
                 queue += rng.permutation(len(learned)).tolist()
-            indices, queue = queue[: config.batch_size], queue[config.batch_size :]
+            indices, queue = queue[:size], queue[size:]
             loss = -lm.likelihood(lm.collate(learned, indices)).mean()
             if not torch.isfinite(loss):
                 raise _Diverged(_DIVERGED)

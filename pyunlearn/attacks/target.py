@@ -31,9 +31,11 @@ class AttackTexts:
 
     forget: list[Tokens]
     forget_examples: list[Example]
-    records: list[int]
-    """Index of the record of each forget text: windows of one record are one text to relearning."""
+    groups: list[int]
+    """A number for each forget text, the same for windows of one record and for near copies."""
     non_members: list[Tokens]
+    non_member_groups: list[int]
+    """The same of the non-members."""
     non_member_examples: list[Example] | None
     """None where they exist as tokens alone."""
     retain: list[Tokens]
@@ -58,9 +60,7 @@ class Trial:
     forget: Floats
     """(n,), NaN where a text was not tested."""
     non_members: Floats
-    """(m,), NaN where one was not tested, or (n, m) where the attack is not the same for all forget texts."""
-    groups: NDArray[np.int64] | None = None
-    """(n,) then: texts of one group suffered the same attack, and have the same row of non-members."""
+    """(m,), NaN where one was not tested."""
     attack: str = ""
     """Name of the attack; empty for the model without one."""
     judged: bool = True

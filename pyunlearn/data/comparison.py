@@ -14,7 +14,7 @@ from pyunlearn.data.examples import Example
 from pyunlearn.data.overlap import Words, present, searched, words, words_of
 from pyunlearn.errors import DataError
 
-__all__ = ["CheckedTexts", "check_texts", "length_note", "score_note"]
+__all__ = ["CheckedTexts", "check_texts", "groups_of_copies", "length_note", "score_note"]
 
 FEWEST = 19  # with fewer non-members no exposure is significant: log2(20) = 4.32 bits
 
@@ -66,11 +66,28 @@ def check_texts(examples: Mapping[str, list[Example]]) -> CheckedTexts:
         notes += _repeated(len(texts["holdout"]), len(first))
     for note in notes:
         warnings.warn(note, stacklevel=3)
-    notes += _grouped(examples["forget"], texts["forget"])
+    notes += _grouped(examples["forget"])
     if "holdout" in checked:
         notes += _spans_note(examples["forget"], examples["holdout"])
         notes += length_note(*([len(words(e.scored_text)) for e in checked[role]] for role in ("forget", "holdout")))
     return CheckedTexts(checked, notes)
+
+
+def groups_of_copies(examples: Sequence[Example]) -> list[list[int]]:
+    """Return the groups of two examples or more that are copies or near copies of one another, or contain one.
+
+    Args:
+        examples: of one set.
+
+    Returns:
+        The indices of each group, in order.
+
+    >>> boat = "The boat left the harbour at dawn and nobody saw it."
+    >>> groups_of_copies([Example("", boat), Example("", "Another text of some words."), Example("", boat + " Again.")])
+    [[0, 2]]
+    """
+    texts = words_of(e.prompt + e.completion for e in examples)
+    return _groups(len(examples), _copies(examples, texts, texts))
 
 
 def length_note(forget: Sequence[int], holdout: Sequence[int]) -> list[str]:
@@ -161,16 +178,16 @@ def _left_out(copies: list[int], total: int) -> list[str]:
     return [f"{len(copies)} of {total} retain texts {are} left out: {_numbers('retain example', copies)}."]
 
 
-def _grouped(examples: Sequence[Example], texts: Sequence[Words]) -> list[str]:
+def _grouped(examples: Sequence[Example]) -> list[str]:
     """Return the note on forget texts that are copies of one another, or contain one, by group."""
-    groups = _groups(len(texts), _copies(examples, texts, texts))
+    groups = groups_of_copies(examples)
     if not groups:
         return []
     count = sum(map(len, groups))
     shown = [_some(group) for group in groups[:_SHOWN]]
     more = [f"and {len(groups) - _SHOWN} more groups"] if len(groups) > _SHOWN else []
     return [
-        f"{count} of {len(texts)} forget texts are copies or near copies of others, in {len(groups)} "
+        f"{count} of {len(examples)} forget texts are copies or near copies of others, in {len(groups)} "
         f"group{'s' if len(groups) > 1 else ''}, and each has its own verdict: examples {'; '.join(shown + more)}."
     ]
 

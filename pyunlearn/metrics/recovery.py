@@ -40,8 +40,7 @@ def recovery(scores: ArrayLike, non_member_scores: ArrayLike) -> Recovery:
     Args:
         scores: (a, n) of n texts under a attacks, low where a text is likely; NaN where an attack was not tried on a
             text, for a reason that does not depend on its scores.
-        non_member_scores: (a, m) of the same non-members under the same attacks, or (a, n, m) where an attack is not
-            the same for all texts; NaN as in `scores`.
+        non_member_scores: (a, m) of m non-members under the same attacks; NaN as in `scores`.
 
     Returns:
         Recovery(pvalue, strongest, compared).
@@ -61,20 +60,18 @@ def recovery(scores: ArrayLike, non_member_scores: ArrayLike) -> Recovery:
     Source: ours; full conformal p-values after Vovk et al. 2005, Algorithmic Learning in a Random World.
     """
     s, r = np.asarray(scores, dtype=np.float64), np.asarray(non_member_scores, dtype=np.float64)
-    if s.ndim != 2 or r.ndim not in (2, 3) or not r.shape[-1] or r.shape[:-1] not in (s.shape, s.shape[:1]):
+    if s.ndim != 2 or r.ndim != 2 or not r.shape[1] or len(r) != len(s):
         raise ArgumentError(
-            "recovery needs scores of shape (a, n) and non_member_scores of shape (a, m) or (a, n, m), got "
-            f"{s.shape} and {r.shape}"
+            f"recovery needs scores of shape (a, n) and non_member_scores of shape (a, m), got {s.shape} and {r.shape}"
         )
     tried = ~np.isnan(s)
-    rows = np.broadcast_to(r[:, None, :], (*s.shape, r.shape[-1])) if r.ndim == 2 else r
-    if np.isinf(s).any() or np.isinf(rows).any():
+    if np.isinf(s).any() or np.isinf(r).any():
         raise ArgumentError("recovery needs finite scores, or NaN where an attack was not tried, got Inf")
     n = s.shape[1]
     pvalue, strongest, compared = np.full(n, np.nan), np.full(n, -1), np.zeros(n, dtype=np.int64)
     for i in np.flatnonzero(tried.any(axis=0)):
         own = tried[:, i]
-        unseen = rows[own, i]  # (attacks tried, non-members)
+        unseen = r[own]  # (attacks tried, non-members)
         unseen = unseen[:, ~np.isnan(unseen).any(axis=0)]
         compared[i] = unseen.shape[1]
         if not compared[i]:

@@ -38,6 +38,8 @@ class EncodedTexts:
     """The same as tokens."""
     parts: list[Part]
     """Of which records the forget texts are."""
+    records: dict[str, list[int]]
+    """Role -> for each text of the user the index of the record that it is, or is a window of."""
     whole: list[Tokens]
     """The forget records before they were cut or divided."""
     rests: dict[int, Tokens]
@@ -98,7 +100,8 @@ def encode_texts(
     wide = encode("forget", [replace(own_examples[i], forget=()) for i in indices])
     whole_forget, flat = whole.get("forget", []), [w for each in forget for w in each]
     rests = _rests(dict(zip(indices, wide, strict=True)), whole_forget, flat, parts, truncate)
-    return EncodedTexts(divided, tokens, parts, whole_forget, rests, notes)
+    records = {role: [i for i, own in enumerate(each) for _ in own] for role, each in windows.items()}
+    return EncodedTexts(divided, tokens, parts, records, whole_forget, rests, notes)
 
 
 def _divided(example: Example, windows: Sequence[Window], lm: LanguageModel) -> list[Example]:
