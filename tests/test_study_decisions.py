@@ -49,17 +49,28 @@ def test_without_an_effect_hardly_any_claim_is_decided(law, seeds):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("seeds", [6, 12, 16])
+@pytest.mark.parametrize(("spread", "most"), [(0.5, 0.07), (1.0, 0.14)])
+def test_skewed_contrasts_are_decided_as_often_as_the_document_says(spread, most, seeds):
+    """Log-normal ones without an effect: Student's t is not exact then."""
+    rng = np.random.default_rng(seeds)
+    mean = math.exp(spread**2 / 2)
+    made = outcomes(lambda c, _: 3 * MARGINS[c] * (np.exp(rng.normal(0, spread, seeds)) - mean) / mean)
+    assert np.isin(made, DECIDED).mean(0).max() <= most
+
+
+@pytest.mark.full
 def test_an_effect_at_the_margin_is_hardly_called_immaterial():
-    """At most 5 % of studies, for an effect just as large as the margin."""
+    """Each claim in at most 5 % of studies, for an effect just as large as the margin."""
     rng = np.random.default_rng(0)
     alike = outcomes(lambda c, _: rng.normal(MARGINS[c], MARGINS[c] / 2, 12)) == "no material difference"
-    assert alike.mean() <= 0.05 + 2 * ERROR
+    assert alike.mean(0).max() <= 0.05 + 2.5 * ERROR
 
 
 # ---------------------------------------------------------------- with the effects of the plan
 
 
-PLANNED = {  # mean and standard deviation between seeds: measured before the design, and the outcome they stand for
+PLANNED = {  # mean and standard deviation between seeds, and the outcome; of the first three measured before the design
     "steps": (1.70, 0.55, "supported"),
     "trade-off": (0.027, 0.0143, "supported"),
     "decay": (0.33, 0.12, "supported"),

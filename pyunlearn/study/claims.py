@@ -65,7 +65,7 @@ CLAIMS = {
     "difficulty": Estimand(
         "The difficulty of an example decides its steps (harder, more steps for the same distance).",
         "slope of log2 of the first steps a nat (1 / speed) on difficulty, within doses, in distribution",
-        "log2 a nat",
+        "log2 a standard deviation",
         0.1,
     ),
 }
@@ -93,13 +93,15 @@ class Variant(NamedTuple):
     mean: float
     low: float
     high: float
-    agree: float
-    """Share of seeds on the side of the primary mean."""
+    agree: float | None
+    """Share of these seeds on the side of the primary mean; None for what arithmetic alone gives."""
+    seeds: int
+    """Seeds that have a number: no set that is compared was never forgotten."""
 
 
 def primary_claims(config: StudyConfig, examples: Examples, outcomes: Sequence[Outcome]) -> list[Claim]:
     """Decide the five claims."""
-    return _decided(config, {name: _per_seed(config, examples, outcomes, name) for name in CLAIMS}, OUTSIDE)
+    return _decided({name: _per_seed(config, examples, outcomes, name) for name in CLAIMS}, OUTSIDE)
 
 
 def secondary_claims(config: StudyConfig, examples: Examples, outcomes: Sequence[Outcome]) -> list[Claim]:
@@ -108,7 +110,7 @@ def secondary_claims(config: StudyConfig, examples: Examples, outcomes: Sequence
     for kind in config.kinds:
         if kind not in ("id", OUTSIDE):
             contrasts = {name: _per_seed(config, examples, outcomes, name, kind=kind) for name in _OF_KINDS}
-            claims += _decided(config, contrasts, kind)
+            claims += _decided(contrasts, kind)
     return claims
 
 
@@ -119,9 +121,10 @@ def variants(
     rows = []
     signs = {claim.name: np.sign(claim.decision.mean) for claim in claims}
 
-    def add(claim: str, variant: str, unit: str, values: list[float]) -> None:
-        agree = float(np.mean(np.sign(values) == signs[claim]))
-        rows.append(Variant(claim, variant, unit, *interval(values), agree))
+    def add(claim: str, variant: str, unit: str, values: list[float], *, votes: bool = True) -> None:
+        known = [value for value in values if np.isfinite(value)]
+        agree = float(np.mean(np.sign(known) == signs[claim])) if known and votes else None
+        rows.append(Variant(claim, variant, unit, *interval(known or [np.nan]), agree, len(known)))
 
     for name in CLAIMS:
 
@@ -140,17 +143,19 @@ def variants(
         if name in _OF_KINDS:
             measure("doses whose distances at the start are nearest", matched=True)
         else:
-            for kind in config.kinds[1:]:
-                measure(f"{kind} sets", kind=kind)
+            for kind in config.kinds:
+                if kind != "id":
+                    measure(f"{kind} sets", kind=kind)
     for claim, variant, unit, value in _ARITHMETIC:
-        add(claim, variant, unit, [value(examples, runs) for runs in _by_seed(config, outcomes)])
+        values = [value(examples, runs) for runs in _by_seed(config, outcomes)]
+        add(claim, variant, unit, values, votes=not variant.startswith("arithmetic"))
     return rows
 
 
 # ---------------------------------------------------------------- one number per seed
 
 
-def _decided(config: StudyConfig, contrasts: dict[str, list[float]], kind: str) -> list[Claim]:
+def _decided(contrasts: dict[str, list[float]], kind: str) -> list[Claim]:
     decisions = decide(contrasts, {name: CLAIMS[name].margin for name in contrasts})
     return [Claim(n, kind if n in _OF_KINDS else "id", contrasts[n], decisions[n]) for n in contrasts]
 
@@ -177,7 +182,10 @@ def _per_seed(
     doses: tuple[int, ...] | None = None,
     matched: bool = False,
 ) -> list[float]:
-    """Return the contrast of a claim in each seed."""
+    """Return the contrast of a claim in each seed; NaN where the runs do not tell it.
+
+    That is where a set that is compared was never forgotten, or where neither of two had left a trace.
+    """
     doses, values = doses or config.doses, []
     for runs in _by_seed(config, outcomes, rate):
         if name == "memorization":
@@ -186,8 +194,17 @@ def _per_seed(
             values.append(_difficulty(examples, [runs[kind or "id", d] for d in doses]))
         else:
             pairs = [(_partner(runs, d, kind or OUTSIDE, matched), runs[kind or OUTSIDE, d]) for d in doses]
-            values.append(float(np.mean([_PAIRS[name](inside, outside, criterion) for inside, outside in pairs])))
+            values.append(float(np.mean([_of_pair(name, *pair, criterion) for pair in pairs])))
     return values
+
+
+def _of_pair(name: str, inside: Outcome, outside: Outcome, criterion: str) -> float:
+    """Return a claim's contrast between two sets, or NaN."""
+    ends = [o.forgotten(criterion) for o in (inside, outside)]
+    needed = ends[1:] if name == "decay" else ends  # decay looks at the step at which the other set is forgotten
+    if any(e.censored for e in needed) or all(e.step < LEAST_STEP for e in ends):
+        return float("nan")
+    return _PAIRS[name](inside, outside, criterion)
 
 
 def _partner(runs: Runs, dose: int, kind: str, matched: bool) -> Outcome:
@@ -236,18 +253,19 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
 
 
 def _difficulty(examples: Examples, runs: Sequence[Outcome]) -> float:
-    """Return the slope of -log2 speed on difficulty, each dose with its own level.
+    """Return the slope of -log2 speed on difficulty, each dose with its own level, a standard deviation within doses.
 
     Speeds below 1/16 of their set's mean count as that.
     """
-    products = squares = 0.0
+    products = squares = count = 0.0
     for o in runs:
         speed = o.speed()
         floor = max(float(speed.mean()) / 16, 1e-9)
         slowness, x = -np.log2(np.maximum(speed, floor)), examples.at(examples.difficulty, o.indices)
         products += float(((x - x.mean()) * slowness).sum())
         squares += float(((x - x.mean()) ** 2).sum())
-    return products / squares
+        count += len(x)
+    return products / (squares * count) ** 0.5 if squares else float("nan")
 
 
 # ---------------------------------------------------------------- what arithmetic alone gives

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from pyunlearn.study.runs import jobs
 from pyunlearn.study.seeds import model_name
 from pyunlearn.study.sets import ForgetSet, Sets
 
+FIRST = 4
+"""Steps over which a speed is measured, at most."""
 RETRAINED = "retrained"
 CRITERIA = {
     RETRAINED: "mean NLL of the retrained models",
@@ -147,8 +150,12 @@ class Outcome:
         return float(np.interp(step, self.steps, self.rise))
 
     def speed(self) -> Any:
-        """Return (n,) the mean rise of each example's NLL over the first 4 steps, nats a step."""
-        end = int((self.steps <= 4).sum()) - 1
+        """Return (n,) the mean rise of each example's NLL over the first steps, nats a step.
+
+        These go to the step at which the set is forgotten, but are one step at least and four at most.
+        """
+        last = min(FIRST, max(1, math.ceil(self.forgotten().step)))
+        end = int((self.steps <= last).sum()) - 1
         return (self.nll[end] - self.nll[0]) / max(1, self.steps[end])
 
 

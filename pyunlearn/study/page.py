@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pyunlearn.report.pages import rendered
-from pyunlearn.study.claims import CLAIMS, OUTSIDE, Claim, Variant
+from pyunlearn.study.claims import CLAIMS, LEAST_STEP, OUTSIDE, Claim, Variant
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.decisions import FEWEST_SEEDS, Decision
 from pyunlearn.study.figures import FIGURES, NAMES
@@ -44,16 +44,16 @@ def notes_of(config: StudyConfig, sets: Sets, outcomes: Sequence[Outcome]) -> li
         )
     first = [o for o in outcomes if o.rate == config.unlearning_rates[0] and o.which.kind in ("id", OUTSIDE)]
     ends = [o.forgotten() for o in first]
-    never, already = sum(e.censored for e in ends), sum(e.step == 0 for e in ends)
+    never, already = sum(e.censored for e in ends), sum(e.step < LEAST_STEP for e in ends)
     if never:
         notes.append(
-            f"{never} of {len(first)} sets were never at the level of retrained models: they count with their last "
-            "step, which is too small. More steps, or a higher learning rate, would show it."
+            f"{never} of {len(first)} sets were never at the level of retrained models: their seeds have no number "
+            "for the claims that compare them. More steps, or a higher learning rate, would give one."
         )
     if already:
         notes.append(
-            f"{already} of {len(first)} sets were at the level of retrained models from the start: training had left "
-            "no trace of them on average. They count as half a step in logarithms."
+            f"{already} of {len(first)} sets were at the level of retrained models from the start or within half a "
+            "step: training had left little trace of them. They count as half a step in logarithms."
         )
     return notes
 
@@ -74,7 +74,7 @@ def why(name: str, decision: Decision) -> str:
     if d.seeds < FEWEST_SEEDS:
         return f"{text}; fewer than {FEWEST_SEEDS} seeds decide nothing."
     if not math.isfinite(d.mean):
-        return "a seed has no number for it."
+        return "a seed has no number for it: a set was never forgotten, or training had left no trace of two."
     needed = f"about {d.seeds_needed} seeds" if d.seeds_needed else "more than 1000 seeds"
     return f"{text}; {needed} would decide an effect and a spread like these (power 80 %)."
 

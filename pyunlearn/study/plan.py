@@ -11,7 +11,8 @@ from pyunlearn.study.claims import CLAIMS, LEAST_STEP, OUTSIDE
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.decisions import FEWEST_SEEDS, LEVEL
 from pyunlearn.study.folder import Folder
-from pyunlearn.study.outcomes import CRITERIA, RETRAINED
+from pyunlearn.study.outcomes import CRITERIA, FIRST, RETRAINED
+from pyunlearn.study.runs import DESTROYED, measured_steps
 
 FILE = "study.yaml"
 FREE = ("show_text", "processes")
@@ -26,7 +27,7 @@ def write_plan(folder: Folder, config: StudyConfig, data: dict[str, Any]) -> str
         config: its settings.
         data: the digests of the corpora, and the numbers of examples made of them.
 
-    Raises OutputError where the file in the folder says something else.
+    Raises OutputError where the file in the folder says something else, or is gone though models are there.
     """
     settings = {name: value for name, value in config.to_dict().items() if name not in FREE}
     content = _yaml(
@@ -42,8 +43,11 @@ def write_plan(folder: Folder, config: StudyConfig, data: dict[str, Any]) -> str
                 "memorization",
                 "forgotten": f"first interpolated step where the set's mean NLL reaches the {CRITERIA[RETRAINED]}",
                 "least step in logarithms": LEAST_STEP,
-                "a set that is never forgotten": "counts with the last measured step",
-                "speed": "mean rise of the NLL over the first 4 steps; of an example at least 1/16 of its set's mean",
+                "a seed with a set that is never forgotten, or with two that left no trace": "no number: undecided",
+                "speed": f"mean rise of the NLL to the step at which the set is forgotten, {FIRST} at most; of an "
+                "example at least 1/16 of its set's mean",
+                "measured at steps": measured_steps(config.steps),
+                "a run ends": f"after the last of these, or where the test NLL has risen by {DESTROYED:g} nats",
                 "learning rate that decides": config.unlearning_rates[0],
                 "kind that decides": OUTSIDE,
             },
@@ -54,11 +58,16 @@ def write_plan(folder: Folder, config: StudyConfig, data: dict[str, Any]) -> str
                 "no material difference": "both one-sided tests against the margin are significant",
                 "supported or contradicted": "otherwise, where the two-sided test is significant after Holm",
                 "fewest seeds": FEWEST_SEEDS,
-                "other criteria, doses, rates and kinds": "shown as sensitivity, without a vote",
+                "further kinds": "decided apart, Holm over the three claims that compare kinds",
+                "other criteria, doses and rates": "shown as sensitivity, without a vote",
             },
         }
     )
     if not folder.has(FILE):
+        if folder.has("models"):
+            raise OutputError(
+                f"{folder.path / FILE} is gone, and models were trained after it: put it back, or choose another folder"
+            )
         folder.text(FILE, content)
     elif (folder.path / FILE).read_text(encoding="utf-8") != content:
         raise OutputError(

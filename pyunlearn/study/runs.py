@@ -9,7 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from pyunlearn.data import Tokens
-from pyunlearn.errors import ArgumentError
+from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.methods import METHODS
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer
@@ -98,6 +98,11 @@ def unlearn_set(lm: LanguageModel, config: StudyConfig, sets: Sets, job: Job) ->
             if step == config.steps or rows[-1][3] > rows[0][3] + DESTROYED:
                 break
         ascent.step()
+    if not rows:
+        raise ModelError(
+            f"the model of seed {which.seed} gives its texts NaN or Inf, so training broke it: choose a lower "
+            "learning_rate"
+        )
     names = ("steps", "nll", "non_member_nll", "test_nll")
     return {name: np.array(values) for name, values in zip(names, zip(*rows, strict=True), strict=True)}
 

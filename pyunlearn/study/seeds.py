@@ -6,6 +6,8 @@ Seeds need nothing from each other, so several processes can share them.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -119,8 +121,17 @@ def _receive(connection: Connection, workers: dict[Connection, Any], say: Callab
     say(message)
 
 
+def _end_with_parent() -> None:
+    """Wait until the process that started this one is gone, and end this one: files are renamed when they are whole."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
 def _work(inputs: Inputs, seeds: list[int], threads: int, connection: Connection) -> None:
-    """Run some seeds in a new process. It ends where a line cannot be sent: the process that reads it is gone."""
+    """Run some seeds in a new process, which ends when the one that started it does."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         for seed in seeds:

@@ -86,14 +86,16 @@ def make_sets(config: StudyConfig, corpus: Sequence[Example], test: Sequence[Exa
 
     Raises DataError where the corpus is too small for them.
     """
-    corpus = list({(e.prompt, e.completion): e for e in corpus}.values())
+    tested = {(e.prompt, e.completion) for e in test or ()}
+    corpus = list({(e.prompt, e.completion): e for e in corpus if (e.prompt, e.completion) not in tested}.values())
     random.Random(f"order-{config.seed}").shuffle(corpus)
     natural = sum(k in config.kinds for k in ("id", "mismatched"))
     forget = natural * config.seeds * len(config.doses) * config.examples
     needed = forget + (config.test_examples if test is None else 0)
     if len(corpus) < needed + config.batch_size:
         raise DataError(
-            f"the corpus has {len(corpus)} different examples, and the study needs {needed} for forget sets and test, "
+            f"the corpus has {len(corpus)} different examples{' that are not in the test corpus' if test else ''}, "
+            f"and the study needs {needed} for forget sets and test, "
             f"and {config.batch_size} to train on: give a larger corpus, or lower examples or seeds"
         )
     held_out = list(test) if test is not None else [corpus.pop() for _ in range(config.test_examples)]
