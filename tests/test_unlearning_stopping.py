@@ -142,7 +142,11 @@ def test_an_example_that_went_too_far_is_restored():
     assert stopping.unsettled.tolist() == []
     assert accepted(stopping, [-2.0, -3.95, -9.0]) == (0, 1)  # one that rises above the target does not count
     assert stopping.active.tolist() == [0]
-    assert not stopping.overshoots.any()  # those that are unlearned for what is extracted of them
+    assert stopping.overshoots.tolist() == [1, 1, 0]
+    stopping.returning[0] = True
+    accepted(stopping, [-3.99, -3.5, -9.0])
+    assert stopping.overshot.tolist() == [True, False, False]
+    assert stopping.overshoots.tolist() == [1, 1, 0]  # what robust does is not counted
 
 
 @pytest.mark.parametrize("target", [0.0, 0.2, NULL_MEAN, 4.0])

@@ -109,7 +109,7 @@ class StoppingRule:
         self.initial = self.measurement(log_likelihood, utility_nll, holdout_nll)
         self.current = self.initial
         self.overshot = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those to restore
-        self.overshoots = np.zeros(len(log_likelihood), dtype=np.int64)  # (B,) how often, while extracted
+        self.overshoots = np.zeros(len(log_likelihood), dtype=np.int64)  # (B,) how often, while not returning
         self.stale = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those not scored under the present weights
         self.returning = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those that fine-tuning brings back
         self.memorized = discoveries(self.initial.exposure.lower, rate=false_discovery_rate).significant  # (B,)
@@ -279,7 +279,7 @@ class StoppingRule:
         """Take later scores under the same weights as `accept` does."""
         upper = measurement.exposure.upper
         below = self.memorized & (upper >= SIGNIFICANT - 1e-9)
-        self.overshoots += below & ~self.overshot & self.extracted
+        self.overshoots += below & ~self.overshot & ~self.returning
         self.overshot = below | self.overshot & (upper > self._restored)
         self.stale[scored] = False
         self.current = measurement
