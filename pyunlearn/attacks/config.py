@@ -74,8 +74,8 @@ class AttackConfig(Config):
     relearning_rate: float | None = option(
         None,
         Number(above=0),
-        "Learning rate of relearning (AdamW). Default: of six from 1e-5 to 3e-3 the one at which half of the attack's "
-        "own texts come back most in five steps on the other half.",
+        "Learning rate of relearning (AdamW). Default: of six from 1e-5 to 3e-3 the one at which half of a sample of "
+        "the text that is trained on is likeliest after five steps on the other half.",
         group="Method",
     )
     relearning_lora: int | None = option(
@@ -88,7 +88,8 @@ class AttackConfig(Config):
     folds: int = option(
         2,
         Whole(2),
-        "Parts of the forget set in relearning: each is tested after relearning on the others.",
+        "Parts of the forget set, and of as many non-members, in relearning: each is tested after relearning on the "
+        "others.",
         group="Method",
     )
     samples: int = option(8, Whole(1), "Continuations of each text in sampling.", group="Method")
@@ -99,7 +100,12 @@ class AttackConfig(Config):
         "(Benjamini-Hochberg); a model that never saw the texts fails at most this often.",
         group="Method",
     )
-    batch_size: int = option(8, Whole(1), "Texts in one step of relearning; four times as many are scored at once.")
+    batch_size: int = option(
+        8,
+        Whole(1),
+        "Texts in one step of relearning on other text; a step on the forget set's other parts has twice as many, and "
+        "four times as many are scored at once.",
+    )
     template: str | Path = option(**TEMPLATE_OPTION)
     turns: str | None = option(**TURNS_OPTION)
     truncate: bool = option(**TRUNCATE_OPTION)
