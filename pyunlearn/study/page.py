@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pyunlearn.output import plain_json
 from pyunlearn.report.pages import rendered
 from pyunlearn.study.claims import CLAIMS, LEAST_STEP, OUTSIDE, Claim, Variant
 from pyunlearn.study.config import StudyConfig
@@ -65,6 +66,8 @@ def why(name: str, decision: Decision) -> str:
     '+1.7 (95 % interval +1.1 to +2.3) log2, 6 seeds, p 0.003 after Holm.'
     """
     d, unit = decision, CLAIMS[name].unit
+    if not math.isfinite(d.mean):
+        return "A seed has no number for it: a set was never forgotten, or training had left no trace of two."
     text = f"{d.mean:+.2g} (95 % interval {d.low:+.2g} to {d.high:+.2g}) {unit}, {d.seeds} seeds"
     if d.outcome == "no material difference":
         return f"{text}, within ±{d.margin:g}: p {d.pvalue_margin:.2g} (TOST)."
@@ -73,8 +76,6 @@ def why(name: str, decision: Decision) -> str:
         return f"{text}."
     if d.seeds < FEWEST_SEEDS:
         return f"{text}; fewer than {FEWEST_SEEDS} seeds decide nothing."
-    if not math.isfinite(d.mean):
-        return "a seed has no number for it: a set was never forgotten, or training had left no trace of two."
     needed = f"about {d.seeds_needed} seeds" if d.seeds_needed else "more than 1000 seeds"
     return f"{text}; {needed} would decide an effect and a spread like these (power 80 %)."
 
@@ -109,8 +110,9 @@ def write_page(
 
 
 def _decision(claim: Claim) -> dict[str, Any]:
-    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in decision_row(claim).items()}
-    return row | {"why": why(claim.name, claim.decision), "seeds_contrasts": claim.contrasts}
+    row = decision_row(claim) | {"why": why(claim.name, claim.decision), "seeds_contrasts": claim.contrasts}
+    plain: dict[str, Any] = plain_json(row)
+    return plain
 
 
 def _set(config: StudyConfig, outcomes: Sequence[Outcome], kind: str, dose: int) -> dict[str, Any]:
