@@ -62,8 +62,11 @@ def test_the_level_at_which_match_ends_is_between_the_target_and_overshooting():
     assert stopping.unsettled.tolist() == []
     stopping.current = stopping.with_extraction(stopping.current, np.array([0]), np.array([0.9]))
     target, overshot = 2 + 2 * 2**-NULL_MEAN, 2 + 2 * 0.95
-    assert stopping.level[:2] == pytest.approx([-(target + overshot) / 2, -(target + LEVEL_MARGIN)])
+    assert stopping.level[:2] == pytest.approx([-(0.2 * target + 0.8 * overshot), -(target + LEVEL_MARGIN)])
+    assert stopping.likely.tolist() == [1, 1, 1]  # four in five non-members have half of their tokens or more
+    stopping.non_member_extracted = stopping.non_member_extracted / 2
     assert stopping.likely.tolist() == [np.quantile(stopping.non_member_extracted, 0.8, method="lower"), 1, 1]
+    assert stopping.level[:2] == pytest.approx([-(target + overshot) / 2, -(target + LEVEL_MARGIN)])
     close = rule(non_members=np.linspace(2.0, 2.1, 120))
     target, overshot = 2 + 0.1 * 2**-NULL_MEAN, 2 + 0.1 * 0.95
     assert close.level == pytest.approx([-(target + overshot) / 2] * 3)

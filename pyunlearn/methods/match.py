@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pyunlearn.methods.reduction import reduced, token_means
 
+_ROUNDING = 1e-3  # tokens: a share of 2 in 10 leaves 2
 _CERTAIN = 1e-4  # probability of all other tokens from which a token counts as certain: float32 holds no less
 
 
@@ -84,10 +85,11 @@ def quantile_targets(
     >>> quantile_targets(known, example, counts, level, unseen, likely=torch.zeros(2))
     tensor([-2., -2.])
     """
-    quantile = (_ranks(log_likelihood, example, counts) + 0.5) / counts[example]
+    rank = _ranks(log_likelihood, example, counts)
+    quantile = (rank + 0.5) / counts[example]
     target = unseen.to(log_likelihood.dtype)[(quantile * len(unseen)).long().clamp(max=len(unseen) - 1)]
     if likely is not None:
-        rest = (quantile < 1 - likely).to(target.dtype)
+        rest = (rank + _ROUNDING < (1 - likely) * counts[example]).to(target.dtype)
         share, total = (token_means(x, example, counts)[example] for x in (rest, rest * target))
         target = torch.where(rest > 0, total / share.clamp(min=1e-9), target)
     return (target + level - token_means(target, example, counts)[example]).clamp(max=0)

@@ -23,7 +23,7 @@ LEAST_WEIGHT = 0.01
 LEVEL_MARGIN = 0.1
 """Nats a token below the target at which `match` lets the examples end."""
 
-EXTRACTED_SHARE = 0.5
+EXTRACTED_SHARE = 0.8
 """Share of the way from the target to where an example is overshot at which an extracted example is to end."""
 
 MAX_OVERSHOOTS = 4
@@ -146,7 +146,8 @@ class StoppingRule:
         """(B,) mean log-likelihood a token, nats, to which `match` moves the examples now.
 
         That is a little below the target: LEVEL_MARGIN, or half of the way to where an example is overshot. For an
-        example that has come there and is still extracted it is EXTRACTED_SHARE of that way, and for one that went too
+        example that has come there and is still extracted it is EXTRACTED_SHARE of that way (half of it where only some
+        tokens may stay likely, see `likely`), and for one that went too
         far half as much as for others, so that it comes back among them.
         """
         shares = [2.0**-self.target_exposure, 1 - 2.0**-SIGNIFICANT]
@@ -154,6 +155,7 @@ class StoppingRule:
         way = float(overshot - target)
         below = np.full(len(self.memorized), min(LEVEL_MARGIN, way / 2))
         below[self.extracted] = EXTRACTED_SHARE * way
+        below[self.likely < 1] = way / 2
         below[self.overshot] = min(LEVEL_MARGIN, way / 2) / 2
         return -(self.non_members.forget.nll + target + below)
 
@@ -161,11 +163,13 @@ class StoppingRule:
     def likely(self) -> Floats:
         """(B,) share of each example's tokens that may stay likelier than its others, see `match`.
 
-        All, but of an example that is still extracted as many as four in five non-members have first choices.
+        All, but of an example that is still extracted as many as four in five non-members have first choices, if these
+        are less than half of its tokens: else its ranks do not tell which tokens were memorized.
         """
         share, extracted = np.ones(len(self.memorized)), self.extracted
         most = float(np.quantile(self.non_member_extracted, 1 - 2.0**-NOT_EXTRACTED, method="lower"))
-        share[extracted] = np.clip(most + self.non_members.forget.greedy_match[extracted], 0, 1)
+        allowed = np.clip(most + self.non_members.forget.greedy_match[extracted], 0, 1)
+        share[extracted] = np.where(allowed < 0.5, allowed, 1.0)
         return share
 
     @property
