@@ -52,7 +52,8 @@ def relearning(target: Target) -> Iterator[Trial]:
     groups = texts.groups, texts.non_member_groups[first : first + compared]
     folds = min(config.folds, *(len(set(side)) for side in groups))
     if folds < 2:
-        raise Unsuited("one record is no other text to relearn from")
+        few = "one record is" if len(set(texts.groups)) < 2 else "non-members that are all near copies are"
+        raise Unsuited(f"{few} no other text to relearn from")
     part = np.concatenate([_parts(side, folds, rng) for side in groups])
     pool = texts.forget + texts.non_members[first : first + compared]
     most = min(4 * config.batch_size, n, compared)

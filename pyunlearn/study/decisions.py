@@ -47,7 +47,7 @@ def decide(contrasts: Mapping[str, Sequence[float]], margins: Mapping[str, float
     """Decide the claims that are tested together.
 
     - *no material difference*: both one-sided t tests against the margin have p < 0.05, so the 90 % interval of the
-      mean lies within it. Each claim has this chance of a wrong likeness, whatever their number.
+      mean lies within it. Each claim has this chance of a wrong likeness: it is not shared among them.
     - *supported*, *contradicted*: otherwise, where the two-sided t test has p < 0.05 after Holm's adjustment; the sign
       of the mean says which.
     - *undecided*: neither, or fewer than 6 seeds, or a seed whose contrast is not finite.
