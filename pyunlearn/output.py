@@ -57,12 +57,19 @@ def versions() -> dict[str, str]:
 
 
 def save_folder(
-    directory: str | Path, model: Any, tokenizer: Any, name: str, content: dict[str, Any], *, replace: bool = False
+    directory: str | Path,
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    content: dict[str, Any],
+    *,
+    card: str | None = None,
+    replace: bool = False,
 ) -> Path:
     """Write a model, its tokenizer and one JSON file into an empty or new directory; all of it or nothing.
 
-    With `replace`, a directory that holds the JSON file is replaced. Of a sharded model all processes call it, and the
-    main process writes.
+    `card`: the model card, README.md. With `replace`, a directory that holds the JSON file is replaced. Of a sharded
+    model all processes call it, and the main process writes.
 
     Raises OutputError when the directory holds something already or cannot be written.
     """
@@ -79,6 +86,8 @@ def save_folder(
             model.save_pretrained(partial, **({} if weights is None else {"state_dict": weights}))
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
+            if card is not None:  # in place of what peft writes
+                (partial / "README.md").write_text(card, encoding="utf-8")
             (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (partial / name).chmod(0o600)
             _synchronize(partial)

@@ -27,7 +27,7 @@ from pyunlearn.models.loading import without_weights
 from pyunlearn.models.recomputation import is_recomputing, recomputed_layers
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
-from pyunlearn.output import model_name, save_folder
+from pyunlearn.output import model_name
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.checkpoint import Checkpoint, sampled_texts
@@ -39,9 +39,9 @@ from pyunlearn.unlearning.measuring import after_merge, refresh, resume_scores
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.outcome import notes_of, result_of
 from pyunlearn.unlearning.preferences import substitutes_for
-from pyunlearn.unlearning.result import Result
+from pyunlearn.unlearning.result import Result, write_result
 from pyunlearn.unlearning.robust import require_robust
-from pyunlearn.unlearning.run_folder import RESULT, RunFolder
+from pyunlearn.unlearning.run_folder import RunFolder
 from pyunlearn.unlearning.setup import Session, setup
 from pyunlearn.unlearning.sharded import processes_of, require_shardable
 from pyunlearn.unlearning.token_weights import check_token_weights
@@ -189,7 +189,7 @@ def _save(result: Result, directory: Path, checkpoint: Checkpoint, processes: Pr
     """Write the result; the checkpoint stays until it is on the disk."""
     if processes.writes():
         try:
-            save_folder(directory, result.model, result.tokenizer, RESULT, result.to_dict(), replace=replace)
+            write_result(result, directory, replace=replace)
         except BaseException:
             if checkpoint.exists:
                 logger.warning(f"{checkpoint.path} holds the run: resume=True (--resume) continues it")

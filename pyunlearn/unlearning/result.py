@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,8 +11,13 @@ from typing import Any
 
 from pyunlearn.attacks.result import AttackResult
 from pyunlearn.data.redaction import masked
+from pyunlearn.errors import ArgumentError
+from pyunlearn.models.hub import is_repository_name, upload
+from pyunlearn.options import Flag, Text, require
 from pyunlearn.output import plain_json, save_folder
 from pyunlearn.probes.long_texts import document_verdict, label_of
+from pyunlearn.unlearning.card import model_card
+from pyunlearn.unlearning.run_folder import RESULT
 
 VERDICTS = ("forgotten", "no likelier", "not memorized", "still exposed", "over-unlearned")
 """Verdicts on a text; "no likelier" stands for "forgotten" where the non-members were sampled from the model."""
@@ -208,9 +214,10 @@ class Result:
         }
 
     def save(self, directory: str | Path, *, show_text: bool | None = None) -> Path:
-        """Write the model (safetensors), the tokenizer and result.json into a new or empty directory, all or nothing.
+        """Write the model (safetensors), tokenizer, model card and result.json into a new or empty directory.
 
-        The folder holds nothing of the forget texts, so that it can be uploaded as it is, unless `show_text`.
+        All of it or nothing. The folder holds nothing of the forget texts, so that it can be uploaded as it is, unless
+        `show_text`.
 
         Args:
             directory: the path.
@@ -223,4 +230,56 @@ class Result:
         Raises:
             OutputError: the directory is not empty or cannot be written.
         """
-        return save_folder(directory, self.model, self.tokenizer, "result.json", self.to_dict(show_text=show_text))
+        return write_result(self, directory, show_text=show_text)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Unlearned with pyunlearn",
+    ) -> str:
+        """Upload the model, the tokenizer and a model card with the verdict to the Hugging Face hub.
+
+        Of the forget set only the number of texts and tokens and the counts of verdicts leave this machine: result.json
+        is not uploaded. The history of a repository that was there before can still hold the model with the texts; a
+        warning says so.
+
+        Args:
+            repo_id: NAME or ORGANIZATION/NAME; it is made if it is missing.
+            private: whether a new repository is private; None: as the account's settings say.
+            token: of the account; None: that of `hf auth login`.
+            revision: the branch; None: main.
+            commit_message: subject of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ArgumentError: no name of a repository.
+            OutputError: the hub refuses, or cannot be reached.
+        """
+        require(Text('a name such as "organization/my-model"'), repo_id=repo_id)
+        if not is_repository_name(repo_id):
+            raise ArgumentError(
+                f"repo_id must be the name of a repository, such as organization/my-model, got {repo_id!r}: use "
+                "letters, digits, -, _ and . in it"
+            )
+        require(Flag(), **({} if private is None else {"private": private}))
+        with tempfile.TemporaryDirectory() as place:
+            folder = write_result(self, Path(place) / "model", show_text=False)
+            (folder / RESULT).unlink()
+            return upload(
+                folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+            )
+
+
+def write_result(
+    result: Result, directory: str | Path, *, show_text: bool | None = None, replace: bool = False
+) -> Path:
+    """Write a result as `Result.save` does; `replace`: also in place of an earlier one."""
+    content = result.to_dict(show_text=show_text)
+    card = model_card(result.model, content)
+    return save_folder(directory, result.model, result.tokenizer, RESULT, content, card=card, replace=replace)

@@ -1,0 +1,92 @@
+"""Model card of an unlearned model: the numbers behind its verdict, and nothing of the forget texts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyunlearn.models.hub import is_repository_name
+
+TAGS = ("unlearned", "machine-unlearning", "pyunlearn")
+
+_BASIS = {
+    "holdout": "text of the same kind that was not trained on",
+    "reference model": "a reference model that never saw the texts",
+    "unseen texts": "texts that were written for this comparison",
+    "self-sampled": "text that the model wrote itself, which cannot show that a text is forgotten",
+}
+
+
+def model_card(model: Any, result: Mapping[str, Any]) -> str:
+    """Return the model card of an unlearned model, Markdown with the metadata of the Hugging Face hub in front.
+
+    Args:
+        model: the unlearned model.
+        result: `Result.to_dict()`, of which the texts are not read.
+    """
+    settings, notes = result["settings"], "".join(f"- {note}\n" for note in result["notes"])
+    base, adapter = _base_model(model, settings), hasattr(model, "peft_config")
+    metadata: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": list(TAGS)}
+    if base is not None and _is_hub_name(base):
+        metadata |= {"base_model": base}
+    head = "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in metadata.items())
+    rows = "".join(f"| {name} | {value} |\n" for name, value in _rows(result))
+    limit = ", unless the row *under attack* says so" if result["attack"] else ""
+    title, source = ("A model", "a language model") if base is None else (Path(base).name, f"`{base}`")
+    return f"""---
+{head}---
+
+# {title}, after unlearning
+
+Training examples were removed from {source} with [pyunlearn](https://github.com/pyunlearn/pyunlearn)
+{settings["pyunlearn"]}, method `{settings["method"]}`. This card holds nothing of their text.
+
+| | |
+|---|---|
+{rows}
+{notes}
+*Forgotten* means no more likely than text that was not trained on, and no more of it extracted. It does not mean that
+paraphrases, translations or knowledge about the text are gone, nor that fine-tuning cannot bring it back{limit}.
+"""
+
+
+def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return name and value of each row of the table."""
+    examples, utility = result["examples"], result["utility"]
+    verdicts = Counter(e["verdict"] for e in examples).most_common()
+    rows = [
+        ("forget set", f"{len(examples)} texts, {sum(e['tokens'] for e in examples)} tokens"),
+        ("verdicts", ", ".join(f"{count} {verdict}" for verdict, count in verdicts)),
+        ("compared with", _BASIS.get(result["evidence"], result["evidence"])),
+    ]
+    if trained := [e for e in examples if e["steps"]]:
+        before, after = (float(np.median([e[f"exposure_{t}"] for e in trained])) for t in ("before", "after"))
+        exposure = f"{before:.2f} bits before, {after:.2f} after ({1 / math.log(2):.2f} on average for unseen text)"
+        rows.append((f"median exposure of the {len(trained)} that were unlearned", exposure))
+    interval = "" if utility["interval"] is None else ", 95 % interval {:+.1%} to {:+.1%}".format(*utility["interval"])
+    cost = (
+        f"{utility['nll_before']:.3f} nats a token before, {utility['nll_after']:.3f} after "
+        f"({utility['relative_rise']:+.1%}{interval}; at most {utility['budget']:.0%} allowed)"
+    )
+    rows.append((f"utility: {utility['measured_on']}, {utility['sequences']} texts", cost))
+    if result["attack"]:
+        rows.append(("under attack", result["attack"]["headline"]))
+    return [*rows, ("the run ended", result["stopped"])]
+
+
+def _base_model(model: Any, settings: Mapping[str, Any]) -> str | None:
+    """Return the name of the model that was unlearned; of an adapter, of the model under it."""
+    configs = list(getattr(model, "peft_config", {}).values())
+    name = configs[0].base_model_name_or_path if configs else settings.get("model")
+    return None if not name else str(Path(name).name if Path(name).is_absolute() else name)
+
+
+def _is_hub_name(name: str) -> bool:
+    """Return whether a name can only be one on the hub: ORGANIZATION/NAME, and no such path here."""
+    return "/" in name and is_repository_name(name) and not Path(name).exists()
