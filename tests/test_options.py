@@ -122,7 +122,7 @@ def test_a_list_has_different_values_and_one_at_least():
 def test_a_resumed_run_must_agree_in_all_settings_that_change_its_numbers():
     """All settings are fixed but those that save memory, extend the run, or are compared by the scores they give."""
     free = {"micro_batch_size", "workspace", "max_steps", "difficulty", "token_weights", "truncate", "show_text"}
-    free |= {"checkpoint_every", "gradient_checkpointing", "offload_optimizer", "merge", "attacks"}
+    free |= {"checkpoint_every", "gradient_checkpointing", "offload_optimizer", "merge", "attacks", "log_with"}
     made = UnlearnConfig(seed=3, target_exposure=1.0, batch_size=2)
     assert made.fixed() == {name: value for name, value in made.to_dict().items() if name not in free}
     assert (made.fixed()["seed"], made.fixed()["target_exposure"], made.fixed()["batch_size"]) == (3, 1.0, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ from pyunlearn.unlearning.run_folder import RunFolder
 from pyunlearn.unlearning.setup import Session, setup
 from pyunlearn.unlearning.sharded import processes_of, require_shardable
 from pyunlearn.unlearning.token_weights import check_token_weights
+from pyunlearn.unlearning.trackers import listening, require_listeners
 
 _LEARNING_RATE, _ADAPTER_LEARNING_RATE = 5e-6, 1e-4
 
@@ -62,6 +64,7 @@ def unlearn(
     output_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool | None = None,
+    on_step: Callable[[dict[str, Any]], Any] | None = None,
     **settings: Any,
 ) -> Result:
     """Remove the forget texts from a language model.
@@ -98,6 +101,9 @@ def unlearn(
         output_dir: new or empty folder for the result; during the run, a checkpoint is next to it.
         resume: True continues from that checkpoint; the numbers are those of an uninterrupted run.
         progress: True shows a progress bar on standard error; default: only on a terminal.
+        on_step: a function that is called with a copy of each step's record (as in `Result.history`) when its round has
+            ended, for loggers and plots; of several processes, in the main process. What it raises ends the run, which
+            can be resumed.
         {options}
 
     Returns:
@@ -112,11 +118,9 @@ def unlearn(
     Source: Baluta et al. 2024 (arXiv 2411.04388) for the ascent and the metric; the per-example stopping is ours.
     """
     config = UnlearnConfig.of(config, settings, "unlearn")
-    require(Flag(), resume=resume, **({} if progress is None else {"progress": progress}))
-    require_path("output_dir", output_dir)
+    _check_arguments(config, resume=resume, progress=progress, output_dir=output_dir, tokenizer=tokenizer)
+    require_listeners(on_step, config.log_with)
     _require_models(model, reference_model, look_up=False)
-    require_tokenizer("tokenizer", tokenizer)
-    require_mask(config.mask)
     options = dict(config.method_options or {})
     has_retain, has_reference = retain is not None, reference_model is not None
     method, retain_loss = resolve(config.method, config.retain_loss, has_retain, options, has_reference)
@@ -163,7 +167,8 @@ def unlearn(
             bar=bar,
         )
         checkpoint = Checkpoint(folder.checkpoint, _fingerprint(config, session), session.sampled)
-        stopped = _train(session, config, checkpoint, resume, bar)
+        with listening(on_step, config, folder.path) as listener:
+            stopped = _train(session._replace(on_step=listener), config, checkpoint, resume, bar)
         bar.say("measuring what is left")
         if config.merge and stopped != "interrupted":
             trained = merged(trained)
@@ -177,6 +182,14 @@ def unlearn(
         if folder.path is not None and stopped != "interrupted":
             _save(result, folder.path, checkpoint, processes, replace=resume)
     return result
+
+
+def _check_arguments(config: UnlearnConfig, *, resume: Any, progress: Any, output_dir: Any, tokenizer: Any) -> None:
+    """Raise ArgumentError for an argument of the wrong type."""
+    require(Flag(), resume=resume, **({} if progress is None else {"progress": progress}))
+    require_path("output_dir", output_dir)
+    require_tokenizer("tokenizer", tokenizer)
+    require_mask(config.mask)
 
 
 def _require_holdout(examples: dict[str, list[Example]], config: UnlearnConfig) -> None:

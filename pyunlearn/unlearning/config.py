@@ -11,12 +11,13 @@ from pyunlearn.attacks.config import GATE_OPTION
 from pyunlearn.data.config import SHOW_TEXT_OPTION, TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
 from pyunlearn.errors import ArgumentError
 from pyunlearn.models.config import WORKSPACE_OPTION
-from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Table, Text, Whole, option
+from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Several, Table, Text, Whole, option
 
 MEAN_OF_NON_MEMBERS = 1 / math.log(2)  # bits: the mean exposure of text that was not trained on, metrics.NULL_MEAN
 MEMORIZED = math.log2(20)  # bits: an example counts as memorized from here on, metrics.SIGNIFICANT
 
 ORDERS = ("random", "easy_first", "hard_first")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 RETAIN_LOSSES = ("auto", "nll", "kl", "hold", "representation")
 
 
@@ -211,4 +212,11 @@ class UnlearnConfig(LoopConfig):
         group="Model",
     )
     attacks: tuple[str, ...] | None = option(**GATE_OPTION)
+    log_with: tuple[str, ...] | None = option(
+        None,
+        Several(Choice(TRACKERS)),
+        "Experiment trackers that get the numbers of each step, through accelerate; each needs its package. Files are "
+        "written to a folder next to the result, its name with .logs. Default: none.",
+        group="Output",
+    )
     show_text: bool = option(**SHOW_TEXT_OPTION)

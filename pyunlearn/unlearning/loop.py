@@ -7,8 +7,9 @@ grows while rounds are cheap and is halved where they are not, see `step_size`.
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def ascend(
                 state.step, state.round_number = state.step + len(records), state.round_number + 1
                 state.history += records
                 snapshot = state.snapshot()
-            _show(session, bar, pace)
+            _show(session, bar, pace, records)
             if session.processes.writes(due=time.monotonic() - last_saved > interval):
                 with interrupt.shielded():
                     checkpoint.save(weights, state)
@@ -372,11 +373,14 @@ def _rise_record(name: str, rise: Rise | None) -> dict[str, float | None]:
     return dict(zip((f"{name}_rise", f"{name}_rise_upper"), values, strict=True))
 
 
-def _show(session: Session, bar: Progress, pace: Pace) -> None:
-    """Update the progress bar."""
+def _show(session: Session, bar: Progress, pace: Pace, records: Sequence[dict[str, Any]] = ()) -> None:
+    """Update the progress bar, and pass the records of the last round on."""
     state, stopping = session.state, session.stopping
     memorized, left = int(stopping.memorized.sum()), len(stopping.unsettled)
     costs = [(budget.name.split()[0], rise.upper, budget.allowed) for budget, rise in stopping.budgets]
     done, exponent = share_done(session), min(state.step_size.exponent, LARGEST_EXPONENT)
     remaining = duration(pace.left(done))
     bar.update(state.step, session.max_steps, memorized, left, costs, exponent, done, remaining)
+    if session.on_step is not None and session.processes.is_main:
+        for record in records:
+            session.on_step(copy.deepcopy(record))

@@ -38,6 +38,7 @@ from pyunlearn.unlearning.sampled import SampledTexts
 from pyunlearn.unlearning.schedule import Schedule, check_difficulty, resolved_steps
 from pyunlearn.unlearning.stopping import StoppingRule
 from pyunlearn.unlearning.token_weights import token_weights_of
+from pyunlearn.unlearning.trackers import Listener
 from pyunlearn.unlearning.utility_set import (
     OWN_TEXTS,
     UtilitySet,
@@ -79,6 +80,7 @@ class Session(NamedTuple):
     sampled: dict[str, Any]  # name -> texts that a checkpoint has to store
     scores: dict[str, Floats]  # name of a set -> numbers in which a resumed run must agree
     seconds_per_id: float  # of a forward pass
+    on_step: Listener | None = None  # gets the record of each step when its round has ended
 
 
 def setup(
