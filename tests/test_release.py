@@ -56,11 +56,12 @@ def test_the_version_stands_in_one_place():
 
 
 def test_the_address_of_the_repository_is_that_of_the_project_urls():
-    """CITATION.cff repeats it, and no other file has it."""
+    """CITATION.cff and the site repeat it, and no other file has it."""
     home = PROJECT["urls"]["Repository"]
     assert index_readme.repository() == home
     assert all(url.startswith(home) for url in PROJECT["urls"].values())
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["repository-code"] == home
+    assert f"repo_url: {home}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert not [str(path) for path in TEXTS if "github.com/pyunlearn" in source(path)]
 
 

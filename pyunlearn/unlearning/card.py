@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,19 @@ def model_card(model: Any, result: Mapping[str, Any]) -> str:
     """
     settings, notes = result["settings"], "".join(f"- {note}\n" for note in result["notes"])
     base, adapter = _base_model(model, settings), hasattr(model, "peft_config")
-    metadata: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": list(TAGS)}
+    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": list(TAGS)}
     if base is not None and _is_hub_name(base):
-        metadata |= {"base_model": base}
-    head = "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in metadata.items())
+        head |= {"base_model": base}
+    front = "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in head.items())
     rows = "".join(f"| {name} | {value} |\n" for name, value in _rows(result))
     limit = ", unless the row *under attack* says so" if result["attack"] else ""
     title, source = ("A model", "a language model") if base is None else (Path(base).name, f"`{base}`")
     return f"""---
-{head}---
+{front}---
 
 # {title}, after unlearning
 
-Training examples were removed from {source} with [pyunlearn](https://github.com/pyunlearn/pyunlearn)
+Training examples were removed from {source} with {_program()}
 {settings["pyunlearn"]}, method `{settings["method"]}`. This card holds nothing of their text.
 
 | | |
@@ -54,6 +55,15 @@ Training examples were removed from {source} with [pyunlearn](https://github.com
 *Forgotten* means no more likely than text that was not trained on, and no more of it extracted. It does not mean that
 paraphrases, translations or knowledge about the text are gone, nor that fine-tuning cannot bring it back{limit}.
 """
+
+
+def _program() -> str:
+    """Return the name of this package, with a link to its repository where it is installed."""
+    try:
+        urls = dict(each.split(", ", 1) for each in metadata("pyunlearn").get_all("Project-URL") or ())
+    except PackageNotFoundError:
+        urls = {}
+    return f"[pyunlearn]({urls['Repository']})" if "Repository" in urls else "pyunlearn"
 
 
 def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
