@@ -132,7 +132,7 @@ def attacked(inputs: Prepared, config: AttackConfig, bar: Progress) -> AttackRes
 def _tried(target: Target) -> tuple[list[Trial], list[str]]:
     """Return the trials of every chosen attack, after one without an attack; and which attacks were left out."""
     target.bar.begin("reading the texts", len(target.texts.every))
-    trials, left_out = [target.trial(AS_IT_IS)], []
+    trials, left_out = [_as_it_is(target)], []
     if not np.isfinite(trials[0].forget).all() or trials[0].forget.max() >= Target.DESTROYED:
         raise ModelError("the model gives text NaN or Inf as log-likelihood: its weights are broken")
     for name in target.config.chosen:
@@ -144,6 +144,12 @@ def _tried(target: Target) -> tuple[list[Trial], list[str]]:
                 reason = str(error)
             left_out.append(f"The attack {name} was left out: {reason}.")
     return trials, left_out
+
+
+def _as_it_is(target: Target) -> Trial:
+    """Return the scores without an attack: the means of the tokens' log-likelihoods, which `prefix` reads too."""
+    nll, n = target.finite(np.array([-x.mean() for x in target.as_it_is])), len(target.texts.forget)
+    return Trial(AS_IT_IS, nll[:n], nll[n:])
 
 
 def _require_another(difference: Floats) -> None:

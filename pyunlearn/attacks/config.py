@@ -26,9 +26,11 @@ NAMES = (
 )
 """Every attack; what each does is in `attacks.registry`."""
 
-DEFAULT = ("prefix", "quantization", "relearning", "relearning-retain", "adapter")
+BY_DEFAULT = ("prefix", "quantization", "relearning", "relearning-retain", "adapter")
 """The attacks that need no generated text; those that a model or the texts do not allow are left out."""
 
+DEFAULT = ("default",)
+"""These attacks in their quick forms."""
 
 _WORDS = ("default", "all", *NAMES)
 
@@ -48,6 +50,9 @@ class AttackConfig(Config):
 
     >>> AttackConfig(attacks=["all"]).chosen == NAMES, AttackConfig(attacks=["default", "layers"]).chosen[-1]
     (True, 'layers')
+    >>> config = AttackConfig(attacks=["default", "relearning"])
+    >>> config.is_quick("quantization"), config.is_quick("relearning")
+    (True, False)
     """
 
     attacks: tuple[str, ...] = option(
@@ -67,9 +72,17 @@ class AttackConfig(Config):
         "Attack at most this many of the forget texts, drawn at random; the others are untested.",
         group="Method",
     )
-    relearning_steps: int = option(20, Whole(1), "Optimizer steps of relearning on forget texts.", group="Method")
-    retain_steps: int = option(
-        20, Whole(1), "Optimizer steps of relearning on retain texts and on unrelated text.", group="Method"
+    relearning_steps: int | None = option(
+        None,
+        Whole(1),
+        "Optimizer steps of relearning on forget texts. Default: 20, and 5 in the quick form.",
+        group="Method",
+    )
+    retain_steps: int | None = option(
+        None,
+        Whole(1),
+        "Optimizer steps of relearning on retain texts and on unrelated text. Default: 20, and 10 in the quick form.",
+        group="Method",
     )
     relearning_rate: float | None = option(
         None,
@@ -115,5 +128,9 @@ class AttackConfig(Config):
     @property
     def chosen(self) -> tuple[str, ...]:
         """The attacks to try, in the order of NAMES."""
-        names = {*self.attacks, *(DEFAULT if "default" in self.attacks else ())}
+        names = {*self.attacks, *(BY_DEFAULT if "default" in self.attacks else ())}
         return NAMES if "all" in names else tuple(name for name in NAMES if name in names)
+
+    def is_quick(self, name: str) -> bool:
+        """Return whether an attack is tried in its quick form: where it is tried by default, and not by its name."""
+        return not {"all", name} & {*self.attacks}

@@ -25,8 +25,9 @@ from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.probes.unseen import unseen_texts
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-_TRIED = 5  # steps with each rate
-_COMPARED = 80  # non-members that are trained on and compared, at least, where there are as many
+_STEPS = 20
+_QUICK_STEPS = {"relearning": 5, "relearning-retain": 10}
+_TRIED, _QUICK_TRIED = 5, 3  # steps with each rate
 _RANK = 8  # of the adapter on quantized and float16 weights
 _DIVERGED = "fine-tuning gives NaN or Inf: set a smaller relearning_rate"
 
@@ -47,18 +48,18 @@ def relearning(target: Target) -> Iterator[Trial]:
     texts, config = target.texts, target.config
     _require_fair(target)
     rng, n, m = np.random.default_rng(config.seed), len(texts.forget), len(texts.non_members)
-    compared = min(m, max(n, _COMPARED))
-    first = int(rng.integers(m - compared + 1))
-    groups = texts.groups, texts.non_member_groups[first : first + compared]
+    compared = target.compared
+    groups = texts.groups, texts.non_member_groups[compared]
     folds = min(config.folds, *(len(set(side)) for side in groups))
     if folds < 2:
         few = "one record is" if len(set(texts.groups)) < 2 else "non-members that are all near copies are"
         raise Unsuited(f"{few} no other text to relearn from")
     part = np.concatenate([_parts(side, folds, rng) for side in groups])
-    pool = texts.forget + texts.non_members[first : first + compared]
-    most = min(4 * config.batch_size, n, compared)
-    rate = _rate(target, "the others", texts.forget[:most] + pool[n : n + most])
-    stops = _stops(config.relearning_steps)
+    pool = texts.forget + texts.non_members[compared]
+    most = min(4 * config.batch_size, n, len(pool) - n)
+    quick = config.is_quick("relearning")
+    rate = _rate(target, "the others", texts.forget[:most] + pool[n : n + most], quick=quick)
+    stops = _stops(config.relearning_steps, "relearning", quick=quick)
     values = {step: np.full(len(pool), np.nan) for step in stops}
     for k in range(folds):
         own, others = np.flatnonzero(part == k), [pool[i] for i in np.flatnonzero(part != k)]
@@ -67,8 +68,8 @@ def relearning(target: Target) -> Iterator[Trial]:
             values[step][own] = target.nll([pool[i] for i in own])
     for step in stops:
         non_members = np.full(m, np.nan)
-        non_members[first : first + compared] = values[step][n:]
-        details = {"steps": step, "learning_rate": rate, "folds": folds, "non_members": compared}
+        non_members[compared] = values[step][n:]
+        details = {"steps": step, "learning_rate": rate, "folds": folds, "non_members": len(pool) - n}
         yield Trial(f"relearning, {step} steps on the others", values[step][:n], non_members, details=details)
 
 
@@ -80,7 +81,8 @@ def relearning_retain(target: Target) -> Iterator[Trial]:
     if not target.texts.retain:
         raise Unsuited("there is no retain set")
     compared = set(target.texts.every)
-    yield from _on_other_text(target, [t for t in target.texts.retain if t not in compared], "retain text")
+    learned = [t for t in target.texts.retain if t not in compared]
+    yield from _on_other_text(target, learned, "retain text", quick=target.config.is_quick("relearning-retain"))
 
 
 def relearning_unrelated(target: Target) -> Iterator[Trial]:
@@ -99,13 +101,15 @@ def relearning_unrelated(target: Target) -> Iterator[Trial]:
     yield from _on_other_text(target, [t for t in texts if t not in compared], "unrelated text")
 
 
-def _on_other_text(target: Target, learned: list[Tokens], what: str) -> Iterator[Trial]:
+def _on_other_text(target: Target, learned: list[Tokens], what: str, *, quick: bool = False) -> Iterator[Trial]:
     _require_fair(target)
     if not learned:
         raise Unsuited(f"all of the {what} is compared with the forget set")
-    rate = _rate(target, what, learned[: 8 * target.config.batch_size])
-    for step in _trained(target, learned, rate, _stops(target.config.retain_steps), f"relearning from {what}"):
-        yield target.trial(f"relearning, {step} steps on {what}", steps=step, learning_rate=rate)
+    key = "the others" if quick and "the others" in target.chosen else what
+    rate = _rate(target, key, learned[: 8 * target.config.batch_size], quick=quick)
+    stops = _stops(target.config.retain_steps, "relearning-retain", quick=quick)
+    for step in _trained(target, learned, rate, stops, f"relearning from {what}"):
+        yield target.trial(f"relearning, {step} steps on {what}", quick=quick, steps=step, learning_rate=rate)
 
 
 def _require_fair(target: Target) -> None:
@@ -117,9 +121,11 @@ def _require_fair(target: Target) -> None:
         )
 
 
-def _stops(steps: int) -> list[int]:
-    """Return the steps after which the texts are scored: an eighth of them, a quarter, half, and all."""
-    return sorted({max(1, steps // share) for share in (8, 4, 2, 1)})
+def _stops(steps: int | None, attack: str, *, quick: bool) -> list[int]:
+    """Return the steps after which the texts are scored: an eighth of them, a quarter, half, and all, or all alone."""
+    if quick:
+        return [steps or _QUICK_STEPS[attack]]
+    return sorted({max(1, (steps or _STEPS) // share) for share in (8, 4, 2, 1)})
 
 
 def _parts(groups: Sequence[int], folds: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -129,7 +135,7 @@ def _parts(groups: Sequence[int], folds: int, rng: np.random.Generator) -> NDArr
     return parts
 
 
-def _rate(target: Target, key: str, sample: Sequence[Tokens]) -> float:
+def _rate(target: Target, key: str, sample: Sequence[Tokens], *, quick: bool) -> float:
     """Return the learning rate: as set, or the best of six, which the control gets too.
 
     That is the one at which every second text of the sample is likeliest when the model is trained on the others. From
@@ -150,7 +156,8 @@ def _rate(target: Target, key: str, sample: Sequence[Tokens]) -> float:
         if k not in levels:
             levels[k] = np.inf
             with suppress(_Diverged):
-                for _ in _trained(target, train, RATES[k], [_TRIED], f"trying a learning rate of {RATES[k]:g}"):
+                doing = f"trying a learning rate of {RATES[k]:g}"
+                for _ in _trained(target, train, RATES[k], [_QUICK_TRIED if quick else _TRIED], doing):
                     levels[k] = float(target.nll(test).mean())
         return levels[k]
 
