@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pyunlearn.attacks.prepare import Prepared, notes_of, prepare
 from pyunlearn.attacks.registry import ATTACKS
 from pyunlearn.attacks.result import AttackedExample, AttackResult, TrialSummary
 from pyunlearn.attacks.target import Floats, Target, Trial, Unsuited
-from pyunlearn.data import check_texts, read_roles
+from pyunlearn.data import Tokens, check_texts, read_roles
 from pyunlearn.errors import ModelError
 from pyunlearn.metrics import SIGNIFICANT
 from pyunlearn.models.language_model import require_model, require_tokenizer
@@ -98,10 +99,15 @@ def attack(
     return result
 
 
-def attacked(inputs: Prepared, config: AttackConfig, bar: Progress) -> AttackResult:
-    """Try every attack on prepared inputs, and judge the texts; the weights are restored bit for bit."""
+def attacked(
+    inputs: Prepared, config: AttackConfig, bar: Progress, read: Mapping[Tokens, Floats] | None = None
+) -> AttackResult:
+    """Try every attack on prepared inputs, and judge the texts; the weights are restored bit for bit.
+
+    `read`: text -> log-likelihoods of its scored tokens, of texts that the model has read already.
+    """
     began = time.perf_counter()
-    target = Target(inputs.lm, inputs.texts, config, bar, inputs.original)
+    target = Target(inputs.lm, inputs.texts, config, bar, inputs.original, read=read or {})
     against: list[Trial] = []
     with torch.inference_mode(False):
         if inputs.control is not None:

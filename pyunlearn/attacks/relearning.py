@@ -5,8 +5,9 @@ On the forget texts but this one, on text that must keep working, or on text tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from pyunlearn.probes.unseen import unseen_texts
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 _STEPS = 20
 _QUICK_STEPS = {"relearning": 5, "relearning-retain": 10}
-_TRIED, _QUICK_TRIED = 5, 3  # steps with each rate
+_TRIED = 5  # steps with each rate
 _RANK = 8  # of the adapter on quantized and float16 weights
 _DIVERGED = "fine-tuning gives NaN or Inf: set a smaller relearning_rate"
 
@@ -56,8 +57,8 @@ def relearning(target: Target) -> Iterator[Trial]:
         raise Unsuited(f"{few} no other text to relearn from")
     part = np.concatenate([_parts(side, folds, rng) for side in groups])
     pool = texts.forget + texts.non_members[compared]
-    most = min(4 * config.batch_size, n, len(pool) - n)
     quick = config.is_quick("relearning")
+    most = min((2 if quick else 4) * config.batch_size, n, len(pool) - n)
     rate = _rate(target, "the others", texts.forget[:most] + pool[n : n + most], quick=quick)
     stops = _stops(config.relearning_steps, "relearning", quick=quick)
     values = {step: np.full(len(pool), np.nan) for step in stops}
@@ -106,7 +107,7 @@ def _on_other_text(target: Target, learned: list[Tokens], what: str, *, quick: b
     if not learned:
         raise Unsuited(f"all of the {what} is compared with the forget set")
     key = "the others" if quick and "the others" in target.chosen else what
-    rate = _rate(target, key, learned[: 8 * target.config.batch_size], quick=quick)
+    rate = _rate(target, key, learned[: (4 if quick else 8) * target.config.batch_size], quick=quick)
     stops = _stops(target.config.retain_steps, "relearning-retain", quick=quick)
     for step in _trained(target, learned, rate, stops, f"relearning from {what}"):
         yield target.trial(f"relearning, {step} steps on {what}", quick=quick, steps=step, learning_rate=rate)
@@ -138,38 +139,71 @@ def _parts(groups: Sequence[int], folds: int, rng: np.random.Generator) -> NDArr
 def _rate(target: Target, key: str, sample: Sequence[Tokens], *, quick: bool) -> float:
     """Return the learning rate: as set, or the best of six, which the control gets too.
 
-    That is the one at which every second text of the sample is likeliest when the model is trained on the others. From
-    the middle of the six the search goes to the better neighbour as long as there is one.
+    That is the one at which every second text of the sample is likeliest after some steps on the others, or, where it
+    is quick, after the first step alone, whose gradient is the same for all six.
 
     Args:
         target: the model.
         key: of the choice.
         sample: texts of which none is compared, or as many forget texts as non-members, so that both sides have the
             same part in the choice and stay exchangeable.
+        quick: whether one step is enough.
     """
     if target.config.relearning_rate is not None:
         return target.config.relearning_rate
-    levels: dict[int, float] = {}
-    train, test = (sample[::2], sample[1::2]) if len(sample) > 1 else (sample, sample)
+    if key not in target.chosen:
+        train, test = (sample[::2], sample[1::2]) if len(sample) > 1 else (sample, sample)
+        target.chosen[key] = RATES[(_best_first_step if quick else _best_training)(target, train, test)]
+    return float(target.chosen[key])
+
+
+def _best_training(target: Target, train: Sequence[Tokens], test: Sequence[Tokens]) -> int:
+    """Return the index of the rate at which `test` is likeliest after five steps on `train`."""
 
     def level(k: int) -> float:
-        if k not in levels:
-            levels[k] = np.inf
-            with suppress(_Diverged):
-                doing = f"trying a learning rate of {RATES[k]:g}"
-                for _ in _trained(target, train, RATES[k], [_QUICK_TRIED if quick else _TRIED], doing):
-                    levels[k] = float(target.nll(test).mean())
-        return levels[k]
+        with suppress(_Diverged):
+            for _ in _trained(target, train, RATES[k], [_TRIED], f"trying a learning rate of {RATES[k]:g}"):
+                return float(target.nll(test).mean())
+        return np.inf
 
-    if key not in target.chosen:
-        at, best = -1, len(RATES) // 2
-        while at != best:
-            at = best
-            best = min((k for k in (at, at - 1, at + 1) if 0 <= k < len(RATES)), key=level)
-        if not np.isfinite(levels[at]):
+    return _climbed(level)
+
+
+def _best_first_step(target: Target, train: Sequence[Tokens], test: Sequence[Tokens]) -> int:
+    """Return the index of the rate at which `test` is likeliest after the first step of AdamW on all of `train`.
+
+    That step moves each weight by the rate against the sign of its gradient.
+    """
+    target.bar.say("choosing a learning rate")
+    with torch.enable_grad(), _trainable(target) as (lm, parameters), evaluation_mode(lm.module):
+        loss = -lm.likelihood(lm.collate(train)).mean()
+        if not torch.isfinite(loss):
             raise _Diverged(_DIVERGED)
-        target.chosen[key] = RATES[at]
-    return float(target.chosen[key])
+        loss.backward()
+        moved = [p for p in parameters if p.grad is not None]
+        signs = [p.grad.sign_() for p in moved if p.grad is not None]
+        distance = 0.0
+
+        def level(k: int) -> float:
+            nonlocal distance
+            with torch.no_grad():
+                for p, sign in zip(moved, signs, strict=True):
+                    p.sub_(sign, alpha=RATES[k] - distance)
+            distance = RATES[k]
+            return float(target.nll(test).mean())
+
+        return _climbed(level)
+
+
+def _climbed(level: Callable[[int], float]) -> int:
+    """Return the index of the lowest level: from the middle to the better neighbour as long as there is one."""
+    level, at, best = cache(level), -1, len(RATES) // 2
+    while at != best:
+        at = best
+        best = min((k for k in (at, at - 1, at + 1) if 0 <= k < len(RATES)), key=level)
+    if not np.isfinite(level(at)):
+        raise _Diverged(_DIVERGED)
+    return at
 
 
 def _trained(

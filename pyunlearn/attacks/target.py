@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -77,6 +77,7 @@ class Target:
     `original`  the model before unlearning, for attacks that need it, or None
     `chosen`    what an attack chose with the model itself, so that the control gets the same: name -> value
     `notes`     what an attack could not compare: one sentence each
+    `read`      the log-likelihoods of texts that the model has read without an attack: text -> (T,) nats
     """
 
     lm: LanguageModel
@@ -86,6 +87,7 @@ class Target:
     original: LanguageModel | None = None
     chosen: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    read: Mapping[Tokens, Floats] = field(default_factory=dict)
 
     DESTROYED: ClassVar[float] = 1e6
     """Nats a token in place of NaN and Inf: the attack destroyed the model on that text."""
@@ -119,8 +121,11 @@ class Target:
 
     @cached_property
     def as_it_is(self) -> list[Floats]:
-        """For each text (T,) the log-likelihoods of its scored tokens without an attack, nats, from one pass."""
-        return self.token_log_likelihood(self.texts.every)
+        """For each text (T,) the log-likelihoods of its scored tokens without an attack, nats, from at most one pass."""
+        every = self.texts.every
+        if all(t in self.read for t in every):
+            return [self.read[t] for t in every]
+        return self.token_log_likelihood(every)
 
     @cached_property
     def compared(self) -> slice:
