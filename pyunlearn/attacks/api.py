@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyunlearn.attacks.config import AttackConfig
+from pyunlearn.attacks.config import QUICK, AttackConfig
 from pyunlearn.attacks.judge import BACK, EXPOSED, STAYS, UNTESTED, Judged, judge, returned
 from pyunlearn.attacks.prepare import Prepared, notes_of, prepare
 from pyunlearn.attacks.registry import ATTACKS
@@ -120,6 +120,7 @@ def attacked(
     compared = [_compared(t, against, inputs) for t in trials]
     trials = [replace(t, judged=c.judged) for t, c in zip(trials, compared, strict=True)]
     left_out += _unjudged(trials, has_control=bool(against))
+    left_out += _quick_forms(trials, config)
     judged = judge(compared, config, inputs.texts.groups)
     named = [name in (EXPOSED, BACK) for name in judged.verdict]
     return AttackResult(
@@ -131,7 +132,7 @@ def attacked(
         false_discovery_rate=config.false_discovery_rate,
         seconds=time.perf_counter() - began,
         settings=versions() | config.to_dict(),
-        notes=left_out + target.notes + notes_of(inputs, judged.verdict, named, config.false_discovery_rate),
+        notes=left_out + target.notes + notes_of(inputs, judged.verdict, named, compared, config.false_discovery_rate),
     )
 
 
@@ -195,6 +196,17 @@ def _unjudged(trials: list[Trial], *, has_control: bool) -> list[str]:
     if not has_control and set(names) != {"merging"}:
         why = "that takes a holdout or a control"
     return [f"Tried, but not judged: {', '.join(names)}; {why}."]
+
+
+def _quick_forms(trials: list[Trial], config: AttackConfig) -> list[str]:
+    """Return a sentence on the attacks that were tried in their quick forms, with fewer of the non-members."""
+    quick = [t for t in trials if t.attack in QUICK and config.is_quick(t.attack)]
+    if not quick:
+        return []
+    m, few = len(quick[0].non_members), min(t.compared for t in quick)
+    among = f", compared with {few} of {m} non-members" if few < m else ""
+    names = ", ".join(dict.fromkeys(t.attack for t in quick))
+    return [f"Tried in a quick form{among}: {names}; by these names, or all (--attacks), they are thorough."]
 
 
 def _examples(inputs: Prepared, judged: Judged, trials: list[Trial]) -> list[AttackedExample]:

@@ -29,8 +29,10 @@ NAMES = (
 BY_DEFAULT = ("prefix", "quantization", "relearning", "relearning-retain", "adapter")
 """The attacks that need no generated text; those that a model or the texts do not allow are left out."""
 
+QUICK = ("quantization", "relearning", "relearning-retain", "adapter")
+"""Those of them that have a quick form, which takes less time: the one that `default` tries."""
+
 DEFAULT = ("default",)
-"""These attacks in their quick forms."""
 
 _WORDS = ("default", "all", *NAMES)
 
@@ -63,7 +65,8 @@ class AttackConfig(Config):
         "(fine-tuning on other text), instruction (recited word for word on request, and after retained neighbours), "
         "paraphrase (the same in other words), recitation (greedy continuations), sampling (continuations at "
         "temperature 1), merging (with the original), adapter (the model without it), layers (what inner layers "
-        "predict), or all.",
+        "predict), all, or default: prefix, quantization, relearning, relearning-retain and adapter in a quick form "
+        "(4 bits, fewer steps, fewer non-members).",
         group="Method",
     )
     texts: int = option(
@@ -81,14 +84,14 @@ class AttackConfig(Config):
     retain_steps: int | None = option(
         None,
         Whole(1),
-        "Optimizer steps of relearning on retain texts and on unrelated text. Default: 20, and 10 in the quick form.",
+        "Optimizer steps of relearning on retain texts and on unrelated text. Default: 20, and 5 in the quick form.",
         group="Method",
     )
     relearning_rate: float | None = option(
         None,
         Number(above=0),
         "Learning rate of relearning (AdamW). Default: of six from 1e-5 to 3e-3 the one at which half of a sample of "
-        "the text that is trained on is likeliest after five steps on the other half.",
+        "the text that is trained on is likeliest after five steps on the other half (in the quick form after one).",
         group="Method",
     )
     relearning_lora: int | None = option(
@@ -116,8 +119,8 @@ class AttackConfig(Config):
     batch_size: int = option(
         8,
         Whole(1),
-        "Texts in one step of relearning on other text; a step on the forget set's other parts has twice as many, and "
-        "four times as many are scored at once.",
+        "Texts in one step of relearning; a step on the forget set's other parts has twice as many but in the quick "
+        "form, and four times as many are scored at once.",
     )
     template: str | Path = option(**TEMPLATE_OPTION)
     turns: str | None = option(**TURNS_OPTION)

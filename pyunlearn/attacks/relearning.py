@@ -26,8 +26,7 @@ from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.probes.unseen import unseen_texts
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-_STEPS = 20
-_QUICK_STEPS = {"relearning": 5, "relearning-retain": 10}
+_STEPS, _QUICK_STEPS = 20, 5
 _TRIED = 5  # steps with each rate
 _RANK = 8  # of the adapter on quantized and float16 weights
 _DIVERGED = "fine-tuning gives NaN or Inf: set a smaller relearning_rate"
@@ -42,7 +41,7 @@ def relearning(target: Target) -> Iterator[Trial]:
 
     Both sides are treated alike: texts that teach each other, such as twenty about one person, come back on either
     side. Near copies are in one part. The non-members are as many as the forget texts, 80 or more, neighbours in their
-    file, and a step reads twice `batch_size` texts of both together.
+    file, and a step reads twice `batch_size` texts of both together, or `batch_size` in the quick form.
 
     Source: Hu et al. 2024, arXiv 2406.13356; Lynch et al. 2024, arXiv 2402.16835; to train on non-members too is ours.
     """
@@ -60,12 +59,12 @@ def relearning(target: Target) -> Iterator[Trial]:
     quick = config.is_quick("relearning")
     most = min((2 if quick else 4) * config.batch_size, n, len(pool) - n)
     rate = _rate(target, "the others", texts.forget[:most] + pool[n : n + most], quick=quick)
-    stops = _stops(config.relearning_steps, "relearning", quick=quick)
+    stops, batch_size = _stops(config.relearning_steps, quick=quick), config.batch_size * (1 if quick else 2)
     values = {step: np.full(len(pool), np.nan) for step in stops}
     for k in range(folds):
         own, others = np.flatnonzero(part == k), [pool[i] for i in np.flatnonzero(part != k)]
         doing = f"relearning from part {k + 1} of {folds}"
-        for step in _trained(target, others, rate, stops, doing, batch_size=2 * config.batch_size):
+        for step in _trained(target, others, rate, stops, doing, batch_size):
             values[step][own] = target.nll([pool[i] for i in own])
     for step in stops:
         non_members = np.full(m, np.nan)
@@ -108,8 +107,8 @@ def _on_other_text(target: Target, learned: list[Tokens], what: str, *, quick: b
         raise Unsuited(f"all of the {what} is compared with the forget set")
     key = "the others" if quick and "the others" in target.chosen else what
     rate = _rate(target, key, learned[: (4 if quick else 8) * target.config.batch_size], quick=quick)
-    stops = _stops(target.config.retain_steps, "relearning-retain", quick=quick)
-    for step in _trained(target, learned, rate, stops, f"relearning from {what}"):
+    stops, doing = _stops(target.config.retain_steps, quick=quick), f"relearning from {what}"
+    for step in _trained(target, learned, rate, stops, doing, target.config.batch_size):
         yield target.trial(f"relearning, {step} steps on {what}", quick=quick, steps=step, learning_rate=rate)
 
 
@@ -122,10 +121,10 @@ def _require_fair(target: Target) -> None:
         )
 
 
-def _stops(steps: int | None, attack: str, *, quick: bool) -> list[int]:
+def _stops(steps: int | None, *, quick: bool) -> list[int]:
     """Return the steps after which the texts are scored: an eighth of them, a quarter, half, and all, or all alone."""
     if quick:
-        return [steps or _QUICK_STEPS[attack]]
+        return [steps or _QUICK_STEPS]
     return sorted({max(1, (steps or _STEPS) // share) for share in (8, 4, 2, 1)})
 
 
@@ -162,7 +161,8 @@ def _best_training(target: Target, train: Sequence[Tokens], test: Sequence[Token
 
     def level(k: int) -> float:
         with suppress(_Diverged):
-            for _ in _trained(target, train, RATES[k], [_TRIED], f"trying a learning rate of {RATES[k]:g}"):
+            doing = f"trying a learning rate of {RATES[k]:g}"
+            for _ in _trained(target, train, RATES[k], [_TRIED], doing, target.config.batch_size):
                 return float(target.nll(test).mean())
         return np.inf
 
@@ -212,19 +212,18 @@ def _trained(
     rate: float,
     stops: Sequence[int],
     doing: str,
-    *,
-    batch_size: int | None = None,
+    batch_size: int,
 ) -> Iterator[int]:
     """Train by AdamW on batches of texts in random order, and yield at each stop; then restore the weights."""
-    rng, size = np.random.default_rng(target.config.seed), batch_size or target.config.batch_size
+    rng = np.random.default_rng(target.config.seed)
     queue: list[int] = []
     target.bar.begin(doing, max(stops))
     with torch.enable_grad(), _trainable(target) as (lm, parameters), evaluation_mode(lm.module):
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         for step in range(1, max(stops) + 1):
-            while len(queue) < size:
+            while len(queue) < batch_size:
                 queue += rng.permutation(len(learned)).tolist()
-            indices, queue = queue[:size], queue[size:]
+            indices, queue = queue[:batch_size], queue[batch_size:]
             loss = -lm.likelihood(lm.collate(learned, indices)).mean()
             if not torch.isfinite(loss):
                 raise _Diverged(_DIVERGED)

@@ -68,6 +68,11 @@ class Trial:
     details: dict[str, Any] = field(default_factory=dict)
     """What was done: steps, learning rate, bits."""
 
+    @property
+    def compared(self) -> int:
+        """Number of non-members that were tested."""
+        return int((~np.isnan(self.non_members)).sum())
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -121,7 +126,7 @@ class Target:
 
     @cached_property
     def as_it_is(self) -> list[Floats]:
-        """For each text (T,) the log-likelihoods of its scored tokens without an attack, nats, from at most one pass."""
+        """For each text (T,) the log-likelihoods of its scored tokens without an attack, nats, from one pass."""
         every = self.texts.every
         if all(t in self.read for t in every):
             return [self.read[t] for t in every]
