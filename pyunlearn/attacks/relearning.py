@@ -138,21 +138,24 @@ def _parts(groups: Sequence[int], folds: int, rng: np.random.Generator) -> NDArr
 def _rate(target: Target, key: str, sample: Sequence[Tokens], *, quick: bool) -> float:
     """Return the learning rate: as set, or the best of six, which the control gets too.
 
-    That is the one at which every second text of the sample is likeliest after some steps on the others, or, where it
-    is quick, after the first step alone, whose gradient is the same for all six.
+    That is the one at which every second text of the sample is likeliest after some steps on the others. Where it is
+    quick, it is half of the one that is best for the first step alone, whose gradient is the same for all six.
 
     Args:
         target: the model.
         key: of the choice.
         sample: texts of which none is compared, or as many forget texts as non-members, so that both sides have the
             same part in the choice and stay exchangeable.
-        quick: whether one step is enough.
+        quick: whether to try the first step alone.
     """
     if target.config.relearning_rate is not None:
         return target.config.relearning_rate
     if key not in target.chosen:
         train, test = (sample[::2], sample[1::2]) if len(sample) > 1 else (sample, sample)
-        target.chosen[key] = RATES[(_best_first_step if quick else _best_training)(target, train, test)]
+        if quick:
+            target.chosen[key] = RATES[_best_first_step(target, train, test)] / 2
+        else:
+            target.chosen[key] = RATES[_best_training(target, train, test)]
     return float(target.chosen[key])
 
 
