@@ -91,8 +91,8 @@ class AttackConfig(Config):
         None,
         Number(above=0),
         "Learning rate of relearning (AdamW). Default: of six from 1e-5 to 3e-3 the one at which half of a sample of "
-        "the text that is trained on is likeliest after five steps on the other half; in the quick form half of the one that is best for the first "
-        "step.",
+        "the text that is trained on is likeliest after five steps on the other half; in the quick form half of the "
+        "one that is best for the first step.",
         group="Method",
     )
     relearning_lora: int | None = option(
