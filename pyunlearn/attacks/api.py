@@ -46,8 +46,8 @@ def attack(
 ) -> AttackResult:
     """Try to bring forget texts back into a model that was made to forget them: a verdict for each.
 
-    Each attack is tried in one or several forms: the rest of a text after its beginning, weights rounded to 8 and 4
-    bits, fine-tuning on other text, and more (`attacks`). Under every one of them the forget texts are compared with
+    Each attack is tried in one or several forms: the rest of a text after its beginning, weights rounded to 4 bits,
+    fine-tuning on other text, and more (`attacks`). Under every one of them the forget texts are compared with
     text that was never trained on and suffers the same attack, so that "comes back" means more than the attack does to
     any text. At most `false_discovery_rate` of the texts said to come back are unseen ones, on average, however many
     attacks are tried (`pyunlearn.metrics.recovery`). The model is not changed: its weights are restored bit for bit.
