@@ -16,4 +16,4 @@ def adapter(target: Target) -> Iterator[Trial]:
     if not hasattr(module, "disable_adapter"):
         raise Unsuited("the model has no adapter")
     with module.disable_adapter():
-        yield target.trial("without the adapter")
+        yield target.trial("without the adapter", quick=target.config.is_quick("adapter"))

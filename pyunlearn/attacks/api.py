@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyunlearn.attacks.config import AttackConfig
+from pyunlearn.attacks.config import QUICK, AttackConfig
 from pyunlearn.attacks.judge import BACK, EXPOSED, STAYS, UNTESTED, Judged, judge, returned
 from pyunlearn.attacks.prepare import Prepared, notes_of, prepare
 from pyunlearn.attacks.registry import ATTACKS
 from pyunlearn.attacks.result import AttackedExample, AttackResult, TrialSummary
 from pyunlearn.attacks.target import Floats, Target, Trial, Unsuited
-from pyunlearn.data import check_texts, read_roles
+from pyunlearn.data import Tokens, check_texts, read_roles
 from pyunlearn.errors import ModelError
 from pyunlearn.metrics import SIGNIFICANT
 from pyunlearn.models.language_model import require_model, require_tokenizer
@@ -45,8 +46,8 @@ def attack(
 ) -> AttackResult:
     """Try to bring forget texts back into a model that was made to forget them: a verdict for each.
 
-    Each attack is tried in one or several forms: the rest of a text after its beginning, weights rounded to 8 and 4
-    bits, fine-tuning on other text, and more (`attacks`). Under every one of them the forget texts are compared with
+    Each attack is tried in one or several forms: the rest of a text after its beginning, weights rounded to 4 bits,
+    fine-tuning on other text, and more (`attacks`). Under every one of them the forget texts are compared with
     text that was never trained on and suffers the same attack, so that "comes back" means more than the attack does to
     any text. At most `false_discovery_rate` of the texts said to come back are unseen ones, on average, however many
     attacks are tried (`pyunlearn.metrics.recovery`). The model is not changed: its weights are restored bit for bit.
@@ -98,10 +99,15 @@ def attack(
     return result
 
 
-def attacked(inputs: Prepared, config: AttackConfig, bar: Progress) -> AttackResult:
-    """Try every attack on prepared inputs, and judge the texts; the weights are restored bit for bit."""
+def attacked(
+    inputs: Prepared, config: AttackConfig, bar: Progress, read: Mapping[Tokens, Floats] | None = None
+) -> AttackResult:
+    """Try every attack on prepared inputs, and judge the texts; the weights are restored bit for bit.
+
+    `read`: text -> log-likelihoods of its scored tokens, of texts that the model has read already.
+    """
     began = time.perf_counter()
-    target = Target(inputs.lm, inputs.texts, config, bar, inputs.original)
+    target = Target(inputs.lm, inputs.texts, config, bar, inputs.original, read=read or {})
     against: list[Trial] = []
     with torch.inference_mode(False):
         if inputs.control is not None:
@@ -114,6 +120,7 @@ def attacked(inputs: Prepared, config: AttackConfig, bar: Progress) -> AttackRes
     compared = [_compared(t, against, inputs) for t in trials]
     trials = [replace(t, judged=c.judged) for t, c in zip(trials, compared, strict=True)]
     left_out += _unjudged(trials, has_control=bool(against))
+    left_out += _quick_forms(trials, config)
     judged = judge(compared, config, inputs.texts.groups)
     named = [name in (EXPOSED, BACK) for name in judged.verdict]
     return AttackResult(
@@ -125,14 +132,14 @@ def attacked(inputs: Prepared, config: AttackConfig, bar: Progress) -> AttackRes
         false_discovery_rate=config.false_discovery_rate,
         seconds=time.perf_counter() - began,
         settings=versions() | config.to_dict(),
-        notes=left_out + target.notes + notes_of(inputs, judged.verdict, named, config.false_discovery_rate),
+        notes=left_out + target.notes + notes_of(inputs, judged.verdict, named, compared, config.false_discovery_rate),
     )
 
 
 def _tried(target: Target) -> tuple[list[Trial], list[str]]:
     """Return the trials of every chosen attack, after one without an attack; and which attacks were left out."""
     target.bar.begin("reading the texts", len(target.texts.every))
-    trials, left_out = [target.trial(AS_IT_IS)], []
+    trials, left_out = [_as_it_is(target)], []
     if not np.isfinite(trials[0].forget).all() or trials[0].forget.max() >= Target.DESTROYED:
         raise ModelError("the model gives text NaN or Inf as log-likelihood: its weights are broken")
     for name in target.config.chosen:
@@ -144,6 +151,12 @@ def _tried(target: Target) -> tuple[list[Trial], list[str]]:
                 reason = str(error)
             left_out.append(f"The attack {name} was left out: {reason}.")
     return trials, left_out
+
+
+def _as_it_is(target: Target) -> Trial:
+    """Return the scores without an attack: the means of the tokens' log-likelihoods, which `prefix` reads too."""
+    nll, n = target.finite(np.array([-x.mean() for x in target.as_it_is])), len(target.texts.forget)
+    return Trial(AS_IT_IS, nll[:n], nll[n:])
 
 
 def _require_another(difference: Floats) -> None:
@@ -183,6 +196,17 @@ def _unjudged(trials: list[Trial], *, has_control: bool) -> list[str]:
     if not has_control and set(names) != {"merging"}:
         why = "that takes a holdout or a control"
     return [f"Tried, but not judged: {', '.join(names)}; {why}."]
+
+
+def _quick_forms(trials: list[Trial], config: AttackConfig) -> list[str]:
+    """Return a sentence on the attacks that were tried in their quick forms, with fewer of the non-members."""
+    quick = [t for t in trials if t.attack in QUICK and config.is_quick(t.attack)]
+    if not quick:
+        return []
+    m, few = len(quick[0].non_members), min(t.compared for t in quick)
+    among = f", compared with {few} of {m} non-members" if few < m else ""
+    names = ", ".join(dict.fromkeys(t.attack for t in quick))
+    return [f"Tried in a quick form{among}: {names}; by these names, or all (--attacks), they are thorough."]
 
 
 def _examples(inputs: Prepared, judged: Judged, trials: list[Trial]) -> list[AttackedExample]:

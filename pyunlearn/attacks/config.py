@@ -26,9 +26,13 @@ NAMES = (
 )
 """Every attack; what each does is in `attacks.registry`."""
 
-DEFAULT = ("prefix", "quantization", "relearning", "relearning-retain", "adapter")
+BY_DEFAULT = ("prefix", "quantization", "relearning", "relearning-retain", "adapter")
 """The attacks that need no generated text; those that a model or the texts do not allow are left out."""
 
+QUICK = ("quantization", "relearning", "relearning-retain", "adapter")
+"""Those of them that have a quick form, which takes less time: the one that `default` tries."""
+
+DEFAULT = ("default",)
 
 _WORDS = ("default", "all", *NAMES)
 
@@ -48,6 +52,9 @@ class AttackConfig(Config):
 
     >>> AttackConfig(attacks=["all"]).chosen == NAMES, AttackConfig(attacks=["default", "layers"]).chosen[-1]
     (True, 'layers')
+    >>> config = AttackConfig(attacks=["default", "relearning"])
+    >>> config.is_quick("quantization"), config.is_quick("relearning")
+    (True, False)
     """
 
     attacks: tuple[str, ...] = option(
@@ -58,7 +65,8 @@ class AttackConfig(Config):
         "(fine-tuning on other text), instruction (recited word for word on request, and after retained neighbours), "
         "paraphrase (the same in other words), recitation (greedy continuations), sampling (continuations at "
         "temperature 1), merging (with the original), adapter (the model without it), layers (what inner layers "
-        "predict), or all.",
+        "predict), all, or default: prefix, quantization, relearning, relearning-retain and adapter in a quick form "
+        "(4 bits, fewer steps, fewer non-members).",
         group="Method",
     )
     texts: int = option(
@@ -67,15 +75,24 @@ class AttackConfig(Config):
         "Attack at most this many of the forget texts, drawn at random; the others are untested.",
         group="Method",
     )
-    relearning_steps: int = option(20, Whole(1), "Optimizer steps of relearning on forget texts.", group="Method")
-    retain_steps: int = option(
-        20, Whole(1), "Optimizer steps of relearning on retain texts and on unrelated text.", group="Method"
+    relearning_steps: int | None = option(
+        None,
+        Whole(1),
+        "Optimizer steps of relearning on forget texts. Default: 20, and 5 in the quick form.",
+        group="Method",
+    )
+    retain_steps: int | None = option(
+        None,
+        Whole(1),
+        "Optimizer steps of relearning on retain texts and on unrelated text. Default: 20, and 5 in the quick form.",
+        group="Method",
     )
     relearning_rate: float | None = option(
         None,
         Number(above=0),
         "Learning rate of relearning (AdamW). Default: of six from 1e-5 to 3e-3 the one at which half of a sample of "
-        "the text that is trained on is likeliest after five steps on the other half.",
+        "the text that is trained on is likeliest after five steps on the other half; in the quick form half of the "
+        "one that is best for the first step.",
         group="Method",
     )
     relearning_lora: int | None = option(
@@ -103,8 +120,8 @@ class AttackConfig(Config):
     batch_size: int = option(
         8,
         Whole(1),
-        "Texts in one step of relearning on other text; a step on the forget set's other parts has twice as many, and "
-        "four times as many are scored at once.",
+        "Texts in one step of relearning; a step on the forget set's other parts has twice as many but in the quick "
+        "form, and four times as many are scored at once.",
     )
     template: str | Path = option(**TEMPLATE_OPTION)
     turns: str | None = option(**TURNS_OPTION)
@@ -115,5 +132,9 @@ class AttackConfig(Config):
     @property
     def chosen(self) -> tuple[str, ...]:
         """The attacks to try, in the order of NAMES."""
-        names = {*self.attacks, *(DEFAULT if "default" in self.attacks else ())}
+        names = {*self.attacks, *(BY_DEFAULT if "default" in self.attacks else ())}
         return NAMES if "all" in names else tuple(name for name in NAMES if name in names)
+
+    def is_quick(self, name: str) -> bool:
+        """Return whether an attack is tried in its quick form: where it is tried by default, and not by its name."""
+        return not {"all", name} & {*self.attacks}

@@ -19,8 +19,7 @@ def prefix(target: Target) -> Iterator[Trial]:
 
     Source: Carlini et al. 2022, arXiv 2202.07646; Barbulescu and Triantafillou 2024, arXiv 2405.03097.
     """
-    values = target.token_log_likelihood(target.texts.every)
-    n = len(target.texts.forget)
+    values, n = target.as_it_is, len(target.texts.forget)
     for share in SHARES:
         nll = target.finite(np.array([-x[given(len(x), share) :].mean() for x in values]))
         yield Trial(f"prefix, {share} given", nll[:n], nll[n:], details={"given": float(share)})

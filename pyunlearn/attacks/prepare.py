@@ -10,7 +10,7 @@ import numpy as np
 
 from pyunlearn.attacks.config import AttackConfig
 from pyunlearn.attacks.judge import non_members_for
-from pyunlearn.attacks.target import AttackTexts
+from pyunlearn.attacks.target import AttackTexts, Trial
 from pyunlearn.data import Example
 from pyunlearn.data.comparison import groups_of_copies
 from pyunlearn.data.redaction import masked
@@ -119,13 +119,16 @@ def require_enough(non_members: int, rate: float) -> None:
         )
 
 
-def notes_of(prepared: Prepared, verdicts: Sequence[str], named: Sequence[bool], rate: float) -> list[str]:
+def notes_of(
+    prepared: Prepared, verdicts: Sequence[str], named: Sequence[bool], trials: Sequence[Trial], rate: float
+) -> list[str]:
     """Return what the verdicts rest on, and what the evidence cannot show: one sentence each.
 
     Args:
         prepared: the inputs.
         verdicts: on the attacked texts.
         named: True for those that are exposed or come back.
+        trials: the first is the model without an attack.
         rate: the false discovery rate.
     """
     texts, n = prepared.rendered, len(prepared.rendered.tokens["forget"])
@@ -134,7 +137,7 @@ def notes_of(prepared: Prepared, verdicts: Sequence[str], named: Sequence[bool],
         notes.append(f"{len(prepared.indices)} of {n} forget texts were attacked, drawn at random (--texts).")
     if prepared.control is not None:
         notes.append("Each likelihood is the model's less that of the control, which was attacked in the same way.")
-    m, n = len(prepared.texts.non_members), len(verdicts)
+    m, n = min((t.compared for t in trials[1:] if t.judged), default=trials[0].compared), len(verdicts)
     fewest = math.ceil(n / (rate * (m + 1)) - 1e-9)
     if not any(named) and fewest > 1:
         notes.append(

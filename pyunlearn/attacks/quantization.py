@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from pyunlearn.models.inspection import is_matrix
 
 _GROUP = 64  # weights that share a scale
 _BLOCK = 32  # the same in GGUF files
+_QUICK = "4 bits"  # the format of the quick form
 
 Round = Callable[[Tensor], Tensor]
 
@@ -42,7 +44,7 @@ def quantization(target: Target) -> Iterator[Trial]:
     """Round the weights of every linear layer but the head, in each of the formats that are at hand.
 
     8 and 4 bits: round to nearest in groups of 64. Q8_0 and Q4_0: GGUF's, by the package gguf, embeddings and head at
-    Q8_0. nf4: of bitsandbytes.
+    Q8_0. nf4: of bitsandbytes. The quick form is 4 bits alone, compared with `Target.compared`.
 
     Source: Zhang et al. 2024, arXiv 2410.16454.
     """
@@ -58,9 +60,11 @@ def quantization(target: Target) -> Iterator[Trial]:
         raise Unsuited("weights are rounded after an adapter is merged (--merge), and this one is not")
     if not linear:
         raise Unsuited("its weights are quantized already, or it has no linear layers")
+    quick = target.config.is_quick("quantization")
     table = {n: p for n, p in target.lm.inner.named_parameters() if id(p) in embeddings and p.is_floating_point()}
+    formats = {_QUICK: (partial(rounded, bits=4), None)} if quick else _formats(linear, transposed)
     with temporarily(linear | table) as saved:
-        for name, (of_linear, of_table) in _formats(linear, transposed).items():
+        for name, (of_linear, of_table) in formats.items():
             target.bar.say(f"rounding the weights to {name}")
             with torch.no_grad():
                 for key, p in (linear | table).items():
@@ -69,7 +73,7 @@ def quantization(target: Target) -> Iterator[Trial]:
                     if change is not None:
                         weight = change(weight.T).T if key in transposed else change(weight)
                     p.copy_(weight)
-            yield target.trial(f"quantization, {name}", format=name)
+            yield target.trial(f"quantization, {name}", quick=quick, format=name)
 
 
 def _formats(linear: dict[str, nn.Parameter], transposed: set[str]) -> dict[str, tuple[Round, Round | None]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -68,6 +68,11 @@ class Trial:
     details: dict[str, Any] = field(default_factory=dict)
     """What was done: steps, learning rate, bits."""
 
+    @property
+    def compared(self) -> int:
+        """Number of non-members that were tested."""
+        return int((~np.isnan(self.non_members)).sum())
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -77,6 +82,7 @@ class Target:
     `original`  the model before unlearning, for attacks that need it, or None
     `chosen`    what an attack chose with the model itself, so that the control gets the same: name -> value
     `notes`     what an attack could not compare: one sentence each
+    `read`      the log-likelihoods of texts that the model has read without an attack: text -> (T,) nats
     """
 
     lm: LanguageModel
@@ -86,9 +92,12 @@ class Target:
     original: LanguageModel | None = None
     chosen: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    read: Mapping[Tokens, Floats] = field(default_factory=dict)
 
     DESTROYED: ClassVar[float] = 1e6
     """Nats a token in place of NaN and Inf: the attack destroyed the model on that text."""
+    FEWEST: ClassVar[int] = 80
+    """Non-members with which an expensive attack compares, at least, where there are as many."""
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -115,11 +124,32 @@ class Target:
                 tokens.append(None)
         return tokens
 
-    def trial(self, name: str, **details: Any) -> Trial:
-        """Score every text under the present weights."""
-        values = self.nll(self.texts.every)
-        n = len(self.texts.forget)
-        return Trial(name, values[:n], values[n:], details=details)
+    @cached_property
+    def as_it_is(self) -> list[Floats]:
+        """For each text (T,) the log-likelihoods of its scored tokens without an attack, nats, from one pass."""
+        every = self.texts.every
+        if all(t in self.read for t in every):
+            return [self.read[t] for t in every]
+        return self.token_log_likelihood(every)
+
+    @cached_property
+    def compared(self) -> slice:
+        """The non-members with which expensive attacks compare: neighbours, as many as forget texts, 80 or more."""
+        m = len(self.texts.non_members)
+        count = min(m, max(len(self.texts.forget), self.FEWEST))
+        first = int(np.random.default_rng(self.config.seed).integers(m - count + 1))
+        return slice(first, first + count)
+
+    def trial(self, name: str, *, quick: bool = False, **details: Any) -> Trial:
+        """Score every text under the present weights; where it is `quick`, of the non-members those in `compared`."""
+        n, m = len(self.texts.forget), len(self.texts.non_members)
+        compared = self.compared if quick else slice(m)
+        values = self.nll(self.texts.forget + self.texts.non_members[compared])
+        non_members = np.full(m, np.nan)
+        non_members[compared] = values[n:]
+        if quick:
+            details["non_members"] = len(values) - n
+        return Trial(name, values[:n], non_members, details=details)
 
     @staticmethod
     def finite(nll: Floats) -> Floats:

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pyunlearn.attacks.api import attacked
 from pyunlearn.attacks.config import DEFAULT, AttackConfig
 from pyunlearn.attacks.prepare import arranged, require_enough
@@ -133,7 +135,12 @@ def _attacked(models: dict[str, Any], collected: Collected, config: AuditConfig,
     )
     assert lm is not None
     inputs = arranged(lm, collected.rendered, settings, bar, control=control, original=original)
-    return attacked(inputs, settings, bar)
+    read = {
+        t: x.astype(np.float64)
+        for role in ("forget", "non_members")
+        for t, x in zip(collected.texts.tokens[role], collected.now.log_likelihoods(role), strict=True)
+    }
+    return attacked(inputs, settings, bar, read)
 
 
 def _loaded(model: Any, tokenizer: Any, config: AuditConfig) -> LanguageModel:

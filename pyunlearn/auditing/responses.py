@@ -89,6 +89,11 @@ class Responses:
     passes: int
     """Number of different texts that were scored."""
 
+    def log_likelihoods(self, role: str) -> list[NDArray[np.float32]]:
+        """Return for each text of a role (T,) the log-likelihoods of its scored tokens, nats."""
+        forced = self.statistics[role]
+        return [np.asarray(x, dtype=np.float32) for x in forced.each(forced.log_likelihood)]
+
 
 class ResponseCollector:
     """Runs one model over the texts of an audit; cached outputs are not computed again.

@@ -68,7 +68,7 @@ def attack(
 ) -> None:
     """Try to bring forget texts back into a model that was made to forget them. The model is not changed.
 
-    Weights are rounded to 8 and 4 bits, the model is fine-tuned on other text for some steps, the beginning of a text
+    Weights are rounded to 4 bits, the model is fine-tuned on other text for some steps, the beginning of a text
     is given, and more. Each text gets a verdict: *stays forgotten*, *comes back* (and under which attack), *still
     exposed* (without any attack), *doubtful* (only the set as a whole comes back), *no likelier* (in place of stays
     forgotten, where the comparison is with text that the model wrote) or *untested*. It is compared with text that was

@@ -68,7 +68,10 @@ def show_attack(console: Console, result: AttackResult, *, show_text: bool = Fal
 
 def attack_lines(result: AttackResult) -> list[str]:
     """Return the sentences below the tables: the verdict on the set, what it rests on, what was left out."""
-    compared = f"compared with {result.non_member_count} texts under the same attacks: {result.non_members}"
+    count = result.non_member_count
+    fewest = min((t.details.get("non_members", count) for t in result.trials), default=count)
+    texts = f"{fewest} to {count} texts" if fewest < count else f"{count} texts"
+    compared = f"compared with {texts} under the same attacks: {result.non_members}"
     return [result.headline, compared, *result.notes]
 
 
