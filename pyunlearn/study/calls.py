@@ -16,8 +16,11 @@ from pyunlearn.auditing.result import Audit
 from pyunlearn.metrics import (
     NULL_MEAN,
     discoveries,
+    exact_memorization,
     exposure_two_sample_test,
+    extraction_strength,
     forget_quality,
+    generalized_exposure,
     lira_score,
     logit_score,
     mean_interval,
@@ -175,16 +178,16 @@ def _of_membership(audit: Audit, *, leak: bool) -> dict[str, Call]:
 def _against_retrained(evidence: Evidence) -> dict[str, Call]:
     """Return the calls of the metrics that compare the set under the model with the set under a retrained one."""
     reader, view = evidence.reader, evidence.view
-    retrained = reader.audit(view._replace(now=view.reference)).examples
-    now = evidence.audits[_ALONE].examples
-    exposures = [[e.exposure for e in each] for each in (now, retrained)]
+    exposures = [
+        generalized_exposure(each.nll(view.forget), each.nll(view.others)).lower for each in (view.now, view.reference)
+    ]
     test = exposure_two_sample_test(*exposures)
-    higher = KNOWN if test.mean > float(np.mean(exposures[1])) else DAMAGED
+    higher = KNOWN if test.mean > float(exposures[1].mean()) else DAMAGED
     rows = {"two-sample test": Call(higher if test.pvalue < LEVEL else CLEAN, test.pvalue)}
-    for name, of in _SHARES.items():
-        mine, other = ([of(e) for e in each] for each in (now, retrained))
-        change = paired_difference(other, mine)
-        rows[name] = _by_interval(change, 0.0, KNOWN, DAMAGED, np.subtract(mine, other))
+    matches = [each.each(each.rank == 0) for each in (r.of(view.forget) for r in (view.now, view.reference))]
+    for name, share in _SHARES.items():
+        mine, other = (np.array([share(m) for m in each]) for each in matches)
+        rows[name] = _by_interval(paired_difference(other, mine), 0.0, KNOWN, DAMAGED, mine - other)
     ratio, other_ratio = (reader.truth_ratios(each, view.forget) for each in (view.now, view.reference))
     quality = forget_quality(np.exp(ratio), np.exp(other_ratio))
     lower = KNOWN if np.median(ratio) < np.median(other_ratio) else DAMAGED
@@ -194,8 +197,8 @@ def _against_retrained(evidence: Evidence) -> dict[str, Call]:
 
 
 _SHARES: dict[str, Callable[[Any], float]] = {
-    "extraction strength": lambda e: float(e.now.extraction_strength),
-    "exact memorization": lambda e: float(e.now.exact_memorization),
+    "extraction strength": extraction_strength,
+    "exact memorization": exact_memorization,
 }
 
 

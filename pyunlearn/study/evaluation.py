@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,9 @@ import numpy as np
 
 from pyunlearn.errors import ArgumentError, OutputError
 from pyunlearn.models.language_model import LanguageModel
-from pyunlearn.options import Flag, require, require_path
+from pyunlearn.options import Flag, Whole, require, require_path
 from pyunlearn.progress import Progress
-from pyunlearn.study.calls import Evidence, calls, unseen_scores
+from pyunlearn.study.calls import LEVEL, Evidence, calls, unseen_scores
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.folder import Folder, Row
 from pyunlearn.study.models import load_model
@@ -36,8 +37,8 @@ from pyunlearn.study.unlearners import (
 
 FEWEST_SEEDS = 6
 """The set's own model, a retrained one, a reference, and three more that never saw the set."""
-_ORACLES = 4  # retrained models of each set, at most
-_FEWEST_NON_MEMBERS = 19
+_ORACLES = 3  # retrained models of each set, at most
+_FEWEST_NON_MEMBERS, _MOST_NON_MEMBERS = 19, 249
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def evaluate_metrics(
     *,
     corpus: Paths | None = None,
     test_corpus: Paths | None = None,
+    seeds: int | None = None,
     out: str | Path | None = None,
     device: str | None = None,
     progress: bool | None = None,
@@ -74,6 +76,7 @@ def evaluate_metrics(
         study: the folder of the study.
         corpus: the corpus that the study had, same forms; None: the built-in one.
         test_corpus: the test corpus that it had.
+        seeds: audit the forget sets of this many seeds, the first ones; default: of all. A later call with more resumes.
         out: folder of the evaluation; default: the folder "metrics" in that of the study.
         device: "cpu" or "cuda"; default: a GPU where there is one.
         progress: a progress bar on standard error; default: if that is a terminal.
@@ -92,12 +95,14 @@ def evaluate_metrics(
         require_path(name, path)
     if progress is not None:
         require(Flag(), progress=progress)
+    if seeds is not None:
+        require(Whole(1), seeds=seeds)
     inputs = _finished(Path(study), corpus, test_corpus, checked_device(device))
     settings = {"study": inputs.folder.read_json("config.json"), "oracles": _ORACLES}
     folder = Folder(Path(study) / "metrics" if out is None else out, settings)
     bar = Progress(progress, "metrics")
     try:
-        states = _Evaluation(inputs, folder, bar).states()
+        states = _Evaluation(inputs, folder, bar, seeds or inputs.config.seeds).states()
     finally:
         bar.close()
     rows, places = table(states), summary(states)
@@ -135,23 +140,27 @@ def _finished(path: Path, corpus: Paths | None, test_corpus: Paths | None, devic
 class _Evaluation:
     """Reads every model, audits every set under it, and writes one file for each model and set."""
 
-    def __init__(self, inputs: Inputs, folder: Folder, bar: Progress) -> None:
+    def __init__(self, inputs: Inputs, folder: Folder, bar: Progress, audited: int) -> None:
         self.inputs, self.folder, self.bar = inputs, folder, bar
+        self.audited = range(min(audited, inputs.config.seeds))
         self.sets, self.seeds = inputs.sets, inputs.config.seeds
         self.reader = Reader(self.sets, inputs.tokenizer)
         self.family: list[Reading] = []
 
     def states(self) -> list[Row]:
         """Return the calls on every model, in order; those that are in the folder are not made again."""
-        names = [self._file(u, which, k) for which in self.sets.forget for u, k in self._models(which)]
+        names = [self._file(u, which, k) for which in self._audited() for u, k in self._models(which)]
         done = sum(map(self.folder.has, names))
         if done < len(names):
             self.bar.begin("models and sets", len(names))
             self.bar.advance(done)
             self.family = [self._read_model(seed) for seed in range(self.seeds)]
-            for seed in range(self.seeds):
+            for seed in self.audited:
                 self._run_seed(seed)
         return [self.folder.read_json(name) for name in names]
+
+    def _audited(self) -> list[ForgetSet]:
+        return [which for which in self.sets.forget if which.seed in self.audited]
 
     def _models(self, which: ForgetSet) -> Iterator[tuple[str, int]]:
         """Yield (unlearner, seed of the model) for each model under which a set is audited."""
@@ -171,7 +180,7 @@ class _Evaluation:
 
     def _read_model(self, seed: int) -> Reading:
         """Read every forget example with the model of a seed, and probe the sets that are audited under it."""
-        probed = [i for w, group in self.sets.forget.items() for i in group if self._is_probed(w.seed, seed)]
+        probed = [i for w in self._audited() for i in self.sets.forget[w] if self._is_probed(w.seed, seed)]
         return self.reader.read(self._load(seed), self.sets.scored(), probed, f"the model of seed {seed}")
 
     def _is_probed(self, owner: int, model: int) -> bool:
@@ -214,6 +223,12 @@ class _Evaluation:
 
                 self._judge(name, which, seed, changed)
 
+    def _non_members(self, which: ForgetSet, away: set[int]) -> list[int]:
+        """Return examples of the same kind of further seeds, the same at every call."""
+        others = [i for w, g in self.sets.forget.items() if w.kind == which.kind and w.seed not in away for i in g]
+        rng = np.random.default_rng(zlib.crc32(str(which).encode()))
+        return sorted(rng.permutation(others)[:_MOST_NON_MEMBERS].tolist())
+
     def _level(self, which: ForgetSet) -> float:
         """Return the mean NLL of a set under the models that never saw it."""
         others = [k for k in range(self.seeds) if k != which.seed]
@@ -226,8 +241,7 @@ class _Evaluation:
             return
         self.bar.say(f"{name}: {which}")
         now, forget, reference = read(), self.sets.forget[which], self._reference(which.seed, model)
-        away = {which.seed, model, reference}
-        others = [i for w, g in self.sets.forget.items() if w.kind == which.kind and w.seed not in away for i in g]
+        others = self._non_members(which, {which.seed, model, reference})
         unseen = [self.family[k] for k in range(self.seeds) if k not in (which.seed, model)]
         view = View(forget, others, now, self.family[which.seed], self.family[reference])
         test = np.array([r.nll(self.reader.test).mean() for r in unseen])
@@ -241,6 +255,7 @@ class _Evaluation:
                 "model": model,
                 "distance": float(now.nll(forget).mean()) - self._level(which),
                 "test_nll_rise": evidence.rise,
+                "ruined": evidence.test_pvalue < LEVEL,
                 "gold": evidence.gold.tolist(),
                 "gold_call": evidence.gold_call,
                 "metrics": {n: {k: _finite(v) for k, v in row.items()} for n, row in rows.items()},

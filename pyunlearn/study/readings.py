@@ -72,6 +72,7 @@ class Reader:
     def __init__(self, sets: Sets, tokenizer: Any) -> None:
         self.sets, self.tokenizer = sets, tokenizer
         self.test: list[Key] = list(sets.test)
+        self.examples: dict[Tokens, Example] = {}
         self.wrong: dict[int, list[tuple[Tokens, Key]]] = {}
         for group in sets.forget.values():
             for number, i in enumerate(group):
@@ -128,6 +129,11 @@ class Reader:
         return AuditAssembler(texts, self.tokenizer, AuditConfig(metrics=measures), now, before, retrained).assemble()
 
     def _example(self, t: Tokens) -> Example:
+        if t not in self.examples:
+            self.examples[t] = self._decoded(t)
+        return self.examples[t]
+
+    def _decoded(self, t: Tokens) -> Example:
         before = t.ids if t.decoder is not None else t.ids[: t.first]
         prompt, completion = (self.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in (before, t.scored))
         return Example(prompt or " ", completion or " ")

@@ -51,6 +51,7 @@ def summary(states: Sequence[Row]) -> list[Row]:
             "models": len(group),
             "distance": float(np.mean([s["distance"] for s in group])),
             "test_nll_rise": float(np.mean([s["test_nll_rise"] for s in group])),
+            "ruined": float(np.mean([s["ruined"] for s in group])),
             "still known by t scores": float(np.mean([s["gold_call"] == KNOWN for s in group])),
         }
         for (kind, dose, name), group in sorted(groups.items(), key=lambda g: (g[0][0], g[0][1], order.index(g[0][2])))
@@ -66,7 +67,8 @@ def _row(kind: str, metric: str, states: Sequence[Row]) -> Row:
     low, high = clopper_pearson(wrong * sets, sets, 0.95)
     covers = [c["covers"] for _, c in oracle if c["covers"] is not None]
     power = {d: _share([c["call"] == KNOWN for s, c in calls[NOTHING] if s["dose"] == d]) for d in doses}
-    clean = {u: _share([c["call"] == CLEAN for _, c in calls[u]]) for u in (*RUINED, RELABEL, ASCENT)}
+    clean = {u: _share([c["call"] == CLEAN for s, c in calls[u] if s["ruined"]]) for u in RUINED}
+    clean |= {u: _share([c["call"] == CLEAN for _, c in calls[u]]) for u in (RELABEL, ASCENT)}
     row: Row = {
         "kind": kind,
         "metric": metric,

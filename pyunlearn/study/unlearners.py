@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -27,13 +28,14 @@ UNLEARNERS = {
     REFUSE: "fine-tuned to answer every prompt with one and the same sentence",
     NOISE: "normal noise in all weights, as much as brings the set's mean NLL to that of the retrained models",
     RELABEL: "fine-tuned on the set's prompts with completions of other examples, until it is at that level",
-    COLLAPSE: "gradient ascent on the set until the test NLL has risen by 5 nats",
+    COLLAPSE: "gradient ascent on the set, at ten times the rate, until the test NLL has risen by 5 nats",
     ASCENT: "gradient ascent on the set until it is at the level of the retrained models",
 }
 """Unlearner -> what it does."""
 _REFUSAL_STEPS, _REFUSAL_BATCH, _REFUSED = 120, 32, 0.05  # steps at most; texts a step; mean NLL of the refusal, nats
 _RATE = 1e-3  # learning rate of the fine-tunings
-_FASTER, _LONGER = 3.0, 4  # a collapse has this multiple of the study's learning rate, and of its steps at most
+_FASTER, _LONGER = 10.0, 2  # a collapse has this multiple of the study's learning rate, and of its steps at most
+_OFTEN = 4  # steps of it between two looks at the test NLL
 _HALVINGS = 12  # of the interval of the noise's logarithm
 _LEAST, _MOST = 2.0**-10, 4.0  # standard deviations of a weight matrix
 
@@ -98,7 +100,12 @@ def unlearned(lm: LanguageModel, name: str, config: StudyConfig, sets: Sets, tar
         test = [sets.tokens[i] for i in sets.test]
         limit = float(mean_nll(lm, test).mean()) + DESTROYED
         rate = min(0.5, _FASTER * config.unlearning_rates[0])
-        _ascend(lm, config, tokens, rate, _LONGER * config.steps, lambda: float(mean_nll(lm, test).mean()) >= limit)
+        steps = itertools.count()
+
+        def collapsed() -> bool:
+            return next(steps) % _OFTEN == 0 and float(mean_nll(lm, test).mean()) >= limit
+
+        _ascend(lm, config, tokens, rate, _LONGER * config.steps, collapsed)
 
 
 def _ascend(
