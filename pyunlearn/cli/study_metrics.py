@@ -28,6 +28,14 @@ def study_metrics(
         list[Path] | None,
         typer.Option(metavar="FILE", help="The test corpus that the study had.", rich_help_panel="Data"),
     ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Audit the forget sets of the first N seeds, to save time. Default: of all.",
+            rich_help_panel="Data",
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="cpu or cuda. Default: cuda where there is a GPU.", rich_help_panel="Model"),
@@ -65,6 +73,7 @@ def study_metrics(
             study,
             corpus=corpus or None,
             test_corpus=test_corpus or None,
+            seeds=seeds,
             out=out,
             device=device,
             progress=False if quiet else None,
@@ -77,7 +86,7 @@ def study_metrics(
     console = terminal()
     for kind in dict.fromkeys(row["kind"] for row in result.rows):
         console.print(_table(kind, [row for row in result.rows if row["kind"] == kind]))
-    for line in (result.rule, f"all columns are in {result.folder / 'metrics.csv'}"):
+    for line in (*result.sanity, result.rule, f"all columns are in {result.folder / 'metrics.csv'}"):
         console.print(line, highlight=False, markup=False)
 
 

@@ -33,9 +33,10 @@ from pyunlearn.unlearning.config import UnlearnConfig
 KNOWN, CLEAN, DAMAGED = "still known", "clean", "damaged"
 LEVEL = 0.05
 WHOLE = "whole audit"
-WHOLE_RETRAINED = "whole audit, utility against retraining too"
+WHOLE_RETRAINED = "whole audit, budget from retraining"
 _ALONE, _ORIGINAL, _REFERENCE = "model alone", "original", "reference model"
-_SCORES = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference")
+AUDITS = (f"verdicts ({_ALONE})", f"verdicts ({_ORIGINAL})", WHOLE, WHOLE_RETRAINED)
+"""The metrics that are what an audit says as a whole."""
 
 
 class Call(NamedTuple):
@@ -95,10 +96,10 @@ class Evidence:
         return float((self.view.now.nll(self.reader.test) - self.view.original.nll(self.reader.test)).mean())
 
     @cached_property
-    def test_pvalue(self) -> float:
-        """One-sided p-value of the test NLL among the models that never saw the set: low = damaged."""
-        own = self.view.now.nll(self.reader.test).mean()
-        return float(t_pvalue(np.array([-own]), -self.unseen_test[None])[0])
+    def ruined(self) -> bool:
+        """True where the mean test NLL is above that of every model that never saw the set, by more than the budget."""
+        own, worst = float(self.view.now.nll(self.reader.test).mean()), float(self.unseen_test.max())
+        return own - worst > UnlearnConfig.utility_budget * max(worst, 1.0)
 
     @cached_property
     def over_budget(self) -> bool:
@@ -225,7 +226,7 @@ def _whole(evidence: Evidence) -> dict[str, Call]:
     """Return what the parts say together: the verdicts of the model alone, the utility budget and the writing."""
     known = _verdict_call(evidence.audits[_ALONE]) == KNOWN
     written = evidence.audits[_ORIGINAL].collapsed
-    worse = {WHOLE: evidence.over_budget, WHOLE_RETRAINED: evidence.over_budget and evidence.test_pvalue < LEVEL}
+    worse = {WHOLE: evidence.over_budget, WHOLE_RETRAINED: evidence.ruined}
     return {name: Call(KNOWN if known else DAMAGED if over or written else CLEAN) for name, over in worse.items()}
 
 

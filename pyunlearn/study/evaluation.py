@@ -15,7 +15,7 @@ from pyunlearn.errors import ArgumentError, OutputError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.options import Flag, Whole, require, require_path
 from pyunlearn.progress import Progress
-from pyunlearn.study.calls import LEVEL, Evidence, calls, unseen_scores
+from pyunlearn.study.calls import Evidence, calls, unseen_scores
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.folder import Folder, Row
 from pyunlearn.study.models import load_model
@@ -23,7 +23,7 @@ from pyunlearn.study.readings import Reader, Reading, View
 from pyunlearn.study.seeds import Inputs, model_name
 from pyunlearn.study.sets import ForgetSet
 from pyunlearn.study.study import Paths, checked_device, inputs_of
-from pyunlearn.study.trust import RULE, summary, table
+from pyunlearn.study.trust import RULE, sanity_lines, summary, table
 from pyunlearn.study.unlearners import (
     NOTHING,
     REFUSE,
@@ -51,6 +51,8 @@ class MetricEvaluation:
     """One for each kind of forget set and metric: the columns of metrics.csv."""
     states: list[dict[str, Any]] = field(repr=False)
     """One for each kind, dose and unlearner: where it leaves the set, and what it costs."""
+    sanity: list[str]
+    """What the audit says of retrained, untouched and ruined models: a sentence for each kind and form of the audit."""
     rule: str
     """How `trusted_for` follows from the numbers."""
 
@@ -76,13 +78,13 @@ def evaluate_metrics(
         study: the folder of the study.
         corpus: the corpus that the study had, same forms; None: the built-in one.
         test_corpus: the test corpus that it had.
-        seeds: audit the forget sets of this many seeds, the first ones; default: of all. A later call with more resumes.
+        seeds: audit the forget sets of this many seeds, the first ones; default: of all. A call with more resumes.
         out: folder of the evaluation; default: the folder "metrics" in that of the study.
         device: "cpu" or "cuda"; default: a GPU where there is one.
         progress: a progress bar on standard error; default: if that is a terminal.
 
     Returns:
-        MetricEvaluation: `.folder`, `.rows`, `.states`, `.rule`.
+        MetricEvaluation: `.folder`, `.rows`, `.states`, `.sanity`, `.rule`.
 
     Raises:
         ArgumentError, DataError, ModelError, OutputError: an argument cannot be used; the study is not finished, has
@@ -108,9 +110,10 @@ def evaluate_metrics(
     rows, places = table(states), summary(states)
     folder.table("metrics", rows)
     folder.table("states", places)
-    content = {"rule": RULE, "unlearners": UNLEARNERS, "metrics": rows, "states": places}
+    lines = sanity_lines(rows)
+    content = {"rule": RULE, "sanity": lines, "unlearners": UNLEARNERS, "metrics": rows, "states": places}
     folder.json("metrics.json", content)
-    return MetricEvaluation(folder.path, rows, places, RULE)
+    return MetricEvaluation(folder.path, rows, places, lines, RULE)
 
 
 def _finished(path: Path, corpus: Paths | None, test_corpus: Paths | None, device: str) -> Inputs:
@@ -180,6 +183,7 @@ class _Evaluation:
 
     def _read_model(self, seed: int) -> Reading:
         """Read every forget example with the model of a seed, and probe the sets that are audited under it."""
+        self.bar.say(f"reading with the model of seed {seed}")
         probed = [i for w in self._audited() for i in self.sets.forget[w] if self._is_probed(w.seed, seed)]
         return self.reader.read(self._load(seed), self.sets.scored(), probed, f"the model of seed {seed}")
 
@@ -255,7 +259,7 @@ class _Evaluation:
                 "model": model,
                 "distance": float(now.nll(forget).mean()) - self._level(which),
                 "test_nll_rise": evidence.rise,
-                "ruined": evidence.test_pvalue < LEVEL,
+                "ruined": evidence.ruined,
                 "gold": evidence.gold.tolist(),
                 "gold_call": evidence.gold_call,
                 "metrics": {n: {k: _finite(v) for k, v in row.items()} for n, row in rows.items()},

@@ -9,7 +9,7 @@ import numpy as np
 
 from pyunlearn.metrics import auc
 from pyunlearn.metrics._binomial import clopper_pearson
-from pyunlearn.study.calls import CLEAN, KNOWN
+from pyunlearn.study.calls import AUDITS, CLEAN, KNOWN
 from pyunlearn.study.unlearners import ASCENT, COLLAPSE, NOISE, NOTHING, REFUSE, RELABEL, RETRAINED, UNLEARNERS
 
 Row = dict[str, Any]
@@ -17,8 +17,9 @@ POWER, CAUGHT = 0.8, 0.95
 """Least power, and least share of a ruined model that is caught, with which a metric can be trusted."""
 RULE = (
     "Trusted are metrics whose type-I error can be 5 % by its interval: for text from the least dose on from which "
-    f"they call {POWER:.0%} of the sets still known that nothing was done to, and for the ruined models (refuse "
-    f"always, noise, collapse) of which they call {CAUGHT:.0%} anything but clean."
+    f"they call {POWER:.0%} of the sets still known that nothing was done to, and for ruin by an unlearner (refuse "
+    f"always, noise, collapse) after which they call {CAUGHT:.0%} of the models anything but clean, of those whose "
+    "test NLL is above that of every retrained model by more than the budget (5 %, of 1 nat at least)."
 )
 RUINED = (REFUSE, NOISE, COLLAPSE)
 _COMPARED = (NOTHING, RETRAINED, ASCENT)  # in the agreement with the standard: refusal and ruin are beyond it
@@ -56,6 +57,24 @@ def summary(states: Sequence[Row]) -> list[Row]:
         }
         for (kind, dose, name), group in sorted(groups.items(), key=lambda g: (g[0][0], g[0][1], order.index(g[0][2])))
     ]
+
+
+def sanity_lines(rows: Sequence[Row]) -> list[str]:
+    """Return a sentence for each kind and form of the audit: how many models it passes and fails that it should."""
+    lines = []
+    for row in rows:
+        if row["metric"] in AUDITS:
+            power = [v for name, v in row.items() if name.startswith("power_dose_")][-1]
+            ruined = [f"{_failed(row, u)} after {u}" for u in RUINED if row[f"clean: {u}"] is not None]
+            lines.append(
+                f"{row['metric']}, kind {row['kind']}: passes {1 - row['type_1_error']:.0%} of retrained models; calls "
+                f"{power:.0%} of untouched ones still known at the largest dose; fails {', '.join(ruined)}."
+            )
+    return lines
+
+
+def _failed(row: Row, unlearner: str) -> str:
+    return f"{1 - row[f'clean: {unlearner}']:.0%}"
 
 
 def _row(kind: str, metric: str, states: Sequence[Row]) -> Row:
