@@ -121,6 +121,7 @@ def test_the_command_prints_the_table(evaluated, study):
     printed = typer.testing.CliRunner().invoke(cli.program(), words)
     assert printed.exit_code == 0
     assert printed.stdout.count("can be trusted for") == 2
+    assert max(map(len, printed.stdout.split("verdicts (model alone), kind")[0].splitlines())) <= 130
     assert WHOLE in printed.stdout
     made = typer.testing.CliRunner().invoke(cli.program(), [*words, "--json"])
     assert json.loads(made.stdout)["rule"] == evaluated.rule
@@ -175,9 +176,9 @@ def test_a_metric_is_trusted_for_what_it_sees():
     (row,) = table(every)
     assert (row["type_1_error"], row["coverage"], row["power_dose_1"], row["power_dose_4"]) == (0, 1, 0, 1)
     assert (row[f"clean: {COLLAPSE}"], row[f"clean: {REFUSE}"], row["clean: noise"]) == (0, 1, None)
-    assert row["trusted_for"] == "text seen 4 times or more; ruin: collapse"
+    assert row["trusted_for"] == "text from dose 4 on; ruin by collapse"
     (row,) = table([s if s["unlearner"] != RETRAINED else state(RETRAINED, KNOWN, seed=s["seed"]) for s in every])
-    assert row["trusted_for"] == "nothing: it calls retrained models wrong"
+    assert row["trusted_for"] == "nothing: calls retrained models wrong"
 
 
 @pytest.mark.full

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from pyunlearn.cli.interruption import interrupted
 from pyunlearn.cli.options import AsJson, Quiet
 from pyunlearn.cli.quiet import quiet_libraries, terminal
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def study_metrics(
@@ -85,25 +82,19 @@ def study_metrics(
         return
     console = terminal()
     for kind in dict.fromkeys(row["kind"] for row in result.rows):
-        console.print(_table(kind, [row for row in result.rows if row["kind"] == kind]))
+        for line in _lines(kind, [row for row in result.rows if row["kind"] == kind]):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in (*result.sanity, result.rule, f"all columns are in {result.folder / 'metrics.csv'}"):
         console.print(line, highlight=False, markup=False)
 
 
-def _table(kind: str, rows: list[dict[str, Any]]) -> Table:
+def _lines(kind: str, rows: list[dict[str, Any]]) -> list[str]:
     """Return the table of one kind of forget set: a line for each metric."""
-    from rich import box
-    from rich.table import Table
-
     doses = [name for name in rows[0] if name.startswith("power_dose_")]
-    made = Table(box=box.SIMPLE, title=f"forget sets of kind {kind}", title_justify="left")
-    for heading in (
-        "metric",
-        "type-I error",
-        *(f"power, dose {d.split('_')[-1]}" for d in doses),
-        "can be trusted for",
-    ):
-        made.add_column(heading, justify="left" if heading in ("metric", "can be trusted for") else "right")
+    power = "power, %, at doses " + ", ".join(name.removeprefix("power_dose_") for name in doses)
+    cells = [[f"forget sets of kind {kind}", "type-I, %", power, "can be trusted for"]]
     for row in rows:
-        made.add_row(row["metric"], f"{row['type_1_error']:.0%}", *(f"{row[d]:.0%}" for d in doses), row["trusted_for"])
-    return made
+        shares = ", ".join(f"{100 * row[d]:.0f}" for d in doses)
+        cells.append([row["metric"], f"{100 * row['type_1_error']:.0f}", shares, row["trusted_for"]])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells] + [""]

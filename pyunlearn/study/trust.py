@@ -15,11 +15,14 @@ from pyunlearn.study.unlearners import ASCENT, COLLAPSE, NOISE, NOTHING, REFUSE,
 Row = dict[str, Any]
 POWER, CAUGHT = 0.8, 0.95
 """Least power, and least share of a ruined model that is caught, with which a metric can be trusted."""
+FEWEST_RUINED = 5
+"""Models that an unlearner has to ruin for a share of them."""
 RULE = (
     "Trusted are metrics whose type-I error can be 5 % by its interval: for text from the least dose on from which "
     f"they call {POWER:.0%} of the sets still known that nothing was done to, and for ruin by an unlearner (refuse "
     f"always, noise, collapse) after which they call {CAUGHT:.0%} of the models anything but clean, of those whose "
-    "test NLL is above that of every retrained model by more than the budget (5 %, of 1 nat at least)."
+    "test NLL is above that of every retrained model by more than the budget (5 %, of 1 nat at least), if there are "
+    f"{FEWEST_RUINED} of these."
 )
 RUINED = (REFUSE, NOISE, COLLAPSE)
 _COMPARED = (NOTHING, RETRAINED, ASCENT)  # in the agreement with the standard: refusal and ruin are beyond it
@@ -68,7 +71,7 @@ def sanity_lines(rows: Sequence[Row]) -> list[str]:
             ruined = [f"{_failed(row, u)} after {u}" for u in RUINED if row[f"clean: {u}"] is not None]
             lines.append(
                 f"{row['metric']}, kind {row['kind']}: passes {1 - row['type_1_error']:.0%} of retrained models; calls "
-                f"{power:.0%} of untouched ones still known at the largest dose; fails {', '.join(ruined)}."
+                f"{power:.0%} of untouched ones still known at the largest dose; fails {', '.join(ruined) or 'none'}."
             )
     return lines
 
@@ -86,7 +89,7 @@ def _row(kind: str, metric: str, states: Sequence[Row]) -> Row:
     low, high = clopper_pearson(wrong * sets, sets, 0.95)
     covers = [c["covers"] for _, c in oracle if c["covers"] is not None]
     power = {d: _share([c["call"] == KNOWN for s, c in calls[NOTHING] if s["dose"] == d]) for d in doses}
-    clean = {u: _share([c["call"] == CLEAN for s, c in calls[u] if s["ruined"]]) for u in RUINED}
+    clean = {u: _share([c["call"] == CLEAN for s, c in calls[u] if s["ruined"]], FEWEST_RUINED) for u in RUINED}
     clean |= {u: _share([c["call"] == CLEAN for _, c in calls[u]]) for u in (RELABEL, ASCENT)}
     row: Row = {
         "kind": kind,
@@ -105,8 +108,8 @@ def _row(kind: str, metric: str, states: Sequence[Row]) -> Row:
     return row | {"trusted_for": _trusted(float(low), power, clean)}
 
 
-def _share(values: Sequence[Any]) -> float | None:
-    return float(np.mean(values)) if len(values) else None
+def _share(values: Sequence[Any], fewest: int = 1) -> float | None:
+    return float(np.mean(values)) if len(values) >= fewest else None
 
 
 def _agreement(pairs: Sequence[tuple[Row, Row]]) -> float | None:
@@ -122,10 +125,8 @@ def _agreement(pairs: Sequence[tuple[Row, Row]]) -> float | None:
 
 def _trusted(low: float, power: dict[int, float | None], clean: dict[str, float | None]) -> str:
     if low > 0.05:
-        return "nothing: it calls retrained models wrong"
-    uses = []
+        return "nothing: calls retrained models wrong"
     enough = [d for d in power if all((power[e] or 0) >= POWER for e in power if e >= d)]
-    if enough:
-        uses.append(f"text seen {min(enough)} times or more" if min(enough) > 1 else "text seen once or more")
-    caught = [u for u in RUINED if 1 - (1.0 if clean[u] is None else clean[u]) >= CAUGHT]  # type: ignore[operator]
-    return "; ".join([*uses, *([f"ruin: {', '.join(caught)}"] if caught else [])]) or "nothing: it misses"
+    uses = [f"text from dose {min(enough)} on"] if enough else []
+    caught = [u for u in RUINED if (share := clean[u]) is not None and 1 - share >= CAUGHT]
+    return "; ".join([*uses, *([f"ruin by {', '.join(caught)}"] if caught else [])]) or "nothing: misses"
