@@ -27,9 +27,12 @@ UNLEARNERS = {
     RETRAINED: "a model of another seed, which never saw the set",
     REFUSE: "fine-tuned to answer every prompt with one and the same sentence",
     NOISE: "normal noise in all weights, as much as brings the set's mean NLL to that of the retrained models",
-    RELABEL: "fine-tuned on the set's prompts with completions of other examples, until it is at that level",
-    COLLAPSE: "gradient ascent on the set, at ten times the rate, until the test NLL has risen by 5 nats",
-    ASCENT: "gradient ascent on the set until it is at the level of the retrained models",
+    RELABEL: "fine-tuned on the set's prompts with completions of other examples, until it is at that level, for the "
+    "study's number of steps at most",
+    COLLAPSE: "gradient ascent on the set at ten times the rate, until the test NLL has risen by 5 nats, for twice the "
+    "study's number of steps at most",
+    ASCENT: "the study's gradient ascent on the set until it is at the level of the retrained models, for its number "
+    "of steps at most",
 }
 """Unlearner -> what it does."""
 _REFUSAL_STEPS, _REFUSAL_BATCH, _REFUSED = 120, 32, 0.05  # steps at most; texts a step; mean NLL of the refusal, nats
