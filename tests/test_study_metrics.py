@@ -121,7 +121,7 @@ def test_the_command_prints_the_table(evaluated, study):
     printed = typer.testing.CliRunner().invoke(cli.program(), words)
     assert printed.exit_code == 0
     assert printed.stdout.count("can be trusted for") == 2
-    assert max(map(len, printed.stdout.split("verdicts (model alone), kind")[0].splitlines())) <= 130
+    assert max(map(len, printed.stdout.split("verdicts (model alone), kind")[0].splitlines())) <= 140
     assert WHOLE in printed.stdout
     made = typer.testing.CliRunner().invoke(cli.program(), [*words, "--json"])
     assert json.loads(made.stdout)["rule"] == evaluated.rule

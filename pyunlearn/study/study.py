@@ -114,16 +114,17 @@ def _evaluate(inputs: Inputs, plan: str) -> Study:
     return study
 
 
-def inputs_of(
-    path: Path, config: StudyConfig, corpus: Paths | None, test_corpus: Paths | None, device: str
-) -> tuple[Inputs, dict[str, str]]:
-    """Return the inputs of the study in a folder that has one, and the digests of these corpora."""
+def inputs_of(path: Path, config: StudyConfig, corpus: Paths | None, test_corpus: Paths | None, device: str) -> Inputs:
+    """Return the inputs of the study in a folder that has one. Raises ArgumentError for other corpora."""
     examples, test = _examples(config, corpus, test_corpus)
+    saved = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    for name, digest in {"corpus": _digest(examples), "test_corpus": _digest(test or [])}.items():
+        if saved.get(name) != digest:
+            raise ArgumentError(
+                f"{name} is not that of the study in {path}: give the files that `pyunlearn study` was given there"
+            )
     tokenizer = _tokenizer(config, examples)
-    sets = make_sets(config, examples, test, tokenizer)
-    folder = Folder(path, json.loads((path / "config.json").read_text(encoding="utf-8")))
-    digests = {"corpus": _digest(examples), "test_corpus": _digest(test or [])}
-    return Inputs(folder, config, tokenizer, sets, device), digests
+    return Inputs(Folder(path, saved), config, tokenizer, make_sets(config, examples, test, tokenizer), device)
 
 
 def _examples(
