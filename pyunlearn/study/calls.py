@@ -1,4 +1,4 @@
-"""What each metric says of a forget set under a model: still known, clean or damaged, by one rule at 5 %."""
+"""The call of each metric on a forget set under a model: still known, clean or damaged, by one rule at 5 %."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ AUDITS = (f"verdicts ({_ALONE})", f"verdicts ({_ORIGINAL})", WHOLE, WHOLE_RETRAI
 
 
 class Call(NamedTuple):
-    """What one metric says of one set under one model."""
+    """The call of one metric on one set under one model."""
 
     call: str
     """One of KNOWN, CLEAN, DAMAGED."""

@@ -1,4 +1,4 @@
-"""What models make of the texts of a study, and the package's own audit of it: for the evaluation of the metrics."""
+"""Readings of the texts of a study by its models, and the package's own audit of them."""
 
 from __future__ import annotations
 
