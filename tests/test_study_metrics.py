@@ -39,8 +39,7 @@ def states(evaluated):
 
 def share(states, metric, unlearner, call, kind=None, dose=None):
     """The share of the models after an unlearner of which a metric says this."""
-    own = [s for s in states if s["unlearner"] == unlearner and s["kind"] in (kind, s["kind"])[kind is None :]]
-    own = [s for s in own if dose in (None, s["dose"])]
+    own = [s for s in states if s["unlearner"] == unlearner and kind in (None, s["kind"]) and dose in (None, s["dose"])]
     assert own
     return float(np.mean([s["metrics"][metric]["call"] == call for s in own]))
 
