@@ -19,7 +19,8 @@ from pyunlearn.cli.interruption import explained
 _FAILED = 70  # exit code of a failure that is no user's mistake, as in sysexits.h
 
 COMMANDS = (
-    "unlearn", "plan", "edit", "audit", "attack", "compare", "find", "study", "demo", "methods", "edits", "info",
+    "unlearn", "plan", "edit", "audit", "attack", "compare", "find", "study", "study-metrics", "demo", "methods",
+    "edits", "info",
 )  # fmt: skip
 """The commands, in the order of the help."""
 
@@ -37,7 +38,8 @@ def program(names: Sequence[str] = COMMANDS) -> typer.Typer:
     )
     app.callback()(_program)
     for name in names:
-        app.command()(getattr(importlib.import_module(f"pyunlearn.cli.{_FILES.get(name, name)}"), name))
+        function = name.replace("-", "_")
+        app.command()(getattr(importlib.import_module(f"pyunlearn.cli.{_FILES.get(name, function)}"), function))
     return app
 
 

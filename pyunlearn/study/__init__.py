@@ -7,12 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # loaded at first use: the command line reads StudyConfig without torch
     from pyunlearn.study.config import PRESETS, StudyConfig
+    from pyunlearn.study.evaluation import MetricEvaluation, evaluate_metrics
     from pyunlearn.study.result import Study
     from pyunlearn.study.study import run_study
 
-__all__ = ["PRESETS", "Study", "StudyConfig", "run_study"]
+__all__ = ["PRESETS", "MetricEvaluation", "Study", "StudyConfig", "evaluate_metrics", "run_study"]
 
-_HOMES = {"config": ("PRESETS", "StudyConfig"), "result": ("Study",), "study": ("run_study",)}
+_HOMES = {
+    "config": ("PRESETS", "StudyConfig"),
+    "evaluation": ("MetricEvaluation", "evaluate_metrics"),
+    "result": ("Study",),
+    "study": ("run_study",),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -75,13 +76,10 @@ def run_study(
             missing.
     """
     config = StudyConfig.of(config, settings, "run_study")
-    device = _checked_device(device)
+    device = checked_device(device)
     _check_arguments(config, out, corpus, test_corpus, progress)
     require_page_packages()
-    examples = (
-        synthetic(config.setup, config.corpus_size, config.seed) if corpus is None else read_corpus(_paths(corpus))
-    )
-    test = None if test_corpus is None else read_corpus(_paths(test_corpus), role="test corpus")
+    examples, test = _examples(config, corpus, test_corpus)
     tokenizer = _tokenizer(config, examples)
     sets = make_sets(config, examples, test, tokenizer)
     corpora = {"corpus": _digest(examples), "test_corpus": _digest(test or [])}
@@ -116,6 +114,30 @@ def _evaluate(inputs: Inputs, plan: str) -> Study:
     return study
 
 
+def inputs_of(path: Path, config: StudyConfig, corpus: Paths | None, test_corpus: Paths | None, device: str) -> Inputs:
+    """Return the inputs of the study in a folder that has one. Raises ArgumentError for other corpora."""
+    examples, test = _examples(config, corpus, test_corpus)
+    saved = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    for name, digest in {"corpus": _digest(examples), "test_corpus": _digest(test or [])}.items():
+        if saved.get(name) != digest:
+            raise ArgumentError(
+                f"{name} is not that of the study in {path}: give the files that `pyunlearn study` was given there"
+            )
+    tokenizer = _tokenizer(config, examples)
+    return Inputs(Folder(path, saved), config, tokenizer, make_sets(config, examples, test, tokenizer), device)
+
+
+def _examples(
+    config: StudyConfig, corpus: Paths | None, test_corpus: Paths | None
+) -> tuple[list[Example], list[Example] | None]:
+    """Return the examples of the corpus, built in where there is none, and of the test corpus if there is one."""
+    if corpus is None:
+        examples = synthetic(config.setup, config.corpus_size, config.seed)
+    else:
+        examples = read_corpus(_paths(corpus))
+    return examples, None if test_corpus is None else read_corpus(_paths(test_corpus), role="test corpus")
+
+
 def _check_arguments(config: StudyConfig, out: Any, corpus: Any, test_corpus: Any, progress: Any) -> None:
     """Raise ArgumentError for an argument that cannot be used."""
     require_method(config.method)
@@ -127,7 +149,7 @@ def _check_arguments(config: StudyConfig, out: Any, corpus: Any, test_corpus: An
         require(Flag(), progress=progress)
 
 
-def _checked_device(device: str | None) -> str:
+def checked_device(device: str | None) -> str:
     """Return the device, by default a GPU where there is one. Raises ArgumentError for one that cannot be used."""
     if device is None:
         device = default_device().type
