@@ -173,7 +173,7 @@ def test_a_caption_does_not_gainsay_the_headline(audited):
         audited, null_test=audited.null_test._replace(pvalue=0.24), top_test=audited.top_test._replace(pvalue=0.3)
     )
     exposed = with_verdicts(quiet, "still exposed", *["not memorized"] * 5)
-    assert "Single texts stand out" in Page(audit_page(exposed)).text
+    assert "Single texts are likelier than the average unseen text" in Page(audit_page(exposed)).text
     assert "could be unseen text" not in Page(audit_page(exposed)).text
     assert "could be unseen text" in Page(audit_page(with_verdicts(quiet, *["not memorized"] * 6))).text
 

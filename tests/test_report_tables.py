@@ -4,6 +4,7 @@ import io
 import re
 from dataclasses import replace
 from math import inf
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from pyunlearn import ExampleResult, Result, Utility
 from pyunlearn.edits import EDITS
 from pyunlearn.methods import METHODS
-from pyunlearn.report import edit_line, edit_table, result_table, utility_line
+from pyunlearn.report import edit_line, edit_table, result_table, sentences, utility_line
 from pyunlearn.report.catalogue import catalogue, verdict_lines
 
 LONG = "The plumber's cat learned to whistle in the spring of the year when the harbour froze, and nobody could agree."
@@ -140,3 +141,19 @@ def test_verdicts_stand_before_their_claims():
     assert lines[0].startswith("holds      The plumber's cat")
     assert all(len(line) <= 60 for block in lines for line in block.splitlines())
     assert lines[2:] == ["not shown  Claim.", "             Reason."]
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_still_exposed_after_unlearning_is_no_claim_of_standing_out(anchored):
+    """With the original it is a text above the mean of unseen ones, as 37 % of unseen ones are; alone it stands out."""
+    audit = SimpleNamespace(
+        non_members=SimpleNamespace(anchored=anchored),
+        verdicts={"still exposed": 1},
+        null_test=SimpleNamespace(pvalue=0.5),
+        top_test=SimpleNamespace(exact_pvalue=0.5),
+    )
+    meaning, line = sentences.meanings(audit)["still exposed"], sentences.null_sentence(audit)
+    assert ("knows it better than text that it never saw" in meaning) is not anchored
+    assert ("likelier than the average unseen text" in meaning) is anchored
+    assert ("Single texts stand out" in line) is not anchored
+    assert ("likelier than the average unseen text" in line) is anchored

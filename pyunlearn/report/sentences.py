@@ -16,6 +16,7 @@ MEANINGS = {
     "not memorized": "Was never known better than unseen text.",
 }
 """Each verdict and its meaning, the worst first."""
+_EXPOSED_AFTER = "It was memorized, and is still likelier than the average unseen text, or still extracted."
 TONES = {
     "still exposed": "warn",
     "over-unlearned": "bad",
@@ -23,6 +24,11 @@ TONES = {
     "forgotten": "good",
     "not memorized": "plain",
 }
+
+
+def meanings(audit: Audit) -> dict[str, str]:
+    """Return each verdict and its meaning in this audit, the worst first."""
+    return MEANINGS | ({"still exposed": _EXPOSED_AFTER} if audit.non_members.anchored else {})
 
 
 def worst_first(examples: Sequence[AuditedExample]) -> list[AuditedExample]:
@@ -94,7 +100,8 @@ def null_sentence(audit: Audit) -> str:
         way = "are more exposed than" if audit.null_test.mean > NULL_MEAN else "differ from"
         return f"All together they {way} unseen text (p = {shape:.1g}), without many that stand out."
     if audit.verdicts.get("still exposed"):
-        return f"Single texts stand out; of as many unseen texts, as many would too (p = {top:.2g})."
+        single = "are likelier than the average unseen text" if audit.non_members.anchored else "stand out"
+        return f"Single texts {single}; of as many unseen texts, as many would be too (p = {top:.2g})."
     return f"All together they could be unseen text (p = {top:.2g})."
 
 
