@@ -9,7 +9,6 @@ from study_settings import TINY
 
 from pyunlearn.errors import ArgumentError, DataError, OutputError
 from pyunlearn.study import PRESETS, StudyConfig, run_study
-from pyunlearn.study.config import parsed
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -110,12 +109,6 @@ def test_the_signature_lists_every_setting():
     parameters = inspect.signature(run_study).parameters
     assert set(StudyConfig.options()) < set(parameters)
     assert all(f"{name}: " in run_study.__doc__ for name in parameters)
-
-
-def test_changes_on_the_command_line_are_json():
-    """Anything that is not JSON is a string."""
-    changes = parsed(["steps=7", "unlearning_rates=[0.1]", "size=base"])
-    assert changes == {"steps": 7, "unlearning_rates": [0.1], "size": "base"}
 
 
 def test_settings_are_read_without_torch():

@@ -7,6 +7,7 @@ from study_settings import TINY
 
 from pyunlearn.errors import DataError
 from pyunlearn.models.from_scratch import train_tokenizer
+from pyunlearn.study import sets as study_sets
 from pyunlearn.study.config import PRESETS, StudyConfig
 from pyunlearn.study.corpus import read_corpus, synthetic
 from pyunlearn.study.sets import Sets, make_sets
@@ -86,6 +87,20 @@ def test_a_corpus_that_is_too_small_is_refused():
     """The message tells the numbers."""
     with pytest.raises(DataError, match="300 different examples, and the study needs"):
         sets_of(examples=40)
+
+
+def test_examples_of_the_test_corpus_are_left_out_with_a_warning(monkeypatch):
+    """They would be trained on; a copy within the corpus is no news."""
+    lines = []
+    monkeypatch.setattr(study_sets.logger, "warning", lines.append)
+    config = StudyConfig(**{**TINY, "corpus_size": 300})
+    corpus = synthetic(config.setup, 300, 0)
+    tokenizer = train_tokenizer((t for e in corpus for t in (e.prompt, e.completion)), config.vocabulary)
+    test = synthetic(config.setup, config.test_examples, 1)
+    make_sets(config, corpus + corpus[:2], test, tokenizer)
+    assert lines == []
+    make_sets(config, corpus + test[:3], test, tokenizer)
+    assert lines == ["3 examples of the corpus are in the test corpus too: they are left out of the training"]
 
 
 def test_corpora_are_read_in_every_form(tmp_path):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -215,23 +214,3 @@ PRESETS = {
     ),
 }
 """Name -> settings, from seconds on a CPU to days on a GPU."""
-
-
-def parsed(changes: Sequence[str]) -> dict[str, Any]:
-    """Read NAME=VALUE words of the command line: the value is JSON, or else a string.
-
-    >>> parsed(["steps=7", "size=base"])
-    {'steps': 7, 'size': 'base'}
-
-    Raises ArgumentError without "=".
-    """
-    settings = {}
-    for change in changes:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise ArgumentError(f"--set takes NAME=VALUE, got {change!r}")
-        try:
-            settings[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[name.strip()] = value
-    return settings

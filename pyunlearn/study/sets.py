@@ -15,6 +15,7 @@ from pyunlearn.data import Tokens, encode
 from pyunlearn.data.examples import Example, read_examples
 from pyunlearn.errors import DataError
 from pyunlearn.metrics import make_canaries
+from pyunlearn.progress import logger
 from pyunlearn.study.config import StudyConfig
 
 _RARE = 2000  # least frequent words, of which canaries are made
@@ -86,8 +87,10 @@ def make_sets(config: StudyConfig, corpus: Sequence[Example], test: Sequence[Exa
 
     Raises DataError where the corpus is too small for them.
     """
-    tested = {(e.prompt, e.completion) for e in test or ()}
-    corpus = list({(e.prompt, e.completion): e for e in corpus if (e.prompt, e.completion) not in tested}.values())
+    tested, different = {(e.prompt, e.completion) for e in test or ()}, {(e.prompt, e.completion): e for e in corpus}
+    corpus = [e for texts, e in different.items() if texts not in tested]
+    if both := len(different) - len(corpus):
+        logger.warning(f"{both} examples of the corpus are in the test corpus too: they are left out of the training")
     random.Random(f"order-{config.seed}").shuffle(corpus)
     natural = sum(k in config.kinds for k in ("id", "mismatched"))
     forget = natural * config.seeds * len(config.doses) * config.examples
