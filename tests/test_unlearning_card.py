@@ -67,7 +67,7 @@ def test_the_card_has_the_verdict_and_no_forget_text(story, result, tmp_path):
     assert [piece for piece in words_of(story) if piece in (folder / "result.json").read_text()]  # show_text
 
 
-def test_a_model_of_this_machine_is_named_without_its_path(story, tmp_path):
+def test_a_model_of_this_machine_is_named_without_its_path(story, tmp_path, monkeypatch):
     """A folder is no base model on the hub."""
     for part in (story.fresh(), story.tokenizer):
         part.save_pretrained(tmp_path / "mine")
@@ -75,7 +75,13 @@ def test_a_model_of_this_machine_is_named_without_its_path(story, tmp_path):
     card = ModelCard.load(result.save(tmp_path / "out") / "README.md")
     assert card.data.base_model is None
     assert "# mine, after unlearning" in card.text
+    assert "removed from `mine` with" in card.text
     assert str(tmp_path) not in card.content
+    monkeypatch.chdir(tmp_path.parent)
+    near = run(story, story.unseen, model=f"{tmp_path.name}/mine")
+    card = ModelCard.load(near.save(tmp_path / "near") / "README.md")
+    assert card.data.base_model is None
+    assert tmp_path.name not in card.content
 
 
 def test_the_card_of_an_adapter_replaces_that_of_peft(story, tmp_path):

@@ -78,7 +78,7 @@ def test_what_cannot_listen_is_refused_before_anything_is_read(story):
     """With one sentence each."""
     with pytest.raises(ArgumentError, match=r"on_step must be a function of one step's record.*got str"):
         run(story, on_step="wandb")
-    with pytest.raises(DependencyError, match=r"log_with='dvclive' needs its package: pip install dvclive"):
+    with pytest.raises(DependencyError, match="the tracker dvclive is not installed: pip install dvclive"):
         run(story, log_with=["dvclive"])
     with pytest.raises(ArgumentError, match="log_with"):
         run(story, log_with=["nothing"])

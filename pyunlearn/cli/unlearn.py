@@ -104,7 +104,7 @@ def unlearn(
             console.print(note, highlight=False, markup=False)
         if result.attack is not None:
             show_attack(console, result.attack, show_text=config.show_text)
-        where = f"stopped: {result.stopped} · model, tokenizer and result.json are in {target}"
+        where = f"stopped: {result.stopped} · model, tokenizer, model card and result.json are in {target}"
         console.print(where, highlight=False, markup=False)
         if config.show_text:
             hint = "result.json holds the forget texts (--show-text): remove it before you pass the folder on"

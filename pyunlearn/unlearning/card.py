@@ -36,10 +36,12 @@ def model_card(model: Any, result: Mapping[str, Any]) -> str:
     head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": list(TAGS)}
     if base is not None and _is_hub_name(base):
         head |= {"base_model": base}
+    notes += "\n" if notes else ""
     front = "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in head.items())
     rows = "".join(f"| {name} | {value} |\n" for name, value in _rows(result))
     limit = ", unless the row *under attack* says so" if result["attack"] else ""
-    title, source = ("A model", "a language model") if base is None else (Path(base).name, f"`{base}`")
+    shown = base if base is None or _is_hub_name(base) else Path(base).name
+    title, source = ("A model", "a language model") if shown is None else (Path(shown).name, f"`{shown}`")
     return f"""---
 {front}---
 
@@ -51,9 +53,8 @@ Training examples were removed from {source} with {_program()}
 | | |
 |---|---|
 {rows}
-{notes}
-*Forgotten* means no more likely than text that was not trained on, and no more of it extracted. It does not mean that
-paraphrases, translations or knowledge about the text are gone, nor that fine-tuning cannot bring it back{limit}.
+{notes}*Forgotten* means no more likely than text that was not trained on, and no more of it extracted. It does not mean
+that paraphrases, translations or knowledge about the text are gone, nor that fine-tuning cannot bring it back{limit}.
 """
 
 

@@ -26,7 +26,7 @@ def require_listeners(on_step: Any, trackers: Sequence[str] | None) -> None:
         available = {str(name) for name in get_available_trackers()}
         for name in trackers:
             if name not in available:
-                raise DependencyError(f"log_with={name!r} needs its package: pip install {name.replace('_', '-')}")
+                raise DependencyError(f"the tracker {name} is not installed: pip install {name.replace('_', '-')}")
 
 
 @contextmanager
