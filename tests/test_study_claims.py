@@ -6,11 +6,14 @@ from study_settings import TINY
 
 from pyunlearn.metrics import NULL_MEAN, generalized_exposure
 from pyunlearn.study import claims, outcomes
+from pyunlearn.study.claims import Claim
 from pyunlearn.study.config import StudyConfig
+from pyunlearn.study.decisions import decide
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.outcomes import RETRAINED, Outcome
 from pyunlearn.study.runs import jobs
 from pyunlearn.study.sets import ForgetSet, Sets
+from pyunlearn.study.tables import decision_row
 
 DOSES = (1, 4, 16)
 
@@ -206,3 +209,11 @@ def test_sensitivity_measures_every_claim_in_other_ways():
     assert values["memorization", "steps in all, from unlike starts"].mean == pytest.approx(0.5, abs=0.02)
     one_speed = next(row for row in rows if row.variant.startswith("arithmetic: the same at one speed"))
     assert (one_speed.unit, one_speed.agree, one_speed.seeds) == ("correlation", None, 6)
+
+
+def test_a_further_kind_is_named_in_its_contrast():
+    """Tables of mismatched sets do not speak of canaries."""
+    decision = decide({"decay": [0.1, 0.2, 0.3]}, {"decay": 0.02})["decay"]
+    rows = {kind: decision_row(Claim("decay", kind, [0.1, 0.2, 0.3], decision)) for kind in ("canary", "mismatched")}
+    assert "minus canaries, at the step where the canaries are forgotten" in rows["canary"]["contrast"]
+    assert "minus mismatched sets, at the step where the mismatched sets are" in rows["mismatched"]["contrast"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pyunlearn.data.redaction import masked
 from pyunlearn.errors import printable
-from pyunlearn.study.claims import CLAIMS, Claim, Variant
+from pyunlearn.study.claims import CLAIMS, OUTSIDE, Claim, Variant
 from pyunlearn.study.folder import Row
 from pyunlearn.study.outcomes import CRITERIA, Examples, Outcome
 from pyunlearn.study.seeds import Inputs
@@ -45,7 +45,8 @@ def write_tables(
 def decision_row(claim: Claim) -> Row:
     """Return a decision with its claim and estimand."""
     estimand = CLAIMS[claim.name]
-    names = {"claim": claim.name, "kind": claim.kind, "text": estimand.claim, "contrast": estimand.contrast}
+    contrast = estimand.contrast.replace("canaries", "canaries" if claim.kind == OUTSIDE else f"{claim.kind} sets")
+    names = {"claim": claim.name, "kind": claim.kind, "text": estimand.claim, "contrast": contrast}
     return names | {"unit": estimand.unit} | claim.decision._asdict()
 
 
