@@ -51,6 +51,7 @@ COMMANDS = {
     "compare": f"compare ../inputs/model {HOLDOUT} --methods ga,npo --max-steps 2 --out out --quiet",
     "edit": f"edit ../inputs/model {DATA} --edit prune --out out --quiet",
     "study": f"study --corpus ../inputs/corpus.jsonl {STUDY} --out out --quiet",
+    "study-2": f"study --corpus ../inputs/corpus.jsonl {STUDY} --processes 2 --out out --quiet",
 }
 TIMES = {"seconds", "peak_memory"}
 DRAWN = {".svg", ".png", ".pdf", ".html"}  # not the same twice, in the times on them or in the order of elements
@@ -125,7 +126,7 @@ def _imported(model: Path) -> Callable[[], None]:
     import pyunlearn.comparing
     import pyunlearn.edits.registry
     import pyunlearn.report
-    import pyunlearn.study
+    import pyunlearn.study.study
     import pyunlearn.unlearning.api  # noqa: F401
     from pyunlearn.cli.main import main as program
     from pyunlearn.models import load
