@@ -27,15 +27,24 @@ def result(story):
 
 @pytest.fixture
 def local_hub(monkeypatch, tmp_path):
-    """A hub in a folder: repository -> a folder of its files; the calls are checked against the true signatures."""
-    api = mock.create_autospec(huggingface_hub.HfApi, instance=True)
-    api.repo_exists.side_effect = lambda repo_id: (tmp_path / repo_id).exists()
+    """A hub in a folder, of the account "me": repository -> a folder of its files; calls fit the true signatures.
 
-    def create(repo_id, **_):
-        (tmp_path / repo_id).mkdir(parents=True, exist_ok=True)
+    As on the true hub a name without an account belongs to nobody when it is looked up, and to "me" when it is made.
+    """
+    api = mock.create_autospec(huggingface_hub.HfApi, instance=True)
+    api.whoami.side_effect = lambda: {"name": "me"}
+    api.repo_exists.side_effect = lambda repo_id: "/" in repo_id and (tmp_path / repo_id).exists()
+    api.repo_info.side_effect = lambda repo_id: mock.Mock(private=False)
+
+    def create(repo_id, *, exist_ok, **_):
+        place = tmp_path / (repo_id if "/" in repo_id else f"me/{repo_id}")
+        place.mkdir(parents=True, exist_ok=exist_ok)
         return mock.Mock(repo_id=repo_id)
 
-    def receive(*, repo_id, folder_path, **_):
+    def receive(*, repo_id, folder_path, delete_patterns, **_):
+        assert delete_patterns in (None, "*")
+        if delete_patterns:
+            shutil.rmtree(tmp_path / repo_id)
         shutil.copytree(folder_path, tmp_path / repo_id, dirs_exist_ok=True)
         return mock.Mock(commit_url=f"https://hub.invalid/{repo_id}/commit/1")
 
@@ -108,10 +117,10 @@ def test_a_pushed_result_holds_a_card_and_no_forget_text(story, result, local_hu
         content = path.read_bytes()
         assert not [piece for piece in words_of(story) if piece.encode() in content]
     load(there)
-    local_hub.create_repo.assert_called_once_with("me/story-unlearned", private=True, exist_ok=True)
+    local_hub.create_repo.assert_called_once_with("me/story-unlearned", private=True, exist_ok=False)
     local_hub.create_branch.assert_not_called()
-    result.push_to_hub("me/story-unlearned", revision="v2")
-    local_hub.create_branch.assert_called_once_with("me/story-unlearned", branch="v2", exist_ok=True)
+    result.push_to_hub("me/other", revision="v2")
+    local_hub.create_branch.assert_called_once_with("me/other", branch="v2", exist_ok=True)
 
 
 def test_the_document_runs(result, local_hub):
@@ -122,14 +131,45 @@ def test_the_document_runs(result, local_hub):
     assert names["address"] == "https://hub.invalid/me/my-model-unlearned/commit/1"
 
 
-def test_an_older_repository_is_warned_of(result, local_hub, monkeypatch):
-    """Its history can hold the model as it was."""
+def test_a_repository_that_is_there_is_refused_or_replaced(result, local_hub, monkeypatch, tmp_path):
+    """Its files can be the model as it was, and its history; a name without the account is the account's own."""
     lines = []
     monkeypatch.setattr(hub.logger, "warning", lines.append)
-    result.push_to_hub("me/model")
+    result.push_to_hub("model")
+    (tmp_path / "me" / "model" / "model-00001-of-00002.safetensors").write_text("as it was")
+    for name in ("model", "me/model"):
+        with pytest.raises(OutputError, match=r"me/model is there already.*choose a new name, or pass replace=True"):
+            result.push_to_hub(name)
     assert lines == []
-    result.push_to_hub("me/model")
-    assert ["its history can still hold the model" in line for line in lines] == [True]
+    with pytest.raises(OutputError, match="me/model is public: make it private first"):
+        result.push_to_hub("me/model", private=True, replace=True)
+    result.push_to_hub("me/model", replace=True)
+    assert ["can still hold the model with the texts" in line for line in lines] == [True]
+    assert not (tmp_path / "me" / "model" / "model-00001-of-00002.safetensors").exists()
+    load(tmp_path / "me" / "model")
+
+
+def test_no_path_of_this_machine_is_uploaded(story, local_hub, tmp_path):
+    """The configuration of an adapter has the path of its base model, which the saved folder needs."""
+    pytest.importorskip("peft")
+    for part in (story.fresh(), story.tokenizer):
+        part.save_pretrained(tmp_path / "secret-customer" / "base")
+    result = run(story, story.unseen, model=str(tmp_path / "secret-customer" / "base"), lora=2)
+    saved = result.save(tmp_path / "out")
+    assert "secret-customer" in (saved / "adapter_config.json").read_text()
+    result.push_to_hub("adapter")
+    for path in (tmp_path / "me" / "adapter").iterdir():
+        assert b"secret-customer" not in path.read_bytes(), path.name
+    assert '"base_model_name_or_path": "base"' in (tmp_path / "me" / "adapter" / "adapter_config.json").read_text()
+
+
+def test_the_card_of_a_model_that_was_not_changed_says_so(story, tmp_path):
+    """Neither the tag nor the sentence claims that something was removed."""
+    result = run(story, story.unseen)
+    card = ModelCard.load(result.save(tmp_path / "out") / "README.md")
+    assert "unlearned" not in card.data.tags
+    assert "were to be removed from" in card.text
+    assert "| the run ended | nothing memorized |" in card.text
 
 
 def test_what_the_hub_refuses_is_one_sentence(result, local_hub, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import socket
 import threading
@@ -18,6 +19,7 @@ from pyunlearn.progress import logger
 _SECONDS = 2.0  # to wait for an answer
 _REMEMBERED = 30.0  # seconds
 _PROXIES = ("https_proxy", "http_proxy", "all_proxy")
+_NAMES = ("_name_or_path", "name_or_path", "base_model_name_or_path")  # in a model's, tokenizer's and adapter's config
 
 
 def hub_options(name: str) -> dict[str, Any]:
@@ -79,29 +81,60 @@ def upload(
     token: str | bool | None,
     revision: str | None,
     commit_message: str,
+    replace: bool,
 ) -> str:
-    """Upload a model's folder to a repository, which is made if it is missing; return the address of the commit.
+    """Upload a model's folder to a new repository, or in place of all files of one; return the address of the commit.
 
-    Raises OutputError where the hub refuses or cannot be reached.
+    Raises OutputError where the hub refuses or cannot be reached, where the repository is there and not to be replaced,
+    or where it is public and should not be.
     """
     from huggingface_hub import HfApi
 
     if not reachable():
         raise OutputError(f"the hub ({host()[0]}) cannot be reached: save the result, and upload its folder later")
+    _without_paths(folder)
     api = HfApi(token=token)
     try:
-        existed = api.repo_exists(repo_id)
-        whole_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if existed:
-            logger.warning(
-                f"the repository {whole_id} was there before: its history can still hold the model with the texts; "
-                "delete its old revisions, or choose a new name"
-            )
+        whole_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+        if api.repo_exists(whole_id):
+            _require_replaceable(api, whole_id, private=private, replace=replace)
+        api.create_repo(whole_id, private=private, exist_ok=replace)
         if revision is not None:
             api.create_branch(whole_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=whole_id, folder_path=folder, revision=revision, commit_message=commit_message
+            repo_id=whole_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            delete_patterns="*" if replace else None,
         )
+    except OutputError:
+        raise
     except Exception as error:  # huggingface_hub and its HTTP clients have no common one
         raise OutputError(f"the hub did not take the model as {repo_id}: {first_line(error)}") from error
     return str(commit.commit_url)
+
+
+def _require_replaceable(api: Any, repo_id: str, *, private: bool | None, replace: bool) -> None:
+    """Raise OutputError unless the files of a repository may be replaced; warn of its history."""
+    if not replace:
+        raise OutputError(
+            f"the repository {repo_id} is there already, and its files and history can hold the model with the texts: "
+            "choose a new name, or pass replace=True to replace its files"
+        )
+    if private and not api.repo_info(repo_id).private:
+        raise OutputError(f"the repository {repo_id} is public: make it private first, or choose a new name")
+    logger.warning(
+        f"the history of the repository {repo_id}, its other branches and its tags can still hold the model with the "
+        "texts: delete them, or choose a new name"
+    )
+
+
+def _without_paths(folder: Path) -> None:
+    """Name models without their folders on this machine in the configurations of a model's folder."""
+    for file in folder.glob("*config.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        paths = [key for key in _NAMES if Path(str(content.get(key) or "")).is_absolute()]
+        if paths:
+            content |= {key: Path(content[key]).name for key in paths}
+            file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,7 +14,9 @@ import numpy as np
 
 from pyunlearn.models.hub import is_repository_name
 
-TAGS = ("unlearned", "machine-unlearning", "pyunlearn")
+TAGS = ("machine-unlearning", "pyunlearn")
+UNLEARNED = "unlearned"
+"""A further tag, where all that was memorized is forgotten."""
 
 _BASIS = {
     "holdout": "text of the same kind that was not trained on",
@@ -33,7 +35,9 @@ def model_card(model: Any, result: Mapping[str, Any]) -> str:
     """
     settings, notes = result["settings"], "".join(f"- {note}\n" for note in result["notes"])
     base, adapter = _base_model(model, settings), hasattr(model, "peft_config")
-    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": list(TAGS)}
+    unlearned = result["forgotten"]
+    tags = [*([UNLEARNED] if unlearned else []), *TAGS]
+    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": tags}
     if base is not None and _is_hub_name(base):
         head |= {"base_model": base}
     notes += "\n" if notes else ""
@@ -47,7 +51,7 @@ def model_card(model: Any, result: Mapping[str, Any]) -> str:
 
 # {title}, after unlearning
 
-Training examples were removed from {source} with {_program()}
+Training examples were {"" if unlearned else "to be "}removed from {source} with {_program()}
 {settings["pyunlearn"]}, method `{settings["method"]}`. This card holds nothing of their text.
 
 | | |
@@ -72,23 +76,27 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     examples, utility = result["examples"], result["utility"]
     verdicts = Counter(e["verdict"] for e in examples).most_common()
     rows = [
-        ("forget set", f"{len(examples)} texts, {sum(e['tokens'] for e in examples)} tokens"),
+        ("forget set", f"{_counted(len(examples), 'text')}, {_counted(sum(e['tokens'] for e in examples), 'token')}"),
         ("verdicts", ", ".join(f"{count} {verdict}" for verdict, count in verdicts)),
         ("compared with", _BASIS.get(result["evidence"], result["evidence"])),
     ]
     if trained := [e for e in examples if e["steps"]]:
-        before, after = (float(np.median([e[f"exposure_{t}"] for e in trained])) for t in ("before", "after"))
-        exposure = f"{before:.2f} bits before, {after:.2f} after ({1 / math.log(2):.2f} on average for unseen text)"
-        rows.append((f"median exposure of the {len(trained)} that were unlearned", exposure))
+        before, after = (float(np.mean([e[f"exposure_{t}"] for e in trained])) for t in ("before", "after"))
+        exposure = f"{before:.2f} bits before, {after:.2f} after ({1 / math.log(2):.2f} of unseen text)"
+        rows.append((f"mean exposure of {_counted(len(trained), 'text')} that the run worked on", exposure))
     interval = "" if utility["interval"] is None else ", 95 % interval {:+.1%} to {:+.1%}".format(*utility["interval"])
     cost = (
         f"{utility['nll_before']:.3f} nats a token before, {utility['nll_after']:.3f} after "
-        f"({utility['relative_rise']:+.1%}{interval}; at most {utility['budget']:.0%} allowed)"
+        f"({utility['relative_rise']:+.1%}{interval}; at most {utility['budget']:.1%} allowed)"
     )
     rows.append((f"utility: {utility['measured_on']}, {utility['sequences']} texts", cost))
     if result["attack"]:
         rows.append(("under attack", result["attack"]["headline"]))
     return [*rows, ("the run ended", result["stopped"])]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _base_model(model: Any, settings: Mapping[str, Any]) -> str | None:

@@ -237,19 +237,21 @@ class Result:
         repo_id: str,
         *,
         private: bool | None = None,
+        replace: bool = False,
         token: str | bool | None = None,
         revision: str | None = None,
         commit_message: str = "Unlearned with pyunlearn",
     ) -> str:
         """Upload the model, the tokenizer and a model card with the verdict to the Hugging Face hub.
 
-        Of the forget set only the number of texts and tokens and the counts of verdicts leave this machine: result.json
-        is not uploaded. The history of a repository that was there before can still hold the model with the texts; a
-        warning says so.
+        Nothing of the forget texts leaves this machine: the card has the numbers of texts, tokens and verdicts, mean
+        exposures, the utility and the notes, and result.json is not uploaded. Of a sharded model, `save` and upload.
 
         Args:
-            repo_id: NAME or ORGANIZATION/NAME; it is made if it is missing.
-            private: whether a new repository is private; None: as the account's settings say.
+            repo_id: NAME or ORGANIZATION/NAME of a new repository.
+            private: whether it is private; None: as the account's settings say.
+            replace: True replaces all files of a repository that is there already; its history, other branches and tags
+                can still hold the model with the texts, and a warning says so.
             token: of the account; None: that of `hf auth login`.
             revision: the branch; None: main.
             commit_message: subject of the commit.
@@ -259,7 +261,8 @@ class Result:
 
         Raises:
             ArgumentError: no name of a repository.
-            OutputError: the hub refuses, or cannot be reached.
+            OutputError: the hub refuses, or cannot be reached; the repository is there already, or is public and should
+                not be.
         """
         require(Text('a name such as "organization/my-model"'), repo_id=repo_id)
         if not is_repository_name(repo_id):
@@ -267,13 +270,12 @@ class Result:
                 f"repo_id must be the name of a repository, such as organization/my-model, got {repo_id!r}: use "
                 "letters, digits, -, _ and . in it"
             )
-        require(Flag(), **({} if private is None else {"private": private}))
+        require(Flag(), replace=replace, **({} if private is None else {"private": private}))
         with tempfile.TemporaryDirectory() as place:
             folder = write_result(self, Path(place) / "model", show_text=False)
             (folder / RESULT).unlink()
-            return upload(
-                folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
-            )
+            options: dict[str, Any] = {"private": private, "replace": replace, "token": token, "revision": revision}
+            return upload(folder, repo_id, commit_message=commit_message, **options)
 
 
 def write_result(
