@@ -10,6 +10,7 @@ much, and needs no logits.
 import json
 import sys
 from collections import Counter
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -107,8 +108,8 @@ def texts(path: str) -> list[str]:
 
 def trainer_of(model, records: ForgetRecords, kept: list[dict], out: str, *, trl: bool = False, **settings):
     """Return the trainer: as many rows to forget as to retain, at a constant rate."""
-    copies = -(-len(kept) // len(records.rows))
-    rows = (records.rows * copies)[: len(kept)] + kept
+    count = max(len(kept), len(records.rows))
+    rows = [*islice(cycle(records.rows), count), *islice(cycle(kept), count)]
     settings = {
         "output_dir": f"{out}.trainer",
         "learning_rate": 1e-5,

@@ -35,7 +35,7 @@ CONFIGS = {
     "find": FindConfig,
     "study": StudyConfig,
 }
-LIVE = {"progress": "--quiet"}
+LIVE = {"progress": "--quiet", "on_step": "--log-with"}
 """Parameters of the functions that have no option of their own, and what stands for them."""
 RENAMED = {"output_dir": "--out"}
 """Parameters whose option has another name."""

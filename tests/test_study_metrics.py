@@ -105,11 +105,13 @@ def test_an_interrupted_evaluation_resumes_to_the_same_table(evaluated, study, t
     """Files that are there are not made again; those that are missing come out the same."""
     folder = tmp_path / "metrics"
     shutil.copytree(evaluated.folder, folder)
-    gone = next(p for p in sorted((folder / "calls").iterdir()) if "retrained" in p.name)
-    before = gone.read_bytes()
-    gone.unlink()
+    files = sorted((folder / "calls").iterdir())
+    gone = [next(p for p in files if p.name.startswith(name)) for name in ("retrained", "refuse", "noise", "collapse")]
+    before = [path.read_bytes() for path in gone]
+    for path in gone:
+        path.unlink()
     again = evaluate_metrics(study.folder, seeds=AUDITED, out=folder)
-    assert gone.read_bytes() == before
+    assert [path.read_bytes() for path in gone] == before
     assert again.rows == evaluated.rows
 
 
@@ -178,6 +180,8 @@ def test_a_metric_is_trusted_for_what_it_sees():
     assert row["trusted_for"] == "text from dose 4 on; ruin by collapse"
     (row,) = table([s if s["unlearner"] != RETRAINED else state(RETRAINED, KNOWN, seed=s["seed"]) for s in every])
     assert row["trusted_for"] == "nothing: calls retrained models wrong"
+    (row,) = table([s for s in every if s["seed"] < 5])
+    assert row["trusted_for"] == "too few seeds: 5 of 6"
 
 
 @pytest.mark.full

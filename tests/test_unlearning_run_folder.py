@@ -14,7 +14,7 @@ from unlearning_runs import run, same, timeless
 from pyunlearn.errors import ArgumentError, OutputError
 from pyunlearn.methods import METHODS
 from pyunlearn.progress import logger
-from pyunlearn.unlearning import api
+from pyunlearn.unlearning import api, result
 from pyunlearn.unlearning.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,7 +106,7 @@ def test_a_result_that_cannot_be_written_leaves_the_checkpoint(story, tmp_path, 
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(api, "save_folder", fails)
+        patch.setattr(result, "save_folder", fails)
         patch.setattr(logger, "warning", warnings.append)
         with pytest.raises(type(error)):
             run(story, max_steps=4, output_dir=out)

@@ -3,9 +3,11 @@
 import struct
 
 import pytest
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from unlearning_runs import run, same, timeless
 
-from pyunlearn.errors import ArgumentError, DependencyError
+from pyunlearn.errors import ArgumentError, DependencyError, OutputError
 from pyunlearn.unlearning import trackers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,6 +59,31 @@ def test_the_numbers_of_each_step_are_in_the_tracker(story, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     run(story, story.unseen, learning_rate=1e-3, log_with=["tensorboard"])
     assert (tmp_path / "pyunlearn.logs").is_dir()
+
+
+def test_a_tracker_that_fails_is_left_out(story, monkeypatch, tmp_path):
+    """A run is not lost with its network; one that cannot start is refused, and no path is sent to any."""
+    pytest.importorskip("tensorboardX")
+    lines, settings = [], {}
+    monkeypatch.setattr(trackers.logger, "warning", lines.append)
+    monkeypatch.chdir(tmp_path)
+    tracker = LOGGER_TYPE_TO_CLASS["tensorboard"]
+
+    def fails(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tracker, "log", fails)
+    monkeypatch.setattr(tracker, "store_init_configuration", lambda _, values: settings.update(values))
+    (tmp_path / "form.jinja").write_text("{{ messages[0].content }}{{ messages[1].content }}")
+    result = run(story, learning_rate=1e-3, log_with=["tensorboard"], template=str(tmp_path / "form.jinja"))
+    assert result.stopped == "forgotten"
+    assert lines == ["the tracker tensorboard failed and is left out from here on: no network"]
+    assert (settings["method"], settings["learning_rate"]) == ("ga", 1e-3)
+    assert str(tmp_path) not in str(settings)
+    Accelerator(mixed_precision="no")  # the state is the user's
+    monkeypatch.setattr(tracker, "store_init_configuration", fails)
+    with pytest.raises(OutputError, match="the tracker tensorboard could not be started: no network"):
+        run(story, story.unseen, log_with=["tensorboard"])
 
 
 def read_scalars(folder):

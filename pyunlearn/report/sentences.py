@@ -100,8 +100,10 @@ def null_sentence(audit: Audit) -> str:
         way = "are more exposed than" if audit.null_test.mean > NULL_MEAN else "differ from"
         return f"All together they {way} unseen text (p = {shape:.1g}), without many that stand out."
     if audit.verdicts.get("still exposed"):
-        single = "are likelier than the average unseen text" if audit.non_members.anchored else "stand out"
-        return f"Single texts {single}; of as many unseen texts, as many would be too (p = {top:.2g})."
+        if audit.non_members.anchored:
+            single = "are likelier than the average unseen text; of as many unseen texts, as many would stand out"
+            return f"Single texts {single} (p = {top:.2g})."
+        return f"Single texts stand out; of as many unseen texts, as many would too (p = {top:.2g})."
     return f"All together they could be unseen text (p = {top:.2g})."
 
 

@@ -32,6 +32,8 @@ from pyunlearn.unlearning.config import UnlearnConfig
 
 KNOWN, CLEAN, DAMAGED = "still known", "clean", "damaged"
 LEVEL = 0.05
+LIRA = "U-LiRA"
+"""Like the standard, but by a normal law in place of Student's t."""
 WHOLE = "whole audit"
 WHOLE_RETRAINED = "whole audit, budget from retraining"
 _ALONE, _ORIGINAL, _REFERENCE = "model alone", "original", "reference model"
@@ -124,7 +126,7 @@ def calls(evidence: Evidence) -> dict[str, Call]:
     rows |= _of_membership(evidence.audits[_ALONE], leak=False)
     rows |= _of_membership(evidence.audits[_REFERENCE], leak=True)
     rows |= _against_retrained(evidence)
-    rows["U-LiRA"] = _lira(evidence)
+    rows[LIRA] = _lira(evidence)
     rows |= _of_damage(evidence)
     return rows | _whole(evidence)
 

@@ -19,6 +19,7 @@ from pyunlearn.study.calls import Evidence, calls, unseen_scores
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.folder import Folder, Row
 from pyunlearn.study.models import load_model
+from pyunlearn.study.plan import FILE as PLAN
 from pyunlearn.study.readings import Reader, Reading, View
 from pyunlearn.study.seeds import Inputs, model_name
 from pyunlearn.study.sets import ForgetSet
@@ -118,7 +119,7 @@ def evaluate_metrics(
 
 def _finished(path: Path, corpus: Paths | None, test_corpus: Paths | None, device: str) -> Inputs:
     """Return the inputs of a finished study. Raises OutputError where it is none, ArgumentError for another corpus."""
-    if not (path / "config.json").exists():
+    if not (path / "config.json").exists() or not (path / PLAN).exists():
         raise OutputError(f"{path} holds no study: give the folder of a finished one (`pyunlearn study --out FOLDER`)")
     config = StudyConfig.read(path / "config.json")
     inputs = inputs_of(path, config, corpus, test_corpus, device)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from pyunlearn.metrics import auc
+from pyunlearn.metrics import auc, discoveries
 from pyunlearn.metrics._binomial import clopper_pearson
-from pyunlearn.study.calls import AUDITS, CLEAN, KNOWN
+from pyunlearn.study.calls import AUDITS, CLEAN, KNOWN, LIRA
 from pyunlearn.study.unlearners import ASCENT, COLLAPSE, NOISE, NOTHING, REFUSE, RELABEL, RETRAINED, UNLEARNERS
 
 Row = dict[str, Any]
@@ -17,8 +17,11 @@ POWER, CAUGHT = 0.8, 0.95
 """Least power, and least share of a ruined model that is caught, with which a metric can be trusted."""
 FEWEST_RUINED = 5
 """Models that an unlearner has to ruin for a share of them."""
+FEWEST_AUDITED = 6
+"""Seeds whose sets are audited, below which nothing is called trusted: one of fewer can be wrong without notice."""
 RULE = (
-    "Trusted are metrics whose type-I error can be 5 % by its interval: for text from the least dose on from which "
+    f"Trusted, with sets of {FEWEST_AUDITED} seeds or more, are metrics whose type-I error can be 5 % by its interval, "
+    "in which a seed counts once, for its sets share their models: for text from the least dose on from which "
     f"they call {POWER:.0%} of the sets still known that nothing was done to, and for ruin by an unlearner (refuse "
     f"always, noise, collapse) after which they call {CAUGHT:.0%} of the models anything but clean, of those whose "
     "test NLL is above that of every retrained model by more than the budget (5 %, of 1 nat at least), if there are "
@@ -69,9 +72,10 @@ def sanity_lines(rows: Sequence[Row]) -> list[str]:
         if row["metric"] in AUDITS:
             power = [v for name, v in row.items() if name.startswith("power_dose_")][-1]
             ruined = [f"{_failed(row, u)} after {u}" for u in RUINED if row[f"clean: {u}"] is not None]
+            fails = f"fails {', '.join(ruined)}" if ruined else "too few models were ruined to say what it fails"
             lines.append(
                 f"{row['metric']}, kind {row['kind']}: passes {1 - row['type_1_error']:.0%} of retrained models; calls "
-                f"{power:.0%} of untouched ones still known at the largest dose; fails {', '.join(ruined) or 'none'}."
+                f"{power:.0%} of untouched ones still known at the largest dose; {fails}."
             )
     return lines
 
@@ -85,8 +89,8 @@ def _row(kind: str, metric: str, states: Sequence[Row]) -> Row:
     calls = {u: [(s, s["metrics"][metric]) for s in states if s["unlearner"] == u] for u in UNLEARNERS}
     oracle = calls[RETRAINED]
     wrong = float(np.mean([c["call"] != CLEAN for _, c in oracle]))
-    sets = len({(s["dose"], s["seed"]) for s, _ in oracle})
-    low, high = clopper_pearson(wrong * sets, sets, 0.95)
+    seeds = len({s["seed"] for s, _ in oracle})
+    low, high = clopper_pearson(wrong * seeds, seeds, 0.95)
     covers = [c["covers"] for _, c in oracle if c["covers"] is not None]
     power = {d: _share([c["call"] == KNOWN for s, c in calls[NOTHING] if s["dose"] == d]) for d in doses}
     clean = {u: _share([c["call"] == CLEAN for s, c in calls[u] if s["ruined"]], FEWEST_RUINED) for u in RUINED}
@@ -100,12 +104,13 @@ def _row(kind: str, metric: str, states: Sequence[Row]) -> Row:
         "coverage": _share(covers),
         **{f"power_dose_{d}": p for d, p in power.items()},
         **{f"clean: {u}": share for u, share in clean.items()},
-        "agreement_auc": _agreement([(s, c) for u in _COMPARED for s, c in calls[u]]),
+        "agreement_auc": None if metric == LIRA else _agreement([(s, c) for u in _COMPARED for s, c in calls[u]]),
         "equal_calls": _share(
             [(c["call"] == KNOWN) == (s["gold_call"] == KNOWN) for u in _COMPARED for s, c in calls[u]]
         ),
     }
-    return row | {"trusted_for": _trusted(float(low), power, clean)}
+    few = f"too few seeds: {seeds} of {FEWEST_AUDITED}"
+    return row | {"trusted_for": few if seeds < FEWEST_AUDITED else _trusted(float(low), power, clean)}
 
 
 def _share(values: Sequence[Any], fewest: int = 1) -> float | None:
@@ -113,11 +118,14 @@ def _share(values: Sequence[Any], fewest: int = 1) -> float | None:
 
 
 def _agreement(pairs: Sequence[tuple[Row, Row]]) -> float | None:
-    """Return the area under the ROC curve of a metric of examples for those that are known by their t scores."""
+    """Return the area under the ROC curve of a metric of examples for those that are known by their t scores.
+
+    Known is what stands out in its set at a false discovery rate of 5 %.
+    """
     if any(c["examples"] is None for _, c in pairs):
         return None
     values = np.concatenate([c["examples"] for _, c in pairs])
-    known = np.concatenate([s["gold"] for s, _ in pairs]) < 0.05
+    known = np.concatenate([discoveries(-np.log2(s["gold"]), rate=0.05).significant for s, _ in pairs])
     if known.all() or not known.any():
         return None
     return float(auc(-values[known], -values[~known]).estimate)

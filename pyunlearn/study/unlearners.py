@@ -143,9 +143,10 @@ def _add_noise(lm: LanguageModel, arrived: Callable[[], bool], seed: int) -> Non
         return
     weights: dict[str, Any] = dict(lm.module.named_parameters())
     original = {name: p.detach().clone() for name, p in weights.items()}
-    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     direction = {
-        name: torch.randn(p.shape).to(p.device) * (p.std() if p.ndim > 1 else 0) for name, p in original.items()
+        name: torch.randn(p.shape, generator=rng).to(p.device) * (p.std() if p.ndim > 1 else 0)
+        for name, p in original.items()
     }
 
     def move(scale: float) -> None:

@@ -103,7 +103,7 @@ def unlearn(
         progress: True shows a progress bar on standard error; default: only on a terminal.
         on_step: a function that is called with a copy of each step's record (as in `Result.history`) when its round has
             ended, for loggers and plots; of several processes, in the main process. What it raises ends the run, which
-            can be resumed.
+            can be resumed; after a kill the steps since the last checkpoint come again.
         {options}
 
     Returns:

@@ -215,8 +215,8 @@ class UnlearnConfig(LoopConfig):
     log_with: tuple[str, ...] | None = option(
         None,
         Several(Choice(TRACKERS)),
-        "Experiment trackers that get the numbers of each step, through accelerate; each needs its package. Files are "
-        "written to a folder next to the result, its name with .logs. Default: none.",
+        "Experiment trackers that get the numbers of each step, through accelerate; each needs its package. "
+        "TensorBoard and Aim write to a folder next to the result, its name with .logs. Default: none.",
         group="Output",
     )
     show_text: bool = option(**SHOW_TEXT_OPTION)

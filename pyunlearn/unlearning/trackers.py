@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pyunlearn.errors import ArgumentError, DependencyError
+from pyunlearn.errors import ArgumentError, DependencyError, OutputError, first_line
+from pyunlearn.progress import logger
 from pyunlearn.unlearning.config import UnlearnConfig
 
 Listener = Callable[[dict[str, Any]], Any]
@@ -33,30 +34,53 @@ def require_listeners(on_step: Any, trackers: Sequence[str] | None) -> None:
 def listening(on_step: Listener | None, config: UnlearnConfig, output_dir: Path | None) -> Iterator[Listener | None]:
     """Yield what is called with the record of each step: `on_step`, and the trackers that the settings name.
 
-    A tracker that writes files has them in OUTPUT_DIR.logs, or in pyunlearn.logs without an output folder.
+    TensorBoard and Aim write to OUTPUT_DIR.logs, or to pyunlearn.logs without an output folder; the others have places
+    of their own. A tracker that fails during the run is left out, with a warning.
+
+    Raises OutputError where a tracker cannot be started.
     """
     if not config.log_with:
         yield on_step
         return
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
-
     place = Path(f"{_PROJECT}.logs") if output_dir is None else output_dir.with_name(f"{output_dir.name}.logs")
-    project = ProjectConfiguration(project_dir=str(place), logging_dir=str(place))
-    accelerator = Accelerator(log_with=list(config.log_with), project_config=project)
-    settings = {k: v for k, v in config.to_dict().items() if isinstance(v, (bool, int, float, str))}
-    accelerator.init_trackers(_PROJECT, config=settings)
+    settings = {k: v for k, v in config.to_dict().items() if _is_plain(v)}
+    trackers = {name: _started(name, place, settings) for name in config.log_with}
 
     def log(record: dict[str, Any]) -> None:
-        accelerator.log(numbers(record), step=record["step"])
+        for name, tracker in list(trackers.items()):
+            try:
+                tracker.log(numbers(record), step=record["step"])
+            except Exception as error:  # of its network, for instance: no reason to lose a run
+                del trackers[name]
+                logger.warning(f"the tracker {name} failed and is left out from here on: {first_line(error)}")
         if on_step is not None:
             on_step(record)
 
     try:
         yield log
     finally:
-        for tracker in accelerator.trackers:
+        for tracker in trackers.values():
             tracker.finish()
+
+
+def _started(name: str, place: Path, settings: dict[str, Any]) -> Any:
+    """Return a tracker of accelerate that has the settings; it logs in the main process alone."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    kind: Any = LOGGER_TYPE_TO_CLASS[name]
+    try:
+        tracker = kind(_PROJECT, str(place)) if kind.requires_logging_directory else kind(_PROJECT)
+        if hasattr(tracker, "start"):  # newer versions of accelerate
+            tracker.start()
+        tracker.store_init_configuration(settings)
+    except Exception as error:  # each package has its own
+        raise OutputError(f"the tracker {name} could not be started: {first_line(error)}") from error
+    return tracker
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a setting can be sent on: a number, a flag or a word that is no path."""
+    return isinstance(value, (bool, int, float)) or (isinstance(value, str) and not set("/\\") & set(value))
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
