@@ -29,7 +29,7 @@ def study_metrics(
         int | None,
         typer.Option(
             metavar="N",
-            help="Audit the forget sets of the first N seeds, to save time. Default: of all.",
+            help="Audit the forget sets of the first N seeds; below 6 no metric is called trusted. Default: of all.",
             rich_help_panel="Data",
         ),
     ] = None,
