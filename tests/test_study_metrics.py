@@ -185,6 +185,7 @@ def test_a_metric_is_trusted_for_what_it_sees():
 
 
 @pytest.mark.full
+@pytest.mark.slow
 def test_a_causal_model_is_evaluated_too(tmp_path):
     """Setup text: the same metrics, of the sets of one seed."""
     made = run_study(tmp_path / "study", **{**SETTINGS, "setup": "text", "epochs": 2})
