@@ -81,6 +81,10 @@ def test_a_tracker_that_fails_is_left_out(story, monkeypatch, tmp_path):
     assert (settings["method"], settings["learning_rate"]) == ("ga", 1e-3)
     assert str(tmp_path) not in str(settings)
     Accelerator(mixed_precision="no")  # the state is the user's
+    monkeypatch.setattr(tracker, "log", lambda *_, **__: None)
+    monkeypatch.setattr(tracker, "finish", fails)
+    assert run(story, story.unseen, log_with=["tensorboard"]).stopped == "nothing memorized"
+    assert len(lines) == 2
     monkeypatch.setattr(tracker, "store_init_configuration", fails)
     with pytest.raises(OutputError, match="the tracker tensorboard could not be started: no network"):
         run(story, story.unseen, log_with=["tensorboard"])

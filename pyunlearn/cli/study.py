@@ -12,6 +12,11 @@ from pyunlearn.cli.options import AsJson, Quiet, with_settings
 from pyunlearn.cli.quiet import quiet_libraries, terminal
 from pyunlearn.study.config import StudyConfig
 
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="cpu or cuda. Default: cuda where there is a GPU.", rich_help_panel="Model"),
+]
+
 
 @with_settings(StudyConfig)
 def study(
@@ -33,10 +38,7 @@ def study(
             rich_help_panel="Data",
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="cpu or cuda. Default: cuda where there is a GPU.", rich_help_panel="Model"),
-    ] = None,
+    device: Device = None,
     out: Annotated[
         Path,
         typer.Option(

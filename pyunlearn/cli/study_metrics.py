@@ -10,6 +10,7 @@ import typer
 from pyunlearn.cli.interruption import interrupted
 from pyunlearn.cli.options import AsJson, Quiet
 from pyunlearn.cli.quiet import quiet_libraries, terminal
+from pyunlearn.cli.study import Device
 
 
 def study_metrics(
@@ -33,10 +34,7 @@ def study_metrics(
             rich_help_panel="Data",
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="cpu or cuda. Default: cuda where there is a GPU.", rich_help_panel="Model"),
-    ] = None,
+    device: Device = None,
     out: Annotated[
         Path | None,
         typer.Option(

@@ -244,8 +244,9 @@ class Result:
     ) -> str:
         """Upload the model, the tokenizer and a model card with the verdict to the Hugging Face hub.
 
-        Nothing of the forget texts leaves this machine: the card has the numbers of texts, tokens and verdicts, mean
-        exposures, the utility and the notes, and result.json is not uploaded. Of a sharded model, `save` and upload.
+        Nothing of the forget texts leaves this machine: the model card has the numbers of texts, tokens and verdicts,
+        mean exposures, the utility and the notes, and result.json is not uploaded. Of a sharded model, `save` and
+        upload.
 
         Args:
             repo_id: NAME or ORGANIZATION/NAME of a new repository.

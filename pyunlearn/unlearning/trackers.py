@@ -44,23 +44,27 @@ def listening(on_step: Listener | None, config: UnlearnConfig, output_dir: Path 
         return
     place = Path(f"{_PROJECT}.logs") if output_dir is None else output_dir.with_name(f"{output_dir.name}.logs")
     settings = {k: v for k, v in config.to_dict().items() if _is_plain(v)}
-    trackers = {name: _started(name, place, settings) for name in config.log_with}
+    trackers: dict[str, Any] = {}
 
-    def log(record: dict[str, Any]) -> None:
+    def each(call: Callable[[Any], Any]) -> None:
         for name, tracker in list(trackers.items()):
             try:
-                tracker.log(numbers(record), step=record["step"])
+                call(tracker)
             except Exception as error:  # of its network, for instance: no reason to lose a run
                 del trackers[name]
                 logger.warning(f"the tracker {name} failed and is left out from here on: {first_line(error)}")
+
+    def log(record: dict[str, Any]) -> None:
+        each(lambda tracker: tracker.log(numbers(record), step=record["step"]))
         if on_step is not None:
             on_step(record)
 
     try:
+        for name in config.log_with:
+            trackers[name] = _started(name, place, settings)
         yield log
     finally:
-        for tracker in trackers.values():
-            tracker.finish()
+        each(lambda tracker: tracker.finish())
 
 
 def _started(name: str, place: Path, settings: dict[str, Any]) -> Any:
