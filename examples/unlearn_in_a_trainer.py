@@ -7,17 +7,16 @@ nothing else of them is changed. pyunlearn.unlearn does more: it finds its step 
 much, and needs no logits.
 """
 
-import json
 import sys
 from collections import Counter
 from itertools import cycle, islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 import pyunlearn
+from pyunlearn.data import read_examples
 from pyunlearn.methods import simnpo
 from pyunlearn.metrics import verdict
 from pyunlearn.ops import log_likelihood
@@ -101,9 +100,9 @@ def row(tokenizer, text: str, record: int = IGNORED) -> dict:
     return {"input_ids": ids, "labels": [record, *ids[1:]]}
 
 
-def texts(path: str) -> list[str]:
-    """Return the texts of a .jsonl file."""
-    return [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+def texts(path: str, role: str) -> list[str]:
+    """Return the texts of a file; `role` names it in a message."""
+    return [each.prompt + each.completion for each in read_examples(path, role=role)]
 
 
 def trainer_of(model, records: ForgetRecords, kept: list[dict], out: str, *, trl: bool = False, **settings):
@@ -144,8 +143,8 @@ def trainer_of(model, records: ForgetRecords, kept: list[dict], out: str, *, trl
 def main(folder: str, forget: str, retain: str, unseen: str, out: str, **options) -> None:
     """Unlearn the texts of `forget`, save the model, and judge it as pyunlearn.unlearn does."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    records = ForgetRecords(model, texts(forget), texts(unseen), tokenizer)
-    trainer = trainer_of(model, records, [row(tokenizer, text) for text in texts(retain)], out, **options)
+    records = ForgetRecords(model, texts(forget, "forget"), texts(unseen, "holdout"), tokenizer)
+    trainer = trainer_of(model, records, [row(tokenizer, text) for text in texts(retain, "retain")], out, **options)
     trainer.train()
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
