@@ -370,18 +370,15 @@ def test_the_demo_refuses_a_model_that_is_not_there_before_anything_else(call, t
     assert not (tmp_path / "demo").exists()
 
 
-def test_it_runs_as_a_program():
-    """In a process of its own, without importing what it does not need."""
-    environment = os.environ | {"PYUNLEARN_BACKEND": "reference"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pyunlearn", "info", "--json"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-        check=True,
-    )
+@pytest.mark.parametrize("policy", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_it_runs_as_a_program(policy):
+    """In a process of its own, whose threads do not wait busily, unless the environment says how they wait."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | policy
+    environment |= {"PYUNLEARN_BACKEND": "reference", "OMP_DISPLAY_ENV": "true"}
+    command = [sys.executable, "-m", "pyunlearn", "info", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=True)
     assert json.loads(done.stdout)["backend on the CPU"] == "reference"
+    assert re.search(f"OMP_WAIT_POLICY *= *'{policy.get('OMP_WAIT_POLICY', 'PASSIVE')}'", done.stderr)
 
 
 def test_what_a_library_logs_does_not_reach_the_terminal(monkeypatch, capsys):

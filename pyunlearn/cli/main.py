@@ -7,6 +7,7 @@ that the help appears at once.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -75,6 +76,9 @@ def main() -> None:
 
     from pyunlearn.errors import PyunlearnError
 
+    # Threads that wait for each other would use up the cores that other programs need, and then wait for those. OpenMP
+    # reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with explained():
             called = [word for word in sys.argv[1:2] if word in COMMANDS]
