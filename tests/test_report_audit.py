@@ -38,9 +38,11 @@ def audited():
     )
 
 
-def with_verdicts(audited, *verdicts):
-    """The same audit with other verdicts."""
-    return replace(audited, examples=[replace(e, verdict=v) for e, v in zip(audited.examples, verdicts, strict=False)])
+def with_verdicts(audited, *verdicts, pvalue=0.3):
+    """The same audit with other verdicts and tests of the set."""
+    examples = [replace(e, verdict=v) for e, v in zip(audited.examples, verdicts, strict=False)]
+    tests = {name: getattr(audited, name)._replace(pvalue=pvalue) for name in ("null_test", "top_test")}
+    return replace(audited, examples=examples, **tests)
 
 
 class Page(HTMLParser):
@@ -147,6 +149,7 @@ def test_plots_do_not_share_ids(audited):
         (["forgotten"] * 3 + ["not memorized"] * 3, "Forgotten: no text stands out any more.", "good"),
         (["not memorized"] * 6, "No text is memorized.", "plain"),
         (["still exposed"], "The text is still exposed.", "warn"),
+        (["undecided", *["forgotten"] * 5], "No text stands out any more: 5 forgotten, 1 undecided.", "plain"),
     ],
 )
 def test_the_headline_says_the_worst(audited, verdicts, headline, tone):
@@ -169,13 +172,10 @@ def test_without_the_original_nothing_is_called_forgotten(audited):
 @pytest.mark.full
 def test_a_caption_does_not_gainsay_the_headline(audited):
     """A few exposed texts among others, which the test of the whole set cannot see, are not called like unseen text."""
-    quiet = replace(
-        audited, null_test=audited.null_test._replace(pvalue=0.24), top_test=audited.top_test._replace(pvalue=0.3)
-    )
-    exposed = with_verdicts(quiet, "still exposed", *["not memorized"] * 5)
-    assert "Single texts are likelier than the average unseen text" in Page(audit_page(exposed)).text
+    exposed = with_verdicts(audited, "still exposed", *["not memorized"] * 5)
+    assert "Single texts stand out" in Page(audit_page(exposed)).text
     assert "could be unseen text" not in Page(audit_page(exposed)).text
-    assert "could be unseen text" in Page(audit_page(with_verdicts(quiet, *["not memorized"] * 6))).text
+    assert "could be unseen text" in Page(audit_page(with_verdicts(audited, *["not memorized"] * 6))).text
 
 
 def test_every_aggregate_is_shown_with_its_interval(audited):

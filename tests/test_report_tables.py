@@ -143,17 +143,9 @@ def test_verdicts_stand_before_their_claims():
     assert lines[2:] == ["not shown  Claim.", "             Reason."]
 
 
-@pytest.mark.parametrize("anchored", [True, False])
-def test_still_exposed_after_unlearning_is_no_claim_of_standing_out(anchored):
-    """With the original it is a text above the mean of unseen ones, as 37 % of unseen ones are; alone it stands out."""
-    audit = SimpleNamespace(
-        non_members=SimpleNamespace(anchored=anchored),
-        verdicts={"still exposed": 1},
-        null_test=SimpleNamespace(pvalue=0.5),
-        top_test=SimpleNamespace(exact_pvalue=0.5),
-    )
-    meaning, line = sentences.meanings(audit)["still exposed"], sentences.null_sentence(audit)
-    assert ("knows it better than text that it never saw" in meaning) is not anchored
-    assert ("likelier than the average unseen text" in meaning) is anchored
-    assert ("Single texts stand out" in line) is not anchored
-    assert ("likelier than the average unseen text" in line) is anchored
+@pytest.mark.parametrize(("verdict", "said"), [("still exposed", "Single texts stand out"), ("undecided", "could be")])
+def test_only_a_text_that_stands_out_is_called_so(verdict, said):
+    """An undecided one is not, and where no more texts lie high than unseen ones would, the sentence says that."""
+    pvalues = {"null_test": SimpleNamespace(pvalue=0.5), "top_test": SimpleNamespace(pvalue=0.5)}
+    assert said in sentences.null_sentence(SimpleNamespace(verdicts={verdict: 1}, **pvalues))
+    assert "no longer stands out" in sentences.MEANINGS["undecided"]

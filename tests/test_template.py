@@ -86,7 +86,8 @@ def test_unlearning_forgets_them_in_their_form(asked, texts, lines, tmp_path):
     assert f"form of the records: {PLAIN}; for example " in lines[0]
     assert "Question: ••• " in lines[0]
     audit = pyunlearn.audit(result.model, original=asked.model, tokenizer=asked.tokenizer, **texts, **FAST)
-    assert ([e.verdict for e in audit.examples], audit.rendering) == ([e.verdict for e in result.examples], PLAIN)
+    assert audit.rendering == PLAIN
+    assert [e.exposure for e in audit.examples] == pytest.approx([e.exposure_after for e in result.examples])
 
 
 @pytest.mark.full

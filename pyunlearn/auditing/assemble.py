@@ -31,6 +31,8 @@ from pyunlearn.probes.recitation import LONGEST, recited
 
 Floats = NDArray[np.float64]
 _K = 0.4  # the share of tokens of min-k, as in MUSE and TOFU
+_WORSE = 0.10  # relative rise of the non-members' NLL, 1 nat at least, from which a model has become worse
+_ALARMS = ("still exposed", "over-unlearned")
 _ROUGE = importlib.util.find_spec("rouge_score") is not None
 
 
@@ -62,8 +64,11 @@ class AuditAssembler:
         self.non_members, expected = texts.non_members, texts.non_members.forget
         self.non_member_nll = -anchor.statistics["non_members"].mean_log_likelihood
         self.non_member_scores = self.non_member_nll - self.non_members.own.nll
-        present = -now.statistics["non_members"].mean_log_likelihood - self.non_members.own.nll
-        self.anchor = anchor_after(self.non_member_scores, present)
+        nll_now = -now.statistics["non_members"].mean_log_likelihood
+        self.present = nll_now - self.non_members.own.nll
+        self.anchor = anchor_after(self.non_member_scores, self.present)
+        allowed = _WORSE * max(float(self.non_member_nll.mean()), 1.0)
+        self.worse = float((nll_now - self.non_member_nll).mean()) > allowed
         self.nll = -now.statistics["forget"].mean_log_likelihood
         self.nll_before = -anchor.statistics["forget"].mean_log_likelihood
         self.scores, self.scores_before = self.nll - expected.nll, self.nll_before - expected.nll
@@ -71,8 +76,9 @@ class AuditAssembler:
 
     def assemble(self) -> Audit:
         """Return the audit, with the settings and the seconds left for the caller to fill in."""
-        judged = self._verdict()
+        judged, alike = self._verdicts()
         exposures, m = judged.after.lower, len(self.non_member_scores)
+        tops = [exposure_top_test(each.after.lower, m, seed=self.seed) for each in (judged, alike)]
         change = None
         if self.before is not None:
             change = paired_difference(-self.nll_before, -self.nll, seed=self.seed)
@@ -81,7 +87,7 @@ class AuditAssembler:
         return Audit(
             examples=self._examples(judged),
             non_members=self._non_members(),
-            top_test=exposure_top_test(exposures, m, seed=self.seed),
+            top_test=max(tops, key=lambda test: test.pvalue),
             null_test=exposure_null_test(exposures, m, seed=self.seed),
             membership=self._membership(),
             change=change,
@@ -95,20 +101,36 @@ class AuditAssembler:
             notes=self._notes(judged),
         )
 
-    def _verdict(self) -> metrics.Verdict:
+    def _verdicts(self) -> tuple[metrics.Verdict, metrics.Verdict]:
+        """Judge each text among the anchored non-members, and among those under the audited model itself.
+
+        No two models give unseen text the same likelihood, not even two that were trained alike. So a text is exposed
+        or over-unlearned only if it is by both, unless the model has become worse: where the non-members have lost more
+        than 10 % (the holdout's budget in `unlearn`), those under the original model judge alone.
+        """
+        anchored = self._judged(self.anchor, self.before or self.now)
+        if self.worse:
+            return anchored, anchored
+        alike = self._judged(self.present, self.now)
+        chance = np.isin(anchored.verdict, _ALARMS) & ~np.isin(alike.verdict, _ALARMS)
+        name = np.where(chance, alike.verdict, anchored.verdict)
+        return anchored._replace(verdict=name, certain=anchored.certain & ~chance), alike
+
+    def _judged(self, non_member_scores: Floats, extracted_by: Responses) -> metrics.Verdict:
         """Judge each text by its likelihood, its first-choice tokens and its continuation."""
-        forget, anchor = self.now.statistics["forget"], (self.before or self.now).statistics["non_members"]
+        forget, anchor = self.now.statistics["forget"], extracted_by.statistics["non_members"]
         openings, written = self.texts.openings, self.now.continuations
         return verdict(
             self.scores_before,
             self.scores,
             self.non_member_scores,
-            non_member_scores_after=self.anchor,
+            non_member_scores_after=non_member_scores,
             extracted=forget.greedy_match - self.non_members.forget.greedy_match,
             non_member_extracted=anchor.greedy_match - self.non_members.own.greedy_match,
             recited=[i in written and recited(written[i], openings[i].scored) for i in range(len(openings))],
             target_exposure=self.target_exposure,
             false_discovery_rate=self.false_discovery_rate,
+            tested=True,
         )
 
     # -- each text

@@ -13,6 +13,8 @@ from pyunlearn.output import plain_json
 from pyunlearn.probes.long_texts import label_of
 from pyunlearn.unlearning.result import PASSED, Document, documents_of
 
+UNDECIDED = "undecided"
+
 
 @dataclass(frozen=True)
 class Measures:
@@ -53,8 +55,8 @@ class AuditedExample:
     """The true text after the opening: the continuation is compared with it."""
     tokens: int
     verdict: str
-    """not memorized, still exposed, forgotten, over-unlearned, or no likelier (in place of forgotten, where the
-    non-members are self-sampled)."""
+    """not memorized, still exposed, undecided (was memorized; stands out no more, and is no clear case of unseen text),
+    forgotten, over-unlearned, or no likelier (in place of forgotten, where the non-members are self-sampled)."""
     exposure: float
     """The exposure that decides the verdict, bits: anchored if there is an original model."""
     interval: tuple[float, float]
@@ -193,9 +195,18 @@ class Audit:
         return now.collapsed.estimate > max(0.5, 2 * before.collapsed.estimate)
 
     @property
+    def exposed_together(self) -> bool:
+        """True where texts are undecided and the top test rejects, at 5 %, that the set is like unseen text."""
+        return UNDECIDED in self.verdicts and self.top_test.pvalue < 0.05
+
+    @property
     def passed(self) -> bool:
-        """True where no text is still exposed or over-unlearned, and none comes back, if attacks were tried."""
-        return all(e.verdict in PASSED for e in self.examples) and (self.attack is None or self.attack.passed)
+        """True where no text is still exposed or over-unlearned, nor the undecided ones together, and none comes back.
+
+        Texts can come back only where attacks were tried.
+        """
+        each = all(e.verdict in (*PASSED, UNDECIDED) for e in self.examples)
+        return each and not self.exposed_together and (self.attack is None or self.attack.passed)
 
     def to_dict(self, *, show_text: bool = False) -> dict[str, Any]:
         """Return all fields, ready for JSON; the texts and the continuations are masked unless `show_text`."""

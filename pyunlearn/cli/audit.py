@@ -111,8 +111,8 @@ def audit(
 
     Is it forgotten? `pyunlearn audit ./my-model-unlearned --original ./my-model --forget secrets.jsonl`
 
-    Exit code 0: nothing is exposed. 1: something is still exposed or over-unlearned. 2: an input cannot be used. 130:
-    interrupted.
+    Exit code 0: nothing is exposed. 1: something is still exposed or over-unlearned, or undecided texts lie too high
+    all together. 2: an input cannot be used. 130: interrupted.
     """
     import pyunlearn
     from pyunlearn.report import require_page_packages, write_audit

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics._binomial import clopper_pearson
@@ -42,7 +44,7 @@ class Verdict(NamedTuple):
     """Verdicts and the exposures behind them, (n,) each: the result of verdict."""
 
     verdict: NDArray[np.str_]
-    """"not memorized", "still exposed", "forgotten" or "over-unlearned"."""
+    """"not memorized", "still exposed", "undecided" (only with `tested`), "forgotten" or "over-unlearned"."""
     before: Exposure
     """Exposures under the original model."""
     after: Exposure
@@ -118,6 +120,7 @@ def verdict(
     target_exposure: float = NULL_MEAN,
     false_discovery_rate: float = 0.05,
     confidence: float = 0.95,
+    tested: bool = False,
 ) -> Verdict:
     """Judge each text of a set by the rules of the unlearning loop, with the interval of the exposure that decided.
 
@@ -129,6 +132,16 @@ def verdict(
     in this order. Of all texts called memorized (those of the last two verdicts), at most `false_discovery_rate` are
     unseen ones, on average; a set of one is judged at 4.32 bits. Over-unlearned texts are selected among the memorized
     ones and among the others, each for itself.
+
+    Rule three is the loop's aim, and no test: 37 % of unseen texts lie above their mean. With `tested`, which is the
+    audit's rule, a memorized text that is not forgotten is called
+
+        still exposed  where it is recited, or stands out among the memorized texts by its exposure after or by what is
+                       extracted of it (`discoveries`, and `tail_exposure`)
+        undecided      otherwise
+
+    so that of texts that a retrained model never saw, at most `false_discovery_rate` are called still exposed by
+    either number. Their exposure_top_test says whether too many lie high.
 
     Exposures are anchored: the same non-members, under the original model, before and after. Unlearning can also make
     unseen text likelier, where the model had recited in its place; then `non_member_scores_after` takes it (see
@@ -152,6 +165,7 @@ def verdict(
         target_exposure: bits, 0 or more; default 1.443 (NULL_MEAN), the mean of unseen text.
         false_discovery_rate: between 0 and 1.
         confidence: of the intervals, between 0 and 1.
+        tested: call a text still exposed only where it stands out among unseen text, and undecided where it does not.
 
     Returns:
         Verdict(verdict, before, after, low, high, certain, threshold, extraction).
@@ -185,7 +199,21 @@ def verdict(
         forgotten &= extraction <= max(target_exposure, NOT_EXTRACTED)
     if recited is not None:
         forgotten &= ~np.asarray(recited, dtype=bool)
-    name = np.select([over, ~memorized, forgotten], ["over-unlearned", "not memorized", "forgotten"], "still exposed")
+    exposed = np.ones_like(forgotten)
+    if tested:
+        kinds = [np.maximum(after.lower, tail_exposure(scores_after, anchor))]
+        if extracted is not None and non_member_extracted is not None and extraction is not None:
+            tail = tail_exposure(-np.asarray(extracted), -np.asarray(non_member_extracted))
+            kinds.append(np.maximum(extraction, tail))
+        exposed = _standing_out(kinds, memorized, false_discovery_rate)
+        if recited is not None:
+            exposed |= np.asarray(recited, dtype=bool)
+        forgotten &= ~exposed
+    name = np.select(
+        [over, ~memorized, forgotten, exposed],
+        ["over-unlearned", "not memorized", "forgotten", "still exposed"],
+        "undecided",
+    )
 
     of_before = exposure_interval(scores_before, non_member_scores, confidence=confidence)
     of_lower = exposure_interval(scores_after, anchor, confidence=confidence)
@@ -194,9 +222,14 @@ def verdict(
     low, high = (np.select([over, ~memorized], [u, b], x) for u, b, x in bounds)
     was_memorized = of_before.low >= threshold
     certain = np.select(
-        [over, ~memorized, forgotten],
-        [low >= over_thresholds, high < math.log2(1 / false_discovery_rate), was_memorized & (high <= target_exposure)],
-        was_memorized & (low > target_exposure),
+        [over, ~memorized, forgotten, exposed],
+        [
+            low >= over_thresholds,
+            high < math.log2(1 / false_discovery_rate),
+            was_memorized & (high <= target_exposure),
+            was_memorized & (low > (SIGNIFICANT if tested else target_exposure)),
+        ],
+        False,
     )
     return Verdict(name, before, after, low, high, certain, threshold, extraction)
 
@@ -241,6 +274,41 @@ def over_unlearned(
     for group in (memorized, ~memorized):
         over[group], thresholds[group] = discoveries(after.upper[group], rate=rate)
     return over & (before.upper < SIGNIFICANT - 1e-9), thresholds
+
+
+def tail_exposure(scores: ArrayLike, non_member_scores: ArrayLike) -> Floats:
+    """Return the exposures that a heavy-tailed law gives the texts beyond 95 % of their non-members, 0 for others.
+
+        -log2 P(T <= (score - mean) / (spread sqrt(1 + 1 / m))),   T ~ Student's t, 4 degrees of freedom
+
+    m non-members show at most log2(m + 1) bits, so that they cannot name one text among many however far it lies below
+    all of them. This law can, for texts several spreads below, and its tail is heavier than that of most scores:
+    of sets of 20 unseen texts of six laws (normal, Student's t, gamma and lognormal to either side) among 19 to 234
+    non-members, 0 to 8 % had a text that stood out by it, where a fitted skew-normal law had up to 41 %.
+
+    Args:
+        scores: (n,) low where a text is likely.
+        non_member_scores: (m,) or (n, m).
+
+    Returns:
+        (n,) bits.
+
+    >>> tail_exposure([-3.0, 0.0], np.linspace(-1, 1, 99)).round(2).tolist()
+    [8.15, 0.0]
+    """
+    s, r = check_scores("tail_exposure", scores, non_member_scores)
+    m, spread = r.shape[-1], r.std(axis=-1, ddof=1) if r.shape[-1] > 1 else np.inf
+    away = (s - r.mean(axis=-1)) / np.maximum(spread * math.sqrt(1 + 1 / m), 1e-12)
+    beyond = generalized_exposure(s, r).lower >= SIGNIFICANT - 1e-9
+    return np.where(beyond, -stats.t.logcdf(away, 4) / math.log(2), 0.0)
+
+
+def _standing_out(kinds: Sequence[Floats], memorized: NDArray[np.bool_], rate: float) -> NDArray[np.bool_]:
+    """Select the memorized texts that stand out by any of some kinds of exposure, (n,) each."""
+    standing = np.zeros(len(memorized), dtype=bool)
+    for bits in kinds:
+        standing[memorized] |= discoveries(bits[memorized], rate=rate).significant
+    return standing
 
 
 def _extraction(extracted: ArrayLike | None, non_member_extracted: ArrayLike | None) -> Floats | None:

@@ -200,10 +200,10 @@ def label_of(index: int, record: int | None, window: int, windows: int) -> str:
 def document_verdict(verdicts: Sequence[str]) -> str:
     """Return the verdict on a text from those on its windows: the first of these that any window has.
 
-    still exposed, over-unlearned, no likelier, forgotten, not memorized
+    still exposed, over-unlearned, undecided, no likelier, forgotten, not memorized
 
     >>> document_verdict(["not memorized", "forgotten", "not memorized"])
     'forgotten'
     """
-    order = ("still exposed", "over-unlearned", "no likelier", "forgotten", "not memorized")
+    order = ("still exposed", "over-unlearned", "undecided", "no likelier", "forgotten", "not memorized")
     return min(verdicts, key=order.index)

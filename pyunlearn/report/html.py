@@ -69,7 +69,7 @@ def _verdict(audit: Audit, show_text: bool) -> dict[str, Any]:
         "tones": sentences.TONES,
         "headline": sentences.headline(audit),
         "summary": sentences.summary(audit),
-        "meanings": sentences.meanings(audit),
+        "meanings": sentences.MEANINGS,
         "verdicts": [(name, audit.verdicts[name]) for name in sentences.MEANINGS if name in audit.verdicts],
         "cost": sentences.cost(audit),
     }

@@ -17,6 +17,7 @@ COLOURS = {
     "forgotten": "#2e7d4f",
     "no likelier": "#5b8fa8",
     "not memorized": "#33658a",
+    "undecided": "#b59f3b",
     "still exposed": "#c77700",
     "over-unlearned": "#b3261e",
 }

@@ -5,30 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pyunlearn.auditing.result import Audit, AuditedExample, Writing
+from pyunlearn.auditing.result import UNDECIDED, Audit, AuditedExample, Writing
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Interval
 
 MEANINGS = {
     "still exposed": "The model knows it better than text that it never saw.",
     "over-unlearned": "Pushed below what unseen text gets: the gap itself gives it away.",
+    UNDECIDED: "It was memorized, and no longer stands out; it is likelier than the average unseen text, as many are.",
     "no likelier": "It was memorized, and is now no likelier than what the model writes by itself.",
     "forgotten": "It was memorized, and is now like text that was never seen.",
     "not memorized": "Was never known better than unseen text.",
 }
 """Each verdict and its meaning, the worst first."""
-_EXPOSED_AFTER = "It was memorized, and is still likelier than the average unseen text, or still extracted."
 TONES = {
     "still exposed": "warn",
     "over-unlearned": "bad",
+    UNDECIDED: "plain",
     "no likelier": "plain",
     "forgotten": "good",
     "not memorized": "plain",
 }
-
-
-def meanings(audit: Audit) -> dict[str, str]:
-    """Return each verdict and its meaning in this audit, the worst first."""
-    return MEANINGS | ({"still exposed": _EXPOSED_AFTER} if audit.non_members.anchored else {})
 
 
 def worst_first(examples: Sequence[AuditedExample]) -> list[AuditedExample]:
@@ -45,6 +41,11 @@ def headline(audit: Audit) -> str:
         return f"{_of(exposed, n)} {'is' if exposed == 1 else 'are'} {state}."
     if over:
         return f"Nothing is exposed, but {_of(over, n).lower()} {'was' if over == 1 else 'were'} driven too far."
+    if audit.exposed_together:
+        return f"No text stands out by itself, but all together they do (p = {audit.top_test.pvalue:.1g})."
+    if UNDECIDED in counts:
+        each = [f"{counts[name]} {name}" for name in ("forgotten", "no likelier", UNDECIDED) if name in counts]
+        return f"No text stands out any more: {', '.join(each)}."
     if counts.get("no likelier"):
         return "No text is likelier than what the model writes by itself; this does not show that they are forgotten."
     if counts.get("forgotten"):
@@ -63,6 +64,8 @@ def tone(audit: Audit) -> str:
     """Return the colour of the headline: good, plain, warn or bad."""
     if audit.attack is not None and not audit.attack.passed and not audit.verdicts.get("over-unlearned"):
         return "warn"
+    if audit.exposed_together and not audit.verdicts.get("over-unlearned"):
+        return "warn"
     return next(TONES[name] for name in MEANINGS if audit.verdicts.get(name))
 
 
@@ -78,6 +81,8 @@ def summary(audit: Audit) -> list[str]:
             "There is no model before unlearning to compare with (--original), so this is what the model knows now, "
             "not what it has forgotten."
         )
+    if UNDECIDED in audit.verdicts:
+        lines.append(null_sentence(audit))
     unsure = sum(not e.certain for e in audit.examples)
     if unsure:
         lines.append(
@@ -93,16 +98,13 @@ def summary(audit: Audit) -> list[str]:
 
 def null_sentence(audit: Audit) -> str:
     """Return a sentence that says whether the set's exposures are consistent with those of unseen text."""
-    top, shape = audit.top_test.exact_pvalue, audit.null_test.pvalue
+    top, shape = audit.top_test.pvalue, audit.null_test.pvalue
     if top < 0.05:
         return f"All together they are no unseen text (p = {top:.1g}): too many stand out."
     if shape < 0.05:
         way = "are more exposed than" if audit.null_test.mean > NULL_MEAN else "differ from"
         return f"All together they {way} unseen text (p = {shape:.1g}), without many that stand out."
     if audit.verdicts.get("still exposed"):
-        if audit.non_members.anchored:
-            single = "are likelier than the average unseen text; of as many unseen texts, as many would stand out"
-            return f"Single texts {single} (p = {top:.2g})."
         return f"Single texts stand out; of as many unseen texts, as many would too (p = {top:.2g})."
     return f"All together they could be unseen text (p = {top:.2g})."
 

@@ -20,6 +20,7 @@ COLOURS = {
     "forgotten": "green",
     "no likelier": "cyan",
     "not memorized": "cyan",
+    "undecided": "yellow",
     "still exposed": "yellow",
     "over-unlearned": "red",
     "stays forgotten": "green",

@@ -146,8 +146,9 @@ def _by_interval(interval: Any, null: float, above: str, below: str, examples: A
 
 
 def _verdict_call(audit: Audit) -> str:
-    verdicts = audit.verdicts
-    return KNOWN if "still exposed" in verdicts else DAMAGED if "over-unlearned" in verdicts else CLEAN
+    if "still exposed" in audit.verdicts:
+        return KNOWN
+    return CLEAN if audit.passed else DAMAGED if "over-unlearned" in audit.verdicts else KNOWN
 
 
 def _of_exposures(view: str, audit: Audit) -> dict[str, Call]:

@@ -86,8 +86,8 @@ class Document:
     """Index of the record."""
     windows: int
     verdict: str
-    """The first of these that a window has: still exposed, over-unlearned, no likelier, forgotten, not memorized. So it
-    is forgotten only where every memorized window is."""
+    """The first of these that a window has: still exposed, over-unlearned, undecided, no likelier, forgotten, not
+    memorized. So it is forgotten only where every memorized window is."""
     verdicts: dict[str, int]
     """Verdict -> number of windows."""
 
