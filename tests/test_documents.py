@@ -30,6 +30,7 @@ DOCUMENTS = [
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 PYTHON = {  # the test file that runs the Python blocks of a document
     "README.md": "test_documents",
+    "docs/ops.md": "test_documents",
     "docs/methods.md": "test_documents",
     "docs/representation-methods.md": "test_documents",
     "docs/compare.md": "test_documents",
@@ -157,7 +158,7 @@ def run(code, document, names):
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-    """Each block runs in order, with a tiny model, and tensors under the names that it uses."""
+    """With a tiny model."""
     monkeypatch.chdir(tmp_path)
     tokenizer = tiny.make_tokenizer()
     torch.manual_seed(0)
@@ -169,6 +170,16 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         "model": model,
         "forget": "the king hides a lamp and a dog sees the sea.",
         "holdout": tiny.sentences(24, 5),
+    }
+    (code,) = blocks(ROOT / "README.md", ("python",))
+    run(code, "README.md", names)
+    assert (tmp_path / "model-unlearned" / "model.safetensors").exists()
+
+
+def test_the_python_of_the_ops_runs():
+    """Each block of docs/ops.md runs in order, with tensors under the names that it uses."""
+    torch.manual_seed(0)
+    names = {
         "F": torch.nn.functional,
         "hidden": torch.randn(5, 8, requires_grad=True),
         "weight": torch.randn(11, 8),
@@ -177,11 +188,10 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
         "example_index": torch.tensor([0, 0, 1, 1, 1]),
         "reference": torch.randn(2),
     }
-    code = blocks(ROOT / "README.md", ("python",))
-    assert len(code) == 4
+    code = blocks(ROOT / "docs/ops.md", ("python",))
+    assert len(code) == 3
     for block in code:
-        run(block, "README.md", names)
-    assert (tmp_path / "model-unlearned" / "model.safetensors").exists()
+        run(block, "docs/ops.md", names)
     torch.testing.assert_close(names["log_likelihood"], -names["loss"])
     torch.testing.assert_close(names["value"], -(names["coefficients"] * names["loss"]).sum())
     assert names["hidden"].grad.abs().max() > 0

@@ -142,7 +142,7 @@ def test_the_readme_of_the_index_has_absolute_links_to_files_that_exist():
     home, links = "https://example.org/o/r", r"\]\(([^)]*)\)"
     converted = index_readme.absolute(text, home, "v1")
     assert len(re.findall(links, converted)) == len(re.findall(links, text))
-    paths = [url.removeprefix(f"{home}/blob/v1/") for url in re.findall(links, converted) if url.startswith(home)]
+    paths = re.findall(rf"\]\({home}/(?:blob|raw)/v1/([^)]*)\)", converted)
     assert len(paths) >= 10
     assert not [path for path in paths if not (ROOT / path.split("#")[0]).exists()]
     assert not re.findall(r"\]\((?!https://|#)", converted)
