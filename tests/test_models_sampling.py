@@ -132,6 +132,13 @@ def test_text_to_hold_recites_no_record(answers, monkeypatch):
     assert set(sample_own_texts(lm, [secret])) == {other}
 
 
+def test_a_text_of_one_token_recites_nothing(language_model):
+    """It would be part of most samples: none is left out for it."""
+    (short,) = encode(read_examples(["a"], role="forget"), language_model.tokenizer, role="forget", max_length=None)
+    assert len(short.scored) == 1
+    assert len(sample_own_texts(language_model, [short], count=6)) == 6
+
+
 def test_an_encoder_decoder_model_writes_no_text_to_hold(t5):
     """It writes only in answer to something."""
     assert sample_own_texts(LanguageModel.of(t5.model, t5.tokenizer), tokens_of(t5)) == []

@@ -92,7 +92,8 @@ def sample_own_texts(
 
     In turn, one starts from the beginning-of-text token, one from the opening of an English text, if the tokenizer has
     its words, and one from the tokens with which all forget texts begin: the first, and what their prompts share. Each
-    is as long as the forget texts are (8 to 48 tokens). Texts that recite a forget text are left out.
+    is as long as the forget texts are (8 to 48 tokens). Texts that recite a forget text of three tokens or more are
+    left out.
 
     Args:
         lm: the model, in evaluation mode.
@@ -114,7 +115,7 @@ def sample_own_texts(
     openings = [ids for ids in encoded if ids and lm.tokenizer.unk_token_id not in ids] or [_start(lm)]
     openings = [ids[: min(map(len, openings))] for ids in openings]
     starts = [(_start(lm), openings[i // 3 % len(openings)], records)[i % 3] for i in range(count)]
-    known = [_runs(t.ids, min(_RECITED, max(3, len(t.scored)))) for t in forget]
+    known = [runs for t in forget if (runs := _runs(t.ids, min(_RECITED, max(3, len(t.scored)))))]  # of 3 tokens on
     samples: list[Tokens] = []
     with seeded(seed, lm.device):
         for size in sorted({len(start) for start in starts}):
