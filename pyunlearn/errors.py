@@ -15,6 +15,7 @@ is wanted, what came, how to correct it. It quotes no text to forget, and its co
 
 import os
 import re
+import reprlib
 import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -27,6 +28,7 @@ __all__ = [
     "OutputError",
     "PyunlearnError",
     "TrainingError",
+    "brief",
     "first_line",
     "missing_packages",
     "nearest",
@@ -103,6 +105,18 @@ class TrainingError(PyunlearnError, RuntimeError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its class where there is none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def brief(value: object) -> str:
+    """Return a value as Python code, cut to a few words; its type where Python does not print it.
+
+    >>> brief([1, "a"]), brief(10**5000)
+    ("[1, 'a']", 'a value of type int')
+    """
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a value of type {type(value).__name__}"
 
 
 def missing_packages(feature: str, *packages: str, otherwise: str = "") -> DependencyError:

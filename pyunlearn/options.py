@@ -5,8 +5,6 @@ A configuration is a frozen dataclass whose fields are made with `option(default
     >>> @dataclass(frozen=True, kw_only=True)
     ... class Demo(Config):
     ...     steps: int = option(10, Whole(1), "Optimizer steps.")
-    >>> Demo(steps=3).steps
-    3
     >>> Demo(steps=0)
     Traceback (most recent call last):
     pyunlearn.errors.ArgumentError: steps must be a whole number, 1 or more, got 0: leave it out for the default, 10
@@ -19,14 +17,14 @@ import json
 import math
 import numbers
 import re
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pyunlearn.errors import ArgumentError, DataError, nearest, path_fault
+from pyunlearn.errors import ArgumentError, DataError, brief, nearest, path_fault
 
+_LARGEST = 2**63 - 1  # whole number that arrays and generators of random numbers take, and JSON's readers
 C = TypeVar("C", bound="Config")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,7 +48,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Whole(Kind):
-    """Whole numbers from `minimum` on; True and False are not accepted."""
+    """Whole numbers from `minimum` on, below 2**63; True and False are not accepted."""
 
     minimum: int = 0
 
@@ -59,7 +57,8 @@ class Whole(Kind):
         return f"a whole number, {self.minimum} or more"
 
     def accepts(self, value: Any) -> bool:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= self.minimum
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return whole and self.minimum <= int(value) <= _LARGEST
 
     def parse(self, word: str) -> int:
         return int(word)
@@ -84,10 +83,11 @@ class Number(Kind):
         return f"a number{', ' if bounds else ''}{bounds}"
 
     def accepts(self, value: Any) -> bool:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not math.isfinite(value):
+        try:
+            x = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+        except OverflowError:  # a whole number of hundreds of digits
             return False
-        x = float(value)
-        return self.minimum <= x <= self.maximum and self.above < x < self.below
+        return math.isfinite(x) and self.minimum <= x <= self.maximum and self.above < x < self.below
 
     def parse(self, word: str) -> float:
         return float(word)
@@ -210,11 +210,12 @@ class Option:
         if not self.kind.accepts(value):
             alternative = " or None" if self.optional and default is not None else ""
             mend = "" if default is MISSING else ": leave it out for the default"
-            if default is not MISSING and default is not None:
-                mend += f", {default!r}"
+            mend += "" if default is MISSING or default is None else f", {default!r}"
             if isinstance(value, str) and isinstance(self.kind, Choice):
                 mend = f": {nearest(value, self.kind.names)}"
-            raise ArgumentError(f"{name} must be {self.kind.wanted}{alternative}, got {reprlib.repr(value)}{mend}")
+            giant = isinstance(self.kind, Whole) and isinstance(value, numbers.Integral) and int(value) > _LARGEST
+            wanted = "a whole number below 2**63" if giant else self.kind.wanted
+            raise ArgumentError(f"{name} must be {wanted}{alternative}, got {brief(value)}{mend}")
         if isinstance(self.kind, Whole):
             return int(value)
         if isinstance(self.kind, Number):
@@ -286,8 +287,7 @@ class Config:
             settings: keyword -> value.
             function: name of the function, for messages.
 
-        Raises:
-            ArgumentError: an unknown keyword or a wrong value.
+        Raises ArgumentError for an unknown keyword or a wrong value.
         """
         known = cls.options()
         for name in settings:
@@ -395,6 +395,6 @@ def require_path(name: str, value: Any) -> None:
     """Raise ArgumentError unless a value is None or a path: a string or a pathlib.Path, not empty, without a NUL."""
     fine = isinstance(value, (str, Path)) and str(value) != "" and "\0" not in str(value)
     if value is not None and not fine:
-        raise ArgumentError(f"{name} must be the path of a file or folder, got {reprlib.repr(value)}: give a string")
+        raise ArgumentError(f"{name} must be the path of a file or folder, got {brief(value)}: give a string")
     if value is not None and (fault := path_fault(value)):
         raise ArgumentError(f"{name} cannot be used as a path: {fault}; give another")

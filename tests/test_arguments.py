@@ -26,6 +26,7 @@ SWITCHES: list[Any] = ["yes", 0, 1, "true", Odd(), [True]]
 WRONG: dict[str, list[Any]] = {
     "model": MODELS,
     "original": [m for m in MODELS if m is not None],
+    "control": [m for m in MODELS if m is not None],
     "reference_model": [m for m in MODELS if m is not None],
     "forget": [*SOURCES, None],
     "retain": SOURCES,
@@ -39,6 +40,7 @@ WRONG: dict[str, list[Any]] = {
     "plot": SWITCHES,
 }
 FUNCTIONS: dict[str, Any] = {"unlearn": pyunlearn.unlearn, "audit": pyunlearn.audit, "compare": pyunlearn.compare}
+FUNCTIONS |= {"attack": pyunlearn.attack}
 FUNCTIONS |= {name: edit.function for name, edit in edits.EDITS.items()}
 CASES = [
     pytest.param(name, argument, id=f"{name}-{argument}")

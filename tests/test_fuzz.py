@@ -17,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import pyunlearn
+from pyunlearn.attacks.config import AttackConfig
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.cli.options import assignments, texts
 from pyunlearn.comparing.config import CompareConfig
@@ -40,7 +41,9 @@ JSON = st.recursive(SCALARS, lambda x: st.lists(x, max_size=4) | st.dictionaries
 HARD = st.sampled_from(
     ["x" * 300, "x" * 300 + ".json", "~nobody/x.txt", "~\0.txt", "\ud800.txt", "/dev/null", "a/../.."]
 )
-JUNK = JSON | HARD | st.binary(max_size=10) | st.complex_numbers() | st.builds(object) | st.tuples(st.text(max_size=3))
+GIANTS = st.sampled_from([2**63, 10**309, -(10**400), 10**5000])  # more than a float, or than Python prints
+JUNK = JSON | HARD | GIANTS | st.binary(max_size=10) | st.complex_numbers() | st.builds(object)
+JUNK |= st.tuples(st.text(max_size=3))
 FEW = settings(max_examples=60)  # of the slower ones
 
 
@@ -144,7 +147,7 @@ def test_standard_input_is_texts_or_a_sentence(monkeypatch, content):
     sentence_or(assignments, [f"beta={content}"])
 
 
-CONFIGS: list[Any] = [UnlearnConfig, AuditConfig, CompareConfig, EditConfig, FindConfig, StudyConfig]
+CONFIGS: list[Any] = [UnlearnConfig, AuditConfig, AttackConfig, CompareConfig, EditConfig, FindConfig, StudyConfig]
 
 
 @settings(max_examples=200)
@@ -153,7 +156,8 @@ def test_every_option_takes_a_value_or_a_sentence(case, value):
     """Of every command and function, in Python and as a word of the command line."""
     config, name = case
     sentence_or(config.of, None, {name: value}, "fuzz")
-    sentence_or(config.options()[name].parsed, name, str(value))
+    word = "9" * 5000 if value == 10**5000 else str(value)
+    sentence_or(config.options()[name].parsed, name, word)
 
 
 @given(st.sampled_from(sorted(METHODS)), NAMES | st.sampled_from(["beta", "alternates", "layer"]), JUNK)

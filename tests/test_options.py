@@ -26,8 +26,8 @@ class Odd:
 
 def never(kind):
     """Values that a kind of setting never has."""
-    common = [Odd(), math.nan, -1, b"x", object, 2 + 1j, lambda: 0]
-    numbers = [True, "3", [3], math.inf, -math.inf, np.True_]
+    common = [Odd(), math.nan, -1, b"x", object, 2 + 1j, lambda: 0, -(10**5000)]
+    numbers = [True, "3", [3], math.inf, -math.inf, np.True_, 10**400, 10**5000]
     return (
         common
         + {

@@ -299,6 +299,7 @@ def test_measured_speed_is_positive():
         ({"model": 7}, ModelError, "model must be a path or a name"),
         ({"model": "./nowhere"}, ModelError, "nothing is there"),
         ({"loading": LoadOptions(load_in_4bit=True)}, ArgumentError, "4-bit weights do not train"),
+        ({"loading": "bfloat16"}, ArgumentError, "loading must be a LoadOptions, got 'bfloat16'"),
     ],
 )
 def test_wrong_arguments_are_refused(saved, change, error, message):

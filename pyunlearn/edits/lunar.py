@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from pyunlearn.data import Example, Tokens, read_examples
 from pyunlearn.edits.base import POSITIVE, Editing, EditResult, require_optional
 from pyunlearn.edits.config import EditConfig
-from pyunlearn.errors import ArgumentError, DataError, ModelError, TrainingError
+from pyunlearn.errors import ArgumentError, DataError, ModelError, TrainingError, brief
 from pyunlearn.methods import REFUSALS
 from pyunlearn.models.hidden_states import DownProjection, blocks
 from pyunlearn.models.scoring import evaluation_mode
@@ -136,7 +135,7 @@ def questions_of(unanswerable: Any) -> list[str]:
     if not listed or not all(question.accepts(x) for x in unanswerable):
         raise ArgumentError(
             "unanswerable must be a list of one question or more, or the pathlib.Path of a file, "
-            f"got {reprlib.repr(unanswerable)}: leave it out for 20 questions about things that do not exist"
+            f"got {brief(unanswerable)}: leave it out for 20 questions about things that do not exist"
         )
     return list(unanswerable)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pyunlearn.data import Tokens, check_texts, read_roles
-from pyunlearn.errors import ArgumentError, DependencyError, ModelError
+from pyunlearn.errors import ArgumentError, DependencyError, ModelError, brief
 from pyunlearn.methods import resolve
 from pyunlearn.models import gguf
 from pyunlearn.models.adapters import require_mergeable, with_lora
@@ -133,6 +133,8 @@ def plan(
         raise ModelError(f"model must be a path or a name, got a value of type {type(model).__name__}")
     require_path("model", model)
     require_tokenizer("tokenizer", tokenizer)
+    if loading is not None and not isinstance(loading, LoadOptions):
+        raise ArgumentError(f"loading must be a LoadOptions, got {brief(loading)}: leave it out for the defaults")
     machine = machine_of(gpu)
     method_options = dict(config.method_options or {})
     method, _ = resolve(config.method, config.retain_loss, retain is not None, method_options, has_reference=True)
