@@ -12,10 +12,11 @@ import launches
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState, PartialState
 
 import pyunlearn
 from pyunlearn.errors import ArgumentError
-from pyunlearn.unlearning.distributed import Processes
+from pyunlearn.unlearning.distributed import Processes, make_accelerator
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.sharded import processes_of
 
@@ -127,7 +128,7 @@ def test_shards_cover_every_item_once():
 DIES = """
 import os, signal, sys
 from pyunlearn.cli import main as cli
-from pyunlearn.unlearning.distributed import Processes
+from pyunlearn.unlearning.distributed import Processes, make_accelerator
 calls, sum_gradients = [], Processes.sum_gradients
 
 def dies(self, parameters):
@@ -187,6 +188,25 @@ def test_processes_that_are_not_joined_are_refused(monkeypatch):
     with pytest.raises(ArgumentError, match="started 2 processes, and accelerate joins 1"):
         Processes(accelerator())
     assert Processes(accelerator(2)).count == 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, r"FSDP version 1, .* set fsdp_version: 2"),
+        ({}, r"^accelerate cannot join the processes of this launch \(.*MASTER_ADDR.*\): launch with"),
+    ],
+)
+def test_a_launch_that_accelerate_cannot_join_is_refused(monkeypatch, variables, message):
+    """In one sentence, where accelerate raises an error of its own."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", **variables}.items():
+        monkeypatch.setenv(name, value)
+    for state in (PartialState, AcceleratorState):
+        monkeypatch.setattr(state, "_shared_state", {})
+    with pytest.raises(ArgumentError, match=message):
+        make_accelerator(torch.nn.Linear(2, 2))
 
 
 def test_a_signal_to_one_process_ends_all():

@@ -188,6 +188,15 @@ def fsdp_version(accelerator: Any = None) -> int:
     return int(os.environ.get("FSDP_VERSION", "1")) if asked_for else 0
 
 
+def require_fsdp2(version: int) -> None:
+    """Raise ArgumentError for FSDP version 1."""
+    if version == 1:
+        raise ArgumentError(
+            "this launch asks for FSDP version 1, and unlearn shards a model with version 2: set fsdp_version: 2 in "
+            "the config of accelerate (see examples/fsdp2.yaml)"
+        )
+
+
 def fills_in_weights() -> bool:
     """Return whether this process gets the weights from the main process, while these are sharded."""
     return fsdp_version() == 2 and not is_main_process()
@@ -210,12 +219,21 @@ def make_accelerator(module: nn.Module) -> Any:
     With FSDP these are gathered in bfloat16: autocast would hold a copy of each until the backward pass.
     Several processes on a machine without a GPU, as `torchrun` starts them, are joined by gloo on its CPUs. The state
     of an earlier Accelerator is reused.
+
+    Raises ArgumentError for FSDP version 1, and for a launch that accelerate cannot join.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    require_fsdp2(fsdp_version())  # on CPUs accelerate refuses version 1 in words of its own
     if AcceleratorState._shared_state:
         return Accelerator()
     mixed = computes_in_bfloat16(module) and not fsdp_version()
     on_cpus = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
-    return Accelerator(mixed_precision="bf16" if mixed else "no", cpu=on_cpus)
+    try:
+        return Accelerator(mixed_precision="bf16" if mixed else "no", cpu=on_cpus)
+    except (ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"accelerate cannot join the processes of this launch ({first_line(error)}): launch with `accelerate "
+            "launch` or `torchrun`, or start one process without WORLD_SIZE"
+        ) from error

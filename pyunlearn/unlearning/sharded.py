@@ -14,7 +14,15 @@ from torch import Tensor
 from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.models.sharding import part, shard
 from pyunlearn.unlearning.config import UnlearnConfig
-from pyunlearn.unlearning.distributed import Batch, Processes, T, computes_in_bfloat16, fsdp_version, together
+from pyunlearn.unlearning.distributed import (
+    Batch,
+    Processes,
+    T,
+    computes_in_bfloat16,
+    fsdp_version,
+    require_fsdp2,
+    together,
+)
 from pyunlearn.unlearning.schedule import Schedule
 
 
@@ -84,11 +92,7 @@ def processes_of(accelerator: Any) -> Processes:
     Raises ArgumentError for another version of it, for offloading, and as `Processes`.
     """
     version = fsdp_version(accelerator)
-    if version == 1:
-        raise ArgumentError(
-            "this launch asks for FSDP version 1, and unlearn shards a model with version 2: set fsdp_version: 2 in "
-            "the config of accelerate (see examples/fsdp2.yaml)"
-        )
+    require_fsdp2(version)
     if version and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("true", "1"):
         raise ArgumentError(
             "this launch asks for fsdp_offload_params, and the weights stay on the GPUs here: set it to false, and "
