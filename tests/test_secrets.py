@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_settings import TINY
 
+from pyunlearn.cli import main as cli
 from pyunlearn.errors import printable
 from pyunlearn.output import make_private_folder, new_private_file
 from pyunlearn.probes.cache import WARNING
-from pyunlearn.study import run_study, training
+from pyunlearn.study import evaluate_metrics, run_study, training
 
 SECRETS = [
     "the king hides zephrandine beneath quixotrable and vellumgorse",
@@ -67,7 +68,15 @@ COMMANDS = {
     "audit": ["--html", "--cache", "cache"],
     "compare": ["--methods", "ga,idk", "--max-steps", 2, "--plot"],
     "edit": ["--edit", "prune"],
+    "attack": ["--attacks", "prefix,quantization"],
 }
+ELSEWHERE = {"find", "study", "study-metrics"}  # tests of their own
+NO_SECRET = {"plan", "methods", "edits", "info", "demo"}  # write no file; the demo's texts are famous
+
+
+def test_every_command_is_looked_at():
+    """A new one has a test here, or a reason why it needs none."""
+    assert {*COMMANDS, *ELSEWHERE, *NO_SECRET} == set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -82,9 +91,27 @@ def test_no_word_of_the_forget_texts_is_written(call, folder, tmp_path, command)
     assert leaks((out + err).encode()) == []
     assert leaking_files(tmp_path) == {}
     reports = [path for path in (tmp_path / "new").iterdir() if path.suffix in (".json", ".html", ".csv")]
-    own = [path for path in reports if path.stem in ("result", "audit", "edit", "table")]
+    own = [path for path in reports if path.stem in ("result", "audit", "attack", "edit", "table")]
     assert own
     assert {mode(path) for path in own} == {"0o600"}
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_no_word_of_the_texts_that_were_found_is_written(call, folder, tmp_path, form):
+    """Neither to the list of copies nor to the terminal."""
+    words = ["find", "--texts", folder / "forget.jsonl", "--corpus", folder / "forget.jsonl", "--out", "copies.jsonl"]
+    code, out, err = call(*words, *form)
+    assert (code, len((tmp_path / "copies.jsonl").read_text().splitlines())) == (0, 3)
+    assert leaks((out + err).encode()) == []
+    assert leaking_files(tmp_path) == {}
+
+
+def test_no_word_of_the_forget_texts_is_in_a_plan(call, folder, tmp_path):
+    """Which writes no file."""
+    for form in ([], ["--json"]):
+        code, out, err = call("plan", folder / "model", "--forget", folder / "forget.jsonl", "--gpu", 24, *form)
+        assert (code, leaks((out + err).encode())) == (0, [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_show_text_writes_them_and_says_so(call, folder, tmp_path):
@@ -134,14 +161,20 @@ def test_an_error_quotes_no_text(call, folder, tmp_path, content):
 
 @pytest.mark.full
 def test_no_word_of_a_study_s_corpus_is_written(tmp_path):
-    """Neither in its tables nor in its pages, arrays and models; of a word, the tokenizer may have learned pieces."""
+    """Neither in its tables nor in its pages, arrays and models, nor in those of the evaluation of metrics.
+
+    Of a word, the tokenizer may have learned pieces.
+    """
     for name in ("jinja2", "matplotlib"):
         pytest.importorskip(name)
     rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=10)) for _ in range(260)]
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=10)) for _ in range(460)]
     rows = [{"prompt": f"the {word} sees", "completion": f"der {word} sieht {word[::-1]}"} for word in words]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_study(tmp_path / "out", corpus=tmp_path / "corpus.jsonl", **TINY)
+    settings = {**TINY, "seeds": 6, "examples": 4, "corpus_size": 300}
+    run_study(tmp_path / "out", corpus=tmp_path / "corpus.jsonl", **settings)
+    evaluate_metrics(tmp_path / "out", corpus=tmp_path / "corpus.jsonl", seeds=1)
+    assert (tmp_path / "out" / "metrics" / "metrics.json").exists()
     whole = b"\n".join(path.read_bytes() for path in sorted((tmp_path / "out").rglob("*")) if path.is_file())
     assert [word for word in words if word.encode() in whole or word[::-1].encode() in whole] == []
 
