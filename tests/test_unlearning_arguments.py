@@ -13,6 +13,8 @@ from pyunlearn.errors import ArgumentError, DataError, ModelError, TrainingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+GIANT = 10**5000  # more digits than Python prints
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -26,6 +28,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"method": "npoo"}, "no method 'npoo'; did you mean \"npo\""),
         ({"method": "graddiff", "retain": None}, "needs text to keep: pass retain="),
         ({"method_options": {"beta": 1.0}}, "'ga' has no option 'beta'"),
+        ({"mask": [GIANT]}, "mask must be .*, got a value of type list"),
+        ({"token_weights": [GIANT, GIANT]}, "token_weights of forget example 1 must be .*, got a value of type int"),
+        ({"difficulty": [GIANT, GIANT], "order": "easy_first"}, "difficulty must be 2 numbers, .* of type list"),
+        ({"method": "idk", "method_options": {"refusals": [GIANT]}}, "refusals must be a list .* of type list"),
+        ({"method": "rmu", "method_options": {"layer": GIANT}}, "layer must be a whole number .* of type int"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_changed(story, options, message):

@@ -20,7 +20,7 @@ from pyunlearn.comparing.result import Comparison, Row, check_folder
 from pyunlearn.comparing.trial import Restored, run_method
 from pyunlearn.data import Example, check_texts, read_roles
 from pyunlearn.data.rendering import rendering_of
-from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError, printable
+from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError, brief, printable
 from pyunlearn.methods import METHODS, resolve
 from pyunlearn.models.language_model import LanguageModel, require_model
 from pyunlearn.models.scoring import Scorer
@@ -131,7 +131,7 @@ def _checked_methods(config: CompareConfig) -> list[str]:
     for options in own.values():
         if options is not None and not isinstance(options, Mapping):
             raise ArgumentError(
-                f'method_options must be a dict of dicts, as in {{"npo": {{"beta": 0.5}}}}, got {own!r}'
+                f'method_options must be a dict of dicts, as in {{"npo": {{"beta": 0.5}}}}, got {brief(own)}'
             )
     for name in [
         *names,

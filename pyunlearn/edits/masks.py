@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyunlearn.data import Tokens
 from pyunlearn.edits.saliency import salient
-from pyunlearn.errors import ArgumentError
+from pyunlearn.errors import ArgumentError, brief
 from pyunlearn.probes.gradients import trained_parameters
 
 Mask = dict[str, Tensor]
@@ -26,7 +26,7 @@ def require_mask(mask: Any) -> None:
     """
     if not (mask is None or isinstance(mask, Mapping) or (isinstance(mask, str) and mask in ("saliency", "nonzero"))):
         raise ArgumentError(
-            f'mask must be "saliency", "nonzero" or a dict of parameter names to boolean tensors, got {mask!r:.60}'
+            f'mask must be "saliency", "nonzero" or a dict of parameter names to boolean tensors, got {brief(mask)}'
         )
     for name, tensor in mask.items() if isinstance(mask, Mapping) else ():
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyunlearn.data import TokenBatch
-from pyunlearn.errors import ArgumentError, ModelError
+from pyunlearn.errors import ArgumentError, ModelError, brief
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import inputs_of
 from pyunlearn.models.sharding import is_sharded
@@ -69,7 +69,7 @@ class Layer:
         layers = blocks(self.lm)
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(layers):
             raise ArgumentError(
-                f"layer must be a whole number from 0 to {len(layers) - 1} with this model, got {index!r}"
+                f"layer must be a whole number from 0 to {len(layers) - 1} with this model, got {brief(index)}"
             )
         self.index, self.block = index, layers[index]
 
@@ -181,7 +181,7 @@ def trainable(
         if isinstance(wanted, (int, str)) or any(i not in range(layer + 1) for i in wanted):
             raise ArgumentError(
                 f"layers must be a list of whole numbers from 0 to {layer}, those whose down projections are trained, "
-                f"got {layers!r}"
+                f"got {brief(layers)}"
             )
         inside = {n: p for n, p in live.items() if layer_of.get(p) in wanted}
         chosen = {n: p for n, p in inside.items() if down_projection(n)}

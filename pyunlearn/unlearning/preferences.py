@@ -9,7 +9,7 @@ import numpy as np
 
 from pyunlearn.data import Example
 from pyunlearn.data.examples import with_completion
-from pyunlearn.errors import ArgumentError, DataError
+from pyunlearn.errors import ArgumentError, DataError, brief
 from pyunlearn.methods import REFUSALS, Method
 
 
@@ -42,7 +42,7 @@ def with_refusals(forget: Sequence[Example], texts: Sequence[str], seed: int, *,
     prompt.
     """
     if not texts or not _are_texts(texts):
-        raise ArgumentError(f"refusals must be a list of one text or more, got {texts!r}")
+        raise ArgumentError(f"refusals must be a list of one text or more, got {brief(texts)}")
     for number, example in enumerate(forget, 1):
         if alone and not example.prompt:
             raise DataError(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.errors import ArgumentError
+from pyunlearn.errors import ArgumentError, brief
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -117,8 +117,8 @@ def check_difficulty(values: Any, examples: int) -> Floats:
     """Return (examples,) difficulties. Raises ArgumentError unless there is a finite number for each example."""
     try:
         difficulty = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         difficulty = np.array(np.nan)
     if difficulty.shape != (examples,) or not np.isfinite(difficulty).all():
-        raise ArgumentError(f"difficulty must be {examples} numbers, one for each forget example, got {values!r}")
+        raise ArgumentError(f"difficulty must be {examples} numbers, one for each forget example, got {brief(values)}")
     return difficulty

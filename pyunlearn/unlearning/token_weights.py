@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyunlearn.data import Tokens
-from pyunlearn.errors import ArgumentError
+from pyunlearn.errors import ArgumentError, brief
 from pyunlearn.methods import METHODS, Method
 from pyunlearn.models.likelihood import Likelihood
 from pyunlearn.models.scoring import Scorer
@@ -113,18 +113,18 @@ def check_weights(weights: Any, tokens: Sequence[Tokens]) -> list[Floats]:
     Raises ArgumentError unless there is a number, 0 or more, for each scored token of each example.
     """
     if isinstance(weights, str) or not hasattr(weights, "__len__") or len(weights) != len(tokens):
-        got = len(weights) if hasattr(weights, "__len__") and not isinstance(weights, str) else repr(weights)
+        got = len(weights) if hasattr(weights, "__len__") and not isinstance(weights, str) else brief(weights)
         raise ArgumentError(f"token_weights must be {len(tokens)} lists, one for each forget example, got {got}")
     out = []
     for number, (w, t) in enumerate(zip(weights, tokens, strict=True), 1):
         try:
             array = np.asarray(w, dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             array = np.array(np.nan)
         if array.shape != (len(t.scored),) or not (np.isfinite(array) & (array >= 0)).all():
             raise ArgumentError(
                 f"token_weights of forget example {number} must be {len(t.scored)} numbers, 0 or more, one for each of "
-                f"its scored tokens, got {w!r}"
+                f"its scored tokens, got {brief(w)}"
             )
         out.append(array)
     return out
