@@ -1,6 +1,7 @@
 """An audit with the original model: a retrained model passes, and what is left in a model is found."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import tiny
 import torch
 
 import pyunlearn
+from pyunlearn.auditing.assemble import AuditAssembler
+from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.result import UNDECIDED
 from pyunlearn.data.copies import near_copies
 from pyunlearn.data.overlap import words
@@ -84,9 +87,59 @@ def test_a_retrained_model_passes(original, retrained, secrets, unseen, tmp_path
 
 @pytest.mark.full
 def test_what_is_left_is_found(original, retrained, secrets, unseen, tmp_path):
-    """An untouched model never passes, and all of its secrets are named."""
-    untouched = list(audits(original[0], original, secrets, unseen, tmp_path, draws=10))
+    """An untouched model never passes, and all of its secrets are named; nor one that knows a single one of them."""
+    untouched = list(audits(original[0], original, secrets, unseen, tmp_path, draws=5))
     assert all(audit.verdicts == {"still exposed": 12} and not audit.passed for audit in untouched)
+    knows_one, _ = model(secrets[:1] * 3, 2)
+    known = [
+        (e.verdict, audit.passed)
+        for audit in audits(knows_one, original, secrets, unseen, tmp_path)
+        for e in audit.examples
+        if e.text.strip() == secrets[0]["answer"]
+    ]
+    assert len(known) >= 5
+    assert set(known) == {("still exposed", False)}
+
+
+def judged(shift, depth, *, n=12, m=99, seed=0):
+    """The verdicts and p-value of n texts, 4 spreads below unseen text before and `depth` now.
+
+    All unseen text has become less likely by the share `shift`, of 3 nats; a depth of 0 is a retrained model.
+    """
+    rng, spread = np.random.default_rng(seed), 0.3
+    unseen = 3 + spread * rng.standard_normal(m)
+    texts = 3 * (1 + shift) + spread * (rng.standard_normal(n) * (0.1 if depth else 1) - depth)
+
+    def responses(forget, non_members):
+        roles = {"forget": forget, "non_members": non_members}
+        statistics = {
+            role: SimpleNamespace(mean_log_likelihood=-nll, greedy_match=np.full(len(nll), 0.3))
+            for role, nll in roles.items()
+        }
+        return SimpleNamespace(statistics=statistics, continuations={})
+
+    expected = {k: SimpleNamespace(nll=np.zeros(k), greedy_match=np.zeros(k)) for k in (n, m)}
+    sides = SimpleNamespace(forget=expected[n], own=expected[m])
+    given = SimpleNamespace(non_members=sides, openings=[], holdout=[])
+    before = responses(np.full(n, 3 - 4 * spread), unseen)
+    now = responses(texts, unseen + 3 * shift)
+    assembler = AuditAssembler(given, None, AuditConfig(), now, before)
+    assembler.recited = np.zeros(n, dtype=bool)
+    return set(assembler._verdict().verdict), assembler.left.pvalue
+
+
+@pytest.mark.parametrize("shift", [-0.12, -0.05, 0.0, 0.05, 0.09])
+def test_a_model_that_is_a_little_better_or_worse_is_judged_by_its_own_unseen_text(shift):
+    """A retrained one has no text that is exposed or over-unlearned; texts that were left are exposed, all the same."""
+    retrained = [judged(shift, 0, seed=seed) for seed in range(20)]
+    wrong = [verdicts & {"still exposed", "over-unlearned"} or p < 0.05 for verdicts, p in retrained]
+    assert sum(map(bool, wrong)) <= 4
+    assert all(judged(shift, 2.6, seed=seed)[0] == {"still exposed"} for seed in range(10))
+
+
+def test_a_model_that_finds_all_text_unlikely_has_forgotten_nothing_in_particular():
+    """From a loss of 10 % on: what is as unlikely as its other text is over-unlearned, not forgotten."""
+    assert judged(0.5, 0)[0] == {"over-unlearned"}
 
 
 @pytest.mark.full
@@ -94,10 +147,10 @@ def test_what_is_left_is_found(original, retrained, secrets, unseen, tmp_path):
 def test_undecided_texts_pass_where_the_set_is_like_unseen_text(
     original, retrained, secrets, unseen, tmp_path, pvalue, passes
 ):
-    """And not where too many of the set lie high: the headline, its colour and exit code 1 say so."""
+    """And not where too many of the set lie high: the headline and its colour say so."""
     audit = next(audits(retrained, original, secrets, unseen, tmp_path))
     examples = [replace(e, verdict=UNDECIDED) for e in audit.examples]
-    audit = replace(audit, examples=examples, top_test=audit.top_test._replace(pvalue=pvalue))
+    audit = replace(audit, examples=examples, left_pvalue=pvalue)
     assert audit.passed == passes
     assert audit.exposed_together == (not passes)
     assert ("all together they do (p = 0.001)" in sentences.headline(audit)) is not passes

@@ -42,7 +42,7 @@ def with_verdicts(audited, *verdicts, pvalue=0.3):
     """The same audit with other verdicts and tests of the set."""
     examples = [replace(e, verdict=v) for e, v in zip(audited.examples, verdicts, strict=False)]
     tests = {name: getattr(audited, name)._replace(pvalue=pvalue) for name in ("null_test", "top_test")}
-    return replace(audited, examples=examples, **tests)
+    return replace(audited, examples=examples, left_pvalue=pvalue, **tests)
 
 
 class Page(HTMLParser):

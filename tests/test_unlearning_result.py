@@ -34,6 +34,18 @@ ROUND = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_is_left_as_it_was(story, training):
+    """A model that is unlearned within a training is still in training mode after it, every module of it."""
+    model = story.fresh().train(training)
+    model.model.layers[0].train(not training)
+    modes = [module.training for module in model.modules()]
+    settings = {"holdout": story.holdout, "tokenizer": story.tokenizer, "max_steps": 1, "progress": False}
+    result = pyunlearn.unlearn(model, story.forget, **settings)
+    assert result.model is model
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_the_history_has_one_record_a_step_and_the_state_after_each_round(story):
     """Every record has all documented fields, the last accepted round agrees with the result, and all of it is JSON."""
     result = run(story, story.forget + story.unseen, batch_size=1, learning_rate=1e-3)

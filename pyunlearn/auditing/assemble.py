@@ -25,6 +25,7 @@ from pyunlearn.metrics import (
     verdict,
 )
 from pyunlearn.metrics._binomial import clopper_pearson
+from pyunlearn.metrics.left import Left, Scores, left
 from pyunlearn.metrics.verdict import anchor_after
 from pyunlearn.probes.non_members import capped, evidence_notes
 from pyunlearn.probes.recitation import LONGEST, recited
@@ -32,7 +33,7 @@ from pyunlearn.probes.recitation import LONGEST, recited
 Floats = NDArray[np.float64]
 _K = 0.4  # the share of tokens of min-k, as in MUSE and TOFU
 _WORSE = 0.10  # relative rise of the non-members' NLL, 1 nat at least, from which a model has become worse
-_ALARMS = ("still exposed", "over-unlearned")
+_OVER = "over-unlearned"
 _ROUGE = importlib.util.find_spec("rouge_score") is not None
 
 
@@ -72,13 +73,17 @@ class AuditAssembler:
         self.nll = -now.statistics["forget"].mean_log_likelihood
         self.nll_before = -anchor.statistics["forget"].mean_log_likelihood
         self.scores, self.scores_before = self.nll - expected.nll, self.nll_before - expected.nll
+        openings, written = texts.openings, now.continuations
+        self.recited = np.array(
+            [i in written and recited(written[i], t.scored) for i, t in enumerate(openings)], dtype=bool
+        )
+        self.left = None if before is None else self._left()
         self._attacks = bool(texts.holdout) and "membership" in config.metrics
 
     def assemble(self) -> Audit:
         """Return the audit, with the settings and the seconds left for the caller to fill in."""
-        judged, alike = self._verdicts()
+        judged = self._verdict()
         exposures, m = judged.after.lower, len(self.non_member_scores)
-        tops = [exposure_top_test(each.after.lower, m, seed=self.seed) for each in (judged, alike)]
         change = None
         if self.before is not None:
             change = paired_difference(-self.nll_before, -self.nll, seed=self.seed)
@@ -87,8 +92,9 @@ class AuditAssembler:
         return Audit(
             examples=self._examples(judged),
             non_members=self._non_members(),
-            top_test=max(tops, key=lambda test: test.pvalue),
+            top_test=exposure_top_test(exposures, m, seed=self.seed),
             null_test=exposure_null_test(exposures, m, seed=self.seed),
+            left_pvalue=None if self.left is None else self.left.pvalue,
             membership=self._membership(),
             change=change,
             answer_prior=None if prior is None else prior.mean,
@@ -101,25 +107,24 @@ class AuditAssembler:
             notes=self._notes(judged),
         )
 
-    def _verdicts(self) -> tuple[metrics.Verdict, metrics.Verdict]:
-        """Judge each text among the anchored non-members, and among those under the audited model itself.
+    def _verdict(self) -> metrics.Verdict:
+        """Judge each text: anchored, but for what stands out, which is seen among the model's own non-members.
 
-        No two models give unseen text the same likelihood, not even two that were trained alike. So a text is exposed
-        or over-unlearned only if it is by both, unless the model has become worse: where the non-members have lost more
-        than 10 % (the holdout's budget in `unlearn`), those under the original model judge alone.
+        No two models give unseen text the same likelihood, not even two that were trained alike. So a text is
+        over-unlearned only if it is by these too, unless the model has become worse: where the non-members have lost
+        more than 10 % (the holdout's budget in `unlearn`), those under the original model judge alone.
         """
-        anchored = self._judged(self.anchor, self.before or self.now)
+        anchored = self._judged(self.anchor)
         if self.worse:
-            return anchored, anchored
-        alike = self._judged(self.present, self.now)
-        chance = np.isin(anchored.verdict, _ALARMS) & ~np.isin(alike.verdict, _ALARMS)
+            return anchored
+        alike = self._judged(self.present)
+        chance = (anchored.verdict == _OVER) & (alike.verdict != _OVER)
         name = np.where(chance, alike.verdict, anchored.verdict)
-        return anchored._replace(verdict=name, certain=anchored.certain & ~chance), alike
+        return anchored._replace(verdict=name, certain=anchored.certain & ~chance)
 
-    def _judged(self, non_member_scores: Floats, extracted_by: Responses) -> metrics.Verdict:
+    def _judged(self, non_member_scores: Floats) -> metrics.Verdict:
         """Judge each text by its likelihood, its first-choice tokens and its continuation."""
-        forget, anchor = self.now.statistics["forget"], extracted_by.statistics["non_members"]
-        openings, written = self.texts.openings, self.now.continuations
+        forget, anchor = self.now.statistics["forget"], (self.before or self.now).statistics["non_members"]
         return verdict(
             self.scores_before,
             self.scores,
@@ -127,10 +132,24 @@ class AuditAssembler:
             non_member_scores_after=non_member_scores,
             extracted=forget.greedy_match - self.non_members.forget.greedy_match,
             non_member_extracted=anchor.greedy_match - self.non_members.own.greedy_match,
-            recited=[i in written and recited(written[i], openings[i].scored) for i in range(len(openings))],
+            recited=self.recited,
+            standing_out=None if self.left is None else self.left.standing_out | self.recited,
             target_exposure=self.target_exposure,
             false_discovery_rate=self.false_discovery_rate,
-            tested=True,
+        )
+
+    def _left(self) -> Left:
+        """Find what stands out among the non-members under the audited model."""
+        shares = [
+            expected.greedy_match - self.now.statistics[role].greedy_match
+            for role, expected in (("forget", self.non_members.forget), ("non_members", self.non_members.own))
+        ]
+        return left(
+            Scores(self.scores_before, self.non_member_scores),
+            Scores(self.scores, self.present),
+            Scores(*shares),
+            rate=self.false_discovery_rate,
+            seed=self.seed,
         )
 
     # -- each text

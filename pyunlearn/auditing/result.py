@@ -150,6 +150,9 @@ class Audit:
     """Test that no more texts stand out than would of unseen ones: a small p-value rejects it."""
     null_test: ExposureTest
     """Test that the exposures, all together, follow the law of unseen texts: a small p-value rejects it."""
+    left_pvalue: float | None
+    """Chance that as many unseen texts would lie as high as the memorized ones do now, all together: see
+    `metrics.left`. None where nothing was memorized."""
     membership: list[Membership]
     """One for each score; empty without a holdout, for sampled text is no fair comparison."""
     change: PairedDifference | None
@@ -196,8 +199,8 @@ class Audit:
 
     @property
     def exposed_together(self) -> bool:
-        """True where texts are undecided and the top test rejects, at 5 %, that the set is like unseen text."""
-        return UNDECIDED in self.verdicts and self.top_test.pvalue < 0.05
+        """True where texts are undecided, and the memorized ones all together lie too high for unseen text, at 5 %."""
+        return UNDECIDED in self.verdicts and self.left_pvalue is not None and self.left_pvalue < 0.05
 
     @property
     def passed(self) -> bool:

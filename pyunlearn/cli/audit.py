@@ -100,10 +100,10 @@ def audit(
     """Measure what a model remembers of the texts of a file. The model is not changed.
 
     Each text gets a verdict: *not memorized* (it does not stand out among text that was not trained on), *still
-    exposed*, *forgotten* (it was memorized, and is now like text that was not trained on), *no likelier* (in place of
-    it, where the comparison is with text that the model wrote) or *over-unlearned* (less likely than text that was not
-    trained on, which reveals it again). An interrupted audit resumes when the same
-    command is run again.
+    exposed* (it does), *forgotten* (it was memorized, and is now like text that was not trained on), *no likelier* (in
+    place of it, where the comparison is with text that the model wrote), *undecided* (it was memorized, and neither
+    stands out nor is clearly forgotten) or *over-unlearned* (less likely than text that was not trained on, which
+    reveals it again). An interrupted audit resumes when the same command is run again.
 
     Examples:
 

@@ -56,6 +56,7 @@ from pyunlearn.metrics.exposure_tests import (
     non_member_drift,
 )
 from pyunlearn.metrics.extraction import VerbatimMatch, extraction_probability, rouge_l, verbatim_match
+from pyunlearn.metrics.left import Left, Scores, left
 from pyunlearn.metrics.mean_exposure import mean_exposure_interval
 from pyunlearn.metrics.memorization import counterfactual_memorization, exact_memorization, extraction_strength
 from pyunlearn.metrics.privacy import TruePositiveRate, auc, privleak, privleak_interval, tpr_at_fpr
@@ -91,8 +92,10 @@ __all__ = [
     "ForgetQuality",
     "InsertedCanaries",
     "Interval",
+    "Left",
     "PairedDifference",
     "Recovery",
+    "Scores",
     "SkewNormalFit",
     "StepsToForget",
     "TopTest",
@@ -124,6 +127,7 @@ __all__ = [
     "insert_canaries",
     "knn_radius",
     "ksd_difficulty",
+    "left",
     "lira_score",
     "logit_score",
     "loss_score",

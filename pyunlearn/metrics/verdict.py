@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics._binomial import clopper_pearson
@@ -44,7 +42,7 @@ class Verdict(NamedTuple):
     """Verdicts and the exposures behind them, (n,) each: the result of verdict."""
 
     verdict: NDArray[np.str_]
-    """"not memorized", "still exposed", "undecided" (only with `tested`), "forgotten" or "over-unlearned"."""
+    """"not memorized", "still exposed", "undecided" (only with `standing_out`), "forgotten" or "over-unlearned"."""
     before: Exposure
     """Exposures under the original model."""
     after: Exposure
@@ -56,8 +54,9 @@ class Verdict(NamedTuple):
     """High end of the same exposure."""
     certain: NDArray[np.bool_]
     """True where the interval lies wholly on the verdict's side of the threshold, so that more non-members would not be
-    expected to change it. "still exposed" and "forgotten" also need the interval before above `threshold`; "not
-    memorized" needs it below 4.32 bits, from which a text counts as memorized in the most favourable set."""
+    expected to change it; never of "undecided". "still exposed" and "forgotten" also need the interval before above
+    `threshold`; "not memorized" needs it below 4.32 bits, from which a text counts as memorized in the most favourable
+    set, and "still exposed" with `standing_out` above that."""
     threshold: float
     """Bits from which a text of this set counts as memorized: 4.32 or more, see discoveries."""
     extraction: Floats | None
@@ -117,10 +116,10 @@ def verdict(
     extracted: ArrayLike | None = None,
     non_member_extracted: ArrayLike | None = None,
     recited: ArrayLike | None = None,
+    standing_out: ArrayLike | None = None,
     target_exposure: float = NULL_MEAN,
     false_discovery_rate: float = 0.05,
     confidence: float = 0.95,
-    tested: bool = False,
 ) -> Verdict:
     """Judge each text of a set by the rules of the unlearning loop, with the interval of the exposure that decided.
 
@@ -133,15 +132,9 @@ def verdict(
     unseen ones, on average; a set of one is judged at 4.32 bits. Over-unlearned texts are selected among the memorized
     ones and among the others, each for itself.
 
-    Rule three is the loop's aim, and no test: 37 % of unseen texts lie above their mean. With `tested`, which is the
-    audit's rule, a memorized text that is not forgotten is called
-
-        still exposed  where it is recited, or stands out among the memorized texts by its exposure after or by what is
-                       extracted of it (`discoveries`, and `tail_exposure`)
-        undecided      otherwise
-
-    so that of texts that a retrained model never saw, at most `false_discovery_rate` are called still exposed by
-    either number. Their exposure_top_test says whether too many lie high.
+    Rule three is the loop's aim, and no test: 37 % of unseen texts lie above their mean. With `standing_out`, which is
+    the audit's rule, a memorized text is still exposed where it stands out, and undecided where it neither does nor is
+    forgotten.
 
     Exposures are anchored: the same non-members, under the original model, before and after. Unlearning can also make
     unseen text likelier, where the model had recited in its place; then `non_member_scores_after` takes it (see
@@ -162,10 +155,10 @@ def verdict(
         extracted: (n,) 0 to 1, under the unlearned model, high where a text is extracted.
         non_member_extracted: (m,) or (n, m), under the original model; with `extracted`.
         recited: (n,) True where the unlearned model's greedy continuation of a text's beginning is its rest.
+        standing_out: (n,) True where a text stands out among unseen text under the unlearned model, see `left`.
         target_exposure: bits, 0 or more; default 1.443 (NULL_MEAN), the mean of unseen text.
         false_discovery_rate: between 0 and 1.
         confidence: of the intervals, between 0 and 1.
-        tested: call a text still exposed only where it stands out among unseen text, and undecided where it does not.
 
     Returns:
         Verdict(verdict, before, after, low, high, certain, threshold, extraction).
@@ -180,7 +173,7 @@ def verdict(
         ['forgotten', 'still exposed', 'not memorized']
 
     See Also:
-        generalized_exposure: the exposures. exposure_interval: the intervals. discoveries: the selection.
+        generalized_exposure: the exposures. discoveries: the selection. left: which texts stand out.
     """
     if not target_exposure >= 0:
         raise ArgumentError(f"target_exposure must be 0 bits or more, got {target_exposure!r}")
@@ -200,14 +193,8 @@ def verdict(
     if recited is not None:
         forgotten &= ~np.asarray(recited, dtype=bool)
     exposed = np.ones_like(forgotten)
-    if tested:
-        kinds = [np.maximum(after.lower, tail_exposure(scores_after, anchor))]
-        if extracted is not None and non_member_extracted is not None and extraction is not None:
-            tail = tail_exposure(-np.asarray(extracted), -np.asarray(non_member_extracted))
-            kinds.append(np.maximum(extraction, tail))
-        exposed = _standing_out(kinds, memorized, false_discovery_rate)
-        if recited is not None:
-            exposed |= np.asarray(recited, dtype=bool)
+    if standing_out is not None:
+        exposed = np.asarray(standing_out, dtype=bool)
         forgotten &= ~exposed
     name = np.select(
         [over, ~memorized, forgotten, exposed],
@@ -227,7 +214,7 @@ def verdict(
             low >= over_thresholds,
             high < math.log2(1 / false_discovery_rate),
             was_memorized & (high <= target_exposure),
-            was_memorized & (low > (SIGNIFICANT if tested else target_exposure)),
+            was_memorized & (low > (target_exposure if standing_out is None else SIGNIFICANT)),
         ],
         False,
     )
@@ -274,41 +261,6 @@ def over_unlearned(
     for group in (memorized, ~memorized):
         over[group], thresholds[group] = discoveries(after.upper[group], rate=rate)
     return over & (before.upper < SIGNIFICANT - 1e-9), thresholds
-
-
-def tail_exposure(scores: ArrayLike, non_member_scores: ArrayLike) -> Floats:
-    """Return the exposures that a heavy-tailed law gives the texts beyond 95 % of their non-members, 0 for others.
-
-        -log2 P(T <= (score - mean) / (spread sqrt(1 + 1 / m))),   T ~ Student's t, 4 degrees of freedom
-
-    m non-members show at most log2(m + 1) bits, so that they cannot name one text among many however far it lies below
-    all of them. This law can, for texts several spreads below, and its tail is heavier than that of most scores:
-    of sets of 20 unseen texts of six laws (normal, Student's t, gamma and lognormal to either side) among 19 to 234
-    non-members, 0 to 8 % had a text that stood out by it, where a fitted skew-normal law had up to 41 %.
-
-    Args:
-        scores: (n,) low where a text is likely.
-        non_member_scores: (m,) or (n, m).
-
-    Returns:
-        (n,) bits.
-
-    >>> tail_exposure([-3.0, 0.0], np.linspace(-1, 1, 99)).round(2).tolist()
-    [8.15, 0.0]
-    """
-    s, r = check_scores("tail_exposure", scores, non_member_scores)
-    m, spread = r.shape[-1], r.std(axis=-1, ddof=1) if r.shape[-1] > 1 else np.inf
-    away = (s - r.mean(axis=-1)) / np.maximum(spread * math.sqrt(1 + 1 / m), 1e-12)
-    beyond = generalized_exposure(s, r).lower >= SIGNIFICANT - 1e-9
-    return np.where(beyond, -stats.t.logcdf(away, 4) / math.log(2), 0.0)
-
-
-def _standing_out(kinds: Sequence[Floats], memorized: NDArray[np.bool_], rate: float) -> NDArray[np.bool_]:
-    """Select the memorized texts that stand out by any of some kinds of exposure, (n,) each."""
-    standing = np.zeros(len(memorized), dtype=bool)
-    for bits in kinds:
-        standing[memorized] |= discoveries(bits[memorized], rate=rate).significant
-    return standing
 
 
 def _extraction(extracted: ArrayLike | None, non_member_extracted: ArrayLike | None) -> Floats | None:

@@ -195,6 +195,13 @@ def evidence_notes(non_members: NonMembers, verdicts: Sequence[str], *, rate: fl
             "show whether a text is likelier than what the model writes by itself, not whether it is forgotten. "
             f"{_HOLDOUT}"
         )
+    memorized = sum(name != "not memorized" for name in verdicts)
+    if "undecided" in verdicts and (fewest := math.ceil(memorized / (rate * (m + 1)) - 1e-9)) > 1:
+        notes.append(
+            f"{m} non-members can name what is left of {memorized} memorized texts only where {fewest} or more of them "
+            f"are, where a text has hardly moved or where the model writes it; to name any single one takes "
+            f"{non_members_needed(memorized, rate=rate)}."
+        )
     fewest = math.ceil(texts / (rate * (m + 1)) - 1e-9)
     if nothing_named and fewest > 1:
         notes.append(

@@ -194,9 +194,14 @@ def _how(audit: Audit) -> list[tuple[str, str]]:
     verdicts = (
         f"memorized at a false discovery rate of {s['false_discovery_rate']:.0%} over all texts (one text: from 4.32 "
         f"bits on); forgotten at {s['target_exposure']:.2f} bits and less, when no more of it is extracted than of "
-        "four in five comparison texts and the model does not continue its beginning with its rest; over-unlearned "
-        "when less likely than unseen text, at the same rate"
+        "four in five comparison texts and the model does not continue its beginning with its rest, where that was "
+        "decoded; over-unlearned when less likely than unseen text, at the same rate"
     )
+    if non_members.anchored:
+        verdicts += (
+            "; still exposed when it stands out among the comparison texts under the audited model, at that rate, is "
+            "likelier than all of these and has hardly moved, or is recited; undecided otherwise"
+        )
     passes = ", ".join(f"{name.replace('_', ' ')}: {n} texts, each once" for name, n in audit.passes.items())
     null, top = audit.null_test, audit.top_test
     models = {name: s[name] for name in ("model", "original", "reference_model") if s[name]}

@@ -11,7 +11,7 @@ from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Interval
 MEANINGS = {
     "still exposed": "The model knows it better than text that it never saw.",
     "over-unlearned": "Pushed below what unseen text gets: the gap itself gives it away.",
-    UNDECIDED: "It was memorized, and no longer stands out; it is likelier than the average unseen text, as many are.",
+    UNDECIDED: "It was memorized, and neither stands out now nor lies where it would be called forgotten.",
     "no likelier": "It was memorized, and is now no likelier than what the model writes by itself.",
     "forgotten": "It was memorized, and is now like text that was never seen.",
     "not memorized": "Was never known better than unseen text.",
@@ -39,15 +39,17 @@ def headline(audit: Audit) -> str:
     if exposed:
         state = "still exposed" if audit.non_members.anchored else "memorized"
         return f"{_of(exposed, n)} {'is' if exposed == 1 else 'are'} {state}."
+    if audit.exposed_together:
+        return f"No text stands out by itself, but all together they do (p = {audit.left_pvalue:.1g})."
     if over:
         return f"Nothing is exposed, but {_of(over, n).lower()} {'was' if over == 1 else 'were'} driven too far."
-    if audit.exposed_together:
-        return f"No text stands out by itself, but all together they do (p = {audit.top_test.pvalue:.1g})."
+    if audit.non_members.source == "self-sampled" and (counts.get("no likelier") or UNDECIDED in counts):
+        return "No text stands out from what the model writes by itself; this does not show that they are forgotten."
     if UNDECIDED in counts:
-        each = [f"{counts[name]} {name}" for name in ("forgotten", "no likelier", UNDECIDED) if name in counts]
-        return f"No text stands out any more: {', '.join(each)}."
-    if counts.get("no likelier"):
-        return "No text is likelier than what the model writes by itself; this does not show that they are forgotten."
+        each = [f"{counts[name]} {name}" for name in ("forgotten", UNDECIDED) if name in counts]
+        return (
+            f"No text stands out any more: {', '.join(each)}." if n > 1 else "The text no longer stands out: undecided."
+        )
     if counts.get("forgotten"):
         return "Forgotten: no text stands out any more." if n > 1 else "Forgotten: the text no longer stands out."
     return "No text is memorized." if n > 1 else "The text is not memorized."
@@ -82,7 +84,7 @@ def summary(audit: Audit) -> list[str]:
             "not what it has forgotten."
         )
     if UNDECIDED in audit.verdicts:
-        lines.append(null_sentence(audit))
+        lines.append(_undecided(audit))
     unsure = sum(not e.certain for e in audit.examples)
     if unsure:
         lines.append(
@@ -96,9 +98,19 @@ def summary(audit: Audit) -> list[str]:
     return lines
 
 
+def _undecided(audit: Audit) -> str:
+    """Return a sentence about the undecided texts: what was tested, and what was not."""
+    p = audit.left_pvalue
+    as_high = "too high for unseen text" if audit.exposed_together else "as unseen texts may"
+    line = f"All together the texts that were memorized lie {as_high} (p = {p:.2g})."
+    if any(e.verdict == UNDECIDED and e.now.continuation is None for e in audit.examples):
+        line += " Whether the model still writes the undecided ones was not tried: continuations were not decoded."
+    return line
+
+
 def null_sentence(audit: Audit) -> str:
     """Return a sentence that says whether the set's exposures are consistent with those of unseen text."""
-    top, shape = audit.top_test.pvalue, audit.null_test.pvalue
+    top, shape = audit.top_test.exact_pvalue, audit.null_test.pvalue
     if top < 0.05:
         return f"All together they are no unseen text (p = {top:.1g}): too many stand out."
     if shape < 0.05:

@@ -20,7 +20,7 @@ COLOURS = {
     "forgotten": "green",
     "no likelier": "cyan",
     "not memorized": "cyan",
-    "undecided": "yellow",
+    "undecided": "cyan",
     "still exposed": "yellow",
     "over-unlearned": "red",
     "stays forgotten": "green",

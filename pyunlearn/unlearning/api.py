@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from pyunlearn.models.four_bits import keep_differentiable
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.loading import without_weights
 from pyunlearn.models.recomputation import is_recomputing, recomputed_layers
-from pyunlearn.models.scoring import Scorer
+from pyunlearn.models.scoring import Scorer, evaluation_mode
 from pyunlearn.options import Flag, accepts, require, require_path
 from pyunlearn.output import model_name
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
@@ -80,7 +80,8 @@ def unlearn(
 
     Args:
         model: a transformers causal or encoder-decoder language model (PEFT-wrapped or not), or a path, a .gguf file or
-            a name to load one from. It is changed in place. Only parameters that require a gradient are trained.
+            a name to load one from. It is changed in place, and left in the mode in which it came. Only parameters that
+            require a gradient are trained.
         forget: a text, a list of texts, a list of dicts (`text`; `prompt`/`completion`; `question`/`answer`; chat
             `messages`), a datasets.Dataset, or a path to .jsonl, .json, .csv, .tsv, .txt, .parquet. Of a prompt
             with a completion, only the completion is scored and forgotten, of a chat all turns (`turns`), and of a dict
@@ -118,8 +119,7 @@ def unlearn(
     Source: Baluta et al. 2024 (arXiv 2411.04388) for the ascent and the metric; the per-example stopping is ours.
     """
     config = UnlearnConfig.of(config, settings, "unlearn")
-    _check_arguments(config, resume=resume, progress=progress, output_dir=output_dir, tokenizer=tokenizer)
-    require_listeners(on_step, config.log_with)
+    _check_arguments(config, on_step, resume=resume, progress=progress, output_dir=output_dir, tokenizer=tokenizer)
     _require_models(model, reference_model, look_up=False)
     options = dict(config.method_options or {})
     has_retain, has_reference = retain is not None, reference_model is not None
@@ -134,7 +134,8 @@ def unlearn(
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     trains = torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
-    with trains, folder.claimed(), together(named=True), Progress(progress if is_main_process() else False) as bar:
+    bar = Progress(progress if is_main_process() else False)
+    with trains, folder.claimed(), together(named=True), bar, ExitStack() as modes:
         bar.say("loading the model")
         with without_weights(fills_in_weights()):
             lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
@@ -146,7 +147,7 @@ def unlearn(
             require_shardable(config, lm.module)
         lm = _trainable(lm, config)  # the first change of the model
         processes.place(lm.module, lm.inner)
-        lm.module.eval()  # no dropout, so that log-likelihoods are a function of the weights
+        modes.enter_context(evaluation_mode(lm.module))  # no dropout: log-likelihoods are a function of the weights
         trained = accelerator.unwrap_model(lm.module)
         folder.require_room(trained, merge=config.merge)
         config = replace(config, learning_rate=config.learning_rate or _default_rate(trained, method))
@@ -184,12 +185,15 @@ def unlearn(
     return result
 
 
-def _check_arguments(config: UnlearnConfig, *, resume: Any, progress: Any, output_dir: Any, tokenizer: Any) -> None:
-    """Raise ArgumentError for an argument of the wrong type."""
+def _check_arguments(
+    config: UnlearnConfig, on_step: Any, *, resume: Any, progress: Any, output_dir: Any, tokenizer: Any
+) -> None:
+    """Raise ArgumentError for an argument of the wrong type, and DependencyError for a tracker that is missing."""
     require(Flag(), resume=resume, **({} if progress is None else {"progress": progress}))
     require_path("output_dir", output_dir)
     require_tokenizer("tokenizer", tokenizer)
     require_mask(config.mask)
+    require_listeners(on_step, config.log_with)
 
 
 def _require_holdout(examples: dict[str, list[Example]], config: UnlearnConfig) -> None:

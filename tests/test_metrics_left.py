@@ -1,0 +1,93 @@
+"""What is left of memorized texts: what stands out, how often a retrained model is wrongly named, what is found."""
+
+import math
+
+import numpy as np
+import pytest
+
+from pyunlearn.metrics import Scores, left, verdict
+
+UNSEEN = np.arange(99.0)
+LAWS = {
+    "normal": lambda rng, n: rng.standard_normal(n),
+    "Student's t, 3": lambda rng, n: rng.standard_t(3, n),
+    "gamma": lambda rng, n: rng.gamma(2, size=n),
+    "gamma to the left": lambda rng, n: -rng.gamma(0.5, size=n),
+    "lognormal to the left": lambda rng, n: -np.exp(rng.standard_normal(n)),
+}
+
+
+def shares(rng, n, m):
+    """Negative shares of 13 tokens that are first choices in unseen text, of n texts and m non-members."""
+    texts, non_members = (-rng.binomial(13, 0.3, k) / 13 for k in (n, m))
+    return Scores(texts, non_members)
+
+
+def flat(n):
+    """Extracted shares that say nothing."""
+    return Scores(np.zeros(n), np.zeros(99))
+
+
+def test_each_reason_to_stand_out():
+    """Its likelihood, what is extracted of it, or that it has hardly moved; but only of a text that was memorized."""
+    before = Scores(np.full(3, -40.0), UNSEEN)
+    result = left(before, Scores(np.array([-1.0, 3.0, 50.0]), UNSEEN), flat(3))
+    assert result.standing_out.tolist() == [True, False, False]  # 6.64 bits, and one of three needs 5.9
+    assert left(before, Scores(np.array([-1.0] * 3), UNSEEN), flat(3)).standing_out.all()
+    one_of_40 = Scores(np.array([-38.0, *range(20, 59)]), UNSEEN)
+    result = left(Scores(np.full(40, -40.0), UNSEEN), one_of_40, flat(40))
+    assert result.standing_out.tolist() == [True] + [False] * 39
+    written = Scores(np.array([-0.9, -0.2, -0.2]), -np.linspace(0.0, 0.5, 99))
+    assert left(before, Scores(np.array([50.0] * 3), UNSEEN), written).standing_out.tolist() == [True, False, False]
+    seen_by_none = Scores(np.full(3, 50.0), UNSEEN)
+    assert left(seen_by_none, seen_by_none, written) == (pytest.approx([False] * 3), None)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(("n", "m"), [(1, 64), (12, 40), (20, 19), (60, 64)])
+def test_a_retrained_model_s_texts_hardly_ever_stand_out(law, n, m):
+    """Its scores are draws of the law of unseen text, whatever was memorized: at most 5 % of sets by either number, and
+    5 % all together; the aim of 1.44 bits for each text would pass hardly any set of many."""
+    rng, draws, named, together, aimed = np.random.default_rng(n + m), 120, 0, 0, 0
+    for _ in range(draws):
+        before, now = Scores(np.full(n, -99.0), LAWS[law](rng, m)), Scores(LAWS[law](rng, n), LAWS[law](rng, m))
+        result = left(before, now, shares(rng, n, m))
+        named += result.standing_out.any()
+        together += result.pvalue < 0.05
+        aimed += "still exposed" in verdict(before.texts, now.texts, now.non_members).verdict
+    assert named / draws <= 0.10 + 2 * math.sqrt(0.1 * 0.9 / draws)
+    assert together / draws <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / draws)
+    assert aimed / draws >= (0.25 if n == 1 else 0.95)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("n", "m"), [(1, 19), (20, 19), (40, 105), (100, 99)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_texts_that_are_left_are_found(n, m, count):
+    """One or three of n texts, three to eight spreads below unseen text, untouched, the others as under retraining."""
+    rng, hits = np.random.default_rng(0), 0
+    for draw in range(40):
+        depth = 3 + draw % 6
+        before, texts = np.full(n, -float(depth)), rng.standard_normal(n)
+        texts[:count] = before[:count] + 0.1 * rng.standard_normal(min(n, count))
+        unseen = rng.standard_normal(m)
+        result = left(Scores(before, unseen), Scores(texts, unseen), shares(rng, n, m))
+        hits += result.standing_out[:count].any()
+    assert hits >= 36
+
+
+@pytest.mark.full
+def test_a_set_that_lies_high_is_seen_though_no_text_stands_out():
+    """By its likelihoods, all one spread too likely, or by its extracted shares, in the top tenth of unseen ones."""
+    rng, by_likelihood, by_share, alone = np.random.default_rng(0), 0, 0, 0
+    for _ in range(60):
+        unseen, before = rng.standard_normal(99), np.full(20, -9.0)
+        high, usual = Scores(rng.standard_normal(20) - 1, unseen), Scores(rng.standard_normal(20), unseen)
+        share = Scores(-0.75 + 0.01 * rng.standard_normal(20), -0.5 - 0.19 * rng.standard_normal(99))
+        by_likelihood += left(Scores(before, unseen), high, shares(rng, 20, 99)).pvalue < 0.05
+        by_share += left(Scores(before, unseen), usual, share).pvalue < 0.05
+        alone += left(Scores(before, unseen), usual, shares(rng, 20, 99)).pvalue < 0.05
+    assert by_likelihood >= 45
+    assert by_share >= 45
+    assert alone <= 8
