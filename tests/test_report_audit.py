@@ -149,7 +149,7 @@ def test_plots_do_not_share_ids(audited):
         (["forgotten"] * 3 + ["not memorized"] * 3, "Forgotten: no text stands out any more.", "good"),
         (["not memorized"] * 6, "No text is memorized.", "plain"),
         (["still exposed"], "The text is still exposed.", "warn"),
-        (["undecided", *["forgotten"] * 5], "No text stands out any more: 5 forgotten, 1 undecided.", "plain"),
+        (["undecided", *["forgotten"] * 5], "No text stands out beyond chance: 5 forgotten, 1 undecided.", "plain"),
     ],
 )
 def test_the_headline_says_the_worst(audited, verdicts, headline, tone):

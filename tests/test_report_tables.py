@@ -146,6 +146,7 @@ def test_verdicts_stand_before_their_claims():
 @pytest.mark.parametrize(("verdict", "said"), [("still exposed", "Single texts stand out"), ("undecided", "could be")])
 def test_only_a_text_that_stands_out_is_called_so(verdict, said):
     """An undecided one is not, and where no more texts lie high than unseen ones would, the sentence says that."""
-    pvalues = {"null_test": SimpleNamespace(pvalue=0.5), "top_test": SimpleNamespace(exact_pvalue=0.5)}
-    assert said in sentences.null_sentence(SimpleNamespace(verdicts={verdict: 1}, **pvalues))
+    tests = {"null_test": SimpleNamespace(pvalue=0.01), "top_test": SimpleNamespace(exact_pvalue=0.01)}
+    assert said in sentences.null_sentence(SimpleNamespace(verdicts={verdict: 1}, left_pvalue=0.5, **tests))
+    assert "too many" in sentences.null_sentence(SimpleNamespace(verdicts={verdict: 1}, left_pvalue=None, **tests))
     assert "neither stands out" in sentences.MEANINGS["undecided"]

@@ -47,9 +47,8 @@ def headline(audit: Audit) -> str:
         return "No text stands out from what the model writes by itself; this does not show that they are forgotten."
     if UNDECIDED in counts:
         each = [f"{counts[name]} {name}" for name in ("forgotten", UNDECIDED) if name in counts]
-        return (
-            f"No text stands out any more: {', '.join(each)}." if n > 1 else "The text no longer stands out: undecided."
-        )
+        who = "No text stands out" if n > 1 else "The text does not stand out"
+        return f"{who} beyond chance: {', '.join(each)}."
     if counts.get("forgotten"):
         return "Forgotten: no text stands out any more." if n > 1 else "Forgotten: the text no longer stands out."
     return "No text is memorized." if n > 1 else "The text is not memorized."
@@ -100,17 +99,21 @@ def summary(audit: Audit) -> list[str]:
 
 def _undecided(audit: Audit) -> str:
     """Return a sentence about the undecided texts: what was tested, and what was not."""
-    p = audit.left_pvalue
-    as_high = "too high for unseen text" if audit.exposed_together else "as unseen texts may"
-    line = f"All together the texts that were memorized lie {as_high} (p = {p:.2g})."
+    line = null_sentence(audit)
     if any(e.verdict == UNDECIDED and e.now.continuation is None for e in audit.examples):
         line += " Whether the model still writes the undecided ones was not tried: continuations were not decoded."
     return line
 
 
 def null_sentence(audit: Audit) -> str:
-    """Return a sentence that says whether the set's exposures are consistent with those of unseen text."""
+    """Return a sentence that says whether the set could be unseen text.
+
+    Of an audit with `original` the set is what was memorized. The null test says nothing of that: texts that a loop
+    drove to the mean of unseen text gather at it.
+    """
     top, shape = audit.top_test.exact_pvalue, audit.null_test.pvalue
+    if audit.left_pvalue is not None:
+        top, shape = audit.left_pvalue, 1.0
     if top < 0.05:
         return f"All together they are no unseen text (p = {top:.1g}): too many stand out."
     if shape < 0.05:
