@@ -143,10 +143,50 @@ def test_verdicts_stand_before_their_claims():
     assert lines[2:] == ["not shown  Claim.", "             Reason."]
 
 
-@pytest.mark.parametrize(("verdict", "said"), [("still exposed", "Single texts stand out"), ("undecided", "could be")])
-def test_only_a_text_that_stands_out_is_called_so(verdict, said):
+@pytest.mark.parametrize(("verdict", "words"), [("still exposed", "Single texts stand out"), ("undecided", "could be")])
+def test_only_a_text_that_stands_out_is_called_so(verdict, words):
     """An undecided one is not, and where no more texts lie high than unseen ones would, the sentence says that."""
     tests = {"null_test": SimpleNamespace(pvalue=0.01), "top_test": SimpleNamespace(exact_pvalue=0.01)}
-    assert said in sentences.null_sentence(SimpleNamespace(verdicts={verdict: 1}, left_pvalue=0.5, **tests))
+    assert words in sentences.null_sentence(SimpleNamespace(verdicts={verdict: 1}, left_pvalue=0.5, **tests))
     assert "too many" in sentences.null_sentence(SimpleNamespace(verdicts={verdict: 1}, left_pvalue=None, **tests))
     assert "neither stands out" in sentences.MEANINGS["undecided"]
+
+
+@pytest.mark.parametrize(
+    ("source", "counts", "continuation", "headline", "more"),
+    [
+        (
+            "holdout",
+            {"forgotten": 2, "undecided": 1},
+            "x",
+            "No text stands out beyond chance: 2 forgotten, 1 undecided.",
+            "",
+        ),
+        ("holdout", {"undecided": 1}, None, "The text does not stand out beyond chance: 1 undecided.", "was not tried"),
+        ("self-sampled", {"no likelier": 1, "undecided": 1}, "x", "this does not show that they are forgotten.", ""),
+        ("holdout", {"still exposed": 1, "undecided": 1}, "x", "1 of 2 texts is still exposed.", ""),
+    ],
+)
+def test_the_headline_of_undecided_texts(source, counts, continuation, headline, more):
+    """What it counts, that text of the model's own shows little, and whether it was tried what the model writes."""
+    texts = [
+        SimpleNamespace(verdict=name, certain=True, exposure_before=9.0, now=SimpleNamespace(continuation=continuation))
+        for name, count in counts.items()
+        for _ in range(count)
+    ]
+    audit = SimpleNamespace(
+        verdicts=counts,
+        examples=texts,
+        exposed_together=False,
+        left_pvalue=0.5,
+        attack=None,
+        collapsed=False,
+        change=None,
+        null_test=SimpleNamespace(pvalue=0.5),
+        top_test=SimpleNamespace(exact_pvalue=0.5),
+        non_members=SimpleNamespace(source=source, anchored=True),
+    )
+    assert sentences.headline(audit).endswith(headline)
+    text = " ".join(sentences.summary(audit))
+    assert "(p = 0.5)" in text
+    assert ("was not tried" in text) == bool(more)

@@ -51,7 +51,9 @@ def audit(
     With `model` and `forget` alone it answers whether they are memorized: which of them stand out among text that was
     not trained on, by their *generalized exposure*, at a false discovery rate over all of them (a single text: 4.32
     bits). With `original`, the model before unlearning, it answers whether they are forgotten: the exposures are then
-    *anchored*, with the non-members scored under the original model, before and after alike. The model is not changed.
+    *anchored*, with the non-members scored under the original model, before and after alike; what still stands out is
+    seen among those under the model itself (`metrics.left`), and a text that neither stands out nor is forgotten is
+    undecided. The model is not changed.
 
     Each model reads each text once, and all teacher-forced metrics come from that one pass. Prompted answers are read
     once more without the prompt (`answer_prior`), and continuations are decoded greedily (the slow part).
