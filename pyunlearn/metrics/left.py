@@ -1,4 +1,4 @@
-"""What is left of memorized texts in a model: which of them stand out in it, and whether they do all together."""
+"""Tests of what is left of memorized texts in a model: whether each stands out, and whether they do all together."""
 
 from __future__ import annotations
 
