@@ -68,5 +68,6 @@ def test_every_example_is_run():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "audit_a_model",
         "forget_a_secret",
+        "train_a_small_model",  # in test_tutorial
         "unlearn_in_a_trainer",
     }

@@ -59,6 +59,9 @@ def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, 
     Returns:
         Left(standing_out, pvalue).
 
+    Raises:
+        ArgumentError: as generalized_exposure; a rate outside (0, 1).
+
     Example:
         >>> unseen = np.arange(99.0)
         >>> before, now = Scores(np.full(3, -9.0), unseen), Scores(np.array([-9.0, 3.0, 50.0]), unseen)
