@@ -28,7 +28,7 @@ from pyunlearn.metrics._binomial import clopper_pearson
 from pyunlearn.metrics.left import Left, Scores, left
 from pyunlearn.metrics.verdict import anchor_after
 from pyunlearn.probes.non_members import capped, evidence_notes
-from pyunlearn.probes.recitation import LONGEST, recited
+from pyunlearn.probes.recitation import LONGEST, is_guessed, recited
 
 Floats = NDArray[np.float64]
 _K = 0.4  # the share of tokens of min-k, as in MUSE and TOFU
@@ -133,10 +133,23 @@ class AuditAssembler:
             extracted=forget.greedy_match - self.non_members.forget.greedy_match,
             non_member_extracted=anchor.greedy_match - self.non_members.own.greedy_match,
             recited=self.recited,
-            standing_out=None if self.left is None else self.left.standing_out | self.recited,
+            standing_out=self._standing_out(),
             target_exposure=self.target_exposure,
             false_discovery_rate=self.false_discovery_rate,
         )
+
+    def _standing_out(self) -> NDArray[np.bool_] | None:
+        """Return which texts stand out, of an audit with the original model: (n,), those that are recited too.
+
+        Where the model would recite more than one in twenty non-members it can guess such text, which shows nothing.
+        """
+        if self.left is None or not self.recited.any():
+            return None if self.left is None else self.left.standing_out
+        forced = self.now.statistics["non_members"]
+        hits = forced.each(forced.rank == 0)
+        guessed = sum(is_guessed(t, hit) for t, hit in zip(self.texts.tokens["non_members"], hits, strict=True))
+        few = 20 * (1 + guessed) <= len(hits) + 1
+        return self.left.standing_out | (self.recited & few)
 
     def _left(self) -> Left:
         """Find what stands out among the non-members under the audited model."""

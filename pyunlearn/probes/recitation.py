@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pyunlearn.data import Tokens
 from pyunlearn.metrics import verbatim_match
 
@@ -32,6 +35,23 @@ def opening(t: Tokens, prompted: bool) -> Tokens:
     if prompted:
         return t
     return Tokens(t.ids, t.first + min(len(t.scored) // 2, _OPENING), t.decoder)
+
+
+def is_guessed(t: Tokens, first_choices: NDArray[np.generic]) -> bool:
+    """Return True where the tokens after a text's opening are first choices: ten of them, or all of a shorter rest.
+
+    Then the model recites the text, which is read here and not written: so unseen text can be tried in numbers.
+
+    Args:
+        t: a text; only the scored tokens after its prompt, or after its first half, count.
+        first_choices: (scored tokens,) True where a token is the model's first choice.
+
+    >>> is_guessed(Tokens((5, 6, 7, 8, 9, 10, 11, 12, 13), first=1), np.array([False] * 4 + [True] * 4))
+    True
+    """
+    prompted = t.first > int(t.decoder is None)
+    rest = first_choices[0 if prompted else min(len(first_choices) // 2, _OPENING) :]
+    return len(rest) >= _SHORTEST and bool(rest[:_RECITED].all())
 
 
 def recited(written: Sequence[int], rest: Sequence[int]) -> bool:
