@@ -180,6 +180,7 @@ except MemoryError:
     assert done.stdout.strip() == "1024.0"
 
 
+@pytest.mark.full
 def test_without_amx(tmp_path):
     """PYUNLEARN_CPU=avx512 takes the other kernel, which passes the same tests."""
     if KERNEL != "amx_bf16":

@@ -66,6 +66,7 @@ def test_unseen_records_are_not_memorized_in_any_form(asked, texts):
     assert all(name in note for name in (PLAIN, CHAT, '"Q: ... A: ..."', "the answer alone"))
 
 
+@pytest.mark.full
 def test_unlearning_forgets_them_in_their_form(asked, texts, lines, tmp_path):
     """The run, its result.json and the line before it name the form; the audit against the original finds it too."""
     result = pyunlearn.unlearn(

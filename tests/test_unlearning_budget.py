@@ -136,6 +136,7 @@ def test_texts_that_became_likelier_do_not_end_a_run():
     assert lost.upper == lost.interval[1] == pytest.approx(lost.of_losses, rel=0.2)
 
 
+@pytest.mark.full
 def test_a_run_ends_by_the_budget_of_the_holdout(story):
     """Measured from outside it is within the budget at its end, and a note says what to do; resumed or not."""
     result = run(story, learning_rate=1e-3, holdout_budget=0.002)

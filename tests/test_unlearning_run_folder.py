@@ -146,6 +146,7 @@ def breaking(error, at):
     return tiny.with_loss("ga", broken)
 
 
+@pytest.mark.full
 def test_an_error_in_a_step_leaves_the_last_good_state(story, tmp_path, monkeypatch):
     """The model has the accepted weights and no gradients, and the checkpoint resumes to the same numbers."""
     options, out = {"max_steps": 6, "batch_size": 1, "learning_rate": 2e-4}, tmp_path / "out"
