@@ -101,12 +101,12 @@ def test_what_is_left_is_found(original, retrained, secrets, unseen, tmp_path):
     assert set(known) == {("still exposed", False)}
 
 
-def judged(shift, depth, *, n=12, m=99, seed=0):
+def judged(shift, depth, *, n=12, m=99, spread=0.15, seed=0):
     """The verdicts and p-value of n texts, 4 spreads below unseen text before and `depth` now.
 
     All unseen text has become less likely by the share `shift`, of 3 nats; a depth of 0 is a retrained model.
     """
-    rng, spread = np.random.default_rng(seed), 0.3
+    rng = np.random.default_rng(seed)
     unseen = 3 + spread * rng.standard_normal(m)
     texts = 3 * (1 + shift) + spread * (rng.standard_normal(n) * (0.1 if depth else 1) - depth)
 
@@ -139,7 +139,7 @@ def test_a_model_that_is_a_little_better_or_worse_is_judged_by_its_own_unseen_te
 
 def test_a_model_that_finds_all_text_unlikely_has_forgotten_nothing_in_particular():
     """From a loss of 10 % on: what is as unlikely as its other text is over-unlearned, not forgotten."""
-    assert judged(0.5, 0)[0] == {"over-unlearned"}
+    assert judged(0.2, 0)[0] == {"over-unlearned"}
 
 
 @pytest.mark.full
