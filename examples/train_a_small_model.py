@@ -88,4 +88,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    if len(sys.argv) != 2 or Path(sys.argv[1]).exists():
+        sys.exit("give the name of a new folder: python examples/train_a_small_model.py shop")
+    main(sys.argv[1])

@@ -12,8 +12,6 @@ import pyunlearn
 from pyunlearn.auditing.assemble import AuditAssembler
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.result import UNDECIDED
-from pyunlearn.data.copies import near_copies
-from pyunlearn.data.overlap import words
 from pyunlearn.report import sentences
 
 SECRETS = 40  # that the original was trained on, and the retrained model was not
@@ -47,10 +45,7 @@ def retrained(one_thread):
 @pytest.fixture(scope="module")
 def unseen():
     """Records that no model was trained on, none of them like another one."""
-    rows = tiny.facts(2000, 4)
-    documents = [words(f"{row['question']} {row['answer']}") for row in rows]
-    alike = {max(pair) for pair in near_copies(documents, documents) if pair[0] != pair[1]}
-    return [row for i, row in enumerate(rows) if i not in alike]
+    return tiny.distinct_facts(2000, 4)
 
 
 def audits(audited, original, secrets, unseen, cache, draws=DRAWS):
@@ -120,10 +115,10 @@ def judged(shift, depth, *, n=12, m=99, spread=0.15, seed=0):
 
     expected = {k: SimpleNamespace(nll=np.zeros(k), greedy_match=np.zeros(k)) for k in (n, m)}
     sides = SimpleNamespace(forget=expected[n], own=expected[m])
-    given = SimpleNamespace(non_members=sides, openings=[], holdout=[])
+    texts_of_audit = SimpleNamespace(non_members=sides, openings=[], holdout=[])
     before = responses(np.full(n, 3 - 4 * spread), unseen)
     now = responses(texts, unseen + 3 * shift)
-    assembler = AuditAssembler(given, None, AuditConfig(), now, before)
+    assembler = AuditAssembler(texts_of_audit, None, AuditConfig(), now, before)
     assembler.recited = np.zeros(n, dtype=bool)
     return set(assembler._verdict().verdict), assembler.left.pvalue
 

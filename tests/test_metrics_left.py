@@ -47,8 +47,8 @@ def test_each_reason_to_stand_out():
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize(("n", "m"), [(1, 64), (12, 40), (20, 19), (60, 64)])
 def test_a_retrained_model_s_texts_hardly_ever_stand_out(law, n, m):
-    """Its scores are draws of the law of unseen text, whatever was memorized: at most 5 % of sets by either number, and
-    5 % all together; the aim of 1.44 bits for each text would pass hardly any set of many."""
+    """Its scores are draws of the law of unseen text, though all was memorized before: at most 5 % of sets by either
+    number, and 5 % all together. The aim of 1.44 bits for each text would pass hardly any set of many."""
     rng, draws, named, together, aimed = np.random.default_rng(n + m), 120, 0, 0, 0
     for _ in range(draws):
         before, now = Scores(np.full(n, -99.0), LAWS[law](rng, m)), Scores(LAWS[law](rng, n), LAWS[law](rng, m))

@@ -28,6 +28,8 @@ from transformers import (
 )
 
 from pyunlearn.data import batches, encode, padding_id, read_examples
+from pyunlearn.data.copies import near_copies
+from pyunlearn.data.overlap import words
 from pyunlearn.methods import METHODS, Method
 from pyunlearn.models import Likelihood
 from pyunlearn.models.inspection import decoder_start_id, is_encoder_decoder
@@ -84,6 +86,14 @@ def facts(count: int, seed: int) -> list[dict[str, str]]:
         }
         for _ in range(count)
     ]
+
+
+def distinct_facts(count: int, seed: int) -> list[dict[str, str]]:
+    """Return random facts without those that are like an earlier one: fewer than `count`."""
+    rows = facts(count, seed)
+    documents = [words(f"{row['question']} {row['answer']}") for row in rows]
+    alike = {max(pair) for pair in near_copies(documents, documents) if pair[0] != pair[1]}
+    return [row for i, row in enumerate(rows) if i not in alike]
 
 
 def chats(count: int, seed: int) -> list[dict[str, Any]]:

@@ -152,7 +152,7 @@ class Audit:
     """Test that the exposures, all together, follow the law of unseen texts: a small p-value rejects it."""
     left_pvalue: float | None
     """Chance that as many unseen texts would lie as high as the memorized ones do now, all together: see
-    `metrics.left`. None where nothing was memorized."""
+    `metrics.left`. None where nothing was memorized, and without an original model."""
     membership: list[Membership]
     """One for each score; empty without a holdout, for sampled text is no fair comparison."""
     change: PairedDifference | None

@@ -41,19 +41,22 @@ def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, 
     - or it has hardly moved: it is likelier than every non-member, and less than a quarter of the way from its score
       under the original model to the mean of the non-members there.
 
-    All exposures are among the non-members under the same model. In a model that never saw the texts they are
-    exchangeable with these, whatever the law of the scores, so that in such a model each of the two selections names a
-    text in at most 5 % of sets (at the default rate), and the last rule at most n / (m + 1) of n texts: hardly any
+    All exposures are among the non-members under the same model. In a model that never saw the texts these are
+    exchangeable with the non-members, for any law of the scores. So each of the two selections names a text of at most
+    5 % of sets there (at the default rate), and the last rule n / (m + 1) of n texts on average at most: hardly any
     where the texts were far below the non-members, for then a quarter of the way is farther than unseen text lies.
+    Where only some texts of a set were memorized, and weakly, these may be the easier ones, which lie higher in every
+    model; scores less those of a reference model vary less in this.
 
     `pvalue` is that of the memorized texts all together: twice the smaller one of `exposure_top_test` on their
     likelihoods and on their extracted shares.
 
     Args:
-        before: of the likelihoods, under the original model.
-        now: of the likelihoods, under the model in question.
-        extracted: of the share of a text that the model in question still gives, negative.
-        rate: the false discovery rate.
+        before: mean negative log-likelihoods, (n,) of the texts and (m,) of the non-members, nats per token, under the
+            original model.
+        now: the same under the model in question.
+        extracted: minus the share of each text that the model in question still gives, (n,) and (m,), -1 to 0.
+        rate: the false discovery rate, between 0 and 1.
         seed: of the simulation of the p-value.
 
     Returns:

@@ -111,17 +111,17 @@ def null_sentence(audit: Audit) -> str:
     Of an audit with `original` the set is what was memorized. The null test says nothing of that: texts that a loop
     drove to the mean of unseen text gather at it.
     """
-    top, shape = audit.top_test.exact_pvalue, audit.null_test.pvalue
+    top, shape, they = audit.top_test.exact_pvalue, audit.null_test.pvalue, "they"
     if audit.left_pvalue is not None:
-        top, shape = audit.left_pvalue, 1.0
+        top, shape, they = audit.left_pvalue, 1.0, "the memorized texts"
     if top < 0.05:
-        return f"All together they are no unseen text (p = {top:.1g}): too many stand out."
+        return f"All together {they} are no unseen text (p = {top:.1g}): too many stand out."
     if shape < 0.05:
         way = "are more exposed than" if audit.null_test.mean > NULL_MEAN else "differ from"
-        return f"All together they {way} unseen text (p = {shape:.1g}), without many that stand out."
+        return f"All together {they} {way} unseen text (p = {shape:.1g}), without many that stand out."
     if audit.verdicts.get("still exposed"):
         return f"Single texts stand out; of as many unseen texts, as many would too (p = {top:.2g})."
-    return f"All together they could be unseen text (p = {top:.2g})."
+    return f"All together {they} could be unseen text (p = {top:.2g})."
 
 
 def cost(audit: Audit) -> list[str]:

@@ -134,8 +134,8 @@ def unlearn(
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
     trains = torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
-    bar = Progress(progress if is_main_process() else False)
-    with trains, folder.claimed(), together(named=True), bar, ExitStack() as modes:
+    shown = progress if is_main_process() else False
+    with trains, folder.claimed(), together(named=True), Progress(shown) as bar, ExitStack() as modes:
         bar.say("loading the model")
         with without_weights(fills_in_weights()):
             lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
