@@ -17,7 +17,7 @@ from pyunlearn.metrics import (
     mean_interval,
     non_member_drift,
 )
-from pyunlearn.metrics.exposure_tests import _tail
+from pyunlearn.metrics.exposure_tests import tail
 
 
 def exposures(rng, n, m, shared, shift=0.0):
@@ -88,7 +88,7 @@ def test_the_exact_p_value_is_its_formula():
     for j in (1, 2, 3):
         reached = [sum(sum(q not in p for q in range(x)) < j for x in p) for p in places]
         for k in (0, 1, 2):
-            assert _tail(j, 2, 4, True)[k] == pytest.approx(np.mean(np.array(reached) >= k))
+            assert tail(j, 2, 4, True)[k] == pytest.approx(np.mean(np.array(reached) >= k))
 
 
 def test_the_textbook_p_value_is_wrong_where_non_members_are_shared():

@@ -49,7 +49,7 @@ def test_the_oracle_passes_and_untouched_and_ruined_models_fail(states):
     """The four sanity lines: 36 retrained models, 6 untouched ones, 12 after each way to ruin a model."""
     assert share(states, "verdicts (model alone)", RETRAINED, CLEAN) >= 0.95
     assert share(states, "top test (model alone)", RETRAINED, CLEAN) >= 0.85  # 5 % are expected
-    assert share(states, "verdicts (original)", RETRAINED, CLEAN) >= 0.85  # 5 % of either side, and of the set
+    assert share(states, "verdicts (original)", RETRAINED, CLEAN) >= 0.9  # 5 %, and what is recited
     for view in ("model alone", "original"):
         assert share(states, f"verdicts ({view})", NOTHING, KNOWN, "canary", 8) == 1
     for whole in (WHOLE, WHOLE_RETRAINED):

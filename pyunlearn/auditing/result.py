@@ -200,7 +200,7 @@ class Audit:
     @property
     def exposed_together(self) -> bool:
         """True where texts are undecided, and the memorized ones all together lie too high for unseen text, at 5 %."""
-        return UNDECIDED in self.verdicts and self.left_pvalue is not None and self.left_pvalue < 0.05
+        return UNDECIDED in self.verdicts and self.left_pvalue is not None and self.left_pvalue <= 0.05
 
     @property
     def passed(self) -> bool:

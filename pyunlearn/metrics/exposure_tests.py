@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 
 from pyunlearn.metrics._check import Floats, at_least_one, numbers, same_length
 from pyunlearn.metrics.confidence import Interval, mean_interval
 from pyunlearn.metrics.mean_exposure import mean_exposure_interval, rank_counts
 
 _AT_ONCE = 2**22  # simulated counts in memory at a time
-_WEIGHTS = {1: 1, 2: 5, 3: 5, 5: 5, 10: 5, 20: 5}  # order statistics in exposure_top_test -> factor on their p-values
+WEIGHTS = {1: 1, 2: 5, 3: 5, 5: 5, 10: 5, 20: 5}  # order statistics in exposure_top_test -> factor on their p-values
 
 
 class ExposureTest(NamedTuple):
@@ -86,7 +86,7 @@ def exposure_top_test(
         exposure_null_test: differences of any kind. verdict: which texts stand out.
     """
     counts, n = rank_counts(exposures, non_members, draws), np.size(exposures)
-    tails = {j: factor * _tail(j, n, non_members, shared) for j, factor in _WEIGHTS.items() if j <= non_members}
+    tails = {j: factor * tail(j, n, non_members, shared) for j, factor in WEIGHTS.items() if j <= non_members}
 
     def smallest(simulated: NDArray[np.int64]) -> Floats:  # (draws, m + 1) -> (draws,)
         reached = np.cumsum(simulated, axis=1)
@@ -253,12 +253,22 @@ def _null(n: int, m: int, shared: bool, draws: int, seed: int) -> Floats:
     return np.concatenate([_distance(counts, n) for counts in _simulated(n, m, shared, draws, seed)])
 
 
-def _tail(j: int, n: int, m: int, shared: bool) -> Floats:
+def tail(j: int, n: int, m: int, shared: bool) -> Floats:
     """Compute (n + 1,) the chances that k = 0, ..., n of n unseen texts are likelier than the j-th of m non-members."""
     k = np.arange(n + 1)
     if not shared:
         return np.asarray(stats.binom.sf(k - 1, n, j / (m + 1)))
-    return np.where(k == 0, 1.0, stats.hypergeom.cdf(j - 1, n + m, m, np.maximum(k + j - 1, 1)))
+    drawn, non_members = np.maximum(k + j - 1, 1), np.arange(j)[:, None]
+    texts = np.minimum(drawn - non_members, n)
+    logs = _log_choose(m, non_members) + _log_choose(n, texts) - _log_choose(n + m, drawn)
+    chances: Floats = np.where(drawn - non_members > n, 0.0, np.exp(logs)).sum(axis=0)
+    return np.where(k == 0, 1.0, np.minimum(chances, 1.0))
+
+
+def _log_choose(n: int, k: NDArray[np.int64]) -> Floats:
+    """Compute the logarithm of the binomial coefficients of n and k, for 0 <= k <= n."""
+    log: Floats = special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
+    return log
 
 
 def _distance(counts: NDArray[np.int64], n: int) -> Floats:

@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from pyunlearn.metrics._check import Floats
 from pyunlearn.metrics.discoveries import discoveries
 from pyunlearn.metrics.exposure import generalized_exposure
-from pyunlearn.metrics.exposure_tests import exposure_top_test
+from pyunlearn.metrics.joint_tests import Comparison, joint_top_tests
 
 _UNMOVED = 0.25
 """Share of the way from a text's score before to the mean of unseen text, below which it has hardly moved."""
+_FAR = 2.5
+"""Standard deviations of unseen text that this way is long at least: a shorter one is too easily not gone by chance."""
 
 
 class Left(NamedTuple):
@@ -23,6 +25,8 @@ class Left(NamedTuple):
     """(n,) True for each memorized text that stands out."""
     pvalue: float | None
     """Chance that as many unseen texts lie as high, all together; None where nothing was memorized."""
+    unlikely_pvalue: float
+    """Chance that as many unseen texts lie as low: the likelihoods of all texts, memorized or not."""
 
 
 class Scores(NamedTuple):
@@ -37,19 +41,19 @@ def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, 
 
     A text that the original model had memorized (`discoveries` among its exposures there) stands out where
 
-    - `discoveries` selects it among the memorized texts, by its exposure in the model or by that of what is extracted;
+    - `discoveries` selects it among the memorized texts, by its exposure in the model or by that of what is extracted,
+      and `pvalue` is at most `rate`;
     - or it has hardly moved: it is likelier than every non-member, and less than a quarter of the way from its score
-      under the original model to the mean of the non-members there.
+      under the original model to the mean of the non-members there, a way of 2.5 of their standard deviations or more.
 
     All exposures are among the non-members under the same model. In a model that never saw the texts these are
-    exchangeable with the non-members, for any law of the scores. So each of the two selections names a text of at most
-    5 % of sets there (at the default rate), and the last rule n / (m + 1) of n texts on average at most: hardly any
-    where the texts were far below the non-members, for then a quarter of the way is farther than unseen text lies.
-    Where only some texts of a set were memorized, and weakly, these may be the easier ones, which lie higher in every
-    model; scores less those of a reference model vary less in this.
-
-    `pvalue` is that of the memorized texts all together: twice the smaller one of `exposure_top_test` on their
-    likelihoods and on their extracted shares.
+    exchangeable with the non-members, for any law of the scores. Three comparisons share one level: whether the
+    memorized texts are too likely, or too much of them is extracted (`pvalue`, the smaller one of the two), and whether
+    texts are too unlikely (`unlikely_pvalue`). For 5 % of sets of unseen texts any of them is 5 % or less. The last rule
+    names at most n / (m + 1) of n texts on average: hardly any where they were far below the non-members, for then a
+    quarter of the way is farther than unseen text lies. Where only some texts of a set were memorized, and weakly,
+    these may be the easier ones, which lie higher in every model; scores less those of a reference model vary less in
+    this.
 
     Args:
         before: mean negative log-likelihoods, (n,) of the texts and (m,) of the non-members, nats per token, under the
@@ -57,10 +61,10 @@ def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, 
         now: the same under the model in question.
         extracted: minus the share of each text that the model in question still gives, (n,) and (m,), -1 to 0.
         rate: the false discovery rate, between 0 and 1.
-        seed: of the simulation of the p-value.
+        seed: of the choices behind the p-values.
 
     Returns:
-        Left(standing_out, pvalue).
+        Left(standing_out, pvalue, unlikely_pvalue).
 
     Raises:
         ArgumentError: as generalized_exposure; a rate outside (0, 1).
@@ -74,18 +78,33 @@ def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, 
     See Also:
         verdict: the verdicts. exposure_top_test: the test of a set.
 
-    Source: ours.
+    Source: ours; one level for several comparisons by Westfall and Young 1993, Resampling-Based Multiple Testing.
     """
     memorized = discoveries(generalized_exposure(*before).lower, rate=rate).significant
+    pvalue, unlikely = _pvalues(now, extracted, memorized, seed)
     standing = np.zeros(len(memorized), dtype=bool)
     if not memorized.any():
-        return Left(standing, None)
-    pvalues = []
-    for scores in (now, extracted):
-        exposures = generalized_exposure(*scores).lower[memorized]
-        standing[memorized] |= discoveries(exposures, rate=rate).significant
-        pvalues.append(exposure_top_test(exposures, len(scores.non_members), seed=seed).pvalue)
+        return Left(standing, None, unlikely)
+    if pvalue <= rate:
+        for scores in (now, extracted):
+            exposures = generalized_exposure(*scores).lower[memorized]
+            standing[memorized] |= discoveries(exposures, rate=rate).significant
     way = before.non_members.mean() - before.texts
-    unmoved = now.texts - before.texts < _UNMOVED * way
+    unmoved = (now.texts - before.texts < _UNMOVED * way) & (way >= _FAR * before.non_members.std())
     standing |= memorized & unmoved & (now.texts < now.non_members.min())
-    return Left(standing, min(1.0, 2 * min(pvalues)))
+    return Left(standing, pvalue, unlikely)
+
+
+def _pvalues(now: Scores, extracted: Scores, memorized: NDArray[np.bool_], seed: int) -> tuple[float, float]:
+    """Return the p-values of memorized texts that are too likely or too much extracted, and of too unlikely texts."""
+    order = np.argsort(~memorized, kind="stable")
+    likelihood, share = (
+        (all_of - all_of.mean()) / max(float(all_of.std()), 1e-12)
+        for all_of in (np.concatenate([scores.texts[order], scores.non_members]) for scores in (now, extracted))
+    )
+    count, n = int(memorized.sum()), len(memorized)
+    comparisons = [Comparison(-likelihood, likelihood, n)]
+    if count:
+        comparisons += [Comparison(likelihood, -likelihood, count), Comparison(share, -share, count)]
+    unlikely, *likely = joint_top_tests(comparisons, n, seed=seed).tolist()
+    return min(likely, default=1.0), unlikely

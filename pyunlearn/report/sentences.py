@@ -114,7 +114,7 @@ def null_sentence(audit: Audit) -> str:
     top, shape, they = audit.top_test.exact_pvalue, audit.null_test.pvalue, "they"
     if audit.left_pvalue is not None:
         top, shape, they = audit.left_pvalue, 1.0, "the memorized texts"
-    if top < 0.05:
+    if top <= 0.05:
         return f"All together {they} are no unseen text (p = {top:.1g}): too many stand out."
     if shape < 0.05:
         way = "are more exposed than" if audit.null_test.mean > NULL_MEAN else "differ from"
