@@ -6,7 +6,7 @@ import no_float64
 import numpy as np
 import pytest
 import torch
-from coverings import in_full
+from coverings import in_full, slow
 
 import pyunlearn
 from pyunlearn import ops
@@ -219,10 +219,10 @@ def test_compare(answers, device):
     assert all(torch.equal(p, before[name]) for name, p in answers.model.named_parameters())
 
 
-QUICK = ["lunar", "fisher_step"]
+QUICK, LONG = ["lunar", "fisher_step"], ["second_order_influence", "woodfisher_step"]
 
 
-@pytest.mark.parametrize("name", [*QUICK, *in_full(*sorted({*EDITS} - {*QUICK}))])
+@pytest.mark.parametrize("name", [*QUICK, *in_full(*sorted({*EDITS} - {*QUICK, *LONG})), *slow(*LONG)])
 def test_edits(answers, device, monkeypatch, name):
     """Every edit of the registry runs on the device, and its losses afterwards are those of the CPU."""
 

@@ -330,11 +330,10 @@ def test_the_command_prints_the_parts_and_the_command_that_fits(saved, call, tmp
     assert call(*words, "--gpu", "-1")[0] == 2
 
 
-@pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident set from /proc")
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [("float32", {}), *slow(("bfloat16", {"gradient_checkpointing": True}), ("bfloat16", {"lora": 16}))],
+    slow(("float32", {}), ("bfloat16", {"gradient_checkpointing": True}), ("bfloat16", {"lora": 16})),
 )
 def test_the_plan_is_within_15_percent_of_the_measured_peak(dtype, options, tmp_path):
     """The resident set of a run in a process of its own, on a model of 34 million random weights."""

@@ -286,6 +286,7 @@ def test_sharded_float32_weights_compute_in_bfloat16_as_on_a_gpu(interrupted):
     assert {p.dtype for p in load_file(interrupted / "short" / "model.safetensors").values()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.timeout(900)
 def test_two_processes_unlearn_a_text_of_smollm2_as_one_does(tmp_path):
