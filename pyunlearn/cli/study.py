@@ -26,7 +26,8 @@ def study(
         typer.Option(
             metavar="FILE",
             help="A file of pairs, of questions and answers or of plain text; given twice: two files of parallel "
-            "lines; .gz too. Default: a small corpus made from the seed.",
+            "lines; .gz too. Default: a small corpus made from the seed. In setup twins: files of texts with a column "
+            "duplicates or dose, and perhaps kind.",
             rich_help_panel="Data",
         ),
     ] = None,
@@ -54,13 +55,16 @@ def study(
 
     It trains a model for each seed with forget sets of several kinds, unlearns them, and decides five claims of the
     paper by tests over seeds: a page (index.html), figures and tables. The defaults below are those of the preset
-    smoke, whose 3 seeds decide nothing. An interrupted study resumes when the same command is run again.
+    smoke, whose 3 seeds decide nothing. An interrupted study resumes when the same command is run again. Setup twins
+    trains nothing: its seeds are sets of texts of a checkpoint that saw them, and its twin did not.
 
     Examples:
 
     `pyunlearn study --preset smoke --out ./study`
 
     `pyunlearn study --preset cpu --corpus train.en --corpus train.de --processes 2 --out ./study`
+
+    `pyunlearn study --setup twins --checkpoint ./perturbed --twin ./standard --corpus texts.jsonl --preset cpu`
 
     Exit code 0: done, whichever the verdicts. 2: an input cannot be used. 130: interrupted.
     """

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from pyunlearn.study.config import StudyConfig
+from pyunlearn.study.config import OUTSIDE, StudyConfig
 from pyunlearn.study.decisions import Decision, decide, interval
 from pyunlearn.study.outcomes import CRITERIA, RETRAINED, Examples, Outcome
 
-OUTSIDE = "canary"
-"""The kind that the claims compare with in-distribution sets."""
 LEAST_STEP = 0.5
 """Steps below this count as this in logarithms: a set may be forgotten from the start."""
 LEAST_SPEED = 1e-6
@@ -99,9 +97,14 @@ class Variant(NamedTuple):
     """Seeds that have a number: no set that is compared was never forgotten."""
 
 
+def decided_claims(config: StudyConfig) -> list[str]:
+    """Return the claims that a study decides: all five, or without canaries those that compare no kinds."""
+    return [name for name in CLAIMS if OUTSIDE in config.kinds or name not in _OF_KINDS]
+
+
 def primary_claims(config: StudyConfig, examples: Examples, outcomes: Sequence[Outcome]) -> list[Claim]:
-    """Decide the five claims."""
-    return _decided({name: _per_seed(config, examples, outcomes, name) for name in CLAIMS}, OUTSIDE)
+    """Decide the claims of `decided_claims`, together."""
+    return _decided({name: _per_seed(config, examples, outcomes, name) for name in decided_claims(config)}, OUTSIDE)
 
 
 def secondary_claims(config: StudyConfig, examples: Examples, outcomes: Sequence[Outcome]) -> list[Claim]:
@@ -126,7 +129,7 @@ def variants(
         agree = float(np.mean(np.sign(known) == signs[claim])) if known and votes else None
         rows.append(Variant(claim, variant, unit, *interval(known or [np.nan]), agree, len(known)))
 
-    for name in CLAIMS:
+    for name in decided_claims(config):
 
         def measure(variant: str, name: str = name, **changes: Any) -> None:
             add(name, variant, CLAIMS[name].unit, _per_seed(config, examples, outcomes, name, **changes))

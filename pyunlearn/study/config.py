@@ -12,7 +12,9 @@ from pyunlearn.errors import ArgumentError, nearest
 from pyunlearn.options import Choice, Config, Number, Several, Text, Whole, option, read_settings
 
 KINDS = ("id", "mismatched", "canary", "random")
-SETUPS = ("translation", "qa", "text")
+OUTSIDE = "canary"
+"""The kind that the claims compare with in-distribution sets."""
+SETUPS = ("translation", "qa", "text", "twins")
 SIZES = {"tiny": (128, 256, 2, 4), "small": (256, 1024, 4, 4), "base": (512, 2048, 6, 8)}
 """Name -> hidden size, feed-forward size, layers (of encoder and decoder each), attention heads."""
 
@@ -34,8 +36,9 @@ class StudyConfig(Config):
     setup: str = option(
         "translation",
         Choice(SETUPS),
-        "The task: translation (encoder-decoder from scratch), qa (a causal checkpoint, fine-tuned) or text (causal "
-        "from scratch).",
+        "The task: translation (encoder-decoder from scratch), qa (a causal checkpoint, fine-tuned), text (causal "
+        "from scratch) or twins (nothing is trained: a causal checkpoint that saw the texts of the corpus, and a twin "
+        "that did not).",
         group="Model",
     )
     size: str = option(
@@ -47,14 +50,24 @@ class StudyConfig(Config):
     checkpoint: str | None = option(
         None,
         Text("the folder or name of a model"),
-        "The model that setup qa fine-tunes: a folder, or a name on the Hugging Face hub.",
+        "The model that setup qa fine-tunes, or of setup twins the one that saw the texts: a folder, or a name on the "
+        "Hugging Face hub.",
+        group="Model",
+    )
+    twin: str | None = option(
+        None,
+        Text("the folder or name of a model"),
+        "Setup twins: the model of the same training without the texts of the corpus.",
         group="Model",
     )
     corpus_size: int = option(
         600, Whole(1), "Examples in the built-in corpus, where no other corpus is given.", group="Data"
     )
     vocabulary: int = option(
-        400, Whole(1), "Tokens of the tokenizer that is trained on the corpus (not in setup qa).", group="Data"
+        400,
+        Whole(1),
+        "Tokens of the tokenizer that is trained on the corpus (setups translation and text).",
+        group="Data",
     )
     max_tokens: int = option(48, Whole(1), "Longer prompts and completions are cut to this many tokens.", group="Data")
     test_examples: int = option(50, Whole(1), "Held-out examples on which utility is measured.", group="Data")
@@ -62,27 +75,30 @@ class StudyConfig(Config):
         ("id", "canary"),
         Several(Choice(KINDS)),
         "Kinds of forget set: id (in distribution: ordinary examples), canary (a template, then random tokens); also "
-        "mismatched (fluent completions of another prompt), random (random tokens alone). id and canary are needed.",
+        "mismatched (fluent completions of another prompt), random (random tokens alone). id and canary are needed; in "
+        "setup twins id alone, and used are those of them that the corpus has.",
         group="Data",
     )
     doses: tuple[int, ...] = option(
         (1, 4, 16),
         Several(Whole(1)),
-        "Times that a forget example is seen in the whole training, drawn at random for each example; at least two.",
+        "Times that a forget example is seen in the whole training, drawn at random for each example; at least two. In "
+        "setup twins those of the corpus that are used.",
         group="Data",
     )
     examples: int = option(4, Whole(2), "Forget examples of each kind and dose, unlearned together.", group="Data")
     non_members: int = option(
         49,
         Whole(19),
-        "Examples of each kind from the other seeds' forget sets that are scored during unlearning, at most: for "
-        "exposure, which is shown and decides nothing.",
+        "Examples of each kind from the other seeds' forget sets (in setup twins of dose 0) that are scored during "
+        "unlearning, at most: for exposure, which is shown and decides nothing.",
         group="Data",
     )
     seeds: int = option(
         3,
         Whole(3),
-        "Models, each with its own initial weights, order of the data and forget sets. Fewer than 6 decide nothing.",
+        "Models, each with its own initial weights, order of the data and forget sets; in setup twins draws of forget "
+        "sets of the one checkpoint. Fewer than 6 decide nothing.",
         group="Model",
     )
     epochs: int = option(4, Whole(1), "Epochs of each training.", group="Model")
@@ -111,18 +127,24 @@ class StudyConfig(Config):
 
     def check(self) -> None:
         """Raise ArgumentError where two settings exclude each other."""
-        if not {"id", "canary"} <= set(self.kinds):
+        if "id" not in self.kinds or (self.setup != "twins" and OUTSIDE not in self.kinds):
             raise ArgumentError(
-                f'kinds must hold "id" and "canary", which the claims compare, got {", ".join(self.kinds)}'
+                f'kinds must hold "id" and "canary", which the claims compare (in setup twins "id"), got '
+                f"{', '.join(self.kinds)}"
             )
         if len(self.doses) < 2:
             raise ArgumentError(
                 f"doses must hold at least two, so that memorization can be told from them, got {list(self.doses)}"
             )
-        if (self.setup == "qa") != (self.checkpoint is not None):
+        if (self.setup == "twins") != (self.twin is not None):
             raise ArgumentError(
-                f"setup qa, and only it, fine-tunes a checkpoint: got setup {self.setup!r} and checkpoint "
-                f"{self.checkpoint!r}; give both or neither"
+                f"setup twins, and only it, has a twin: got setup {self.setup!r} and twin {self.twin!r}; give both, "
+                "with the checkpoint that saw the texts, or neither"
+            )
+        if (self.setup in ("qa", "twins")) != (self.checkpoint is not None):
+            raise ArgumentError(
+                f"setup qa, which fine-tunes a checkpoint, and setup twins need one, and only they: got setup "
+                f"{self.setup!r} and checkpoint {self.checkpoint!r}; give both or neither"
             )
 
     @classmethod

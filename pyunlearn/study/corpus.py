@@ -1,16 +1,19 @@
-"""The corpus of a study: two files of parallel lines, one file of pairs, questions and answers or text, or built in."""
+"""The corpus of a study: parallel lines, pairs, questions and answers, text, text with doses, or built in."""
 
 from __future__ import annotations
 
 import gzip
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from pyunlearn.data.examples import Example, read_examples
+from pyunlearn.data.examples import Example, examples_of, read_examples, rows_of
 from pyunlearn.errors import ArgumentError, DataError
+from pyunlearn.study.config import KINDS
 
+_DOSES = ("duplicates", "dose")  # columns that tell how often a text was inserted
 _PASSAGE = 24  # words of a plain text that make one example; the first third is its prompt
 _ADJECTIVES = ("red", "old", "small", "loud", "calm", "wild", "cold", "kind", "odd", "tall")
 _NOUNS = (
@@ -60,6 +63,48 @@ def read_corpus(paths: Sequence[str | Path], role: str = "corpus") -> list[Examp
             return _pairs([(row[0], row[1]) for row in rows if len(row) == 2], role)
         return _prompted([Example("", row[0]) for row in rows if row[0].strip()])
     return _prompted([replace(e, forget=()) for e in read_examples(path, role=role, turns="last")])
+
+
+class Dosed(NamedTuple):
+    """A text of a pair of models, and how often it was inserted into the training of one of them."""
+
+    example: Example
+    kind: str
+    dose: int
+
+
+def read_doses(paths: Sequence[str | Path]) -> list[Dosed]:
+    """Read the texts of a pair of models from files with a column "duplicates" or "dose", none of them twice.
+
+    A column "kind" holds one of KINDS; without it, every text is in distribution ("id").
+
+    Raises ArgumentError without a file; DataError where one is missing or unreadable, a row has no dose or a wrong one
+    or no known kind, or a text stands there twice with different ones.
+    """
+    if not paths:
+        raise ArgumentError('setup twins needs a corpus: a file with texts and a column "duplicates" or "dose"')
+    texts: dict[tuple[str, str], Dosed] = {}
+    for where, row in (each for path in paths for each in rows_of(Path(path), "corpus")):
+        column = next((c for c in _DOSES if isinstance(row, Mapping) and row.get(c) is not None), None)
+        if column is None or not isinstance(row, Mapping):
+            raise DataError(
+                f'{where} has no column "duplicates" or "dose": setup twins needs the number of times that each text '
+                "was inserted, 0 for texts that neither model saw"
+            )
+        (example,) = examples_of(iter([(where, row)]), "corpus", "last")
+        kind, dose = row.get("kind") or "id", row[column]
+        if isinstance(dose, bool) or not str(dose).isdecimal():
+            raise DataError(
+                f'{where} must have a whole number, 0 or more, in column "{column}", got {str(dose)[:20]!r}'
+            )
+        if kind not in KINDS:
+            raise DataError(f'{where} must have one of {", ".join(KINDS)} in column "kind", got {str(kind)[:20]!r}')
+        dosed = Dosed(replace(example, forget=()), kind, int(dose))
+        if texts.setdefault((example.prompt, example.completion), dosed)[1:] != dosed[1:]:
+            raise DataError(
+                f"{where} has a text that stands before it with another dose or kind: leave one of them out"
+            )
+    return list(texts.values())
 
 
 def synthetic(setup: str, count: int, seed: int) -> list[Example]:

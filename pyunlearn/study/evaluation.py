@@ -122,8 +122,13 @@ def _finished(path: Path, corpus: Paths | None, test_corpus: Paths | None, devic
     if not (path / "config.json").exists() or not (path / PLAN).exists():
         raise OutputError(f"{path} holds no study: give the folder of a finished one (`pyunlearn study --out FOLDER`)")
     config = StudyConfig.read(path / "config.json")
+    if config.twin is not None:
+        raise ArgumentError(
+            f"the study in {path} is one of twins, with one model that saw its texts and one that did not, and the "
+            f"evaluation needs {FEWEST_SEEDS} models with texts of their own: give a study of another setup"
+        )
     inputs = inputs_of(path, config, corpus, test_corpus, device)
-    missing = [s for s in range(config.seeds) if not (path / "models" / model_name(s)).exists()]
+    missing = [s for s in range(config.seeds) if not (path / "models" / model_name(config, s)).exists()]
     if missing:
         raise OutputError(f"the model of seed {missing[0]} is missing in {path}: run the study to its end first")
     non_members = (config.seeds - 3) * len(config.doses) * config.examples
@@ -173,7 +178,7 @@ class _Evaluation:
         return f"calls/{unlearner.replace(' ', '-')}-{which}-model{model}.json"
 
     def _load(self, seed: int) -> LanguageModel:
-        path = self.inputs.folder.path / "models" / model_name(seed)
+        path = self.inputs.folder.path / "models" / model_name(self.inputs.config, seed)
         return load_model(path, self.inputs.tokenizer, self.inputs.device)
 
     def _read_model(self, seed: int) -> Reading:

@@ -18,14 +18,19 @@ def new_model(config: StudyConfig, tokenizer: Any, device: str, noise: int) -> L
     """Build the untrained network with weights drawn from `noise`, or load the checkpoint that is fine-tuned."""
     torch.manual_seed(noise)
     if config.checkpoint is not None:
-        model = models.load(config.checkpoint, tokenizer=tokenizer, dtype=torch.float32)[0]
-        return LanguageModel.of(model.to(device), tokenizer)
+        return load_checkpoint(config.checkpoint, tokenizer, device)
     width, feed_forward, layers, heads = SIZES[config.size]
     size: dict[str, Any] = {"width": width, "feed_forward": feed_forward, "heads": heads, "dropout": config.dropout}
     if config.setup == "translation":
         model = untrained_t5(len(tokenizer), layers=layers, **size)
     else:
         model = untrained_llama(len(tokenizer), layers=2 * layers, context=2 * config.max_tokens, **size)
+    return LanguageModel.of(model.to(device), tokenizer)
+
+
+def load_checkpoint(name: str, tokenizer: Any, device: str) -> LanguageModel:
+    """Load a model from anywhere, in float32."""
+    model = models.load(name, tokenizer=tokenizer, dtype=torch.float32)[0]
     return LanguageModel.of(model.to(device), tokenizer)
 
 

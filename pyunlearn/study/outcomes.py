@@ -13,8 +13,8 @@ from pyunlearn.metrics import NULL_MEAN, calibrated_scores, counterfactual_memor
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.runs import jobs
-from pyunlearn.study.seeds import model_name
-from pyunlearn.study.sets import ForgetSet, Sets
+from pyunlearn.study.seeds import TWIN, model_name, scores_file
+from pyunlearn.study.sets import NOBODY, ForgetSet, Sets
 
 FIRST = 4
 """Steps over which a speed is measured, at most."""
@@ -60,12 +60,13 @@ class Examples:
     """The forget examples of all seeds, scored by every model, in the order of `indices`.
 
     The models of the other seeds never saw an example. Every second one of them calibrates its scores; the rest measure
-    its difficulty and memorization, so that the noise of one is not in the other.
+    its difficulty and memorization, so that the noise of one is not in the other. In setup twins the model of every
+    seed is the checkpoint, and the twin does both.
     """
 
     indices: list[int]
     owner: Any
-    """(N,) the seed that trains on it."""
+    """(N,) the seed that trains on it, or NOBODY."""
     nll: Any
     """(S, N) nats per token, under the model of each seed."""
     calibration: Any
@@ -80,13 +81,14 @@ class Examples:
         return values[..., np.searchsorted(self.indices, indices)]
 
     def calibration_without(self, seed: int, indices: Sequence[int]) -> Any:
-        """Return (m,) the calibration of other seeds' examples without the model of `seed`."""
+        """Return (m,) the calibration of other seeds' examples, or of nobody's, without the model of `seed`."""
         models, position = len(self.nll), np.searchsorted(self.indices, indices)
-        means = [
-            np.mean([self.nll[k, p] for k in calibrating(models, int(self.owner[p])) if k != seed] or [np.nan])
-            for p in position
-        ]
-        return np.array(means)
+
+        def mean(p: int) -> Any:
+            others = [self.nll[k, p] for k in calibrating(models, int(self.owner[p])) if k != seed]
+            return np.mean(others or [np.nan])
+
+        return np.array([self.calibration[p] if self.owner[p] == NOBODY else mean(p) for p in position])
 
 
 def calibrating(models: int, owner: int) -> list[int]:
@@ -103,16 +105,12 @@ def examples_of(folder: Folder, config: StudyConfig, sets: Sets) -> Examples:
     """Read the scores of all models."""
     indices, owners = sets.scored(), sets.owners()
     owner = np.array([owners[i].seed for i in indices])
-    nll = np.stack([folder.read_arrays(f"scores/{model_name(s)}.safetensors")["nll"] for s in range(config.seeds)])
-    calibration, difficulty, memorization = np.zeros((3, len(indices)))
-    for seed in range(config.seeds):
-        mine, others = owner == seed, measuring(config.seeds, seed)
-        calibration[mine] = nll[calibrating(config.seeds, seed)][:, mine].mean(0)
-        difficulty[mine] = nll[others][:, mine].mean(0)
-        scores = -nll[[seed, *others]][:, mine]
-        included = np.zeros(scores.shape, dtype=bool)
-        included[0] = True
-        memorization[mine] = counterfactual_memorization(included, scores)
+    nll = np.stack([folder.read_arrays(scores_file(model_name(config, s)))["nll"] for s in range(config.seeds)])
+    if config.twin is None:
+        calibration, difficulty, memorization = _by_other_seeds(nll, owner)
+    else:
+        calibration = difficulty = folder.read_arrays(scores_file(TWIN))["nll"]
+        memorization = difficulty - nll[0]
     return Examples(
         indices=indices,
         owner=owner,
@@ -121,6 +119,20 @@ def examples_of(folder: Folder, config: StudyConfig, sets: Sets) -> Examples:
         difficulty=difficulty,
         memorization=memorization,
     )
+
+
+def _by_other_seeds(nll: Any, owner: Any) -> Any:
+    """Return calibration, difficulty and memorization, each (N,), of examples by the models of the other seeds."""
+    calibration, difficulty, memorization = np.zeros((3, len(owner)))
+    for seed in range(len(nll)):
+        mine, others = owner == seed, measuring(len(nll), seed)
+        calibration[mine] = nll[calibrating(len(nll), seed)][:, mine].mean(0)
+        difficulty[mine] = nll[others][:, mine].mean(0)
+        scores = -nll[[seed, *others]][:, mine]
+        included = np.zeros(scores.shape, dtype=bool)
+        included[0] = True
+        memorization[mine] = counterfactual_memorization(included, scores)
+    return calibration, difficulty, memorization
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,16 +13,16 @@ import numpy as np
 
 from pyunlearn.output import plain_json
 from pyunlearn.report.pages import rendered
-from pyunlearn.study.claims import CLAIMS, LEAST_STEP, OUTSIDE, Claim, Variant
-from pyunlearn.study.config import StudyConfig
-from pyunlearn.study.decisions import FEWEST_SEEDS, Decision
+from pyunlearn.study.claims import CLAIMS, LEAST_STEP, Claim, Variant
+from pyunlearn.study.config import OUTSIDE, StudyConfig
+from pyunlearn.study.decisions import FEWEST_SEEDS, Decision, interval
 from pyunlearn.study.figures import FIGURES, NAMES
 from pyunlearn.study.folder import Folder
-from pyunlearn.study.outcomes import Outcome
+from pyunlearn.study.outcomes import Examples, Outcome
 from pyunlearn.study.plan import FILE
 from pyunlearn.study.result import Study
-from pyunlearn.study.seeds import model_name
-from pyunlearn.study.sets import Sets
+from pyunlearn.study.seeds import CHECKPOINT, TWIN, model_name, scores_file
+from pyunlearn.study.sets import NOBODY, Sets
 from pyunlearn.study.tables import decision_row
 
 TONES = {"supported": "good", "contradicted": "bad", "no material difference": "plain", "undecided": "plain"}
@@ -43,6 +43,34 @@ def notes_of(config: StudyConfig, sets: Sets, outcomes: Sequence[Outcome]) -> li
             f"{100 * share:.1f} % of the training rows are out of distribution, more than 1 %: the models may have "
             "learned these kinds. A larger corpus, more epochs or fewer examples lower the share."
         )
+    return notes + _notes_of_ends(config, outcomes)
+
+
+def notes_of_twins(config: StudyConfig, examples: Examples, outcomes: Sequence[Outcome]) -> list[str]:
+    """Return what limits the decisions of a study of twins, a sentence each."""
+    notes = [
+        f"The units of the tests are {config.seeds} disjoint draws of sets of texts of one pair of models, not models "
+        "that were trained independently: the verdicts are about this pair, and another training may differ."
+    ]
+    if config.seeds < FEWEST_SEEDS:
+        notes.append(f"{config.seeds} draws decide nothing: {FEWEST_SEEDS} seeds are needed at least, 12 are the plan.")
+    if OUTSIDE not in config.kinds:
+        notes.append(
+            f'No text of kind "{OUTSIDE}" is used, by the column "kind" of the corpus and the setting kinds: the '
+            "claims that compare kinds are not decided."
+        )
+    mean, low, high = interval(examples.memorization[examples.owner == NOBODY])
+    notes.append(
+        f"Of the texts of dose 0, the NLL under the twin minus that under the checkpoint is {mean:+.3f} nats "
+        f"(95 % interval {low:+.3f} to {high:+.3f}): what is not 0 is no memorization, and moves the level at which a "
+        "set counts as forgotten."
+    )
+    return notes + _notes_of_ends(config, outcomes)
+
+
+def _notes_of_ends(config: StudyConfig, outcomes: Sequence[Outcome]) -> list[str]:
+    """Return a sentence on the sets that were never forgotten, and on those that were from the start."""
+    notes = []
     first = [o for o in outcomes if o.rate == config.unlearning_rates[0] and o.which.kind in ("id", OUTSIDE)]
     ends = [o.forgotten() for o in first]
     never, already = sum(e.censored for e in ends), sum(e.step < LEAST_STEP for e in ends)
@@ -100,7 +128,7 @@ def write_page(
         "sets": [_set(config, outcomes, kind, dose) for kind in config.kinds for dose in config.doses],
         "variants": variants,
         "figures": _drawings(folder),
-        "models": [_model(folder, seed) for seed in range(config.seeds)],
+        "models": _models(folder, config),
         "environment": folder.read_json("environment.json"),
         "background": len(sets.background),
         "outside": sets.outside_share(config),
@@ -141,10 +169,17 @@ def _drawings(folder: Folder) -> list[tuple[str, str, str]]:
     return drawings
 
 
-def _model(folder: Folder, seed: int) -> dict[str, Any]:
-    name = model_name(seed)
-    trained, scores = folder.read_json(f"training/{name}.json"), folder.read_arrays(f"scores/{name}.safetensors")
-    return {"name": name, "steps": trained["steps"], "loss": trained["loss_by_epoch"][-1], "test": scores["test_nll"]}
+def _models(folder: Folder, config: StudyConfig) -> list[dict[str, Any]]:
+    """Return name and test NLL of each model, and of those that the study trained the steps and the last loss."""
+    if config.twin is not None:
+        names = [CHECKPOINT, TWIN]
+    else:
+        names = [model_name(config, seed) for seed in range(config.seeds)]
+    rows = [{"name": name, "test": folder.read_arrays(scores_file(name))["test_nll"]} for name in names]
+    for row in rows if config.twin is None else ():
+        trained = folder.read_json(f"training/{row['name']}.json")
+        row |= {"steps": trained["steps"], "loss": trained["loss_by_epoch"][-1]}
+    return rows
 
 
 def _number(x: float | None, digits: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""study.yaml: what a study will do and how it decides, written and hashed before anything is trained."""
+"""study.yaml: what a study will do and how it decides, written and hashed before any model is trained or read."""
 
 from __future__ import annotations
 
@@ -7,14 +7,25 @@ import json
 from typing import Any
 
 from pyunlearn.errors import OutputError
-from pyunlearn.study.claims import CLAIMS, LEAST_STEP, OUTSIDE
-from pyunlearn.study.config import StudyConfig
+from pyunlearn.study.claims import CLAIMS, LEAST_STEP, decided_claims
+from pyunlearn.study.config import OUTSIDE, StudyConfig
 from pyunlearn.study.decisions import FEWEST_SEEDS, LEVEL
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.outcomes import CRITERIA, FIRST, RETRAINED
 from pyunlearn.study.runs import DESTROYED, measured_steps
 
 FILE = "study.yaml"
+_UNITS = {
+    "unit": "seed: one model with its own initial weights, order of the data and forget sets",
+    "retrained models of a set": "the models of the other seeds, none of which saw it",
+    "split of these": "first, third, ... calibrate; second, fourth, ... measure difficulty and memorization",
+}
+_UNITS_OF_TWINS = {
+    "unit": "seed: a draw of disjoint forget sets from the texts of one pair of models, not a model of its own",
+    "retrained model of a set": "the twin, which saw none of the texts: it calibrates, and measures difficulty and "
+    "memorization",
+    "non-members": "texts of dose 0",
+}
 FREE = ("show_text", "processes")
 """Settings that change no number, and may differ when a study is resumed."""
 
@@ -27,8 +38,9 @@ def write_plan(folder: Folder, config: StudyConfig, data: dict[str, Any]) -> str
         config: its settings.
         data: the digests of the corpora, and the numbers of examples made of them.
 
-    Raises OutputError where the file in the folder says something else, or is gone though models are there.
+    Raises OutputError where the file in the folder says something else, or is gone though models or scores are there.
     """
+    claims = decided_claims(config)
     settings = {name: value for name, value in config.to_dict().items() if name not in FREE}
     content = _yaml(
         {
@@ -37,10 +49,7 @@ def write_plan(folder: Folder, config: StudyConfig, data: dict[str, Any]) -> str
             "settings": settings,
             "data": data,
             "design": {
-                "unit": "seed: one model with its own initial weights, order of the data and forget sets",
-                "retrained models of a set": "the models of the other seeds, none of which saw it",
-                "split of these": "first, third, ... calibrate; second, fourth, ... measure difficulty and "
-                "memorization",
+                **(_UNITS if config.twin is None else _UNITS_OF_TWINS),
                 "forgotten": f"first interpolated step where the set's mean NLL reaches the {CRITERIA[RETRAINED]}",
                 "least step in logarithms": LEAST_STEP,
                 "a seed with a set that is never forgotten, or with two that left no trace": "no number: undecided",
@@ -49,11 +58,11 @@ def write_plan(folder: Folder, config: StudyConfig, data: dict[str, Any]) -> str
                 "measured at steps": measured_steps(config.steps),
                 "a run ends": f"after the last of these, or where the test NLL has risen by {DESTROYED:g} nats",
                 "learning rate that decides": config.unlearning_rates[0],
-                "kind that decides": OUTSIDE,
+                "kind that decides": OUTSIDE if OUTSIDE in config.kinds else "none: no claim compares kinds",
             },
-            "estimands": {name: e._asdict() for name, e in CLAIMS.items()},
+            "estimands": {name: CLAIMS[name]._asdict() for name in claims},
             "decision": {
-                "test": "two-sided one-sample t over seeds, Holm over the five claims; TOST against the margin",
+                "test": f"two-sided one-sample t over seeds, Holm over {len(claims)} claims; TOST against the margin",
                 "level": LEVEL,
                 "no material difference": "both one-sided tests against the margin are significant",
                 "supported or contradicted": "otherwise, where the two-sided test is significant after Holm",
@@ -64,9 +73,10 @@ def write_plan(folder: Folder, config: StudyConfig, data: dict[str, Any]) -> str
         }
     )
     if not folder.has(FILE):
-        if folder.has("models"):
+        if folder.has("models") or folder.has("scores"):
             raise OutputError(
-                f"{folder.path / FILE} is gone, and models were trained after it: put it back, or choose another folder"
+                f"{folder.path / FILE} is gone, and models were trained or read after it: put it back, or choose "
+                "another folder"
             )
         folder.text(FILE, content)
     elif (folder.path / FILE).read_text(encoding="utf-8") != content:

@@ -1,5 +1,7 @@
 """The work of one seed: train its model, score every forget example under it, unlearn each of its forget sets.
 
+In setup twins nothing is trained: every seed unlearns its sets from the checkpoint, and the twin scores the examples.
+
 Seeds need nothing from each other, so several processes can share them.
 """
 
@@ -13,12 +15,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyunlearn.errors import ModelError
+from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.folder import Folder
-from pyunlearn.study.models import load_model
+from pyunlearn.study.models import load_checkpoint, load_model
 from pyunlearn.study.runs import jobs, mean_nll, unlearn_set
 from pyunlearn.study.sets import Sets
 from pyunlearn.study.training import train
@@ -35,42 +39,80 @@ class Inputs:
     device: str
 
 
-def model_name(seed: int) -> str:
+CHECKPOINT, TWIN = "checkpoint", "twin"
+"""Names of the two models of setup twins."""
+
+
+def model_name(config: StudyConfig, seed: int) -> str:
     """Return the name of a seed's model in the folder."""
-    return f"seed-{seed}"
+    return f"seed-{seed}" if config.twin is None else CHECKPOINT
+
+
+def scores_file(name: str) -> str:
+    """Return the name of the file with a model's scores."""
+    return f"scores/{name}.safetensors"
 
 
 def run_seed(inputs: Inputs, seed: int, say: Callable[[str], None]) -> None:
     """Do what is not finished of one seed.
 
-    Writes models/seed-S; scores/seed-S.safetensors with nll (N,) of all forget examples of all seeds, in the order of
-    `Sets.scored`, and the mean test_nll, nats per token; and a trajectory for each run, see `unlearn_set`.
+    Writes a trajectory for each run, see `unlearn_set`, and before that, but for twins, models/seed-S and its scores.
     """
-    folder, config, sets, name = inputs.folder, inputs.config, inputs.sets, model_name(seed)
-    train(
-        folder,
-        name,
-        config,
-        inputs.tokenizer,
-        sets.learned,
-        sets.epochs(config, seed),
-        seed=seed,
-        device=inputs.device,
-        say=say,
-    )
+    folder, config, sets, name = inputs.folder, inputs.config, inputs.sets, model_name(inputs.config, seed)
+    if config.twin is None:
+        train(
+            folder,
+            name,
+            config,
+            inputs.tokenizer,
+            sets.learned,
+            sets.epochs(config, seed),
+            seed=seed,
+            device=inputs.device,
+            say=say,
+        )
     todo = [job for job in jobs(config, sets, seed) if not folder.has(job.file)]
-    scores = f"scores/{name}.safetensors"
-    if not todo and folder.has(scores):
+    if not todo and folder.has(scores_file(name)):
         return
-    lm = load_model(folder.path / "models" / name, inputs.tokenizer, inputs.device)
-    if not folder.has(scores):
-        nll, test_nll = (mean_nll(lm, [sets.tokens[i] for i in group]) for group in (sets.scored(), sets.test))
-        folder.arrays(scores, nll=nll, test_nll=test_nll.mean())
+    lm = _load(inputs, name)
+    _score(inputs, lm, name)
     original = {key: value.clone() for key, value in lm.module.state_dict().items()}
     for number, job in enumerate(todo, 1):
-        say(f"{name}: unlearning {number} of {len(todo)}, {job.which.kind}, dose {job.which.dose}, rate {job.rate:g}")
+        say(f"seed {seed}: unlearning {number} of {len(todo)}, {job.which.kind}, dose {job.which.dose}, {job.rate:g}")
         lm.module.load_state_dict(original)
         folder.arrays(job.file, **unlearn_set(lm, config, sets, job))
+
+
+def score_twins(inputs: Inputs, say: Callable[[str], None]) -> None:
+    """Score every example under both models of setup twins, one after the other."""
+    for name in (CHECKPOINT, TWIN):
+        if not inputs.folder.has(scores_file(name)):
+            say(f"reading with the {name}")
+            _score(inputs, _load(inputs, name), name)
+
+
+def _load(inputs: Inputs, name: str) -> LanguageModel:
+    """Load a model of the study, without dropout."""
+    if name in (CHECKPOINT, TWIN):
+        lm = load_checkpoint(getattr(inputs.config, name), inputs.tokenizer, inputs.device)
+        lm.module.eval()
+        return lm
+    return load_model(inputs.folder.path / "models" / name, inputs.tokenizer, inputs.device)
+
+
+def _score(inputs: Inputs, lm: LanguageModel, name: str) -> None:
+    """Write nll (N,) of all examples in the order of `Sets.scored`, and the mean test_nll, nats per token.
+
+    Raises ModelError where a number is not finite.
+    """
+    folder, sets = inputs.folder, inputs.sets
+    if folder.has(scores_file(name)):
+        return
+    nll, test_nll = (mean_nll(lm, [sets.tokens[i] for i in group]) for group in (sets.scored(), sets.test))
+    if not (np.isfinite(nll).all() and np.isfinite(test_nll).all()):
+        mend = "training broke it: choose a lower learning_rate" if inputs.config.twin is None else "give another pair"
+        raise ModelError(f"the model {name} gives its texts NaN or Inf as log-likelihood; {mend}")
+    folder.arrays(scores_file(name), nll=nll, test_nll=test_nll.mean())
 
 
 def run_seeds(inputs: Inputs, say: Callable[[str], None]) -> None:

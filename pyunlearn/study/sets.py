@@ -18,12 +18,17 @@ from pyunlearn.metrics import make_canaries
 from pyunlearn.progress import logger
 from pyunlearn.study.config import StudyConfig
 
+NOBODY = -1
+"""In place of the seed of a forget set: no model saw these texts."""
 _RARE = 2000  # least frequent words, of which canaries are made
 _WORDS = 4  # rare words in one canary
 
 
 class ForgetSet(NamedTuple):
-    """The name of a forget set: its kind, how often training sees each example, and the seed that trains on it."""
+    """The name of a forget set: its kind, how often training sees each example, and the seed that trains on it.
+
+    In setup twins a seed draws sets of its own, and texts of dose 0 have the seed NOBODY.
+    """
 
     kind: str
     dose: int
@@ -46,7 +51,7 @@ class Sets:
     forget: dict[ForgetSet, list[int]] = field(default_factory=dict)
 
     def scored(self) -> list[int]:
-        """Return the indices of all forget examples, ascending: every model scores them."""
+        """Return the indices of all examples in `forget`, ascending: every model scores them."""
         return sorted(i for group in self.forget.values() for i in group)
 
     def owners(self) -> dict[int, ForgetSet]:
@@ -54,8 +59,13 @@ class Sets:
         return {i: which for which, indices in self.forget.items() for i in indices}
 
     def non_members(self, kind: str, seed: int, count: int) -> list[int]:
-        """Return at most `count` examples of a kind that the model of a seed never saw: those of the other seeds."""
-        others = [i for w, group in self.forget.items() if (w.kind, w.seed != seed) == (kind, True) for i in group]
+        """Return at most `count` examples of a kind that the model of a seed never saw: those of the other seeds.
+
+        In setup twins these are texts that nobody saw.
+        """
+        others = self.forget.get(ForgetSet(kind, 0, NOBODY)) or [
+            i for w, group in self.forget.items() if (w.kind, w.seed != seed) == (kind, True) for i in group
+        ]
         chosen: list[int] = (
             np.random.default_rng((seed, zlib.crc32(kind.encode()))).permutation(others)[:count].tolist()
         )

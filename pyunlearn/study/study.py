@@ -6,9 +6,10 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,17 +23,18 @@ from pyunlearn.progress import Progress
 from pyunlearn.report import require_page_packages
 from pyunlearn.study.claims import primary_claims, secondary_claims, variants
 from pyunlearn.study.config import StudyConfig
-from pyunlearn.study.corpus import read_corpus, synthetic
+from pyunlearn.study.corpus import Dosed, read_corpus, read_doses, synthetic
 from pyunlearn.study.figures import draw_all
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.outcomes import examples_of, outcomes_of
-from pyunlearn.study.page import notes_of, write_page
+from pyunlearn.study.page import notes_of, notes_of_twins, write_page
 from pyunlearn.study.plan import FREE, write_plan
 from pyunlearn.study.result import Study
 from pyunlearn.study.runs import require_method
-from pyunlearn.study.seeds import Inputs, run_seeds
-from pyunlearn.study.sets import make_sets
+from pyunlearn.study.seeds import Inputs, run_seeds, score_twins
+from pyunlearn.study.sets import Sets, make_sets
 from pyunlearn.study.tables import write_tables
+from pyunlearn.study.twins import kinds_of, twin_sets, twin_tokenizer
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -55,12 +57,17 @@ def run_study(
     unlearned by gradient ascent, and five claims are decided by t tests over seeds. The same call resumes an
     interrupted study, to the same result. On a CPU the same call gives the same numbers.
 
+    Setup twins trains nothing: it unlearns disjoint sets of texts from a checkpoint that saw them at random doses, as
+    those of Hubble (arXiv 2510.19811) did; a twin of the same training without them shows where retraining would end.
+
     With `processes` above 1 new Python processes start: in a script, call it under `if __name__ == "__main__":`.
 
     Args:
         out: the folder of the study: new, empty, or that of the same study interrupted.
         corpus: one file of pairs (.tsv, .jsonl, ...), of questions and answers or of plain text, or two files of
-            parallel lines, .gz or plain; None: a small corpus made from the seed.
+            parallel lines, .gz or plain; None: a small corpus made from the seed. In setup twins: files (.jsonl, .csv,
+            .parquet, ...) with the texts, a column "duplicates" or "dose", how often each was inserted, and perhaps one
+            of kinds, "kind".
         test_corpus: the same for the held-out text that utility is measured on; None: taken from the corpus.
         device: "cpu" or "cuda"; default: a GPU where there is one.
         progress: a progress bar on standard error; default: if that is a terminal.
@@ -79,19 +86,20 @@ def run_study(
     device = checked_device(device)
     _check_arguments(config, out, corpus, test_corpus, progress)
     require_page_packages()
-    examples, test = _examples(config, corpus, test_corpus)
-    tokenizer = _tokenizer(config, examples)
-    sets = make_sets(config, examples, test, tokenizer)
-    corpora = {"corpus": _digest(examples), "test_corpus": _digest(test or [])}
+    config, tokenizer, sets, digests = _material(config, corpus, test_corpus)
     fixed = {name: value for name, value in config.to_dict().items() if name not in FREE}
-    folder = Folder(out, fixed | corpora)
-    counts = {"background examples": len(sets.background), "test examples": len(sets.test)}
-    share = {"share of training rows out of distribution": round(sets.outside_share(config), 6)}
-    plan = write_plan(folder, config, corpora | counts | share)
+    folder = Folder(out, fixed | digests)
+    counts: dict[str, Any] = {"background examples": len(sets.background), "test examples": len(sets.test)}
+    counts["share of training rows out of distribution"] = round(sets.outside_share(config), 6)
+    if config.twin is not None:  # its training is not ours
+        counts = {"test examples": len(sets.test)}
+    plan = write_plan(folder, config, digests | counts)
     folder.json("environment.json", environment(device))
     bar = Progress(progress, "study")
     try:
         inputs = Inputs(folder, config, tokenizer, sets, device)
+        if config.twin is not None:
+            score_twins(inputs, bar.say)
         run_seeds(inputs, bar.say)
         bar.say("claims, tables, figures")
         return _evaluate(inputs, plan)
@@ -106,7 +114,7 @@ def _evaluate(inputs: Inputs, plan: str) -> Study:
     claims = primary_claims(config, examples, outcomes)
     secondary = secondary_claims(config, examples, outcomes)
     rows = variants(config, examples, outcomes, claims)
-    notes = notes_of(config, sets, outcomes)
+    notes = notes_of(config, sets, outcomes) if config.twin is None else notes_of_twins(config, examples, outcomes)
     write_tables(inputs, examples, outcomes, [*claims, *secondary], rows)
     draw_all(folder, config, outcomes, claims)
     study = Study(folder.path, config, claims, secondary, notes, plan)
@@ -116,15 +124,37 @@ def _evaluate(inputs: Inputs, plan: str) -> Study:
 
 def inputs_of(path: Path, config: StudyConfig, corpus: Paths | None, test_corpus: Paths | None, device: str) -> Inputs:
     """Return the inputs of the study in a folder that has one. Raises ArgumentError for other corpora."""
-    examples, test = _examples(config, corpus, test_corpus)
     saved = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    for name, digest in {"corpus": _digest(examples), "test_corpus": _digest(test or [])}.items():
+    examples, test = _examples(config, corpus, test_corpus)
+    for name, digest in _digests(examples, test).items():
         if saved.get(name) != digest:
             raise ArgumentError(
                 f"{name} is not that of the study in {path}: give the files that `pyunlearn study` was given there"
             )
     tokenizer = _tokenizer(config, examples)
     return Inputs(Folder(path, saved), config, tokenizer, make_sets(config, examples, test, tokenizer), device)
+
+
+class _Material(NamedTuple):
+    """Settings, tokenizer, examples and digests of the corpora of a study."""
+
+    config: StudyConfig
+    """In setup twins with the kinds that the corpus has."""
+    tokenizer: Any
+    sets: Sets
+    digests: dict[str, str]
+
+
+def _material(config: StudyConfig, corpus: Paths | None, test_corpus: Paths | None) -> _Material:
+    """Read the corpora, and make the sets of them."""
+    if config.twin is None:
+        examples, test = _examples(config, corpus, test_corpus)
+        tokenizer = _tokenizer(config, examples)
+        return _Material(config, tokenizer, make_sets(config, examples, test, tokenizer), _digests(examples, test))
+    test = None if test_corpus is None else read_corpus(_paths(test_corpus), role="test corpus")
+    texts = read_doses([] if corpus is None else _paths(corpus))
+    config, tokenizer = replace(config, kinds=kinds_of(config, texts)), twin_tokenizer(config, texts)
+    return _Material(config, tokenizer, twin_sets(config, texts, test, tokenizer), _digests(texts, test))
 
 
 def _examples(
@@ -189,8 +219,13 @@ def _paths(paths: Paths) -> list[str | Path]:
     return [paths] if isinstance(paths, (str, Path)) else list(paths)
 
 
-def _digest(examples: list[Example]) -> str:
+def _digests(corpus: Sequence[Example | Dosed], test: Sequence[Example] | None) -> dict[str, str]:
+    return {"corpus": _digest(corpus), "test_corpus": _digest(test or [])}
+
+
+def _digest(examples: Sequence[Example | Dosed]) -> str:
     digest = hashlib.sha256()
     for e in examples:
-        digest.update(f"{e.prompt}\0{e.completion}\0".encode())
+        texts = (e.prompt, e.completion) if isinstance(e, Example) else (e.example.prompt, e.example.completion, *e[1:])
+        digest.update("".join(f"{part}\0" for part in texts).encode())
     return digest.hexdigest()[:16]

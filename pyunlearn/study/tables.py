@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from pyunlearn.data.redaction import masked
 from pyunlearn.errors import printable
-from pyunlearn.study.claims import CLAIMS, OUTSIDE, Claim, Variant
+from pyunlearn.study.claims import CLAIMS, Claim, Variant
+from pyunlearn.study.config import OUTSIDE
 from pyunlearn.study.folder import Row
 from pyunlearn.study.outcomes import CRITERIA, Examples, Outcome
 from pyunlearn.study.seeds import Inputs
