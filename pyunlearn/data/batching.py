@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,12 +73,13 @@ def collate(tokens: Sequence[Tokens], *, pad_id: int, decoder_start_id: int | No
     if decoder_start_id is not None:  # decoder: its input is shifted, so position j predicts token j
         decoder_ids, _ = _padded([(decoder_start_id, *t.written[:-1]) for t in tokens], pad_id)
         width, shift = decoder_ids.shape[1], 0
-    counts = torch.tensor([len(t.scored) for t in tokens])
+    counts = _integers([len(t.scored) for t in tokens])
+    rows = [b * width - shift + i for b, t in enumerate(tokens) for i in t.chosen or range(t.first, len(t.written))]
     return TokenBatch(
         ids=ids,
         attention_mask=attention_mask,
-        rows=torch.cat([_indices(t) + (b * width - shift) for b, t in enumerate(tokens)]),
-        targets=torch.cat([torch.tensor(t.scored) for t in tokens]),
+        rows=_integers(rows),
+        targets=_integers([i for t in tokens for i in t.scored]),
         example=torch.arange(len(tokens)).repeat_interleave(counts),
         counts=counts,
         decoder_ids=decoder_ids,
@@ -106,14 +109,14 @@ def batches(
     return ((g, collate([tokens[i] for i in g], pad_id=pad_id, decoder_start_id=decoder_start_id)) for g in groups)
 
 
-def _indices(t: Tokens) -> Tensor:
-    return torch.arange(t.first, len(t.written)) if t.chosen is None else torch.tensor(t.chosen)
-
-
 def _padded(sequences: Sequence[tuple[int, ...]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Return (B, T) ids and their attention mask."""
-    shape = len(sequences), max(map(len, sequences))
-    ids, mask = torch.full(shape, pad_id, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    for b, sequence in enumerate(sequences):
-        ids[b, : len(sequence)], mask[b, : len(sequence)] = torch.tensor(sequence), 1
-    return ids, mask
+    width = max(map(len, sequences))
+    ids = _integers([[*sequence, *[pad_id] * (width - len(sequence))] for sequence in sequences])
+    mask = torch.arange(width) < _integers([len(sequence) for sequence in sequences])[:, None]  # (B, T)
+    return ids, mask.long()
+
+
+def _integers(values: Sequence[Any]) -> Tensor:
+    """Return nested lists as an int64 tensor; NumPy reads them several times faster than torch."""
+    return torch.from_numpy(np.array(values, dtype=np.int64))
