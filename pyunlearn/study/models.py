@@ -43,10 +43,14 @@ def optimizer_of(lm: LanguageModel, config: StudyConfig) -> torch.optim.Optimize
     """Make AdamW (0.9, 0.98) with a learning rate of 0, for `train` to set: `scale` times its own in each group.
 
     The embedding of T5 is drawn at scale 1; its rate is larger by sqrt(width), as if it were drawn at 1/sqrt(width)
-    and multiplied.
+    and multiplied. On a GPU the optimizer can be captured in a CUDA graph, which reads the rates there.
     """
     embedding = lm.module.get_input_embeddings().weight
     scale = math.sqrt(embedding.shape[1]) if config.setup == "translation" else 1.0
     rest = [p for p in lm.module.parameters() if p is not embedding]
-    groups = [{"params": [embedding], "scale": scale}, {"params": rest, "scale": 1.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    groups: list[dict[str, Any]] = [{"params": [embedding], "scale": scale}, {"params": rest, "scale": 1.0}]
+    on_gpu: dict[str, Any] = {}
+    if lm.device.type == "cuda":
+        on_gpu = {"fused": True, "capturable": True}
+        groups = [group | {"lr": torch.zeros((), device=lm.device)} for group in groups]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), weight_decay=config.weight_decay, **on_gpu)

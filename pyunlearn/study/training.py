@@ -1,6 +1,7 @@
 """Training: AdamW, warm-up, a constant rate, then a linear decay to 0 over the second half.
 
-An interrupted training resumes to the same bits.
+An interrupted training resumes to the same bits on a CPU. On a GPU it resumes from the same weights, optimizer and
+random state, but the last digits can differ: there the order of some sums is not fixed, interrupted or not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.models import new_model, optimizer_of
+from pyunlearn.study.steps import Step, random_state, set_random_state, set_rate, training_step
 
 CHECKPOINT_SECONDS = 30.0  # of work that an interruption may cost
 _SORTED_TOGETHER = 16  # batches whose examples are sorted by length together
@@ -38,8 +40,6 @@ def train(
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Train models/NAME, unless it is finished, or resume its training.
-
-    Gradients are clipped to norm 1; the loss is the mean over the batch's tokens.
 
     Args:
         folder: of the study.
@@ -62,11 +62,12 @@ def train(
     decay_start = len(plan) // 2
     losses, done = _resume(folder, name, lm, optimizer, device)
     lm.module.train()
+    take = training_step(lm, optimizer, config.batch_size)
     saved = time.monotonic()
     while done < len(plan):
         rate = config.learning_rate * min(1.0, (done + 1) / max(1, config.warmup))
         rate *= min(1.0, (len(plan) - done) / max(1, len(plan) - decay_start))
-        losses.append(_step(lm, optimizer, rate, learned, plan[done]))
+        losses.append(_step(take, optimizer, rate, [learned[i] for i in plan[done]]))
         done += 1
         if done % 20 == 0:
             say(f"{name}: step {done} of {len(plan)}, loss {float(losses[-1]):.2f}")
@@ -87,20 +88,10 @@ def train(
     _checkpoint(folder, name).unlink(missing_ok=True)
 
 
-def _step(
-    lm: LanguageModel, optimizer: torch.optim.Optimizer, rate: float, learned: Sequence[Tokens], indices: list[int]
-) -> Tensor:
+def _step(take: Step, optimizer: torch.optim.Optimizer, rate: float, tokens: Sequence[Tokens]) -> Tensor:
     """Take one optimizer step; return the loss before it, nats per token."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
-    batch = lm.collate(learned, indices)
-    with torch.autocast("cuda", torch.bfloat16, enabled=lm.device.type == "cuda"):
-        loss = -lm.likelihood(batch).mean()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(lm.module.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
+    set_rate(optimizer, rate)
+    return take(tokens)
 
 
 def _batches(learned: Sequence[Tokens], rows: Sequence[int], size: int, seed: tuple[int, int]) -> list[list[int]]:
@@ -141,22 +132,21 @@ def _resume(
         return [], 0
     stored = _read(_checkpoint(folder, name), device)
     lm.module.load_state_dict(stored["model"])
+    for group, own in zip(stored["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+        group |= {name: own[name] for name in ("lr", "fused", "capturable")}  # those of the device at hand
     optimizer.load_state_dict(stored["optimizer"])
-    torch.set_rng_state(stored["noise"]["cpu"].cpu())
-    for number, state in enumerate(stored["noise"]["cuda"]):
-        torch.cuda.set_rng_state(state.cpu(), number)
+    set_random_state(stored["noise"])
     return stored["losses"], stored["done"]
 
 
 def _save_checkpoint(
     folder: Folder, name: str, lm: LanguageModel, optimizer: torch.optim.Optimizer, losses: list[float], done: int
 ) -> None:
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     state = {
         "model": lm.module.state_dict(),
         "optimizer": optimizer.state_dict(),
         "losses": losses,
         "done": done,
-        "noise": {"cpu": torch.get_rng_state(), "cuda": on_gpu},
+        "noise": random_state(),
     }
     folder.write(f"models/{name}.checkpoint", lambda path: torch.save(state, path))
