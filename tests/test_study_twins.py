@@ -28,8 +28,8 @@ from pyunlearn.study.twins import kinds_of, twin_sets
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 SETTINGS = {**TINY, "setup": "twins", "doses": (2, 16), "seeds": 6, "steps": 16, "unlearning_rates": (3e-4,)}
-INSERTED = SETTINGS["seeds"] * SETTINGS["examples"]  # texts of each dose
-UNSEEN = 19 + SETTINGS["test_examples"]
+INSERTED = 6 * 2  # texts of each dose: seeds, examples
+UNSEEN = 19 + 12  # non-members, test_examples
 
 
 def texts_of(count, seed):
