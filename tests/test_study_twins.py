@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+import torch
 import typer.testing
 from study_settings import TINY
 
@@ -52,6 +53,15 @@ def dosed(kinds=("id",), doses=(0, 2, 16)):
 def write(path, rows):
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Use one thread: a share of several would depend on the number of processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +184,7 @@ def test_an_interrupted_study_of_twins_resumes_to_the_same_files(pair, finished,
             run_study(tmp_path, **arguments(pair))
         monkeypatch.setattr(seeds, name, real[name])
     assert len(list((tmp_path / "runs").iterdir())) == 3
-    run_study(tmp_path, **arguments(pair))
+    run_study(tmp_path, **arguments(pair, processes=2))
     for part in ("runs", "scores", "figures"):
         files = sorted((finished.folder / part).iterdir())
         assert [f.name for f in files] == sorted(f.name for f in (tmp_path / part).iterdir())
