@@ -162,11 +162,11 @@ def test_the_headline_says_the_worst(audited, verdicts, headline, tone):
 
 
 def test_without_the_original_nothing_is_called_forgotten(audited):
-    """The page says what was not given."""
     alone = replace(audited, non_members=replace(audited.non_members, anchored=False, drift=None), change=None)
+    assert sentences.summary(with_verdicts(alone, *["not memorized"] * 6))[0].endswith("ruined model would pass too.")
     alone = with_verdicts(alone, "still exposed", *["not memorized"] * 5)
     assert sentences.headline(alone) == "1 of 6 texts is memorized."
-    assert "There is no model before unlearning" in " ".join(sentences.summary(alone))
+    assert sentences.summary(alone)[0].endswith("not what it has forgotten.")
 
 
 @pytest.mark.full

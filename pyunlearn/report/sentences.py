@@ -78,10 +78,11 @@ def summary(audit: Audit) -> list[str]:
         was = sum(_was_memorized(e) for e in audit.examples)
         lines.append(f"Before unlearning, {was} of {n} stood out as memorized. {_moved(audit)}")
     else:
-        lines.append(
+        line = (
             "There is no model before unlearning to compare with (--original), so this is what the model knows now, "
             "not what it has forgotten."
         )
+        lines.append(line if "still exposed" in audit.verdicts else f"{line} A ruined model would pass too.")
     if UNDECIDED in audit.verdicts:
         lines.append(_undecided(audit))
     unsure = sum(not e.certain for e in audit.examples)
