@@ -11,7 +11,8 @@ import torch
 import pyunlearn
 from pyunlearn.auditing.assemble import AuditAssembler
 from pyunlearn.auditing.config import AuditConfig
-from pyunlearn.auditing.result import UNDECIDED
+from pyunlearn.auditing.result import UNDECIDED, RetainUtility
+from pyunlearn.metrics import Interval, PairedDifference
 from pyunlearn.report import sentences
 
 SECRETS = 40  # that the original was trained on, and the retrained model was not
@@ -150,3 +151,18 @@ def test_undecided_texts_pass_where_the_set_is_like_unseen_text(
     assert audit.exposed_together == (not passes)
     assert ("all together they do (p = 0.001)" in sentences.headline(audit)) is not passes
     assert sentences.tone(audit) == ("plain" if passes else "warn")
+
+
+@pytest.mark.full
+def test_an_audit_warns_of_what_was_lost(original, retrained, secrets, unseen, tmp_path):
+    """Where the retain set has become less likely by more than 5 % of its nats, or of one, for certain."""
+    audit = next(audits(retrained, original, secrets, unseen, tmp_path))
+    audit = replace(audit, examples=[replace(e, verdict="forgotten") for e in audit.examples])
+    for low, before, lost in ((0.06, 0.5, True), (0.04, 0.5, False), (0.06, 2.0, False), (0.11, 2.0, True)):
+        change = PairedDifference(0.2, low, 0.3, 0.001, 0.001)
+        utility = RetainUtility(40, Interval(before + 0.2, 0.0, 9.0), Interval(before, 0.0, 9.0), change)
+        told = replace(audit, utility=utility)
+        assert told.utility_lost == lost
+        assert ("text that must keep working was lost" in " ".join(sentences.summary(told))) == lost
+        assert sentences.tone(told) == ("plain" if lost else "good")
+    assert not audit.utility_lost

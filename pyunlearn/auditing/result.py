@@ -11,6 +11,7 @@ from pyunlearn.data.redaction import masked
 from pyunlearn.metrics import ExposureTest, Interval, PairedDifference, TopTest, TruePositiveRate
 from pyunlearn.output import plain_json
 from pyunlearn.probes.long_texts import label_of
+from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.result import PASSED, Document, documents_of
 
 UNDECIDED = "undecided"
@@ -196,6 +197,14 @@ class Audit:
         if now is None or before is None:
             return False
         return now.collapsed.estimate > max(0.5, 2 * before.collapsed.estimate)
+
+    @property
+    def utility_lost(self) -> bool:
+        """True where the retain set has lost more than the budget of `unlearn`, by the low end of the interval."""
+        if self.utility is None or self.utility.change is None or self.utility.nll_before is None:
+            return False
+        allowed = UnlearnConfig.utility_budget * max(self.utility.nll_before.estimate, 1.0)
+        return self.utility.change.low > allowed
 
     @property
     def exposed_together(self) -> bool:

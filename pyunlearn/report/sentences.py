@@ -67,7 +67,8 @@ def tone(audit: Audit) -> str:
         return "warn"
     if audit.exposed_together and not audit.verdicts.get("over-unlearned"):
         return "warn"
-    return next(TONES[name] for name in MEANINGS if audit.verdicts.get(name))
+    colour = next(TONES[name] for name in MEANINGS if audit.verdicts.get(name))
+    return "plain" if colour == "good" and (audit.utility_lost or audit.collapsed) else colour
 
 
 def summary(audit: Audit) -> list[str]:
@@ -93,6 +94,8 @@ def summary(audit: Audit) -> list[str]:
         )
     if audit.attack is not None:
         lines.append(f"Under attack: {audit.attack.headline}")
+    if audit.utility_lost:
+        lines.append("Beware: text that must keep working was lost, see below. The model may be damaged.")
     if audit.collapsed:
         lines.append("Beware: the model repeats itself when it writes. It may be damaged rather than have forgotten.")
     return lines
