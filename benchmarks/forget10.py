@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -30,8 +31,7 @@ from torch.nn import functional as F
 
 import pyunlearn
 from benchmarks.tofu import Recipe, Rows, fine_tuned, say
-from benchmarks.tofu_measures import forget_quality, measures
-from pyunlearn import models
+from pyunlearn import metrics, models
 from pyunlearn.cli.demo_model import demo_model
 from pyunlearn.data import read_examples
 from pyunlearn.models.language_model import LanguageModel
@@ -213,8 +213,20 @@ def _loaded(folder: Path) -> LanguageModel:
 
 
 def _measures(lm: LanguageModel, options: argparse.Namespace) -> dict[str, Any]:
+    """Return TOFU's columns, and the truth ratios of the forget set; the questions are rendered as in the training."""
     with torch.autocast(lm.device.type, torch.bfloat16):
-        return measures(lm, options.data, first=options.records)
+        result = pyunlearn.bench(
+            "tofu", lm.module, options.data, tokenizer=lm.tokenizer, template="none", first=options.records
+        )
+    own = result.numbers["forget"]
+    ratios = metrics.truth_ratio(own["correct"], own["wrong"]).ratio
+    return {name: column.estimate for name, column in result.columns.items()} | {"truth_ratios": ratios.tolist()}
+
+
+def forget_quality(unlearned: dict[str, Any], retrained: dict[str, Any]) -> tuple[float, float]:
+    """Return the Kolmogorov-Smirnov distance and log10 of its p-value between two rows."""
+    test = metrics.forget_quality(unlearned["truth_ratios"], retrained["truth_ratios"])
+    return test.statistic, float(np.log10(max(test.pvalue, 1e-300)))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # loaded at first use: the command line prints its help without torch
     from pyunlearn.attacks import AttackedExample, AttackResult, attack
     from pyunlearn.auditing import Audit, AuditedExample, audit
+    from pyunlearn.benchmarking import BenchResult, bench
     from pyunlearn.comparing import Comparison, compare
     from pyunlearn.data import CorpusCopies, CorpusCopy, find_copies
     from pyunlearn.errors import (
@@ -29,6 +30,7 @@ __all__ = [
     "AttackedExample",
     "Audit",
     "AuditedExample",
+    "BenchResult",
     "Comparison",
     "CorpusCopies",
     "CorpusCopy",
@@ -44,6 +46,7 @@ __all__ = [
     "Utility",
     "attack",
     "audit",
+    "bench",
     "compare",
     "find_copies",
     "plan",
@@ -53,6 +56,7 @@ __all__ = [
 _HOMES = {
     "attacks": ("AttackResult", "AttackedExample", "attack"),
     "auditing": ("Audit", "AuditedExample", "audit"),
+    "benchmarking": ("BenchResult", "bench"),
     "comparing": ("Comparison", "compare"),
     "data": ("CorpusCopies", "CorpusCopy", "find_copies"),
     "unlearning": ("ExampleResult", "Plan", "Result", "Utility", "plan", "unlearn"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pyunlearn.attacks.config import AttackConfig
 from pyunlearn.auditing.config import AuditConfig
+from pyunlearn.benchmarking.config import BenchConfig
 from pyunlearn.cli.options import PANELS, choices, flag_of, written
 from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.data.config import ChoiceOrFile
@@ -36,6 +37,7 @@ def options() -> str:
         ("audit", AuditConfig, set()),
         ("compare", CompareConfig, shared),
         ("attack", AttackConfig, set()),
+        ("bench", BenchConfig, set()),
         ("edit", EditConfig, set()),
         ("find", FindConfig, set()),
         ("study", StudyConfig, set()),

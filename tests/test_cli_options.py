@@ -16,6 +16,7 @@ import typer
 import pyunlearn
 from pyunlearn import edits
 from pyunlearn.auditing.config import AuditConfig
+from pyunlearn.benchmarking.config import BenchConfig
 from pyunlearn.cli import main as cli
 from pyunlearn.cli import options
 from pyunlearn.comparing.config import CompareConfig
@@ -31,6 +32,7 @@ CONFIGS = {
     "unlearn": UnlearnConfig,
     "audit": AuditConfig,
     "compare": CompareConfig,
+    "bench": BenchConfig,
     "edit": EditConfig,
     "find": FindConfig,
     "study": StudyConfig,
@@ -80,6 +82,7 @@ def test_every_field_of_a_config_has_its_option(name):
         ("unlearn", pyunlearn.unlearn),
         ("audit", pyunlearn.audit),
         ("compare", pyunlearn.compare),
+        ("bench", pyunlearn.bench),
         ("edit", edits.task_vector),
         ("find", pyunlearn.find_copies),
         ("study", run_study),
@@ -96,7 +99,7 @@ def test_every_parameter_of_a_function_can_be_set(name, function):
             options.flag_of(parameter, named[parameter]) if parameter in named else f"--{parameter}".replace("_", "-")
         )
         flag = RENAMED.get(parameter, LIVE.get(parameter, flag))
-        if parameter not in ("model", "out", *own) and flag not in flags(name):
+        if parameter not in ("model", "benchmark", "out", *own) and flag not in flags(name):
             missing.append(parameter)
     assert missing == (["config"] if name == "edit" and "config" in keyword else [])
 
@@ -257,7 +260,7 @@ def test_help_says_what_every_option_does(call, name, flag):
     assert f"Examples: pyunlearn {name}" in text or ("Examples:" in text and f"pyunlearn {name} " in text)
 
 
-@pytest.mark.parametrize("name", ["unlearn", "audit", "compare", "edit", "find", "study"])
+@pytest.mark.parametrize("name", ["unlearn", "audit", "compare", "bench", "edit", "find", "study"])
 def test_options_are_grouped(name):
     """Every option but --help stands in one of five groups, and the groups come in one order."""
     panels = [p.rich_help_panel for p in GROUP.commands[name].params if p.param_type_name == "option"]

@@ -19,7 +19,16 @@ import pyunlearn
 from pyunlearn.auditing import config, result
 from pyunlearn.cli import main as cli
 
-INNER = ("auditing", "cli", "comparing", "data", "models", "report", "unlearning")  # users import pyunlearn instead
+INNER = (
+    "auditing",
+    "benchmarking",
+    "cli",
+    "comparing",
+    "data",
+    "models",
+    "report",
+    "unlearning",
+)  # users import pyunlearn instead
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -37,6 +46,7 @@ PYTHON = {  # the test file that runs the Python blocks of a document
     "docs/edits.md": "test_edits_documents",
     "docs/in-context.md": "test_edits_documents",
     "docs/find.md": "test_find",
+    "docs/bench.md": "test_bench",
     "docs/attacks.md": "test_attacks",
     "docs/upload.md": "test_unlearning_card",
     "docs/in-ci.md": "test_how_to",

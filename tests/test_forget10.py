@@ -49,5 +49,5 @@ def test_the_defaults_and_the_recipes_start_from_one_model(data, tmp_path, monke
         assert results[name]["forget_probability"] < known
     assert results["retrained"]["model_utility"] >= 0
     assert forget10.forget_quality(results["retrained"], results["retrained"]) == (0, 0)
-    monkeypatch.setattr(forget10, "measures", None)
+    monkeypatch.setattr(forget10, "_measures", None)
     assert forget10.main([str(x) for x in arguments]) == results

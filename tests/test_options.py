@@ -9,6 +9,7 @@ import pytest
 
 from pyunlearn import metrics
 from pyunlearn.auditing.config import AuditConfig
+from pyunlearn.benchmarking.config import BenchConfig
 from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.data.config import ChoiceOrFile
 from pyunlearn.edits.config import EditConfig
@@ -17,7 +18,7 @@ from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Seve
 from pyunlearn.unlearning import config
 from pyunlearn.unlearning.config import UnlearnConfig
 
-CONFIGS: list[type[Config]] = [UnlearnConfig, AuditConfig, CompareConfig, EditConfig]
+CONFIGS: list[type[Config]] = [UnlearnConfig, AuditConfig, CompareConfig, EditConfig, BenchConfig]
 
 
 class Odd:

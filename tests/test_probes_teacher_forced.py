@@ -148,6 +148,21 @@ def test_decoding_together_is_decoding_alone(kind):
     assert model.generation_config.repetition_penalty == 5.0
 
 
+def test_decoding_beyond_the_text_ends_with_the_context():
+    """As many tokens as are wanted, however short the text, and no more than the context has room for."""
+    model, tokenizer, tokens = made("plain")
+    lm = LanguageModel.of(model, tokenizer)
+    ends = (tokenizer.eos_token_id, None)
+    for longest in (5, 10**6):
+        room = [min(longest, lm.context_length - t.first) for t in tokens]
+        written = greedy_continuations(lm, tokens, longest=longest, beyond=True, batch_size=1)
+        assert all(len(ids) == n or ids[-1] in ends for ids, n in zip(written, room, strict=True))
+        assert any(len(ids) > len(t.scored) for ids, t in zip(written, tokens, strict=True))
+    within = greedy_continuations(lm, tokens, longest=5, batch_size=1)
+    beyond = greedy_continuations(lm, tokens, longest=5, beyond=True, batch_size=1)
+    assert all(long[: len(short)] == short for short, long in zip(within, beyond, strict=True))
+
+
 def test_an_interrupted_run_resumes(tmp_path):
     """Stopped anywhere, it computes what is left and ends with the same bits; a finished one computes nothing."""
     model, _tokenizer, tokens = made("plain")

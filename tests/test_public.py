@@ -15,7 +15,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pyunlearn"
 PACKAGES = ["pyunlearn"] + [f"pyunlearn.{m.name}" for m in pkgutil.iter_modules([str(PACKAGE)]) if m.ispkg]
-INNER = ("auditing", "cli", "comparing", "data", "models", "report", "unlearning")  # users import pyunlearn instead
+INNER = (
+    "auditing",
+    "benchmarking",
+    "cli",
+    "comparing",
+    "data",
+    "models",
+    "report",
+    "unlearning",
+)  # users import pyunlearn instead
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -87,7 +96,7 @@ def test_no_file_is_longer_than_400_lines(folder):
     assert not {path: lines for path, lines in sizes.items() if lines > 400}
 
 
-@pytest.mark.parametrize("name", ["unlearn", "audit", "compare"])
+@pytest.mark.parametrize("name", ["unlearn", "audit", "compare", "bench"])
 def test_no_module_is_hidden_behind_a_function(name):
     """`import pyunlearn.unlearn` is an error, not a function under a module's name."""
     assert callable(getattr(importlib.import_module("pyunlearn"), name))

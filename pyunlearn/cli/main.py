@@ -20,8 +20,8 @@ from pyunlearn.cli.interruption import explained
 _FAILED = 70  # exit code of a failure that is no user's mistake, as in sysexits.h
 
 COMMANDS = (
-    "unlearn", "plan", "edit", "audit", "attack", "compare", "find", "study", "study-metrics", "demo", "methods",
-    "edits", "info",
+    "unlearn", "plan", "edit", "audit", "attack", "compare", "bench", "find", "study", "study-metrics", "demo",
+    "methods", "edits", "info",
 )  # fmt: skip
 """The commands, in the order of the help."""
 

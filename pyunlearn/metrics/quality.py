@@ -93,9 +93,9 @@ def truth_ratio(
         "true_better"         max(0, 1 - R)   1 = the correct answer is certain; for text that must survive
         "prob_mean"           1 / (1 + R)     P(correct) / (P(correct) + mean P(wrong)): 1 = certain, 1/2 = alike
 
-    Trap: two means are in use. TOFU's forget quality and open-unlearning take the geometric one, exp of the mean
-    log-likelihood; TOFU's model utility takes the arithmetic mean of the probabilities, which is never smaller. Their
-    numbers do not compare.
+    Trap: two means are in use. TOFU's forget quality, the truth ratios of its leaderboard script and open-unlearning
+    take the geometric one, exp of the mean log-likelihood; the formula of TOFU's paper and another script of it take
+    the arithmetic mean of the probabilities, which is never smaller. Their numbers do not compare.
 
     Args:
         correct_log_likelihood: (n,) mean per token of the correct answer (in TOFU a paraphrase of it), nats.

@@ -25,6 +25,7 @@ def greedy_continuations(
     *,
     tokenizer: Any = None,
     longest: int = 64,
+    beyond: bool = False,
     batch_size: int = 16,
     store: RecordStore | None = None,
     advance: Callable[[int], None] = lambda _: None,
@@ -41,6 +42,8 @@ def greedy_continuations(
         tokens: the texts; `Tokens.first` is the index of the first token to write.
         tokenizer: the model's, for the ids of padding and end of text. Default: where the model came from.
         longest: the most tokens written for one text.
+        beyond: write up to `longest` tokens after each prompt, however many its text has, or as many as the context
+            leaves.
         batch_size: prompts decoded together.
         store: records to look up and to add to; default: in memory, for this call.
         advance: called with the number of texts of each finished batch.
@@ -54,14 +57,15 @@ def greedy_continuations(
     require(Whole(1), longest=longest, batch_size=batch_size)
     lm = LanguageModel.of(model, tokenizer)
     store = RecordStore(None, FIELDS) if store is None else store
-    keys = [store.key(t, longest) for t in tokens]
+    keys = [store.key(t, longest, *([beyond] if beyond else [])) for t in tokens]
     once = dict(zip(keys, tokens, strict=True))
     order = sorted(once.items(), key=lambda item: (-len(_prompt(item[1])), -len(item[1].scored)))
     try:
         with evaluation_mode(lm.module):
             for group in (order[at : at + batch_size] for at in range(0, len(order), batch_size)):
                 if any(key not in store for key, _ in group):  # then all of it: the same batches give the same bits
-                    counts = [min(longest, len(t.scored)) for _, t in group]
+                    room = _room(lm, [t for _, t in group], longest)
+                    counts = [room if beyond else min(longest, len(t.scored)) for _, t in group]
                     rows = _decode(lm, [t for _, t in group], max(counts))
                     for (key, _), ids, count in zip(group, rows, counts, strict=True):
                         store.add(key, (np.array(ids[:count], dtype=np.int64),))
@@ -106,6 +110,13 @@ def sampled_continuations(
                 written[i] = [tuple(next(rows)[:length]) for _ in range(count)]
             advance(len(group))
     return written
+
+
+def _room(lm: LanguageModel, group: Sequence[Tokens], longest: int) -> int:
+    """Return how many tokens can be written after the longest prompt of a group, `longest` at most."""
+    if lm.context_length is None:
+        return longest
+    return min(longest, lm.context_length - max(len(_prompt(t)) if t.decoder is None else t.first for t in group))
 
 
 def _decode(lm: LanguageModel, group: Sequence[Tokens], new: int, **options: Any) -> list[list[int]]:

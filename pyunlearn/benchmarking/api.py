@@ -1,0 +1,187 @@
+"""The function `bench`: the published numbers of a model in a benchmark of unlearning."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyunlearn.benchmarking.config import BenchConfig
+from pyunlearn.benchmarking.files import Questions, require_folder
+from pyunlearn.benchmarking.measurer import Measurer
+from pyunlearn.benchmarking.registry import BENCHMARKS, Benchmark
+from pyunlearn.benchmarking.result import BenchResult, Numbers
+from pyunlearn.data.files import expanded, parse_json
+from pyunlearn.errors import ArgumentError, DataError, brief, missing_packages, nearest
+from pyunlearn.models.language_model import require_model, require_tokenizer
+from pyunlearn.options import Flag, accepts, require
+from pyunlearn.output import model_name, versions
+from pyunlearn.progress import Progress
+
+
+@accepts(BenchConfig)
+def bench(
+    benchmark: str,
+    model: Any,
+    data: str | Path,
+    *,
+    retrained: Any = None,
+    tokenizer: Any = None,
+    config: BenchConfig | str | Path | None = None,
+    progress: bool | None = None,
+    **settings: Any,
+) -> BenchResult:
+    """Compute the published numbers of a model in a benchmark of unlearning, each with a 95 % interval.
+
+    The benchmark's own files are read from a folder; which ones, and what each column means, is in docs/bench.md. The
+    intervals are over the questions, as if these were drawn from more like them: they do not cover another training
+    run. The model is not changed.
+
+    Args:
+        benchmark: "tofu".
+        model: a transformers causal or encoder-decoder language model, or a path, a .gguf file or a name to load from.
+        data: the folder with the benchmark's files.
+        retrained: a model that was trained without the forget set, same forms as `model`, or the path of the bench.json
+            that this function's result was written to for it, with the same questions and rendering.
+        tokenizer: the model's, or where it is. Default: where the model came from.
+        config: a BenchConfig, or a TOML file or bench.json to read one from; keywords change single settings of it.
+        progress: a progress bar on standard error. Default: where that is a terminal.
+        {options}
+
+    Returns:
+        BenchResult: `.columns` (name -> Column), `result[name]`, `.numbers` (of each question), `.notes`, `.to_dict()`.
+
+    Raises:
+        ArgumentError, DataError, ModelError, DependencyError: an argument that cannot be used.
+
+    Source: TOFU, Maini et al. 2024, arXiv 2401.06121.
+    """
+    began = time.perf_counter()
+    if not isinstance(benchmark, str) or benchmark.lower() not in BENCHMARKS:
+        mend = nearest(benchmark, BENCHMARKS) if isinstance(benchmark, str) else f"choose from {', '.join(BENCHMARKS)}."
+        raise ArgumentError(f"benchmark must be one of {', '.join(BENCHMARKS)}, got {brief(benchmark)}: {mend}")
+    benchmark = benchmark.lower()
+    row, config = BENCHMARKS[benchmark], BenchConfig.of(config, settings, "bench")
+    config.require_for(benchmark)
+    if progress is not None:
+        require(Flag(), progress=progress)
+    models = {"model": model} | ({} if retrained is None or _is_result(retrained) else {"retrained": retrained})
+    for look_up in (False, True):
+        for name, each in models.items():
+            require_model(name, each, look_up=look_up)
+        require_tokenizer("tokenizer", tokenizer)
+        if not look_up:
+            sets = row.read(require_folder(data), config)
+            saved = read_result(retrained, benchmark, sets, row.compared) if _is_result(retrained) else None
+            if importlib.util.find_spec("rouge_score") is None:
+                raise missing_packages(f"the benchmark {benchmark}", "rouge-score")
+    with Progress(progress, "benchmarking") as bar:
+        numbers, rendering, other = _measured(row, models, tokenizer, sets, config, bar)
+        if saved is not None:
+            _require_rendering(retrained, saved, rendering)
+            other = _arrays(saved, row.compared, sets)
+        bar.say("computing the intervals")
+        columns = row.columns(numbers, other, config)
+    return BenchResult(
+        benchmark=benchmark,
+        columns={column.name: column for column in columns},
+        sets={name: questions.described() for name, questions in sets.items()},
+        numbers=numbers,
+        rendering=rendering,
+        notes=row.notes(numbers, other),
+        settings=versions()
+        | {
+            "model": model_name(model),
+            "retrained": model_name(retrained) if "retrained" in models else _name(retrained),
+        }
+        | config.to_dict(),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _measured(
+    row: Benchmark,
+    models: Mapping[str, Any],
+    tokenizer: Any,
+    sets: Mapping[str, Questions],
+    config: BenchConfig,
+    bar: Progress,
+) -> tuple[Numbers, str, Numbers | None]:
+    """Return the model's numbers, its rendering, and the retrained model's numbers: one model in memory at a time."""
+    bar.say("loading")
+    measurer = Measurer(models["model"], tokenizer, config, bar, "the model")
+    numbers, rendering = row.measure(measurer, sets, config), measurer.rendering.name
+    if "retrained" not in models:
+        return numbers, rendering, None
+    tokenizer = measurer.lm.tokenizer
+    del measurer
+    bar.say("loading")
+    measurer = Measurer(models["retrained"], tokenizer, config, bar, "the retrained model")
+    return numbers, rendering, row.measure(measurer, {s: sets[s] for s in row.compared}, config, retrained=True)
+
+
+def _is_result(retrained: Any) -> bool:
+    return isinstance(retrained, (str, Path)) and str(retrained).lower().endswith(".json")
+
+
+def _name(retrained: Any) -> str | None:
+    """Return the name of a result's file, without its path where that is absolute."""
+    return None if retrained is None else Path(retrained).name if Path(retrained).is_absolute() else str(retrained)
+
+
+def read_result(
+    path: str | Path, benchmark: str, sets: Mapping[str, Questions], compared: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return the content of a retrained model's bench.json.
+
+    Raises DataError where it is no such file, or of another benchmark or other questions.
+    """
+    name = f"the retrained model's result {path}"
+    try:
+        content = parse_json(expanded(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error.strerror}; check its path") from error
+    except ValueError as error:  # no UTF-8, no JSON
+        raise DataError(f"{name} is no JSON: wanted the bench.json that pyunlearn bench writes") from error
+    parts = content if isinstance(content, dict) else {}
+    if not all(isinstance(parts.get(key), dict) for key in ("sets", "numbers")):
+        raise DataError(f"{name} has no numbers of a benchmark: wanted the bench.json that pyunlearn bench writes")
+    if parts.get("benchmark") != benchmark:
+        raise DataError(f"{name} is of the benchmark {brief(parts.get('benchmark'))}: wanted one of {benchmark}")
+    for each in compared:
+        there = parts["sets"].get(each)
+        if not isinstance(there, dict) or there.get("sha256") != sets[each].sha256:
+            count = there.get("questions") if isinstance(there, dict) else None
+            raise DataError(
+                f"{name} is of other questions of the set {each}, {count} and not {len(sets[each].rows)} or with other "
+                "words: run it with the same data, split and first"
+            )
+    return parts
+
+
+def _arrays(content: Mapping[str, Any], compared: tuple[str, ...], sets: Mapping[str, Questions]) -> Numbers:
+    """Return the numbers of a result's compared sets. Raises DataError where they are damaged."""
+    try:
+        numbers = {
+            name: {key: np.asarray(values, dtype=np.float64) for key, values in content["numbers"][name].items()}
+            for name in compared
+        }
+        whole = all(np.isfinite(x).all() for parts in numbers.values() for x in parts.values())
+        if whole and all(len(x) == len(sets[name].rows) for name in numbers for x in numbers[name].values()):
+            return numbers
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
+    raise DataError("the retrained model's result is damaged: run its benchmark again")
+
+
+def _require_rendering(path: Any, content: Mapping[str, Any], rendering: str) -> None:
+    """Raise ArgumentError where the retrained model read the questions in another form."""
+    if content.get("rendering") != rendering:
+        raise ArgumentError(
+            f"the retrained model's result {path} has the questions in another form, {content.get('rendering')}, and "
+            f"here they are read as {rendering}: give both the same template"
+        )

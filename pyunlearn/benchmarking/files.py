@@ -1,0 +1,109 @@
+"""Read a benchmark's own files, check their columns, and name what was read by a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pyunlearn.data.columns import string_of
+from pyunlearn.data.files import expanded, file_rows
+from pyunlearn.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+class Questions(NamedTuple):
+    """The rows of one set, with the checked columns alone."""
+
+    file: str
+    """Name of the file."""
+    rows: list[dict[str, Any]]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the rows: two results with the same are of the same questions."""
+        return hashlib.sha256(json.dumps(self.rows, sort_keys=True).encode()).hexdigest()
+
+    def described(self) -> dict[str, Any]:
+        """Return what a result says about the set."""
+        return {"file": self.file, "questions": len(self.rows), "sha256": self.sha256}
+
+
+def require_folder(data: Any) -> Path:
+    """Return the folder of a benchmark's files. Raises DataError where it is none."""
+    if not isinstance(data, (str, Path)) or not str(data).strip():
+        got = f"{data!r}" if isinstance(data, str) else f"a value of type {type(data).__name__}"
+        raise DataError(f"data must be the path of a folder with the benchmark's files, got {got}")
+    folder = expanded(data)
+    if not folder.is_dir():
+        problem = "is a file" if folder.is_file() else "was not found"
+        raise DataError(f"the data folder {data} {problem}: give the folder that has the benchmark's files")
+    return folder
+
+
+def file_in(folder: Path, name: str, wanted: Sequence[str]) -> Path:
+    """Return the file of that name in a folder, with one of SUFFIXES.
+
+    Raises DataError where there is none, or more than one; `wanted`: all files of the benchmark, for the message.
+    """
+    there = [path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").is_file()]
+    if len(there) == 1:
+        return there[0]
+    if there:
+        names = " and ".join(path.name for path in there)
+        raise DataError(f"the data folder {folder} has {names}: remove or rename all but one of them")
+    raise DataError(
+        f"the data folder {folder} has no {name} ({', '.join(SUFFIXES)}): wanted are the files {', '.join(wanted)}"
+    )
+
+
+def read_questions(
+    path: Path, role: str, columns: Mapping[str, str], first: int | None, optional: Sequence[str] = ()
+) -> Questions:
+    """Read the first rows of a file.
+
+    Args:
+        path: the file.
+        role: name of the set, for messages.
+        columns: name -> "text", "answer" (a text that ROUGE can read) or "texts" (a list of them, as many in each row).
+        first: rows to read at most; None: all.
+        optional: columns that all rows or none have.
+
+    Raises:
+        DataError: a missing or malformed file or column.
+    """
+    rows: list[dict[str, Any]] = []
+    for where, row in file_rows(path, role):
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where} must be an object with {', '.join(columns)}, and is of type {type(row).__name__}")
+        wanted = [name for name in columns if name not in optional or row.get(name) is not None]
+        rows.append({name: _value(row, name, columns[name], where) for name in wanted})
+        if rows[0].keys() != rows[-1].keys():
+            raise DataError(f"{where} has other columns than the first row: {', '.join(optional)} in all rows or none")
+        for name in (name for name in wanted if columns[name] == "texts"):
+            if len(rows[0][name]) != len(rows[-1][name]):
+                raise DataError(
+                    f'{where} has {len(rows[-1][name])} texts as "{name}", and the first row has '
+                    f"{len(rows[0][name])}: give each row as many"
+                )
+        if len(rows) == first:
+            break
+    return Questions(path.name, rows)
+
+
+def _value(row: Mapping[str, Any], name: str, kind: str, where: str) -> Any:
+    value = row.get(name)
+    if value is None:
+        raise DataError(f'{where} has no "{name}", which the benchmark needs: compare with the benchmark\'s own file')
+    if kind == "texts":
+        if not isinstance(value, (list, tuple)) or not value:
+            got = "an empty list" if value == [] else f"a value of type {type(value).__name__}"
+            raise DataError(f'{where} must have a list of texts as "{name}", and has {got}')
+        return [string_of(each, name, where) for each in value]
+    text = string_of(value, name, where)
+    if kind == "answer" and not any(c.isascii() and c.isalnum() for c in text):
+        raise DataError(f'{where} has a "{name}" without Latin letter or digit, the only ones that ROUGE reads')
+    return text

@@ -1,0 +1,100 @@
+"""Measurer: reads the questions of a benchmark with one model; log-likelihoods of answers, and what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyunlearn.benchmarking.config import BenchConfig
+from pyunlearn.data import Example, TokenBatch, Tokens, read_examples
+from pyunlearn.data.rendering import Rendering, rendering_of
+from pyunlearn.errors import ModelError
+from pyunlearn.models.devices import default_device
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.models.scoring import Scorer, evaluation_mode
+from pyunlearn.probes.decoding import greedy_continuations
+from pyunlearn.progress import Progress
+
+Floats = NDArray[np.float64]
+
+
+class _Counting(Scorer):
+    """Scorer that counts the texts of each finished batch."""
+
+    bar: Progress
+
+    def batches(self, tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], TokenBatch]]:
+        """Yield the batches of `Scorer.batches`."""
+        for indices, batch in super().batches(tokens):
+            yield indices, batch
+            self.bar.advance(len(indices))
+
+
+class Measurer:
+    """Reads questions with one model, in one rendering.
+
+    Args:
+        model: a model, or where to load it from; then it runs on the commands' device.
+        tokenizer: the model's, or where it is; None: where the model came from.
+        config: the settings.
+        bar: the progress bar.
+        who: name of the model in messages: "the model", "the retrained model".
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, config: BenchConfig, bar: Progress, who: str) -> None:
+        self.lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
+        if isinstance(model, (str, Path)):
+            self.lm.module.to(default_device())
+        self.config, self.bar, self.who = config, bar, who
+        own = "chat" if getattr(self.lm.tokenizer, "chat_template", None) else "plain"
+        template = own if config.template == "default" else config.template
+        self.rendering: Rendering = rendering_of(template, self.lm.tokenizer)
+
+    def log_likelihood(self, pairs: Sequence[tuple[str, str]], what: str) -> Floats:
+        """Return (n,) mean log-likelihoods of answers after their questions, nats per token, end of text included.
+
+        Args:
+            pairs: n questions with an answer each.
+            what: name of the answers, for the progress bar and messages: "forget answer".
+
+        Raises ModelError where one is not finite, DataError where one is longer than the context.
+        """
+        tokens = self._encode(pairs, what)
+        once = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
+        scorer = _Counting(self.lm, self.config.batch_size)
+        scorer.bar = self.bar
+        self.bar.begin(f"reading {what}s with {self.who}", len(once))
+        with evaluation_mode(self.lm.module):
+            values = scorer.mean_log_likelihood(list(once))
+        if not np.isfinite(values).all():
+            raise ModelError(
+                f"{self.who} gives text NaN or Inf as log-likelihood: its weights are broken, or too large for their "
+                "dtype"
+            )
+        return values[[once[t] for t in tokens]]
+
+    def written(self, pairs: Sequence[tuple[str, str]], what: str, longest: int) -> list[str]:
+        """Return what the model writes greedily after each question, up to its end of text.
+
+        Arguments as above; `longest`: tokens at most.
+        """
+        tokens = self._encode(pairs, what)
+        self.bar.begin(f"writing {what}s with {self.who}", len(set(tokens)))
+        ids = greedy_continuations(
+            self.lm,
+            tokens,
+            longest=longest,
+            beyond=True,
+            batch_size=self.config.batch_size,
+            advance=self.bar.advance,
+        )
+        return [self.lm.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+    def _encode(self, pairs: Sequence[tuple[str, str]], what: str) -> list[Tokens]:
+        rows: list[dict[str, str]] = [{"question": question, "answer": answer} for question, answer in pairs]
+        examples: list[Example] = [self.rendering.of(e) for e in read_examples(rows, role=what)]
+        return self.lm.encode({what: examples}, chat_template=self.rendering.chat_template)[what]

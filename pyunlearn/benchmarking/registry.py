@@ -1,0 +1,42 @@
+"""Table of the benchmarks: what each reads, measures and publishes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from pyunlearn.benchmarking import tofu
+from pyunlearn.benchmarking.config import BenchConfig
+from pyunlearn.benchmarking.files import Questions
+from pyunlearn.benchmarking.measurer import Measurer
+from pyunlearn.benchmarking.result import Column, Numbers
+
+
+class Measure(Protocol):
+    """Interface of the function that reads the questions with a model."""
+
+    def __call__(
+        self, measurer: Measurer, sets: Mapping[str, Questions], config: BenchConfig, *, retrained: bool = False
+    ) -> Numbers:
+        """Return set -> measure -> numbers of each question; of a retrained model those alone that are compared."""
+
+
+class Benchmark(NamedTuple):
+    """One benchmark."""
+
+    title: str
+    read: Callable[[Path, BenchConfig], dict[str, Questions]]
+    """The folder of its files -> the questions of each set."""
+    measure: Measure
+    columns: Callable[[Numbers, Numbers | None, BenchConfig], list[Column]]
+    """The model's numbers and the retrained model's -> the published columns."""
+    notes: Callable[[Numbers, Numbers | None], list[str]]
+    """The same -> sentences on what the columns cannot show."""
+    compared: tuple[str, ...]
+    """Sets that are compared with a retrained model; () where none is used."""
+
+
+BENCHMARKS = {
+    "tofu": Benchmark("TOFU", tofu.read, tofu.measure, tofu.columns, tofu.notes, tofu.COMPARED),
+}
