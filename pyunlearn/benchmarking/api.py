@@ -42,7 +42,7 @@ def bench(
     run. The model is not changed.
 
     Args:
-        benchmark: "tofu".
+        benchmark: "tofu" or "wmdp".
         model: a transformers causal or encoder-decoder language model, or a path, a .gguf file or a name to load from.
         data: the folder with the benchmark's files.
         retrained: a model that was trained without the forget set, same forms as `model`, or the path of the bench.json
@@ -58,7 +58,7 @@ def bench(
     Raises:
         ArgumentError, DataError, ModelError, DependencyError: an argument that cannot be used.
 
-    Source: TOFU, Maini et al. 2024, arXiv 2401.06121.
+    Source: TOFU, Maini et al. 2024, arXiv 2401.06121. WMDP, Li et al. 2024, arXiv 2403.03218.
     """
     began = time.perf_counter()
     if not isinstance(benchmark, str) or benchmark.lower() not in BENCHMARKS:
@@ -67,6 +67,8 @@ def bench(
     benchmark = benchmark.lower()
     row, config = BENCHMARKS[benchmark], BenchConfig.of(config, settings, "bench")
     config.require_for(benchmark)
+    if retrained is not None and not row.compared:
+        raise ArgumentError(f"retrained: {benchmark} compares with no retrained model: leave it out")
     if progress is not None:
         require(Flag(), progress=progress)
     models = {"model": model} | ({} if retrained is None or _is_result(retrained) else {"retrained": retrained})
@@ -77,7 +79,7 @@ def bench(
         if not look_up:
             sets = row.read(require_folder(data), config)
             saved = read_result(retrained, benchmark, sets, row.compared) if _is_result(retrained) else None
-            if importlib.util.find_spec("rouge_score") is None:
+            if row.needs_rouge and importlib.util.find_spec("rouge_score") is None:
                 raise missing_packages(f"the benchmark {benchmark}", "rouge-score")
     with Progress(progress, "benchmarking") as bar:
         numbers, rendering, other = _measured(row, models, tokenizer, sets, config, bar)
@@ -114,7 +116,7 @@ def _measured(
     """Return the model's numbers, its rendering, and the retrained model's numbers: one model in memory at a time."""
     bar.say("loading")
     measurer = Measurer(models["model"], tokenizer, config, bar, "the model")
-    numbers, rendering = row.measure(measurer, sets, config), measurer.rendering.name
+    numbers, rendering = row.measure(measurer, sets, config), row.rendering or measurer.rendering.name
     if "retrained" not in models:
         return numbers, rendering, None
     tokenizer = measurer.lm.tokenizer

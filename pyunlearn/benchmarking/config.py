@@ -10,11 +10,12 @@ from pyunlearn.errors import ArgumentError
 from pyunlearn.models.config import WORKSPACE_OPTION
 from pyunlearn.options import Choice, Config, Whole, option
 
-NAMES = ("tofu",)
+NAMES = ("tofu", "wmdp")
 """The benchmarks, in the order of the help."""
 
 SPLITS = ("forget01", "forget05", "forget10")
-_OF_TOFU = ("split", "wrong_answers")
+_OWN = {"split": ("tofu",), "wrong_answers": ("tofu",), "template": ("tofu",), "max_new_tokens": ("tofu",)}
+"""Settings that not every benchmark has, and those that do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +33,13 @@ class BenchConfig(Config):
         None,
         Whole(1),
         "Only the first N questions of each set: fewer take less time, and numbers of another N do not compare. "
-        "Default: 300 of TOFU, as its own evaluation takes.",
+        "Default: 300 of TOFU, as its own evaluation takes; all of the others.",
         group="Data",
     )
     template: str | Path = option(
         "default",
         ChoiceOrFile(("default", "chat", "plain", "none"), "the path of a Jinja chat template"),
-        "Form in which the model reads the questions, the one it was fine-tuned with: chat, the tokenizer's chat "
+        "TOFU: form in which the model reads the questions, the one it was fine-tuned with: chat, the tokenizer's chat "
         'template; plain, "Question: ..." and "Answer: ..." on two lines; none, the texts alone on their lines; a '
         "path, the Jinja chat template in that file; default, chat where the tokenizer has a chat template, and else "
         "plain.",
@@ -52,13 +53,18 @@ class BenchConfig(Config):
         "geometric one in all of them.",
         group="Method",
     )
-    max_new_tokens: int = option(200, Whole(1), "Tokens that the model writes for an answer, at most.", group="Method")
+    max_new_tokens: int = option(
+        200, Whole(1), "TOFU: tokens that the model writes for an answer, at most.", group="Method"
+    )
     batch_size: int = option(16, Whole(1), "Texts in one forward pass, and answers written together.", group="Model")
     workspace: int | None = option(**WORKSPACE_OPTION)
     seed: int = option(0, Whole(0), "Seed of the resampled intervals: the same seed gives the same ends.")
 
     def require_for(self, benchmark: str) -> None:
         """Raise ArgumentError for a setting that the benchmark does not have."""
-        for name in _OF_TOFU if benchmark != "tofu" else ():
-            if getattr(self, name) != getattr(BenchConfig(), name):
-                raise ArgumentError(f"{name} is an option of tofu, and {benchmark} has none of that name: leave it out")
+        for name, owners in _OWN.items():
+            if benchmark not in owners and getattr(self, name) != getattr(BenchConfig(), name):
+                raise ArgumentError(
+                    f"{name} is an option of {' and '.join(owners)}, and {benchmark} has none of that name: leave it "
+                    "out"
+                )

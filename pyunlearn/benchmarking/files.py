@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pyunlearn.data.columns import string_of
 from pyunlearn.data.files import expanded, file_rows
-from pyunlearn.errors import DataError
+from pyunlearn.errors import DataError, brief
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -44,17 +44,26 @@ def require_folder(data: Any) -> Path:
     return folder
 
 
+def files_in(folder: Path, name: str) -> list[Path]:
+    """Return the file of that name in a folder, with one of SUFFIXES, or as the hub's data sets name it, or nothing.
+
+    Raises DataError where there is more than one.
+    """
+    stems = [name, *(f"{name}{dash}00000-of-00001" for dash in ("-", "/test-"))]
+    there = [path for stem in stems for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
+    if len(there) > 1:
+        names = " and ".join(path.relative_to(folder).as_posix() for path in there)
+        raise DataError(f"the data folder {folder} has {names}: remove or rename all but one of them")
+    return there
+
+
 def file_in(folder: Path, name: str, wanted: Sequence[str]) -> Path:
-    """Return the file of that name in a folder, with one of SUFFIXES.
+    """Return the file of that name, see `files_in`.
 
     Raises DataError where there is none, or more than one; `wanted`: all files of the benchmark, for the message.
     """
-    there = [path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").is_file()]
-    if len(there) == 1:
+    if there := files_in(folder, name):
         return there[0]
-    if there:
-        names = " and ".join(path.name for path in there)
-        raise DataError(f"the data folder {folder} has {names}: remove or rename all but one of them")
     raise DataError(
         f"the data folder {folder} has no {name} ({', '.join(SUFFIXES)}): wanted are the files {', '.join(wanted)}"
     )
@@ -68,7 +77,8 @@ def read_questions(
     Args:
         path: the file.
         role: name of the set, for messages.
-        columns: name -> "text", "answer" (a text that ROUGE can read) or "texts" (a list of them, as many in each row).
+        columns: name -> "text", "answer" (a text that ROUGE can read), "texts" (a list of them, as many in each row) or
+            "index" (a whole number, 0 or more).
         first: rows to read at most; None: all.
         optional: columns that all rows or none have.
 
@@ -98,11 +108,15 @@ def _value(row: Mapping[str, Any], name: str, kind: str, where: str) -> Any:
     value = row.get(name)
     if value is None:
         raise DataError(f'{where} has no "{name}", which the benchmark needs: compare with the benchmark\'s own file')
+    if kind == "index":
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise DataError(f'{where} must have a whole number, 0 or more, as "{name}", and has {brief(value)}')
+        return value
     if kind == "texts":
         if not isinstance(value, (list, tuple)) or not value:
             got = "an empty list" if value == [] else f"a value of type {type(value).__name__}"
             raise DataError(f'{where} must have a list of texts as "{name}", and has {got}')
-        return [string_of(each, name, where) for each in value]
+        return [string_of(each, name, where, blank=True) for each in value]
     text = string_of(value, name, where)
     if kind == "answer" and not any(c.isascii() and c.isalnum() for c in text):
         raise DataError(f'{where} has a "{name}" without Latin letter or digit, the only ones that ROUGE reads')

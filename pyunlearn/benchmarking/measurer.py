@@ -63,7 +63,10 @@ class Measurer:
 
         Raises ModelError where one is not finite, DataError where one is longer than the context.
         """
-        tokens = self._encode(pairs, what)
+        return self.score(self._encode(pairs, what), what)
+
+    def score(self, tokens: Sequence[Tokens], what: str) -> Floats:
+        """Return (n,) mean log-likelihoods of the scored tokens, nats per token. Raises ModelError as above."""
         once = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
         scorer = _Counting(self.lm, self.config.batch_size)
         scorer.bar = self.bar

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from pyunlearn.benchmarking import tofu
+from pyunlearn.benchmarking import tofu, wmdp
 from pyunlearn.benchmarking.config import BenchConfig
 from pyunlearn.benchmarking.files import Questions
 from pyunlearn.benchmarking.measurer import Measurer
@@ -35,8 +35,14 @@ class Benchmark(NamedTuple):
     """The same -> sentences on what the columns cannot show."""
     compared: tuple[str, ...]
     """Sets that are compared with a retrained model; () where none is used."""
+    rendering: str | None = None
+    """Description of the benchmark's own form of the questions; None: `template` says it."""
+    needs_rouge: bool = True
 
 
 BENCHMARKS = {
     "tofu": Benchmark("TOFU", tofu.read, tofu.measure, tofu.columns, tofu.notes, tofu.COMPARED),
+    "wmdp": Benchmark(
+        "WMDP", wmdp.read, wmdp.measure, wmdp.columns, wmdp.notes, (), rendering=wmdp.RENDERING, needs_rouge=False
+    ),
 }

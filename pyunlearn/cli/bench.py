@@ -61,6 +61,9 @@ def bench(
     *tofu* (arXiv 2401.06121; the dataset locuslab/TOFU): forget10_perturbed, retain_perturbed, real_authors_perturbed,
     world_facts_perturbed, with the columns question, answer, perturbed_answer, and paraphrased_answer in the first two.
 
+    *wmdp* (arXiv 2403.03218; cais/wmdp): one or more of wmdp-bio, wmdp-cyber, wmdp-chem, with the columns question,
+    choices (four) and answer (0 to 3).
+
     The model is not changed.
 
     Examples:
@@ -68,6 +71,8 @@ def bench(
     `pyunlearn bench tofu ./retrained --data ./TOFU --out ./retrained-tofu`
 
     `pyunlearn bench tofu ./unlearned --data ./TOFU --retrained ./retrained-tofu/bench.json`
+
+    `pyunlearn bench wmdp ./unlearned --data ./wmdp`
 
     Exit code 0: done. 2: an input cannot be used; nothing is written. 130: interrupted; nothing is written.
     """
@@ -94,6 +99,8 @@ def bench(
         print(json.dumps(result.to_dict(), indent=2))
         return
     console = terminal()
+    title = f"{result.benchmark}: {result.settings['model']}, read with {result.rendering}"
+    console.print(title, highlight=False, markup=False)
     console.print(bench_table(result))
     for line in (*lines_of(result), *result.notes):
         console.print(line, highlight=False, markup=False)
@@ -108,8 +115,7 @@ def bench_table(result: BenchResult) -> Table:
 
     columns = [column for column in result.columns.values() if column.set]
     measures = list(dict.fromkeys(column.measure for column in columns))
-    title = f"{result.benchmark}: {result.settings['model']}, read with {result.rendering}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
     table.add_column("questions", no_wrap=True)
     for name in measures:
