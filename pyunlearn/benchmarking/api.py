@@ -42,7 +42,7 @@ def bench(
     run. The model is not changed.
 
     Args:
-        benchmark: "tofu" or "wmdp".
+        benchmark: "tofu", "wmdp" or "muse".
         model: a transformers causal or encoder-decoder language model, or a path, a .gguf file or a name to load from.
         data: the folder with the benchmark's files.
         retrained: a model that was trained without the forget set, same forms as `model`, or the path of the bench.json
@@ -58,7 +58,8 @@ def bench(
     Raises:
         ArgumentError, DataError, ModelError, DependencyError: an argument that cannot be used.
 
-    Source: TOFU, Maini et al. 2024, arXiv 2401.06121. WMDP, Li et al. 2024, arXiv 2403.03218.
+    Source: TOFU, Maini et al. 2024, arXiv 2401.06121. WMDP, Li et al. 2024, arXiv 2403.03218. MUSE, Shi et
+    al. 2024, arXiv 2407.06460.
     """
     began = time.perf_counter()
     if not isinstance(benchmark, str) or benchmark.lower() not in BENCHMARKS:

@@ -87,6 +87,8 @@ def read_questions(
     """
     rows: list[dict[str, Any]] = []
     for where, row in file_rows(path, role):
+        if isinstance(row, str) and list(columns) == ["text"]:
+            row = {"text": row}
         if not isinstance(row, Mapping):
             raise DataError(f"{where} must be an object with {', '.join(columns)}, and is of type {type(row).__name__}")
         wanted = [name for name in columns if name not in optional or row.get(name) is not None]

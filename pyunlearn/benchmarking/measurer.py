@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pyunlearn.benchmarking.config import BenchConfig
 from pyunlearn.data import Example, TokenBatch, Tokens, read_examples
 from pyunlearn.data.rendering import Rendering, rendering_of
-from pyunlearn.errors import ModelError
+from pyunlearn.errors import DataError, ModelError
 from pyunlearn.models.devices import default_device
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer, evaluation_mode
@@ -73,11 +73,7 @@ class Measurer:
         self.bar.begin(f"reading {what}s with {self.who}", len(once))
         with evaluation_mode(self.lm.module):
             values = scorer.mean_log_likelihood(list(once))
-        if not np.isfinite(values).all():
-            raise ModelError(
-                f"{self.who} gives text NaN or Inf as log-likelihood: its weights are broken, or too large for their "
-                "dtype"
-            )
+        self._require_finite(values)
         return values[[once[t] for t in tokens]]
 
     def written(self, pairs: Sequence[tuple[str, str]], what: str, longest: int) -> list[str]:
@@ -85,7 +81,9 @@ class Measurer:
 
         Arguments as above; `longest`: tokens at most.
         """
-        tokens = self._encode(pairs, what)
+        return self._decoded(self._encode(pairs, what), what, longest)
+
+    def _decoded(self, tokens: Sequence[Tokens], what: str, longest: int, **decoding: bool) -> list[str]:
         self.bar.begin(f"writing {what}s with {self.who}", len(set(tokens)))
         ids = greedy_continuations(
             self.lm,
@@ -95,7 +93,47 @@ class Measurer:
             batch_size=self.config.batch_size,
             advance=self.bar.advance,
         )
-        return [self.lm.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+        return [self.lm.tokenizer.decode(row, skip_special_tokens=True, **decoding) for row in ids]
+
+    def _require_finite(self, values: Floats) -> None:
+        if not np.isfinite(values).all():
+            raise ModelError(
+                f"{self.who} gives text NaN or Inf as log-likelihood: its weights are broken, or too large for their "
+                "dtype"
+            )
+
+    def token_log_likelihood(self, tokens: Sequence[Tokens], what: str) -> list[Floats]:
+        """Return for each text (T,) the log-likelihoods of its scored tokens, nats. Raises ModelError as above."""
+        scorer = _Counting(self.lm, self.config.batch_size)
+        scorer.bar = self.bar
+        self.bar.begin(f"reading {what}s with {self.who}", len(tokens))
+        with evaluation_mode(self.lm.module):
+            values = scorer.token_log_likelihood(tokens)
+        self._require_finite(np.concatenate(values))
+        return values
+
+    def continued(self, prompts: Sequence[str], what: str, longest: int) -> list[str]:
+        """Return what the model writes greedily after prompts that it reads as they are, `longest` tokens at most.
+
+        Raises DataError where a prompt fills the context.
+        """
+        both, context = self.lm.is_encoder_decoder, self.lm.context_length
+        tokens = []
+        for number, prompt in enumerate(prompts, 1):
+            ids = tuple(self.lm.tokenizer(prompt)["input_ids"])
+            if context is not None and len(ids) >= context:
+                raise DataError(
+                    f"{what} {number} has a prompt of {len(ids)} tokens, and the model's context has {context}: give a "
+                    "model with a longer one"
+                )
+            # the token after the prompt is never read
+            tokens.append(Tokens(ids, 0, (self.lm.pad_id,)) if both else Tokens((*ids, self.lm.pad_id), len(ids)))
+        return self._decoded(tokens, what, longest, clean_up_tokenization_spaces=True)
+
+    def first_tokens(self, text: str, count: int) -> str:
+        """Return the beginning of a text, as many tokens of it, special ones included."""
+        ids = self.lm.tokenizer(text)["input_ids"][:count]
+        return str(self.lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True))
 
     def _encode(self, pairs: Sequence[tuple[str, str]], what: str) -> list[Tokens]:
         rows: list[dict[str, str]] = [{"question": question, "answer": answer} for question, answer in pairs]

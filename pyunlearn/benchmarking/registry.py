@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from pyunlearn.benchmarking import tofu, wmdp
+from pyunlearn.benchmarking import muse, tofu, wmdp
 from pyunlearn.benchmarking.config import BenchConfig
 from pyunlearn.benchmarking.files import Questions
 from pyunlearn.benchmarking.measurer import Measurer
@@ -44,5 +44,8 @@ BENCHMARKS = {
     "tofu": Benchmark("TOFU", tofu.read, tofu.measure, tofu.columns, tofu.notes, tofu.COMPARED),
     "wmdp": Benchmark(
         "WMDP", wmdp.read, wmdp.measure, wmdp.columns, wmdp.notes, (), rendering=wmdp.RENDERING, needs_rouge=False
+    ),
+    "muse": Benchmark(
+        "MUSE", muse.read, muse.measure, muse.columns, muse.notes, muse.COMPARED, rendering=muse.RENDERING
     ),
 }

@@ -36,7 +36,7 @@ class Column(NamedTuple):
         >>> Column("real authors", "truth ratio", 0.5, 0.4, 0.6, 100).name
         'real_authors_truth_ratio'
         """
-        return f"{self.set} {self.measure}".strip().replace(" ", "_")
+        return f"{self.set} {self.measure}".strip().replace(" ", "_").lower()
 
     @classmethod
     def of(cls, set: str, measure: str, interval: Interval, questions: int) -> Column:

@@ -38,7 +38,7 @@ def bench(
         typer.Option(
             metavar="NAME|FILE.json",
             help="A model that was trained without the forget set, or the bench.json of one (same data, split, first "
-            "and template): forget quality compares with it.",
+            "and template): forget quality (tofu) and PrivLeak (muse) compare with it.",
             rich_help_panel="Model",
         ),
     ] = None,
@@ -64,6 +64,10 @@ def bench(
     *wmdp* (arXiv 2403.03218; cais/wmdp): one or more of wmdp-bio, wmdp-cyber, wmdp-chem, with the columns question,
     choices (four) and answer (0 to 3).
 
+    *muse* (arXiv 2407.06460; muse-bench/MUSE-News and MUSE-Books): verbmem/forget (prompt, gt), knowmem/forget_qa and
+    knowmem/retain_qa (question, answer), with solved questions in knowmem/forget_qa_icl and knowmem/retain_qa_icl;
+    privleak/forget and privleak/holdout (text).
+
     The model is not changed.
 
     Examples:
@@ -73,6 +77,8 @@ def bench(
     `pyunlearn bench tofu ./unlearned --data ./TOFU --retrained ./retrained-tofu/bench.json`
 
     `pyunlearn bench wmdp ./unlearned --data ./wmdp`
+
+    `pyunlearn bench muse ./unlearned --data ./MUSE-News --retrained ./retrained`
 
     Exit code 0: done. 2: an input cannot be used; nothing is written. 130: interrupted; nothing is written.
     """
@@ -105,7 +111,7 @@ def bench(
     for line in (*lines_of(result), *result.notes):
         console.print(line, highlight=False, markup=False)
     if target is not None:
-        console.print(f"bench.json is in {target}", highlight=False, markup=False)
+        console.print(f"bench.json is in {out}", highlight=False, markup=False)
 
 
 def bench_table(result: BenchResult) -> Table:
@@ -122,8 +128,8 @@ def bench_table(result: BenchResult) -> Table:
         table.add_column(_title(name), no_wrap=True)
     for name in dict.fromkeys(column.set for column in columns):
         own = {column.measure: column for column in columns if column.set == name}
-        count = next(iter(own.values())).questions
-        table.add_row(f"{name}, {count:,}", *(_cell(own[m]) if m in own else "" for m in measures))
+        counts = "/".join(f"{n:,}" for n in dict.fromkeys(column.questions for column in own.values()))
+        table.add_row(f"{name}, {counts}", *(_cell(own[m]) if m in own else "" for m in measures))
     return table
 
 
@@ -136,6 +142,10 @@ def lines_of(result: BenchResult) -> list[str]:
     if "forget_quality" in columns:
         p, distance = columns["forget_quality"].estimate, columns["forget_quality_distance"]
         lines.append(f"forget quality p = {p:.3g}, log10 {math.log10(max(p, 1e-300)):.2f}; distance {_cell(distance)}")
+    if "privleak" in columns:
+        leak = columns["privleak"]
+        ends = "" if math.isnan(leak.low) else f" [{leak.low:.1f}, {leak.high:.1f}]"
+        lines.append(f"PrivLeak {leak.estimate:.1f}{ends} %")
     return lines
 
 
