@@ -42,7 +42,7 @@ def bench(
     run. The model is not changed.
 
     Args:
-        benchmark: "tofu", "wmdp" or "muse".
+        benchmark: "tofu", "wmdp", "muse" or "rwku".
         model: a transformers causal or encoder-decoder language model, or a path, a .gguf file or a name to load from.
         data: the folder with the benchmark's files.
         retrained: a model that was trained without the forget set, same forms as `model`, or the path of the bench.json
@@ -59,7 +59,7 @@ def bench(
         ArgumentError, DataError, ModelError, DependencyError: an argument that cannot be used.
 
     Source: TOFU, Maini et al. 2024, arXiv 2401.06121. WMDP, Li et al. 2024, arXiv 2403.03218. MUSE, Shi et
-    al. 2024, arXiv 2407.06460.
+    al. 2024, arXiv 2407.06460. RWKU, Jin et al. 2024, arXiv 2406.10890.
     """
     began = time.perf_counter()
     if not isinstance(benchmark, str) or benchmark.lower() not in BENCHMARKS:
@@ -117,7 +117,7 @@ def _measured(
     """Return the model's numbers, its rendering, and the retrained model's numbers: one model in memory at a time."""
     bar.say("loading")
     measurer = Measurer(models["model"], tokenizer, config, bar, "the model")
-    numbers, rendering = row.measure(measurer, sets, config), row.rendering or measurer.rendering.name
+    numbers, rendering = row.measure(measurer, sets, config), row.rendering(measurer)
     if "retrained" not in models:
         return numbers, rendering, None
     tokenizer = measurer.lm.tokenizer

@@ -10,7 +10,7 @@ from pyunlearn.errors import ArgumentError
 from pyunlearn.models.config import WORKSPACE_OPTION
 from pyunlearn.options import Choice, Config, Whole, option
 
-NAMES = ("tofu", "wmdp", "muse")
+NAMES = ("tofu", "wmdp", "muse", "rwku")
 """The benchmarks, in the order of the help."""
 
 SPLITS = ("forget01", "forget05", "forget10")

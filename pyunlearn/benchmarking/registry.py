@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from pyunlearn.benchmarking import muse, tofu, wmdp
+from pyunlearn.benchmarking import muse, rwku, tofu, wmdp
 from pyunlearn.benchmarking.config import BenchConfig
 from pyunlearn.benchmarking.files import Questions
 from pyunlearn.benchmarking.measurer import Measurer
@@ -25,7 +25,6 @@ class Measure(Protocol):
 class Benchmark(NamedTuple):
     """One benchmark."""
 
-    title: str
     read: Callable[[Path, BenchConfig], dict[str, Questions]]
     """The folder of its files -> the questions of each set."""
     measure: Measure
@@ -35,17 +34,17 @@ class Benchmark(NamedTuple):
     """The same -> sentences on what the columns cannot show."""
     compared: tuple[str, ...]
     """Sets that are compared with a retrained model; () where none is used."""
-    rendering: str | None = None
-    """Description of the benchmark's own form of the questions; None: `template` says it."""
+    rendering: Callable[[Measurer], str]
+    """Description of the form in which a model reads the questions."""
     needs_rouge: bool = True
+    """True where it needs the package rouge-score."""
 
 
 BENCHMARKS = {
-    "tofu": Benchmark("TOFU", tofu.read, tofu.measure, tofu.columns, tofu.notes, tofu.COMPARED),
+    "tofu": Benchmark(tofu.read, tofu.measure, tofu.columns, tofu.notes, tofu.COMPARED, lambda m: m.rendering.name),
     "wmdp": Benchmark(
-        "WMDP", wmdp.read, wmdp.measure, wmdp.columns, wmdp.notes, (), rendering=wmdp.RENDERING, needs_rouge=False
+        wmdp.read, wmdp.measure, wmdp.columns, wmdp.notes, (), lambda _: wmdp.RENDERING, needs_rouge=False
     ),
-    "muse": Benchmark(
-        "MUSE", muse.read, muse.measure, muse.columns, muse.notes, muse.COMPARED, rendering=muse.RENDERING
-    ),
+    "muse": Benchmark(muse.read, muse.measure, muse.columns, muse.notes, muse.COMPARED, lambda _: muse.RENDERING),
+    "rwku": Benchmark(rwku.read, rwku.measure, rwku.columns, rwku.notes, (), rwku.rendering, needs_rouge=False),
 }

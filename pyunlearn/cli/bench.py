@@ -68,6 +68,9 @@ def bench(
     knowmem/retain_qa (question, answer), with solved questions in knowmem/forget_qa_icl and knowmem/retain_qa_icl;
     privleak/forget and privleak/holdout (text).
 
+    *rwku* (arXiv 2406.10890; jinzhuoran/RWKU): forget_level1, forget_level2, forget_level3, neighbor_level1,
+    neighbor_level2, with the columns query and answer, and type in forget_level3.
+
     The model is not changed.
 
     Examples:
@@ -77,6 +80,8 @@ def bench(
     `pyunlearn bench tofu ./unlearned --data ./TOFU --retrained ./retrained-tofu/bench.json`
 
     `pyunlearn bench wmdp ./unlearned --data ./wmdp`
+
+    `pyunlearn bench rwku ./unlearned --data ./RWKU`
 
     `pyunlearn bench muse ./unlearned --data ./MUSE-News --retrained ./retrained`
 
@@ -150,7 +155,11 @@ def lines_of(result: BenchResult) -> list[str]:
 
 
 def _title(measure: str) -> str:
-    return {"rouge": "ROUGE-L recall"}.get(measure, measure)
+    return {
+        "rouge": "ROUGE-L recall",
+        "fill in the blank": "fill-in-the-blank",
+        "question answer": "question-answer",
+    }.get(measure, measure)
 
 
 def _cell(column: Column) -> str:
