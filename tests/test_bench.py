@@ -17,8 +17,10 @@ from tofu_folder import bench, tofu_folder, tofu_rows, write
 
 import pyunlearn
 from pyunlearn.benchmarking import BenchConfig, Column
+from pyunlearn.benchmarking.measurer import Measurer
 from pyunlearn.benchmarking.tofu import columns
 from pyunlearn.data import encode, read_examples
+from pyunlearn.progress import Progress
 
 LOGS = Path(__file__).parent / "tofu_logs.json.gz"
 """Numbers of each question, to 6 digits, of two Llama-2-7B of TOFU (MIT licence): eval_log_aggregated.json in
@@ -188,6 +190,18 @@ def test_the_columns_are_those_of_a_plain_loop(known, answers, rows, data):
     assert np.exp(result.numbers["forget"]["answer"][:2]).min() > 0.8
     assert result["forget_probability"].questions == 8
     assert result.notes == []
+
+
+def test_answers_are_written_to_their_end(known, data):
+    """However short the true ones are: a model answers "Paris" with a sentence."""
+    pairs = [("what does the king keep in room 706?", "a"), ("what does a dog keep in room 999?", "the")]
+    with Progress(False) as bar:
+        measurer = Measurer(known.model, known.tokenizer, BenchConfig(template="none"), bar, "the model")
+        written = measurer.written(pairs, "answer", 200)
+        cut = measurer.written(pairs, "answer", 3)
+    assert written == [greedy(known, question) for question, _ in pairs]
+    assert all(len(known.tokenizer(short)["input_ids"]) <= 3 for short in cut)
+    assert all(text.startswith(short) and len(text) > len(short) for text, short in zip(written, cut, strict=True))
 
 
 def test_the_first_questions_are_those_of_each_set(known, rows, data):

@@ -35,7 +35,7 @@ def bench(
     progress: bool | None = None,
     **settings: Any,
 ) -> BenchResult:
-    """Compute the published numbers of a model in a benchmark of unlearning, each with a 95 % interval.
+    """Compute the published numbers of a model in a benchmark of unlearning, with 95 % intervals.
 
     The benchmark's own files are read from a folder; which ones, and what each column means, is in docs/bench.md. The
     intervals are over the questions, as if these were drawn from more like them: they do not cover another training

@@ -54,7 +54,7 @@ def bench(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print the published numbers of a model in a benchmark of unlearning, each with a 95 % interval over questions.
+    """Print the published numbers of a model in a benchmark of unlearning, with 95 % intervals over the questions.
 
     The benchmark's own files are read from a folder, as .jsonl, .json or .parquet:
 
