@@ -141,3 +141,24 @@ def test_broken_weights_are_refused(answers, data):
     model.transformer.h[0].mlp.c_fc.weight.data.fill_(float("nan"))
     with pytest.raises(ModelError, match="the model gives text NaN or Inf as log-likelihood"):
         bench(replace(answers, model=model), data, first=1)
+
+
+def test_an_answer_that_is_longer_than_the_context_is_refused(answers, rows, data):
+    """A benchmark's texts are not cut."""
+    long = edited(rows["forget10_perturbed"], answer="the sea and the road " * 30)
+    write(data / "forget10_perturbed.jsonl", long)
+    with pytest.raises(
+        DataError, match=r"forget answer 2 has \d+ tokens with what stands before it, .* has 64: a bench"
+    ):
+        bench(answers, data)
+
+
+def test_encoder_decoder_models_are_measured(t5, data, tmp_path):
+    """The letters of a multiple choice too."""
+    result = bench(t5, data, first=1, max_new_tokens=2)
+    assert len(result.columns) == 13
+    choices = {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1}
+    write(tmp_path / "wmdp-bio.jsonl", [choices])
+    made = pyunlearn.bench("wmdp", t5.model, tmp_path, tokenizer=t5.tokenizer, progress=False)
+    assert made.numbers["bio"]["log_likelihood"].shape == (1, 4)
+    assert np.isfinite(made.numbers["bio"]["log_likelihood"]).all()

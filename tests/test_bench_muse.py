@@ -142,11 +142,15 @@ def test_the_command(call, story, other, data):
         ("knowmem/forget_qa.jsonl", {"question": "a", "answer": "?"}, 'has a "answer" without Latin letter or digit'),
         ("privleak/holdout.jsonl", {"texts": "a"}, 'line 1, has no "text"'),
         ("privleak/holdout.jsonl", {"text": " "}, 'line 1, has an empty "text"'),
-        ("privleak/holdout.jsonl", {"text": "the cat sees a tree. " * 40}, "privleak holdout text example 1"),
+        (
+            "privleak/holdout.jsonl",
+            {"text": "the cat sees a tree. " * 40},
+            r"privleak holdout text 1 has \d+ tokens with what stands before it, and the model\'s context has 96",
+        ),
         (
             "verbmem/forget.jsonl",
             {"prompt": "the cat " * 90, "gt": "a"},
-            r"passage 1 has a prompt of \d+ tokens, and the",
+            r"verbmem forget passage 1 has \d+ tokens with",
         ),
     ],
 )

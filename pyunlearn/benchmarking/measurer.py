@@ -83,7 +83,7 @@ class Measurer:
         """
         return self._decoded(self._encode(pairs, what), what, longest)
 
-    def _decoded(self, tokens: Sequence[Tokens], what: str, longest: int, **decoding: bool) -> list[str]:
+    def _decoded(self, tokens: Sequence[Tokens], what: str, longest: int) -> list[str]:
         self.bar.begin(f"writing {what}s with {self.who}", len(set(tokens)))
         ids = greedy_continuations(
             self.lm,
@@ -93,7 +93,23 @@ class Measurer:
             batch_size=self.config.batch_size,
             advance=self.bar.advance,
         )
-        return [self.lm.tokenizer.decode(row, skip_special_tokens=True, **decoding) for row in ids]
+        return [self.lm.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+
+    def encode(self, examples: Sequence[Example], what: str, *, chat_template: str | None = None) -> list[Tokens]:
+        """Return the tokens of examples. Raises DataError where one is longer than the context."""
+        tokens = self.lm.encode({what: examples}, chat_template=chat_template, limited=False)[what]
+        self._require_room(tokens, what)
+        return tokens
+
+    def _require_room(self, tokens: Sequence[Tokens], what: str) -> None:
+        context = self.lm.context_length
+        for number, t in enumerate(tokens if context is not None else (), 1):
+            longest = max(len(t.ids), len(t.decoder or ()))
+            if context is not None and longest > context:
+                raise DataError(
+                    f"{what} {number} has {longest} tokens with what stands before it, and the model's context has "
+                    f"{context}: a benchmark cuts no text, give a model with a longer context"
+                )
 
     def _require_finite(self, values: Floats) -> None:
         if not np.isfinite(values).all():
@@ -117,25 +133,20 @@ class Measurer:
 
         Raises DataError where a prompt fills the context.
         """
-        both, context = self.lm.is_encoder_decoder, self.lm.context_length
         tokens = []
-        for number, prompt in enumerate(prompts, 1):
+        for prompt in prompts:
             ids = tuple(self.lm.tokenizer(prompt)["input_ids"])
-            if context is not None and len(ids) >= context:
-                raise DataError(
-                    f"{what} {number} has a prompt of {len(ids)} tokens, and the model's context has {context}: give a "
-                    "model with a longer one"
-                )
-            # the token after the prompt is never read
-            tokens.append(Tokens(ids, 0, (self.lm.pad_id,)) if both else Tokens((*ids, self.lm.pad_id), len(ids)))
-        return self._decoded(tokens, what, longest, clean_up_tokenization_spaces=True)
+            after = (self.lm.pad_id,)  # stands for what is written, and is never read
+            tokens.append(Tokens(ids, 0, after) if self.lm.is_encoder_decoder else Tokens(ids + after, len(ids)))
+        self._require_room(tokens, what)
+        return self._decoded(tokens, what, longest)
 
     def first_tokens(self, text: str, count: int) -> str:
         """Return the beginning of a text, as many tokens of it, special ones included."""
         ids = self.lm.tokenizer(text)["input_ids"][:count]
-        return str(self.lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True))
+        return str(self.lm.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _encode(self, pairs: Sequence[tuple[str, str]], what: str) -> list[Tokens]:
         rows: list[dict[str, str]] = [{"question": question, "answer": answer} for question, answer in pairs]
         examples: list[Example] = [self.rendering.of(e) for e in read_examples(rows, role=what)]
-        return self.lm.encode({what: examples}, chat_template=self.rendering.chat_template)[what]
+        return self.encode(examples, what, chat_template=self.rendering.chat_template)

@@ -76,7 +76,7 @@ def measure(
         numbers[name] = {"rouge": rouge_l(written, truths)}
     for name in COMPARED:
         examples = [Example("", row["text"]) for row in sets[name].rows]
-        tokens = measurer.lm.encode({f"{name} text": examples})[f"{name} text"]
+        tokens = measurer.encode(examples, f"{name} text")
         numbers[name] = {"min_k": min_k_score(measurer.token_log_likelihood(tokens, f"{name} text"), k=_MIN_K)}
     return numbers
 

@@ -72,13 +72,14 @@ def measure(
     """
     numbers: Numbers = {}
     for name, questions in sets.items():
-        # the end of text after a letter is no part of "forget", which alone is scored
+        # the end of text after a letter is no part of "forget", which alone is scored; a decoder begins with the letter
+        blank = "" if measurer.lm.is_encoder_decoder else " "
         examples = [
-            Example(prompt_of(row, SUBJECTS[name]), f" {letter}", forget=(f" {letter}",))
+            Example(prompt_of(row, SUBJECTS[name]), f"{blank}{letter}", forget=(f"{blank}{letter}",))
             for row in questions.rows
             for letter in _LETTERS
         ]
-        tokens = measurer.lm.encode({name: examples})[name]
+        tokens = measurer.encode(examples, f"{name} answer")
         sums = measurer.score(tokens, f"{name} answer") * [len(t.scored) for t in tokens]
         answers = np.array([row["answer"] for row in questions.rows], dtype=np.float64)
         numbers[name] = {"log_likelihood": sums.reshape(-1, len(_LETTERS)), "answer": answers}
