@@ -6,7 +6,7 @@ import importlib.util
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,8 +58,8 @@ def bench(
     Raises:
         ArgumentError, DataError, ModelError, DependencyError: an argument that cannot be used.
 
-    Source: TOFU, Maini et al. 2024, arXiv 2401.06121. WMDP, Li et al. 2024, arXiv 2403.03218. MUSE, Shi et
-    al. 2024, arXiv 2407.06460. RWKU, Jin et al. 2024, arXiv 2406.10890.
+    Source: TOFU, Maini et al. 2024, arXiv 2401.06121. WMDP, Li et al. 2024, arXiv 2403.03218. MUSE, Shi
+    et al. 2024, arXiv 2407.06460. RWKU, Jin et al. 2024, arXiv 2406.10890.
     """
     began = time.perf_counter()
     if not isinstance(benchmark, str) or benchmark.lower() not in BENCHMARKS:
@@ -83,10 +83,7 @@ def bench(
             if row.needs_rouge and importlib.util.find_spec("rouge_score") is None:
                 raise missing_packages(f"the benchmark {benchmark}", "rouge-score")
     with Progress(progress, "benchmarking") as bar:
-        numbers, rendering, other = _measured(row, models, tokenizer, sets, config, bar)
-        if saved is not None:
-            _require_rendering(retrained, saved, rendering)
-            other = _arrays(saved, row.compared, sets)
+        numbers, rendering, other = _measured(row, models, tokenizer, sets, config, bar, saved)
         bar.say("computing the intervals")
         columns = row.columns(numbers, other, config)
     return BenchResult(
@@ -113,13 +110,23 @@ def _measured(
     sets: Mapping[str, Questions],
     config: BenchConfig,
     bar: Progress,
+    saved: SavedResult | None,
 ) -> tuple[Numbers, str, Numbers | None]:
-    """Return the model's numbers, its rendering, and the retrained model's numbers: one model in memory at a time."""
+    """Return the model's numbers, its rendering, and the retrained model's numbers: one model in memory at a time.
+
+    Raises ArgumentError where the saved result of a retrained model is of another rendering, before anything is read.
+    """
     bar.say("loading")
     measurer = Measurer(models["model"], tokenizer, config, bar, "the model")
-    numbers, rendering = row.measure(measurer, sets, config), row.rendering(measurer)
+    rendering = row.rendering(measurer)
+    if saved is not None and saved.rendering != rendering:
+        raise ArgumentError(
+            f"the retrained model's result {saved.path} has the questions in another form, {saved.rendering}, and here "
+            f"they are read as {rendering}: give both the same template"
+        )
+    numbers = row.measure(measurer, sets, config)
     if "retrained" not in models:
-        return numbers, rendering, None
+        return numbers, rendering, None if saved is None else saved.numbers
     tokenizer = measurer.lm.tokenizer
     del measurer
     bar.say("loading")
@@ -136,12 +143,20 @@ def _name(retrained: Any) -> str | None:
     return None if retrained is None else Path(retrained).name if Path(retrained).is_absolute() else str(retrained)
 
 
-def read_result(
-    path: str | Path, benchmark: str, sets: Mapping[str, Questions], compared: tuple[str, ...]
-) -> dict[str, Any]:
-    """Return the content of a retrained model's bench.json.
+class SavedResult(NamedTuple):
+    """What is compared of a retrained model's bench.json."""
 
-    Raises DataError where it is no such file, or of another benchmark or other questions.
+    path: str
+    rendering: Any
+    numbers: Numbers
+
+
+def read_result(
+    path: str | Path, benchmark: str, sets: Mapping[str, Questions], compared: Mapping[str, tuple[str, ...]]
+) -> SavedResult:
+    """Return what is compared of a retrained model's bench.json.
+
+    Raises DataError where it is no such file, damaged, or of another benchmark or other questions.
     """
     name = f"the retrained model's result {path}"
     try:
@@ -163,28 +178,22 @@ def read_result(
                 f"{name} is of other questions of the set {each}, {count} and not {len(sets[each].rows)} or with other "
                 "words: run it with the same data, split and first"
             )
-    return parts
+    numbers = _arrays(parts["numbers"], compared)
+    if any(len(x) != len(sets[each].rows) for each in numbers for x in numbers[each].values()):
+        raise DataError(f"{name} is damaged: run its benchmark again")
+    return SavedResult(str(path), parts.get("rendering"), numbers)
 
 
-def _arrays(content: Mapping[str, Any], compared: tuple[str, ...], sets: Mapping[str, Questions]) -> Numbers:
-    """Return the numbers of a result's compared sets. Raises DataError where they are damaged."""
-    try:
-        numbers = {
-            name: {key: np.asarray(values, dtype=np.float64) for key, values in content["numbers"][name].items()}
-            for name in compared
-        }
-        whole = all(np.isfinite(x).all() for parts in numbers.values() for x in parts.values())
-        if whole and all(len(x) == len(sets[name].rows) for name in numbers for x in numbers[name].values()):
-            return numbers
-    except (KeyError, TypeError, ValueError, AttributeError):
-        pass
-    raise DataError("the retrained model's result is damaged: run its benchmark again")
-
-
-def _require_rendering(path: Any, content: Mapping[str, Any], rendering: str) -> None:
-    """Raise ArgumentError where the retrained model read the questions in another form."""
-    if content.get("rendering") != rendering:
-        raise ArgumentError(
-            f"the retrained model's result {path} has the questions in another form, {content.get('rendering')}, and "
-            f"here they are read as {rendering}: give both the same template"
-        )
+def _arrays(content: Mapping[str, Any], compared: Mapping[str, tuple[str, ...]]) -> Numbers:
+    """Return the numbers that are compared; an empty array in place of one that is not there or no numbers."""
+    numbers: Numbers = {}
+    for each, keys in compared.items():
+        numbers[each] = {}
+        for key in keys:
+            try:
+                values = np.asarray(content[each][key], dtype=np.float64)
+            except (KeyError, TypeError, ValueError):
+                values = np.empty(0)
+            fine = values.ndim == (2 if key == "wrong" else 1) and bool(np.isfinite(values).all())
+            numbers[each][key] = values if fine else np.empty(0)
+    return numbers

@@ -20,8 +20,8 @@ from pyunlearn.benchmarking.result import Column, Numbers
 from pyunlearn.data import Example
 from pyunlearn.metrics import mean_interval, min_k_score, privleak_interval, rouge_l
 
-COMPARED = ("privleak forget", "privleak holdout")
-"""Sets that the retrained model reads."""
+COMPARED = {"privleak forget": ("min_k",), "privleak holdout": ("min_k",)}
+"""Sets that the retrained model reads, and the numbers of them that are compared."""
 RENDERING = "the prompts of MUSE"
 VERBATIM, KNOWLEDGE = 128, 32
 """Tokens written for a passage and for an answer."""

@@ -32,8 +32,8 @@ class Benchmark(NamedTuple):
     """The model's numbers and the retrained model's -> the published columns."""
     notes: Callable[[Numbers, Numbers | None], list[str]]
     """The same -> sentences on what the columns cannot show."""
-    compared: tuple[str, ...]
-    """Sets that are compared with a retrained model; () where none is used."""
+    compared: Mapping[str, tuple[str, ...]]
+    """Sets that are compared with a retrained model -> their numbers that are; empty where none is used."""
     rendering: Callable[[Measurer], str]
     """Description of the form in which a model reads the questions."""
     needs_rouge: bool = True
@@ -43,8 +43,8 @@ class Benchmark(NamedTuple):
 BENCHMARKS = {
     "tofu": Benchmark(tofu.read, tofu.measure, tofu.columns, tofu.notes, tofu.COMPARED, lambda m: m.rendering.name),
     "wmdp": Benchmark(
-        wmdp.read, wmdp.measure, wmdp.columns, wmdp.notes, (), lambda _: wmdp.RENDERING, needs_rouge=False
+        wmdp.read, wmdp.measure, wmdp.columns, wmdp.notes, {}, lambda _: wmdp.RENDERING, needs_rouge=False
     ),
     "muse": Benchmark(muse.read, muse.measure, muse.columns, muse.notes, muse.COMPARED, lambda _: muse.RENDERING),
-    "rwku": Benchmark(rwku.read, rwku.measure, rwku.columns, rwku.notes, (), rwku.rendering, needs_rouge=False),
+    "rwku": Benchmark(rwku.read, rwku.measure, rwku.columns, rwku.notes, {}, rwku.rendering, needs_rouge=False),
 }

@@ -31,8 +31,8 @@ Floats = NDArray[np.float64]
 
 FIRST = 300
 """Questions of each set in TOFU's own evaluation (ds_size)."""
-COMPARED = ("forget",)
-"""Sets that the retrained model reads."""
+COMPARED = {"forget": ("correct", "wrong")}
+"""Sets that the retrained model reads, and the numbers of them that are compared."""
 _FILES = {
     "retain": "retain_perturbed",
     "real authors": "real_authors_perturbed",
