@@ -78,7 +78,7 @@ def test_an_unused_name_is_noticed():
         "verdict",
     ]
     without_page = [p.read_text(encoding="utf-8") for p in OTHERS]
-    assert {"option_probability", "model_utility"} <= set(unreached(metrics.__all__, without_page))
+    assert {"extraction_probability", "steps_to_forget"} <= set(unreached(metrics.__all__, without_page))
 
 
 def test_the_how_to_runs_and_prints_what_it_shows():

@@ -144,7 +144,7 @@ def _name(retrained: Any) -> str | None:
 
 
 class SavedResult(NamedTuple):
-    """What is compared of a retrained model's bench.json."""
+    """Part of a retrained model's bench.json that is compared."""
 
     path: str
     rendering: Any
