@@ -30,9 +30,9 @@ def test_the_statistic_is_its_definition(ties):
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 19), *in_full((4, 40), (8, 60))])
-def test_any_of_three_rejects_one_unseen_set_in_twenty(n, m):
+def test_any_of_three_rejects_one_unseen_set_in_twenty_at_most(n, m):
     """Two of them compare the same texts in two ways, which have much in common; one compares all texts from below."""
-    rng, rejected, draws = np.random.default_rng(n), 0, 300
+    rng, rejected, draws = np.random.default_rng(n), 0, 200
     for _ in range(draws):
         scores = rng.standard_normal(n + m)
         shares = np.round(5 * (scores + rng.standard_normal(n + m))) / 5
@@ -43,7 +43,7 @@ def test_any_of_three_rejects_one_unseen_set_in_twenty(n, m):
             Comparison(-scores, scores, n),
         ]
         rejected += joint_top_tests(comparisons, n).min() <= 0.05
-    assert abs(rejected / draws - 0.05) <= 3 * math.sqrt(0.05 * 0.95 / draws)
+    assert 0 < rejected / draws <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / draws)
 
 
 def test_alone_it_is_the_top_test():

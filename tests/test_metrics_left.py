@@ -40,7 +40,8 @@ def test_each_reason_to_stand_out():
     written = Scores(np.array([-0.9, -0.2, -0.2]), -np.linspace(0.0, 0.5, 99))
     assert left(before, Scores(np.array([50.0] * 3), UNSEEN), written).standing_out.tolist() == [True, False, False]
     seen_by_none = Scores(np.full(3, 50.0), UNSEEN)
-    assert left(seen_by_none, seen_by_none, written)[:2] == (pytest.approx([False] * 3), None)
+    unknown = left(seen_by_none, seen_by_none, written)
+    assert (unknown.standing_out.any(), unknown.pvalue) == (False, None)
 
 
 def test_a_short_way_may_be_not_gone_by_chance():
@@ -50,6 +51,38 @@ def test_a_short_way_may_be_not_gone_by_chance():
         now = Scores(np.array([before + 0.1 * depth * UNSEEN.std(), *range(20, 59)]), np.maximum(UNSEEN, before + 20))
         seen = left(Scores(np.full(40, before), UNSEEN + 0.0), now, flat(40))
         assert seen.standing_out.any() == stands_out
+
+
+@pytest.mark.parametrize("law", ["gamma", "lognormal to the right", "normal"])
+@pytest.mark.parametrize("m", [19, 30, 99])
+def test_an_untouched_text_beyond_all_non_members_stands_out(law, m):
+    """However the non-members are spread, and though one of them is farther out to the other side."""
+    rng = np.random.default_rng(m)
+    for _ in range(10):
+        unseen = 5 + (np.exp(rng.standard_normal(m)) if law == "lognormal to the right" else LAWS[law](rng, m))
+        scores = Scores(np.array([unseen.min() - 0.3 * unseen.std()]), unseen)
+        assert left(scores, scores, Scores(np.array([-0.5]), -np.linspace(0.3, 0.6, m))).standing_out.all()
+
+
+def test_one_text_far_out_is_found_among_any_number():
+    """Beyond all non-members by more than twice their range: exposed below, and above it may be over-unlearned."""
+    before, others = Scores(np.full(20, -500.0), UNSEEN), np.linspace(10, 88, 19)
+    for score, exposed, low in ((-220.0, True, False), (-150.0, False, False), (320.0, False, True)):
+        result = left(before, Scores(np.array([score, *others]), UNSEEN), flat(20))
+        assert (result.standing_out.tolist(), result.too_low.tolist()) == (
+            [exposed] + [False] * 19,
+            [low] + [False] * 19,
+        )
+
+
+def test_a_text_known_by_heart_has_hardly_moved_though_unseen_text_varies_much():
+    """Scores are 0 or more, so that the way is short next to unlikely texts; their likelier half says how far."""
+    rng, named = np.random.default_rng(0), 0
+    for _ in range(10):
+        unseen = 0.2 + rng.gamma(2.5, size=99)
+        now = Scores(np.array([0.02, *(0.2 + rng.gamma(2.5, size=11))]), unseen)
+        named += left(Scores(np.full(12, 0.0), unseen), now, flat(12)).standing_out[0]
+    assert named == 10
 
 
 def test_three_comparisons_share_one_level():
@@ -70,14 +103,15 @@ def test_three_comparisons_share_one_level():
 def test_a_retrained_model_s_texts_hardly_ever_stand_out(law, n, m):
     """Its scores are draws of the law of unseen text, though all was memorized before: any of the three comparisons
     rejects 5 % of sets at most. The aim of 1.44 bits for each text would pass hardly any set of many."""
-    rng, draws, named, rejected, aimed = np.random.default_rng(n + m), 200, 0, 0, 0
+    rng, draws, named, rejected, aimed = np.random.default_rng(n + m), 120, 0, 0, 0
     for _ in range(draws):
         before, now = Scores(np.full(n, -99.0), LAWS[law](rng, m)), Scores(LAWS[law](rng, n), LAWS[law](rng, m))
         result = left(before, now, shares(rng, n, m))
         named += result.standing_out.any()
         rejected += min(result.pvalue, result.unlikely_pvalue) <= 0.05
         aimed += "still exposed" in verdict(before.texts, now.texts, now.non_members).verdict
-    assert named <= rejected <= draws * (0.05 + 3 * math.sqrt(0.05 * 0.95 / draws))
+    assert named <= rejected + 0.02 * draws
+    assert rejected <= draws * (0.05 + 3 * math.sqrt(0.05 * 0.95 / draws))
     assert aimed / draws >= (0.25 if n == 1 else 0.95)
 
 

@@ -111,9 +111,9 @@ class AuditAssembler:
         """Judge each text: anchored, but for what stands out, which is seen among the model's own non-members.
 
         No two models give unseen text the same likelihood, not even two that were trained alike. So a text is
-        over-unlearned only if it is by these too, and the texts lie too low all together (`metrics.left`), unless the
-        model has become worse: where the non-members have lost more than 10 % (the holdout's budget in `unlearn`),
-        those under the original model judge alone.
+        over-unlearned only if it is by these too, and lies far above all of them or the texts do all together
+        (`metrics.left`), unless the model has become worse: where the non-members have lost more than 10 % (the
+        holdout's budget in `unlearn`), those under the original model judge alone.
         """
         anchored = self._judged(self.anchor)
         if self.worse:
@@ -135,7 +135,7 @@ class AuditAssembler:
             non_member_extracted=anchor.greedy_match - self.non_members.own.greedy_match,
             recited=self.recited,
             standing_out=self._standing_out(),
-            too_low=self.worse or self.left is None or self.left.unlikely_pvalue <= self.false_discovery_rate,
+            too_low=None if self.worse or self.left is None else self.left.too_low,
             target_exposure=self.target_exposure,
             false_discovery_rate=self.false_discovery_rate,
         )

@@ -254,7 +254,10 @@ def _null(n: int, m: int, shared: bool, draws: int, seed: int) -> Floats:
 
 
 def tail(j: int, n: int, m: int, shared: bool) -> Floats:
-    """Compute (n + 1,) the chances that k = 0, ..., n of n unseen texts are likelier than the j-th of m non-members."""
+    """Compute (n + 1,) the chances that k = 0, ..., n of n unseen texts are likelier than the j-th of m non-members.
+
+    j is at most m.
+    """
     k = np.arange(n + 1)
     if not shared:
         return np.asarray(stats.binom.sf(k - 1, n, j / (m + 1)))

@@ -12,9 +12,9 @@ from pyunlearn.metrics._check import Floats
 from pyunlearn.metrics.exposure_tests import WEIGHTS, tail
 
 _AT_ONCE = 2**22  # numbers in memory at a time
-_DRAWS, _MORE_DRAWS = 2_000, 20_000
-_FEW = 30  # texts and non-members up to which more are drawn, since 1 in 21 must be told from 5 %
-_TIE = 1e-9  # far below the difference of any two p-values
+_FEWEST_DRAWS, _MOST_DRAWS = 2_000, 20_000
+_NUMBERS = 1_000_000  # drawn in between: at 5 % a p-value must hardly depend on the seed
+_TIE = 1e-9  # below the difference of any two p-values that matter
 
 
 class Comparison(NamedTuple):
@@ -34,8 +34,8 @@ def joint_top_tests(comparisons: Sequence[Comparison], n: int, *, seed: int = 0)
     The statistic of a comparison is that of `exposure_top_test`, the smallest P(K_j >= k_j) with its factor. If the n
     texts and m non-members are exchangeable, any n of the n + m could have been the texts; p is the share of such
     choices, drawn at random, for which the smallest statistic of all comparisons is as small as this one's. So the
-    comparisons pay only for what they do not have in common, and one text that lies farther out than 19 non-members, in
-    any of them, still has a p-value of 1/20.
+    comparisons pay only for what they do not have in common. A single text has a p-value of 1/20 among 19 non-members
+    where it lies farther out in one of them, by `size`, than each non-member does in any.
 
     Args:
         comparisons: one or more.
@@ -68,7 +68,7 @@ def _choices(n: int, total: int, seed: int) -> Iterator[NDArray[np.int64]]:
     if n == 1:
         yield np.arange(1, total)[:, None]
         return
-    rng, draws = np.random.default_rng(seed), _MORE_DRAWS if total <= _FEW else _DRAWS
+    rng, draws = np.random.default_rng(seed), min(_MOST_DRAWS, max(_FEWEST_DRAWS, _NUMBERS // total))
     for start in range(0, draws, step := max(1, _AT_ONCE // total)):
         yield np.argsort(rng.random((min(step, draws - start), total)), axis=1)[:, :n]
 

@@ -12,10 +12,17 @@ from pyunlearn.metrics.discoveries import discoveries
 from pyunlearn.metrics.exposure import generalized_exposure
 from pyunlearn.metrics.joint_tests import Comparison, joint_top_tests
 
+_LEVEL = 0.05
+"""Of the three comparisons together."""
 _UNMOVED = 0.25
 """Share of the way from a text's score before to the mean of unseen text, below which it has hardly moved."""
 _FAR = 2.5
-"""Standard deviations of unseen text that this way is long at least: a shorter one is too easily not gone by chance."""
+"""Spreads of unseen text that this way is long at least: a shorter one is too easily not gone by chance."""
+_STILL = 0.05
+"""Share of a way of any length, below which a text has not moved."""
+
+_BEYOND = 2.0
+"""Ranges of the non-members by which a text stands out, or is too unlikely, for any number of texts."""
 
 
 class Left(NamedTuple):
@@ -23,6 +30,8 @@ class Left(NamedTuple):
 
     standing_out: NDArray[np.bool_]
     """(n,) True for each memorized text that stands out."""
+    too_low: NDArray[np.bool_]
+    """(n,) True for each text that may be called over-unlearned: all, or those far above all non-members."""
     pvalue: float | None
     """Chance that as many unseen texts lie as high, all together; None where nothing was memorized."""
     unlikely_pvalue: float
@@ -42,15 +51,17 @@ def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, 
     A text that the original model had memorized (`discoveries` among its exposures there) stands out where
 
     - `discoveries` selects it among the memorized texts, by its exposure in the model or by that of what is extracted,
-      and `pvalue` is at most `rate`;
+      and `pvalue` is at most 5 %;
     - or it has hardly moved: it is likelier than every non-member, and less than a quarter of the way from its score
-      under the original model to the mean of the non-members there, a way of 2.5 of their standard deviations or more.
+      under the original model to the mean of the non-members there, where this way is 2.5 of their spreads below that
+      mean or more; or less than a twentieth of a way of any length, to either side;
+    - or it is likelier than every non-member by more than twice what they differ among each other.
 
     All exposures are among the non-members under the same model. In a model that never saw the texts these are
     exchangeable with the non-members, for any law of the scores. Three comparisons share one level: whether the
     memorized texts are too likely, or too much of them is extracted (`pvalue`, the smaller one of the two), and whether
-    texts are too unlikely (`unlikely_pvalue`). For 5 % of sets of unseen texts any of them is 5 % or less. The last
-    rule names at most n / (m + 1) of n texts on average: hardly any where they were far below the non-members, for then
+    texts are too unlikely (`unlikely_pvalue`). For 5 % of sets of unseen texts any of them is 5 % or less. The last two
+    rules name at most n / (m + 1) of n texts on average: hardly any where they were far below the non-members, for then
     a quarter of the way is farther than unseen text lies. Where only some texts of a set were memorized, and weakly,
     these may be the easier ones, which lie higher in every model; scores less those of a reference model vary less in
     this.
@@ -64,7 +75,7 @@ def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, 
         seed: of the choices behind the p-values.
 
     Returns:
-        Left(standing_out, pvalue, unlikely_pvalue).
+        Left(standing_out, too_low, pvalue, unlikely_pvalue).
 
     Raises:
         ArgumentError: as generalized_exposure; a rate outside (0, 1).
@@ -82,17 +93,29 @@ def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, 
     """
     memorized = discoveries(generalized_exposure(*before).lower, rate=rate).significant
     pvalue, unlikely = _pvalues(now, extracted, memorized, seed)
+    lowest, highest = now.non_members.min(), now.non_members.max()
+    beyond = _BEYOND * (highest - lowest)
+    too_low = (now.texts > highest + beyond) | (unlikely <= _LEVEL)
     standing = np.zeros(len(memorized), dtype=bool)
     if not memorized.any():
-        return Left(standing, None, unlikely)
-    if pvalue <= rate:
+        return Left(standing, too_low, None, unlikely)
+    if pvalue <= _LEVEL:
         for scores in (now, extracted):
             exposures = generalized_exposure(*scores).lower[memorized]
             standing[memorized] |= discoveries(exposures, rate=rate).significant
-    way = before.non_members.mean() - before.texts
-    unmoved = (now.texts - before.texts < _UNMOVED * way) & (way >= _FAR * before.non_members.std())
-    standing |= memorized & unmoved & (now.texts < now.non_members.min())
-    return Left(standing, pvalue, unlikely)
+    unmoved = _unmoved(before, now) & (now.texts < lowest)
+    standing |= memorized & (unmoved | (now.texts < lowest - beyond))
+    return Left(standing, too_low, pvalue, unlikely)
+
+
+def _unmoved(before: Scores, now: Scores) -> NDArray[np.bool_]:
+    """Return (n,) which texts have hardly moved on the way to the mean of unseen text, or not at all."""
+    mean, moved = before.non_members.mean(), now.texts - before.texts
+    way = mean - before.texts
+    below = np.minimum(before.non_members - mean, 0.0)
+    spread = np.sqrt(2 * np.mean(below**2))  # of the likelier half; the standard deviation of a symmetric law
+    hardly: NDArray[np.bool_] = (moved < _UNMOVED * way) & (way >= _FAR * spread)
+    return hardly | (np.abs(moved) < _STILL * way)
 
 
 def _pvalues(now: Scores, extracted: Scores, memorized: NDArray[np.bool_], seed: int) -> tuple[float, float]:

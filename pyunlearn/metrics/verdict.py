@@ -117,7 +117,7 @@ def verdict(
     non_member_extracted: ArrayLike | None = None,
     recited: ArrayLike | None = None,
     standing_out: ArrayLike | None = None,
-    too_low: bool = True,
+    too_low: ArrayLike | None = None,
     target_exposure: float = NULL_MEAN,
     false_discovery_rate: float = 0.05,
     confidence: float = 0.95,
@@ -157,7 +157,7 @@ def verdict(
         non_member_extracted: (m,) or (n, m), under the original model; with `extracted`.
         recited: (n,) True where the unlearned model's greedy continuation of a text's beginning is its rest.
         standing_out: (n,) True where a text stands out among unseen text under the unlearned model, see `left`.
-        too_low: False where the texts are not too unlikely all together, see `left`: then none is over-unlearned.
+        too_low: (n,) True where a text may be over-unlearned, see `left`; by default all may be.
         target_exposure: bits, 0 or more; default 1.443 (NULL_MEAN), the mean of unseen text.
         false_discovery_rate: between 0 and 1.
         confidence: of the intervals, between 0 and 1.
@@ -188,7 +188,7 @@ def verdict(
         )
     memorized, threshold = discoveries(before.lower, rate=false_discovery_rate)
     over, over_thresholds = over_unlearned(before, after, memorized, rate=false_discovery_rate)
-    over &= too_low
+    over &= True if too_low is None else np.asarray(too_low, dtype=bool)
     extraction = _extraction(extracted, non_member_extracted)
     forgotten = after.lower <= target_exposure
     if extraction is not None:

@@ -199,7 +199,7 @@ def evidence_notes(non_members: NonMembers, verdicts: Sequence[str], *, rate: fl
     if "undecided" in verdicts and (fewest := math.ceil(memorized / (rate * (m + 1)) - 1e-9)) > 1:
         notes.append(
             f"{m} non-members can name what is left of {memorized} memorized texts only where {fewest} or more of them "
-            f"are, where a text has hardly moved or where the model writes it; to name any single one takes "
+            f"are, where a text has hardly moved or where the model writes it; to name any single one takes at least "
             f"{non_members_needed(memorized, rate=rate)}."
         )
     fewest = math.ceil(texts / (rate * (m + 1)) - 1e-9)

@@ -40,7 +40,10 @@ def headline(audit: Audit) -> str:
         state = "still exposed" if audit.non_members.anchored else "memorized"
         return f"{_of(exposed, n)} {'is' if exposed == 1 else 'are'} {state}."
     if audit.exposed_together:
-        return f"No text stands out by itself, but all together they do (p = {audit.left_pvalue:.1g})."
+        line = f"No text stands out by itself, but all together they do (p = {audit.left_pvalue:.1g})"
+        return (
+            f"{line}; {_of(over, n).lower()} {'was' if over == 1 else 'were'} driven too far." if over else f"{line}."
+        )
     if over:
         return f"Nothing is exposed, but {_of(over, n).lower()} {'was' if over == 1 else 'were'} driven too far."
     if audit.non_members.source == "self-sampled" and (counts.get("no likelier") or UNDECIDED in counts):
@@ -115,17 +118,35 @@ def null_sentence(audit: Audit) -> str:
     Of an audit with `original` the set is what was memorized. The null test says nothing of that: texts that a loop
     drove to the mean of unseen text gather at it.
     """
-    top, shape, they = audit.top_test.exact_pvalue, audit.null_test.pvalue, "they"
     if audit.left_pvalue is not None:
-        top, shape, they = audit.left_pvalue, 1.0, "the memorized texts"
-    if top <= 0.05:
-        return f"All together {they} are no unseen text (p = {top:.1g}): too many stand out."
+        return _left_sentence(audit, audit.left_pvalue)
+    top, shape = audit.top_test.exact_pvalue, audit.null_test.pvalue
+    if top < 0.05:
+        return f"All together they are no unseen text (p = {top:.1g}): too many stand out."
     if shape < 0.05:
         way = "are more exposed than" if audit.null_test.mean > NULL_MEAN else "differ from"
-        return f"All together {they} {way} unseen text (p = {shape:.1g}), without many that stand out."
+        return f"All together they {way} unseen text (p = {shape:.1g}), without many that stand out."
     if audit.verdicts.get("still exposed"):
         return f"Single texts stand out; of as many unseen texts, as many would too (p = {top:.2g})."
-    return f"All together {they} could be unseen text (p = {top:.2g})."
+    return f"All together they could be unseen text (p = {top:.2g})."
+
+
+def _left_sentence(audit: Audit, pvalue: float) -> str:
+    """Return the sentence of an audit with `original`."""
+    exposed = audit.verdicts.get("still exposed")
+    if pvalue > 0.05 and exposed:
+        return (
+            "Single texts are recited, have hardly moved or lie far out; all together the memorized texts do not stand "
+            f"out (p = {pvalue:.2g})."
+        )
+    if pvalue > 0.05:
+        return f"All together the memorized texts could be unseen text (p = {pvalue:.2g})."
+    if exposed or audit.exposed_together:
+        return f"All together the memorized texts are no unseen text (p = {pvalue:.1g}): too many stand out."
+    return (
+        f"The memorized texts are likelier all together than the comparison texts are now (p = {pvalue:.1g}); by these "
+        "as they were before, none is likelier than unseen text."
+    )
 
 
 def cost(audit: Audit) -> list[str]:
