@@ -297,7 +297,7 @@ def test_notes_say_what_is_compared_and_how_many_it_takes():
     (left,) = evidence_notes(holdout, ["undecided", *["forgotten"] * 39, "not memorized"], rate=0.05)
     m, memorized = len(holdout.tokens), 40
     assert f"{m} non-members can name what is left of {memorized} memorized texts only where" in left
-    assert f"to name any single one takes {memorized * 20 - 1}" in left
+    assert f"to name any single one takes at least {memorized * 20 - 1}" in left
     assert evidence_notes(holdout, ["undecided"], rate=0.05) == []
     (few,) = evidence_notes(holdout, ["not memorized"] * 400, rate=0.05)
     assert few.startswith("64 non-members can name memorized texts only where 124 or more of these 400 are memorized")

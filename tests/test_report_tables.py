@@ -143,13 +143,15 @@ def test_verdicts_stand_before_their_claims():
     assert lines[2:] == ["not shown  Claim.", "             Reason."]
 
 
-@pytest.mark.parametrize(("verdict", "words"), [("still exposed", "Single texts stand out"), ("undecided", "could be")])
+@pytest.mark.parametrize(("verdict", "words"), [("still exposed", "Single texts are recited"), ("undecided", "could be")])
 def test_only_a_text_that_stands_out_is_called_so(verdict, words):
     """An undecided one is not, and where no more texts lie high than unseen ones would, the sentence says that."""
     tests = {"null_test": SimpleNamespace(pvalue=0.01), "top_test": SimpleNamespace(exact_pvalue=0.01)}
     assert words in sentences.null_sentence(SimpleNamespace(verdicts={verdict: 1}, left_pvalue=0.5, **tests))
     assert "too many" in sentences.null_sentence(SimpleNamespace(verdicts={verdict: 1}, left_pvalue=None, **tests))
     assert "neither stands out" in sentences.MEANINGS["undecided"]
+    moved = SimpleNamespace(verdicts={"forgotten": 2}, left_pvalue=0.03, exposed_together=False)
+    assert "none is likelier than unseen text" in sentences.null_sentence(moved)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +183,7 @@ def test_the_headline_of_undecided_texts(source, counts, continuation, headline,
         left_pvalue=0.5,
         attack=None,
         collapsed=False,
+        utility_lost=False,
         change=None,
         null_test=SimpleNamespace(pvalue=0.5),
         top_test=SimpleNamespace(exact_pvalue=0.5),

@@ -70,7 +70,7 @@ COMMANDS = {
     "edit": ["--edit", "prune"],
     "attack": ["--attacks", "prefix,quantization"],
 }
-ELSEWHERE = {"find", "study", "study-metrics"}  # tests of their own
+ELSEWHERE = {"find", "study", "study-metrics", "bench"}  # tests of their own, of bench in test_bench.py
 NO_SECRET = {"plan", "methods", "edits", "info", "demo"}  # write no file; the demo's texts are famous
 
 

@@ -79,6 +79,7 @@ def main() -> None:
     # Threads that wait for each other would use up the cores that other programs need, and then wait for those. OpenMP
     # reads this when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' own bars; read when tqdm is loaded, which torch does
     try:
         with explained():
             called = [word for word in sys.argv[1:2] if word in COMMANDS]

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 def quiet_libraries() -> None:
     """The chatter of the libraries below would bury the table."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.root.addHandler(_NOWHERE)  # with a handler there, a library's logging.basicConfig() changes nothing
