@@ -49,6 +49,7 @@ WRONG = [
         "setup twins needs a corpus: a file with texts",
     ),
     ({"setup": "twins", "twin": "b", "checkpoint": "a", "kinds": ("canary",)}, ArgumentError, 'in setup twins "id"'),
+    ({"setup": "twins", "twin": "a/", "checkpoint": "a"}, ArgumentError, "must be two models, .* got 'a' for both"),
     ({"size": "huge"}, ArgumentError, "size must be one of"),
     ({"out": 5}, ArgumentError, "out must be the path"),
     ({"out": None}, ArgumentError, "out must be the path"),

@@ -1,5 +1,7 @@
 """Training steps of fixed shapes: the plain step but for rounding; a capture leaves no trace, and may fail."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,12 @@ import torch
 from pyunlearn.data import Tokens
 from pyunlearn.models.from_scratch import untrained_llama, untrained_t5
 from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.study import steps as study_steps
 from pyunlearn.study import training
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.models import optimizer_of
-from pyunlearn.study.steps import FixedSteps, PlainStep, captured, fixed_batch, set_rate, width_of
+from pyunlearn.study.steps import FixedSteps, PlainStep, captured, fixed_batch, set_rate, training_step, width_of
 
 VOCABULARY, BATCH = 60, 5
 SETUPS = ("translation", "text")
@@ -116,6 +119,47 @@ def test_where_a_capture_fails_the_plain_step_takes_over(setup):
         made = trained(setup, FixedSteps, capture, dropout=0.3)
     assert len([w for w in caught if "CUDA graph" in str(w.message)]) == len(attempts) == 1
     assert_same_bits(made, trained(setup, PlainStep, dropout=0.3))
+
+
+def test_a_capture_that_fails_later_frees_those_before_it():
+    """No shape and no gradient is left, which would hold a graph's memory; the steps after it are the plain ones."""
+    lm, optimizer = model("text")
+    captures = iter([like_a_graph, failing])
+    steps = FixedSteps(lm, optimizer, BATCH, lambda clear, take: next(captures)(clear, take))
+    narrow, wide = batches("text")[1], batches("text")[4]
+    steps(narrow)
+    assert len(steps.shapes) == 1
+    gradients = []
+
+    class Recording(PlainStep):
+        def __call__(self, tokens):
+            gradients.extend(p.grad for p in lm.module.parameters())
+            return super().__call__(tokens)
+
+    steps.plain = Recording(lm, optimizer)
+    with pytest.warns(UserWarning, match="could not be captured as a CUDA graph"):
+        steps(wide)
+    assert steps.failed
+    assert not steps.shapes
+    assert gradients
+    assert all(x is None for x in gradients)
+
+
+def test_the_graphs_of_a_training_share_their_memory(monkeypatch):
+    """Each width is captured into the pool of its training; another training has another pool."""
+    handles, pools = iter([(0, 1), (0, 2)]), []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+
+    def capture(clear, take, pool=None):
+        pools.append(pool)
+        return take
+
+    monkeypatch.setattr(study_steps, "captured", capture)
+    for _ in range(2):
+        steps = training_step(SimpleNamespace(device=torch.device("cuda")), None, BATCH)
+        steps.capture(None, None)
+        steps.capture(None, None)
+    assert pools == [(0, 1), (0, 1), (0, 2), (0, 2)]
 
 
 def test_buffers_stay_where_they_are():

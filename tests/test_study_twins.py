@@ -2,7 +2,6 @@
 
 import csv
 import json
-import random
 import shutil
 
 import numpy as np
@@ -11,48 +10,23 @@ import tiny
 import torch
 import typer.testing
 from study_settings import TINY
+from twin_texts import SETTINGS, config_of, dosed, read, texts_of, write
 
 from pyunlearn.cli import main as cli
 from pyunlearn.data import Example, encode
-from pyunlearn.errors import ArgumentError, DataError, ModelError
+from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.output import read_arrays
 from pyunlearn.study import StudyConfig, evaluate_metrics, run_study, seeds, training
-from pyunlearn.study import twins as study_twins
 from pyunlearn.study.claims import CLAIMS, primary_claims
-from pyunlearn.study.corpus import Dosed, read_doses
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.outcomes import examples_of, outcomes_of
+from pyunlearn.study.page import notes_of_twins
 from pyunlearn.study.runs import jobs
 from pyunlearn.study.sets import NOBODY, ForgetSet
 from pyunlearn.study.twins import kinds_of, twin_sets
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
-SETTINGS = {**TINY, "setup": "twins", "doses": (2, 16), "seeds": 6, "steps": 16, "unlearning_rates": (3e-4,)}
-INSERTED = 6 * 2  # texts of each dose: seeds, examples
-UNSEEN = 19 + 12  # non-members, test_examples
-
-
-def texts_of(count, seed):
-    """Return texts of random words, which cannot be guessed."""
-    words, rng = sorted({w for s in tiny.sentences(100, 0) for w in s.strip(".").split()}), random.Random(seed)
-    return [" ".join(rng.choices(words, k=10)) for _ in range(count)]
-
-
-def dosed(kinds=("id",), doses=(0, 2, 16)):
-    """Return random texts as rows with doses, as Hubble has them."""
-    counts = {(kind, dose): INSERTED if dose else UNSEEN for kind in kinds for dose in doses}
-    texts = iter(texts_of(sum(counts.values()), 5))
-    return [
-        {"text": next(texts), "duplicates": dose, "kind": kind, "meta": "{}"}
-        for (kind, dose), count in counts.items()
-        for _ in range(count)
-    ]
-
-
-def write(path, rows):
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -217,14 +191,6 @@ def test_the_metrics_are_not_evaluated_on_twins(finished):
 # ---------------------------------------------------------------- estimands and sets, without a model
 
 
-def config_of(**changes):
-    return StudyConfig(**{**SETTINGS, "checkpoint": "seen", "twin": "unseen", **changes})
-
-
-def read(rows, tmp_path):
-    return read_doses([write(tmp_path / "corpus.jsonl", rows)])
-
-
 def test_sets_are_disjoint_and_of_their_dose(tmp_path):
     """Each text is in one set at most; non-members and test texts are those of dose 0."""
     texts, config = read(dosed(("id", "canary")), tmp_path), config_of()
@@ -280,48 +246,26 @@ def test_the_twin_is_where_retraining_ends(tmp_path):
         assert difficulty.contrasts[seed] == pytest.approx(0.5 * np.sqrt(np.mean([x.var() for x in hard])))
 
 
-# ---------------------------------------------------------------- inputs that cannot be used
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_pair_that_is_swapped_has_a_note(tmp_path, swapped):
+    """Where texts of the largest dose are memorized no more than those of dose 0; nothing is said where they are."""
+    config = config_of(kinds=("id",))
+    sets = twin_sets(config, read(dosed(), tmp_path), None, tiny.make_tokenizer())
+    folder, owners = Folder(tmp_path / "out", {}), sets.owners()
+    nll = {"twin": np.full(len(owners), 3.0), "checkpoint": np.array([3 - owners[i].dose / 10 for i in sets.scored()])}
+    if swapped:
+        nll = {"twin": nll["checkpoint"], "checkpoint": nll["twin"]}
+    for name, values in nll.items():
+        folder.arrays(f"scores/{name}.safetensors", nll=values, test_nll=np.array(1.0))
+    notes = notes_of_twins(config, sets, examples_of(folder, config, sets), [])
+    expected = [
+        "texts of dose 16 (kind id) is -1.600 nats on average, and no more than that of the texts of dose 0, +0"
+    ]
+    assert [text for text in expected if any(text in note for note in notes)] == (expected if swapped else [])
+    assert any("perhaps the pair is swapped" in note for note in notes) == swapped
 
 
-CORPORA = [
-    (lambda rows: [{"text": r["text"]} for r in rows], 'line 1, has no column "duplicates" or "dose"'),
-    (lambda rows: [r["text"] for r in rows], 'line 1, has no column "duplicates" or "dose"'),
-    (
-        lambda rows: [r | {"duplicates": 0} for r in rows],
-        r"needs 12 texts of kind id and dose 2 .* has 0 \(55 of",
-    ),
-    (lambda rows: [r | {"duplicates": -1} for r in rows], "must have a whole number, 0 or more, in column"),
-    (lambda rows: [r | {"duplicates": 1.5} for r in rows], "must have a whole number, 0 or more, in column"),
-    (lambda rows: [r | {"kind": "poem"} for r in rows], "must have one of id, mismatched, canary, random in column"),
-    (lambda rows: [r | {"kind": "canary"} for r in rows], r"needs 12 texts of kind id .* \(none of this kind\)"),
-    (lambda rows: rows[UNSEEN:], "needs 31 texts of kind id and dose 0 for non-members and test"),
-    (lambda rows: rows[:-1], r"needs 12 texts of kind id and dose 16 for its forget sets, and the corpus has 11"),
-    (lambda rows: [*rows, rows[0] | {"duplicates": 16}], "has a text that stands before it with another dose"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), CORPORA)
-def test_a_corpus_that_cannot_be_used_is_one_sentence(tmp_path, monkeypatch, change, message):
-    """It says what is missing, before a model is loaded and anything is written."""
-    monkeypatch.setattr("pyunlearn.study.study.twin_tokenizer", lambda *_: tiny.make_tokenizer())
-    corpus = write(tmp_path / "corpus.jsonl", change(dosed()))
-    with pytest.raises(DataError, match=message) as caught:
-        run_study(tmp_path / "out", **{**SETTINGS, "checkpoint": "seen", "twin": "unseen", "corpus": corpus})
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-def test_texts_that_are_not_used_are_counted(tmp_path, monkeypatch):
-    """Of other doses and kinds than the settings name; the same row twice is one text; doses may be strings."""
-    lines = []
-    monkeypatch.setattr(study_twins.logger, "warning", lines.append)
-    rows = [r | {"dose": str(r.pop("duplicates"))} for r in dosed()]
-    extra = [{"text": f"extra text {n}", "dose": "64"} for n in range(3)]
-    texts = read([*rows, *rows, *extra], tmp_path)
-    assert len(texts) == len(rows) + 3
-    assert texts[0] == Dosed(Example("", rows[0]["text"]), "id", 0)
-    twin_sets(config_of(kinds=("id",)), texts, None, tiny.make_tokenizer())
-    assert lines == ["3 texts of the corpus are not used: their kind is none of id, or their dose none of 0, 2, 16"]
+# ---------------------------------------------------------------- models that cannot be used
 
 
 @pytest.mark.full

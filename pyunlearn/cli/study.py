@@ -53,10 +53,11 @@ def study(
 ) -> None:
     """Repeat the experiment of arXiv 2411.04388: unlearning in and out of distribution, memorization and difficulty.
 
-    It trains a model for each seed with forget sets of several kinds, unlearns them, and decides five claims of the
-    paper by tests over seeds: a page (index.html), figures and tables. The defaults below are those of the preset
-    smoke, whose 3 seeds decide nothing. An interrupted study resumes when the same command is run again. Setup twins
-    trains nothing: its seeds are sets of texts of a checkpoint that saw them, and its twin did not.
+    It trains a model for each seed (setup twins trains none) with forget sets of several kinds, unlearns them, and
+    decides up to five claims of the paper by tests over seeds: a page (index.html), figures and tables. The defaults
+    below are those of the preset smoke, whose 3 seeds decide nothing. An interrupted study resumes when the same
+    command is run again. In setup twins the seeds are sets of texts of a checkpoint that saw them, and its twin did
+    not.
 
     Examples:
 

@@ -76,7 +76,7 @@ class StudyConfig(Config):
         Several(Choice(KINDS)),
         "Kinds of forget set: id (in distribution: ordinary examples), canary (a template, then random tokens); also "
         "mismatched (fluent completions of another prompt), random (random tokens alone). id and canary are needed; in "
-        "setup twins id alone, and used are those of them that the corpus has.",
+        "setup twins only id is needed, and kinds that the corpus lacks are left out.",
         group="Data",
     )
     doses: tuple[int, ...] = option(
@@ -145,6 +145,11 @@ class StudyConfig(Config):
             raise ArgumentError(
                 f"setup qa, which fine-tunes a checkpoint, and setup twins need one, and only they: got setup "
                 f"{self.setup!r} and checkpoint {self.checkpoint!r}; give both or neither"
+            )
+        if self.checkpoint is not None and self.twin is not None and Path(self.checkpoint) == Path(self.twin):
+            raise ArgumentError(
+                f"checkpoint and twin must be two models, one that saw the texts and one that did not, got "
+                f"{self.checkpoint!r} for both"
             )
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.study.config import KINDS
 
 _DOSES = ("duplicates", "dose")  # columns that tell how often a text was inserted
+_WHOLE = re.compile(r"\d+(\.0*)?")  # of 4 and 4.0
 _PASSAGE = 24  # words of a plain text that make one example; the first third is its prompt
 _ADJECTIVES = ("red", "old", "small", "loud", "calm", "wild", "cold", "kind", "odd", "tall")
 _NOUNS = (
@@ -76,7 +78,8 @@ class Dosed(NamedTuple):
 def read_doses(paths: Sequence[str | Path]) -> list[Dosed]:
     """Read the texts of a pair of models from files with a column "duplicates" or "dose", none of them twice.
 
-    A column "kind" holds one of KINDS; without it, every text is in distribution ("id").
+    A column "kind" holds one of KINDS; without it, every text is in distribution ("id"). A dose may be a whole float,
+    as pandas writes a column in which some are missing.
 
     Raises ArgumentError without a file; DataError where one is missing or unreadable, a row has no dose or a wrong one
     or no known kind, or a text stands there twice with different ones.
@@ -85,26 +88,31 @@ def read_doses(paths: Sequence[str | Path]) -> list[Dosed]:
         raise ArgumentError('setup twins needs a corpus: a file with texts and a column "duplicates" or "dose"')
     texts: dict[tuple[str, str], Dosed] = {}
     for where, row in (each for path in paths for each in rows_of(Path(path), "corpus")):
-        column = next((c for c in _DOSES if isinstance(row, Mapping) and row.get(c) is not None), None)
+        column = next((c for c in _DOSES if isinstance(row, Mapping) and not _missing(row.get(c))), None)
         if column is None or not isinstance(row, Mapping):
             raise DataError(
-                f'{where} has no column "duplicates" or "dose": setup twins needs the number of times that each text '
-                "was inserted, 0 for texts that neither model saw"
+                f'{where} has nothing in a column "duplicates" or "dose": setup twins needs the number of times that '
+                "each text was inserted, 0 for texts that neither model saw"
             )
         (example,) = examples_of(iter([(where, row)]), "corpus", "last")
-        kind, dose = row.get("kind") or "id", row[column]
-        if isinstance(dose, bool) or not str(dose).isdecimal():
+        kind, dose = "id" if _missing(row.get("kind")) else row["kind"], row[column]
+        if isinstance(dose, bool) or not _WHOLE.fullmatch(str(dose)):
             raise DataError(
                 f'{where} must have a whole number, 0 or more, in column "{column}", got {str(dose)[:20]!r}'
             )
         if kind not in KINDS:
             raise DataError(f'{where} must have one of {", ".join(KINDS)} in column "kind", got {str(kind)[:20]!r}')
-        dosed = Dosed(replace(example, forget=()), kind, int(dose))
+        dosed = Dosed(replace(example, forget=()), kind, int(str(dose).partition(".")[0]))
         if texts.setdefault((example.prompt, example.completion), dosed)[1:] != dosed[1:]:
             raise DataError(
                 f"{where} has a text that stands before it with another dose or kind: leave one of them out"
             )
     return list(texts.values())
+
+
+def _missing(value: object) -> bool:
+    """Return whether a table has no value there: pandas and CSV files have NaN or an empty text in its place."""
+    return value is None or str(value).strip().lower() in ("", "nan")
 
 
 def synthetic(setup: str, count: int, seed: int) -> list[Example]:

@@ -1,4 +1,4 @@
-"""The page of a study: five decisions with effect and interval, what limits them, and their sensitivity."""
+"""The page of a study: a decision on each claim with effect and interval, what limits them, and their sensitivity."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyunlearn.study.outcomes import Examples, Outcome
 from pyunlearn.study.plan import FILE
 from pyunlearn.study.result import Study
 from pyunlearn.study.seeds import CHECKPOINT, TWIN, model_name, scores_file
-from pyunlearn.study.sets import NOBODY, Sets
+from pyunlearn.study.sets import NOBODY, ForgetSet, Sets
 from pyunlearn.study.tables import decision_row
 
 TONES = {"supported": "good", "contradicted": "bad", "no material difference": "plain", "undecided": "plain"}
@@ -46,7 +46,7 @@ def notes_of(config: StudyConfig, sets: Sets, outcomes: Sequence[Outcome]) -> li
     return notes + _notes_of_ends(config, outcomes)
 
 
-def notes_of_twins(config: StudyConfig, examples: Examples, outcomes: Sequence[Outcome]) -> list[str]:
+def notes_of_twins(config: StudyConfig, sets: Sets, examples: Examples, outcomes: Sequence[Outcome]) -> list[str]:
     """Return what limits the decisions of a study of twins, a sentence each."""
     notes = [
         f"The units of the tests are {config.seeds} disjoint draws of sets of texts of one pair of models, not models "
@@ -65,6 +65,17 @@ def notes_of_twins(config: StudyConfig, examples: Examples, outcomes: Sequence[O
         f"(95 % interval {low:+.3f} to {high:+.3f}): what is not 0 is no memorization, and moves the level at which a "
         "set counts as forgotten."
     )
+    dose = max(config.doses)
+    unseen, seen = (
+        float(np.mean([examples.at(examples.memorization, sets.forget[ForgetSet("id", d, s)]) for s in seeds]))
+        for d, seeds in ((0, [NOBODY]), (dose, range(config.seeds)))
+    )
+    if not seen > unseen:
+        notes.append(
+            f"Memorization of the texts of dose {dose} (kind id) is {seen:+.3f} nats on average, and no more than that "
+            f"of the texts of dose 0, {unseen:+.3f}: perhaps the pair is swapped, checkpoint and twin, or the doses "
+            "are those of another model."
+        )
     return notes + _notes_of_ends(config, outcomes)
 
 

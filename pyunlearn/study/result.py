@@ -17,7 +17,7 @@ class Study:
     """The folder with tables, figures, models and index.html, the page to begin with."""
     config: StudyConfig
     claims: list[Claim]
-    """The decision on each of the five claims, with one number per seed."""
+    """The decision on each claim, up to five, with one number per seed."""
     secondary: list[Claim]
     """Decisions on the claims that compare kinds, for further kinds of forget set."""
     notes: list[str]

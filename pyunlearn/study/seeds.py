@@ -56,7 +56,8 @@ def scores_file(name: str) -> str:
 def run_seed(inputs: Inputs, seed: int, say: Callable[[str], None]) -> None:
     """Do what is not finished of one seed.
 
-    Writes a trajectory for each run, see `unlearn_set`, and before that, but for twins, models/seed-S and its scores.
+    Writes a trajectory for each run, see `unlearn_set`, and before that models/seed-S and its scores (in setup twins
+    both exist already).
     """
     folder, config, sets, name = inputs.folder, inputs.config, inputs.sets, model_name(inputs.config, seed)
     if config.twin is None:

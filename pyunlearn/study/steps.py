@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,12 @@ _WARM_UP = 3  # steps before a capture, in which libraries choose their kernels 
 
 
 def training_step(lm: LanguageModel, optimizer: torch.optim.Optimizer, batch_size: int) -> Step:
-    """Return the step of a training: on a GPU a graph for each of a few shapes, elsewhere the plain one."""
+    """Return the step of a training: on a GPU a graph for each of a few shapes, elsewhere the plain one.
+
+    The graphs share one pool of memory, in which each uses again what those before it have freed.
+    """
     if lm.device.type == "cuda":
-        return FixedSteps(lm, optimizer, batch_size, captured)
+        return FixedSteps(lm, optimizer, batch_size, partial(captured, pool=torch.cuda.graph_pool_handle()))
     return PlainStep(lm, optimizer)
 
 
@@ -83,7 +87,8 @@ class FixedSteps:
         optimizer: for graphs, one that can be captured, with a tensor as learning rate.
         batch_size: examples of the largest batch.
         capture: makes the call for a shape; the steps that it takes leave no trace in weights, optimizer or random
-            state. Where it fails, the plain step takes over, with a warning. None: each step runs as it is.
+            state. Where it fails, the plain step takes over, with a warning, and what was captured before is freed.
+            None: each step runs as it is.
     """
 
     def __init__(
@@ -128,17 +133,23 @@ class FixedSteps:
                 call = self.capture(clear, take)
             except RuntimeError as error:
                 self.failed = True
+                self.shapes.clear()  # with the graphs of other widths, which no step replays any more
+                clear()  # gradients are in the memory of a graph
                 warnings.warn(
                     f"the training step could not be captured as a CUDA graph ({first_line(error)}): each step is run "
                     "by itself, which is slower",
                     stacklevel=4,
                 )
             before.restore()
-        self.shapes[width] = buffers, call
+        if not self.failed:
+            self.shapes[width] = buffers, call
 
 
-def captured(clear: Callable[[], None], take: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def captured(clear: Callable[[], None], take: Callable[[], Tensor], pool: Any = None) -> Callable[[], Tensor]:
     """Capture a step as a CUDA graph, after steps to warm up on a stream of their own.
+
+    Graphs of one `pool` (of `torch.cuda.graph_pool_handle`; None: one for this graph alone) share memory. They are
+    replayed one after the other, and nothing but the loss, which is copied, is read after a replay.
 
     Gradients are in the graph's own memory: without any before the capture, each replay writes them from the beginning.
     The random state is that of the default generator, which torch registers with the graph: a replay draws from where
@@ -156,7 +167,7 @@ def captured(clear: Callable[[], None], take: Callable[[], Tensor]) -> Callable[
     clear()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             loss = take()
     except RuntimeError:
         # torch leaves the stream of the capture in place, and a generator that refuses to draw outside of a capture

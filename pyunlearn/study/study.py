@@ -54,7 +54,7 @@ def run_study(
 
     Is it harder to forget text in or out of distribution, and at what price? Each seed trains one model with its own
     forget sets of several kinds; the models of the other seeds show where retraining without them would end. Sets are
-    unlearned by gradient ascent, and five claims are decided by t tests over seeds. The same call resumes an
+    unlearned by gradient ascent, and up to five claims are decided by t tests over seeds. The same call resumes an
     interrupted study, to the same result. On a CPU the same call gives the same numbers.
 
     Setup twins trains nothing: it unlearns disjoint sets of texts from a checkpoint that saw them at random doses, as
@@ -114,7 +114,10 @@ def _evaluate(inputs: Inputs, plan: str) -> Study:
     claims = primary_claims(config, examples, outcomes)
     secondary = secondary_claims(config, examples, outcomes)
     rows = variants(config, examples, outcomes, claims)
-    notes = notes_of(config, sets, outcomes) if config.twin is None else notes_of_twins(config, examples, outcomes)
+    if config.twin is None:
+        notes = notes_of(config, sets, outcomes)
+    else:
+        notes = notes_of_twins(config, sets, examples, outcomes)
     write_tables(inputs, examples, outcomes, [*claims, *secondary], rows)
     draw_all(folder, config, outcomes, claims)
     study = Study(folder.path, config, claims, secondary, notes, plan)
