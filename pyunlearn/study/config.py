@@ -149,7 +149,7 @@ class StudyConfig(Config):
         if self.checkpoint is not None and self.twin is not None and Path(self.checkpoint) == Path(self.twin):
             raise ArgumentError(
                 f"checkpoint and twin must be two models, one that saw the texts and one that did not, got "
-                f"{self.checkpoint!r} for both"
+                f"{self.checkpoint!r} for both: name the other one"
             )
 
     @classmethod
