@@ -1,6 +1,9 @@
 """How a command loads its model: in the dtype in which it was saved, and with the options that all commands share."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,3 +137,12 @@ def test_a_run_in_bfloat16_forgets(call, folder, narrow, tmp_path):  # noqa: F81
     result = json.loads((tmp_path / "new" / "result.json").read_text())
     assert {e["verdict"] for e in result["examples"]} == {"forgotten"}
     assert dtypes(tmp_path / "new") == {torch.bfloat16}
+
+
+def test_no_bar_of_a_library_is_shown():
+    """Libraries load tqdm before a command begins: it is told before."""
+    code = "from pyunlearn.cli.main import main\ntry:\n main()\nfinally:\n import tqdm\n list(tqdm.tqdm(range(3)))"
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    words = [sys.executable, "-c", code, "--version"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -143,7 +143,9 @@ def test_verdicts_stand_before_their_claims():
     assert lines[2:] == ["not shown  Claim.", "             Reason."]
 
 
-@pytest.mark.parametrize(("verdict", "words"), [("still exposed", "Single texts are recited"), ("undecided", "could be")])
+@pytest.mark.parametrize(
+    ("verdict", "words"), [("still exposed", "Single texts are recited"), ("undecided", "could be")]
+)
 def test_only_a_text_that_stands_out_is_called_so(verdict, words):
     """An undecided one is not, and where no more texts lie high than unseen ones would, the sentence says that."""
     tests = {"null_test": SimpleNamespace(pvalue=0.01), "top_test": SimpleNamespace(exact_pvalue=0.01)}
