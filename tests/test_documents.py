@@ -13,22 +13,12 @@ import pytest
 import tiny
 import torch
 import typer
-from test_public import PACKAGES, ROOT
+from test_public import INNER, PACKAGES, ROOT
 
 import pyunlearn
 from pyunlearn.auditing import config, result
 from pyunlearn.cli import main as cli
 
-INNER = (
-    "auditing",
-    "benchmarking",
-    "cli",
-    "comparing",
-    "data",
-    "models",
-    "report",
-    "unlearning",
-)  # users import pyunlearn instead
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
