@@ -190,3 +190,12 @@ def test_what_cannot_be_judged_is_refused(arguments, options, message):
         verdict(*arguments, **options)
     with pytest.raises(ValueError, match="side must be 'lower' or 'upper', got 'both'"):
         exposure_interval([1.0], [1.0], side="both")
+
+
+def test_only_texts_that_may_be_are_over_unlearned():
+    """`too_low` is False for one of two texts that both lie below all non-members: it is forgotten."""
+    non_members = np.arange(1.0, 100.0)
+    both = verdict([0.5, 0.5], [150.0, 150.0], non_members)
+    one = verdict([0.5, 0.5], [150.0, 150.0], non_members, too_low=[True, False])
+    assert both.verdict.tolist() == ["over-unlearned", "over-unlearned"]
+    assert one.verdict.tolist() == ["over-unlearned", "forgotten"]

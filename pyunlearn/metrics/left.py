@@ -16,7 +16,7 @@ _LEVEL = 0.05
 """Of the three comparisons together."""
 _UNMOVED = 0.25
 """Share of the way from a text's score before to the mean of unseen text, below which it has hardly moved."""
-_FAR = 2.5
+_FAR = 2.0
 """Spreads of unseen text that this way is long at least: a shorter one is too easily not gone by chance."""
 _STILL = 0.05
 """Share of a way of any length, below which a text has not moved."""
@@ -53,7 +53,7 @@ def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, 
     - `discoveries` selects it among the memorized texts, by its exposure in the model or by that of what is extracted,
       and `pvalue` is at most 5 %;
     - or it has hardly moved: it is likelier than every non-member, and less than a quarter of the way from its score
-      under the original model to the mean of the non-members there, where this way is 2.5 of their spreads below that
+      under the original model to the mean of the non-members there, where this way is two of their spreads below that
       mean or more; or less than a twentieth of a way of any length, to either side;
     - or it is likelier than every non-member by more than twice what they differ among each other.
 
