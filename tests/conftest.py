@@ -130,6 +130,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def own_accelerate(monkeypatch):
+    """No state of accelerate, before and after: a Trainer leaves its precision there, and in the environment."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="module")
 def story(one_thread):
     """A Llama trained on sentences, two of which it has memorized."""

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from accelerate.state import AcceleratorState
 
 pytestmark = pytest.mark.full
 
@@ -15,8 +14,8 @@ PERTURBED = ("forget10_perturbed", "retain_perturbed", "real_authors_perturbed",
 
 
 @pytest.fixture
-def data(tmp_path, one_thread):
-    """A folder like TOFU's, and a model that knows none of it; accelerate's precision is forgotten afterwards."""
+def data(tmp_path, one_thread, own_accelerate):
+    """A folder like TOFU's, and a model that knows none of it."""
     sys.path.append(str(Path(__file__).parent.parent))
     for seed, name in enumerate((*PERTURBED, "retain90")):
         rows = tiny.facts(40 if name == "retain90" else 4, seed)
@@ -28,9 +27,7 @@ def data(tmp_path, one_thread):
     tokenizer = tiny.make_tokenizer()
     for part in (tiny.tiny_llama(len(tokenizer)), tokenizer):
         part.save_pretrained(tmp_path / "model")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield tmp_path
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return tmp_path
 
 
 def test_the_defaults_and_the_recipes_start_from_one_model(data, tmp_path, monkeypatch):

@@ -173,7 +173,7 @@ def test_without_the_original_nothing_is_called_forgotten(audited):
 def test_a_caption_does_not_gainsay_the_headline(audited):
     """A few exposed texts among others, which the test of the whole set cannot see, are not called like unseen text."""
     exposed = with_verdicts(audited, "still exposed", *["not memorized"] * 5)
-    assert "Single texts stand out" in Page(audit_page(exposed)).text
+    assert "Single texts are recited, have hardly moved or lie far out" in Page(audit_page(exposed)).text
     assert "could be unseen text" not in Page(audit_page(exposed)).text
     assert "could be unseen text" in Page(audit_page(with_verdicts(audited, *["not memorized"] * 6))).text
 
