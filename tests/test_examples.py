@@ -40,8 +40,9 @@ def test_a_secret_is_forgotten_and_the_audit_agrees(folder, tmp_path, monkeypatc
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("own_accelerate")
 @pytest.mark.parametrize("trl", [False, True], ids=["transformers", "trl"])
-def test_a_trainer_forgets_what_unlearn_forgets(folder, tmp_path, monkeypatch, capsys, own_accelerate, trl):  # noqa: F811
+def test_a_trainer_forgets_what_unlearn_forgets(folder, tmp_path, monkeypatch, capsys, trl):  # noqa: F811
     """In a Trainer of transformers or TRL the verdicts are those of a run of unlearn, and it stops by itself."""
     if trl:
         pytest.importorskip("trl")
