@@ -153,7 +153,7 @@ def test_only_a_text_that_stands_out_is_called_so(verdict, words):
     assert "too many" in sentences.null_sentence(SimpleNamespace(verdicts={verdict: 1}, left_pvalue=None, **tests))
     assert "neither stands out" in sentences.MEANINGS["undecided"]
     moved = SimpleNamespace(verdicts={"forgotten": 2}, left_pvalue=0.03, exposed_together=False)
-    assert "none is likelier than unseen text" in sentences.null_sentence(moved)
+    assert "none counts as exposed" in sentences.null_sentence(moved)
 
 
 @pytest.mark.parametrize(

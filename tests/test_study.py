@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-import torch
 import typer.testing
 from study_settings import TINY
 
@@ -28,7 +27,7 @@ pytest.importorskip("matplotlib")
 TABLES = ("claims.csv", "contrasts.csv", "sensitivity.csv", "examples.csv", "runs.csv", "steps.csv")
 MADE = (*TABLES, "study.yaml", "claims.json", "index.html")
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("one_thread")]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -36,15 +35,6 @@ def digests(folder: Path) -> dict[str, str]:
     files = [folder / name for name in MADE] + sorted((folder / "figures").iterdir())
     files += sorted((folder / "runs").iterdir()) + sorted((folder / "scores").iterdir())
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Use one thread: a share of several would depend on the number of processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

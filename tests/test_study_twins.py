@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import tiny
-import torch
 import typer.testing
 from study_settings import TINY
 from twin_texts import SETTINGS, config_of, dosed, read, texts_of, write
@@ -25,17 +24,10 @@ from pyunlearn.study.runs import jobs
 from pyunlearn.study.sets import NOBODY, ForgetSet
 from pyunlearn.study.twins import kinds_of, twin_sets
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Use one thread: a share of several would depend on the number of processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

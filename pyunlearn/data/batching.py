@@ -74,7 +74,8 @@ def collate(tokens: Sequence[Tokens], *, pad_id: int, decoder_start_id: int | No
         decoder_ids, _ = _padded([(decoder_start_id, *t.written[:-1]) for t in tokens], pad_id)
         width, shift = decoder_ids.shape[1], 0
     counts = _integers([len(t.scored) for t in tokens])
-    rows = [b * width - shift + i for b, t in enumerate(tokens) for i in t.chosen or range(t.first, len(t.written))]
+    places = [range(t.first, len(t.written)) if t.chosen is None else t.chosen for t in tokens]
+    rows = [b * width - shift + i for b, each in enumerate(places) for i in each]
     return TokenBatch(
         ids=ids,
         attention_mask=attention_mask,

@@ -29,7 +29,7 @@ class Comparison(NamedTuple):
 
 
 def joint_top_tests(comparisons: Sequence[Comparison], n: int, *, seed: int = 0) -> Floats:
-    """Compute the p-values of several top tests, any of which falls below 5 % for 5 % of sets of unseen texts.
+    """Compute the p-values of several top tests: for at most 5 % of sets of unseen texts any of them is 5 % or less.
 
     The statistic of a comparison is that of `exposure_top_test`, the smallest P(K_j >= k_j) with its factor. If the n
     texts and m non-members are exchangeable, any n of the n + m could have been the texts; p is the share of such

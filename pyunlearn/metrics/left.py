@@ -60,11 +60,11 @@ def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, 
     All exposures are among the non-members under the same model. In a model that never saw the texts these are
     exchangeable with the non-members, for any law of the scores. Three comparisons share one level: whether the
     memorized texts are too likely, or too much of them is extracted (`pvalue`, the smaller one of the two), and whether
-    texts are too unlikely (`unlikely_pvalue`). For 5 % of sets of unseen texts any of them is 5 % or less. The last two
-    rules name at most n / (m + 1) of n texts on average: hardly any where they were far below the non-members, for then
-    a quarter of the way is farther than unseen text lies. Where only some texts of a set were memorized, and weakly,
-    these may be the easier ones, which lie higher in every model; scores less those of a reference model vary less in
-    this.
+    texts are too unlikely (`unlikely_pvalue`). For at most 5 % of sets of unseen texts any of them is 5 % or less. The
+    last two rules name at most n / (m + 1) of n texts on average: hardly any where they were far below the non-members,
+    for then a quarter of the way is farther than unseen text lies. Where only some texts of a set were memorized, and
+    weakly, these may be the easier ones, which lie higher in every model; scores less those of a reference model vary
+    less in this.
 
     Args:
         before: mean negative log-likelihoods, (n,) of the texts and (m,) of the non-members, nats per token, under the

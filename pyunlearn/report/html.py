@@ -199,9 +199,9 @@ def _how(audit: Audit) -> list[tuple[str, str]]:
     )
     if non_members.anchored:
         verdicts += (
-            " if all texts are so together; still exposed when it stands out among the comparison texts under the "
-            "audited model, at that rate if the memorized texts do all together, when it is likelier than all of these "
-            "and has hardly moved or lies far beyond them, or is recited; undecided otherwise"
+            " if all texts are so together, or by far; still exposed when it stands out among the comparison texts "
+            "under the audited model, at that rate if the memorized texts do all together, when it is likelier than "
+            "all of these and has hardly moved or lies far beyond them, or is recited; undecided otherwise"
         )
     passes = ", ".join(f"{name.replace('_', ' ')}: {n} texts, each once" for name, n in audit.passes.items())
     null, top = audit.null_test, audit.top_test

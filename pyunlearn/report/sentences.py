@@ -145,7 +145,7 @@ def _left_sentence(audit: Audit, pvalue: float) -> str:
         return f"All together the memorized texts are no unseen text (p = {pvalue:.1g}): too many stand out."
     return (
         f"The memorized texts are likelier all together than the comparison texts are now (p = {pvalue:.1g}); by these "
-        "as they were before, none is likelier than unseen text."
+        "as they were before, none counts as exposed."
     )
 
 
