@@ -1,7 +1,4 @@
-"""Use of the Hopper kernels by the ops: which calls they serve, what they cost, and their self-test."""
-
-import sys
-from types import SimpleNamespace
+"""Use of the Hopper kernels by the ops: which calls they serve, and what they cost."""
 
 import pytest
 import torch
@@ -10,13 +7,12 @@ from heads import assert_agree, plain
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyunlearn.ops import (
-    _backend,
     _plan,
     example_objective,
     linear_log_likelihood,
     weighted_log_likelihood,
 )
-from pyunlearn.ops.hopper import dispatch, kernels, selftest
+from pyunlearn.ops.hopper import dispatch
 
 pytestmark = pytest.mark.emulator
 
@@ -128,34 +124,26 @@ def test_strided_weight_and_memory_from_elsewhere(emulated):
     assert_agree([linear_log_likelihood(case.hidden, odd, case.targets)], expected[:1], 1e-5)
 
 
-@pytest.mark.full
-def test_the_self_test_passes_and_can_fail(emulated, monkeypatch):
-    """The self-test accepts these kernels twice, and reports one that is wrong or not repeatable."""
-    assert selftest.compare(torch.device("cpu"), times=2) is None
-    good, broken = kernels._run, []
+def test_one_row_that_is_expanded(emulated):
+    """A single row of stride 0 is copied first."""
+    case = head(10, 16, 200, bias=False)
+    row = case.hidden[:1].expand(4, 16)[:1]
+    assert row.stride(0) == 0
+    assert_agree([linear_log_likelihood(row, case.weight, case.targets[:1])], [truth(case, unit(10))[0][:1]], 1e-5)
 
-    def bad(kernel, *arguments):
-        good(kernel, *arguments)
-        if kernel == broken[-1]:
-            tensors = [a for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point()]
-            tensors[3 if kernel == "hopper_statistics" else -1].mul_(1.1)
 
-    monkeypatch.setattr(kernels, "_run", bad)
-    for kernel in ("hopper_gradient", "kept_scale_hidden", "kept_hidden_gradient", "kept_add_targets"):
-        broken.append(kernel)
-        assert "wrong gradients" in selftest.compare(torch.device("cpu"))
-    broken.append("hopper_statistics")
-    assert "wrong numbers" in selftest.compare(torch.device("cpu"))
-    broken.append(None)
-    kernel_outputs, calls = selftest._kernel_outputs, []
-
-    def drifting(case):
-        statistics, gradients = kernel_outputs(case)
-        calls.append(case)
-        return [statistics[0] + 1e-6 * len(calls), *statistics[1:]], gradients
-
-    monkeypatch.setattr(selftest, "_kernel_outputs", drifting)
-    assert "other numbers" in selftest.compare(torch.device("cpu"), times=2)
+@pytest.mark.parametrize("workspace", [0, None])
+def test_a_coefficient_of_0_hides_nan(workspace, watched):
+    """A row that is NaN, or beyond the range, and whose coefficient is 0 leaves the other rows' gradients alone."""
+    case, weights = head(300, 16, 576), unit(300)
+    clean = truth(case, weights.index_fill(0, torch.tensor([9, 40]), 0))
+    case.hidden[9, 3], case.hidden[40] = torch.nan, 1e30
+    weights[[9, 40]] = 0
+    actual = evaluate(linear_log_likelihood, case, weights, workspace=workspace)
+    others = torch.tensor([i for i in range(300) if i not in (9, 40)])
+    assert_right([actual[0][others], *actual[1:]], [clean[0][others], *clean[1:]], torch.bfloat16)
+    weights[9] = 1
+    assert evaluate(linear_log_likelihood, case, weights, workspace=workspace)[2].isnan().any()
 
 
 def test_the_environment_variable_chooses(monkeypatch):
@@ -168,65 +156,3 @@ def test_the_environment_variable_chooses(monkeypatch):
     monkeypatch.setenv("PYUNLEARN_HOPPER", "yes")
     with pytest.raises(ValueError, match="PYUNLEARN_HOPPER must be 1 or 0, got 'yes'"):
         dispatch.requested()
-
-
-@pytest.mark.parametrize("value", ["", "1"])
-def test_a_failed_self_test_is_one_warning(value, gpu_0, monkeypatch):
-    """Kernels that fail their self-test are turned off with one warning."""
-    monkeypatch.setenv("PYUNLEARN_HOPPER", value)
-    monkeypatch.setattr(selftest, "compare" if value else "run_trial", lambda device: "they gave wrong numbers")
-    with pytest.warns(UserWarning, match="Hopper kernels are not used on cuda:0: they gave wrong numbers"):
-        assert not dispatch._usable(0)
-    assert not dispatch._usable(0)
-
-
-def test_other_gpus_and_builds_get_no_warning(gpu_0, monkeypatch, recwarn):
-    """A GPU without support for them causes no warning, except with PYUNLEARN_HOPPER=1."""
-    monkeypatch.setattr(_backend, "_C", SimpleNamespace(hopper_unavailable=lambda: "no such GPU"))
-    monkeypatch.delenv("PYUNLEARN_HOPPER", raising=False)
-    assert not dispatch._usable(0)
-    assert not recwarn
-    monkeypatch.setenv("PYUNLEARN_HOPPER", "1")
-    dispatch._usable.cache_clear()
-    with pytest.warns(UserWarning, match="not used on cuda:0: no such GPU"):
-        assert not dispatch._usable(0)
-
-
-@pytest.fixture
-def gpu_0(emulated, monkeypatch):
-    """The emulator as cuda:0, not tested yet."""
-    monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
-    dispatch._usable.cache_clear()
-    yield
-    dispatch._usable.cache_clear()
-
-
-def test_the_self_test_runs_in_a_subprocess(gpu_0, tmp_path, monkeypatch):
-    """Its last line, a crash and a timeout are reported as sentences; a pass is recorded on disk, a failure is not."""
-    run = selftest._run_in_subprocess
-    assert run("sys.exit(None)") is None
-    assert (
-        run("sys.exit('they gave wrong numbers for ' + str(WIDE[0]))")
-        == f"they gave wrong numbers for {selftest.WIDE[0]}"
-    )
-    assert (
-        run("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)") == "the process that tested them ended with -11"
-    )
-    assert "did not finish within 0.2 s (PYUNLEARN_HOPPER=0 skips it)" in run("while True: pass", seconds=0.2)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))
-    assert "no process could be started" in run("pass")
-
-    statements = []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
-    monkeypatch.setattr(_backend, "_C", SimpleNamespace(__file__=__file__, build_info=lambda: {"cuda_driver": 13000}))
-    for problem in ("it hangs", None):
-        monkeypatch.setattr(
-            selftest, "_run_in_subprocess", lambda statement, problem=problem: statements.append(statement) or problem
-        )
-        assert selftest.run_trial(0) == problem
-    assert selftest.run_trial(0) is None
-    assert len(statements) == 2
-    compile(statements[0], "the statement", "exec")
-    assert selftest.run_trial(1) is None  # another GPU is tested separately
-    assert len(statements) == 3

@@ -184,6 +184,18 @@ def test_coefficient_zero(op, workspace, idle, dtype, device, backend, chunks):
     assert_agree(actual, wanted, TOLERANCE.get(dtype, 2 * torch.finfo(dtype).eps))
 
 
+@pytest.mark.parametrize("op", [weighted_log_likelihood, in_two_passes])
+@pytest.mark.parametrize("workspace", [None, 0])
+def test_coefficient_zero_hides_nan(op, workspace, device, backend):
+    """A row with coefficient 0 that holds NaN changes no gradient, also where dropping it would not pay."""
+    case, coefficients = make(61, 20, 703, device=device), torch.linspace(1, 2, 61, device=device)
+    coefficients[7] = 0
+    wanted = pulled(case, coefficients, op, workspace=workspace)
+    case.hidden[7] = torch.nan
+    actual = pulled(case, coefficients, op, workspace=workspace)
+    assert_agree(actual[1:], wanted[1:], 1e-6)
+
+
 @pytest.mark.parametrize("workspace", [None, 0])
 def test_products_saved(workspace, backend, chunks):
     """Half of the rows idle halves the backward products: 1 + 2 / 2 with cached logits, 1 + 3 / 2 recomputed."""
@@ -272,7 +284,7 @@ INSIDE = {
 def test_nothing_ignored(op, device, backend, monkeypatch):
     """ignore_index=None gives the same result without counting live rows, which on a GPU would synchronize."""
     case = make(13, 20, 203, device=device)
-    monkeypatch.setattr(_passes, "rows_with_gradient", lambda *_, **__: None)  # never called on a GPU
+    monkeypatch.setattr(_passes, "rows_with_gradient", lambda *_, **__: (None, False))  # never called on a GPU
     monkeypatch.setattr(_one_pass, "_known_to_be_one", lambda *_: False)  # nor is this one
 
     def run(ignore_index):
@@ -287,7 +299,7 @@ def test_nothing_ignored(op, device, backend, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(run(None), run(-100), strict=True))
     with monkeypatch.context() as patch:  # the CPU checks targets, a GPU does not
         for module in {sys.modules[f"pyunlearn.ops.{op.__name__}"], op_module, statistics_module, _passes}:
-            patch.setattr(module, "check_targets", lambda *_: None)
+            patch.setattr(module, "check_targets", lambda *_: True)
         for ignore_index, least in ((None, 0), (-100, 1)):
             with Synchronizations() as waits:
                 run(ignore_index)

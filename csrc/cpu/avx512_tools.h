@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 
@@ -51,6 +52,22 @@ template <class T> class AlignedMemory {
  private:
   std::unique_ptr<char[]> memory_;
   int64_t size_ = 0;
+};
+
+// Memory for each thread of a parallel region, `each` numbers that fill whole cache lines, asked for before the region:
+// within it nothing may throw.
+template <class T> class MemoryOfThreads {
+ public:
+  MemoryOfThreads(AlignedMemory<T>& memory, int64_t each, int64_t rows, int threads) : each_(each) {
+    const int64_t most = rows < threads ? rows : threads;
+    all_ = memory.room(each_ * (most < 1 ? 1 : most));
+  }
+  T* next() { return all_ + each_ * next_++; }  // once a call of the region's function
+
+ private:
+  int64_t each_;
+  T* all_;
+  std::atomic<int64_t> next_{0};
 };
 
 }  // namespace

@@ -68,9 +68,11 @@ void gradient_of(const Bf16Gradient& p, int threads) {  // all of its depth at a
   });
 
   const int64_t fit = kPanelNumbers / (stripe + 1), many = fit < 1 ? 1 : fit > 4 ? 4 : fit;  // stripes of a in a panel
-  parallel_rows((down + many - 1) / many, many * kSide * p.columns * p.depth, threads, [&](int64_t begin, int64_t end) {
-    static thread_local AlignedMemory<uint16_t> panel;
-    uint16_t* a = panel.room(many * stripe);
+  static thread_local AlignedMemory<uint16_t> panel_memory;
+  const int64_t panels = (down + many - 1) / many;
+  MemoryOfThreads<uint16_t> memory_of_panels(panel_memory, many * stripe, panels, threads);
+  parallel_rows(panels, many * kSide * p.columns * p.depth, threads, [&](int64_t begin, int64_t end) {
+    uint16_t* a = memory_of_panels.next();
     const Tiles tiles;
     for (int64_t i = begin * many; i < end * many && i < down; i += many) {
       const int64_t here = down - i < many ? down - i : many;

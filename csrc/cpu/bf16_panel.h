@@ -25,11 +25,6 @@ struct Parts {
   int64_t length(int64_t part) const { return pairs - part * depth < depth ? pairs - part * depth : depth; }
 };
 
-inline Packed* panel_of_thread() {
-  static thread_local AlignedMemory<Packed> memory;
-  return memory.room(kVectors);
-}
-
 // packed[vector][k] = pair first + k of each of its 16 columns, in whole steps; what is beyond the columns or the width
 // is zero.
 inline void pack(const Bf16Product& p, int64_t first_column, int64_t columns, int64_t first, int64_t pairs,
@@ -48,11 +43,15 @@ inline void pack(const Bf16Product& p, int64_t first_column, int64_t columns, in
     }
 }
 
-// f(first column, columns) for each panel.
+// f(first column, columns, memory for the panel) for each panel.
 template <class F> void parallel_panels(const Bf16Product& p, int threads, F&& f) {
-  parallel_rows((p.columns + kPanel - 1) / kPanel, p.rows * p.width, threads, [&](int64_t begin, int64_t end) {
+  static thread_local AlignedMemory<Packed> memory;
+  const int64_t panels = (p.columns + kPanel - 1) / kPanel;
+  MemoryOfThreads<Packed> packed(memory, kVectors, panels, threads);
+  parallel_rows(panels, p.rows * p.width, threads, [&](int64_t begin, int64_t end) {
+    Packed* mine = packed.next();
     for (int64_t i = begin; i < end; ++i)
-      f(i * kPanel, p.columns - i * kPanel < kPanel ? p.columns - i * kPanel : kPanel);
+      f(i * kPanel, p.columns - i * kPanel < kPanel ? p.columns - i * kPanel : kPanel, mine);
   });
 }
 

@@ -23,9 +23,8 @@ void block(const uint16_t* a, const Packed& left, const Packed& right, int64_t s
 }
 
 // Columns first .. first + columns - 1, a panel at most, of rows that are laid out in `a`.
-void columns_of(const Bf16Product& p, const uint16_t* a, int64_t first, int64_t columns) {
+void columns_of(const Bf16Product& p, const uint16_t* a, int64_t first, int64_t columns, Packed* packed) {
   const Tiles tiles;
-  Packed* packed = panel_of_thread();
   const Parts parts(p.width);
   for (int64_t part = 0; part < parts.count; ++part) {
     const int64_t before = part * parts.depth, pairs = parts.length(part);
@@ -47,7 +46,8 @@ void product_of(const Bf16Product& p, int threads) {  // as many rows as are lai
   parallel_rows(blocks, size, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) lay_out_rows(p.a, p.a_stride, p.rows, p.width, i * kSide, a + i * size);
   });
-  parallel_panels(p, threads, [&](int64_t first, int64_t columns) { columns_of(p, a, first, columns); });
+  parallel_panels(p, threads,
+                  [&](int64_t first, int64_t columns, Packed* packed) { columns_of(p, a, first, columns, packed); });
 }
 
 }  // namespace

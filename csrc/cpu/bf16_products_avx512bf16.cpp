@@ -45,8 +45,7 @@ void tile(const Bf16Product& p, int64_t r, int64_t first_column, int64_t columns
     }
 }
 
-void columns_of(const Bf16Product& p, int64_t first_column, int64_t columns) {
-  Packed* packed = panel_of_thread();
+void columns_of(const Bf16Product& p, int64_t first_column, int64_t columns, Packed* packed) {
   const Parts parts(p.width);
   for (int64_t part = 0; part < parts.count; ++part) {
     const int64_t first = part * parts.depth, pairs = parts.length(part);
@@ -61,7 +60,8 @@ void columns_of(const Bf16Product& p, int64_t first_column, int64_t columns) {
 }  // namespace
 
 void product(const Bf16Product& p, int threads) {
-  parallel_panels(p, threads, [&](int64_t first, int64_t columns) { columns_of(p, first, columns); });
+  parallel_panels(p, threads,
+                  [&](int64_t first, int64_t columns, Packed* packed) { columns_of(p, first, columns, packed); });
 }
 
 }  // namespace avx512bf16

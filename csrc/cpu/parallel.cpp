@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -84,8 +85,15 @@ void run_rows(int64_t rows, int threads, RowRange body, void* context) {
     return;
   }
   std::vector<std::thread> helpers;
-  for (int64_t i = 1; i < count; ++i) helpers.emplace_back([&job, i, count] { job.share(i, count); });
+  helpers.reserve(static_cast<size_t>(count));
+  int64_t started = 1;
+  try {
+    for (; started < count; ++started) helpers.emplace_back([&job, started, count] { job.share(started, count); });
+  } catch (const std::system_error&) {
+    // the system has no more threads: this one takes what is left
+  }
   job.share(0, count);
+  for (int64_t i = started; i < count; ++i) job.share(i, count);
   for (auto& helper : helpers) helper.join();
 }
 

@@ -20,7 +20,7 @@ template <> struct Lanes<float> {
   typedef float V __attribute__((vector_size(PYUNLEARN_VECTOR_BYTES)));
   typedef uint32_t B __attribute__((vector_size(PYUNLEARN_VECTOR_BYTES)));
   static constexpr Dtype dtype = Dtype::float32;
-  static constexpr float magic = 0x1.8p23f, low = -88, high = 89;
+  static constexpr float magic = 0x1.8p23f, low = -88, high = 88;
   // the high part times any exponent is exact
   static constexpr float ln2_high = 0x1.62ep-1f, ln2_low = 0x1.0bfbe8p-15f;
   static constexpr int mantissa = 23;
@@ -33,7 +33,7 @@ template <> struct Lanes<double> {
   typedef double V __attribute__((vector_size(PYUNLEARN_VECTOR_BYTES)));
   typedef uint64_t B __attribute__((vector_size(PYUNLEARN_VECTOR_BYTES)));
   static constexpr Dtype dtype = Dtype::float64;
-  static constexpr double magic = 0x1.8p52, low = -709, high = 710;
+  static constexpr double magic = 0x1.8p52, low = -709, high = 709;
   static constexpr double ln2_high = 0x1.62e42fefa38p-1, ln2_low = 0x1.ef35793c7673p-45;
   static constexpr int mantissa = 52;
   static constexpr uint64_t exponent_bias = 1023;
@@ -58,7 +58,7 @@ template <class real> PYUNLEARN_INLINE void store(real* p, V<real> v) { __builti
 template <class real> PYUNLEARN_INLINE V<real> splat(real x) { return V<real>{} + x; }
 
 // t = n ln 2 + r with |r| <= ln 2 / 2, s = 2^n, q = e^r - 1: so e^t = s + s q, and e^t - 1 = s q + (s - 1) keeps its
-// digits near t = 0. Below low s is 0 and above high infinite, both exactly (e^t is never subnormal); a NaN passes
+// digits near t = 0. Below low s is 0, exactly (e^t is never subnormal), above high e^t is e^high, and a NaN passes
 // through q.
 template <class real> PYUNLEARN_INLINE void split_exp(V<real> t, V<real>& s, V<real>& q) {
   using L = Lanes<real>;

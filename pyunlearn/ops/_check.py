@@ -168,13 +168,16 @@ def ignored(ignore_index: int | None) -> int:
     return NOTHING if ignore_index is None else ignore_index
 
 
-def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Raise ArgumentError for targets outside the vocabulary, on the CPU alone.
+def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> bool:
+    """Raise ArgumentError for targets outside the vocabulary, on the CPU alone; return whether any may be ignored.
 
     On a GPU the check would synchronize; those targets give NaN there.
     """
     if targets.device.type != "cpu" or targets.numel() == 0:
-        return
+        return True
+    least, largest = torch.aminmax(targets)
+    if least >= 0 and largest < vocabulary:
+        return 0 <= ignore_index < vocabulary
     wrong = (targets != ignore_index) & ((targets < 0) | (targets >= vocabulary))
     if bool(wrong.any()):
         ignorable = "" if ignore_index == NOTHING else f" or be {ignore_index} (ignored)"
@@ -182,6 +185,7 @@ def check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
             f"targets must lie in [0, {vocabulary}){ignorable}, got {int(targets[wrong][0])}: "
             "does the tokenizer belong to this model?"
         )
+    return True
 
 
 def _describe(x: object) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter, int, float, bool, list, type(None)}
 LIBRARY = torch.library.Library("pyunlearn", "DEF")
 
 
@@ -16,23 +17,63 @@ def on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(op)
     def run(x: torch.Tensor, *args: Any) -> Any:
+        if not x.is_cuda:
+            return op(x, *args)
         with torch.cuda.device_of(x):
             return op(x, *args)
 
     return run
 
 
-def define(schema: str, op: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register an op of that schema, `name(arguments) -> results`; `fake` returns empty results of the right shapes."""
+def define(schema: str, op: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register an op of that schema, `name(arguments) -> results`; `fake` returns empty results of the right shapes.
+
+    Returns the function that calls it where nothing is to be differentiated: directly, where nobody has to see an op.
+    """
     name = LIBRARY.define(schema)
-    LIBRARY.impl(name, on_its_device(op), "CompositeExplicitAutograd")
+    run = on_its_device(op)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyunlearn::{name}", fake, lib=LIBRARY)
+    registered = getattr(torch.ops.pyunlearn, name)
+    return lambda *inputs: (registered if torch.is_grad_enabled() or is_watched(inputs) else run)(*inputs)
 
 
-def define_gradient(name: str, autograd: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Register the autograd formula of an op, and that its backward op, NAME_backward, has none."""
+def define_gradient(
+    name: str, op: Callable[..., Any], autograd: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """Register the autograd formula of an op, and that its backward op, NAME_backward, has none.
+
+    Returns the function that calls the op, differentiably, and returns its first result. Where nobody has to see an op,
+    it goes past the dispatcher, whose formulas in Python take longer than a small call.
+    """
     torch.library.register_autograd(f"pyunlearn::{name}", autograd, setup_context=setup_context, lib=LIBRARY)
     torch.library.register_autograd(f"pyunlearn::{name}_backward", no_second_derivative, lib=LIBRARY)
+    registered, run = getattr(torch.ops.pyunlearn, name), on_its_device(op)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        outputs = run(*inputs)
+        setup_context(ctx, inputs, outputs)
+        return outputs[0]
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(autograd)}
+    direct = type(name, (torch.autograd.Function,), methods)
+
+    def call(*inputs: Any) -> Any:
+        if is_watched(inputs):
+            return registered(*inputs)[0]
+        return direct.apply(*inputs) if torch.is_grad_enabled() else run(*inputs)[0]  # type: ignore[attr-defined]
+
+    return call
+
+
+def is_watched(inputs: tuple[Any, ...]) -> bool:
+    """Return whether someone has to see an op: a compiler, a tracer, a mode, a transform, or a subclass of Tensor."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
+        return True
+    kinds = {type(x) for x in inputs} - _PLAIN
+    return any(issubclass(kind, torch.Tensor) for kind in kinds)
 
 
 def host_may_wait(x: torch.Tensor) -> bool:

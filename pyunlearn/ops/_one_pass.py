@@ -45,7 +45,7 @@ def rows_per_chunk(rows: int, hidden: Tensor, weight: Tensor, workspace: int | N
     train = torch.is_grad_enabled() and weight.requires_grad
     vocabulary, width = weight.shape
     fused = hopper.serves(hidden, weight)
-    most = rows_at_a_time(rows, vocabulary, width, hidden.dtype, hidden.device.type, workspace, train, fused)
+    most = rows_at_a_time(rows, vocabulary, width, hidden.dtype, hidden.device, workspace, train, fused)
     return most, workspace - (bytes_of_sum(vocabulary, width, hidden.dtype) if train and most < rows else 0)
 
 
@@ -130,7 +130,7 @@ def _run(
         planned_for, outputs = None, []
         for k, (first, end) in enumerate(work.chunks):
             rows = max(work.at_a_time, end - first)
-            p = plan(rows, weight.shape[0], h.dtype, h.device.type, work.workspace, keep, hopper.serves(h, weight))
+            p = plan(rows, weight.shape[0], h.dtype, h.device, work.workspace, keep, hopper.serves(h, weight))
             if planned_for != (rows, p):
                 cached.clear()
                 cached += [h.new_empty((rows * p.row_length(b, e),)) for b, e in p.groups()[: p.cached]]

@@ -14,7 +14,7 @@ from pyunlearn.ops._library import host_may_wait
 from pyunlearn.ops._plan import MIB, Plan, balance
 from pyunlearn.ops._portable import release as free
 from pyunlearn.ops._portable import write_rows
-from pyunlearn.ops._products import Logits, add_product, product
+from pyunlearn.ops._products import Logits, add_product, product, without_idle
 from pyunlearn.ops._types import Gradients as Gradients
 from pyunlearn.ops._types import Head as Head
 from pyunlearn.ops._types import Statistics as Statistics
@@ -48,7 +48,8 @@ def resolve_ignored(hidden: Tensor, targets: Tensor, vocabulary: int, ignore_ind
     """
     if not host_may_wait(hidden):
         return None, ignore_index
-    check_targets(targets, vocabulary, ignore_index)
+    if not check_targets(targets, vocabulary, ignore_index):
+        return None, NOTHING
     return live_rows(targets, ignore_index), NOTHING
 
 
@@ -117,13 +118,13 @@ def differentiate(
     cached = cached + [None] * (len(p.groups()) - len(cached))
     again = any(k is None for k in cached)
     block_maximum = block_maximum[:, :count]  # (blocks, rows)
-    active = rows_with_gradient(statistics.log_likelihood, coefficients, negligible, h, cached=not again)
+    active, idle = rows_with_gradient(statistics.log_likelihood, coefficients, negligible, h, cached=not again)
     into_hidden = into.hidden  # (rows, D)
     if active is not None:  # from here on, n counts the active rows
         h, targets, coefficients, *per_row = select_rows(active, h, targets, coefficients, *statistics)
         statistics, block_maximum = Statistics(*per_row), block_maximum.index_select(1, active)
         into_hidden = None if into.hidden is None else h.new_zeros(h.shape, dtype=real)
-    n = h.shape[0]
+    h, n = without_idle(h, coefficients) if idle else h, h.shape[0]
     logits = Logits(h if again else h[:0], real)
     scratch = h.new_empty((n * p.block,), dtype=real) if again else None
     d_buffer = h.new_empty((n * p.group,)) if again or not in_place else None
@@ -165,8 +166,8 @@ def differentiate(
 
 def rows_with_gradient(
     log_likelihood: Tensor, coefficients: Tensor, negligible: float, h: Tensor, *, cached: bool
-) -> Tensor | None:
-    """Return the indices of the rows (n,) that need the backward pass's products, or None for all.
+) -> tuple[Tensor | None, bool]:
+    """Return the indices of the rows (n,) that need the backward pass's products, or None for all; and if some are 0.
 
     A row's gradient with respect to its logits sums to at most 2 |coefficient * logit_scale| (1 - p) in magnitude: none
     for a coefficient of 0, next to none for a target with 1 - p < negligible. Dropping rows from cached logits costs
@@ -174,14 +175,16 @@ def rows_with_gradient(
     synchronizes, so there it is done only for a `negligible` above 0.
     """
     if h.is_cuda and (not negligible or torch.cuda.is_current_stream_capturing()):
-        return None
+        return None, True
+    if not negligible and bool(coefficients.all()):
+        return None, False
     idle = coefficients == 0
     if negligible:
         idle |= -torch.expm1(log_likelihood) < negligible  # NaN is not below anything
     rows = idle.logical_not().nonzero().squeeze(1)
     dropped = len(h) - len(rows)
     moved = 4 * h.element_size() * balance(h.device.type, h.dtype) * len(rows) if cached else 0
-    return rows if dropped and dropped * 2 * h.shape[1] >= moved else None
+    return (rows, False) if dropped and dropped * 2 * h.shape[1] >= moved else (None, True)
 
 
 def squeeze(matrix: Tensor, rows: Tensor) -> Tensor:

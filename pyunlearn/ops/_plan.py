@@ -10,6 +10,7 @@ everywhere.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -48,20 +49,22 @@ class Plan(NamedTuple):
 
 
 def plan(
-    rows: int, vocabulary: int, dtype: torch.dtype, device: str, workspace: int | None, keep: bool, fused: bool = False
-) -> Plan:
+    rows: int, vocabulary: int, dtype: torch.dtype, device: str | torch.device, workspace: int | None, keep: bool,
+    fused: bool = False,
+) -> Plan:  # fmt: skip
     """Return the plan for `rows` rows; `workspace` bytes (None: `default_workspace`) bound scratch and cache together.
 
-    Blocks and groups are the same for every workspace that fits full-sized ones (128 MiB on the CPU, 1 GiB on a GPU),
-    so the results are too, bit for bit; below that they shrink, down to 64 columns, and results may differ in the last
-    digit. fused: see `_fused_plan`.
+    Blocks and groups are the same for every workspace that fits full-sized ones (128 MiB on the CPU, at most 1 GiB on a
+    GPU), so the results are too, bit for bit; below that they shrink, down to 64 columns, and results may differ in the
+    last digit. fused: see `_fused_plan`.
     """
+    device = torch.device(device)
     size = dtype.itemsize
     real = 8 if dtype is torch.float64 else 4
-    workspace = default_workspace(device) if workspace is None else workspace
+    workspace = default_workspace(device.type) if workspace is None else workspace
     if fused:
         return _fused_plan(max(1, rows), vocabulary, dtype, workspace, keep)
-    block_bytes, group_blocks = (8 * MIB, 4) if device == "cpu" else (32 * MIB, 8)
+    block_bytes, group_blocks = (8 * MIB, 4) if device.type == "cpu" else (_block_bytes(device.index), 8)
     per_column = max(1, rows) * real
     block = _columns(min(block_bytes, workspace // 4) // per_column, 8192, vocabulary)
     group = block * (group_blocks if workspace >= 4 * group_blocks * block_bytes else 1)
@@ -74,8 +77,17 @@ def plan(
     return Plan(vocabulary, block, group, max(0, min((workspace - scratch) // (group * columns), count - 1)))
 
 
+@cache
+def _block_bytes(gpu: int | None) -> int:
+    """Return the bytes of float32 logits that stay in a GPU's L2 cache until they are read: 32 MiB of an H100's 50."""
+    if gpu is None or not torch.cuda.is_available():
+        return 32 * MIB
+    cache_size = getattr(torch.cuda.get_device_properties(gpu), "L2_cache_size", 50 * MIB)
+    return min(32 * MIB, max(4 * MIB, cache_size * 16 // 25 // MIB * MIB))
+
+
 _FUSED_SCRATCH = 1600  # bytes a row that the clusters of an H100 exchange (csrc/hopper.h)
-_FUSED_COLUMNS = 16384  # of the gradient at a time
+_FUSED_COLUMNS = 66 * 256  # of the gradient at a time: a whole number of tiles for each of an H100's 66 clusters
 
 
 def _fused_plan(rows: int, vocabulary: int, dtype: torch.dtype, workspace: int, keep: bool) -> Plan:
@@ -102,8 +114,8 @@ def balance(device: str, dtype: torch.dtype) -> int:
 
 
 def rows_at_a_time(
-    rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: str, workspace: int, train_weight: bool,
-    fused: bool = False,
+    rows: int, vocabulary: int, width: int, dtype: torch.dtype, device: str | torch.device, workspace: int,
+    train_weight: bool, fused: bool = False,
 ) -> int:  # fmt: skip
     """Return how many rows to finish, forward and backward, before the next ones, when coefficients are known.
 
@@ -121,7 +133,7 @@ def rows_at_a_time(
     if not again or fit < 1:
         return rows
     chunks = -(-rows // fit)
-    traffic = (chunks - 1) * (2 * size + (2 * real if train_weight else 0)) * balance(device, dtype)
+    traffic = (chunks - 1) * (2 * size + (2 * real if train_weight else 0)) * balance(torch.device(device).type, dtype)
     return rows if traffic >= 2 * rows * again else -(-rows // chunks)
 
 

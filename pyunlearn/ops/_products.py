@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pyunlearn.ops import _backend
 
-_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype") and hasattr(torch.ops.aten.addmm, "dtype")
+HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype") and hasattr(torch.ops.aten.addmm, "dtype")
+"""Whether torch (2.8 or later) multiplies 16-bit matrices on a GPU into a float32 result."""
 
 
 class Logits:
@@ -29,7 +30,7 @@ class Logits:
     def __init__(self, hidden: Tensor, real: torch.dtype) -> None:
         self.hidden, self.real = hidden, real
         self.ours = _backend.multiplies_bf16(hidden)
-        self.widens = hidden.dtype != real and not self.ours and not (hidden.is_cuda and _HAS_OUT_DTYPE)
+        self.widens = hidden.dtype != real and not self.ours and not (hidden.is_cuda and HAS_OUT_DTYPE)
         self.wide = hidden.to(real) if self.widens else hidden
         self.buffer = hidden.new_empty((0,), dtype=real)
 
@@ -49,6 +50,11 @@ class Logits:
             torch.mm(self.hidden, weight.T, out_dtype=out.dtype, out=out)
 
 
+def without_idle(h: Tensor, coefficients: Tensor) -> Tensor:
+    """Zero the rows of h (n, D) whose coefficient is 0: in the weight's gradient 0 * NaN would be NaN for all."""
+    return h.masked_fill((coefficients == 0)[:, None], 0)
+
+
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Compute out += a @ b for a gradient; out is float32 for 16-bit operands.
 
@@ -59,7 +65,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
         _backend.bf16_gradient(out, a, b, True)
     elif a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out)
-    elif a.is_cuda and _HAS_OUT_DTYPE:
+    elif a.is_cuda and HAS_OUT_DTYPE:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     elif a.device.type == "cpu" and a.dtype is torch.bfloat16:
         out += torch.mm(a, b)
@@ -74,7 +80,7 @@ def product(out: Tensor, a: Tensor, b: Tensor) -> None:
         _backend.bf16_gradient(out, a, b, False)
     elif a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda and _HAS_OUT_DTYPE:
+    elif a.is_cuda and HAS_OUT_DTYPE:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         add_product(out.zero_(), a, b)

@@ -101,10 +101,10 @@ def kl_divergence(
         reference_flat = reference[0].reshape(-1, reference[0].shape[-1])
         reference_flat = reference_flat if rows is None else reference_flat.index_select(0, rows)
     workspace = allowance(workspace, flat, (1 if itself else 2) * len(t), len(weight))
-    kl: Tensor = torch.ops.pyunlearn.kl_divergence(
+    kl: Tensor = _call(
         flat, weight, bias, reference_flat, reference[1], None if reference_bias is None else reference_bias.detach(),
         t, logit_scale, softcap or 0.0, target_shift, itself, ignore, workspace, keep,
-    )[0]  # fmt: skip
+    )  # fmt: skip
     if rows is not None:
         kl = write_rows(kl.new_zeros((count,)), rows, kl)
     return kl.reshape(shape)
@@ -122,8 +122,8 @@ def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool, its
 
     The cache serves every backward pass, so a group's gradient has memory of its own and does not overwrite it.
     """
-    real, device, sides = real_of(hidden), hidden.device.type, 1 if itself else 2
-    allowed = default_workspace(device) if workspace is None else workspace  # None: the op was called directly
+    real, device, sides = real_of(hidden), hidden.device, 1 if itself else 2
+    allowed = default_workspace(device.type) if workspace is None else workspace  # None: the op was called directly
     p = plan(sides * hidden.shape[0], weight.shape[0], real, device, allowed, False)
     if not keep:
         return p
@@ -303,15 +303,15 @@ def _autograd(ctx: Any, d_kl: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         return (None,) * 14
     *tensors, maximum, total = ctx.saved_tensors[:9]
     cached = list(ctx.saved_tensors[9:])
-    gradients = torch.ops.pyunlearn.kl_divergence_backward(d_kl, maximum, total, cached, *tensors, *ctx.options, needs)
+    gradients = _call_backward(d_kl, maximum, total, cached, *tensors, *ctx.options, needs)
     return (*(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 11)
 
 
 define(f"kl_divergence({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor[])", _forward, _fake_forward)
-define(
+_call_backward = define(
     f"kl_divergence_backward(Tensor d_kl, Tensor maximum, Tensor total, Tensor[] cached, {_INPUTS}, bool[] needs) "
     "-> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )
-define_gradient("kl_divergence", _autograd, _setup_context)
+_call = define_gradient("kl_divergence", _forward, _autograd, _setup_context)

@@ -81,9 +81,9 @@ def linear_log_likelihood(
     if rows is not None:
         flat, t = flat.index_select(0, rows), t.index_select(0, rows)
     workspace = allowance(workspace, flat, len(t), len(weight))
-    log_likelihood: Tensor = torch.ops.pyunlearn.linear_log_likelihood(
+    log_likelihood: Tensor = _call(
         flat, weight, bias, t, logit_scale, softcap or 0.0, ignore, workspace, keep, not torch.compiler.is_compiling()
-    )[0]
+    )
     if rows is not None:
         log_likelihood = write_rows(log_likelihood.new_zeros((count,)), rows, log_likelihood)
     return log_likelihood.reshape(targets.shape)
@@ -91,7 +91,7 @@ def linear_log_likelihood(
 
 def _plan(hidden: Tensor, weight: Tensor, workspace: int | None, keep: bool) -> Plan:
     fused = hopper.serves(hidden, weight)
-    return plan(hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device.type, workspace, keep, fused)
+    return plan(hidden.shape[0], weight.shape[0], hidden.dtype, hidden.device, workspace, keep, fused)
 
 
 def _cached_buffers(hidden: Tensor, p: Plan) -> list[Tensor]:
@@ -194,9 +194,7 @@ def _autograd(ctx: Any, d_log_likelihood: Tensor | None, *_: Any) -> tuple[Tenso
     if d_log_likelihood is None or not any(needs):
         return (None,) * 10
     saved = ctx.saved_tensors
-    gradients = torch.ops.pyunlearn.linear_log_likelihood_backward(
-        d_log_likelihood, *saved[:8], list(saved[8:]), *ctx.options, needs
-    )
+    gradients = _call_backward(d_log_likelihood, *saved[:8], list(saved[8:]), *ctx.options, needs)
     return (*(d if need else None for d, need in zip(gradients, needs, strict=True)), *(None,) * 7)
 
 
@@ -207,7 +205,7 @@ define(
     _forward,
     _fake_forward,
 )
-define(
+_call_backward = define(
     "linear_log_likelihood_backward(Tensor d_log_likelihood, Tensor hidden, Tensor weight, Tensor? bias, "
     "Tensor targets, Tensor log_likelihood, Tensor maximum, Tensor total, Tensor block_maximum, Tensor[] cached, "
     "float logit_scale, float softcap, int ignore_index, int? workspace, bool release, bool[] needs) "
@@ -215,4 +213,4 @@ define(
     _backward,
     _fake_backward,
 )
-define_gradient("linear_log_likelihood", _autograd, _setup_context)
+_call = define_gradient("linear_log_likelihood", _forward, _autograd, _setup_context)

@@ -51,10 +51,8 @@ def log_likelihood(
     flat = logits.reshape(-1, logits.shape[-1])
     if bias is not None and bias.requires_grad:
         flat, bias = flat + bias, None  # rare, so left to autograd
-    out = torch.ops.pyunlearn.log_likelihood(
-        flat, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index
-    )
-    return out[0].reshape(targets.shape)
+    out: Tensor = _call(flat, bias, targets.reshape(-1).long(), logit_scale, softcap or 0.0, ignore_index)
+    return out.reshape(targets.shape)
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -116,7 +114,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, d_log_likelihood: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if d_log_likelihood is None or not ctx.needs_input_grad[0]:
         return (None,) * 6
-    return torch.ops.pyunlearn.log_likelihood_backward(d_log_likelihood, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+    return _call_backward(d_log_likelihood, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
 define(
@@ -125,11 +123,11 @@ define(
     _forward,
     _fake_forward,
 )
-define(
+_call_backward = define(
     "log_likelihood_backward(Tensor d_log_likelihood, Tensor logits, Tensor? bias, Tensor targets, "
     "Tensor log_likelihood, Tensor maximum, Tensor total, float logit_scale, float softcap, int ignore_index) "
     "-> Tensor",
     _backward,
     _fake_backward,
 )
-define_gradient("log_likelihood", _autograd, _setup_context)
+_call = define_gradient("log_likelihood", _forward, _autograd, _setup_context)

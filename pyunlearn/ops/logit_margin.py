@@ -76,7 +76,7 @@ class _LogitMargin(torch.autograd.Function):
     ) -> Tensor:
         head, real = Head(weight, bias, logit_scale, softcap), real_of(hidden)
         allowed = workspace // 2 if softcap else workspace  # a block's tanh and slopes are copies of it
-        p = plan(len(hidden), len(weight), hidden.dtype, hidden.device.type, allowed, False)
+        p = plan(len(hidden), len(weight), hidden.dtype, hidden.device, allowed, False)
         largest = hidden.new_full((len(hidden),), -torch.inf, dtype=real)
         total = hidden.new_zeros((len(hidden),), dtype=real)
         first = torch.zeros_like(total, dtype=torch.int64)

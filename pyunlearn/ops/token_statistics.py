@@ -175,7 +175,7 @@ def _forward(
     if fused:
         return _for_all(hopper.token_statistics(h, head, t, threshold), rows, targets, ignore_index)
     sums = _Sums(h, t, threshold)
-    p = plan(n, weight.shape[0], h.dtype, h.device.type, workspace, False)
+    p = plan(n, weight.shape[0], h.dtype, h.device, workspace, False)
     logits, scratch = Logits(h, real), h.new_empty((n * p.block,), dtype=real)
     for first, end in p.groups() if n else []:
         for _, b, e in p.blocks_of(first, end):

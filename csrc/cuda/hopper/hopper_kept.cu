@@ -7,11 +7,11 @@ namespace pyunlearn {
 namespace {
 
 // One block per row pair. A pair is swept again when one of its rows left the range of bfloat16: then its exponentials
-// are relative to the sum.
+// are relative to the sum. A row that is NaN gets exponentials of 0 then, and NaN as its factor.
 __global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __grid_constant__ Plan plan,
                                    float* log_likelihood, float* maximum, float* total, float* factor) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
-  float shift = 0.f;
+  float shift = 0.f, repaired = 1.f;
   if (row < plan.n) {
     const Target target(at, plan, row);
     Row sums = merge_splits<Task::kept_statistics>(at, plan, row);
@@ -20,6 +20,7 @@ __global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __
     log_likelihood[row] = log_likelihood_of(target, sums);
     if (target.valid) at.kept[row * at.ld_kept + at.target[row]] = __float2bfloat16_rn(0.f);
     shift = (float)((target.valid ? (double)kept_reference(target.exact) : 0.0) - log_sum(sums));
+    if (shift != shift) repaired = shift;  // its exponentials become 0, so that a coefficient of 0 leaves no NaN
   }
   // one barrier for all threads, also those beyond the last row
   const bool redo = __syncthreads_or(!(shift > -100.f && shift < 60.f));
@@ -27,7 +28,7 @@ __global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __
     at.repair[1 + blockIdx.x] = redo;
     if (redo) *at.repair = 1;
   }
-  if (row < plan.n) factor[row] = redo ? 1.f : exp2f(shift);
+  if (row < plan.n) factor[row] = redo ? repaired : exp2f(shift);
 }
 
 }  // namespace

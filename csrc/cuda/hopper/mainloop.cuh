@@ -194,14 +194,15 @@ __device__ __forceinline__ void sum_rows(int wg, const CUtensorMap& map_out, con
   if (writes_tiles(task) && thread == 0) store_wait<0>();
 }
 
-// With coefficient 0 everything stays 0, and the caller clears the accumulators, which may hold NaN. What the rounded
+// With coefficient 0, and for a row that is NaN and kept, everything stays 0, and the caller clears the accumulators,
+// which may hold NaN. What the rounded
 // product of the reference loses, however large the maximum is, goes into the factor.
 __device__ __forceinline__ GradientRow gradient_row(const Pointers& at, bool live, int row) {
   GradientRow r;
   if (!live) return r;
   const float coefficient = at.coefficients ? at.coefficients[row] : 1.f;
-  if (coefficient == 0.f) return r;
   const float maximum = at.maximum[row];
+  if (coefficient == 0.f || (!at.coefficients && maximum != maximum)) return r;
   r.reference = __fmul_rn(maximum, kLog2e);
   r.factor = (at.coefficients ? -coefficient * at.head.scale : 1.f) * exp2_mufu(-fmaf(maximum, kLog2e, -r.reference)) /
              at.total[row];

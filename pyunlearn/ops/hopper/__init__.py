@@ -1,6 +1,7 @@
 """The kernels for compute capability 9.0 (H100, H200); mirrors csrc/cuda/hopper.
 
-kernels.py calls them, dispatch.py decides whether they serve a call, selftest.py compares them with the definition.
+kernels.py calls them, dispatch.py decides whether they serve a call. At their first use trial.py has selftest.py
+compare them with the definition, and record.py remembers the outcome.
 """
 
 from pyunlearn.ops.hopper.dispatch import run_on, serves, status

@@ -5,6 +5,7 @@ Logits stay in registers. Contracts in csrc/hopper.h and csrc/kept_backward.h; d
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from pyunlearn.ops import _backend
 from pyunlearn.ops._kernels import DTYPES
 from pyunlearn.ops._plan import Plan
-from pyunlearn.ops._products import add_product, product
+from pyunlearn.ops._products import add_product, product, without_idle
 from pyunlearn.ops._types import Gradients, Head, Statistics
 
 # ---------------------------------------------------------------- the passes of _passes.py and token_statistics.py
@@ -96,7 +97,7 @@ def _from_cached(
 def _from_logits(
     h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor, into: Gradients
 ) -> None:
-    n = h.shape[0]
+    n, live = h.shape[0], without_idle(h, coefficients)
     buffer = h.new_empty((n * p.row_length(0, p.group),))
     per_row = (coefficients, *statistics)
     for first, end in p.groups():
@@ -106,7 +107,7 @@ def _from_logits(
         part = head._replace(weight=head.weight[first:end], bias=bias)
         _run("hopper_gradient", *_input(h, part, targets), first, *per_row, d_logits, length)
         if into.weight is not None:
-            (add_product if into.add else product)(into.weight[first:end], d_logits.T, h)
+            (add_product if into.add else product)(into.weight[first:end], d_logits.T, live)
         if into.bias is not None:
             d_bias = torch.sum(d_logits, dim=0, dtype=into.bias.dtype)
             into.bias[first:end] = into.bias[first:end] + d_bias if into.add else d_bias
@@ -121,11 +122,14 @@ def _run(kernel: str, *arguments: Any) -> None:
     """Call a kernel on the current stream of the first tensor's GPU; tensors become addresses."""
     x = next(a for a in arguments if isinstance(a, Tensor))
     plain = [a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
-    if x.is_cuda:
-        with torch.cuda.device(x.device):  # the autograd thread may have another device current
-            getattr(_backend.extension(), kernel)(*plain, torch.cuda.current_stream().cuda_stream)
-    else:
-        getattr(_backend.extension(), kernel)(*plain, 0)
+    with _device_of(x):
+        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
+        getattr(_backend.extension(), kernel)(*plain, stream)
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Make the device of x the current one: the autograd thread may have another, and GPUs differ in size."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _input(h: Tensor, head: Head, targets: Tensor) -> tuple[Any, ...]:
@@ -139,8 +143,9 @@ def _input(h: Tensor, head: Head, targets: Tensor) -> tuple[Any, ...]:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Return x, or a copy where its memory is not aligned to 16 bytes."""
-    return x if x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 else x.clone(memory_format=torch.contiguous_format)
+    """Return x, or a copy where its memory is not aligned to 16 bytes, or one row is expanded to several."""
+    apart = x.stride(0) % 8 == 0 and x.stride(0) >= x.shape[1]
+    return x if x.data_ptr() % 16 == 0 and apart else x.clone(memory_format=torch.contiguous_format)
 
 
 def _rows_of(cached: Tensor, h: Tensor, head: Head) -> Tensor:
@@ -155,4 +160,6 @@ def _matrix(x: Tensor) -> tuple[Any, ...]:
 
 
 def _workspace(h: Tensor) -> Tensor:
-    return h.new_empty((_backend.extension().hopper_workspace_bytes(h.shape[0]),), dtype=torch.uint8)
+    with _device_of(h):
+        size = _backend.extension().hopper_workspace_bytes(h.shape[0])
+    return h.new_empty((size,), dtype=torch.uint8)
