@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.errors import DataError, OutputError, first_line
+from pyunlearn.errors import ArgumentError, DataError, OutputError, first_line
+
+if TYPE_CHECKING:
+    from pyunlearn.models.gguf_writing import GgufReport
 
 _PARTIAL = ".partial-"
 
@@ -101,6 +104,80 @@ def save_folder(
                 partial.replace(target)
     except Exception as error:  # safetensors has its own for a full disk
         raise OutputError(f"the result could not be written to {target}: {first_line(error)}") from error
+    return target
+
+
+def save_gguf(
+    path: str | Path,
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    like: str | Path | None = None,
+    at_least: str | None = None,
+    label: str = "unlearned",
+    progress: bool | None = False,
+) -> GgufReport:
+    """Write a model as a GGUF file with the metadata, the tokenizer and the tensor formats of another.
+
+    No tokenizer is converted. The file is read back before it gets its name: metadata and shapes are equal, and each
+    tensor is the weights within its format's rounding. Formats that the package gguf cannot write (K-quants) become the
+    next larger. The architectures are llama (Llama, Mistral), qwen2 and qwen3.
+
+    Args:
+        path: of the new file, which ends in .gguf.
+        model: a transformers model without an adapter, or where to load it from.
+        tokenizer: the model's, whose tokens are compared with the file's; None: that which is loaded with the model.
+        like: a GGUF file of the model as it was before, which is served today; None: the file that it was loaded from.
+        at_least: one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16, F32, for tensors that have a smaller format in `like`:
+            rounding to 4 bits can undo a run.
+        label: ending of the model's name in the metadata.
+        progress: a progress bar on standard error; None: where that is a terminal.
+
+    Returns:
+        GgufReport: the formats, the rounding, and `.sentences()` for a report.
+
+    Raises:
+        ModelError: `like` is of another model or of another architecture, or the weights do not fit its formats.
+        ArgumentError: the model has an adapter, `like` is missing, or `at_least` is no such format.
+        OutputError: there is a file already, or it cannot be written.
+        DependencyError: without the package gguf.
+    """
+    from pyunlearn.models.gguf_formats import require_format
+    from pyunlearn.models.gguf_writing import write_gguf
+    from pyunlearn.models.language_model import LanguageModel
+    from pyunlearn.progress import Progress
+
+    require_format(at_least)
+    target = check_gguf(path)
+    if isinstance(model, (str, Path)):
+        lm = LanguageModel.of(model, tokenizer)
+        model, tokenizer = lm.module, lm.tokenizer
+    own = str(getattr(LanguageModel.described(model, None).inner, "name_or_path", ""))
+    source = like or (own if own.endswith(".gguf") else None)
+    if source is None:
+        raise ArgumentError(
+            "like must name a GGUF file of the model as it was before, whose tokenizer and formats the new file gets: "
+            "the model was not loaded from one"
+        )
+    reports = []
+    with Progress(progress, "writing GGUF") as bar:
+        write_whole(
+            target,
+            lambda file: reports.append(
+                write_gguf(file, model, tokenizer, source, at_least=at_least, label=label, bar=bar)
+            ),
+        )
+    shutil.copymode(Path(source).expanduser(), target)
+    return reports[0]
+
+
+def check_gguf(path: str | Path) -> Path:
+    """Return the path of a new GGUF file. Raises OutputError where something is there, or its name ends otherwise."""
+    target = Path(path).expanduser().resolve()
+    if target.suffix != ".gguf":
+        raise OutputError(f"the name of a GGUF file must end in .gguf, got {path}")
+    if target.exists():
+        raise OutputError(f"the GGUF file {path} is there already: choose another name, or remove it first")
     return target
 
 

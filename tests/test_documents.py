@@ -40,6 +40,7 @@ PYTHON = {  # the test file that runs the Python blocks of a document
     "docs/attacks.md": "test_attacks",
     "docs/upload.md": "test_unlearning_card",
     "docs/in-ci.md": "test_how_to",
+    "docs/serve.md": "test_how_to",
     "docs/tutorial.md": "test_tutorial",
     "docs/evaluate.md": "test_metrics_reachable",
     "docs/contributing/add-a-method.md": "test_contributing",

@@ -17,6 +17,7 @@ from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.metrics.verdict import NOT_EXTRACTED
 from pyunlearn.models import LanguageModel
 from pyunlearn.models.adapters import with_lora
+from pyunlearn.output import save_gguf
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]  # a minute and a half where nothing else runs
 
@@ -201,6 +202,22 @@ def test_a_gguf_model_can_be_saved_and_loaded_again(original, tmp_path):
     for (name, p), (other, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert name == other
         assert torch.equal(p, q)
+
+
+def test_an_unlearned_model_becomes_a_gguf_file(original, unlearned, ran, tmp_path):
+    """In the formats of the file that it was read from, and in F32, of which transformers reads the model itself."""
+    report = save_gguf(tmp_path / "new.gguf", unlearned, original[1], like=demo_model())
+    assert report.formats == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
+    assert report.replaced == {}
+    assert 0 < report.rounding < 0.01
+    assert 0 < report.different < 0.05
+    whole = save_gguf(tmp_path / "f32.gguf", unlearned, original[1], like=demo_model(), at_least="F32")
+    assert whole.rounding == 0
+    again, _ = models.load(tmp_path / "f32.gguf")
+    ids = torch.tensor([[1, 2, 3, 4, 500]])
+    logits = unlearned(ids.to(unlearned.device)).logits.cpu()
+    torch.testing.assert_close(again(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(original[0](ids).logits, logits, atol=1e-3)
 
 
 def test_an_adapter_made_on_a_gguf_file_names_the_file(original, tmp_path):

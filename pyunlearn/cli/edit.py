@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pyunlearn.cli.gguf_file import GgufAtLeast, GgufLike, audit_options, gguf_options, show_gguf, write_gguf_file
 from pyunlearn.cli.options import AsJson, Forget, Model, Quiet, Retain, Tokenizer, folder_for, texts, with_settings
 from pyunlearn.cli.quiet import quiet_libraries, terminal
 from pyunlearn.edits.config import EditConfig
@@ -46,6 +48,8 @@ def edit(
     options: OwnOptions = None,
     tokenizer: Tokenizer = None,
     out: Out = None,
+    gguf_like: GgufLike = None,
+    gguf_at_least: GgufAtLeast = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -74,6 +78,7 @@ def edit(
     chosen = edit_named(edit)
     target = folder_for(model, out, "edited")
     check_output(target)
+    gguf = gguf_options(gguf_like, gguf_at_least, model, target)
     own = parse_edit_options(chosen, options or [])
     sources = {role: texts(source, role) for role, source in (("forget", forget), ("retain", retain))}
     examples = {
@@ -93,8 +98,9 @@ def edit(
     settings |= {role: source_name(source) for role, source in sources.items()}
     content = result.to_dict() | {"settings": settings | config.to_dict()}
     save_folder(target, result.model, loaded_tokenizer, "edit.json", content)
+    report = write_gguf_file(gguf, result.model, loaded_tokenizer, label="edited", quiet=quiet)
     if as_json:
-        print(json.dumps(content, indent=2))
+        print(json.dumps(content | ({} if report is None else {"gguf": asdict(report)}), indent=2))
         return
     from pyunlearn.report import edit_line, edit_table
 
@@ -102,3 +108,4 @@ def edit(
     console.print(edit_table(result))
     console.print(edit_line(result), highlight=False, markup=False)
     console.print(f"model, tokenizer and edit.json are in {target}", highlight=False, markup=False)
+    show_gguf(console, report, gguf, audit_options(model, forget, None, tokenizer))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pyunlearn.cli.gguf_file import GgufAtLeast, GgufLike, audit_options, gguf_options, show_gguf, write_gguf_file
 from pyunlearn.cli.interruption import interrupted
 from pyunlearn.cli.options import (
     AsJson,
@@ -52,6 +54,8 @@ def unlearn(
             rich_help_panel="Output",
         ),
     ] = False,
+    gguf_like: GgufLike = None,
+    gguf_at_least: GgufAtLeast = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -62,6 +66,8 @@ def unlearn(
     `pyunlearn unlearn ./my-model --forget secrets.jsonl --retain keep.jsonl --out ./my-model-unlearned`
 
     `pyunlearn unlearn ./my-model --forget secrets.jsonl --retain keep.jsonl --method npo --set beta=0.3`
+
+    `pyunlearn unlearn ./my-model --forget secrets.jsonl --gguf-like ./served.gguf --out ./my-model-unlearned`
 
     `echo "the text to forget" | pyunlearn unlearn ./my-model --forget -`
 
@@ -74,6 +80,8 @@ def unlearn(
     quiet_libraries()
     show_lines(quiet=quiet)
     target = folder_for(model, out, "unlearned")
+    adapts, merges = config.lora is not None, config.merge
+    gguf = gguf_options(gguf_like, gguf_at_least, model, target, adapts=adapts, merges=merges)
     result = pyunlearn.unlearn(
         model,
         texts(forget, "forget"),
@@ -90,10 +98,11 @@ def unlearn(
         if target.with_name(f"{target.name}.checkpoint.pt").exists():
             raise interrupted(f"the checkpoint is next to {target}: run the same command with --resume to resume")
         raise interrupted("no checkpoint could be written: run the same command again to start again")
+    report = write_gguf_file(gguf, result.model, result.tokenizer, label="unlearned", quiet=quiet)
     if os.environ.get("RANK", "0") != "0":  # of several processes, the main process prints
         pass
     elif as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print(json.dumps(result.to_dict() | ({} if report is None else {"gguf": asdict(report)}), indent=2))
     else:
         from pyunlearn.report import result_table, show_attack, utility_line
 
@@ -109,4 +118,5 @@ def unlearn(
         if config.show_text:
             hint = "result.json holds the forget texts (--show-text): remove it before you pass the folder on"
             console.print(hint, highlight=False, markup=False)
+        show_gguf(console, report, gguf, audit_options(model, forget, holdout, tokenizer))
     raise typer.Exit(0 if result.passed else 1)

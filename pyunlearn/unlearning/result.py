@@ -12,9 +12,10 @@ from typing import Any
 from pyunlearn.attacks.result import AttackResult
 from pyunlearn.data.redaction import masked
 from pyunlearn.errors import ArgumentError
+from pyunlearn.models.gguf_writing import GgufReport
 from pyunlearn.models.hub import is_repository_name, upload
 from pyunlearn.options import Flag, Text, require
-from pyunlearn.output import plain_json, save_folder
+from pyunlearn.output import plain_json, save_folder, save_gguf
 from pyunlearn.probes.long_texts import document_verdict, label_of
 from pyunlearn.unlearning.card import model_card
 from pyunlearn.unlearning.run_folder import RESULT
@@ -231,6 +232,30 @@ class Result:
             OutputError: the directory is not empty or cannot be written.
         """
         return write_result(self, directory, show_text=show_text)
+
+    def save_gguf(self, path: str | Path, *, like: str | Path | None = None, at_least: str | None = None) -> GgufReport:
+        """Write the model as a GGUF file with the metadata, the tokenizer and the tensor formats of another.
+
+        No tokenizer is converted. The file is read back before it gets its name: each tensor is the weights within its
+        format's rounding. K-quants become the next larger format that can be written. Rounding can bring a text back:
+        audit the file.
+
+        Args:
+            path: of the new file, which ends in .gguf.
+            like: a GGUF file of the model as it was before the run; None: the file that it was loaded from.
+            at_least: one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16, F32, for tensors that have a smaller format there.
+
+        Returns:
+            What was written: `.formats`, `.replaced`, `.rounding`, `.different`, `.sentences()`.
+
+        Raises:
+            ModelError: `like` is of another model, or of another architecture than llama (Llama, Mistral), qwen2 and
+                qwen3.
+            ArgumentError: the model has an adapter that is not merged, `like` is missing, or no such format.
+            OutputError: there is a file already, or it cannot be written.
+            DependencyError: without the package gguf.
+        """
+        return save_gguf(path, self.model, self.tokenizer, like=like, at_least=at_least)
 
     def push_to_hub(
         self,
