@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pyunlearn.benchmarking.attacked import attacked, columns_of, require_attackable
 from pyunlearn.benchmarking.config import BenchConfig
 from pyunlearn.benchmarking.files import Questions, require_folder
 from pyunlearn.benchmarking.measurer import Measurer
@@ -44,9 +45,11 @@ def bench(
     Args:
         benchmark: "tofu", "wmdp", "muse" or "rwku".
         model: a transformers causal or encoder-decoder language model, or a path, a .gguf file or a name to load from.
-        data: the folder with the benchmark's files.
+        data: the folder with the benchmark's files, or the name of a data set on the hub, such as "locuslab/TOFU"; a
+            name may end in @REVISION, and a folder of that name comes first.
         retrained: a model that was trained without the forget set, same forms as `model`, or the path of the bench.json
-            that this function's result was written to for it, with the same questions and rendering.
+            that this function's result was written to for it, with the same questions and rendering. Attacks need the
+            model.
         tokenizer: the model's, or where it is. Default: where the model came from.
         config: a BenchConfig, or a TOML file or bench.json to read one from; keywords change single settings of it.
         progress: a progress bar on standard error. Default: where that is a terminal.
@@ -78,24 +81,34 @@ def bench(
             require_model(name, each, look_up=look_up)
         require_tokenizer("tokenizer", tokenizer)
         if not look_up:
-            sets = row.read(require_folder(data), config)
+            folder = require_folder(data, row.files(config))
+            sets = row.read(folder.path, config)
+            texts = None if config.attacks is None or row.attacked is None else row.attacked(sets)
+            if texts is not None:
+                require_attackable(retrained, texts, is_result=_is_result(retrained))
             saved = read_result(retrained, benchmark, sets, row.compared) if _is_result(retrained) else None
             if row.needs_rouge and importlib.util.find_spec("rouge_score") is None:
                 raise missing_packages(f"the benchmark {benchmark}", "rouge-score")
     with Progress(progress, "benchmarking") as bar:
-        numbers, rendering, other = _measured(row, models, tokenizer, sets, config, bar, saved)
+        numbers, rendering, template, other = _measured(row, models, tokenizer, sets, config, bar, saved)
         bar.say("computing the intervals")
         columns = row.columns(numbers, other, config)
+    notes = row.notes(numbers, other)
+    if texts is not None:
+        result = attacked(models, tokenizer, texts, config, template, progress=progress)
+        own, bits = columns_of(result, config.seed)
+        columns, numbers, notes = columns + own, numbers | bits, [*notes, result.headline, *result.notes]
     return BenchResult(
         benchmark=benchmark,
         columns={column.name: column for column in columns},
         sets={name: questions.described() for name, questions in sets.items()},
         numbers=numbers,
         rendering=rendering,
-        notes=row.notes(numbers, other),
+        notes=notes,
         settings=versions()
         | {
             "model": model_name(model),
+            "data": folder.source,
             "retrained": model_name(retrained) if "retrained" in models else _name(retrained),
         }
         | config.to_dict(),
@@ -111,8 +124,10 @@ def _measured(
     config: BenchConfig,
     bar: Progress,
     saved: SavedResult | None,
-) -> tuple[Numbers, str, Numbers | None]:
-    """Return the model's numbers, its rendering, and the retrained model's numbers: one model in memory at a time.
+) -> tuple[Numbers, str, str | Path, Numbers | None]:
+    """Return the model's numbers, its rendering and template, and the retrained model's numbers.
+
+    One model is in memory at a time.
 
     Raises ArgumentError where the saved result of a retrained model is of another rendering, before anything is read.
     """
@@ -126,12 +141,13 @@ def _measured(
         )
     numbers = row.measure(measurer, sets, config)
     if "retrained" not in models:
-        return numbers, rendering, None if saved is None else saved.numbers
-    tokenizer = measurer.lm.tokenizer
+        return numbers, rendering, measurer.template, None if saved is None else saved.numbers
+    tokenizer, template = measurer.lm.tokenizer, measurer.template
     del measurer
     bar.say("loading")
     measurer = Measurer(models["retrained"], tokenizer, config, bar, "the retrained model")
-    return numbers, rendering, row.measure(measurer, {s: sets[s] for s in row.compared}, config, retrained=True)
+    compared = {name: sets[name] for name in row.compared}
+    return numbers, rendering, template, row.measure(measurer, compared, config, retrained=True)
 
 
 def _is_result(retrained: Any) -> bool:

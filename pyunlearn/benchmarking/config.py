@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyunlearn.attacks.config import GATE_OPTION
 from pyunlearn.data.config import ChoiceOrFile
 from pyunlearn.errors import ArgumentError
 from pyunlearn.models.config import WORKSPACE_OPTION
@@ -14,7 +15,13 @@ NAMES = ("tofu", "wmdp", "muse", "rwku")
 """The benchmarks, in the order of the help."""
 
 SPLITS = ("forget01", "forget05", "forget10")
-_OWN = {"split": ("tofu",), "wrong_answers": ("tofu",), "template": ("tofu",), "max_new_tokens": ("tofu",)}
+_OWN = {
+    "split": ("tofu",),
+    "wrong_answers": ("tofu",),
+    "template": ("tofu",),
+    "max_new_tokens": ("tofu",),
+    "attacks": ("tofu", "muse"),
+}
 """Settings that not every benchmark has, and those that do."""
 
 
@@ -52,6 +59,14 @@ class BenchConfig(Config):
         "open-unlearning take the geometric one, the formula of its paper the arithmetic one. Forget quality takes the "
         "geometric one in all of them.",
         group="Method",
+    )
+    attacks: tuple[str, ...] | None = option(
+        **GATE_OPTION
+        | {
+            "help": "TOFU and MUSE: attacks on the model and on the retrained one in the same way, see `pyunlearn "
+            "attack`, with a column of the forget texts that come back under each: default, all, or some of their "
+            "names. Default: none."
+        }
     )
     max_new_tokens: int = option(
         200, Whole(1), "TOFU: tokens that the model writes for an answer, at most.", group="Method"

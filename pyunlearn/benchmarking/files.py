@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ from typing import Any, NamedTuple
 from pyunlearn.data.columns import string_of
 from pyunlearn.data.files import expanded, file_rows
 from pyunlearn.errors import DataError, brief
+from pyunlearn.models.hub import download
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+_ON_THE_HUB = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*/[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 class Questions(NamedTuple):
@@ -32,16 +35,48 @@ class Questions(NamedTuple):
         return {"file": self.file, "questions": len(self.rows), "sha256": self.sha256}
 
 
-def require_folder(data: Any) -> Path:
-    """Return the folder of a benchmark's files. Raises DataError where it is none."""
+class Folder(NamedTuple):
+    """A folder with the files of a benchmark."""
+
+    path: Path
+    source: str | None
+    """NAME@COMMIT of the data set on the hub that it was downloaded from; None for a folder that was given."""
+
+
+def require_folder(data: Any, names: Sequence[str]) -> Folder:
+    """Return the folder of a benchmark's files: the one that is given, or that of a data set on the hub.
+
+    Args:
+        data: path of a folder, or NAME or NAME@REVISION of a data set; a folder of that name comes first.
+        names: of the benchmark's files, without suffix; of a data set no others are downloaded.
+
+    Raises DataError where there is neither.
+    """
     if not isinstance(data, (str, Path)) or not str(data).strip():
         got = f"{data!r}" if isinstance(data, str) else f"a value of type {type(data).__name__}"
         raise DataError(f"data must be the path of a folder with the benchmark's files, got {got}")
     folder = expanded(data)
-    if not folder.is_dir():
+    if folder.is_dir():
+        return Folder(folder, None)
+    name, _, revision = str(data).partition("@")
+    if isinstance(data, Path) or folder.exists() or not _ON_THE_HUB.fullmatch(name) or Path(name).parent.is_dir():
         problem = "is a file" if folder.is_file() else "was not found"
-        raise DataError(f"the data folder {data} {problem}: give the folder that has the benchmark's files")
-    return folder
+        raise DataError(
+            f"the data folder {data} {problem}: give the folder that has the benchmark's files, or the name of a data "
+            "set on the hub, such as locuslab/TOFU"
+        )
+    path, commit = download(name, revision or None, [file for each in names for file in candidates(each)])
+    return Folder(path, f"{name}@{commit}")
+
+
+def candidates(name: str) -> list[str]:
+    """Return the names that the file of a set can have, in a folder or in a data set on the hub.
+
+    >>> candidates("wmdp-bio")[:2], candidates("wmdp-bio")[-1]
+    (['wmdp-bio.jsonl', 'wmdp-bio.json'], 'wmdp-bio/test-00000-of-00001.parquet')
+    """
+    stems = [name, *(f"{name}{dash}00000-of-00001" for dash in ("-", "/test-"))]
+    return [f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
 
 
 def files_in(folder: Path, name: str) -> list[Path]:
@@ -49,8 +84,7 @@ def files_in(folder: Path, name: str) -> list[Path]:
 
     Raises DataError where there is more than one.
     """
-    stems = [name, *(f"{name}{dash}00000-of-00001" for dash in ("-", "/test-"))]
-    there = [path for stem in stems for suffix in SUFFIXES if (path := folder / f"{stem}{suffix}").is_file()]
+    there = [path for each in candidates(name) if (path := folder / each).is_file()]
     if len(there) > 1:
         names = " and ".join(path.relative_to(folder).as_posix() for path in there)
         raise DataError(f"the data folder {folder} has {names}: remove or rename all but one of them")

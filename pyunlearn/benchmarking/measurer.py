@@ -51,8 +51,8 @@ class Measurer:
             self.lm.module.to(default_device())
         self.config, self.bar, self.who = config, bar, who
         own = "chat" if getattr(self.lm.tokenizer, "chat_template", None) else "plain"
-        template = own if config.template == "default" else config.template
-        self.rendering: Rendering = rendering_of(template, self.lm.tokenizer)
+        self.template = own if config.template == "default" else config.template
+        self.rendering: Rendering = rendering_of(self.template, self.lm.tokenizer)
 
     def log_likelihood(self, pairs: Sequence[tuple[str, str]], what: str) -> Floats:
         """Return (n,) mean log-likelihoods of answers after their questions, nats per token, end of text included.

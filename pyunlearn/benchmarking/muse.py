@@ -38,8 +38,14 @@ _COLUMNS = {
     "knowmem forget": ("forget", "KnowMem"),
     "knowmem retain": ("retain", "KnowMem"),
 }
+_WITH_EXAMPLES = ("knowmem forget", "knowmem retain")
 _EXAMPLES = " examples"  # end of the name of the set with the solved questions before each question
 _ENDS = ("\n\n", "\nQuestion", "Question:")  # of an answer
+
+
+def files(config: BenchConfig) -> list[str]:
+    """Return the names of the files that are read, those with solved questions too."""
+    return [name for name, _ in _FILES.values()] + [f"{_FILES[each][0]}_icl" for each in _WITH_EXAMPLES]
 
 
 def read(folder: Path, config: BenchConfig) -> dict[str, Questions]:
@@ -50,10 +56,15 @@ def read(folder: Path, config: BenchConfig) -> dict[str, Questions]:
     wanted = [file for file, _ in _FILES.values()]
     paths = {name: file_in(folder, file, wanted) for name, (file, _) in _FILES.items()}
     sets = {name: read_questions(path, name, _FILES[name][1], config.first) for name, path in paths.items()}
-    for name in ("knowmem forget", "knowmem retain"):
+    for name in _WITH_EXAMPLES:
         for path in files_in(folder, f"{_FILES[name][0]}_icl"):
             sets[name + _EXAMPLES] = read_questions(path, name + _EXAMPLES, _FILES[name][1] | {"answer": "text"}, None)
     return sets
+
+
+def attacked(sets: Mapping[str, Questions]) -> dict[str, list[dict[str, str]]]:
+    """Return the texts that are attacked, and as many that were never trained on."""
+    return {role: sets[f"privleak {role}"].rows for role in ("forget", "holdout")}
 
 
 def measure(

@@ -25,6 +25,8 @@ class Measure(Protocol):
 class Benchmark(NamedTuple):
     """One benchmark."""
 
+    files: Callable[[BenchConfig], list[str]]
+    """Names of its files, without their suffixes."""
     read: Callable[[Path, BenchConfig], dict[str, Questions]]
     """The folder of its files -> the questions of each set."""
     measure: Measure
@@ -36,15 +38,37 @@ class Benchmark(NamedTuple):
     """Sets that are compared with a retrained model -> their numbers that are; empty where none is used."""
     rendering: Callable[[Measurer], str]
     """Description of the form in which a model reads the questions."""
+    attacked: Callable[[Mapping[str, Questions]], dict[str, list[dict[str, str]]]] | None = None
+    """The questions of each set -> role -> rows, of `pyunlearn.attack`; None where nothing can be attacked."""
     needs_rouge: bool = True
     """True where it needs the package rouge-score."""
 
 
 BENCHMARKS = {
-    "tofu": Benchmark(tofu.read, tofu.measure, tofu.columns, tofu.notes, tofu.COMPARED, lambda m: m.rendering.name),
-    "wmdp": Benchmark(
-        wmdp.read, wmdp.measure, wmdp.columns, wmdp.notes, {}, lambda _: wmdp.RENDERING, needs_rouge=False
+    "tofu": Benchmark(
+        tofu.files,
+        tofu.read,
+        tofu.measure,
+        tofu.columns,
+        tofu.notes,
+        tofu.COMPARED,
+        lambda m: m.rendering.name,
+        tofu.attacked,
     ),
-    "muse": Benchmark(muse.read, muse.measure, muse.columns, muse.notes, muse.COMPARED, lambda _: muse.RENDERING),
-    "rwku": Benchmark(rwku.read, rwku.measure, rwku.columns, rwku.notes, {}, rwku.rendering, needs_rouge=False),
+    "wmdp": Benchmark(
+        wmdp.files, wmdp.read, wmdp.measure, wmdp.columns, wmdp.notes, {}, lambda _: wmdp.RENDERING, needs_rouge=False
+    ),
+    "muse": Benchmark(
+        muse.files,
+        muse.read,
+        muse.measure,
+        muse.columns,
+        muse.notes,
+        muse.COMPARED,
+        lambda _: muse.RENDERING,
+        muse.attacked,
+    ),
+    "rwku": Benchmark(
+        rwku.files, rwku.read, rwku.measure, rwku.columns, rwku.notes, {}, rwku.rendering, needs_rouge=False
+    ),
 }

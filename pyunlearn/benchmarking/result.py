@@ -14,6 +14,8 @@ from pyunlearn.output import plain_json
 
 Numbers = dict[str, dict[str, NDArray[np.float64]]]
 """Set -> measure -> an array with one row for each question."""
+ATTACKS = "attacks"
+"""Set of the columns under attack, whose measures are the forms of attack."""
 
 
 class Column(NamedTuple):
@@ -36,7 +38,7 @@ class Column(NamedTuple):
         >>> Column("real authors", "truth ratio", 0.5, 0.4, 0.6, 100).name
         'real_authors_truth_ratio'
         """
-        return f"{self.set} {self.measure}".strip().replace(" ", "_").lower()
+        return f"{self.set} {self.measure}".strip().replace(",", "").replace(" ", "_").lower()
 
     @classmethod
     def of(cls, set: str, measure: str, interval: Interval, questions: int) -> Column:
@@ -55,7 +57,8 @@ class BenchResult:
     sets: dict[str, dict[str, Any]]
     """Set -> its `file`, `questions` that were asked and the `sha256` of these."""
     numbers: Numbers = field(repr=False)
-    """Set -> measure -> an array with one row for each question, in the order of the file."""
+    """Set -> measure -> an array with one row for each question, in the order of the file; of "attacks" the bits of
+    each forget text under each form of attack, NaN where it was not tested."""
     rendering: str
     """Description of the form in which the model read the questions."""
     notes: list[str]
@@ -68,7 +71,7 @@ class BenchResult:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, ready for JSON; no text of the benchmark or of the model is in it."""
         content: dict[str, Any] = plain_json({**vars(self), "numbers": {}})
-        content["numbers"] = listed(self.numbers)
+        content["numbers"] = plain_json(listed(self.numbers))
         return content
 
 

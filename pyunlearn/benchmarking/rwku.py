@@ -40,12 +40,17 @@ def rendering(measurer: Measurer) -> str:
     return f"the prompts of RWKU{' in the chat template' if _has_template(measurer) else ''}"
 
 
+def files(config: BenchConfig) -> list[str]:
+    """Return the names of the files that are read."""
+    return list(_FILES.values())
+
+
 def read(folder: Path, config: BenchConfig) -> dict[str, Questions]:
     """Return the probes of the five sets. Raises DataError where a file or a column is missing."""
     sets = {}
     for name, file in _FILES.items():
         columns = {"query": "text", "answer": "text"} | ({"type": "text"} if name.endswith("3") else {})
-        sets[name] = read_questions(file_in(folder, file, list(_FILES.values())), name, columns, config.first)
+        sets[name] = read_questions(file_in(folder, file, files(config)), name, columns, config.first)
     return sets
 
 

@@ -41,16 +41,27 @@ _FILES = {
 _CHOICES = ("real authors", "world facts")  # sets where probability is that of a multiple choice
 
 
+def files(config: BenchConfig) -> list[str]:
+    """Return the names of the files that are read."""
+    return [f"{config.split}_perturbed", *_FILES.values()]
+
+
 def read(folder: Path, config: BenchConfig) -> dict[str, Questions]:
     """Return the questions of the four sets. Raises DataError where a file or a column is missing."""
-    files = {"forget": f"{config.split}_perturbed"} | _FILES
-    paths = {name: file_in(folder, file, list(files.values())) for name, file in files.items()}
+    names = {"forget": f"{config.split}_perturbed"} | _FILES
+    paths = {name: file_in(folder, file, files(config)) for name, file in names.items()}
     columns = {"question": "text", "answer": "answer", "paraphrased_answer": "text", "perturbed_answer": "texts"}
     first = config.first or FIRST
     return {
         name: read_questions(path, name, columns, first, optional=["paraphrased_answer"])
         for name, path in paths.items()
     }
+
+
+def attacked(sets: Mapping[str, Questions]) -> dict[str, list[dict[str, str]]]:
+    """Return the questions and answers that are attacked, and those that an attacker has."""
+    keys = ("question", "answer")
+    return {role: [{key: row[key] for key in keys} for row in sets[role].rows] for role in ("forget", "retain")}
 
 
 def measure(

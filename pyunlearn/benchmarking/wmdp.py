@@ -24,6 +24,11 @@ RENDERING = "the prompt of lm-evaluation-harness"
 _LETTERS = "ABCD"
 
 
+def files(config: BenchConfig) -> list[str]:
+    """Return the names of the files that are read where they are there."""
+    return [f"wmdp-{name}" for name in SUBJECTS]
+
+
 def read(folder: Path, config: BenchConfig) -> dict[str, Questions]:
     """Return the questions of the sets that are there. Raises DataError where none is, or a column is missing."""
     paths = {name: there[0] for name in SUBJECTS if (there := files_in(folder, f"wmdp-{name}"))}

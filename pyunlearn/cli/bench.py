@@ -28,9 +28,12 @@ def bench(
     model: Model,
     config: BenchConfig,
     data: Annotated[
-        Path,
+        str,
         typer.Option(
-            metavar="FOLDER", help="The folder with the benchmark's own files, listed above.", rich_help_panel="Data"
+            metavar="FOLDER|NAME",
+            help="The folder with the benchmark's own files, listed above, or the name of a data set on the hub, of "
+            "which these are downloaded; a name may end in @REVISION.",
+            rich_help_panel="Data",
         ),
     ],
     retrained: Annotated[
@@ -38,7 +41,7 @@ def bench(
         typer.Option(
             metavar="NAME|FILE.json",
             help="A model that was trained without the forget set, or the bench.json of one (same data, split, first "
-            "and template): forget quality (tofu) and PrivLeak (muse) compare with it.",
+            "and template): forget quality (tofu) and PrivLeak (muse) compare with it. --attacks needs the model.",
             rich_help_panel="Model",
         ),
     ] = None,
@@ -56,7 +59,7 @@ def bench(
 ) -> None:
     """Print the published numbers of a model in a benchmark of unlearning, with 95 % intervals over the questions.
 
-    The benchmark's own files are read from a folder, as .jsonl, .json or .parquet:
+    The benchmark's own files are read from a folder, as .jsonl, .json or .parquet, or from the hub:
 
     *tofu* (arXiv 2401.06121; the dataset locuslab/TOFU): forget10_perturbed, retain_perturbed, real_authors_perturbed,
     world_facts_perturbed, with the columns question, answer, perturbed_answer, and paraphrased_answer in the first two.
@@ -79,7 +82,9 @@ def bench(
 
     `pyunlearn bench tofu ./unlearned --data ./TOFU --retrained ./retrained-tofu/bench.json`
 
-    `pyunlearn bench wmdp ./unlearned --data ./wmdp`
+    `pyunlearn bench wmdp ./unlearned --data cais/wmdp`
+
+    `pyunlearn bench tofu ./unlearned --data locuslab/TOFU --retrained ./retrained --attacks default`
 
     `pyunlearn bench rwku ./unlearned --data ./RWKU`
 
@@ -113,6 +118,8 @@ def bench(
     title = f"{result.benchmark}: {result.settings['model']}, read with {result.rendering}"
     console.print(title, highlight=False, markup=False)
     console.print(bench_table(result))
+    if "attacks_any" in result.columns:
+        console.print(attack_table(result))
     for line in (*lines_of(result), *result.notes):
         console.print(line, highlight=False, markup=False)
     if target is not None:
@@ -124,7 +131,7 @@ def bench_table(result: BenchResult) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    columns = [column for column in result.columns.values() if column.set]
+    columns = [column for column in result.columns.values() if column.set not in ("", "attacks")]
     measures = list(dict.fromkeys(column.measure for column in columns))
     table = Table(box=SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 1, 0, 0), False
@@ -135,6 +142,18 @@ def bench_table(result: BenchResult) -> Table:
         own = {column.measure: column for column in columns if column.set == name}
         counts = "/".join(f"{n:,}" for n in dict.fromkeys(column.questions for column in own.values()))
         table.add_row(f"{name}, {counts}", *(_cell(own[m]) if m in own else "" for m in measures))
+    return table
+
+
+def attack_table(result: BenchResult) -> Table:
+    """Return a row for each form of attack: the share of forget texts that come back under it, with its interval."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table("attack", "texts", "come back", box=SIMPLE_HEAD)
+    for column in result.columns.values():
+        if column.set == "attacks" and column.name != "attacks_p-value":
+            table.add_row(column.measure, f"{column.questions:,}", _cell(column))
     return table
 
 
@@ -151,6 +170,9 @@ def lines_of(result: BenchResult) -> list[str]:
         leak = columns["privleak"]
         ends = "" if math.isnan(leak.low) else f" [{leak.low:.1f}, {leak.high:.1f}]"
         lines.append(f"PrivLeak {leak.estimate:.1f}{ends} %")
+    if "attacks_p-value" in columns:
+        p = columns["attacks_p-value"].estimate
+        lines.append(f"under attack: p = {p:.3g} for the set")
     return lines
 
 

@@ -8,12 +8,13 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pyunlearn.errors import OutputError, first_line
+from pyunlearn.errors import DataError, OutputError, first_line
 from pyunlearn.progress import logger
 
 _SECONDS = 2.0  # to wait for an answer
@@ -71,6 +72,41 @@ def is_repository_name(name: str) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def download(name: str, revision: str | None, files: Sequence[str]) -> tuple[Path, str]:
+    """Return a folder with some files of a data set on the hub, and the commit that they are from.
+
+    They are downloaded where they are not among the downloads; without a network these alone are looked through.
+
+    Args:
+        name: OWNER/NAME of the data set.
+        revision: branch, tag or commit; None: main.
+        files: names of the files; those that the data set does not have are passed over.
+
+    Raises DataError where the hub refuses or cannot be reached, or has no data set of that name or no such revision.
+    """
+    from huggingface_hub import snapshot_download
+
+    away = not reachable() or _is_offline()
+    try:
+        folder = snapshot_download(
+            name, repo_type="dataset", revision=revision, allow_patterns=list(files), **hub_options(name)
+        )
+    except Exception as error:  # huggingface_hub and its HTTP clients have no common one
+        wanted = name if revision is None else f"{name}@{revision}"
+        reason = f"the hub ({host()[0]}) cannot be reached" if away else first_line(error).rstrip(".: ")
+        raise DataError(
+            f"the data set {wanted} is neither a folder here nor among the downloads, and {reason}: give a folder, or "
+            "the name of a data set on the hub"
+        ) from error
+    return Path(folder), Path(folder).name
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def upload(
