@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import constants
 from tofu_folder import bench, tofu_folder, tofu_rows
 
+from pyunlearn.benchmarking.files import files_in, require_folder
 from pyunlearn.benchmarking.registry import BENCHMARKS, BenchConfig
 from pyunlearn.errors import DataError
 
@@ -95,6 +96,35 @@ def test_the_files_of_a_benchmark_alone_are_downloaded(answers, cache, monkeypat
     assert (name, options["revision"], options["repo_type"]) == ("locuslab/TOFU", "v1", "dataset")
     assert "forget10_perturbed.json" in options["allow_patterns"]
     assert not any(word in file for file in options["allow_patterns"] for word in ("forget01", "*", "retain90"))
+
+
+def test_the_numbered_file_of_a_set_comes_first(tmp_path):
+    """MUSE-News has both; two of a kind are still refused."""
+    (tmp_path / "verbmem").mkdir()
+    for name in ("forget.json", "forget-00000-of-00001.parquet"):
+        (tmp_path / "verbmem" / name).touch()
+    assert [p.name for p in files_in(tmp_path, "verbmem/forget")] == ["forget-00000-of-00001.parquet"]
+    (tmp_path / "verbmem" / "forget-00000-of-00001.jsonl").touch()
+    with pytest.raises(DataError, match=r"has verbmem/forget-.*jsonl and verbmem/forget-.*parquet: remove or rename"):
+        files_in(tmp_path, "verbmem/forget")
+
+
+def test_the_files_of_rwku_are_in_a_folder(cache, monkeypatch):
+    """Those of all persons together."""
+    place = cache.parents[1] / "datasets--jinzhuoran--RWKU"
+    (place / "snapshots" / COMMITS[0] / "All").mkdir(parents=True)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(COMMITS[0])
+    row = BENCHMARKS["rwku"]
+    folder = require_folder("jinzhuoran/RWKU", row.files(BenchConfig()), row.inside)
+    assert folder.path == place / "snapshots" / COMMITS[0] / "All"
+    assert folder.source == f"jinzhuoran/RWKU@{COMMITS[0]}"
+    calls = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **options: calls.append(options) or str(folder.path.parent)
+    )
+    require_folder("jinzhuoran/RWKU", row.files(BenchConfig()), row.inside)
+    assert "All/forget_level3.json" in calls[0]["allow_patterns"]
 
 
 @pytest.mark.parametrize(

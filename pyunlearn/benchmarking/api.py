@@ -81,7 +81,7 @@ def bench(
             require_model(name, each, look_up=look_up)
         require_tokenizer("tokenizer", tokenizer)
         if not look_up:
-            folder = require_folder(data, row.files(config))
+            folder = require_folder(data, row.files(config), row.inside)
             sets = row.read(folder.path, config)
             texts = None if config.attacks is None or row.attacked is None else row.attacked(sets)
             if texts is not None:

@@ -43,12 +43,13 @@ class Folder(NamedTuple):
     """NAME@COMMIT of the data set on the hub that it was downloaded from; None for a folder that was given."""
 
 
-def require_folder(data: Any, names: Sequence[str]) -> Folder:
+def require_folder(data: Any, names: Sequence[str], inside: str = "") -> Folder:
     """Return the folder of a benchmark's files: the one that is given, or that of a data set on the hub.
 
     Args:
         data: path of a folder, or NAME or NAME@REVISION of a data set; a folder of that name comes first.
         names: of the benchmark's files, without suffix; of a data set no others are downloaded.
+        inside: folder in the data set that has them.
 
     Raises DataError where there is neither.
     """
@@ -65,26 +66,35 @@ def require_folder(data: Any, names: Sequence[str]) -> Folder:
             f"the data folder {data} {problem}: give the folder that has the benchmark's files, or the name of a data "
             "set on the hub, such as locuslab/TOFU"
         )
-    path, commit = download(name, revision or None, [file for each in names for file in candidates(each)])
-    return Folder(path, f"{name}@{commit}")
+    files = [(Path(inside) / file).as_posix() for each in names for file in candidates(each)]
+    path, commit = download(name, revision or None, files)
+    return Folder(path / inside, f"{name}@{commit}")
 
 
 def candidates(name: str) -> list[str]:
     """Return the names that the file of a set can have, in a folder or in a data set on the hub.
 
-    >>> candidates("wmdp-bio")[:2], candidates("wmdp-bio")[-1]
-    (['wmdp-bio.jsonl', 'wmdp-bio.json'], 'wmdp-bio/test-00000-of-00001.parquet')
+    >>> candidates("wmdp-bio")[0], candidates("wmdp-bio")[-1]
+    ('wmdp-bio-00000-of-00001.jsonl', 'wmdp-bio.parquet')
     """
-    stems = [name, *(f"{name}{dash}00000-of-00001" for dash in ("-", "/test-"))]
-    return [f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+    return [file for names in _names(name) for file in names]
+
+
+def _names(name: str) -> tuple[list[str], list[str]]:
+    """Return the names of a file as the hub's data sets number them, and plain."""
+    numbered = [f"{name}{dash}00000-of-00001{suffix}" for dash in ("-", "/test-") for suffix in SUFFIXES]
+    return numbered, [f"{name}{suffix}" for suffix in SUFFIXES]
 
 
 def files_in(folder: Path, name: str) -> list[Path]:
     """Return the file of that name in a folder, with one of SUFFIXES, or as the hub's data sets name it, or nothing.
 
+    The hub's own name comes first: MUSE-News had verbmem/forget.json before, and has it still.
+
     Raises DataError where there is more than one.
     """
-    there = [path for each in candidates(name) if (path := folder / each).is_file()]
+    hub, plain = ([path for each in names if (path := folder / each).is_file()] for names in _names(name))
+    there = hub or plain
     if len(there) > 1:
         names = " and ".join(path.relative_to(folder).as_posix() for path in there)
         raise DataError(f"the data folder {folder} has {names}: remove or rename all but one of them")

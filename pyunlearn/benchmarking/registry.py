@@ -40,6 +40,8 @@ class Benchmark(NamedTuple):
     """Description of the form in which a model reads the questions."""
     attacked: Callable[[Mapping[str, Questions]], dict[str, list[dict[str, str]]]] | None = None
     """The questions of each set -> role -> rows, of `pyunlearn.attack`; None where nothing can be attacked."""
+    inside: str = ""
+    """Folder of the data set on the hub that has the files."""
     needs_rouge: bool = True
     """True where it needs the package rouge-score."""
 
@@ -69,6 +71,14 @@ BENCHMARKS = {
         muse.attacked,
     ),
     "rwku": Benchmark(
-        rwku.files, rwku.read, rwku.measure, rwku.columns, rwku.notes, {}, rwku.rendering, needs_rouge=False
+        rwku.files,
+        rwku.read,
+        rwku.measure,
+        rwku.columns,
+        rwku.notes,
+        {},
+        rwku.rendering,
+        inside="All",  # next to a folder for each person
+        needs_rouge=False,
     ),
 }
