@@ -102,8 +102,8 @@ def largest_error(rows: Floats, name: str) -> Floats:
 
     Scales and minima are float16, and their rounding counts too. All is 0 for F32.
 
-    >>> largest_error(np.float32([[1.0] * 32]), "Q8_0")[0, 0].round(4)
-    0.0044
+    >>> f"{largest_error(np.float32([[1.0] * 32]), 'Q8_0')[0, 0]:.4f}"
+    '0.0044'
     """
     if name == "F32":
         return np.zeros_like(rows)

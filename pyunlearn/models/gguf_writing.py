@@ -38,9 +38,9 @@ _NAMES = ("general.name", "general.quantized_by", "general.file_type")
 class GgufReport:
     """A GGUF file that was written and read back.
 
-    >>> GgufReport("a.gguf", "b.gguf", {"F32": 1}, {}, 9, 9, 0.0, 0.5).sentences()
-    ['a.gguf is like b.gguf: 1 F32 tensor, 0.0 MB; each was read back and is the weights.',
-    '50.00% of the bytes of its tensors differ from those of b.gguf.']
+    >>> print(*GgufReport("a.gguf", "b.gguf", {"F32": 1}, {}, 9, 9, 0.0, 0.5).sentences(), sep="\\n")
+    a.gguf is like b.gguf: 1 F32 tensor, 0.0 MB; each was read back and is the weights.
+    50.00% of the bytes of its tensors differ from those of b.gguf.
     """
 
     path: str
