@@ -10,7 +10,7 @@ import torch
 from pyunlearn.data import Tokens, collate
 from pyunlearn.methods import METHODS
 from pyunlearn.models import Likelihood
-from pyunlearn.unlearning.objectives import example_tensors, token_tensors
+from pyunlearn.unlearning.loss_tensors import example_tensors, token_tensors
 
 TEXTS = [Tokens((5, 6, 7, 8, 9), 2), Tokens((3, 4, 12, 30, 31, 32, 33), 4), Tokens((9, 1, 2), 1), Tokens((4, 8, 15), 2)]
 

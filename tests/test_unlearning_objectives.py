@@ -11,15 +11,8 @@ import torch
 from pyunlearn.data import Tokens, collate
 from pyunlearn.methods import METHODS, Multiplier
 from pyunlearn.models.distributions import Distributions
-from pyunlearn.unlearning.objectives import (
-    ForgetTerm,
-    RetainTerm,
-    Unseen,
-    example_tensors,
-    finite,
-    multiplier_of,
-    token_tensors,
-)
+from pyunlearn.unlearning.loss_tensors import example_tensors, token_tensors
+from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, Unseen, finite, multiplier_of
 from pyunlearn.unlearning.reference import Reference
 
 FORGET = [Tokens((0, 1, 2), 1), Tokens((0, 3, 4, 5), 1)]  # scored: (1, 2) and (3, 4, 5)
@@ -72,7 +65,9 @@ def reference_of(**log_likelihood):
     return reference
 
 
-def forget_term(name, loss=None, *, options=None, reference=None, weights=None, visits=(0, 0), **texts):
+def forget_term(
+    name, loss=None, *, options=None, reference=None, weights=None, visits=(0, 0), batch_reduction="example", **texts
+):
     """Return a method's forget term, perhaps with another loss of the same parameters."""
     method = METHODS[name] if loss is None else tiny.with_loss(name, loss)
     texts = {"forget": FORGET, **texts}
@@ -80,8 +75,9 @@ def forget_term(name, loss=None, *, options=None, reference=None, weights=None, 
     reference = reference or Reference()
     visits = np.array(visits)
     return ForgetTerm(
-        language_model(), method, options or {}, texts, reference=reference, weights=weights, visits=visits
-    )
+        language_model(), method, options or {}, texts, reference=reference, weights=weights, visits=visits,
+        batch_reduction=batch_reduction,
+    )  # fmt: skip
 
 
 def recorder():
@@ -141,6 +137,36 @@ def test_the_forget_term_is_the_sum_of_the_losses_of_its_examples():
     loss.backward()
     wanted = [0, 1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3, 0, 0, 0, 0]
     assert term.lm.likelihood.table.grad.tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.token_mean])
+def test_batch_reduction_token_weighs_each_text_by_its_tokens(name):
+    """So that the sum over the divisor, the number of scored tokens, is the mean over all of them.
+
+    For what a method scores, and for texts that are brought back, of which the forget text is scored.
+    """
+
+    def term(batch_reduction):
+        needed = {"forget": [[-1.0, -2.0], [-3.0] * 3]} if "reference" in METHODS[name].needs else {}
+        reference = reference_of(**needed)
+        if METHODS[name].kind == "vocabulary":
+            rows = {(0, 1): 5, (0,): 2, (1,): 3}
+            reference.forget = SimpleNamespace(at=lambda i, _: Distributions(torch.eye(10)[: rows[tuple(i)]] / 3, None))
+        made = forget_term(name, refusal=OTHER, reference=reference, batch_reduction=batch_reduction)
+        made.unseen = Unseen(np.full(2, -3.0), np.ones(2), np.full(4, -9.0))
+        return made
+
+    by_token, by_example = term("token"), term("example")
+    lengths = (1, 2) if METHODS[name].roles == ("refusal",) else (2, 3)
+    if METHODS[name].kind != "vocabulary":  # whose tables differ with the batch here
+        assert by_token([0, 1]).item() == pytest.approx(sum(n * by_example([i]).item() for i, n in enumerate(lengths)))
+    for i, length in enumerate(lengths):
+        assert by_token([i]).item() == pytest.approx(length * by_example([i]).item())
+    expected = 2 * by_example.restore([0]).item() + 3 * by_example.restore([1]).item()
+    assert by_token.restore([0, 1]).item() == pytest.approx(expected)
+    first, second = np.array([0]), np.array([1])
+    assert by_token.divisor(np.arange(2)) == sum(lengths)
+    assert (by_token.divisor(first, second), by_example.divisor(first, second)) == (lengths[0] + 3, 2)
 
 
 def test_an_example_method_gets_reference_sums_and_its_own_options():

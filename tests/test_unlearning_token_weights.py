@@ -219,13 +219,21 @@ def test_secrets_are_forgotten_by_their_important_tokens(story, method, share):
             {"token_weights": "importance", "token_share": 0.0},
             "token_share must be a number, above 0 and at most 1, got 0.0",
         ),
+        (
+            {"method": "npo", "batch_reduction": "token"},
+            r"methods whose loss is a mean over the tokens of a text \(match, ga, .*\), and that of 'npo' is none",
+        ),
+        (
+            {"method": "ga", "batch_reduction": "token", "method_options": {"top_fraction": 0.5}},
+            "is the mean over all tokens of a step, and top_fraction leaves some out: leave one of them out",
+        ),
         ({"order": "hardest"}, "order must be one of random, easy_first, hard_first, got 'hardest'"),
         ({"order": "easy_first", "difficulty": "mrd"}, "difficulty must be 'nll', 'ksd' or a list"),
         ({"order": "easy_first", "difficulty": "ksd"}, "pass some of it as retain="),
         ({"order": "easy_first", "difficulty": [1.0]}, "difficulty must be 2 numbers, one for each forget example"),
     ],
 )
-def test_wrong_token_weights_and_orders_are_refused(story, options, message):
+def test_wrong_token_weights_reductions_and_orders_are_refused(story, options, message):
     """One sentence that says which values are allowed."""
     with pytest.raises(ArgumentError, match=message) as error:
         run(story, **options)

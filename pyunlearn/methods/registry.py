@@ -61,6 +61,7 @@ class Method:
         needs_retain: True where the method does not work without a retain set.
         rate: factor on the default learning rate.
         retain_loss: name of the retain loss that it has by default; "hold" is "nll" for a set known by heart.
+        token_mean: True where the loss of an example is a mean over the scored tokens of one text.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Method:
     needs_retain: bool = False
     rate: float = 1.0
     retain_loss: str = "hold"
+    token_mean: bool = False
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
@@ -182,28 +184,28 @@ _MULTIPLIER = {"multiplier": 50.0, "multiplier_step_size": 1.0, "multiplier_warm
 METHODS = {
     method.name: method
     for method in (
-        Method("match", match, "pyunlearn"),
-        Method("ga", ga, "arXiv 2210.01504", _SELECT),
+        Method("match", match, "pyunlearn", token_mean=True),
+        Method("ga", ga, "arXiv 2210.01504", _SELECT, token_mean=True),
         Method("npo", npo, "arXiv 2404.05868"),
         Method("simnpo", simnpo, "arXiv 2410.07163", _SELECT),
         Method("kto", kto, "arXiv 2402.01306"),
         Method("hinge", hinge, "arXiv 2406.09179", _SELECT),
         # a descent on refusals, which are unlikely at first: the small steps of an ascent would not suffice
-        Method("idk", idk, "arXiv 2401.06121", rate=10.0),
+        Method("idk", idk, "arXiv 2401.06121", rate=10.0, token_mean=True),
         Method("dpo", dpo, "arXiv 2305.18290", {"winners": None}, pair="winner"),
         Method("idkdpo", dpo, "arXiv 2401.06121", pair="refusal"),
         Method("altpo", dpo, "arXiv 2409.13474", {"alternates": 5}, pair="alternate"),
-        Method("wga", wga, "arXiv 2502.19301", _TEMPERATURE),
-        Method("tnpo", tnpo, "arXiv 2502.19301"),
-        Method("wtnpo", wtnpo, "arXiv 2502.19301"),
-        Method("satimp", satimp, "arXiv 2505.11953", _TEMPERATURE),
+        Method("wga", wga, "arXiv 2502.19301", _TEMPERATURE, token_mean=True),
+        Method("tnpo", tnpo, "arXiv 2502.19301", token_mean=True),
+        Method("wtnpo", wtnpo, "arXiv 2502.19301", token_mean=True),
+        Method("satimp", satimp, "arXiv 2505.11953", _TEMPERATURE, token_mean=True),
         Method("flat", flat, "arXiv 2410.11143", pair="refusal"),
         Method("rmu", rmu, "arXiv 2403.03218", _LAYER, rate=10.0, retain_loss="representation"),
         Method("adaptive_rmu", adaptive_rmu, "arXiv 2408.06223", _LAYER, rate=10.0, retain_loss="representation"),
         Method("ceu", ceu, "arXiv 2503.01224"),
-        Method("undial", undial, "arXiv 2402.10052"),
-        Method("kl", kl, "arXiv 2302.09880", retain_loss="nll"),
-        Method("pdu", pdu, "arXiv 2506.05314", _MULTIPLIER, needs_retain=True, retain_loss="nll"),
+        Method("undial", undial, "arXiv 2402.10052", token_mean=True),
+        Method("kl", kl, "arXiv 2302.09880", retain_loss="nll", token_mean=True),
+        Method("pdu", pdu, "arXiv 2506.05314", _MULTIPLIER, needs_retain=True, retain_loss="nll", token_mean=True),
     )
 }
 """Name -> forget term."""

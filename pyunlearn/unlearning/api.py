@@ -19,7 +19,7 @@ from pyunlearn.data.examples import source_name
 from pyunlearn.data.redaction import masked
 from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
-from pyunlearn.methods import Method, resolve
+from pyunlearn.methods import METHODS, Method, resolve
 from pyunlearn.models.adapters import merged, require_mergeable, with_lora
 from pyunlearn.models.condition import require_trainable
 from pyunlearn.models.four_bits import keep_differentiable
@@ -286,12 +286,30 @@ def _in_best_form(
 def check_together(config: UnlearnConfig, method: Method, retain: Any, reference_model: Any) -> None:
     """Raise ArgumentError where an argument needs another one that is missing."""
     check_token_weights(config.token_weights, method, has_reference=reference_model is not None)
+    require_reduction(config, method)
     if config.robust:
         require_robust(method)
     by_ksd = isinstance(config.difficulty, str) and config.difficulty == "ksd"
     if by_ksd and config.order != "random" and retain is None:
         raise ArgumentError(
             'difficulty="ksd" is how much the training set supports an example: pass some of it as retain='
+        )
+
+
+def require_reduction(config: UnlearnConfig, method: Method) -> None:
+    """Raise ArgumentError where batch_reduction="token" does not name what the method computes."""
+    if config.batch_reduction == "example":
+        return
+    if not method.token_mean:
+        names = ", ".join(m.name for m in METHODS.values() if m.token_mean)
+        raise ArgumentError(
+            f'batch_reduction="token" is for methods whose loss is a mean over the tokens of a text ({names}), and '
+            f"that of {method.name!r} is none: leave it out"
+        )
+    if dict(config.method_options or {}).get("top_fraction", 1) != 1:
+        raise ArgumentError(
+            'batch_reduction="token" is the mean over all tokens of a step, and top_fraction leaves some out: leave '
+            "one of them out"
         )
 
 

@@ -16,6 +16,7 @@ from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Seve
 MEAN_OF_NON_MEMBERS = 1 / math.log(2)  # bits: the mean exposure of text that was not trained on, metrics.NULL_MEAN
 MEMORIZED = math.log2(20)  # bits: an example counts as memorized from here on, metrics.SIGNIFICANT
 
+BATCH_REDUCTIONS = ("example", "token")
 ORDERS = ("random", "easy_first", "hard_first")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 RETAIN_LOSSES = ("auto", "nll", "kl", "hold", "representation")
@@ -47,6 +48,15 @@ class LoopConfig(Config):
         fixed=True,
     )
     batch_size: int = option(8, Whole(1), "Examples in one optimizer step.", fixed=True)
+    batch_reduction: str = option(
+        "example",
+        Choice(BATCH_REDUCTIONS),
+        "Forget loss of a step: example, the mean over texts of each one's mean over its tokens, so that short texts "
+        "are pulled as hard as long ones; token, the mean over all tokens of the step, as published results of ga, "
+        "graddiff, wga, satimp and others have it.",
+        group="Method",
+        fixed=True,
+    )
     micro_batch_size: int | None = option(
         None,
         Whole(1),

@@ -220,7 +220,7 @@ def _round(
                 again,
                 round_number=state.round_number,
                 step=step,
-                factor=forget_weight / len(indices),
+                factor=forget_weight / parts.forget_term.divisor(indices),
             )
         record = optimizer_step(
             parts,
@@ -302,7 +302,7 @@ def optimizer_step(
     """
     accelerator, processes, schedule, forget_term, retain_term, weights, optimizer = parts
     restored = np.empty(0, dtype=np.int64) if restored is None else restored
-    examples = len(forget_indices) + len(restored)
+    divisor = forget_term.divisor(forget_indices, restored)
     # ------------------------------------------------------------------------------------------------
     optimizer.zero_grad()
     if begin is not None:
@@ -312,14 +312,14 @@ def optimizer_step(
     forget_loss = 0.0
     for micro_batch, counts in processes.micro_batches(schedule, forget_indices):
         with accelerator.autocast():
-            loss = counts * forget_term(micro_batch) / examples
+            loss = counts * forget_term(micro_batch) / divisor
         accelerator.backward(forget_weight * loss)
         forget_loss += loss.item()
 
     # overshot examples
     for micro_batch, counts in processes.micro_batches(schedule, restored):
         with accelerator.autocast():
-            loss = counts * forget_term.restore(micro_batch) / examples
+            loss = counts * forget_term.restore(micro_batch) / divisor
         accelerator.backward(loss)
 
     # retain term

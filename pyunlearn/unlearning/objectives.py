@@ -14,10 +14,10 @@ from torch import Tensor
 from pyunlearn.data import TokenBatch, Tokens
 from pyunlearn.methods import Method, Multiplier
 from pyunlearn.methods.match import match
-from pyunlearn.methods.reduction import token_means
 from pyunlearn.methods.retain import retain_hold, retain_kl, retain_nll, retain_representation
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import scored_tokens
+from pyunlearn.unlearning.loss_tensors import example_tensors, token_tensors
 from pyunlearn.unlearning.reference import Reference
 from pyunlearn.unlearning.representation import RepresentationTarget
 from pyunlearn.unlearning.token_stopping import above_level, stopped_by_token
@@ -48,6 +48,8 @@ class ForgetTerm:
         target: the layer, for methods on hidden states.
         unseen: log-likelihoods of unseen text, for `match` and for `restore`.
         visits: (B,) steps that took each example so far, counted by the loop; they select the alternate of a step.
+        batch_reduction: "token" multiplies each example's loss by its scored tokens, so that `divisor` makes the mean
+            over all tokens of a step; for methods of which `Method.token_mean` is true.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class ForgetTerm:
         target: RepresentationTarget | None = None,
         unseen: Unseen | None = None,
         visits: NDArray[np.int64],
+        batch_reduction: str = "example",
     ) -> None:
+        self.by_token = batch_reduction == "token"
         self.lm, self.method, self.options, self.texts = lm, method, options, texts
         self.reference, self.weights, self.target = reference, weights, target
         self.unseen, self.visits = unseen, visits
@@ -106,6 +110,21 @@ class ForgetTerm:
         """Return () the sum of the losses of the forget examples at `indices`, differentiable."""
         return self._loss(indices)
 
+    def divisor(self, indices: NDArray[np.int64], restored: NDArray[np.int64] | None = None) -> int:
+        """Return what a step's sum of losses is divided by: its examples, or the tokens in them that the losses score.
+
+        Args:
+            indices: of the examples that are to be unlearned.
+            restored: of those that `restore` brings back.
+        """
+        rows = [(self.method.roles[0], i) for i in indices]
+        rows += [] if restored is None else [("forget", i) for i in restored]
+        return sum(len(self.texts[role][int(i)].scored) for role, i in rows) if self.by_token else len(rows)
+
+    def _summed(self, losses: Tensor, counts: Tensor) -> Tensor:
+        """Return (B,) losses as a step adds them up: with batch_reduction "token", times their scored tokens (B,)."""
+        return losses * counts if self.by_token else losses
+
     def aim(self, level: Floats, likely: Floats) -> None:
         """Set where the texts are to end.
 
@@ -122,7 +141,8 @@ class ForgetTerm:
         unseen = self._unseen()
 
         def loss(log_likelihood: Tensor, example: Tensor, counts: Tensor, level: Tensor, likely: Tensor) -> Tensor:
-            return match(log_likelihood, example, counts, level, unseen, likely, reduction="none")
+            losses = match(log_likelihood, example, counts, level, unseen, likely, reduction="none")
+            return self._summed(losses, counts)
 
         return self.lm.likelihood.token_objective(batch, loss, *self._aim(indices, batch)).loss
 
@@ -159,10 +179,16 @@ class ForgetTerm:
                 token_loss = stopped_by_token(token_loss, self._unseen(), group_size=group_size)
                 values += self._aim(indices, batch, len(method.roles))
 
+            function = token_loss
+
+            def summed(log_likelihood: Tensor, example: Tensor, counts: Tensor, *tensors: Tensor) -> Tensor:
+                return self._summed(function(log_likelihood, example, counts, *tensors), counts)
+
+            token_loss = summed if self.by_token else token_loss
             return likelihood.token_objective(batch, token_loss, *values, group_size=group_size, **selection).loss
 
-        def loss(*tensors: Tensor) -> Tensor:
-            return method.loss(example_tensors(method, *tensors), self.options)
+        def loss(sums: Tensor, counts: Tensor, *tensors: Tensor) -> Tensor:
+            return self._summed(method.loss(example_tensors(method, sums, counts, *tensors), self.options), counts)
 
         return likelihood.objective(
             batch, loss, reference_values, group_size=group_size, weights=weights, **selection
@@ -184,7 +210,7 @@ class ForgetTerm:
             level, likely = self._aim(indices, batch)
             aim = level, self._unseen(), likely
             tensors["weights"] = above_level(log_likelihood, batch.example, batch.counts, *aim)
-        return self.method.loss(tensors, self.options).sum()
+        return self._summed(self.method.loss(tensors, self.options), batch.counts).sum()
 
     def _on_hidden_states(self, indices: list[int]) -> Tensor:
         """Compute the loss of a method on the hidden states of one layer."""
@@ -225,38 +251,6 @@ class ForgetTerm:
 def token_quantiles(log_likelihoods: Sequence[Floats], count: int = 512) -> Floats:
     """Return (count,) evenly spaced quantiles of the tokens' log-likelihoods in all texts, ascending."""
     return np.quantile(np.concatenate(log_likelihoods), (np.arange(count) + 0.5) / count)
-
-
-def example_tensors(method: Method, forget: Tensor, lengths: Tensor, reference: Tensor) -> dict[str, Tensor]:
-    """Name the tensors of a loss on summed log-likelihoods, (B,), or (B, 2) for the two texts of a pair."""
-    if not method.pairs:
-        return {method.roles[0]: forget, "lengths": lengths, "reference": reference}
-    return {
-        "winner": forget[:, 0],
-        "winner_reference": reference[:, 0],
-        "loser": forget[:, 1],
-        "loser_reference": reference[:, 1],
-    }
-
-
-def token_tensors(
-    log_likelihood: Tensor, example: Tensor, counts: Tensor, reference: Tensor, **others: Tensor
-) -> Mapping[str, Any]:
-    """Name the tensors of a loss on single tokens."""
-    tensors = {"log_likelihood": log_likelihood, "example": example, "counts": counts, "reference": reference}
-    return _TokenTensors(tensors | others)
-
-
-class _TokenTensors(dict[str, Any]):
-    """Tensors by name; the mean token probabilities of a pair are computed on first access."""
-
-    def __missing__(self, name: str) -> Tensor:
-        index = ("winner_probability", "loser_probability").index(name)
-        probabilities = token_means(
-            self["log_likelihood"].exp(), self["example"], self["counts"], self.get("weights")
-        ).view(-1, 2)
-        self["winner_probability"], self["loser_probability"] = probabilities[:, 0], probabilities[:, 1]
-        return probabilities[:, index]
 
 
 class RetainBatch(NamedTuple):

@@ -156,6 +156,7 @@ def setup(
     forget_term = ForgetTerm(
         lm, method, options, texts_by_role, reference=reference, weights=weights, target=target,
         unseen=Unseen(stopping.level, stopping.likely, token_quantiles(unseen)), visits=state.visits,
+        batch_reduction=config.batch_reduction,
     )  # fmt: skip
     retain_term = RetainTerm(
         lm,
