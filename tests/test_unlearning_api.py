@@ -8,6 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 from coverings import in_full
 from unlearning_runs import apart, check_forgotten, run, same, timeless, weights
 
@@ -36,6 +37,20 @@ def test_a_llama_forgets_memorized_sentences_and_leaves_unseen_ones_alone(story)
         result.examples, tiny.negative_log_likelihoods(story, story.forget + story.unseen, result.model), strict=True
     ):
         assert -e.log_likelihood_after == pytest.approx(nll, rel=1e-5)
+
+
+@pytest.mark.full
+def test_verdicts_in_bfloat16_are_those_in_float32(story, monkeypatch, own_accelerate):
+    """On a CPU too, where ACCELERATE_MIXED_PRECISION asks for it; the weights stay float32."""
+    verdicts = {}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        result = run(story, story.forget + story.unseen)
+        verdicts[precision] = [e.verdict for e in result.examples]
+        assert {p.dtype for p in result.model.parameters()} == {torch.float32}
+    assert verdicts["bf16"] == verdicts["no"]
+    assert set(verdicts["no"]) == {"forgotten", "not memorized"}
 
 
 def test_model_and_forget_set_are_enough(story):

@@ -209,6 +209,20 @@ def test_a_launch_that_accelerate_cannot_join_is_refused(monkeypatch, variables,
         make_accelerator(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("wanted", ["bf16", "no", "fp16"])
+def test_float32_weights_compute_in_bfloat16_on_a_cpu_where_accelerate_is_told_so(monkeypatch, own_accelerate, wanted):
+    """ACCELERATE_MIXED_PRECISION=bf16 does it; other values do nothing here, and 16-bit weights are no matter of it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", wanted)
+    model, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    narrow = make_accelerator(torch.nn.Linear(2, 2).bfloat16())
+    assert narrow.mixed_precision == "no"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", wanted)
+    with make_accelerator(model).autocast():
+        assert model(x).dtype == (torch.bfloat16 if wanted == "bf16" else torch.float32)
+
+
 def test_a_signal_to_one_process_ends_all():
     """At the same step, for the others would wait for it in the next sum."""
     interrupt = DeferredInterrupt()

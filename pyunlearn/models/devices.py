@@ -47,6 +47,11 @@ def use_device(name: str) -> None:
     os.environ["ACCELERATE_TORCH_DEVICE"] = name
 
 
+def bfloat16_requested() -> bool:
+    """Return whether ACCELERATE_MIXED_PRECISION is bf16, which `accelerate launch --mixed_precision bf16` sets."""
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() == "bf16"
+
+
 def _own(kind: str) -> str:
     """Return the device of this kind that belongs to this process, of several that a launcher started: "cuda:1"."""
     if int(os.environ.get("WORLD_SIZE") or 1) == 1 or kind not in _NUMBERED:

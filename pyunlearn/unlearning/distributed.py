@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyunlearn.errors import ArgumentError, TrainingError, first_line
+from pyunlearn.models.devices import bfloat16_requested
 from pyunlearn.unlearning.schedule import Schedule
 
 T = TypeVar("T")
@@ -203,9 +204,14 @@ def fills_in_weights() -> bool:
 
 
 def computes_in_bfloat16(module: nn.Module) -> bool:
-    """Return whether a model's float32 weights compute in bfloat16: on a GPU that has it."""
-    is_float32 = next(module.parameters()).dtype == torch.float32
-    return is_float32 and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Return whether a model's float32 weights compute in bfloat16.
+
+    On a GPU that has it, and elsewhere where ACCELERATE_MIXED_PRECISION is bf16.
+    """
+    if next(module.parameters()).dtype != torch.float32:
+        return False
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return on_gpu or bfloat16_requested()
 
 
 def is_main_process() -> bool:
@@ -214,7 +220,7 @@ def is_main_process() -> bool:
 
 
 def make_accelerator(module: nn.Module) -> Any:
-    """Make an Accelerator; float32 weights compute in bfloat16 on a GPU that has it.
+    """Make an Accelerator; float32 weights compute in bfloat16 where `computes_in_bfloat16`.
 
     With FSDP these are gathered in bfloat16: autocast would hold a copy of each until the backward pass.
     Several processes on a machine without a GPU, as `torchrun` starts them, are joined by gloo on its CPUs. The state

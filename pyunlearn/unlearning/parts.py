@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyunlearn.data import Tokens
+from pyunlearn.models.devices import bfloat16_requested
 from pyunlearn.models.footprint import Runtime, first_scoring, scoring, traced, training
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.unlearning.adam import Adam
@@ -154,7 +155,8 @@ def memory_of(
 
 def _runtime(lm: LanguageModel, config: UnlearnConfig, machine: Machine) -> Runtime:
     first = next(lm.module.parameters()).dtype
-    mixed = machine.device == "cuda" and machine.bfloat16 and first == torch.float32
+    mixed = machine.bfloat16 if machine.device == "cuda" else bfloat16_requested()
+    mixed = mixed and first == torch.float32
     return Runtime(machine.device, config.workspace, config.gradient_checkpointing, mixed)
 
 
