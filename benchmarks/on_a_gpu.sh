@@ -51,5 +51,9 @@ for hopper in 0 1; do
   timeout 1800 pytest -o addopts="-ra --strict-markers" -m "cuda or (cuda and (full or emulator))" || failed+=("pytest, PYUNLEARN_HOPPER=$hopper")
   timeout 3600 python -m benchmarks --device cuda --save || failed+=("benchmarks, PYUNLEARN_HOPPER=$hopper")
 done
+unset PYUNLEARN_HOPPER
+# the whole step, of a 1B model of random weights: resumes in its folder
+timeout 1800 python -m benchmarks.step --device cuda --model 1b --dtype default,bfloat16 --steps 10 --run-steps 20 \
+  --out "${STEP_FOLDER:-/tmp/pyunlearn-step}" --save || failed+=("benchmarks.step")
 printf 'failed: %s\n' "${failed[@]:-nothing}"
 ((${#failed[@]} == 0))
