@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pyunlearn.models.config import LoadOptions
 from pyunlearn.models.from_scratch import train_tokenizer
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.unlearning import machines, planning
+from pyunlearn.unlearning import parts as parts_of_a_plan
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.machines import GPUS, Machine, machine_of
 from pyunlearn.unlearning.optimizer import TrainedWeights
@@ -123,6 +125,18 @@ def test_the_optimizers_temporary_tensors_are_chunks():
     rows = [nn_bytes(n, dtype) for n in (1 << 23, 1 << 25) for dtype in (torch.float32, torch.bfloat16)]
     assert rows[:2] == rows[2:]
     assert rows[1] > rows[0] >= 2 * 4 * (1 << 22)
+
+
+@pytest.mark.parametrize(
+    ("device", "variable", "mixed"), [("cpu", "", False), ("cpu", "bf16", True), ("cuda", "", True)]
+)
+def test_float32_weights_are_planned_in_the_precision_of_the_run(monkeypatch, device, variable, mixed):
+    """In bfloat16 on a GPU, and on a CPU where accelerate is told so; 16-bit weights never are."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", variable)
+    machine = Machine("a machine", device, None)
+    for dtype, expected in ((torch.float32, mixed), (torch.bfloat16, False)):
+        lm = types.SimpleNamespace(module=torch.nn.Linear(2, 2, dtype=dtype))
+        assert parts_of_a_plan._runtime(lm, UnlearnConfig(), machine).autocast is expected
 
 
 def nn_bytes(count, dtype):
