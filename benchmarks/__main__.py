@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from benchmarks import (
     bench_audit,
@@ -11,6 +12,7 @@ from benchmarks import (
     bench_linear_log_likelihood,
     bench_token_statistics,
 )
+from benchmarks.harness import RESULTS
 
 BENCHMARKS = {
     "log_likelihood": bench_linear_log_likelihood,
@@ -50,7 +52,10 @@ def main() -> None:
         help="of log_likelihood: per cent of the rows, or tofu for a padded batch of TOFU's own lengths "
         "(default: all three)",
     )
-    parser.add_argument("--save", action="store_true", help="write the results under benchmarks/results")
+    parser.add_argument("--save", action="store_true", help="write the results as JSON")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of the results of --save (default: benchmarks/results)"
+    )
     options = parser.parse_args()
     for name in options.names or BENCHMARKS:
         if name not in BENCHMARKS:

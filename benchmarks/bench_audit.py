@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
     console.print(about, highlight=False)
     console.print(table)
     if options.save:
-        print(f"saved to {save('audit', {'benchmark': 'audit', 'environment': about, 'rows': results})}")
+        print(f"saved to {save('audit', {'benchmark': 'audit', 'environment': about, 'rows': results}, options.out)}")
 
 
 def _case(name: str, model: Any, tokenizer: Any, count: int, rounds: int) -> dict[str, Any]:

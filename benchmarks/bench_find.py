@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     console.print(about, highlight=False)
     console.print(table)
     if options.save:
-        print(f"saved to {save('find', {'benchmark': 'find', 'environment': about, 'rows': results})}")
+        print(f"saved to {save('find', {'benchmark': 'find', 'environment': about, 'rows': results}, options.out)}")
 
 
 def _case(name: str, count: int, accents: bool, rounds: int) -> dict[str, Any]:

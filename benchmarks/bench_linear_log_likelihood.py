@@ -91,14 +91,15 @@ def _quack() -> Loss:
 def truth(h: Tensor, w: Tensor, t: Tensor) -> tuple[Tensor, ...]:
     """Compute the summed loss and both gradients in float64, in chunks of rows."""
     h6, w6 = h.detach().double(), w.detach().double()
-    total, d_h, d_w = torch.zeros((), dtype=torch.float64), torch.zeros_like(h6), torch.zeros_like(w6)
+    total, d_h, d_w = h6.new_zeros(()), torch.zeros_like(h6), torch.zeros_like(w6)
     for rows in (t != -100).nonzero().squeeze(1).split(512):
         z = h6[rows] @ w6.T
-        total += F.cross_entropy(z, t[rows], reduction="sum").cpu()
+        total += F.cross_entropy(z, t[rows], reduction="sum")
         p = torch.softmax(z, 1)
         p[torch.arange(len(rows)), t[rows]] -= 1
-        d_h[rows], d_w = p @ w6, d_w + p.T @ h6[rows]
-    return total, d_h.cpu(), d_w.cpu()
+        d_h[rows] = p @ w6
+        d_w.addmm_(p.T, h6[rows])
+    return total, d_h, d_w
 
 
 def run(options: argparse.Namespace) -> None:
@@ -123,8 +124,8 @@ def run(options: argparse.Namespace) -> None:
                 rows += _case(h, w, t, exact, calls, mode, named(n, d, v, dtype, share, mode), options)
     title = "floor: matrix products of the live rows, three for both gradients, two for a frozen head, one for forward"
     about = show("linear_log_likelihood", title, rows, options)
-    if options.save:
-        print(f"saved {time_against_memory(rows, about)}")
+    if options.save and (plot := time_against_memory(rows, about, options.out)):
+        print(f"saved {plot}")
 
 
 def _case(
@@ -164,4 +165,4 @@ def _call(loss: Loss, h: Tensor, w: Tensor, t: Tensor, wanted: tuple[Tensor, ...
 def _errors(actual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, float]:
     """Return the relative errors of the summed loss and of the computed gradients, against float64."""
     names = ("loss", "d_hidden", "d_weight")
-    return {n: float((f.double().cpu() - x).norm() / x.norm()) for n, f, x in zip(names, actual, exact, strict=False)}
+    return {n: float((f.double() - x).norm() / x.norm()) for n, f, x in zip(names, actual, exact, strict=False)}

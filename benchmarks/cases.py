@@ -49,9 +49,11 @@ TOFU = [
 
 def data(n: int, d: int, v: int, masked: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Draw random hidden states, head and targets, some of which are masked: see `ignored`."""
-    g = torch.Generator().manual_seed(0)
-    h = torch.randn(n, d, generator=g).to(device, dtype)
-    w = (torch.randn(v, d, generator=g) * d**-0.5).to(device, dtype)
+    g, there = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
+    if device == "cpu":
+        there = g
+    h = torch.randn(n, d, generator=there, device=device).to(dtype)
+    w = (torch.randn(v, d, generator=there, device=device) * d**-0.5).to(dtype)
     t = torch.randint(0, v, (n,), generator=g)
     t[ignored(n, masked, g)] = -100
     return h.requires_grad_(), w.requires_grad_(), t.to(device)
@@ -84,19 +86,25 @@ def timed(
 ) -> list[dict[str, Any]]:
     """Time each call, a row each: milliseconds, multiples of `products` products and of the first call, extra MiB.
 
-    The extra memory does not count the gradients' own MiB.
+    On a GPU "ms" is of queued calls, and "from_idle_ms" of one that finds the GPU idle (harness.medians). The extra
+    memory does not count the gradients' own MiB.
     """
     rounds = options.rounds or (15 if options.device == "cuda" else 7)
     times = medians({"one product": product} | calls, rounds, options.device)
-    floor = products * times.pop("one product")
+    floor = products * times.pop("one product").ms
     rows: list[dict[str, Any]] = [
         {
             "name": name,
-            "ms": ms,
-            "of_floor": ms / floor,
+            "ms": took.ms,
+            "of_floor": took.ms / floor,
             "extra_mib": extra_mib(calls[name], options.device) - gradients,
         }
-        for name, ms in times.items()
+        | (
+            {}
+            if took.from_idle is None
+            else {"from_idle_ms": took.from_idle, "from_idle_of_floor": took.from_idle / floor}
+        )
+        for name, took in times.items()
     ]
     for row in rows:
         row["times_pyunlearn"] = row["ms"] / rows[0]["ms"]
@@ -117,20 +125,28 @@ def show(benchmark: str, title: str, rows: list[dict[str, Any]], options: argpar
     table = Table(title=title, title_justify="left")
     for name in ("case", ""):
         table.add_column(name, no_wrap=True)
-    for name in ("ms", "x floor", "x pyunlearn", "extra MiB", *(f"error {kind}" for kind in kinds)):
+    from_idle = ["from idle"] if "from_idle_ms" in rows[0] else []
+    for name in ("ms", *from_idle, "x floor", "x pyunlearn", "extra MiB", *(f"error {kind}" for kind in kinds)):
         table.add_column(name, justify="right", no_wrap=name == "ms")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         wrong = (f"{row['errors'][kind]:.0e}" if kind in row["errors"] else "" for kind in kinds)
         table.add_row(
-            row["case"], row["name"], f"{row['ms']:.1f}", f"{row['of_floor']:.2f}", f"{row['times_pyunlearn']:.2f}",
+            row["case"], row["name"], *_times_of(row), f"{row['of_floor']:.2f}", f"{row['times_pyunlearn']:.2f}",
             f"{row['extra_mib']:.0f}", *wrong, end_section=following is None or following["case"] != row["case"],
         )  # fmt: skip
     console.print(table)
     result = {"benchmark": benchmark, "environment": about, "rows": rows}
     print(json.dumps(result))
     if options.save:
-        print(f"saved to {save(benchmark, result)}")
+        print(f"saved to {save(benchmark, result, options.out)}")
     return about
+
+
+def _times_of(row: dict[str, Any]) -> list[str]:
+    """Return a row's milliseconds; on a GPU with a digit more, queued and from idle."""
+    if "from_idle_ms" not in row:
+        return [f"{row['ms']:.1f}"]
+    return [f"{row['ms']:.2f}", f"{row['from_idle_ms']:.2f}"]
 
 
 def named(n: int, d: int, v: int, dtype: torch.dtype, *more: str) -> str:

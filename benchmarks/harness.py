@@ -6,38 +6,89 @@ import contextlib
 import gc
 import importlib.metadata
 import json
+import math
 import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 Contender = Callable[[], Any]
+RESULTS = Path(__file__).parent / "results"
+QUEUE_MS = 2.0
+"""The GPU is busy for so long, at least, before a queued sample, and a sample takes at least as long."""
+MOST_CALLS = 20
+LONGEST_SLEEP_MS = 40.0
 
 
-def medians(contenders: dict[str, Contender], rounds: int, device: str) -> dict[str, float]:
-    """Return the median milliseconds of each contender, round robin, after two rounds of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+class Timing(NamedTuple):
+    """Median milliseconds of one call: on a GPU queued behind other work, and from an idle GPU (None on the CPU)."""
+
+    ms: float
+    from_idle: float | None = None
+
+
+def medians(contenders: dict[str, Contender], rounds: int, device: str) -> dict[str, Timing]:
+    """Return the median times of each contender, round robin, after two rounds of warm-up.
+
+    On a GPU each round takes two samples of a contender. *From idle*: one call, which finds the GPU idle, so that the
+    host's time until its first kernel counts. *Queued*: the GPU is busy until the host has issued the calls, so that
+    the kernels' own time is left; several calls where one takes less than 2 ms. A call that waits for the GPU itself
+    cannot be queued, and its host time counts in both.
+    """
+    times: dict[str, list[Timing]] = {name: [] for name in contenders}
     for r in range(rounds + 2):
         for name, run in contenders.items():
-            if device == "cuda":
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                run()
-                end.record()
-                torch.cuda.synchronize()
-                took = start.elapsed_time(end)
-            else:
-                began = time.perf_counter()
-                run()
-                took = (time.perf_counter() - began) * 1e3
+            took = _on_gpu(run) if device == "cuda" else _on_cpu(run)
             if r >= 2:
                 times[name].append(took)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return {name: _median(samples) for name, samples in times.items()}
+
+
+def _median(samples: list[Timing]) -> Timing:
+    idle = [s.from_idle for s in samples if s.from_idle is not None]
+    return Timing(statistics.median(s.ms for s in samples), statistics.median(idle) if idle else None)
+
+
+def _on_cpu(run: Contender) -> Timing:
+    began = time.perf_counter()
+    run()
+    return Timing((time.perf_counter() - began) * 1e3)
+
+
+def _on_gpu(run: Contender) -> Timing:
+    torch.cuda.synchronize()
+    idle, host = _between_events(run, 1)
+    calls = min(MOST_CALLS, max(1, math.ceil(QUEUE_MS / max(idle, 1e-3))))
+    sleep = min(LONGEST_SLEEP_MS, max(QUEUE_MS, 2 * calls * host))
+    torch.cuda._sleep(int(sleep * _cycles_per_ms()))
+    return Timing(_between_events(run, calls)[0] / calls, idle)
+
+
+def _between_events(run: Contender, calls: int) -> tuple[float, float]:
+    """Return the milliseconds that the calls take on the GPU, and those that the host takes to issue them."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    began = time.perf_counter()
+    for _ in range(calls):
+        run()
+    issued = (time.perf_counter() - began) * 1e3
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end), issued
+
+
+@cache
+def _cycles_per_ms() -> float:
+    """Return how many cycles torch.cuda._sleep waits in a millisecond, by measurement."""
+    cycles = 2_000_000
+    torch.cuda._sleep(cycles)
+    return cycles / _between_events(lambda: torch.cuda._sleep(cycles), 1)[0]
 
 
 def extra_mib(run: Contender, device: str) -> float:
@@ -114,8 +165,8 @@ def ceilings(device: str, dtype: torch.dtype) -> dict[str, str]:
     target = torch.empty_like(source)
     times = medians({"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=c)}, 5, device)
     return {
-        "copy": f"{2 * source.nbytes / times['copy'] / 1e6:.0f} GB/s",
-        f"product, {str(dtype).removeprefix('torch.')}": f"{2 * side**3 / times['product'] / 1e9:.2f} TFLOP/s",
+        "copy": f"{2 * source.nbytes / times['copy'].ms / 1e6:.0f} GB/s",
+        f"product, {str(dtype).removeprefix('torch.')}": f"{2 * side**3 / times['product'].ms / 1e9:.2f} TFLOP/s",
     }
 
 
@@ -138,17 +189,16 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def save(name: str, result: dict[str, Any]) -> Path:
-    """Write one result under benchmarks/results."""
-    path = result_path(name, result["environment"])
+def save(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write one result into a folder, benchmarks/results by default."""
+    path = result_path(name, result["environment"], folder=folder)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 
 
-def result_path(name: str, about: dict[str, Any], ending: str = "json") -> Path:
+def result_path(name: str, about: dict[str, Any], ending: str = "json", folder: Path = RESULTS) -> Path:
     """Return the path of a result, named after device, kernels and date."""
-    where = Path(__file__).parent / "results"
-    where.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     device = "".join(c if c.isalnum() else "-" for c in about["device"].split("(")[0].strip().lower())
     kernels = "_hopper" if "Hopper" in about["backend"] else ""
-    return where / f"{name}_{device}{kernels}_{about['date']}.{ending}"
+    return folder / f"{name}_{device}{kernels}_{about['date']}.{ending}"

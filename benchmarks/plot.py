@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import result_path
 
 
-def time_against_memory(rows: list[dict[str, Any]], about: dict[str, Any]) -> Path:
-    """Plot milliseconds against extra memory of every unmasked case with both gradients, on logarithmic axes."""
-    import matplotlib
+def time_against_memory(rows: list[dict[str, Any]], about: dict[str, Any], folder: Path) -> Path | None:
+    """Plot milliseconds against extra memory of every unmasked case with both gradients, on logarithmic axes.
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
+    None without such a case, or without matplotlib.
+    """
     panels: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         size, dtype, masked, mode = row["case"].split(", ")
         if masked == "0% masked" and mode in ("full", "workspace"):
             panels.setdefault(f"{size}, {dtype}", []).append(row)
+    if not panels or importlib.util.find_spec("matplotlib") is None:
+        return None
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(6.5 * len(panels), 4.5), squeeze=False, layout="constrained"
     )
@@ -47,6 +53,6 @@ def time_against_memory(rows: list[dict[str, Any]], about: dict[str, Any]) -> Pa
     figure.suptitle(
         f"linear log-likelihood on {about['device']}: blue two passes, green one pass, grey others", fontsize=10
     )
-    path = result_path("linear_log_likelihood", about, "svg")
+    path = result_path("linear_log_likelihood", about, "svg", folder)
     figure.savefig(path)
     return path
