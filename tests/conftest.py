@@ -63,12 +63,14 @@ def _left_out(item, marks):
 def pytest_collection_modifyitems(config, items):
     """Deselect what this run leaves out, and put the long files first, so that no process is left alone with one.
 
-    Left out: cuda without a GPU; nvcc, real_model, emulator and the cases of a grid outside its pairwise covering
-    (tests/coverings.py), unless -m names them. Skipped: real_model without gguf.
+    Left out: cuda without a GPU; nvcc, real_model, emulator, sanitize and the cases of a grid outside its pairwise
+    covering (tests/coverings.py), unless -m names them. Skipped: real_model without gguf.
     """
     import torch
 
-    marks = {name for name in ("nvcc", "full", "real_model", "emulator") if name not in config.getoption("-m")}
+    marks = {
+        name for name in ("nvcc", "full", "real_model", "emulator", "sanitize") if name not in config.getoption("-m")
+    }
     marks |= set() if torch.cuda.is_available() else {"cuda"}
     deselected = [item for item in items if _left_out(item, marks)]
     if deselected:

@@ -1,6 +1,7 @@
 #include <sys/mman.h>
 
 #include "machine.h"
+#include "products.h"
 
 namespace emulator {
 namespace {
@@ -11,6 +12,8 @@ Fiber* current = nullptr;
 ucontext_t scheduler;
 std::vector<Fiber*> ready;
 std::vector<std::function<void()>> copies;  // under way
+enum class Copies { early, any, late } copies_are = Copies::any;
+int late_warp = -1;
 const std::function<void()>* kernel = nullptr;
 std::string failure;
 uint64_t random_state = 1;
@@ -55,21 +58,12 @@ void enter() {
   }
   current->finished = true;
   Block& block = *current->block;
+  --block.running;
+  if (failure.empty() && !current->stores.empty()) failure = "a thread ends while a store may still read shared memory";
   leave(block.warps[current->here.in_block / 32]);
   leave(block.all);
   leave(cluster->all);
   swapcontext(&current->context, &scheduler);
-}
-
-uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
-  if (row_bytes == 128) return address ^ ((address >> 7 & 7) << 4);
-  if (row_bytes == 64) return address ^ ((address >> 7 & 3) << 4);
-  misuse("only swizzles of 64 and 128 bytes are known");
-}
-
-uint8_t* shared_of(Block& block, uint32_t address, size_t bytes) {
-  require(address >= kWindow && address - kWindow + bytes <= block.shared.size(), "shared memory out of bounds");
-  return block.shared.data() + (address - kWindow);
 }
 
 Mbarrier& barrier_of(Block& block, uint32_t at) {
@@ -84,62 +78,46 @@ void settle(Mbarrier& b) {
   wake(b.waiting);
 }
 
-void do_store(Store& s) {
-  if (s.done) return;
-  s.done = true;
+// f(row, column, address in shared memory) for each element of the box that is in the matrix. Whole pieces of 16 bytes
+// are written, beyond the last column too.
+template <class F> void for_box(const Store& s, F&& f) {
   const TensorMap& m = s.map;
-  const uint64_t columns = (m.columns + 7) / 8 * 8;  // whole pieces of 16 bytes are written, beyond the last column too
+  const uint64_t columns = (m.columns + 7) / 8 * 8;
   for (uint32_t r = 0; r < m.box_rows; ++r)
     for (uint32_t c = 0; c < m.box_columns; ++c) {
       const uint64_t row = s.row + r, column = s.column + c;
-      if (row >= m.rows || column >= columns) continue;
-      const uint32_t at = swizzled(s.from + r * m.box_columns * 2 + c * 2, m.swizzle);
-      std::memcpy(m.data + row * m.pitch + column * 2, shared_of(*s.block, at, 2), 2);
+      if (row < m.rows && column < columns) f(row, column, swizzled(s.from + r * m.box_columns * 2 + c * 2, m.swizzle));
     }
 }
-
-// One operand, rows x 16, as floats [16][rows]
-void read_operand(Block& block, uint64_t descriptor, int rows, float (*to_float)(uint16_t), float* out) {
-  const uint32_t start = (descriptor & 0x3FFF) << 4, group = (descriptor >> 32 & 0x3FFF) << 4, mode = descriptor >> 62;
-  require((descriptor >> 49 & 7) == 0, "a descriptor with a base offset");
-  require(mode == 1 || mode == 2, "an operand without 128- or 64-byte swizzle");
-  const uint32_t row_bytes = mode == 1 ? 128 : 64;
-  for (int r = 0; r < rows; ++r)
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t at = swizzled(start + r / 8 * group + r % 8 * row_bytes + k * 2, row_bytes);
-      uint16_t x;
-      std::memcpy(&x, shared_of(block, at, 2), 2);
-      out[k * rows + r] = to_float(x);
-    }
-}
-
-void do_product(Block& block, const Product& p) {
-  static float a[16 * 64], b[16 * 256], d[64][256];
-  read_operand(block, p.a, 64, p.to_float, a);
-  read_operand(block, p.b, 256, p.to_float, b);
-  for (int t = 0; t < 128; ++t)
-    for (int i = 0; i < 128; ++i)
-      d[16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (t % 4) + i % 2] =
-          p.accumulate ? p.d[t][i] : 0.f;
-  for (int r = 0; r < 64; ++r)
-    for (int k = 0; k < 16; ++k)
-      for (int c = 0; c < 256; ++c) d[r][c] += a[k * 64 + r] * b[k * 256 + c];
-  for (int t = 0; t < 128; ++t)
-    for (int i = 0; i < 128; ++i)
-      p.d[t][i] = d[16 * (t / 32) + t % 32 / 4 + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * (t % 4) + i % 2];
-}
-void do_group(Block& block, Warpgroup::Group& group) {
-  if (group.done) return;
-  group.done = true;
-  for (const Product& p : group.products) do_product(block, p);
-  std::vector<Product>().swap(group.products);
+void read_store(const std::shared_ptr<Store>& store) {
+  Store& s = *store;
+  if (std::exchange(s.was_read, true)) return;
+  for_box(s, [&](uint64_t, uint64_t, uint32_t at) {
+    uint16_t x;
+    std::memcpy(&x, memory_of(s.block->copied, at, 2), 2);
+    s.values.push_back(x);
+  });
+  copies.push_back([store] {
+    const uint16_t* x = store->values.data();
+    for_box(*store, [&](uint64_t row, uint64_t column, uint32_t) {
+      std::memcpy(store->map.data + row * store->map.pitch + column * 2, x++, 2);
+    });
+  });
 }
 
 Collective& my_warp() { return current->block->warps[current->here.in_block / 32]; }
 Warpgroup& my_warpgroup() { return current->block->warpgroups[current->here.in_block / 128]; }
 
+// One warp, for a while: it runs only where nothing else is drawn in several attempts. In a purely random order all
+// threads advance alike, and none is ever as late as on a GPU.
+bool is_late(const Fiber* fiber) { return (fiber - cluster->fibers.data()) / 32 == late_warp; }
+
 void step() {  // one thing that can happen next
-  const uint64_t pick = draw() % (ready.size() + copies.size());
+  if (draw() % 4096 == 0) late_warp = (int)(draw() % (cluster->fibers.size() / 32 + 1));
+  uint64_t pick = draw() % (ready.size() + copies.size());
+  if (copies_are == Copies::early && !copies.empty() && draw() & 1) pick = ready.size() + draw() % copies.size();
+  if (copies_are == Copies::late && !ready.empty()) pick = draw() % ready.size();
+  for (int i = 0; i < 12 && pick < ready.size() && is_late(ready[pick]); ++i) pick = draw() % ready.size();
   if (pick < ready.size()) {
     Fiber* next = ready[pick];
     ready[pick] = ready.back();
@@ -177,6 +155,8 @@ void run_cluster(Dim grid, Dim block, size_t shared, unsigned first, int size) {
   for (int b = 0; b < size; ++b) {
     Block& each = c.blocks[b];
     each.shared.assign(shared, 0xFF);
+    each.copied = each.shared;
+    each.running = threads;
     each.warps.resize((threads + 31) / 32);
     each.warpgroups.resize((threads + 127) / 128);
     each.all.size = threads;
@@ -191,6 +171,8 @@ void run_cluster(Dim grid, Dim block, size_t shared, unsigned first, int size) {
   cluster = &c;
   ready.clear();
   copies.clear();
+  copies_are = (Copies)(draw() % 3);
+  late_warp = (int)(draw() % (c.fibers.size() / 32 + 1));
   for (size_t i = 0; i < c.fibers.size(); ++i) {
     Fiber& f = c.fibers[i];
     getcontext(&f.context);
@@ -209,8 +191,6 @@ void run_cluster(Dim grid, Dim block, size_t shared, unsigned first, int size) {
       if (stuck.size() < 1000)
         stuck += " block " + std::to_string(f.here.block.x) + " thread " + std::to_string(f.here.in_block) + ": " +
                  f.waits_for + ";";
-    } else {
-      for (const auto& s : f.stores) do_store(*s);
     }
   cluster = nullptr;
   current = nullptr;
@@ -277,8 +257,11 @@ void named_barrier(int id, int threads, bool wait) {
 }
 
 uint32_t dynamic_shared() { return kWindow; }
-uint8_t* shared_at(uint32_t address, size_t bytes, int rank) {
-  return shared_of(rank < 0 ? *current->block : cluster->blocks.at(rank), address, bytes);
+void fence_for_copies() {
+  Block& block = *current->block;
+  for (const auto& [at, bytes] : current->unfenced)
+    std::memcpy(memory_of(block.copied, at, bytes), memory_of(block.shared, at, bytes), bytes);
+  current->unfenced.clear();
 }
 
 void store_matrices(uint32_t to, const uint32_t (&q)[4]) {
@@ -286,19 +269,26 @@ void store_matrices(uint32_t to, const uint32_t (&q)[4]) {
   require(to % 16 == 0, "a matrix row that is not 16-byte aligned");
   for (int m = 0; m < 4; ++m) {
     const uint32_t row = (uint32_t)from_lane(to, 8 * m + lane / 4);
-    std::memcpy(shared_at(row + lane % 4 * 4, 4), &q[m], 4);
+    std::memcpy(memory_of(current->block->shared, row + lane % 4 * 4, 4), &q[m], 4);
+    current->unfenced.emplace_back(row + lane % 4 * 4, 4);
   }
   sync_warp();
 }
 
 void barrier_init(uint32_t at, uint32_t count) {
   require(at % 8 == 0, "a barrier that is not 8-byte aligned");
-  shared_at(at, 8);
+  memory_of(current->block->shared, at, 8);
   Mbarrier& b = current->block->barriers[at];
   b.there = true, b.count = b.pending = (int)count;
 }
+void barrier_init_done() {
+  for (auto& [at, barrier] : current->block->barriers) barrier.published = true;
+}
 void barrier_arrive(uint32_t at, int rank, uint32_t expected_bytes) {
-  Mbarrier& b = barrier_of(rank < 0 ? *current->block : cluster->blocks.at(rank), at);
+  Block& block = rank < 0 ? *current->block : cluster->blocks.at(rank);
+  require(block.running > 0, "an arrival at a block that has ended");
+  Mbarrier& b = barrier_of(block, at);
+  require(b.published || &block == current->block, "an arrival at a barrier that was not published to its cluster");
   require(b.pending > 0, "more arrivals than the barrier expects");
   b.bytes += expected_bytes;
   --b.pending;
@@ -310,43 +300,55 @@ void barrier_wait(uint32_t at, uint32_t parity) {
     sleep_in(b.waiting, parity ? "a barrier in shared memory, odd phase" : "a barrier in shared memory, even phase");
 }
 
+// Rows [begin, end) of a load's box.
+static void land(Block& block, uint32_t to, const TensorMap& map, int column, int row, uint32_t begin, uint32_t end,
+                 uint32_t barrier) {
+  require(block.running > 0, "a load lands in a block that has ended");
+  for (uint32_t r = begin; r < end; ++r)
+    for (uint32_t c = 0; c < map.box_columns; ++c) {
+      const int64_t from_row = (int64_t)row + r, from_column = (int64_t)column + c;
+      uint16_t x = 0;
+      if (from_row >= 0 && from_row < (int64_t)map.rows && from_column >= 0 && from_column < (int64_t)map.columns)
+        std::memcpy(&x, map.data + from_row * map.pitch + from_column * 2, 2);
+      const uint32_t at = swizzled(to + r * map.box_columns * 2 + c * 2, map.swizzle);
+      for (auto* memory : {&block.shared, &block.copied}) std::memcpy(memory_of(*memory, at, 2), &x, 2);
+    }
+  Mbarrier& there = barrier_of(block, barrier);
+  require(there.published, "a load for a barrier that was not published to the copies");
+  there.bytes -= (end - begin) * map.box_columns * 2;
+  settle(there);
+}
+
 void load_tile(uint32_t to, const TensorMap& map, int column, int row, uint32_t barrier, unsigned blocks) {
   require(to % 128 == 0, "a bulk copy to memory that is not 128-byte aligned");
   const int rank = current->here.cluster_rank;
   for (int b = 0; b < 2; ++b) {
     if (!(blocks >> b & 1) && !(blocks == 0 && b == rank)) continue;
     Block* block = &cluster->blocks.at(b);
-    copies.push_back([=] {
-      for (uint32_t r = 0; r < map.box_rows; ++r)
-        for (uint32_t c = 0; c < map.box_columns; ++c) {
-          const int64_t from_row = (int64_t)row + r, from_column = (int64_t)column + c;
-          uint16_t x = 0;
-          if (from_row >= 0 && from_row < (int64_t)map.rows && from_column >= 0 && from_column < (int64_t)map.columns)
-            std::memcpy(&x, map.data + from_row * map.pitch + from_column * 2, 2);
-          std::memcpy(shared_of(*block, swizzled(to + r * map.box_columns * 2 + c * 2, map.swizzle), 2), &x, 2);
-        }
-      Mbarrier& there = barrier_of(*block, barrier);
-      there.bytes -= map.box_rows * map.box_columns * 2;
-      settle(there);
-    });
+    constexpr uint32_t kParts = 4;  // that land one by one, in any order
+    for (uint32_t part = 0; part < kParts; ++part) {
+      const uint32_t begin = map.box_rows * part / kParts, end = map.box_rows * (part + 1) / kParts;
+      copies.push_back([=] { land(*block, to, map, column, row, begin, end, barrier); });
+    }
   }
 }
 
 void store_tile(const TensorMap& map, int column, int row, uint32_t from) {
   require(from % 128 == 0, "a bulk copy from memory that is not 128-byte aligned");
-  auto store = std::make_shared<Store>(Store{map, column, row, from, current->block});
+  auto store = std::make_shared<Store>(Store{map, column, row, from, current->block, false, {}});
   current->stores.push_back(store);
-  if (draw() & 1) copies.push_back([store] { do_store(*store); });
+  if (draw() & 1) copies.push_back([store] { read_store(store); });
 }
 void store_wait(int left) {
   auto& stores = current->stores;
   while ((int)stores.size() > left) {
-    do_store(*stores.front());
+    read_store(stores.front());
     stores.erase(stores.begin());
   }
 }
 
 void multiply(float (&d)[128], uint64_t a, uint64_t b, bool accumulate, float (*to_float)(uint16_t)) {
+  require(current->fenced, "a product without a fence before it");
   Warpgroup& w = my_warpgroup();
   const size_t group = current->groups_committed, index = current->products_issued++;
   if (w.groups.size() <= group) w.groups.resize(group + 1), w.groups[group].eager = draw() & 1;
@@ -356,6 +358,8 @@ void multiply(float (&d)[128], uint64_t a, uint64_t b, bool accumulate, float (*
   require(p.a == a && p.b == b && p.accumulate == accumulate, "a product on which its warps disagree");
   p.d[current->here.in_block % 128] = d;
 }
+void add_products_of_8(float* d, const float* a, const float* b) { add_products(d, a, 1, b, 8); }
+void multiply_fence() { current->fenced = true; }
 void multiply_commit() {
   Warpgroup& w = my_warpgroup();
   auto& group = w.groups.at(current->groups_committed++);
@@ -371,8 +375,8 @@ void multiply_commit() {
 }
 void multiply_wait(int left) {
   Warpgroup& w = my_warpgroup();
-  const size_t until = current->groups_committed;
-  for (size_t g = 0; g + left < until; ++g) {
+  if (left == 0) current->fenced = false;
+  for (size_t g = 0; g + left < current->groups_committed; ++g) {
     while (w.groups[g].commits < 128) sleep_in(w.waiting, "the rest of its warpgroup, to multiply");
     do_group(*current->block, w.groups[g]);
   }

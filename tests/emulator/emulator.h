@@ -1,10 +1,13 @@
 // A GPU for the tests, slow and strict: every thread of a cluster is a coroutine, and what runs next is drawn at
 // random.
 //
-// What the hardware leaves open is drawn too: when a bulk copy reads and writes, and when a warpgroup's product reads
-// shared memory (when all its warps have issued it, or not before somebody waits for it). A missing barrier therefore
-// gives wrong numbers for some seed, and threads that wait for each other for ever are reported with what they wait
-// for. Registers, caches and the rounding of products are not emulated.
+// What the hardware leaves open is drawn too: when each quarter of a bulk load lands; when a bulk store reads shared
+// memory, and when it writes; when a warpgroup's product reads shared memory (when all its warps have issued it, or not
+// before somebody waits for it); whether copies are early, late, or anything between; a warp that runs late. Copies and
+// products see what a thread wrote to shared memory only after its fence. A missing barrier or fence therefore gives
+// wrong numbers for some seed, and threads that wait for each other for ever are reported with what they wait for, as
+// are products without a fence, and blocks that end before their copies. Products are cut as the tensor cores cut them
+// (products.h). Register limits and caches are not emulated.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -19,8 +22,8 @@ struct Dim {
 
 struct Here {  // what the running thread knows of itself
   Dim thread, block, block_size, grid_size;
-  int in_block;           // its number in the thread block
-  int cluster_rank;       // the block's number in its cluster
+  int in_block;  // its number in the thread block
+  int cluster_rank;  // the block's number in its cluster
 };
 
 // One process-wide machine: options, read at each launch.
@@ -58,12 +61,13 @@ void sync_cluster();
 void named_barrier(int id, int threads, bool wait);
 
 // Shared memory: addresses are 32-bit numbers, as in the shared window of a block
-uint32_t dynamic_shared();              // where it begins
-uint8_t* shared_at(uint32_t address, size_t bytes, int rank = -1);  // rank: another block of the cluster
+uint32_t dynamic_shared();  // where it begins
+void fence_for_copies();  // copies see what this thread wrote
 void store_matrices(uint32_t to, const uint32_t (&q)[4]);
 
 // Barriers in shared memory (mbarrier)
 void barrier_init(uint32_t at, uint32_t count);
+void barrier_init_done();
 void barrier_arrive(uint32_t at, int rank, uint32_t expected_bytes);
 void barrier_wait(uint32_t at, uint32_t parity);
 
@@ -78,7 +82,10 @@ void store_wait(int left);
 
 // d += a b for the warpgroup's 64 x 256 accumulators (d = a b unless accumulate); a and b are descriptors; to_float:
 // the operands' type
+// d[c] += a . b[c] for c < 8 in the arithmetic of the tensor cores; a (16,), b (16, 8)
+void add_products_of_8(float* d, const float* a, const float* b);
 void multiply(float (&d)[128], uint64_t a, uint64_t b, bool accumulate, float (*to_float)(uint16_t));
+void multiply_fence();
 void multiply_commit();
 void multiply_wait(int left);
 

@@ -41,7 +41,7 @@ struct Collective {
 };
 
 struct Mbarrier {
-  bool there = false;
+  bool there = false, published = false;  // published: to other blocks and to the copies
   int count = 0, pending = 0;
   int64_t bytes = 0;
   unsigned phase = 0;
@@ -65,8 +65,10 @@ struct Warpgroup {
   Waiting waiting;
 };
 
+// What the threads write to shared memory, copies and products see only after a fence (the async proxy of PTX).
 struct Block {
-  std::vector<uint8_t> shared;
+  std::vector<uint8_t> shared, copied;  // as the threads see it, and as copies and products do
+  int running = 0;                      // threads that have not ended
   std::unordered_map<uint32_t, Mbarrier> barriers;
   std::vector<Collective> warps;
   std::vector<Warpgroup> warpgroups;
@@ -78,7 +80,8 @@ struct Store {
   int column, row;
   uint32_t from;
   Block* block;
-  bool done = false;
+  bool was_read = false;
+  std::vector<uint16_t> values;  // between the read and the write
 };
 
 struct Fiber {
@@ -86,7 +89,9 @@ struct Fiber {
   Here here;
   Block* block = nullptr;
   bool finished = false;
+  bool fenced = false;  // its accumulators, since it last waited for all products
   const char* waits_for = "";
+  std::vector<std::pair<uint32_t, uint32_t>> unfenced;  // address and bytes of its writes to shared memory
   size_t products_issued = 0, groups_committed = 0;
   std::vector<std::shared_ptr<Store>> stores;
 };
@@ -96,6 +101,17 @@ struct Cluster {
   std::vector<Fiber> fibers;
   Collective all;
 };
+
+uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
+  if (row_bytes == 128) return address ^ ((address >> 7 & 7) << 4);
+  if (row_bytes == 64) return address ^ ((address >> 7 & 3) << 4);
+  misuse("only swizzles of 64 and 128 bytes are known");
+}
+
+uint8_t* memory_of(std::vector<uint8_t>& memory, uint32_t address, size_t bytes) {
+  require(address >= kWindow && address - kWindow + bytes <= memory.size(), "shared memory out of bounds");
+  return memory.data() + (address - kWindow);
+}
 
 }  // namespace
 }  // namespace emulator

@@ -13,7 +13,7 @@ inline uint32_t shared_address(uint32_t p) { return p; }
 inline uint32_t cluster_rank() { return emulator::here().cluster_rank; }
 inline void cluster_sync() { emulator::sync_cluster(); }
 inline void barrier_init(uint32_t bar, uint32_t count) { emulator::barrier_init(bar, count); }
-inline void barrier_init_done() {}
+inline void barrier_init_done() { emulator::barrier_init_done(); }
 inline void barrier_expect(uint32_t bar, uint32_t bytes) { emulator::barrier_arrive(bar, -1, bytes); }
 inline void barrier_wait(uint32_t bar, uint32_t parity) { emulator::barrier_wait(bar, parity); }
 inline void barrier_arrive(uint32_t bar, uint32_t cta) { emulator::barrier_arrive(bar, cta, 0); }
@@ -36,7 +36,7 @@ inline void store_tile(const CUtensorMap* map, int col, int row, uint32_t from) 
 }
 template <int Left> void store_wait() { emulator::store_wait(Left); }
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() { emulator::multiply_fence(); }
 inline void wgmma_commit() { emulator::multiply_commit(); }
 template <int Left> void wgmma_wait() { emulator::multiply_wait(Left); }
 template <int Depth> uint64_t operand(uint32_t address) {  // as in the original
@@ -68,7 +68,7 @@ template <class T> float2 unpack(uint32_t both) {
   return {(float)two.x, (float)two.y};
 }
 inline void store_matrices(uint32_t to, const uint32_t (&q)[4]) { emulator::store_matrices(to, q); }
-inline void fence_for_copies() {}
+inline void fence_for_copies() { emulator::fence_for_copies(); }
 
 }  // namespace
 }  // namespace pyunlearn
