@@ -73,7 +73,7 @@ if [[ -z $emulator ]]; then
   add predictions 45 'python -m benchmarks.predictions --out "$OUT/predictions.jsonl"'
   add peers 60 "$peers"
   # a whole step of training with random weights of 1B parameters: its folder keeps what a first run has done
-  add step 90 'python -m benchmarks.step --device cuda --model 1b --dtype default,bfloat16 --methods npo --steps 10 \
+  add step 80 'python -m benchmarks.step --device cuda --model 1b --dtype default,bfloat16 --methods npo --steps 10 \
     --run-steps 10 --save --out "$OUT/step"'
 else
   emulated='python tests/emulator/run.py "$EMULATOR"'
