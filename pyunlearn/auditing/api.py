@@ -21,12 +21,14 @@ from pyunlearn.data import Example, check_texts, read_roles
 from pyunlearn.data.redaction import masked
 from pyunlearn.errors import ModelError
 from pyunlearn.models.devices import default_device
+from pyunlearn.models.harness import HarnessTasks, TaskRun, require_lm_eval, task_settings
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.options import Flag, accepts, require
 from pyunlearn.output import model_name, versions
 from pyunlearn.probes.cache import require_cache
 from pyunlearn.probes.non_members import non_members_of_holdout, unsuitable
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
+from pyunlearn.probes.tasks import task_notes, task_scores
 from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.result import document_notes
 
@@ -79,10 +81,10 @@ def audit(
 
     Returns:
         Audit: `.examples` (a verdict each), `.passed`, `.verdicts`, `.non_members`, `.membership`, `.utility`,
-        `.to_dict()`.
+        `.tasks`, `.to_dict()`.
 
     Raises:
-        ArgumentError, DataError, ModelError, OutputError: an argument that cannot be used.
+        ArgumentError, DataError, ModelError, OutputError, DependencyError: an argument that cannot be used.
 
     Source: exposure after Carlini et al. 2019 (arXiv 1802.08232) and Baluta et al. 2024 (arXiv 2411.04388), our
     formalisation; the source of each metric is in docs/metrics.md.
@@ -91,6 +93,8 @@ def audit(
     config = AuditConfig.of(config, settings, "audit")
     models = {"model": model, "original": original, "reference_model": reference_model}
     _check(models, tokenizer, cache, progress)
+    if config.tasks is not None:
+        require_lm_eval()
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples, drawn = read_roles(sources, turns=config.turns)
     examples, notes = check_texts(examples)
@@ -102,16 +106,24 @@ def audit(
             require_model(name, each)
     bar = Progress(progress, "auditing")
     try:
-        collected = _collect(models, tokenizer, examples, config, cache, bar)
+        tasks = None
+        if config.tasks is not None:
+            first = model if original is None else original
+            tasks = HarnessTasks(config.tasks, config.task_limit, first, tokenizer, bar)
+        collected = _collect(models, tokenizer, examples, config, cache, bar, tasks)
         bar.say("computing the metrics")
         result = AuditAssembler(
             collected.texts, collected.tokenizer, config, collected.now, collected.before, collected.retrained
         ).assemble()
         if config.attacks is not None:
             result.attack = _attacked(models, collected, config, bar)
+        if collected.tasks_now is not None:
+            result.tasks = task_scores(collected.tasks_now, collected.tasks_before, seed=config.seed)
+            result.notes += task_notes(collected.tasks_now)
     finally:
         bar.close()
     result.settings = versions() | {name: model_name(each) for name, each in models.items()} | config.to_dict()
+    result.settings |= task_settings(config.tasks)
     memorized = any(e.verdict != "not memorized" for e in result.examples)
     result.notes = notes + collected.rendered.notes(memorized=memorized) + result.notes
     result.notes += document_notes(result.documents)
@@ -187,6 +199,8 @@ class Collected(NamedTuple):
     now: Responses
     before: Responses | None
     retrained: Responses | None
+    tasks_now: TaskRun | None
+    tasks_before: TaskRun | None
 
 
 def _collect(
@@ -196,11 +210,16 @@ def _collect(
     config: AuditConfig,
     cache: str | Path | None,
     bar: Progress,
+    tasks: HarnessTasks | None,
 ) -> Collected:
     """Run the original, the model and the reference model, one after the other: only one needs to be in memory.
 
-    Where the reference model has to write the non-members, it is read before the others.
+    Where the reference model has to write the non-members, it is read before the others. Tasks are run on the original
+    and the model as soon as each is loaded: one that ends with an error does so before the texts are read.
     """
+
+    def ran_tasks(lm: LanguageModel, who: str) -> TaskRun | None:
+        return None if tasks is None else tasks.run(lm, batch_size=max(1, config.batch_size // 4), bar=bar, who=who)
 
     def collector_of(name: str, tokenizer: Any) -> ResponseCollector:
         bar.say("loading")
@@ -215,6 +234,10 @@ def _collect(
     first = "model" if models["original"] is None else "original"
     collector = collector_of(first, tokenizer)
     tokenizer, vocabulary = collector.lm.tokenizer, collector.lm.vocabulary
+    tasks_now, tasks_before = (
+        ran_tasks(collector.lm, "the original model" if first == "original" else "the model"),
+        None,
+    )
     rendered = _in_best_form(collector, examples, config, "the model" if first == "model" else "the original model")
     examples, tokens = rendered.examples, rendered.tokens
     forget = tokens["forget"]
@@ -247,13 +270,14 @@ def _collect(
         del collector
         collector = collector_of("model", tokenizer)
         _require_vocabulary("model", collector.lm.vocabulary, first, vocabulary)
+        tasks_now, tasks_before = ran_tasks(collector.lm, "the model"), tasks_now
     now = collector.collect(texts, "the model", indices=indices, budget=budget)
     if has_reference and retrained is None:
         del collector
         retrained = reference_collector().collect(texts, "the reference model", roles=("forget", "non_members"))
     if retrained is not None:
         texts = texts.calibrated(before or now, retrained)
-    return Collected(texts, rendered, tokenizer, now, before, retrained)
+    return Collected(texts, rendered, tokenizer, now, before, retrained, tasks_now, tasks_before)
 
 
 def _in_best_form(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pyunlearn.attacks.config import GATE_OPTION
 from pyunlearn.data.config import TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
-from pyunlearn.models.config import WORKSPACE_OPTION
+from pyunlearn.models.config import TASK_LIMIT_OPTION, TASKS_OPTION, WORKSPACE_OPTION, require_tasks_for_limit
 from pyunlearn.options import Choice, Config, Number, Several, Whole, option
 from pyunlearn.unlearning.config import MEAN_OF_NON_MEMBERS, MEMORIZED
 
@@ -50,9 +50,15 @@ class AuditConfig(Config):
         group="Method",
     )
     attacks: tuple[str, ...] | None = option(**GATE_OPTION)
+    tasks: tuple[str, ...] | None = option(**TASKS_OPTION)
+    task_limit: int | None = option(**TASK_LIMIT_OPTION)
     batch_size: int = option(32, Whole(1), "Texts in one forward pass.", group="Model")
     template: str | Path = option(**TEMPLATE_OPTION)
     turns: str | None = option(**TURNS_OPTION)
     truncate: bool = option(**TRUNCATE_OPTION)
     workspace: int | None = option(**WORKSPACE_OPTION)
     seed: int = option(0, Whole(0), "Seed of sampling and bootstrap: the same seed gives the same audit.")
+
+    def check(self) -> None:
+        """Raise ArgumentError for a limit of the tasks' documents without tasks."""
+        require_tasks_for_limit(self.tasks, self.task_limit)

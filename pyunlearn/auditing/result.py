@@ -11,6 +11,7 @@ from pyunlearn.data.redaction import masked
 from pyunlearn.metrics import ExposureTest, Interval, PairedDifference, TopTest, TruePositiveRate
 from pyunlearn.output import plain_json
 from pyunlearn.probes.long_texts import label_of
+from pyunlearn.probes.tasks import TaskScore
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.result import PASSED, Document, documents_of
 
@@ -176,6 +177,9 @@ class Audit:
     """Form in which the model read the records; None where no forget text has a prompt."""
     attack: AttackResult | None = None
     """Verdicts after attacks on the model, where some were tried (`attacks`)."""
+    tasks: list[TaskScore] = field(default_factory=list)
+    """Numbers of the tasks of lm-evaluation-harness that were run (`tasks`), and their change from the original model;
+    `passed` does not depend on them."""
 
     @property
     def verdicts(self) -> dict[str, int]:

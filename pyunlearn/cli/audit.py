@@ -158,7 +158,7 @@ def _show(result: Audit, target: Path, html: bool, show_text: bool, as_json: boo
     if as_json:
         print(json.dumps(result.to_dict(show_text=show_text), indent=2))
         return
-    from pyunlearn.report import audit_lines, audit_table, show_attack
+    from pyunlearn.report import audit_lines, audit_table, show_attack, task_table
 
     console = terminal()
     console.print(audit_table(result, show_text=show_text))
@@ -166,5 +166,7 @@ def _show(result: Audit, target: Path, html: bool, show_text: bool, as_json: boo
         console.print(line, highlight=False, markup=False)
     if result.attack is not None:
         show_attack(console, result.attack, show_text=show_text)
+    if result.tasks:
+        console.print(task_table(result.tasks, result.settings))
     files = "audit.json and audit.html are" if html else "audit.json is"
     console.print(f"{files} in {target}", highlight=False, markup=False)

@@ -74,6 +74,7 @@ def compare(
     """
     import pyunlearn
     from pyunlearn.comparing import comparison_table, require_plot_package
+    from pyunlearn.report import comparison_task_table
 
     quiet_libraries()
     if plot:
@@ -99,6 +100,8 @@ def compare(
     else:
         console = terminal()
         console.print(comparison_table(result, wide=console.width >= 112))
+        if result.original.tasks:
+            console.print(comparison_task_table(result))
         for note in result.notes:
             console.print(note, highlight=False, markup=False)
         plotted = (target / "comparison.svg").exists()

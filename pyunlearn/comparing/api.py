@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from pyunlearn.comparing.config import CompareConfig
@@ -22,6 +23,7 @@ from pyunlearn.data import Example, check_texts, read_roles
 from pyunlearn.data.rendering import rendering_of
 from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError, brief, printable
 from pyunlearn.methods import METHODS, resolve
+from pyunlearn.models.harness import HarnessTasks, require_lm_eval, task_settings
 from pyunlearn.models.language_model import LanguageModel, require_model
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
@@ -35,6 +37,7 @@ from pyunlearn.probes.non_members import (
     reference_numbers,
 )
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
+from pyunlearn.probes.tasks import task_notes
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning.reference import reference_on_device
 
@@ -89,8 +92,8 @@ def compare(
         others are not lost. Rows of either kind are tried again when a comparison resumes.
 
     Raises:
-        ArgumentError, DataError, ModelError, OutputError: an argument cannot be used, or every method refused it;
-            nothing has been written then.
+        ArgumentError, DataError, ModelError, OutputError, DependencyError: an argument cannot be used, or every method
+            refused it; nothing has been written then.
         KeyboardInterrupt: the rows that are finished have been written, and the model is as it was.
 
     Source: the calibration Wang et al. 2024, arXiv 2406.09179 (UWC); the exposure see
@@ -99,6 +102,8 @@ def compare(
     config = CompareConfig.of(config, settings, "compare")
     names = _checked_methods(config)
     _check_arguments(model, reference_model, tokenizer, output_dir, plot, progress)
+    if config.tasks is not None:
+        require_lm_eval()
     folder = None if output_dir is None else check_folder(output_dir)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples, drawn = read_roles(sources, turns=config.turns)
@@ -106,11 +111,14 @@ def compare(
     notes = drawn + notes
     record = _record(config, names, model, reference_model)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
+    tasks = _tasks(config, lm, progress)
     with Restored(lm) as start:
         texts = _rendered(lm, examples, config, progress)
-        criterion, utility_text = _measure_original(lm, texts, config, reference_model, progress)
+        criterion, utility_text = _measure_original(lm, texts, config, reference_model, tasks, progress)
         comparison = _start(criterion, utility_text, record, folder)
         comparison.notes = notes + texts.notes(memorized=True) + reference_notes(criterion.non_members)
+        if criterion.task_run is not None:
+            comparison.notes += task_notes(criterion.task_run)
         if texts.rendering.key != "file":  # the examples are rendered already
             config = replace(config, template=rendering_of("auto", lm.tokenizer).key)
         inputs = {**texts.rendered, "tokenizer": lm.tokenizer, "reference_model": reference_model, "progress": progress}
@@ -176,9 +184,18 @@ def _record(config: CompareConfig, names: list[str], model: Any, reference_model
     record = versions() | config.to_dict() | {"methods": names, "model": model_name(model)}
     record["reference_model"] = model_name(reference_model)
     record["method_options"] = {name: dict(own) for name, own in (config.method_options or {}).items() if own}
+    record |= task_settings(config.tasks)
     if isinstance(config.mask, Mapping):  # too long to show
         record["mask"] = type(config.mask).__name__
     return record
+
+
+def _tasks(config: CompareConfig, lm: LanguageModel, progress: bool | None) -> HarnessTasks | None:
+    """Return the tasks with their documents, loaded before anything is measured; None without tasks."""
+    if config.tasks is None:
+        return None
+    with Progress(progress, "comparing") as bar:
+        return HarnessTasks(config.tasks, config.task_limit, lm, lm.tokenizer, bar)
 
 
 def _rendered(
@@ -198,7 +215,12 @@ def _rendered(
 
 
 def _measure_original(
-    lm: LanguageModel, texts: RenderedTexts, config: CompareConfig, reference_model: Any, progress: bool | None
+    lm: LanguageModel,
+    texts: RenderedTexts,
+    config: CompareConfig,
+    reference_model: Any,
+    tasks: HarnessTasks | None,
+    progress: bool | None,
 ) -> tuple[Criterion, str]:
     """Return the criterion with the original's measurement, and the name of the text on which utility is measured."""
     bar = Progress(progress, "comparing")
@@ -207,7 +229,9 @@ def _measure_original(
         forget, retain = texts.tokens["forget"], texts.tokens.get("retain")
         non_members = _non_members(lm, texts, config, reference_model)
         utility = retain or non_members.tokens
-        criterion = Criterion(lm, forget=forget, utility=utility, non_members=non_members, config=config)
+        criterion = Criterion(
+            lm, forget=forget, utility=utility, non_members=non_members, config=config, tasks=tasks, bar=bar
+        )
     finally:
         bar.close()
     return criterion, non_members.utility_source if retain is None else "retain set"
@@ -257,9 +281,20 @@ def _require_same(saved: Comparison, now: Comparison, folder: Path) -> None:
     """Raise OutputError unless the saved comparison was made with these texts, this model and these settings."""
     free = {*versions(), "methods"}
     difference = settings_difference(saved.settings, {k: v for k, v in now.settings.items() if k not in free})
-    difference = difference or scores_difference(saved.scores, now.scores)
+    difference = difference or scores_difference(saved.scores, now.scores) or _other_task(saved, now)
     if difference is not None:
         raise OutputError(f"the comparison in {folder} was made with {difference}: give the same, or another folder")
+
+
+def _other_task(saved: Comparison, now: Comparison) -> str | None:
+    """Return a task whose number under the original differs, ready for "it was made with ...", or None."""
+    known = {(x.task, x.metric): x for x in saved.original.tasks}
+    for score in now.original.tasks:
+        before, number = known.get((score.task, score.metric)), score.now.estimate
+        same = before is not None and before.documents == score.documents
+        if before is None or not same or not np.isclose(before.now.estimate, number, rtol=1e-3, equal_nan=True):
+            return f"other documents of the task {score.task}"
+    return None
 
 
 def _fill(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from pyunlearn.models.config import TASK_LIMIT_OPTION, TASKS_OPTION, require_tasks_for_limit
 from pyunlearn.options import Choice, Number, Several, Table, Text, option
 from pyunlearn.unlearning.config import LoopConfig, UnlearnConfig
 
@@ -50,6 +51,8 @@ class CompareConfig(LoopConfig):
         "greedy_match, the share of tokens that are the model's first choice.",
         group="Method",
     )
+    tasks: tuple[str, ...] | None = option(**TASKS_OPTION)
+    task_limit: int | None = option(**TASK_LIMIT_OPTION)
 
     def __post_init__(self) -> None:
         names, own = self.methods, self.method_options  # neither case nor repetition of a name matters
@@ -58,6 +61,11 @@ class CompareConfig(LoopConfig):
         if isinstance(own, Mapping) and all(isinstance(name, str) for name in own):
             object.__setattr__(self, "method_options", {name.lower(): options for name, options in own.items()})
         super().__post_init__()
+
+    def check(self) -> None:
+        """Raise ArgumentError where two values contradict each other."""
+        super().check()
+        require_tasks_for_limit(self.tasks, self.task_limit)
 
     def for_method(self, name: str) -> UnlearnConfig:
         """Return the settings of one method's run: the shared ones, and the method's own options.

@@ -13,9 +13,12 @@ from pyunlearn.comparing.result import Measurement
 from pyunlearn.data import Tokens
 from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.metrics import mean_exposure_interval, mean_interval, verdict
+from pyunlearn.models.harness import HarnessTasks, TaskRun
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes import TeacherForced, teacher_forced
 from pyunlearn.probes.non_members import NonMembers, capped
+from pyunlearn.probes.tasks import TaskScore, task_scores
+from pyunlearn.progress import Progress
 from pyunlearn.unlearning.result import VERDICTS
 
 Floats = NDArray[np.float64]
@@ -42,8 +45,11 @@ class Criterion:
         utility: the texts that must keep working.
         non_members: texts that were never trained on.
         config: the settings of the comparison.
+        tasks: tasks of lm-evaluation-harness, run on the original and on what is compared; None: none.
+        bar: the progress bar of the original's measurement.
 
-    Raises ModelError where a log-likelihood is not finite; ArgumentError where the utility is 0.
+    Raises ModelError where a log-likelihood is not finite or a task ends with an error; ArgumentError where the utility
+    is 0.
     """
 
     def __init__(
@@ -54,8 +60,11 @@ class Criterion:
         utility: list[Tokens],
         non_members: NonMembers,
         config: CompareConfig,
+        tasks: HarnessTasks | None = None,
+        bar: Progress | None = None,
     ) -> None:
-        self.lm, self.config = lm, config
+        self.lm, self.config, self.tasks = lm, config, tasks
+        self.task_run = self._run_tasks(bar, "the original model")
         self.non_members = non_members
         self.tokens = {"forget": forget, "utility": utility, "non_members": non_members.tokens}
         passes = self._passes()
@@ -63,7 +72,7 @@ class Criterion:
         if not all(np.isfinite(scores).all() for scores in self.scores.values()):
             raise ModelError("the model gives NaN or Inf for the texts as it is: nothing can be compared with it")
         self.non_member_extracted = passes["non_members"].greedy_match - non_members.own.greedy_match
-        self.original = self._measurement(passes)
+        self.original = self._measurement(passes, self._task_scores(self.task_run))
         if self.original.utility <= 0:
             raise ArgumentError(
                 f"metric {config.metric!r} is 0 under the original model, so no share of it can be retained: "
@@ -74,9 +83,21 @@ class Criterion:
         """Return the metric that is made equal, the mean over the utility texts."""
         return float(METRICS[self.config.metric](self._pass(self.tokens["utility"])).mean())
 
-    def measure(self) -> Measurement:
-        """Measure the model as it is now: the numbers of its row in the comparison."""
-        return self._measurement(self._passes())
+    def measure(self, bar: Progress | None = None) -> Measurement:
+        """Measure the model as it is now: the numbers of its row in the comparison.
+
+        With a progress bar, the tasks are run on it too, and compared with the original document by document.
+        """
+        run = None if bar is None else self._run_tasks(bar, "the mixture")
+        return self._measurement(self._passes(), self._task_scores(run, self.task_run))
+
+    def _task_scores(self, run: TaskRun | None, original: TaskRun | None = None) -> list[TaskScore]:
+        return [] if run is None else task_scores(run, original, seed=self.config.seed)
+
+    def _run_tasks(self, bar: Progress | None, who: str) -> TaskRun | None:
+        if self.tasks is None or bar is None:
+            return None
+        return self.tasks.run(self.lm, batch_size=self.config.batch_size, bar=bar, who=who)
 
     def _passes(self) -> dict[str, TeacherForced]:
         return {role: self._pass(tokens) for role, tokens in self.tokens.items()}
@@ -84,7 +105,7 @@ class Criterion:
     def _pass(self, tokens: list[Tokens]) -> TeacherForced:
         return teacher_forced(self.lm, tokens, batch_size=2 * self.config.batch_size)
 
-    def _measurement(self, passes: dict[str, TeacherForced]) -> Measurement:
+    def _measurement(self, passes: dict[str, TeacherForced], tasks: list[TaskScore]) -> Measurement:
         forget, utility = passes["forget"], passes["utility"]
         expected = self.non_members.forget
         result = verdict(
@@ -107,4 +128,5 @@ class Criterion:
             utility_nll=mean_interval(-utility.mean_log_likelihood),
             utility=float(METRICS[self.config.metric](utility).mean()),
             non_members_nll=float(-passes["non_members"].mean_log_likelihood.mean()),
+            tasks=tasks,
         )

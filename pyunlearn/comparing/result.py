@@ -13,6 +13,7 @@ from typing import Any
 from pyunlearn.errors import OutputError
 from pyunlearn.metrics import Interval
 from pyunlearn.output import check_output, plain_json, write_bytes, write_json
+from pyunlearn.probes.tasks import TaskScore
 from pyunlearn.unlearning.result import VERDICTS
 
 _FORMAT = "pyunlearn comparison"
@@ -40,6 +41,9 @@ class Measurement:
     """The metric that is made equal, the mean over the utility texts; high = retained."""
     non_members_nll: float
     """Mean negative log-likelihood of the non-members, nats per token."""
+    tasks: list[TaskScore] = field(default_factory=list)
+    """Numbers of the tasks of lm-evaluation-harness, of the original and of what is compared; `change` is from the
+    original, over the same documents."""
 
     def share(self, verdict: str) -> float:
         """Return the share of the forget texts with this verdict, 0 to 1."""
@@ -160,6 +164,11 @@ class Comparison:
         for verdict in VERDICTS:
             share = None if measured is None else measured.share(verdict)
             line[verdict.replace(" ", "_").replace("-", "_")] = share
+        for score in self.original.tasks:
+            of_this = next((x for x in (measured.tasks if measured else ()) if _same(x, score)), None)
+            for suffix, interval in (("", of_this and of_this.now), ("_change", of_this and of_this.change)):
+                for end, value in zip(("", "_low", "_high"), interval or (None, None, None), strict=True):
+                    line[f"{score.task}_{score.metric}{suffix}{end}".replace(", ", "_")] = value
         line["utility_share"] = None if measured is None else self.utility_share(measured)
         line["non_members_nll"] = None if measured is None else measured.non_members_nll
         line["utility_share_uncalibrated"] = None if before is None else self.utility_share(before)
@@ -188,4 +197,9 @@ def _measurement(content: dict[str, Any]) -> Measurement:
         name: Interval(**{end: math.nan if value is None else value for end, value in content[name].items()})
         for name in _INTERVALS
     }
-    return Measurement(**{**content, **intervals})
+    tasks = [TaskScore.of(score) for score in content.get("tasks", [])]
+    return Measurement(**{**content, **intervals, "tasks": tasks})
+
+
+def _same(a: TaskScore, b: TaskScore) -> bool:
+    return (a.task, a.metric) == (b.task, b.metric)

@@ -104,7 +104,7 @@ def run_method(
             mixed = calibrate_by_mixing(
                 start.original_weights(), start.model, lambda _: criterion.utility(), tau=config.tau
             )
-            calibrated = criterion.measure()
+            calibrated = criterion.measure(bar)
         finally:
             bar.close()
         before = criterion.original.utility

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pyunlearn.options import Choice, Config, Flag, Text, Whole, option
+from pyunlearn.errors import ArgumentError
+from pyunlearn.options import Choice, Config, Flag, Several, Text, Whole, option
 
 WORKSPACE_OPTION: dict[str, Any] = {
     "default": None,
@@ -15,6 +17,29 @@ WORKSPACE_OPTION: dict[str, Any] = {
     "group": "Model",
 }
 """The option `workspace`, which several functions share."""
+
+TASKS_OPTION: dict[str, Any] = {
+    "default": None,
+    "kind": Several(Text("the name of a task of lm-evaluation-harness, or the path of a YAML file that defines one")),
+    "help": "Tasks that lm-evaluation-harness (the package lm-eval) runs on the model: names of its tasks and groups, "
+    "or paths of YAML files.",
+    "group": "Method",
+}
+"""The option `tasks`, which audit and compare share."""
+
+TASK_LIMIT_OPTION: dict[str, Any] = {
+    "default": None,
+    "kind": Whole(1),
+    "help": "Only the first N documents of each task. Default: all.",
+    "group": "Method",
+}
+"""The option `task_limit`, which audit and compare share."""
+
+
+def require_tasks_for_limit(tasks: Sequence[str] | None, task_limit: int | None) -> None:
+    """Raise ArgumentError for a limit of the tasks' documents where there are no tasks."""
+    if task_limit is not None and tasks is None:
+        raise ArgumentError("task_limit is the number of documents of each task, and there are no tasks: give tasks")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,11 @@ from typing import Any
 from pyunlearn.attacks.result import AttackResult
 from pyunlearn.auditing.result import Audit, AuditedExample
 from pyunlearn.data.redaction import MASK, masked, recited
+from pyunlearn.probes.tasks import shown
 from pyunlearn.report import plots, sentences
 from pyunlearn.report.attacks import trial_cells
 from pyunlearn.report.pages import rendered
+from pyunlearn.report.tasks import task_captions, task_cells, task_columns, task_name, task_title
 
 _ROWS, _WORST = 40, 5  # texts in the table, texts with their continuations
 _SCORES = {
@@ -50,6 +52,7 @@ def audit_page(audit: Audit, *, show_text: bool = False) -> str:
         **_texts(audit, show_text),
         **_membership(audit),
         "attack": None if audit.attack is None else _attacks(audit.attack),
+        "tasks": _tasks(audit) if audit.tasks else None,
         "how": _how(audit),
     }
     return rendered(Path(__file__).parent / "templates" / "audit.html", content)
@@ -159,6 +162,17 @@ def _attacks(result: AttackResult) -> dict[str, Any]:
         "notes": result.notes,
         "back": ", ".join(back[:_ROWS]) + (f" and {len(back) - _ROWS} more" if len(back) > _ROWS else ""),
         "trials": [trial_cells(t) for t in result.trials],
+    }
+
+
+def _tasks(audit: Audit) -> dict[str, Any]:
+    """Return the table of the tasks of lm-evaluation-harness."""
+    title, captions = task_title(audit.settings), task_captions(audit.tasks, "audit.json")
+    return {
+        "title": title[0].upper() + title[1:],
+        "columns": task_columns(audit.tasks),
+        "rows": [(task_name(score), task_cells(score)) for score in shown(audit.tasks)],
+        "captions": [line[0].upper() + line[1:] + "." for line in captions],
     }
 
 
