@@ -17,7 +17,6 @@ def use_emulator(folder: Path) -> None:
     """Build the extension if it is missing, and make the ops call it."""
     sys.path.insert(0, str(HERE))
     from build import build
-
     from pyunlearn.ops import _backend
     from pyunlearn.ops.hopper import dispatch
 

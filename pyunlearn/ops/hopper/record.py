@@ -1,4 +1,4 @@
-"""What the self-test of the Hopper kernels showed: remembered on disk for each build, GPU, driver and torch."""
+"""The outcome of the Hopper kernels' self-test is remembered on disk for each build, GPU, driver and torch."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _case(shape: tuple[int, int, int], dtype: torch.dtype, capped: bool, device:
 
 
 class Definition(NamedTuple):
-    """What the statistics of a case are, (N,) each."""
+    """The statistics of a case by their definition, (N,) each."""
 
     log_likelihood: Tensor
     rank: Tensor
