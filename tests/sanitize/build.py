@@ -1,9 +1,11 @@
 """Build the CPU kernels, or the emulated CUDA kernels, with a sanitizer, as programs that call each of them."""
 
+import importlib
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 CPU = HERE.parent.parent / "csrc" / "cpu"
@@ -66,7 +68,7 @@ def emulator_program(folder: Path, flags: tuple[str, ...]) -> Path:
     emulator = HERE.parent / "emulator"
     sys.path.insert(0, str(emulator))
     try:
-        import build as emulated
+        emulated: Any = importlib.import_module("build")
     finally:
         sys.path.remove(str(emulator))
     emulated.write_sources(folder)
