@@ -204,18 +204,21 @@ def test_a_gguf_model_can_be_saved_and_loaded_again(original, tmp_path):
         assert torch.equal(p, q)
 
 
-def test_an_unlearned_model_becomes_a_gguf_file(original, unlearned, ran, tmp_path):
+def test_a_changed_model_becomes_a_gguf_file(original, tmp_path):
     """In the formats of the file that it was read from, and in F32, of which transformers reads the model itself."""
-    report = save_gguf(tmp_path / "new.gguf", unlearned, original[1], like=demo_model())
+    model = copy.deepcopy(original[0])
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight.mul_(1.05)
+    report = save_gguf(tmp_path / "new.gguf", model, original[1], like=demo_model())
     assert report.formats == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
     assert report.replaced == {}
-    assert 0 < report.rounding < 0.01
+    assert report.rounding < 0.01
     assert 0 < report.different < 0.05
-    whole = save_gguf(tmp_path / "f32.gguf", unlearned, original[1], like=demo_model(), at_least="F32")
+    whole = save_gguf(tmp_path / "f32.gguf", model, original[1], like=demo_model(), at_least="F32")
     assert whole.rounding == 0
     again, _ = models.load(tmp_path / "f32.gguf")
     ids = torch.tensor([[1, 2, 3, 4, 500]])
-    logits = unlearned(ids.to(unlearned.device)).logits.cpu()
+    logits = model(ids).logits
     torch.testing.assert_close(again(ids).logits, logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(original[0](ids).logits, logits, atol=1e-3)
 
