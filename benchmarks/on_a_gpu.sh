@@ -54,7 +54,7 @@ info='about=$(pyunlearn info) && echo "$about" && { grep -q "Hopper kernels *use
   { echo "the Hopper kernels are not used: see above"; exit 1; }; }'
 # the peers' shapes, until half of the limit is over: each is saved when it is done
 peers='for shape in 8192,2048,128256 1024,2048,128256 8192,576,49152 8192,4096,128256; do
-  if ((SECONDS > 30)); then echo "left out, for time: $shape"; continue; fi
+  if ((SECONDS > 20)); then echo "left out, for time: $shape"; continue; fi
   python -m benchmarks log_likelihood --device cuda --shapes $shape --modes full --masked 0 --rounds 5 \
     --save --out "$OUT/peers-$shape" || exit
 done'
@@ -71,9 +71,9 @@ if [[ -z $emulator ]]; then
   add tests 80 'pytest -o addopts="-ra --strict-markers" -v -n 4 --dist load --timeout 40 --junitxml "$OUT/tests.xml" \
     -m "cuda and not full and (emulator or not emulator)"'
   add predictions 45 'python -m benchmarks.predictions --out "$OUT/predictions.jsonl"'
-  add peers 60 "$peers"
+  add peers 40 "$peers"
   # a whole step of training with random weights of 1B parameters: its folder keeps what a first run has done
-  add step 80 'python -m benchmarks.step --device cuda --model 1b --dtype default,bfloat16 --methods npo --steps 10 \
+  add step 60 'python -m benchmarks.step --device cuda --model 1b --dtype default,bfloat16 --methods npo --steps 10 \
     --run-steps 10 --save --out "$OUT/step"'
 else
   emulated='python tests/emulator/run.py "$EMULATOR"'
