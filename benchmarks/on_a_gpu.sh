@@ -4,7 +4,7 @@
 # implementations, a whole step of training. Needs a CUDA build of torch and the build requirements in the environment
 # and nvcc on the PATH, and no network; compute-sanitizer comes with the CUDA toolkit.
 #
-#   benchmarks/on_a_gpu.sh --out FOLDER    run what has not passed yet for these sources on this machine
+#   benchmarks/on_a_gpu.sh --out FOLDER    run what has not passed yet for these sources
 #     --again STEP    run a step again that has passed (several times; `all` for every step)
 #     --only STEP     run no other steps (several times)
 #     --at-most N     seconds for each step, where its own limit is longer
@@ -14,7 +14,7 @@
 #
 # What a step prints goes to the screen and to FOLDER/STEP.log as it is printed, and results are saved as JSON in
 # FOLDER, so that a run that is killed leaves what it had. FOLDER/state holds the outcome of each step with a hash of
-# the sources and the commit. A step that fails, or reaches its limit, does not stop the next ones; the exit code is 1.
+# the sources and the commit; a build empties it. A step that fails, or reaches its limit, does not stop the next ones; the exit code is 1.
 set -uo pipefail
 set -m # each step in a process group of its own, which can be ended as a whole
 cd "$(dirname "$0")/.." || exit 2
@@ -190,6 +190,9 @@ for name in "${steps[@]}"; do
     *) outcome="FAILED ($code)" failed=1 ;;
   esac
   note "$name" "$outcome" "$((SECONDS - began))"
+  # what runs on an older build has not passed for these sources; after a new build everything runs again
+  [[ $name == build && $outcome != passed ]] && key+=-older-build
+  [[ $name == build ]] && rm -f "$out"/state/*
   echo "${outcome// /-} $key commit $commit, $((SECONDS - began)) s, $name.log" > "$out/state/$name"
 done
 table

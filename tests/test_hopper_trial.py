@@ -30,6 +30,19 @@ def test_right_kernels_pass(emulated):
 
 @pytest.mark.emulator
 @pytest.mark.full
+@pytest.mark.parametrize("dtype", selftest.TOLERANCE)
+def test_cut_sums_of_large_logits_pass(dtype, emulated):
+    """Rows with logits of 700, cut as tensor cores cut them at a D of 2048, use half of the allowance at most."""
+    case = selftest._case((140, 2048, 515), dtype, False, CPU)
+    expected = selftest._definition(case)
+    log_likelihood = selftest._statistics(case, None)[0]
+    error = (log_likelihood.double() - expected.log_likelihood).abs()
+    assert (error[case.far] <= 5e-6 * expected.largest[case.far]).all()
+    assert selftest._statistics_right(selftest._statistics(case, None), case=case, expected=expected)
+
+
+@pytest.mark.emulator
+@pytest.mark.full
 @pytest.mark.parametrize(
     "kernel", ["hopper_gradient", "kept_scale_hidden", "kept_hidden_gradient", "kept_add_targets", "hopper_statistics"]
 )
@@ -128,12 +141,12 @@ def test_one_lost_column_is_seen(by_definition, monkeypatch):
 
 
 def test_rows_with_large_logits_do_not_fail_by_chance(by_definition, monkeypatch):
-    """Logits of the far rows that are off by a millionth of the largest pass: entropy and variance hang on them."""
+    """Logits of the far rows that are off by 5e-6 of the largest pass: entropy and variance hang on them."""
 
     def rounded(case, threshold):
         z = selftest._logits(case, slice(None), slice(None))
         noise = torch.rand(z.shape, generator=torch.Generator().manual_seed(1)).double() * 2 - 1
-        z += noise * case.far[:, None] * z.abs().amax(1, keepdim=True) * 1e-6
+        z += noise * case.far[:, None] * z.abs().amax(1, keepdim=True) * 5e-6
         log_likelihood, _, *moments = reference.token_statistics_of(z, case.targets)
         return [log_likelihood.float(), defined_statistics(case, threshold)[1], *(x.float() for x in moments)]
 
@@ -175,7 +188,14 @@ def test_a_subprocess_says_what_it_showed(tmp_path, monkeypatch):
     assert run("pass") is None
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("all devices are busy")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("all devices are busy"),
+    ],
+)
 def test_a_gpu_that_cannot_be_used_is_no_failure(error, monkeypatch):
     """No memory for a second context or for the test, or exclusive mode: the process says that it was not tried."""
 
@@ -189,8 +209,8 @@ def test_a_gpu_that_cannot_be_used_is_no_failure(error, monkeypatch):
     assert ended.value.code == trial._NOT_TRIED
     monkeypatch.undo()
     monkeypatch.setattr(selftest, "_definition", fails)
-    if isinstance(error, torch.OutOfMemoryError):
-        with pytest.raises(torch.OutOfMemoryError):
+    if selftest.is_full(error):
+        with pytest.raises(RuntimeError):
             selftest.compare(CPU, TINY)
     else:
         assert selftest.compare(CPU, TINY) == "they failed on this GPU: all devices are busy"
@@ -281,6 +301,9 @@ def test_one_process_tests_and_the_others_wait(tmp_path):
     for process in ranks:
         process.join(60)
     assert count.value == 1
+    assert (tmp_path / "record").read_text() == "passed"
+    (tmp_path / "record").write_text("")  # what a crash may leave
+    assert record.Record(tmp_path / "record").outcome() is None
     with record.Record(tmp_path / "record").alone(30), record.Record(tmp_path / "record").alone(0.2):
         pass  # who waits too long tests for itself
 

@@ -111,6 +111,18 @@ def test_a_failure_stops_nothing_and_a_second_call_mends_it(tools, tmp_path):
 
 
 @pytest.mark.full
+def test_what_ran_on_an_older_build_runs_again(tools, tmp_path):
+    """After a build that failed, no step has passed for these sources."""
+    out = tmp_path / "out"
+    tools("pip", "exit 1")
+    run("--out", out, "--only", "build", "--only", "predictions", path=tools.folder)
+    assert outcomes(out) == {"build": "FAILED (1)", "predictions": "passed"}
+    tools("pip", "exit 0")
+    run("--out", out, "--only", "build", "--only", "predictions", path=tools.folder)
+    assert outcomes(out) == {"build": "passed", "predictions": "passed"}
+
+
+@pytest.mark.full
 def test_a_step_ends_at_its_limit(tools, tmp_path):
     """A step that hangs is ended at its limit, by force where it does not listen, and the next one runs."""
     out = tmp_path / "out"

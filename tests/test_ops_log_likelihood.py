@@ -121,6 +121,17 @@ def test_layouts(layout, vocabulary, rows, device, backend):
     assert_agree(scored(shown, targets), truth(shown, targets), 4e-6)
 
 
+def test_batched_gradients_and_lazy_negation():
+    """Where a tensor's memory is not what it says, torch's dispatcher makes it so: batched gradients, negated views."""
+    logits, targets = torch.randn(3, 7, requires_grad=True), torch.tensor([1, 0, 6])
+    (rows,) = torch.autograd.grad(
+        log_likelihood(logits, targets), logits, torch.eye(3), is_grads_batched=True, retain_graph=True
+    )
+    assert_agree([rows.sum(0)], list(torch.autograd.grad(log_likelihood(logits, targets).sum(), logits)), 1e-6)
+    negative = torch._neg_view(logits.detach())
+    assert_agree([log_likelihood(negative, targets)], [log_likelihood(negative.resolve_neg(), targets)], 1e-6)
+
+
 def test_a_batch_of_sequences(device, backend):
     """Logits (B, T, V) of a model, shifted by a slice, are scored where they lie."""
     logits, _ = some(12, 90, device=device)

@@ -24,6 +24,25 @@ def gradients(count, shape=(7, 5)):
     return [g * (torch.rand(shape, generator=draws) < 0.9) for g in each]
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16])
+def test_the_count_of_steps_does_not_depend_on_torchs_default(default):
+    """With another default dtype and device, 600 steps are the same."""
+    ends = []
+    for dtype in (torch.float32, default):
+        p = nn.Parameter(torch.ones(5))
+        optimizer = Adam([p], 1e-3, 0.0)
+        torch.set_default_dtype(dtype)
+        try:
+            for _ in range(600):
+                p.grad = torch.linspace(0.1, 1, 5, dtype=torch.float32)
+                with torch.device("cpu" if dtype is torch.float32 else "meta"):
+                    optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_steps_are_those_of_torch(dtype, momentum):

@@ -82,7 +82,7 @@ def columns_of(result: AttackResult, seed: int) -> tuple[list[Column], Numbers]:
     """Return the columns, and the numbers of each text: its bits under each attack, and 1 where it comes back.
 
     A text comes back where it is exposed or its verdict is that it comes back, at the false discovery rate of 5 %
-    over the set; it does so under those attacks in which it has 4.32 bits or more on its own.
+    over the set; it does so under those attacks in which it has 4.32 bits or more on its own, or most of all.
 
     Args:
         result: of the attacks.

@@ -11,7 +11,7 @@ from pyunlearn import metrics
 from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.comparing.result import Measurement
 from pyunlearn.data import Tokens
-from pyunlearn.errors import ArgumentError, ModelError
+from pyunlearn.errors import ArgumentError, ModelError, TrainingError
 from pyunlearn.metrics import mean_exposure_interval, mean_interval, verdict
 from pyunlearn.models.harness import HarnessTasks, TaskRun
 from pyunlearn.models.language_model import LanguageModel
@@ -86,9 +86,13 @@ class Criterion:
     def measure(self, bar: Progress | None = None) -> Measurement:
         """Measure the model as it is now: the numbers of its row in the comparison.
 
-        With a progress bar, the tasks are run on it too, and compared with the original document by document.
+        With a progress bar, the tasks are run on it too, and compared with the original document by document. Raises
+        TrainingError where one fails: on the original it ran, so the method is not refused.
         """
-        run = None if bar is None else self._run_tasks(bar, "the mixture")
+        try:
+            run = None if bar is None else self._run_tasks(bar, "the mixture")
+        except ModelError as error:
+            raise TrainingError(str(error)) from error
         return self._measurement(self._passes(), self._task_scores(run, self.task_run))
 
     def _task_scores(self, run: TaskRun | None, original: TaskRun | None = None) -> list[TaskScore]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter, int, float, bool, list, type(None)}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of a gradient with is_grads_batched=True
 LIBRARY = torch.library.Library("pyunlearn", "DEF")
 
 
@@ -72,8 +73,8 @@ def is_watched(inputs: tuple[Any, ...]) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.maybe_current_level() is not None:
         return True
-    kinds = {type(x) for x in inputs} - _PLAIN
-    return any(issubclass(kind, torch.Tensor) for kind in kinds)
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    return any(type(x) not in _PLAIN or x.is_neg() or _is_batched(x) for x in tensors)
 
 
 def host_may_wait(x: torch.Tensor) -> bool:

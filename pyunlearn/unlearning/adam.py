@@ -103,8 +103,9 @@ def _fused_step(
 
     The kernel rounds the last numbers of a tensor that do not fill a vector otherwise than the others.
     """
+    count = torch.tensor(step - 1.0, dtype=torch.float32, device="cpu")
     adamw(
-        [value], [gradient], [gradient if first is None else first], [second], [], [torch.tensor(step - 1.0)],
+        [value], [gradient], [gradient if first is None else first], [second], [], [count],
         fused=True, amsgrad=False, beta1=momentum, beta2=_BETA2, lr=lr, weight_decay=0.0, eps=_EPSILON, maximize=False,
     )  # fmt: skip
 

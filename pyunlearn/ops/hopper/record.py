@@ -1,4 +1,4 @@
-"""The outcome of the Hopper kernels' self-test is remembered on disk for each build, GPU, driver and torch."""
+"""The outcome of the Hopper kernels' self-test is remembered on disk for each build, GPU and torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import torch
 
 from pyunlearn.ops import _backend
 
+_PASSED = "passed"  # an empty file may be what a crash has left
 DAY = 24 * 3600  # seconds for which a failure is remembered; a pass is remembered for good
 
 
 class Record(NamedTuple):
-    """A file with the outcome: empty after a pass, the sentence after a failure. Without a path nothing is remembered.
+    """A file with the outcome: a word after a pass, the sentence after a failure. Without a path nothing is remembered.
 
     A folder that cannot be read or written is no error: then each process tests for itself.
     """
@@ -31,7 +32,9 @@ class Record(NamedTuple):
             if self.path is None:
                 return None
             text = self.path.read_text(errors="replace")
-            return None if text and time.time() - self.path.stat().st_mtime > DAY else text
+            if text == _PASSED:
+                return ""
+            return text if text and time.time() - self.path.stat().st_mtime <= DAY else None
         except OSError:
             return None
 
@@ -41,7 +44,7 @@ class Record(NamedTuple):
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 fresh = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-                fresh.write_text(outcome)
+                fresh.write_text(outcome or _PASSED)
                 fresh.replace(self.path)
         except OSError:
             pass

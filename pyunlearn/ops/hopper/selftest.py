@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 def compare(device: torch.device, shapes: Shapes = SMALL, times: int = 1) -> str | None:
     """Compare every kernel with the definition; return a sentence if one fails, is wrong, or is not repeatable.
 
-    Raises torch.OutOfMemoryError where the GPU has no room for the test.
+    Raises RuntimeError where the GPU has no room for the test: `is_full`.
     """
     report = "in a self-test on this GPU (please report it, with `pyunlearn info`)"
     for shape, dtype, capped in product(shapes, TOLERANCE, (True, False)):
@@ -55,26 +55,32 @@ def compare(device: torch.device, shapes: Shapes = SMALL, times: int = 1) -> str
                 for _ in range(times - 1):
                     if not all(map(torch.equal, first, outputs())):
                         return f"they gave other numbers when they ran again {report}"
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_full(error):
+                raise
             return f"they failed on this GPU: {str(error).splitlines()[0]}"
     return None
 
 
+def is_full(error: RuntimeError) -> bool:
+    """Return whether an error says that the GPU's memory is full, which CUDA's libraries have their own words for."""
+    words = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in words or "ALLOC_FAILED" in words
+
+
 def _case(shape: tuple[int, int, int], dtype: torch.dtype, capped: bool, device: torch.device) -> Case:
     n, width, vocabulary = shape
-    generator = torch.Generator().manual_seed(0)
+    cpu: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
     shapes = ((n, width), (vocabulary, width), (vocabulary,))
-    h, weight, bias = (torch.randn(*s, generator=generator).to(device, dtype) for s in shapes)
+    h, weight, bias = (torch.randn(*s, **cpu, dtype=torch.float32).to(device, dtype) for s in shapes)
     weight *= width**-0.5
     # rows in two pairs of blocks whose exponentials leave the range of the first sweep's cache, on either side
     far = torch.zeros(n, dtype=torch.bool, device=device)
     far[[7, n - 7]] = True
     if not capped:
         h[far] *= torch.tensor([[200.0], [-100.0]], dtype=dtype, device=device)
-    targets = torch.randint(_TARGETS, (n,), generator=generator).to(device)
-    coefficients = torch.linspace(-1, 1, n, device=device)
+    targets = torch.randint(_TARGETS, (n,), **cpu).to(device)
+    coefficients = torch.linspace(-1, 1, n, device=device, dtype=torch.float32)
     coefficients[far] /= 100  # so that they do not outweigh all others in the weight's gradient
     head = Head(weight, bias.float(), 0.5, 4.0) if capped else Head(weight, None, 1.0, 0.0)
     return Case(h, head, targets, coefficients, far)
@@ -147,7 +153,7 @@ def _gradients(case: Case, workspace: int) -> list[Tensor]:
     cached = [h.new_empty((n * p.row_length(0, vocabulary),))] * p.cached
     factor = h.new_empty((p.blocks, n), dtype=torch.float32)
     shapes = (h.shape, head.weight.shape, *([] if head.bias is None else [head.bias.shape]))
-    buffers = [torch.zeros(shape, device=h.device) for shape in shapes]
+    buffers = [torch.zeros(shape, device=h.device, dtype=torch.float32) for shape in shapes]
     into = Gradients(buffers[0], buffers[1], buffers[2] if head.bias is not None else None)
     scores = Statistics(*kernels.score(h, head, case.targets, cached, factor))
     kernels.differentiate(h, head, case.targets, p, scores, case.coefficients, [*cached], factor, into, release=False)
@@ -155,9 +161,13 @@ def _gradients(case: Case, workspace: int) -> list[Tensor]:
 
 
 def _likelihoods_right(log_likelihood: Tensor, case: Case, expected: Definition) -> bool:
-    """Compare to float32 accuracy, which of rows with large logits is coarser: one lost column of 33,001 is seen."""
+    """Compare to the accuracy of the products, so that one lost column of 16,411 is seen.
+
+    Far rows may be off by a hundred-thousandth of their largest logit: tensor cores cut the sums of these (a D of 2048
+    costs up to 4e-6 of it).
+    """
     error = (log_likelihood.double() - expected.log_likelihood).abs()
-    return bool((error <= 2e-5 + 2e-6 * expected.largest * case.far).all())
+    return bool((error <= 2e-5 + 1e-5 * expected.largest * case.far).all())
 
 
 def _statistics_right(outputs: list[Tensor], *, case: Case, expected: Definition) -> bool:

@@ -20,9 +20,9 @@ _NOT_TRIED = 75  # exit code of a subprocess that could not use the GPU
 def run_trial(index: int) -> str | None:
     """Test the kernels on that GPU in a subprocess; return a sentence if they failed.
 
-    They are tested once for each build, GPU, driver and torch: the outcome is remembered, and of several processes one
-    tests while the others wait. Where a second process cannot use the GPU (no memory, exclusive mode), or none can be
-    started, the quick test runs in this one.
+    They are tested once for each build, GPU, torch and CUDA version of the driver: the outcome is remembered, and of
+    several processes one tests while the others wait. Where a second process cannot use the GPU (no memory, exclusive
+    mode), or none can be started, the quick test runs in this one.
     """
     record = record_of(index)
     with record.alone(SECONDS):
@@ -45,7 +45,7 @@ def trial(index: int) -> None:
         sys.exit(_NOT_TRIED)
     try:
         sys.exit(selftest.compare(device, selftest.SMALL + selftest.WIDE, times=3))
-    except torch.OutOfMemoryError:
+    except RuntimeError:  # the memory is full
         sys.exit(_NOT_TRIED)
 
 
