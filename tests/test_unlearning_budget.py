@@ -34,7 +34,7 @@ def unlikely(tokens):
 def test_of_text_that_the_model_wrote_a_third_is_set_apart():
     """The rest is trained on, and what one text gains makes up for what others lose up to the budget alone."""
     own = texts(9)
-    retained = retain_texts(None, own, {}, "hold", by_default=True, trains=True, log_likelihood=unlikely)
+    retained = retain_texts(None, own, {}, trains=True, log_likelihood=unlikely)
     assert retained.utility.tokens == own[::3]
     assert not retained.utility.trained
     assert set(retained.tokens) == set(own) - set(own[::3])

@@ -60,7 +60,7 @@ class Method:
         pair: role of the text that is scored before the forget text: "refusal", "winner" or "alternate".
         needs_retain: True where the method does not work without a retain set.
         rate: factor on the default learning rate.
-        retain_loss: name of the retain loss that it has by default; "hold" is "nll" for a set known by heart.
+        retain_loss: name of the retain loss that it has by default.
         token_mean: True where the loss of an example is a mean over the scored tokens of one text.
     """
 

@@ -32,7 +32,7 @@ class LoopConfig(Config):
         "Loss on the retain set: nll trains on it; kl preserves the reference model's distribution at each of its "
         "tokens; hold only reverses a rise of its negative log-likelihood; representation (rmu, adaptive_rmu) "
         "preserves its hidden states; none; auto: where there is a retain set, representation for rmu and "
-        "adaptive_rmu, nll for kl and pdu, and for all others hold, or nll if the model knows the set by heart; "
+        "adaptive_rmu, nll for kl and pdu, and hold for all others; "
         "without one, hold on text that the model writes (not for rmu, adaptive_rmu).",
         group="Method",
         optional=True,

@@ -122,12 +122,10 @@ def setup(
     forget = tokens["forget"]
     draws = SampledTexts(lm, forget, sampled, seed=config.seed, processes=processes, bar=bar)
     held = draws.to_hold() if "retain" not in tokens and retain_loss == "hold" and config.retain_loss == "auto" else []
-    own_retain, retain, rests, utility, retain_loss = retain_texts(
+    own_retain, retain, rests, utility = retain_texts(
         tokens.get("retain"),
         held,
         rendered.encoded.rests,
-        retain_loss,
-        by_default=config.retain_loss == "auto",
         trains=retain_loss is not None and config.retain_weight > 0,
         log_likelihood=scorer.mean_log_likelihood,
         forget=len(forget),

@@ -49,7 +49,7 @@ class UtilitySet(NamedTuple):
 
 
 class RetainTexts(NamedTuple):
-    """The retain texts of a run, and the loss on them."""
+    """The retain texts of a run, and those on which its cost is measured."""
 
     own: list[Tokens]
     """Those of the user that the run may train on, in the order of the schedule."""
@@ -58,30 +58,23 @@ class RetainTexts(NamedTuple):
     rests: dict[int, int]
     """Index of a forget text -> index in `tokens` of its rest."""
     utility: UtilitySet | None
-    loss: str | None
-    """Name of the retain loss."""
 
 
 def retain_texts(
     given: list[Tokens] | None,
     own: list[Tokens],
     rests: Mapping[int, Tokens],
-    loss: str | None,
     *,
-    by_default: bool,
     trains: bool,
     log_likelihood: Callable[[list[Tokens]], Floats],
     forget: int = 1,
 ) -> RetainTexts:
-    """Return the retain texts, the utility set and the retain loss of a run.
+    """Return the retain texts and the utility set of a run.
 
     Args:
         given: the retain set, or None.
         own: texts that the model wrote, in place of a retain set; a third of them is set apart.
         rests: index of a forget text of which only strings are forgotten -> what is left of it.
-        loss: name of the retain loss, or None.
-        by_default: True where the user chose none: "hold" is then "nll" for a set that the model knows by heart, which
-            it cannot learn by heart any further.
         trains: True where the run trains on these texts.
         log_likelihood: returns (n,) means a token of n texts under the original model, nats.
         forget: number of forget texts.
@@ -91,11 +84,9 @@ def retain_texts(
         apart = set(own[::_OWN_SHARE])
         retain = [t for t in own if t not in apart]
         utility = UtilitySet(own[::_OWN_SHARE], OWN_TEXTS, trained=False)
-    if by_default and loss == "hold" and utility is not None and utility.known:
-        loss = "nll"
     trained = retain or []
     indices = {i: len(trained) + n for n, i in enumerate(rests)} if trains else {}
-    return RetainTexts(trained, trained + list(rests.values()) if indices else retain, indices, utility, loss)
+    return RetainTexts(trained, trained + list(rests.values()) if indices else retain, indices, utility)
 
 
 def evenly_spaced(tokens: Sequence[Tokens], *, most: int | None = None, forget: int = 1) -> list[int]:
