@@ -89,7 +89,8 @@ def attack(
 
     quiet_libraries()
     show_lines(quiet=quiet)
-    target = check_output(folder_for(model, out, "attack"))
+    folder = folder_for(model, out, "attack")
+    target = check_output(folder)
     result = pyunlearn.attack(
         model,
         texts(forget, "forget"),
@@ -110,5 +111,5 @@ def attack(
 
         console = terminal()
         show_attack(console, result, show_text=show_text)
-        console.print(f"attack.json is in {target}", highlight=False, markup=False)
+        console.print(f"attack.json is in {folder}", highlight=False, markup=False)
     raise typer.Exit(0 if result.passed else 1)

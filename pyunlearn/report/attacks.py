@@ -34,11 +34,10 @@ def attack_table(result: AttackResult, *, show_text: bool = False) -> Table:
 
 def trial_table(result: AttackResult) -> Table:
     """Return a row for each form of attack: how many texts stand out, and the mean likelihoods."""
-    table = plain_table("forms of attack")
+    table = plain_table("forms of attack, and mean log-likelihoods in nats a token")
     table.add_column("attack", min_width=24)
-    for name in ("texts\ntested", "stand out\n4.32 bits", "unseen\nwould", "p of\nthe set", "forget set\nnats a token"):
+    for name in ("texts\ntested", "stand out\n4.32 bits", "unseen\nwould", "p of\nthe set", "forget\nset", "non-\nmembers"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("non-members\nnats a token", justify="right", no_wrap=True)
     for t in result.trials:
         table.add_row(*trial_cells(t).values())
     return table
