@@ -24,25 +24,6 @@ def gradients(count, shape=(7, 5)):
     return [g * (torch.rand(shape, generator=draws) < 0.9) for g in each]
 
 
-@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16])
-def test_the_count_of_steps_does_not_depend_on_torchs_default(default):
-    """With another default dtype and device, 600 steps are the same."""
-    ends = []
-    for dtype in (torch.float32, default):
-        p = nn.Parameter(torch.ones(5))
-        optimizer = Adam([p], 1e-3, 0.0)
-        torch.set_default_dtype(dtype)
-        try:
-            for _ in range(600):
-                p.grad = torch.linspace(0.1, 1, 5, dtype=torch.float32)
-                with torch.device("cpu" if dtype is torch.float32 else "meta"):
-                    optimizer.step()
-        finally:
-            torch.set_default_dtype(torch.float32)
-        ends.append(p.detach())
-    assert torch.equal(*ends)
-
-
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_steps_are_those_of_torch(dtype, momentum):
@@ -50,9 +31,7 @@ def test_the_steps_are_those_of_torch(dtype, momentum):
     torch.manual_seed(0)
     start = torch.randn(7, 5, dtype=dtype)
     own, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    fused = dtype == torch.float32
-    theirs_optimizer = torch.optim.AdamW([theirs], 1e-2, (momentum, 0.999), weight_decay=0, fused=fused)
-    optimizers = Adam([own], 1e-2, momentum), theirs_optimizer
+    optimizers = Adam([own], 1e-2, momentum), torch.optim.AdamW([theirs], 1e-2, (momentum, 0.999), weight_decay=0)
     for number, gradient in enumerate(gradients(50)):
         for p, optimizer in zip((own, theirs), optimizers, strict=True):
             p.grad = None if number == 3 else gradient.to(dtype)
@@ -82,24 +61,6 @@ def test_offloaded_moments_give_the_same_steps(dtype, momentum, chunk, monkeypat
         assert torch.equal(torch.as_tensor(values), torch.as_tensor(optimizers[1].state[away][name]))
 
 
-def test_a_step_leaves_the_gradient_and_is_near_the_plain_form(monkeypatch):
-    """The fused kernel gets the gradient as the first moment; its update is that of the formula up to rounding."""
-    torch.manual_seed(0)
-    fused, plain = nn.Parameter(torch.randn(33, 7)), nn.Parameter(torch.empty(33, 7))
-    plain.data.copy_(fused)
-    start = fused.detach().clone()
-    optimizers = Adam([fused], 1e-3), Adam([plain], 1e-3)
-    for gradient in gradients(20, (33, 7)):
-        fused.grad, plain.grad = gradient.clone(), gradient.clone()
-        optimizers[0].step()
-        with monkeypatch.context() as patch:
-            patch.setattr(adam, "_fusible", lambda *_: False)
-            optimizers[1].step()
-        assert torch.equal(fused.grad, gradient)
-    torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-8)
-    assert not torch.equal(fused, start)
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_offloaded_moments_are_in_the_main_memory(dtype):
@@ -116,14 +77,14 @@ def test_offloaded_moments_are_in_the_main_memory(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chunk", [16, 1 << 22])
+@pytest.mark.parametrize("chunk", [4, 1 << 22])
 def test_16_bit_weights_move_as_float32_copies_do(dtype, chunk, monkeypatch):
     """Bit for bit over 50 steps, most of them smaller than the gap between two 16-bit numbers; also in pieces."""
     monkeypatch.setattr(adam, "_CHUNK", chunk)
     torch.manual_seed(0)
     narrow = nn.Parameter(torch.randn(7, 5).to(dtype))
     wide, start = nn.Parameter(narrow.detach().float()), narrow.detach().clone()
-    own, theirs = Adam([narrow], 1e-5), torch.optim.AdamW([wide], 1e-5, (0.0, 0.999), weight_decay=0, fused=True)
+    own, theirs = Adam([narrow], 1e-5), torch.optim.AdamW([wide], 1e-5, (0.0, 0.999), weight_decay=0)
     for gradient in gradients(50):
         narrow.grad, wide.grad = gradient.to(dtype), gradient.to(dtype).float()
         own.step()

@@ -36,7 +36,8 @@ def trial_table(result: AttackResult) -> Table:
     """Return a row for each form of attack: how many texts stand out, and the mean likelihoods."""
     table = plain_table("forms of attack, and mean log-likelihoods in nats a token")
     table.add_column("attack", min_width=24)
-    for name in ("texts\ntested", "stand out\n4.32 bits", "unseen\nwould", "p of\nthe set", "forget\nset", "non-\nmembers"):
+    names = ("texts\ntested", "stand out\n4.32 bits", "unseen\nwould", "p of\nthe set", "forget\nset", "non-\nmembers")
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for t in result.trials:
         table.add_row(*trial_cells(t).values())

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from pyunlearn.models.sharding import part
 
@@ -16,7 +15,7 @@ _CHUNK = 1 << 22  # numbers updated at once, so that temporary tensors stay smal
 
 
 class Adam(torch.optim.Optimizer):
-    """AdamW without weight decay; the numbers of `torch.optim.AdamW`, on a CPU of its fused form, in less memory.
+    """AdamW without weight decay; the numbers of `torch.optim.AdamW`, in less memory.
 
     At unlearning's learning rates an update is smaller than half the gap between two 16-bit numbers, so that most would
     round to zero. Each 16-bit parameter therefore has a second tensor, its *rest*: of bfloat16 the 16 bits that
@@ -75,39 +74,15 @@ class Adam(torch.optim.Optimizer):
         for weight, gradient, *stored in _chunks(tensors):
             moved: list[Any] = [_near(t, p.device) for t in stored] if self.offload else stored
             second, first, rest = moved
-            gradient, value = gradient.to(precise), exact(weight, rest)
-            if _fusible(value, gradient, second):
-                _fused_step(value, gradient, first, second, step, lr, self.momentum)
-            else:
-                second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
-                direction = gradient if first is None else first.lerp_(gradient, 1 - self.momentum)
-                denominator = (second.sqrt() / correction).add_(_EPSILON)
-                value.addcdiv_(direction, denominator, value=-rate)
-            if rest is not None:  # without one, the value is the weight itself
-                assign(weight, rest, value)
+            gradient = gradient.to(precise)
+            second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
+            direction = gradient if first is None else first.lerp_(gradient, 1 - self.momentum)
+            denominator = (second.sqrt() / correction).add_(_EPSILON)
+            assign(weight, rest, exact(weight, rest).addcdiv_(direction, denominator, value=-rate))
             if self.offload:
                 for far, near in zip(stored, moved, strict=True):
                     if far is not None:
                         far.copy_(near)
-
-
-def _fusible(*tensors: Tensor) -> bool:
-    """Return whether torch's fused kernel serves: float32 on a CPU, where it takes a third of the time."""
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
-
-
-def _fused_step(
-    value: Tensor, gradient: Tensor, first: Tensor | None, second: Tensor, step: int, lr: float, momentum: float
-) -> None:
-    """Update value and moments in one pass. Without momentum the gradient is its own first moment, and stays as it is.
-
-    The kernel rounds the last numbers of a tensor that do not fill a vector otherwise than the others.
-    """
-    count = torch.tensor(step - 1.0, dtype=torch.float32, device="cpu")
-    adamw(
-        [value], [gradient], [gradient if first is None else first], [second], [], [count],
-        fused=True, amsgrad=False, beta1=momentum, beta2=_BETA2, lr=lr, weight_decay=0.0, eps=_EPSILON, maximize=False,
-    )  # fmt: skip
 
 
 def _near(tensor: Tensor | None, device: torch.device) -> Tensor | None:
