@@ -135,7 +135,7 @@ def test_each_kind_of_number_has_the_interval_that_fits():
 
 
 def test_other_documents_are_not_paired():
-    """A task that draws its documents anew has a difference without an interval."""
+    """A task that reads other documents each time has a difference without an interval."""
     score = scored(numbers([1.0, 0.0] * 10), numbers([1.0] * 20, keys=("other",) * 20))
     assert score.change.estimate == -0.5
     assert np.isnan(score.change.low)
