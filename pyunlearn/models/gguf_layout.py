@@ -45,7 +45,9 @@ def read_like(path: str | Path) -> Any:
     try:
         reader = gguf.GGUFReader(file)
     except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is no GGUF file, or damaged: {first_line(error)}") from error
+        raise ModelError(
+            f"{path} is no GGUF file, or damaged ({first_line(error)}): give the file of the model that is served today"
+        ) from error
     if reader.byte_order != "I":
         raise ModelError(f"the GGUF file {path} is of the other byte order: give one of this machine's")
     if value_of(reader, "split.count", 1) > 1:
