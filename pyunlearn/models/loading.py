@@ -328,7 +328,8 @@ def load_tokenizer(name: str | Path) -> Any:
     try:
         where, arguments = _arguments(located(name))
         return AutoTokenizer.from_pretrained(where, **arguments, **hub_options(where))
-    except (OSError, ValueError, KeyError, ImportError) as error:  # ModelError is a ValueError
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        # ModelError is a ValueError; TypeError is what sentencepiece raises where its file is missing
         raise ModelError(
             f"no tokenizer could be loaded from {name!s}: give the one the model was trained with (tokenizer=, "
             "--tokenizer)"
