@@ -93,7 +93,7 @@ def test_of_a_set_that_is_known_by_heart_none_is_set_apart():
     retain = texts(60, 64)
     trained, utility = split_retain(retain, trains=True, log_likelihood=lambda tokens: np.full(len(tokens), -0.49))
     assert trained == retain
-    assert (len(utility.tokens), utility.source, utility.trained) == (16, "retain set", True)
+    assert (len(utility.tokens), utility.source, utility.trained) == (16, "part of the retain set", True)
     (note,) = utility.notes
     assert "the model knows them by heart" in note
 

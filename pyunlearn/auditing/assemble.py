@@ -9,11 +9,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import mannwhitneyu
 
 from pyunlearn import metrics
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.responses import AuditTexts, Responses
-from pyunlearn.auditing.result import Audit, AuditedExample, Measures, Membership, NonMembers, RetainUtility, Writing
+from pyunlearn.auditing.result import (
+    UNDECIDED,
+    Audit,
+    AuditedExample,
+    Measures,
+    Membership,
+    NonMembers,
+    RetainUtility,
+    Writing,
+)
 from pyunlearn.metrics import (
     Interval,
     auc,
@@ -29,9 +39,11 @@ from pyunlearn.metrics.left import Left, Scores, left
 from pyunlearn.metrics.verdict import anchor_after
 from pyunlearn.probes.non_members import capped, evidence_notes
 from pyunlearn.probes.recitation import LONGEST, is_guessed, recited
+from pyunlearn.unlearning.result import PASSED
 
 Floats = NDArray[np.float64]
 _K = 0.4  # the share of tokens of min-k, as in MUSE and TOFU
+_TOLD_APART = 0.05  # p-value, over all membership scores
 _WORSE = 0.10  # relative rise of the non-members' NLL, 1 nat at least, from which a model has become worse
 _OVER = "over-unlearned"
 _ROUGE = importlib.util.find_spec("rouge_score") is not None
@@ -83,6 +95,7 @@ class AuditAssembler:
     def assemble(self) -> Audit:
         """Return the audit, with the settings and the seconds left for the caller to fill in."""
         judged = self._verdict()
+        membership = self._membership()
         exposures, m = judged.after.lower, len(self.non_member_scores)
         change = None
         if self.before is not None:
@@ -95,7 +108,7 @@ class AuditAssembler:
             top_test=exposure_top_test(exposures, m, seed=self.seed),
             null_test=exposure_null_test(exposures, m, seed=self.seed),
             left_pvalue=None if self.left is None else self.left.pvalue,
-            membership=self._membership(),
+            membership=membership,
             change=change,
             answer_prior=None if prior is None else prior.mean,
             utility=self._utility(),
@@ -104,7 +117,7 @@ class AuditAssembler:
             passes={name: each.passes for name, each in passes.items() if each is not None},
             seconds=0.0,
             settings={},
-            notes=self._notes(judged),
+            notes=self._notes(judged) + self._told_apart(judged, membership),
         )
 
     def _verdict(self) -> metrics.Verdict:
@@ -316,6 +329,24 @@ class AuditAssembler:
             )
         return attacks
 
+    def _told_apart(self, judged: metrics.Verdict, membership: list[Membership]) -> list[str]:
+        """Say where a membership score tells the forget set from the holdout, and no verdict does.
+
+        Windows of one text depend on each other, and are not tested.
+        """
+        in_windows = len({part.record for part in self.texts.parts}) < len(self.texts.parts)
+        if not membership or in_windows or not set(judged.verdict.tolist()) <= {*PASSED, UNDECIDED}:
+            return []
+        score, pvalue = told_apart(self._both_sides(self.now))
+        if pvalue > _TOLD_APART:
+            return []
+        (area,) = (m.auc.estimate for m in membership if m.score == score)
+        return [
+            f"As a set, the forget texts can be told from the holdout by the membership score {score} (AUC {area:.2f}, "
+            f"p = {pvalue:.1g} for the best of {len(membership)}): none stands out as more likely, and they are not "
+            "like unseen text in every respect."
+        ]
+
     def _both_sides(self, responses: Responses) -> dict[str, tuple[Floats, Floats]]:
         """Return name -> (scores of the forget set, scores of the holdout)."""
         forget, holdout = (self._scores(responses, role) for role in ("forget", "non_members"))
@@ -336,6 +367,19 @@ class AuditAssembler:
         if self.retrained is not None and responses is not self.retrained:
             scores["reference"] = metrics.reference_score(mean, self.retrained.statistics[role].mean_log_likelihood)
         return scores
+
+
+def told_apart(sides: dict[str, tuple[Floats, Floats]]) -> tuple[str, float]:
+    """Return the membership score that differs most between two sets of texts, and a p-value over all scores.
+
+    That is the rank-sum test's for this score, times the number of scores.
+
+    >>> told_apart({"loss": (np.arange(9), np.arange(9)), "zlib": (np.arange(9), np.arange(9) + 20)})
+    ('zlib', 0.0008245896041233825)
+    """
+    pvalues = {name: float(mannwhitneyu(*each).pvalue) for name, each in sides.items()}
+    name = min(pvalues, key=pvalues.__getitem__)
+    return name, min(1.0, len(sides) * pvalues[name])
 
 
 def roc_curve(forget: Floats, holdout: Floats) -> list[tuple[float, float]]:

@@ -122,10 +122,11 @@ def split_retain(
         return None, None
     different = list(dict.fromkeys(retain))
     chosen = [retain[i] for i in evenly_spaced(retain, forget=forget)]
+    source = "retain set" if len(chosen) == len(retain) else "part of the retain set"
     if not trains or len(different) < _SPLIT:
-        return retain, UtilitySet(chosen, "retain set", trained=trains)
+        return retain, UtilitySet(chosen, source, trained=trains)
     if -log_likelihood(chosen).mean() < _KNOWN:
-        return retain, UtilitySet(chosen, "retain set", trained=True, known=True)
+        return retain, UtilitySet(chosen, source, trained=True, known=True)
     apart = [different[i] for i in evenly_spaced(different, most=len(different) // _SHARE, forget=forget)]
     unread = set(apart)
     return [t for t in retain if t not in unread], UtilitySet(apart, "retain texts set apart", trained=False)
