@@ -60,7 +60,7 @@ def in_full(*cases):
 
 
 def slow(*cases):
-    """Return cases of a parametrization, values or tuples of them, that run with `pytest -m "full and slow"` alone."""
+    """Return cases of a parametrization, values or tuples of them, that run with `pytest -m full` alone, and not in a short CI run."""
     marks = [pytest.mark.full, pytest.mark.slow]
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks) for case in cases]
 

@@ -232,6 +232,7 @@ def relearned(w, forget, holdout, seed):
     return pyunlearn.attack(w.model, forget, attacks=["relearning"], relearning_rate=1e-3, seed=seed, **texts)
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_unseen_texts_that_teach_each_other_do_not_come_back(w):
     """Four questions about each of four persons, and a holdout of others: at most one of ten draws fails."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from coverings import slow
 from emulated import EMULATOR, assert_right, evaluate, head, truth, unit
 from heads import assert_equal
 
@@ -53,7 +54,7 @@ def test_long_sums_lose_what_was_measured(width, measured, extension):
     assert errors.mean() < 0
 
 
-@pytest.mark.parametrize("workspace", [0, None])
+@pytest.mark.parametrize("workspace", [None, *slow(0)])
 def test_132_multiprocessors(workspace, emulated, extension):
     """Seven pairs of blocks of rows on the 66 clusters of an H100: as on four multiprocessors, and right."""
     case = head(1700, 16, 520)

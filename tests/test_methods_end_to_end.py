@@ -8,7 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
-from coverings import in_full
+from coverings import in_full, slow
 
 import pyunlearn
 from pyunlearn.methods import resolve
@@ -67,9 +67,8 @@ def exposures(trained, model):
     "method",
     [
         *("match", "npo"),
-        *in_full(
-            "ga", "flat", "dpo", "wga", "simnpo", "kto", "hinge", "idk", "idkdpo", "altpo", "tnpo", "wtnpo", "satimp"
-        ),
+        *in_full("ga", "flat", "dpo", "wga", "simnpo", "kto", "hinge", "idk", "altpo", "tnpo", "wtnpo", "satimp"),
+        *slow("idkdpo"),
     ],
 )
 def test_secrets_come_down_to_the_level_of_unseen_ones_within_the_budget(trained, method):

@@ -53,7 +53,7 @@ def check_as_likely(result):
     assert result.utility.relative_rise <= result.utility.budget == 0.05
 
 
-@pytest.mark.parametrize("method", ["ceu", "CE-U", "undial", "pdu", "pdu+kl", "ga+kl", "undial+kl"])
+@pytest.mark.parametrize("method", ["ceu", *slow("CE-U"), "undial", "pdu", "pdu+kl", "ga+kl", "undial+kl"])
 def test_two_secrets_become_as_likely_as_unseen_ones_and_the_rest_stays(story, method):
     """Down to the level of unseen text, within the utility budget; unseen text is not trained on."""
     weight = 4.0 if method.lower() in ("ceu", "ce-u") else 1.0
@@ -72,6 +72,7 @@ def test_away_from_itself_the_model_forgets_in_small_steps(story):
     check_as_likely(run(story, method="kl", learning_rate=None))
 
 
+@pytest.mark.slow
 def test_toward_a_model_without_the_secrets_there_is_a_gradient_from_the_start(story, clean):
     """The reference model was never trained on them (bad teaching), and is not changed."""
     before = weights(clean)

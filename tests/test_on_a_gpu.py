@@ -160,6 +160,8 @@ def test_a_killed_call_leaves_what_it_had(tools, tmp_path):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
+@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.emulator
 def test_the_chain_on_the_emulator(extension, tmp_path):
     """Each step that means something without a GPU passes on the emulator, in a minute of one core, once."""

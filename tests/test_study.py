@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import typer.testing
+from coverings import slow
 from study_settings import TINY
 
 from pyunlearn.cli import main as cli
@@ -138,7 +139,7 @@ def test_an_interrupted_study_resumes_to_the_same_files(finished, tmp_path, monk
     assert not list(again.folder.rglob(".*.partial"))
 
 
-@pytest.mark.parametrize("setup", ["text", "qa"])
+@pytest.mark.parametrize("setup", ["qa", *slow("text")])
 def test_the_other_setups_come_to_decisions(tmp_path, monkeypatch, setup):
     """A causal model from scratch on text, and a checkpoint fine-tuned on questions and answers."""
     monkeypatch.setattr(study, "draw_all", lambda *_: None)

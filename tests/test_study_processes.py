@@ -44,6 +44,7 @@ def digests(folder):
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
 
 
+@pytest.mark.slow
 def test_two_processes_and_kill_9_change_no_byte(tmp_path):
     """Killed while both processes train, which then end by themselves, and resumed by two others."""
     whole = start(tmp_path, tmp_path / "whole", 1)

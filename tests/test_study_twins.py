@@ -111,6 +111,7 @@ def test_the_sets_of_every_seed_are_unlearned_from_the_checkpoint(finished):
         assert run["non_member_nll"].shape[1] == 19
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_texts_without_kinds_decide_memorization_and_difficulty_alone(pair, finished, tmp_path):
     """Holm over two; the numbers are those of the study with both kinds where the texts are the same."""
@@ -132,6 +133,7 @@ def test_texts_without_kinds_decide_memorization_and_difficulty_alone(pair, fini
     assert again.plan == made.plan
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_an_interrupted_study_of_twins_resumes_to_the_same_files(pair, finished, tmp_path, monkeypatch):
     """Stopped between the two models and between two runs, and shared by two processes at last."""

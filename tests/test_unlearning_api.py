@@ -116,6 +116,7 @@ def test_a_t5_forgets_completions(t5):
     check_forgotten(run(t5, t5.forget + t5.unseen, retain_weight=4.0), t5)
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_a_t5_forgets_plain_texts():
     """The encoder reads the end-of-text token alone."""

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from coverings import slow
 
 import pyunlearn
 from pyunlearn.errors import ArgumentError
@@ -143,7 +144,7 @@ cli.main()
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dies", ["0", "1"])
+@pytest.mark.parametrize("dies", ["0", *slow("1")])
 def test_a_dead_process_ends_the_others_with_a_checkpoint(saved, call, dies):
     """Within seconds, with one sentence, whichever it is; one process resumes from the checkpoint."""
     _, folder = saved

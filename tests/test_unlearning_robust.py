@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coverings import slow
 from unlearning_runs import run, same, timeless, weights
 
 import pyunlearn
@@ -113,7 +114,7 @@ def test_fewer_texts_come_back_after_a_robust_run():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("at", [5, 16])
+@pytest.mark.parametrize("at", [5, *slow(16)])
 def test_an_interrupted_robust_run_resumes_to_the_same_bits(story, tmp_path, monkeypatch, at):
     """Ctrl-C within a probe, or at fine-tuned weights within a step: the checkpoint has the weights before."""
     model = story.fresh()
