@@ -60,7 +60,7 @@ def in_full(*cases):
 
 
 def slow(*cases):
-    """Return cases of a parametrization, values or tuples of them, that run with `pytest -m full` alone, and not in a short CI run."""
+    """Return cases, as `in_full`, that take so long that CI leaves them out on a slow machine."""
     marks = [pytest.mark.full, pytest.mark.slow]
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks) for case in cases]
 
