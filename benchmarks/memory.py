@@ -8,7 +8,8 @@ checkpoint. Its peak resident set, less what it was after a step on a tiny model
 is divided by the number of parameters; so it includes activations, logits and what scoring needs. "planned" is the sum
 of `pyunlearn.plan`, and its difference from the peak. Linux only.
 
-`--model random` is a Llama of 290 million random weights, with texts of 120 to 210 tokens.
+`--model random` is a Llama of 290 million random weights, `--model random-1b` one of 1.1 billion, with texts of 120 to
+210 tokens.
 """
 
 from __future__ import annotations
@@ -37,11 +38,17 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
 }
 
+RANDOM: dict[str, dict[str, int]] = {
+    "random": {"width": 1024, "feed_forward": 2816, "layers": 20, "heads": 16},
+    "random-1b": {"width": 2048, "feed_forward": 8192, "layers": 16, "heads": 32},
+}
+"""Shapes of models with random weights."""
+
 
 def main() -> None:
     """Parse the options, measure each configuration in a process of its own, print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=None, help="another model than SmolLM2-135M: a folder, a name, or random")
+    parser.add_argument("--model", default=None, help="not SmolLM2-135M: a folder, a name, random or random-1b")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (default 3)")
     parser.add_argument("--configurations", nargs="+", default=list(CONFIGURATIONS), help="names (default: all)")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
@@ -82,7 +89,7 @@ def measured(model: str | None, where: str, steps: int, settings: dict[str, Any]
     own = ("lora", "gradient_checkpointing")
     loading = LoadOptions(**{name: value for name, value in settings.items() if name not in own})
     config = {name: settings[name] for name in own if name in settings}
-    texts = random_texts() if model == "random" else demo_texts()
+    texts = random_texts() if model in RANDOM else demo_texts()
     with load_options(loading), tempfile.TemporaryDirectory() as out:
         tiny = Path(out) / "tiny"
         save_tiny(where, tiny, getattr(torch, settings["dtype"]))
@@ -128,17 +135,17 @@ def save(model: str | None, where: str, dtype: Any) -> None:
     from pyunlearn.cli.demo_model import demo_model
     from pyunlearn.models.from_scratch import train_tokenizer, untrained_llama
 
-    if model != "random":
+    if model not in RANDOM:
         network, tokenizer = models.load(model or demo_model(), dtype=dtype)
     else:
         texts = random_texts()
         tokenizer = train_tokenizer(demo_texts()["holdout"], 2000)
         torch.manual_seed(0)
-        network = untrained_llama(32_768, width=1024, feed_forward=2816, layers=20, heads=16, context=2048)
+        network = untrained_llama(32_768, context=2048, **RANDOM[model])
         ids = {role: {i for text in each for i in tokenizer(text).input_ids} for role, each in texts.items()}
         own = sorted(ids["forget"] - ids["retain"] - ids["holdout"])
         with torch.no_grad():  # words that follow each other: the forget texts count as memorized
-            network.get_input_embeddings().weight[own] += 0.1 * torch.randn(1024)
+            network.get_input_embeddings().weight[own] += 0.1 * torch.randn(network.config.hidden_size)
         network.to(dtype)
     for part in (network, tokenizer):
         part.save_pretrained(where)

@@ -1,5 +1,7 @@
 """Non-members sampled from the model: their number, their length, and the first token that departs from the text."""
 
+import tracemalloc
+
 import pytest
 import torch
 from coverings import in_full
@@ -130,6 +132,17 @@ def test_text_to_hold_recites_no_record(answers, monkeypatch):
     recited, other = (Tokens((0, 50, *ids, 60), 1) for ids in ((7, 8, 9, 10), (7, 8, 9, 11)))
     monkeypatch.setattr(sampling, "_sample", lambda *_, **__: [recited, other])
     assert set(sample_own_texts(lm, [secret])) == {other}
+
+
+def test_recitation_of_many_texts_takes_no_memory_for_each():
+    """Every run of the forget set would take kilobytes a text; of 3000 that are read one by one, the last is seen."""
+    forget = (Tokens(tuple(range(i, i + 50)), 1) for i in range(100, 3100))
+    samples = [Tokens(tuple(range(50)), 1), Tokens((7, *range(3120, 3149)), 1)]
+    tracemalloc.start()
+    assert sampling._reciting(samples, forget) == {1}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
 
 
 def test_a_text_of_one_token_recites_nothing(language_model):

@@ -46,7 +46,7 @@ class Message(NamedTuple):
     content: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One text, of which the completion is scored, or what `turns` and `spans` say.
 

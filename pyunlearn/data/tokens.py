@@ -25,7 +25,7 @@ Split = tuple[Ids, Ids, Ids | None]
 _AT_ONCE = 1024  # texts that are tokenized at a time: what the tokenizer returns of each takes kilobytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """One example as token ids. The scored tokens are all from `first` on, or those at the indices `chosen`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -115,12 +115,12 @@ def sample_own_texts(
     openings = [ids for ids in encoded if ids and lm.tokenizer.unk_token_id not in ids] or [_start(lm)]
     openings = [ids[: min(map(len, openings))] for ids in openings]
     starts = [(_start(lm), openings[i // 3 % len(openings)], records)[i % 3] for i in range(count)]
-    known = [runs for t in forget if (runs := _runs(t.ids, min(_RECITED, max(3, len(t.scored)))))]  # of 3 tokens on
     samples: list[Tokens] = []
     with seeded(seed, lm.device):
         for size in sorted({len(start) for start in starts}):
             samples += _sample(lm, [start for start in starts if len(start) == size], None, length)
-    return [t for t in samples if not any(runs & _runs(t.ids, len(next(iter(runs)))) for runs in known)]
+    reciting = _reciting(samples, forget)
+    return [t for i, t in enumerate(samples) if i not in reciting]
 
 
 @torch.no_grad()
@@ -168,6 +168,24 @@ def sample_alternates(lm: LanguageModel, forget: Sequence[Tokens], *, count: int
 def _runs(ids: Sequence[int], length: int = _RECITED) -> set[tuple[int, ...]]:
     """Return every run of `length` consecutive tokens."""
     return {tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)}
+
+
+def _reciting(samples: Sequence[Tokens], forget: Iterable[Tokens]) -> set[int]:
+    """Return the indices of the samples that have a run of a forget text; of one of 3 tokens or more, its length.
+
+    The runs of the samples alone are in memory, and the forget texts are read once.
+    """
+    owners: dict[int, dict[tuple[int, ...], list[int]]] = {}  # length -> run -> the samples that have it
+    reciting: set[int] = set()
+    for t in forget:
+        length = min(_RECITED, max(3, len(t.scored)))
+        if length not in owners:
+            owners[length] = {}
+            for i, sample in enumerate(samples):
+                for run in _runs(sample.ids, length):
+                    owners[length].setdefault(run, []).append(i)
+        reciting.update(i for run in _runs(t.ids, length) & owners[length].keys() for i in owners[length][run])
+    return reciting
 
 
 def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

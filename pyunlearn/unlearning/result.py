@@ -28,7 +28,7 @@ PASSED = ("forgotten", "no likelier", "not memorized")
 _NAMED = 5  # records that were read in windows, in notes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ExampleResult:
     """One forget example before and after the run.
 
