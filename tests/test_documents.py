@@ -38,6 +38,7 @@ PYTHON = {  # the test file that runs the Python blocks of a document
     "docs/find.md": "test_find",
     "docs/bench.md": "test_bench",
     "docs/attacks.md": "test_attacks",
+    "docs/large-models.md": "test_models_condition",
     "docs/upload.md": "test_unlearning_card",
     "docs/in-ci.md": "test_how_to",
     "docs/serve.md": "test_how_to",

@@ -280,16 +280,16 @@ def test_cached_states_come_from_memory_or_a_file(tmp_path, monkeypatch):
                     ([3], Distributions(states[2:3], head)),
                 ]
             )
-            cache = HiddenStateCache(parts, sizes, in_memory)
-            distributions = cache.at([3, 5], torch.device("cpu"))
+            cache = HiddenStateCache(parts, sizes, torch.device("cpu"), in_memory)
+            distributions = cache.at([3, 5])
             assert torch.equal(distributions.states, states[2:])
-            assert torch.equal(cache.at([7], torch.device("cpu")).states, states[:2])
+            assert torch.equal(cache.at([7]).states, states[:2])
             assert (distributions.head.weight.data_ptr() == weight.data_ptr()) is not head.weight.requires_grad
             assert not distributions.head.weight.requires_grad
             moved, head.weight.data = head.weight.data, torch.zeros(1, 1)  # as .to(another device) does to a model
-            assert torch.equal(cache.at([7], torch.device("cpu")).head.weight, moved)
+            assert torch.equal(cache.at([7]).head.weight, moved)
             head.weight.data = moved
             assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("pyunlearn.unlearning.hidden_cache.shutil.disk_usage", lambda _: type("Usage", (), {"free": 3}))
     with pytest.raises(OutputError, match=r"states of these texts take 0.0 GB, and .* has 0.0 GB: give fewer"):
-        HiddenStateCache(iter([([7], Distributions(states[:2], head))]), sizes, 0)
+        HiddenStateCache(iter([([7], Distributions(states[:2], head))]), sizes, torch.device("cpu"), 0)

@@ -1,18 +1,21 @@
 """Conditions of a model that cannot be read or changed: one sentence each, in every function that takes a model."""
 
 import copy
+import json
 import types
 
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from test_documents import blocks, short_runs  # noqa: F401  a fixture
+from test_public import ROOT
 from unlearning_runs import run, same
 
 import pyunlearn
 from pyunlearn import edits
 from pyunlearn.errors import ModelError, TrainingError
-from pyunlearn.models.condition import require_trainable
+from pyunlearn.models.condition import require_on_one_device, require_trainable, to_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -169,6 +172,41 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_in_one_sentence(untrai
         copy.deepcopy(untrained[0]), FORGET, holdout=UNSEEN, tokenizer=larger, max_steps=1, progress=False
     )
     assert result.stopped == "nothing memorized"
+
+
+def spread(model):
+    """Return a model with accelerate's hook and weights on two devices, of which one is none that computes."""
+    model._hf_hook = object()
+    return on_meta(model)
+
+
+def test_a_model_on_several_devices_is_not_moved(untrained):
+    """And several processes cannot share it; tests/test_second_device.py runs such models."""
+    model, one = spread(copy.deepcopy(untrained[0])), copy.deepcopy(untrained[0])
+    places = [p.device.type for p in model.parameters()]
+    assert to_device(model, torch.device("cpu")) is model
+    assert [p.device.type for p in model.parameters()] == places
+    assert {p.device.type for p in to_device(one, torch.device("meta")).parameters()} == {"meta"}
+    require_on_one_device(model, 1)
+    require_on_one_device(one, 2)
+    with pytest.raises(ModelError, match=r"several devices \(device_map\), and this launch has 2 processes.*start one"):
+        require_on_one_device(model, 2)
+
+
+@pytest.mark.full
+def test_the_python_of_large_models_md_runs(story, tmp_path, monkeypatch, short_runs):  # noqa: F811
+    """Without a GPU, where "auto" is the CPU."""
+    monkeypatch.chdir(tmp_path)
+    for each in (story.model, story.tokenizer):
+        each.save_pretrained(tmp_path / "my-model")
+    for name, texts in (("secrets", story.forget), ("keep", story.retain)):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    names = {"pyunlearn": pyunlearn}
+    for code in blocks(ROOT / "docs" / "large-models.md", ("python",)):
+        exec(code, names)
+    assert len(names["result"].history) == 2
+    assert (tmp_path / "my-model-unlearned" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from pyunlearn.errors import ModelError
+from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.models import LanguageModel, Likelihood, load
 from pyunlearn.models.config import LoadOptions
 from pyunlearn.models.inspection import unwrapped
@@ -71,6 +71,30 @@ def test_a_saved_model_is_loaded(name, adapted, tmp_path):
     assert trains
     loaded.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "adapter_config.json").exists() == adapted
+
+
+def test_the_device_auto_spreads_layers(tmp_path, monkeypatch):
+    """Where there are several accelerators, transformers gets a device_map; several processes are refused."""
+    made(CAUSAL["gpt2"]).save_pretrained(tmp_path)
+    maps = []
+
+    def from_pretrained(*_, **options):
+        maps.append(options.get("device_map"))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(tf.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    for count in (1, 2):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda count=count: count)
+        with load_options(LoadOptions(device="auto")), pytest.raises(ModelError, match="enough"):
+            load(tmp_path)
+    assert maps == [None, "auto"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with (
+        pytest.raises(ArgumentError, match="the launcher started 2: start one process"),
+        load_options(LoadOptions(device="auto")),
+    ):
+        pass
 
 
 def test_a_saved_trunk_is_refused(tmp_path):

@@ -15,6 +15,7 @@ from pyunlearn.data import Example
 from pyunlearn.data.comparison import groups_of_copies
 from pyunlearn.data.redaction import masked
 from pyunlearn.errors import DataError
+from pyunlearn.models.condition import to_device
 from pyunlearn.models.devices import default_device
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer, evaluation_mode
@@ -150,7 +151,7 @@ def notes_of(
 def _loaded(model: Any, tokenizer: Any, config: AttackConfig) -> LanguageModel:
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     if not isinstance(model, LanguageModel) and lm.module is not model:  # loaded here
-        lm.module.to(default_device())
+        to_device(lm.module, default_device())
     return lm
 
 

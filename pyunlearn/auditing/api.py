@@ -20,6 +20,7 @@ from pyunlearn.auditing.result import Audit
 from pyunlearn.data import Example, check_texts, read_roles
 from pyunlearn.data.redaction import masked
 from pyunlearn.errors import ModelError
+from pyunlearn.models.condition import to_device
 from pyunlearn.models.devices import default_device
 from pyunlearn.models.harness import HarnessTasks, TaskRun, require_lm_eval, task_settings
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
@@ -161,7 +162,7 @@ def _loaded(model: Any, tokenizer: Any, config: AuditConfig) -> LanguageModel:
     """Return a model with its tokenizer, on the device of the commands where it is loaded here."""
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     if isinstance(model, (str, Path)):
-        lm.module.to(default_device())
+        to_device(lm.module, default_device())
     return lm
 
 

@@ -13,6 +13,7 @@ from pyunlearn.benchmarking.config import BenchConfig
 from pyunlearn.data import Example, TokenBatch, Tokens, read_examples
 from pyunlearn.data.rendering import Rendering, rendering_of
 from pyunlearn.errors import DataError, ModelError
+from pyunlearn.models.condition import to_device
 from pyunlearn.models.devices import default_device
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer, evaluation_mode
@@ -48,7 +49,7 @@ class Measurer:
     def __init__(self, model: Any, tokenizer: Any, config: BenchConfig, bar: Progress, who: str) -> None:
         self.lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
         if isinstance(model, (str, Path)):
-            self.lm.module.to(default_device())
+            to_device(self.lm.module, default_device())
         self.config, self.bar, self.who = config, bar, who
         own = "chat" if getattr(self.lm.tokenizer, "chat_template", None) else "plain"
         self.template = own if config.template == "default" else config.template

@@ -72,6 +72,7 @@ def edit(
     from pyunlearn import models
     from pyunlearn.data.examples import read_examples, source_name
     from pyunlearn.edits.registry import edit_named, parse_edit_options
+    from pyunlearn.models.condition import to_device
     from pyunlearn.output import check_output, model_name, save_folder
 
     quiet_libraries()
@@ -86,7 +87,7 @@ def edit(
     }
     loaded, loaded_tokenizer = models.load(model, tokenizer=tokenizer)
     result = chosen.function(
-        loaded.to(models.default_device()),
+        to_device(loaded, models.default_device()),
         examples["forget"],
         retain=examples["retain"],
         tokenizer=loaded_tokenizer,

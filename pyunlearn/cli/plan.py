@@ -104,11 +104,11 @@ def plan(
     if as_json:
         print(json.dumps(result.to_dict() | {"command": command}, indent=2))
     else:
-        _print(result, command)
+        _print(result, command, loading)
     raise typer.Exit(1 if result.fits is False else 0)
 
 
-def _print(result: Plan, command: str | None) -> None:
+def _print(result: Plan, command: str | None, loading: LoadOptions) -> None:
     """Print the table and the lines below it."""
     console = terminal()
     title = f"memory of a run: {result.parameters:,} parameters, {result.trained:,} trained"
@@ -121,6 +121,8 @@ def _print(result: Plan, command: str | None) -> None:
     elif result.fits is False:
         lines.append("no combination of options fits: take a larger machine or a smaller model")
     lines.append(result.time_line)
+    if loading.device == "auto":
+        lines.append("planned for one GPU; --device auto shares the layers out over all GPUs of the machine")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -17,7 +17,7 @@ from pyunlearn.comparing.peak_memory import PeakMemory
 from pyunlearn.comparing.result import Row
 from pyunlearn.edits import calibrate_by_mixing
 from pyunlearn.errors import ModelError, TrainingError
-from pyunlearn.models.condition import require_trainable
+from pyunlearn.models.condition import require_trainable, to_device
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.progress import Progress, without_lines
@@ -47,14 +47,14 @@ class Restored:
         self.device = self.lm.device
         self.evaluation = evaluation_mode(self.model)
         self.evaluation.__enter__()
-        self.model.to(PartialState().device)
+        to_device(self.model, PartialState().device)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.restore()
-        self.model.to(self.device)
+        to_device(self.model, self.device)
         self.evaluation.__exit__(kind, error, trace)
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ def run_method(
     Raises KeyboardInterrupt when the run was interrupted; the errors of `unlearn`.
     """
     try:
-        with PeakMemory(start.lm.device) as peak:
+        with PeakMemory({p.device for p in start.model.parameters()}) as peak:
             began = time.perf_counter()
             with without_lines():
                 result = run_unlearn(start.model, config.for_method(name), inputs)

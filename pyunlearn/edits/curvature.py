@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pyunlearn.data import TokenBatch, Tokens
 from pyunlearn.edits.base import Editing, wide
 from pyunlearn.models.scoring import evaluation_mode
-from pyunlearn.ops._portable import to_float64
+from pyunlearn.ops._portable import on_one_device, to_float64
 
 Vector = list[Tensor]
 
@@ -73,7 +73,7 @@ def _hessian(
     terms = [(g * v).sum() for g, v in zip(gradient, vector, strict=True) if g is not None and g.requires_grad]
     if not terms:
         return [None] * len(vector)
-    return torch.autograd.grad(torch.stack(terms).sum(), parameters, allow_unused=True)
+    return torch.autograd.grad(torch.stack(on_one_device(terms)).sum(), parameters, allow_unused=True)
 
 
 def _gauss_newton(
@@ -83,8 +83,8 @@ def _gauss_newton(
     dual = torch.zeros_like(logits, requires_grad=True)
     # J^T dual, which is linear in dual: its derivative along v is J v
     back = torch.autograd.grad(logits, parameters, dual, create_graph=True, allow_unused=True)
-    terms = torch.stack([(g * v).sum() for g, v in zip(back, vector, strict=True) if g is not None])
-    (forward,) = torch.autograd.grad(terms.sum(), dual, retain_graph=True)
+    terms = [(g * v).sum() for g, v in zip(back, vector, strict=True) if g is not None]
+    (forward,) = torch.autograd.grad(torch.stack(on_one_device(terms)).sum(), dual, retain_graph=True)
     p = logits.detach().softmax(-1)
     middle = weights[:, None] * (p * forward - p * (p * forward).sum(-1, keepdim=True))
     return torch.autograd.grad(logits, parameters, middle, allow_unused=True)
@@ -133,7 +133,8 @@ def dot(a: Vector, b: Vector) -> float:
     >>> dot([torch.ones(2), torch.ones(1)], [torch.ones(2), 3 * torch.ones(1)])
     5.0
     """
-    return float(sum(torch.dot(to_float64(x.flatten()), to_float64(y.flatten())) for x, y in zip(a, b, strict=True)))
+    products = [torch.dot(to_float64(x.flatten()), to_float64(y.flatten())) for x, y in zip(a, b, strict=True)]
+    return float(sum(on_one_device(products)))
 
 
 def norm(a: Vector) -> float:

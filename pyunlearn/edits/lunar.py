@@ -174,7 +174,7 @@ def normal_equations(
     edit: Editing, down: DownProjection, tokens: Sequence[Tokens], *, last: bool = False
 ) -> NormalEquations:
     """Sum over all scored tokens of the texts, or over the last token of each, in float64."""
-    home = float64_device(down.module.weight.device)
+    home = float64_device(edit.lm.device)
     size = down.oriented(down.module.weight).shape[1]
     total = torch.zeros(size, dtype=torch.float64, device=home)
     outer, count = torch.zeros(size, size, dtype=torch.float64, device=home), 0

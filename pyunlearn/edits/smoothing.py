@@ -132,7 +132,7 @@ def _sensitivity(
             noisy = wide_logits(edit, batch)
         apart = clean - noisy.detach()
         size = torch.linalg.vector_norm(apart, dim=1)  # (n,)
-        weight = per_token / torch.stack(squares).sum(0).sqrt()[batch.example]
+        weight = per_token / torch.stack(squares).sum(0).sqrt().to(clean.device)[batch.example]
         total += float((weight * size).sum())
         d_clean = (weight / size.clamp_min(torch.finfo(size.dtype).tiny))[:, None] * apart
         d_logits += d_clean

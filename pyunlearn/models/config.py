@@ -60,7 +60,8 @@ class LoadOptions(Config):
     device: str | None = option(
         None,
         Text("the name of a device"),
-        "Where the model runs: cpu, cuda, cuda:1, mps, xpu, ... Default: the GPU, if there is one.",
+        "Where the model runs: cpu, cuda, cuda:1, mps, xpu, ..., or auto, with its layers on all GPUs of the machine. "
+        "Default: the GPU, if there is one.",
         group="Model",
     )
     revision: str | None = option(

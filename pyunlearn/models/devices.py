@@ -10,6 +10,9 @@ import torch
 
 from pyunlearn.errors import ArgumentError
 
+AUTO = "auto"
+"""The device of models whose layers are on all GPUs of the machine."""
+
 _NUMBERED = ("cuda", "xpu", "npu")  # kinds of devices of which a machine can have several
 
 
@@ -45,6 +48,21 @@ def use_device(name: str) -> None:
         names = "cpu" if there is None else f"cpu and {there.type}"
         raise ArgumentError(f"device must be one that this machine has ({names}), got {name!r}") from error
     os.environ["ACCELERATE_TORCH_DEVICE"] = name
+
+
+def spreads_layers(name: str | None) -> bool:
+    """Return whether models are loaded with their layers on all GPUs: for the device "auto", where there are several.
+
+    Raises ArgumentError for "auto" in one of several processes that a launcher started.
+    """
+    if name != AUTO:
+        return False
+    if (count := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        raise ArgumentError(
+            f"device 'auto' spreads a model's layers over the GPUs in one process, and the launcher started {count}: "
+            "start one process, or leave device out"
+        )
+    return torch.accelerator.is_available() and torch.accelerator.device_count() > 1
 
 
 def bfloat16_requested() -> bool:

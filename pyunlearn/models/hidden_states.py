@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyunlearn.data import TokenBatch
 from pyunlearn.errors import ArgumentError, ModelError, brief
 from pyunlearn.models.language_model import LanguageModel
-from pyunlearn.models.likelihood import inputs_of
+from pyunlearn.models.likelihood import inputs_of, scored_rows
 from pyunlearn.models.sharding import is_sharded
 
 _DOWN = ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "c_proj", "wo", "w2")
@@ -75,7 +75,7 @@ class Layer:
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         """Return (n, D) hidden states, in the model's dtype, in the order of batch.rows."""
-        return self.all_positions(batch).flatten(0, 1).index_select(0, batch.rows)
+        return scored_rows(self.all_positions(batch), batch)
 
     def all_positions(self, batch: TokenBatch) -> Tensor:
         """Return (B, T, D) hidden states at all positions; of an encoder-decoder model, those of the decoder."""
@@ -136,13 +136,14 @@ class DownProjection(Layer):
             raise _Stopped
 
         self._run(batch, self.module.register_forward_pre_hook(stop))
-        return values[0].reshape(-1, values[0].shape[-1]).index_select(0, batch.rows)
+        inputs = values[0]
+        return scored_rows(inputs.reshape(1, -1, inputs.shape[-1]), batch)
 
     def require_plain(self, batch: TokenBatch) -> None:
         """Raise ModelError unless the layer adds this matrix's output as it is; Gemma 2 normalizes it."""
         before = self(batch).float()
         push = torch.linspace(-1, 1, before.shape[-1], device=before.device) * before.std()
-        handle = self.module.register_forward_hook(lambda _module, _args, output: output + push.to(output.dtype))
+        handle = self.module.register_forward_hook(lambda _module, _args, output: output + push.to(output))
         try:
             moved = self(batch).float() - before
         finally:

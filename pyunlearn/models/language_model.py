@@ -93,7 +93,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Device that holds the parameters at present, or to which offloaded ones are moved."""
+        """Device of the inputs and outputs at present, see `pyunlearn.models.condition.device_of`."""
         return device_of(self.inner)
 
     @property

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyunlearn.data import TokenBatch
 from pyunlearn.errors import ModelError, first_line
-from pyunlearn.models.condition import float_types
+from pyunlearn.models.condition import device_of, float_types
 from pyunlearn.models.distributions import Distributions, Head
 from pyunlearn.models.inspection import require_language_model, text_config
 from pyunlearn.models.sharding import first_of_all, is_part, is_sharded
@@ -60,6 +60,7 @@ class Likelihood:
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         """Return (n,) log-likelihoods of batch.targets; differentiable."""
+        batch = self._near(batch)
         return self._from_hidden(batch) if self._use_fused(batch) else self._from_logits(batch)
 
     def objective(
@@ -139,6 +140,7 @@ class Likelihood:
     @torch.no_grad()
     def statistics(self, batch: TokenBatch) -> TokenStatistics:
         """Return (n,) log-likelihood, rank, entropy and variance of batch.targets, see `ops.token_statistics`."""
+        batch = self._near(batch)
         if not self._use_fused(batch):
             return token_statistics_from_logits(self.logits(batch), batch.targets)
         hidden, head = self.hidden(batch)
@@ -146,6 +148,7 @@ class Likelihood:
 
     def distributions(self, batch: TokenBatch) -> Distributions:
         """Return the next-token distributions (n, V) at the scored positions; differentiable."""
+        batch = self._near(batch)
         if not self._use_fused(batch):
             return Distributions(self.logits(batch), None, self.workspace)
         return Distributions(*self.hidden(batch), self.workspace)
@@ -159,7 +162,12 @@ class Likelihood:
         module = self.inner.get_output_embeddings()
         with _captured(module, copies=is_sharded(self.inner)) as captured:
             self.model(**inputs_of(batch))
-        return captured[0].flatten(0, 1).index_select(0, batch.rows), head_of(self.inner)
+        return scored_rows(captured[0], batch), head_of(self.inner)
+
+    def _near(self, batch: TokenBatch) -> TokenBatch:
+        """Return a batch on the device of this model's outputs, which may not be that of the model it was made for."""
+        device = device_of(self.inner)
+        return batch if batch.targets.device == device else batch.to(device)
 
     def _from_hidden(self, batch: TokenBatch) -> Tensor:
         hidden, head = self.hidden(batch)
@@ -271,6 +279,12 @@ def inputs_of(batch: TokenBatch) -> dict[str, Any]:
     if batch.decoder_ids is not None:
         inputs["decoder_input_ids"] = batch.decoder_ids
     return inputs
+
+
+def scored_rows(hidden: Tensor, batch: TokenBatch) -> Tensor:
+    """Return hidden states (B, T, D) at batch.rows, (n, D), on the batch's device."""
+    rows = batch.rows.to(hidden.device)
+    return hidden.flatten(0, 1).index_select(0, rows).to(batch.rows.device)
 
 
 def _first_example(batch: TokenBatch) -> TokenBatch:

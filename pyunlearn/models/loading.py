@@ -15,7 +15,7 @@ import torch
 from pyunlearn.errors import ModelError, PyunlearnError
 from pyunlearn.models import four_bits, gguf
 from pyunlearn.models.config import LoadOptions
-from pyunlearn.models.devices import use_device
+from pyunlearn.models.devices import AUTO, spreads_layers, use_device
 from pyunlearn.models.hub import host, hub_options
 
 _ON_THE_HUB = re.compile(
@@ -31,8 +31,10 @@ def load_options(options: LoadOptions) -> Iterator[None]:
 
     Raises ArgumentError for a device that is not there.
     """
-    if options.device is not None:
+    if options.device not in (None, AUTO):
         use_device(options.device)
+    else:
+        spreads_layers(options.device)  # raises where that is impossible
     token = _OPTIONS.set(options)
     try:
         yield
@@ -173,6 +175,8 @@ def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[
             weights["attn_implementation"] = options.attn_implementation
         if options.load_in_4bit:
             weights |= four_bits.loading_arguments()
+        if spreads_layers(options.device):
+            weights["device_map"] = "auto"
         loading: dict[str, Any] = {}
         undecided = source.adapter or source.is_gguf or options.load_in_4bit or (not dtype and not source.config.dtype)
         if _EMPTY.get() and not undecided:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -23,6 +24,15 @@ def to_float64(x: Tensor) -> Tensor:
     """
     home = float64_device(x.device)
     return x.double() if home == x.device else x.to(home).double()
+
+
+def on_one_device(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors that may be on several devices on the device of the first; differentiable.
+
+    >>> [x.item() for x in on_one_device([torch.tensor(1), torch.tensor(2)])]
+    [1, 2]
+    """
+    return [part.to(parts[0].device) for part in parts]
 
 
 def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pyunlearn.data import Tokens
 from pyunlearn.errors import ArgumentError, ModelError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer, evaluation_mode
-from pyunlearn.ops._portable import to_float64
+from pyunlearn.ops._portable import on_one_device, to_float64
 
 Floats = NDArray[np.float64]
 Visit = Callable[[str, Tensor], None]
@@ -48,7 +48,7 @@ def gradient_norms(model: Any, tokens: Sequence[Tokens], *, workspace: int | Non
     """
     norms = np.zeros(len(tokens))
     for i, parts in _each(model, tokens, lambda name, gradient: _square(gradient), workspace):
-        norms[i] = float(torch.stack(list(parts.values())).sum().sqrt())
+        norms[i] = float(torch.stack(on_one_device(list(parts.values()))).sum().sqrt())
     return norms
 
 

@@ -44,7 +44,7 @@ from pyunlearn.unlearning.result import Result, write_result
 from pyunlearn.unlearning.robust import require_robust
 from pyunlearn.unlearning.run_folder import RunFolder
 from pyunlearn.unlearning.setup import Session, setup
-from pyunlearn.unlearning.sharded import processes_of, require_shardable
+from pyunlearn.unlearning.sharded import processes_of, require_shareable
 from pyunlearn.unlearning.token_weights import check_token_weights
 from pyunlearn.unlearning.trackers import listening, require_listeners
 
@@ -143,8 +143,7 @@ def unlearn(
 
         accelerator = make_accelerator(lm.inner)
         processes = processes_of(accelerator)
-        if processes.sharded:
-            require_shardable(config, lm.module)
+        require_shareable(processes, config, lm.module)
         lm = _trainable(lm, config)  # the first change of the model
         processes.place(lm.module, lm.inner)
         modes.enter_context(evaluation_mode(lm.module))  # no dropout: log-likelihoods are a function of the weights

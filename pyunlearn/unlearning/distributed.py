@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyunlearn.errors import ArgumentError, TrainingError, first_line
+from pyunlearn.models.condition import to_device
 from pyunlearn.models.devices import bfloat16_requested
 from pyunlearn.unlearning.schedule import Schedule
 
@@ -81,8 +82,11 @@ class Processes:
         return self.rank == 0
 
     def place(self, module: Any, inner: Any) -> None:
-        """Move a model to this process's device, with the main process's weights; `inner`: without its wrappers."""
-        module.to(self._accelerator.device)
+        """Move a model to this process's device, with the main process's weights; `inner`: without its wrappers.
+
+        One whose layers are on several devices stays there.
+        """
+        to_device(module, self._accelerator.device)
         self.broadcast_weights(module)
 
     def batches(self, batches: Iterator[tuple[list[int], Batch]]) -> Iterator[tuple[list[int], Batch]]:

@@ -28,6 +28,7 @@ class HiddenStateCache:
     Args:
         parts: (indices of some texts, their distributions in that order).
         sizes: index of a text -> its scored tokens.
+        device: on which the distributions are used.
         in_memory: bytes allowed in main memory.
         copies_head: True where the head's weights are freed after the pass, as those of a sharded model are.
 
@@ -38,10 +39,12 @@ class HiddenStateCache:
         self,
         parts: Iterator[tuple[list[int], Distributions]],
         sizes: dict[int, int],
+        device: torch.device,
         in_memory: int = IN_MEMORY,
         *,
         copies_head: bool = False,
     ) -> None:
+        self.device = device
         self.ends, end = {}, 0
         for index, size in sizes.items():
             end += size
@@ -57,15 +60,16 @@ class HiddenStateCache:
                 first, last = self.ends[index]
                 self.states[first:last] = part.to("cpu")
         if self.head is not None:
-            bias = self.head.bias
-            weight = _constant(self.head.weight, copies_head)
-            self.head = self.head._replace(weight=weight, bias=None if bias is None else _constant(bias, copies_head))
+            weight, bias = self.head.weight, self.head.bias
+            weight = _constant(weight, copies_head).to(device)
+            bias = None if bias is None else _constant(bias, copies_head).to(device)
+            self.head = self.head._replace(weight=weight, bias=bias)
 
-    def at(self, indices: Iterable[int], device: torch.device) -> Distributions:
-        """Return the concatenated distributions of texts."""
+    def at(self, indices: Iterable[int]) -> Distributions:
+        """Return the concatenated distributions of texts, on the device of their use."""
         assert self.states is not None
         states = torch.cat([self.states[slice(*self.ends[i])] for i in indices])
-        return Distributions(states.to(device), self.head, self.workspace)
+        return Distributions(states.to(self.device), self.head, self.workspace)
 
     def magnitudes(self, indices: Iterable[int]) -> NDArray[np.float64]:
         """Return (n,) the mean magnitude of each text's states, a fingerprint of the reference model."""

@@ -200,7 +200,7 @@ class ForgetTerm:
         model, cache = self.lm.likelihood.distributions(batch), self.reference.forget
         tensors: dict[str, Any] = {
             "model": model,
-            "reference": None if cache is None else cache.at(indices, self.lm.device),
+            "reference": None if cache is None else cache.at(indices),
             "targets": batch.targets,
             "example": batch.example,
             "counts": batch.counts,
@@ -354,7 +354,7 @@ class RetainTerm:
         """Compute the loss "kl"."""
         assert self.reference.retain is not None
         batch = self._collate(indices)
-        reference = self.reference.retain.at(indices, self.lm.device)
+        reference = self.reference.retain.at(indices)
         divergence = self.lm.likelihood.distributions(batch).kl_from(reference, batch.targets)  # (n,)
         return retain_kl(divergence, self.weight, step.tokens), divergence.sum().item()
 

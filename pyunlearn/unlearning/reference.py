@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pyunlearn.data import Tokens
 from pyunlearn.methods import Method
+from pyunlearn.models.condition import to_device
 from pyunlearn.models.distributions import Distributions
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import Likelihood
@@ -85,10 +86,10 @@ def reference_on_device(lm: LanguageModel, reference_model: Any) -> Iterator[Lan
     lm.require_vocabulary(reference, "reference_model")
     original_device = reference.device
     try:
-        module = reference.module.to(lm.device).eval()
+        module = to_device(reference.module, lm.device).eval()
         yield replace(reference, module=module, tokenizer=lm.tokenizer, workspace=lm.likelihood.workspace)
     finally:
-        reference.module.to(original_device)
+        to_device(reference.module, original_device)
 
 
 @torch.no_grad()
@@ -104,4 +105,4 @@ def cached_states(
             yield [indices[i] for i in within], distributions
 
     sizes = {i: len(tokens[i].scored) for i in indices}
-    return HiddenStateCache(parts(), sizes, copies_head=is_sharded(likelihood.inner))
+    return HiddenStateCache(parts(), sizes, scorer.lm.device, copies_head=is_sharded(likelihood.inner))

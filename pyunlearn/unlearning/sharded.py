@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyunlearn.errors import ArgumentError, ModelError
+from pyunlearn.models.condition import require_on_one_device
 from pyunlearn.models.sharding import part, shard
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.distributed import (
@@ -99,6 +100,13 @@ def processes_of(accelerator: Any) -> Processes:
             "start more processes, or train an adapter (--lora), if the model is too large"
         )
     return ShardedProcesses(accelerator) if version and int(accelerator.num_processes) > 1 else Processes(accelerator)
+
+
+def require_shareable(processes: Processes, config: UnlearnConfig, module: Any) -> None:
+    """Raise ArgumentError or ModelError for what the processes of a run, of which there may be one, cannot share."""
+    require_on_one_device(module, processes.count)
+    if processes.sharded:
+        require_shardable(config, module)
 
 
 def require_shardable(config: UnlearnConfig, module: Any) -> None:
