@@ -1,6 +1,7 @@
 """How often an audit of many texts is right, from end to end: false alarms, and memorized texts that are named."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import tiny
 import torch
 
 import pyunlearn
+from pyunlearn.auditing.assemble import told_apart
 
 DRAWS = 100
 MEMORIZED = 20
@@ -87,3 +89,18 @@ def test_memorized_texts_are_named_and_others_are_not(model, unseen, tmp_path):
         false.append(exposed[MEMORIZED:].sum() / max(exposed.sum(), 1))
     assert np.mean(named) >= 0.8
     assert np.mean(false) <= 0.08
+
+
+@pytest.mark.full
+def test_equal_sets_are_told_apart_in_one_audit_of_twenty_at_most():
+    """Four scores that go together, as those of an audit do; a set that differs in one of them is seen."""
+    rng, repeats = np.random.default_rng(0), 400
+    for n, m in ((2, 40), (12, 80), (100, 64)):
+        alarms = seen = 0
+        for _ in range(repeats):
+            shared, own = rng.normal(size=n + m), rng.normal(size=(4, n + m))
+            scores = {str(i): (x[:n], x[n:]) for i, x in enumerate(0.7 * shared + 0.7 * own)}
+            alarms += told_apart(scores)[1] <= 0.05
+            seen += told_apart(scores | {"3": (scores["3"][0] - 1.5, scores["3"][1])})[1] <= 0.05
+        assert alarms <= 0.05 * repeats + 2 * math.sqrt(0.05 * repeats)
+        assert n == 2 or seen > 0.8 * repeats
