@@ -1,9 +1,5 @@
 """GGUF files of unlearned models: the weights of the model, the metadata and tokenizer of the file they are like."""
 
-import json
-import re
-import shlex
-
 import gguf
 import gguf_files
 import numpy as np
@@ -328,70 +324,3 @@ def test_an_old_package_is_named(tmp_path, tokenizer, monkeypatch):
     like = gguf_files.write(tmp_path / "base.gguf", model, tokenizer)
     monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", add_key_value)
     refused(tmp_path, model, tokenizer, DependencyError, "needs gguf 0.17 or newer", like=like)
-
-
-# ---------------------------------------------------------------- the command line
-
-
-@pytest.fixture
-def files(story, tmp_path, monkeypatch):
-    """The model that knows the secrets, their files, and its GGUF file, in the working folder."""
-    monkeypatch.chdir(tmp_path)
-    for each in (story.model, story.tokenizer):
-        each.save_pretrained(tmp_path / "my-model")
-    for name, rows in {"secrets": story.forget, "keep": story.retain, "unseen": story.holdout}.items():
-        text = "".join(json.dumps({"text": row}) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    gguf_files.write(tmp_path / "served.gguf", story.model, story.tokenizer, "Q8_0")
-    return ["--forget", "secrets.jsonl", "--retain", "keep.jsonl", "--holdout", "unseen.jsonl"]
-
-
-@pytest.mark.full
-def test_unlearn_writes_a_file_that_can_be_audited(files, call, tmp_path):
-    """The command that is printed runs; the texts are gone from the file too."""
-    code, out, err = call("unlearn", "my-model", *files, "--out", "new", "--gguf-like", "served.gguf", "--quiet")
-    assert (code, err) == (0, "")
-    size = (tmp_path / "new.gguf").stat().st_size / 1e6
-    assert f"new.gguf is like served.gguf: 16 Q8_0, 5 F32 tensors, {size:.1f} MB; each was read back" in out
-    audit = shlex.split(out.partition("audit the file that is served: ")[2])
-    assert audit[:6] == ["pyunlearn", "audit", "new.gguf", "--original", "my-model", "--forget"]
-    code, out, err = call(*audit[1:], "--tokenizer", "my-model", "--quiet")
-    assert code == 0, out + err
-    assert "forgotten" in out
-    assert (tmp_path / "new.gguf").stat().st_mode == (tmp_path / "served.gguf").stat().st_mode
-
-
-@pytest.mark.full
-def test_json_has_what_was_written(files, call, tmp_path):
-    """Of an edit too; its name in the file ends otherwise."""
-    rows = ["--forget", "secrets.jsonl", "--retain", "keep.jsonl"]
-    words = ["my-model", *rows, "--edit", "ekfac-step", "--set", "rate=0.001", "--out", "new", "--json"]
-    code, out, err = call("edit", *words, "--gguf-like", "served.gguf", "--quiet")
-    assert code == 0, err
-    written = json.loads(out)["gguf"]
-    assert written["formats"] == {"Q8_0": 16, "F32": 5}
-    assert written["bytes"] == (tmp_path / "new.gguf").stat().st_size
-    assert gguf.GGUFReader(tmp_path / "new.gguf").fields["general.name"].contents() == "Tiny edited"
-
-
-@pytest.mark.parametrize(
-    ("words", "match"),
-    [
-        (["--gguf-like", "no.gguf"], "the GGUF file no.gguf was not found"),
-        (["--gguf-like", "other.gguf"], "other.gguf is of another model: its block_count is 3 and not 2"),
-        (["--gguf-like", "served.gguf", "--lora", "2"], "the model has an adapter, and .* merge it first"),
-        (["--gguf-like", "served.gguf", "--out", "there"], "there.gguf is there already"),
-        (["--gguf-like", "served.gguf", "--gguf-at-least", "q8"], "at_least must be one of Q4_0, .*, got 'q8'"),
-        (["--gguf-at-least", "Q8_0"], "--gguf-at-least is an option of --gguf-like"),
-    ],
-)
-def test_what_cannot_be_written_is_refused_before_the_run(words, match, files, story, call, tmp_path):
-    """No folder is written."""
-    (tmp_path / "there.gguf").touch()
-    gguf_files.write(tmp_path / "other.gguf", model_of("llama", num_hidden_layers=3), story.tokenizer)
-    out = [] if "--out" in words else ["--out", "new"]
-    before = sorted(tmp_path.iterdir())
-    code, _, err = call("unlearn", "my-model", *files, *out, *words)
-    assert code == 2
-    assert re.search(match, " ".join(err.split()))
-    assert sorted(tmp_path.iterdir()) == before

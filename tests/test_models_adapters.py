@@ -92,7 +92,7 @@ def test_a_merge_that_undoes_the_run_is_reported(story, monkeypatch):
                     p.zero_()
         return merged(model)
 
-    monkeypatch.setattr("pyunlearn.unlearning.api.merged", lost)
+    monkeypatch.setattr("pyunlearn.unlearning.served_file.merged", lost)
     result = run(story, lora=8, merge=True, learning_rate=None)
     assert result.stopped == "undone by the merge"
     assert not result.forgotten

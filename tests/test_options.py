@@ -14,6 +14,7 @@ from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.data.config import ChoiceOrFile
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, DataError
+from pyunlearn.models.config import FilePath
 from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Several, Table, Text, Whole
 from pyunlearn.unlearning import config
 from pyunlearn.unlearning.config import UnlearnConfig
@@ -39,6 +40,7 @@ def never(kind):
             Text: ["", "  ", 3, True, ["ga"]],
             Several: ["membership", [], [3], ["nonsense"], 3, True],
             Table: [[("a", 1)], "a=1", 3, {1: 2}, True],
+            FilePath: ["", "  ", 3, True, ["a.gguf"]],
             ChoiceOrFile: ["", "nonsense", "AUTO", 3, True, None, ".", "a\0b", ["auto"]],
             ChoiceOrObject: ["", "nonsense", 3, True, 0.5],
         }[type(kind)]

@@ -17,6 +17,8 @@ from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT
 from pyunlearn.metrics.verdict import NOT_EXTRACTED
 from pyunlearn.models import LanguageModel
 from pyunlearn.models.adapters import with_lora
+from pyunlearn.models.gguf_layout import formats_of, read_like
+from pyunlearn.models.gguf_rounding import rounded_as
 from pyunlearn.output import save_gguf
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(1800)]  # a minute and a half where nothing else runs
@@ -221,6 +223,52 @@ def test_a_changed_model_becomes_a_gguf_file(original, tmp_path):
     logits = model(ids).logits
     torch.testing.assert_close(again(ids).logits, logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(original[0](ids).logits, logits, atol=1e-3)
+
+
+def log_likelihoods(model, tokenizer):
+    """Mean log-likelihood a token of each text that the demo forgets, nats."""
+    scores = demo.scored(LanguageModel.of(model, tokenizer), demo.FORGET)
+    return np.array([-score.nll for score in scores.values()])
+
+
+def test_what_the_demo_forgets_is_back_in_the_file_that_it_came_from(original, unlearned, ran):
+    """Written in Q4_1 again: each weight moved by less than half a step."""
+    model, tokenizer = original
+    rounded = copy.deepcopy(unlearned)
+    with torch.no_grad():
+        for p, name in formats_of(read_like(demo_model()), rounded, demo_model()).items():
+            p.copy_(rounded_as(p, name))
+    before, after, back = (log_likelihoods(m, tokenizer) for m in (model, unlearned, rounded))
+    assert (after < before - 2).all()
+    np.testing.assert_allclose(back, before, atol=0.1)
+
+
+@pytest.mark.slow
+def test_unlearned_for_that_file_it_stays_forgotten(original, tmp_path):
+    """All three, and what transformers reads from the new file are the weights that were measured."""
+    model, tokenizer = original
+    result = pyunlearn.unlearn(
+        copy.deepcopy(model),
+        list(demo.FORGET.values()),
+        holdout=demo.HOLDOUT.read_text(encoding="utf-8").splitlines(),
+        retain=[demo.SURVIVE[name] for name in demo._RETAINED],
+        tokenizer=tokenizer,
+        gguf_like=demo_model(),
+        progress=False,
+    )
+    assert result.forgotten
+    assert [e.verdict for e in result.examples] == ["forgotten"] * 3
+    assert result.utility.holdout_interval[1] <= result.utility.holdout_budget
+    report = result.save_gguf(tmp_path / "new.gguf")
+    assert report.formats == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
+    assert report.rounding == 0
+    assert report.different > 0.005
+    there, _ = models.load(tmp_path / "new.gguf")
+    for p, q in zip(result.model.parameters(), there.parameters(), strict=True):
+        assert torch.equal(p, q)
+    np.testing.assert_allclose(
+        log_likelihoods(there, tokenizer), [e.log_likelihood_after for e in result.examples], atol=0.05
+    )
 
 
 def test_an_adapter_made_on_a_gguf_file_names_the_file(original, tmp_path):

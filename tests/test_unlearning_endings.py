@@ -19,6 +19,8 @@ SEEN["method"] = "wga"
         ("utility budget", {}, "a larger utility_budget would help"),
         ("utility budget", {"has_retain": False}, "a retain set (retain=) would help"),
         ("holdout budget", {}, "a larger holdout_budget would help"),
+        ("undone by the merge", {}, "too small for the dtype of the weights; leave out merge"),
+        ("undone by the merge", {"rounds": True}, "too small for the formats of the GGUF file; a run without an"),
     ],
 )
 def test_the_note_names_the_option_and_the_texts(stopped, change, expected):

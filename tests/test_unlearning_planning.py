@@ -38,6 +38,7 @@ from pyunlearn.unlearning.parts import (
     OTHERS,
     RESTS,
     TRAINED,
+    UNROUNDED,
     Part,
     static_parts,
     update_bytes,
@@ -101,6 +102,34 @@ def test_the_parts_are_what_a_run_has(dtype, lora):
     parts = static_parts(model, UnlearnConfig(), "cpu", checkpoint=True)
     assert {part.name: part.device for part in parts} == {name: size for name, size in expected.items() if size}
     assert not any(part.main for part in parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_for_a_gguf_file_holds_unrounded_weights(dtype):
+    """In float32, in the place of the rests of 16-bit weights; an adapter is not rounded, and has none."""
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**KV, tie_word_embeddings=True)).to(dtype)
+    formats = dict.fromkeys(model.parameters(), "Q4_1")
+    optimizer = TrainedWeights(model, 1e-3, formats=formats).optimizer
+    parts = static_parts(model, UnlearnConfig(gguf_like="served.gguf"), "cpu", checkpoint=False)
+    own = {part.name: part.device for part in parts}
+    assert own[UNROUNDED] == sum(4 * p.numel() for p in model.parameters())
+    assert own[UNROUNDED] == sum(rest.nbytes for rest in optimizer.rests.values())
+    assert own[ACCEPTED] == own[TRAINED] + own[UNROUNDED]
+    assert RESTS not in own
+    adapted = with_lora(LanguageModel.described(model, None), 4, 0).module
+    config = UnlearnConfig(gguf_like="served.gguf", lora=4, merge=True)
+    assert UNROUNDED not in [part.name for part in static_parts(adapted, config, "cpu", checkpoint=False)]
+
+
+def test_a_plan_for_a_gguf_file_refuses_what_the_run_does(saved):
+    """A file that is not there; what is recommended can be run."""
+    with pytest.raises(ModelError, match=r"the GGUF file no.gguf was not found"):
+        pyunlearn.plan(saved, FORGET, gguf_like="no.gguf")
+    config, loading = UnlearnConfig(gguf_like="served.gguf"), LoadOptions()
+    recommended = list(planning.combinations(config, loading, is_float32=True))
+    assert any("lora" in options for options in recommended)
+    assert all(options.get("merge") for options in recommended if "lora" in options)
+    assert not any("load_in_4bit" in options for options in recommended)
 
 
 def test_what_a_gpu_does_not_hold_is_in_main_memory():

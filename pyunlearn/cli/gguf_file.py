@@ -41,13 +41,19 @@ GgufAtLeast = Annotated[
 class GgufOptions(NamedTuple):
     """The GGUF file that a run is to write."""
 
-    like: Path
+    like: str | Path
     at_least: str | None
     target: Path
 
 
 def gguf_options(
-    like: Path | None, at_least: str | None, model: str, folder: Path, *, adapts: bool = False, merges: bool = False
+    like: str | Path | None,
+    at_least: str | None,
+    model: str,
+    folder: Path,
+    *,
+    adapts: bool = False,
+    merges: bool = False,
 ) -> GgufOptions | None:
     """Return what GGUF file a run writes next to its folder; None without one.
 
@@ -86,20 +92,36 @@ def write_gguf_file(
     return save_gguf(target, model, tokenizer, like=like, at_least=at_least, label=label, progress=progress)
 
 
-def show_gguf(console: Console, report: GgufReport | None, options: GgufOptions | None, command: list[str]) -> None:
-    """Print what was written, and the command that audits it: rounding can bring a text back.
+def show_gguf(
+    console: Console,
+    report: GgufReport | None,
+    options: GgufOptions | None,
+    command: list[str],
+    *,
+    measured: bool = False,
+) -> None:
+    """Print what was written, and the command that audits it where its weights were not measured.
 
     Args:
         console: where to print.
         report: of `write_gguf_file`; None prints nothing.
         options: the same.
         command: options of the audit.
+        measured: whether the run measured the weights of the folder, rounded to the formats of the file.
     """
     if report is None or options is None:
         return
-    words = ["pyunlearn", "audit", os.path.relpath(options.target), *command]
-    audit = f"Rounding can bring a text back, so audit the file that is served: {shlex.join(words)}"
-    for line in (*report.sentences(), audit):
+    words = shlex.join(["pyunlearn", "audit", os.path.relpath(options.target), *command])
+    if measured and not report.rounding:
+        last = "The run measured these weights, rounded as they are in the file: the verdicts above are the file's."
+    elif measured:
+        last = (
+            "The run measured weights in these formats too, rounded to the dtype of the folder, so the file differs a "
+            f"little from them; to be certain, audit the file: {words}"
+        )
+    else:
+        last = f"Rounding can bring a text back, so audit the file that is served: {words}"
+    for line in (*report.sentences(), last):
         console.print(line, highlight=False, markup=False)
 
 

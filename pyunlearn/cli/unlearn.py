@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pyunlearn.cli.gguf_file import GgufAtLeast, GgufLike, audit_options, gguf_options, show_gguf, write_gguf_file
+from pyunlearn.cli.gguf_file import audit_options, gguf_options, show_gguf, write_gguf_file
 from pyunlearn.cli.interruption import interrupted
 from pyunlearn.cli.options import (
     AsJson,
@@ -54,8 +54,6 @@ def unlearn(
             rich_help_panel="Output",
         ),
     ] = False,
-    gguf_like: GgufLike = None,
-    gguf_at_least: GgufAtLeast = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -81,7 +79,7 @@ def unlearn(
     show_lines(quiet=quiet)
     target = folder_for(model, out, "unlearned")
     adapts, merges = config.lora is not None, config.merge
-    gguf = gguf_options(gguf_like, gguf_at_least, model, target, adapts=adapts, merges=merges)
+    gguf = gguf_options(config.gguf_like, config.gguf_at_least, model, target, adapts=adapts, merges=merges)
     result = pyunlearn.unlearn(
         model,
         texts(forget, "forget"),
@@ -118,5 +116,5 @@ def unlearn(
         if config.show_text:
             hint = "result.json holds the forget texts (--show-text): remove it before you pass the folder on"
             console.print(hint, highlight=False, markup=False)
-        show_gguf(console, report, gguf, audit_options(model, forget, holdout, tokenizer))
+        show_gguf(console, report, gguf, audit_options(model, forget, holdout, tokenizer), measured=True)
     raise typer.Exit(0 if result.passed else 1)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.options import Choice, Config, Flag, Several, Text, Whole, option
+from pyunlearn.options import Choice, Config, Flag, Kind, Several, Text, Whole, option
 
 WORKSPACE_OPTION: dict[str, Any] = {
     "default": None,
@@ -34,6 +35,45 @@ TASK_LIMIT_OPTION: dict[str, Any] = {
     "group": "Method",
 }
 """The option `task_limit`, which audit and compare share."""
+
+
+GGUF_FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
+"""Formats of tensors in a GGUF file that can be written, from the smallest to the largest."""
+
+
+@dataclass(frozen=True)
+class FilePath(Kind):
+    """The path of a file, which `what` describes; whether it is there is looked up later."""
+
+    what: str
+
+    @property
+    def wanted(self) -> str:
+        return self.what
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, (str, Path)) and bool(str(value).strip())
+
+
+GGUF_LIKE_OPTION: dict[str, Any] = {
+    "default": None,
+    "kind": FilePath("the path of a GGUF file"),
+    "help": "The GGUF file of MODEL that is served today, or MODEL itself: unlearn in the formats of its tensors, so "
+    "that no text comes back when the new weights are written in them. The weights are rounded to them before the "
+    "first score and in every step, and all numbers are those of rounded weights. The command writes the new file, "
+    "FOLDER.gguf, with the metadata and the tokenizer of this one; in Python, result.save_gguf does.",
+    "group": "Output",
+}
+"""The option `gguf_like`."""
+
+GGUF_AT_LEAST_OPTION: dict[str, Any] = {
+    "default": None,
+    "kind": Choice(GGUF_FORMATS),
+    "help": "Of gguf_like: take this format for weights that have a smaller one there, since few bits can undo the "
+    "run. Default: the formats of that file.",
+    "group": "Output",
+}
+"""The option `gguf_at_least`."""
 
 
 def require_tasks_for_limit(tasks: Sequence[str] | None, task_limit: int | None) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyunlearn.errors import ArgumentError, DependencyError, ModelError, missing_packages, nearest
+from pyunlearn.models.config import GGUF_FORMATS
 
 Floats = NDArray[np.float32]
 
-WRITABLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
+WRITABLE = GGUF_FORMATS
 """Formats that the package gguf quantizes to and whose rounding is known here, from the smallest to the largest."""
 OLDEST = "0.17"
 """First version of the package gguf whose writer keeps the element types of metadata."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyunlearn.errors import ModelError, first_line
 from pyunlearn.models.gguf_formats import package, written_as
@@ -67,6 +67,17 @@ def value_of(reader: Any, key: str, default: Any = None) -> Any:
     """Return a value from a GGUF file's metadata."""
     field = reader.fields.get(key)
     return default if field is None else field.contents()
+
+
+def formats_of(reader: Any, model: Any, like: str | Path, at_least: str | None = None) -> dict[nn.Parameter, str]:
+    """Return weight -> format in which a GGUF file like another one holds it, of a transformers model; see `placed`.
+
+    The order of rows is the model's: a format rounds within rows.
+    """
+    formats = {t.name: t.format for t in placed(reader, model, like, at_least)}
+    weights = _named(model, value_of(reader, "general.architecture"))
+    own = {id(p): p for p in model.parameters()}
+    return {own[id(weight)]: formats[name] for name, weight in weights.items() if name in formats and id(weight) in own}
 
 
 def placed(reader: Any, model: Any, like: str | Path, at_least: str | None = None) -> list[Placed]:

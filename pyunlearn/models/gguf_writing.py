@@ -104,12 +104,13 @@ def require_like(like: str | Path, model: str | Path, *, adapts: bool = False, m
         raise ArgumentError("a GGUF file needs the weights before they are rounded: leave --load-in-4bit out")
     with origin(model) as source:
         if (source.adapter or adapts) and not merges:
-            raise _adapter_error()
+            raise adapter_error()
         empty = source.on_meta(torch.float32, None)
     placed(reader, empty, like)
 
 
-def _adapter_error() -> ArgumentError:
+def adapter_error() -> ArgumentError:
+    """Return the error for a model with an adapter."""
     return ArgumentError(
         "the model has an adapter, and a GGUF file holds the weights without it: merge it first (merge=True, --merge)"
     )
@@ -146,8 +147,8 @@ def write_gguf(
     """
     inner = unwrapped(model)
     if hasattr(model, "peft_config") or hasattr(inner, "peft_config"):
-        raise _adapter_error()
-    _require_plain(inner)
+        raise adapter_error()
+    require_plain(inner)
     reader, bar = read_like(like), bar or Progress(False)
     tensors = placed(reader, inner, like, at_least)
     if problem := tokens_problem(reader, tokenizer):
@@ -168,7 +169,7 @@ def write_gguf(
     )
 
 
-def _require_plain(inner: Any) -> None:
+def require_plain(inner: Any) -> None:
     """Raise ModelError unless this process has all weights of a model, as floating-point numbers."""
     for name, weight in inner.state_dict(keep_vars=True).items():
         if weight.is_meta or is_part(weight):

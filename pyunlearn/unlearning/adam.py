@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyunlearn.models.gguf_rounding import rounded_as, spread
 from pyunlearn.models.sharding import part
 
 _BETA2, _EPSILON = 0.999, 1e-8
@@ -21,6 +22,10 @@ class Adam(torch.optim.Optimizer):
     round to zero. Each 16-bit parameter therefore has a second tensor, its *rest*: of bfloat16 the 16 bits that
     rounding cuts off, so that both together are a float32 number; of float16 the float32 number itself.
 
+    A parameter with one of the `formats` is rounded to it after each step, and its rest is the float32 number that was
+    rounded: gradients are taken at rounded weights and applied to the unrounded ones (straight-through, Bengio et al.
+    2013, arXiv 1308.3432). At first that number is drawn among all that are rounded to the weight, see `spread`.
+
     Of a parameter that is sharded over processes, each updates its part.
 
     Bytes a parameter besides the weight and its gradient: 4 for the second moment, 4 for the first where there is
@@ -32,17 +37,29 @@ class Adam(torch.optim.Optimizer):
         momentum: beta1; 0 stores no first moment.
         offload: True holds moments and rests in the main memory, and brings a chunk at a time to the parameter's
             device.
+        formats: parameter -> format of a GGUF file, for parameters that are rounded already.
+        seed: of the first unrounded numbers.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.0, *, offload: bool = False
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.0,
+        *,
+        offload: bool = False,
+        formats: Mapping[nn.Parameter, str] | None = None,
+        seed: int = 0,
     ) -> None:
         trained = [p for p in parameters if p.requires_grad]
         super().__init__(trained, {"lr": lr})
-        self.momentum, self.offload = momentum, offload
+        self.momentum, self.offload, self.formats = momentum, offload, formats or {}
         self.rests: dict[nn.Parameter, Tensor] = {}
+        generator = torch.Generator().manual_seed(seed)
         for p in trained:
-            if p.dtype == torch.bfloat16:
+            if (name := self.formats.get(p)) is not None:
+                self.rests[p] = self.room(p, torch.float32).copy_(spread(p, name, generator))
+            elif p.dtype == torch.bfloat16:
                 self.rests[p] = self.room(p, torch.int16)
             elif p.dtype == torch.float16:
                 self.rests[p] = self.room(p, torch.float32).copy_(part(p).detach())
@@ -78,7 +95,8 @@ class Adam(torch.optim.Optimizer):
             second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
             direction = gradient if first is None else first.lerp_(gradient, 1 - self.momentum)
             denominator = (second.sqrt() / correction).add_(_EPSILON)
-            assign(weight, rest, exact(weight, rest).addcdiv_(direction, denominator, value=-rate))
+            value = exact(weight, rest).addcdiv_(direction, denominator, value=-rate)
+            assign(weight, rest, value, self.formats.get(p))
             if self.offload:
                 for far, near in zip(stored, moved, strict=True):
                     if far is not None:
@@ -103,8 +121,8 @@ def exact(weight: Tensor, rest: Tensor | None) -> Tensor:
     return ((weight.detach().view(torch.int16).to(torch.int32) << 16) + rest).view(torch.float32)
 
 
-def assign(weight: Tensor, rest: Tensor | None, value: Tensor) -> None:
-    """Store the value, of the weight's shape, in a weight, rounded to nearest, and in its rest.
+def assign(weight: Tensor, rest: Tensor | None, value: Tensor, name: str | None = None) -> None:
+    """Store the value, of the weight's shape, in a weight, rounded to nearest (to a format `name`), and in its rest.
 
     >>> weight, rest = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int16)
     >>> assign(weight, rest, torch.tensor([0.1]))
@@ -112,9 +130,9 @@ def assign(weight: Tensor, rest: Tensor | None, value: Tensor) -> None:
     (0.10009765625, True)
     """
     if rest is None or rest.dtype == torch.float32:
-        for tensor in (weight, rest):
-            if tensor is not None and tensor is not value:
-                tensor.copy_(value)
+        weight.copy_(value if name is None else rounded_as(value, name))
+        if rest is not None and rest is not value:
+            rest.copy_(value)
         return
     bits = value.masked_fill(value.isnan(), float("nan")).view(torch.int32)  # other NaN would overflow
     upper = (bits + 0x8000) >> 16  # half a unit of the last place is rounded away from zero

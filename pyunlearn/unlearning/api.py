@@ -20,7 +20,7 @@ from pyunlearn.data.redaction import masked
 from pyunlearn.edits.masks import digest_of, mask_of, require_mask
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods import METHODS, Method, resolve
-from pyunlearn.models.adapters import merged, require_mergeable, with_lora
+from pyunlearn.models.adapters import require_mergeable, with_lora
 from pyunlearn.models.condition import require_trainable
 from pyunlearn.models.four_bits import keep_differentiable
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
@@ -43,6 +43,7 @@ from pyunlearn.unlearning.preferences import substitutes_for
 from pyunlearn.unlearning.result import Result, write_result
 from pyunlearn.unlearning.robust import require_robust
 from pyunlearn.unlearning.run_folder import RunFolder
+from pyunlearn.unlearning.served_file import ServedFile
 from pyunlearn.unlearning.setup import Session, setup
 from pyunlearn.unlearning.sharded import processes_of, require_shareable
 from pyunlearn.unlearning.token_weights import check_token_weights
@@ -126,6 +127,7 @@ def unlearn(
     method, retain_loss = resolve(config.method, config.retain_loss, has_retain, options, has_reference)
     check_together(config, method, retain, reference_model)
     folder = RunFolder(output_dir, resume=resume)
+    served = ServedFile(config.gguf_like, config.gguf_at_least, config.seed)
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples, drawn = read_roles(sources, turns=config.turns)
     examples, notes = check_texts(examples)
@@ -144,8 +146,9 @@ def unlearn(
         accelerator = make_accelerator(lm.inner)
         processes = processes_of(accelerator)
         require_shareable(processes, config, lm.module)
-        lm = _trainable(lm, config)  # the first change of the model
+        lm = _trainable(lm, config, served, processes)  # the first change of the model
         processes.place(lm.module, lm.inner)
+        served.round()
         modes.enter_context(evaluation_mode(lm.module))  # no dropout: log-likelihoods are a function of the weights
         trained = accelerator.unwrap_model(lm.module)
         folder.require_room(trained, merge=config.merge)
@@ -168,15 +171,13 @@ def unlearn(
         )
         checkpoint = Checkpoint(folder.checkpoint, _fingerprint(config, session), session.sampled)
         with listening(on_step, config, folder.path) as listener:
-            stopped = _train(session._replace(on_step=listener), config, checkpoint, resume, bar)
+            stopped = _train(session._replace(on_step=listener), config, served, checkpoint, resume, bar)
         bar.say("measuring what is left")
         if config.merge and stopped != "interrupted":
-            trained = merged(trained)
-            stopped = after_merge(session, stopped)
-        inputs = {"model": model_name(lm), "reference_model": model_name(reference_model)}
-        inputs |= {name: source_name(value) for name, value in {**sources, "output_dir": output_dir}.items()}
+            trained, stopped = served.merged(trained), after_merge(session, stopped)
+        inputs = _inputs(lm, reference_model, sources | {"output_dir": output_dir})
         result = result_of(session, config, trained, texts, stopped, inputs)
-        result.notes = drawn + notes + notes_of(session, texts, result, config)
+        result.notes = drawn + notes + notes_of(session, texts, result, config) + served.notes(result)
         if config.attacks is not None and stopped != "interrupted":
             result.attack = processes.once(lambda: _attacked(trained, lm, texts, config, bar, checkpoint))
         if folder.path is not None and stopped != "interrupted":
@@ -240,6 +241,12 @@ def _attacked(
         raise
 
 
+def _inputs(lm: LanguageModel, reference_model: Any, sources: dict[str, Any]) -> dict[str, Any]:
+    """Return what the result says of the arguments."""
+    names = {"model": model_name(lm), "reference_model": model_name(reference_model)}
+    return names | {name: source_name(value) for name, value in sources.items()}
+
+
 def _require_models(model: Any, reference_model: Any, *, look_up: bool) -> None:
     """Raise for a model that is none; names are looked up on the hub once the texts are checked."""
     require_model("model", model, look_up=look_up)
@@ -252,8 +259,12 @@ def _default_rate(model: Any, method: Method) -> float:
     return method.rate * (_ADAPTER_LEARNING_RATE if hasattr(model, "peft_config") else _LEARNING_RATE)
 
 
-def _trainable(lm: LanguageModel, config: UnlearnConfig) -> LanguageModel:
-    """Return the model with the adapter that the settings ask for. Raises ArgumentError for `merge` without one."""
+def _trainable(lm: LanguageModel, config: UnlearnConfig, served: ServedFile, processes: Processes) -> LanguageModel:
+    """Return the model with the adapter that the settings ask for. Raises ArgumentError for `merge` without one.
+
+    Raises an error, before a change, where the model is not that of the GGUF file.
+    """
+    served.match(lm, processes, adapts=config.lora is not None, merges=config.merge)
     keep_differentiable(lm.module)
     if config.lora is not None:
         lm = with_lora(lm, config.lora, config.seed)
@@ -332,7 +343,9 @@ def _fingerprint(config: UnlearnConfig, session: Session) -> dict[str, Any]:
     return settings | {name: values.tolist() for name, values in session.scores.items()}
 
 
-def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resume: bool, bar: Progress) -> str:
+def _train(
+    session: Session, config: UnlearnConfig, served: ServedFile, checkpoint: Checkpoint, resume: bool, bar: Progress
+) -> str:
     """Make the optimizer, resume from the checkpoint and run the loop; return the reason why it ended."""
     lm, learning_rate = session.scorer.lm, config.learning_rate
     assert learning_rate is not None
@@ -345,8 +358,9 @@ def _train(session: Session, config: UnlearnConfig, checkpoint: Checkpoint, resu
         )
         mask, resumable = session.processes.broadcast_masks(mask), checkpoint.path is not None
         weights = TrainedWeights(
-            lm.module, learning_rate, resumable=resumable, mask=mask, offload=config.offload_optimizer
-        )
+            lm.module, learning_rate, resumable=resumable, mask=mask, offload=config.offload_optimizer,
+            formats=served.formats, seed=served.seed,
+        )  # fmt: skip
         optimizer = session.accelerator.prepare_optimizer(weights.optimizer)
         if resume:
             checkpoint.load(weights, session.state)

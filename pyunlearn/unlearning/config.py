@@ -10,7 +10,7 @@ from typing import Any
 from pyunlearn.attacks.config import GATE_OPTION
 from pyunlearn.data.config import SHOW_TEXT_OPTION, TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
 from pyunlearn.errors import ArgumentError
-from pyunlearn.models.config import WORKSPACE_OPTION
+from pyunlearn.models.config import GGUF_AT_LEAST_OPTION, GGUF_LIKE_OPTION, WORKSPACE_OPTION
 from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Several, Table, Text, Whole, option
 
 MEAN_OF_NON_MEMBERS = 1 / math.log(2)  # bits: the mean exposure of text that was not trained on, metrics.NULL_MEAN
@@ -229,4 +229,19 @@ class UnlearnConfig(LoopConfig):
         "TensorBoard and Aim write to a folder next to the result, its name with .logs. Default: none.",
         group="Output",
     )
+    gguf_like: str | Path | None = option(**GGUF_LIKE_OPTION, fixed=True)
+    gguf_at_least: str | None = option(**GGUF_AT_LEAST_OPTION, fixed=True)
     show_text: bool = option(**SHOW_TEXT_OPTION)
+
+    def check(self) -> None:
+        """Raise ArgumentError for an option of another one that is missing or contradicts it."""
+        super().check()
+        if self.gguf_at_least is not None and self.gguf_like is None:
+            raise ArgumentError(
+                "gguf_at_least (--gguf-at-least) is an option of gguf_like (--gguf-like): give that too, or leave it "
+                "out"
+            )
+        if self.gguf_like is not None and self.mask is not None:
+            raise ArgumentError(
+                "mask leaves the bits of some weights as they are, and gguf_like rounds all of them: leave one out"
+            )

@@ -29,6 +29,7 @@ def advice(
     limit: int | None,
     has_retain: bool,
     method: str,
+    rounds: bool = False,
 ) -> list[str]:
     """Return one sentence on what to change after a run that ended with `stopped`; none after any other end.
 
@@ -41,6 +42,7 @@ def advice(
         limit: the user's max_steps, or None for the default; after 0 nothing is recommended.
         has_retain: whether there was a retain set.
         method: the name of the method.
+        rounds: whether the weights were rounded to the formats of a GGUF file.
 
     >>> seen = {"memorized": 8, "visits": 2.0, "budget_used": 0.1, "has_retain": True, "method": "ga"}
     >>> advice("max_steps", left=["3"], limit=20, **seen)
@@ -65,6 +67,11 @@ def advice(
         return [
             f"{who}: as unlikely as unseen text on average, but many of the tokens are still first choices; {option} "
             "would help most."
+        ]
+    if stopped == UNDONE and rounds:
+        return [
+            f"{who}: the adapter forgot them, and its changes are too small for the formats of the GGUF file; a run "
+            "without an adapter, which is rounded in each step, would help most."
         ]
     if stopped == UNDONE:
         return [

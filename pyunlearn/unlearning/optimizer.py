@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class TrainedWeights:
         mask: name -> bool tensor, False where a weight must keep its bits.
         momentum: beta1 of AdamW.
         offload: True holds moments and rests in the main memory during the steps too, see `Adam`.
+        formats: parameter -> format of a GGUF file to which it is rounded already, and after each step.
+        seed: of the unrounded numbers at first.
     """
 
     def __init__(
@@ -36,11 +39,15 @@ class TrainedWeights:
         mask: dict[str, Tensor] | None = None,
         momentum: float = _NO_MOMENTUM,
         offload: bool = False,
+        formats: Mapping[nn.Parameter, str] | None = None,
+        seed: int = 0,
     ) -> None:
         drop_gathered(model)
         self.model, self.mask = model, mask or {}
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = Adam(self.parameters.values(), learning_rate, momentum, offload=offload)
+        self.optimizer = Adam(
+            self.parameters.values(), learning_rate, momentum, offload=offload, formats=formats, seed=seed
+        )
         self._accepted: dict[str, dict[str, Tensor]] = {"weights": {}, "rests": {}}
         self._accepted_moments: dict[str, Any] | None = {} if resumable else None
         self.accept()
@@ -125,7 +132,7 @@ class TrainedWeights:
         return exact(part(p), self.optimizer.rests.get(p))
 
     def _assign(self, p: nn.Parameter, value: Tensor) -> None:
-        assign(part(p), self.optimizer.rests.get(p), value)
+        assign(part(p), self.optimizer.rests.get(p), value, self.optimizer.formats.get(p))
 
     def _precise(self) -> dict[str, dict[str, Tensor]]:
         """Return the weights and their rests by name."""

@@ -69,6 +69,7 @@ def notes_of(session: Session, texts: RenderedTexts, result: Result, config: Unl
         limit=config.max_steps,
         has_retain=session.texts.retain is not None and not session.sampled.get("held"),
         method=session.forget_term.method.name,
+        rounds=config.gguf_like is not None,
     )
     if session.robustness is not None and (back := int(stopping.returning.sum())):
         notes.append(

@@ -20,6 +20,7 @@ TRAINED, OTHERS = "weights that are trained", "weights that are not"
 GRADIENTS = "gradients"
 MOMENTS = "second moments"
 RESTS = "rests of 16-bit weights"
+UNROUNDED = "weights before rounding (gguf_like)"
 ACCEPTED = "last accepted state"
 CHECKPOINT = "moments for the checkpoint"
 MASK = "mask"
@@ -78,7 +79,9 @@ def static_parts(module: nn.Module, config: UnlearnConfig, device: str, *, check
     trained = [p for p in module.parameters() if p.requires_grad]
     own = {id(p) for p in trained}
     others = [t for t in [*module.parameters(), *module.buffers()] if id(t) not in own]
-    rests = [p.numel() * rest_size(p.dtype) for p in trained]
+    rounds = config.gguf_like is not None and not hasattr(module, "peft_config")
+    plain = [p.numel() * rest_size(p.dtype) for p in trained]
+    name, rests = (UNROUNDED, [4 * p.numel() for p in trained]) if rounds else (RESTS, plain)
     moments = [p.numel() * max(4, p.dtype.itemsize) for p in trained]
     accepted = [*map(_bytes, trained), *rests]
     parts = [
@@ -86,7 +89,7 @@ def static_parts(module: nn.Module, config: UnlearnConfig, device: str, *, check
         Part(OTHERS, sum(map(_bytes, others))),
         Part(GRADIENTS, sum(map(_bytes, trained))),
         _on_host(MOMENTS, moments, device) if config.offload_optimizer else Part(MOMENTS, sum(moments)),
-        _on_host(RESTS, rests, device) if config.offload_optimizer else Part(RESTS, sum(rests)),
+        _on_host(name, rests, device) if config.offload_optimizer else Part(name, sum(rests)),
         _on_host(ACCEPTED, accepted, device),
         _on_host(CHECKPOINT, moments if checkpoint else [], device),
         Part(MASK, sum(p.numel() for p in trained) if config.mask is not None else 0),
@@ -94,7 +97,7 @@ def static_parts(module: nn.Module, config: UnlearnConfig, device: str, *, check
     if config.robust:
         before = sum(map(_bytes, trained))  # not pinned
         parts.append(Part(BEFORE_FINE_TUNING, *((0, before) if device == "cuda" else (before, 0))))
-        state, offload = [*moments, *rests], config.offload_optimizer
+        state, offload = [*moments, *plain], config.offload_optimizer
         parts.append(_on_host(FINE_TUNING, state, device) if offload else Part(FINE_TUNING, sum(state)))
     return [part for part in parts if part.device or part.main]
 

@@ -17,6 +17,7 @@ from pyunlearn.methods import resolve
 from pyunlearn.models import gguf
 from pyunlearn.models.adapters import require_mergeable, with_lora
 from pyunlearn.models.config import LoadOptions
+from pyunlearn.models.gguf_writing import require_like
 from pyunlearn.models.language_model import LanguageModel, require_tokenizer
 from pyunlearn.models.loading import load_options, present_options, require_loadable
 from pyunlearn.models.outline import FourBits, outline
@@ -144,6 +145,7 @@ def plan(
     require_loadable("model", model)
     with gguf.cached_headers() if str(model).endswith(".gguf") else nullcontext():
         case = _Case(model, tokenizer, loading or present_options(), config, machine, checkpoint=output_dir is not None)
+        case.require_file()
         case.read(examples)
         memory = case.memory()
         assert memory is not None
@@ -204,6 +206,13 @@ class _Case:
         """Tokenize the texts."""
         own = {role: each for role, each in examples.items() if role in ("forget", "retain", "holdout")}
         self.tokens = render(self.lm, own, self.config.template, truncate=self.config.truncate).tokens
+
+    def require_file(self) -> None:
+        """Raise an error, as the run does, where the GGUF file that it is for cannot be used."""
+        if self.config.gguf_like is not None:
+            with load_options(replace(self.loading, device=None)):
+                adapts, merges = self.config.lora is not None, self.config.merge
+                require_like(self.config.gguf_like, self.model, adapts=adapts, merges=merges)
 
     def changed(self, **options: Any) -> _Case:
         """Return the case with other options."""
@@ -285,9 +294,11 @@ def combinations(
         offload: dict[str, Any] = {"offload_optimizer": True}
         in_time += [offload, in_time[1] | offload, in_time[3] | offload]
     narrower = {"dtype": narrow} if is_float32 else {}
-    adapter = {} if config.lora else {"lora": _LORA}
+    adapter: dict[str, Any] = {} if config.lora else {"lora": _LORA}
+    if config.gguf_like is not None:
+        adapter |= {} if config.merge else {"merge": True}
     in_quality: list[dict[str, Any]] = [{}, narrower, narrower | adapter]
-    if not loading.load_in_4bit:
+    if not loading.load_in_4bit and config.gguf_like is None:
         in_quality.append(narrower | adapter | {"load_in_4bit": True})
     present = {name: getattr(config, name) for name in in_time[-1]}
     seen: list[dict[str, Any]] = [{}]

@@ -238,11 +238,12 @@ class Result:
 
         No tokenizer is converted. The file is read back before it gets its name: each tensor is the weights within its
         format's rounding. K-quants become the next larger format that can be written. Rounding can bring a text back:
-        audit the file.
+        run with `gguf_like`, whose numbers are those of rounded weights, or audit the file.
 
         Args:
             path: of the new file, which ends in .gguf.
-            like: a GGUF file of the model as it was before the run; None: the file that it was loaded from.
+            like: a GGUF file of the model as it was before the run; None: that of the run (gguf_like), or the file that
+                the model was loaded from.
             at_least: one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16, F32, for tensors that have a smaller format there.
 
         Returns:
@@ -255,6 +256,8 @@ class Result:
             OutputError: there is a file already, or it cannot be written.
             DependencyError: without the package gguf.
         """
+        if like is None and (like := self.settings.get("gguf_like")) is not None:
+            at_least = at_least or self.settings["gguf_at_least"]
         return save_gguf(path, self.model, self.tokenizer, like=like, at_least=at_least)
 
     def push_to_hub(
