@@ -116,8 +116,8 @@ def show_gguf(
         last = "The run measured these weights, rounded as they are in the file: the verdicts above are the file's."
     elif measured:
         last = (
-            "The run measured weights in these formats too, rounded to the dtype of the folder, so the file differs a "
-            f"little from them; to be certain, audit the file: {words}"
+            "The run measured the weights of the folder, from which the file differs by that rounding; to be certain, "
+            f"audit the file: {words}"
         )
     else:
         last = f"Rounding can bring a text back, so audit the file that is served: {words}"
