@@ -151,7 +151,7 @@ def test_batch_reduction_token_weighs_each_text_by_its_tokens(name):
         reference = reference_of(**needed)
         if METHODS[name].kind == "vocabulary":
             rows = {(0, 1): 5, (0,): 2, (1,): 3}
-            reference.forget = SimpleNamespace(at=lambda i, _: Distributions(torch.eye(10)[: rows[tuple(i)]] / 3, None))
+            reference.forget = SimpleNamespace(at=lambda i: Distributions(torch.eye(10)[: rows[tuple(i)]] / 3, None))
         made = forget_term(name, refusal=OTHER, reference=reference, batch_reduction=batch_reduction)
         made.unseen = Unseen(np.full(2, -3.0), np.ones(2), np.full(4, -9.0))
         return made
@@ -260,9 +260,9 @@ def test_a_method_on_distributions_gets_model_and_cached_reference():
     """The cache is read at the examples taken; without one the reference is None."""
     loss, stored = recorder()
     reference = Reference()
-    reference.forget = SimpleNamespace(at=lambda indices, device: ("cache", indices, device.type))
+    reference.forget = SimpleNamespace(at=lambda indices: ("cache", indices))
     forget_term("undial", loss, reference=reference)([1])
-    assert stored["reference"] == ("cache", [1], "cpu")
+    assert stored["reference"] == ("cache", [1])
     assert stored["targets"].tolist() == [3, 4, 5]
     assert stored["counts"].tolist() == [3]
     assert stored["model"].states.shape == (3, 10)
@@ -291,7 +291,7 @@ def test_the_shares_of_micro_batches_add_up_to_the_step(loss):
     reference = Reference()
     rows = [len(t.scored) for t in RETAIN]
 
-    def uniform(indices, device):
+    def uniform(indices):
         return Distributions(torch.zeros(sum(rows[i] for i in indices), 10), None)
 
     reference.retain = SimpleNamespace(at=uniform)
