@@ -317,18 +317,22 @@ def test_the_model_is_left_as_it_was(teller):
 
 
 def test_it_says_where_membership_scores_tell_the_set_from_the_holdout(teller):
-    """Texts of another kind, none of them likelier: the verdicts pass, and a note names the score; not among equals."""
+    """Texts of another kind, none of them likelier: the verdicts pass, and a note names the score.
+
+    There is none among equals, nor of copies, which depend on each other.
+    """
     t, _ = teller
     options = {"tokenizer": t.tokenizer, "metrics": ["membership"], "template": "none", "progress": False}
-    equal = t.holdout[:8]
-    other = [" ".join(reversed(text.split())) for text in equal]
+    equal = tiny.distinct_facts(60, 4)
+    other = [row | {"answer": " ".join(reversed(row["answer"].split()))} for row in equal[:8]]
     notes = []
-    for texts in (equal, other):
-        audit = pyunlearn.audit(t.model, texts, holdout=t.holdout[8:], **options)
+    for texts in (equal[:8], other, other[:4] * 3):
+        audit = pyunlearn.audit(t.model, texts, holdout=equal[8:], **options)
         assert audit.passed
-        notes.append([note for note in audit.notes if "can be told from the holdout" in note])
-    assert notes[0] == []
+        notes.append([note for note in audit.notes if note.startswith("As a set, ")])
+    assert (notes[0], notes[2]) == ([], [])
     (note,) = notes[1]
+    assert "look less trained-on than the holdout" in note
     assert "for the best of 4" in note
 
 

@@ -15,7 +15,6 @@ from pyunlearn import metrics
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.responses import AuditTexts, Responses
 from pyunlearn.auditing.result import (
-    UNDECIDED,
     Audit,
     AuditedExample,
     Measures,
@@ -24,6 +23,7 @@ from pyunlearn.auditing.result import (
     RetainUtility,
     Writing,
 )
+from pyunlearn.data.comparison import groups_of_copies
 from pyunlearn.metrics import (
     Interval,
     auc,
@@ -39,7 +39,6 @@ from pyunlearn.metrics.left import Left, Scores, left
 from pyunlearn.metrics.verdict import anchor_after
 from pyunlearn.probes.non_members import capped, evidence_notes
 from pyunlearn.probes.recitation import LONGEST, is_guessed, recited
-from pyunlearn.unlearning.result import PASSED
 
 Floats = NDArray[np.float64]
 _K = 0.4  # the share of tokens of min-k, as in MUSE and TOFU
@@ -95,20 +94,19 @@ class AuditAssembler:
     def assemble(self) -> Audit:
         """Return the audit, with the settings and the seconds left for the caller to fill in."""
         judged = self._verdict()
-        membership = self._membership()
         exposures, m = judged.after.lower, len(self.non_member_scores)
         change = None
         if self.before is not None:
             change = paired_difference(-self.nll_before, -self.nll, seed=self.seed)
         prior = self._prior(self.now)
         passes = {"original": self.before, "model": self.now, "reference_model": self.retrained}
-        return Audit(
+        audit = Audit(
             examples=self._examples(judged),
             non_members=self._non_members(),
             top_test=exposure_top_test(exposures, m, seed=self.seed),
             null_test=exposure_null_test(exposures, m, seed=self.seed),
             left_pvalue=None if self.left is None else self.left.pvalue,
-            membership=membership,
+            membership=self._membership(),
             change=change,
             answer_prior=None if prior is None else prior.mean,
             utility=self._utility(),
@@ -117,8 +115,11 @@ class AuditAssembler:
             passes={name: each.passes for name, each in passes.items() if each is not None},
             seconds=0.0,
             settings={},
-            notes=self._notes(judged) + self._told_apart(judged, membership),
+            notes=self._notes(judged),
         )
+        if audit.passed:
+            audit.notes += self._told_apart(audit.membership)
+        return audit
 
     def _verdict(self) -> metrics.Verdict:
         """Judge each text: anchored, but for what stands out, which is seen among the model's own non-members.
@@ -329,22 +330,22 @@ class AuditAssembler:
             )
         return attacks
 
-    def _told_apart(self, judged: metrics.Verdict, membership: list[Membership]) -> list[str]:
-        """Say where a membership score tells the forget set from the holdout, and no verdict does.
+    def _told_apart(self, membership: list[Membership]) -> list[str]:
+        """Say where a membership score tells the forget set from the holdout, though the audit passes.
 
-        Windows of one text depend on each other, and are not tested.
+        Windows of one text and copies depend on each other: sets that have some are not tested.
         """
         in_windows = len({part.record for part in self.texts.parts}) < len(self.texts.parts)
-        if not membership or in_windows or not set(judged.verdict.tolist()) <= {*PASSED, UNDECIDED}:
+        if not membership or in_windows or any(map(groups_of_copies, (self.texts.forget, self.texts.holdout))):
             return []
         score, pvalue = told_apart(self._both_sides(self.now))
         if pvalue > _TOLD_APART:
             return []
         (area,) = (m.auc.estimate for m in membership if m.score == score)
         return [
-            f"As a set, the forget texts can be told from the holdout by the membership score {score} (AUC {area:.2f}, "
-            f"p = {pvalue:.1g} for the best of {len(membership)}): none stands out as more likely, and they are not "
-            "like unseen text in every respect."
+            f"As a set, the forget texts look {'more' if area > 0.5 else 'less'} trained-on than the holdout, by the "
+            f"membership score {score} (AUC {area:.2f}, p = {pvalue:.1g} for the best of {len(membership)}). "
+            "No verdict depends on this."
         ]
 
     def _both_sides(self, responses: Responses) -> dict[str, tuple[Floats, Floats]]:
@@ -377,7 +378,7 @@ def told_apart(sides: dict[str, tuple[Floats, Floats]]) -> tuple[str, float]:
     >>> told_apart({"loss": (np.arange(9), np.arange(9)), "zlib": (np.arange(9), np.arange(9) + 20)})
     ('zlib', 0.0008245896041233825)
     """
-    pvalues = {name: float(mannwhitneyu(*each).pvalue) for name, each in sides.items()}
+    pvalues = {name: float(np.nan_to_num(mannwhitneyu(*each).pvalue, nan=1.0)) for name, each in sides.items()}
     name = min(pvalues, key=pvalues.__getitem__)
     return name, min(1.0, len(sides) * pvalues[name])
 
