@@ -7,7 +7,7 @@ import torch
 from gguf_files import KINDS
 
 from pyunlearn.models.gguf_formats import WRITABLE
-from pyunlearn.models.gguf_rounding import rounded_as, spread
+from pyunlearn.models.gguf_rounding import round_to, rounded_as, spread
 
 IN_BLOCKS = tuple(name for name in WRITABLE if name.startswith("Q"))
 
@@ -47,11 +47,13 @@ def test_a_part_of_a_tensor_is_rounded_as_the_whole_is():
 
 
 @pytest.mark.parametrize("form", WRITABLE)
-def test_what_is_spread_is_rounded_to_the_weights(form):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_is_spread_is_rounded_to_the_weights(form, dtype):
     """Every weight keeps its number in the file; in the formats of blocks nearly all unrounded numbers are others."""
-    weight = rounded_as(torch.from_numpy(weights_of(0.05)), form)
+    weight = torch.from_numpy(weights_of(0.05)).to(dtype)
+    round_to(weight, form)
     out = spread(weight, form, torch.Generator().manual_seed(0))
-    assert torch.equal(rounded_as(out, form), weight)
+    assert torch.equal(rounded_as(out, form).to(dtype), weight)
     moved = float((out != weight).float().mean())
     assert moved > 0.8 if form in IN_BLOCKS else moved == 0
 

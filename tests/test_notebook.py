@@ -10,7 +10,6 @@ from test_public import ROOT
 NOTEBOOK = ROOT / "examples" / "forget_a_customer.ipynb"
 
 
-@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.timeout(600)
 def test_the_cells_of_the_notebook_run(tmp_path, monkeypatch, capsys):

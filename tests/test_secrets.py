@@ -159,7 +159,6 @@ def test_an_error_quotes_no_text(call, folder, tmp_path, content):
     assert (code, leaks((out + err).encode())) == (2, [])
 
 
-@pytest.mark.slow
 @pytest.mark.full
 def test_no_word_of_a_study_s_corpus_is_written(tmp_path):
     """Neither in its tables nor in its pages, arrays and models, nor in those of the evaluation of metrics.

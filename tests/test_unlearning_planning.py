@@ -372,6 +372,8 @@ def test_the_command_prints_the_parts_and_the_command_that_fits(saved, call, tmp
     assert {part["name"] for part in facts["memory"]["parts"]} >= {TRAINED, GRADIENTS, MOMENTS, ACCEPTED, CHECKPOINT}
     assert call(*words, "--gpu", "-1")[0] == 2
     assert "planned for one GPU; --device auto" in call(*words, "--gpu", 24, "--device", "auto")[1]
+    if not torch.cuda.is_available():
+        assert "planned for one GPU" not in call(*words, "--device", "auto")[1]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident set from /proc")

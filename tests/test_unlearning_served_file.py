@@ -55,7 +55,9 @@ def test_what_is_unlearned_is_unlearned_in_the_file(story, on_grid, served, tmp_
     """
     plain = unlearned(story, on_grid, seed=seed)
     assert plain.forgotten
-    assert plain.notes[-1].startswith("The model was read from served.gguf: rounded to few bits again it can have the")
+    assert plain.notes[-1].startswith(
+        "The model was read from served.gguf, with 16 tensors in few bits: rounded so again"
+    )
     plain.save_gguf(tmp_path / "plain.gguf", like=served)
     assert audited(story, tmp_path / "plain.gguf", on_grid) == ["still exposed"] * 2
 
@@ -118,20 +120,46 @@ def test_small_steps_add_up(served, on_grid):
 
 
 @pytest.mark.full
-def test_a_run_that_is_too_short_says_what_helps(story, on_grid, served):
-    """One sentence, where a text is exposed in few bits; not in 8 bits, and not where all are forgotten."""
-    measured = "The numbers after the run are those of weights that are rounded to the formats of served.gguf."
+def test_a_run_that_is_too_short_says_what_helps(story, on_grid, served, tmp_path):
+    """One sentence, where a text is exposed in few bits; not in 8 bits, in which its file is then written."""
+    measured = "The numbers after the run are those of weights that are rounded as in a GGUF file ({})."
     helps = (
         '16 of 16 have Q4_1, in which a small change can be lost: gguf_at_least="Q8_0" (--gguf-at-least Q8_0) has '
         "finer steps."
     )
     short = unlearned(story, on_grid, gguf_like=served, max_steps=1)
     assert not short.passed
-    assert short.notes[-2:] == [measured, helps]
-    assert unlearned(story, on_grid, gguf_like=served, gguf_at_least="Q8_0", max_steps=1).notes[-1] == measured
-    assert unlearned(story, on_grid, gguf_like=served).notes[-1] == measured
-    assert not {measured, helps} & set(unlearned(story, on_grid, max_steps=0).notes)
+    assert short.notes[-2:] == [measured.format("16 Q4_1"), helps]
+    larger = unlearned(story, on_grid, gguf_like=served, gguf_at_least="Q8_0", max_steps=1)
+    assert larger.notes[-1] == measured.format("16 Q8_0")
+    assert larger.save_gguf(tmp_path / "new.gguf", like=served).formats == {"Q8_0": 16, "F32": 5}
+    assert unlearned(story, on_grid, gguf_like=served).notes[-1] == measured.format("16 Q4_1")
     assert not any("served.gguf" in note for note in unlearned(story, on_grid, max_steps=0).notes)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_steps_of_no_size_change_nothing_in_16_bits(story, served, dtype):
+    """The unrounded numbers are rounded to the weights in their dtype; a merged adapter that is untrained likewise."""
+    model = story.fresh().to(dtype)
+    plain = unlearned(story, model, gguf_like=served, max_steps=0)
+    still = unlearned(story, model, gguf_like=served, max_steps=1, learning_rate=1e-12)
+    assert still.history
+    assert same(still.model, plain.model)
+    pytest.importorskip("peft")
+    assert same(unlearned(story, model, gguf_like=served, max_steps=0, lora=2, merge=True).model, plain.model)
+
+
+def test_one_weight_in_two_formats_is_refused(tmp_path, story):
+    """Of a file that holds the head apart from the embeddings, and a model that has one weight for both."""
+    apart, tied = (gguf_files.model_of("llama", tied=tied) for tied in (False, True))
+    path = gguf_files.write(tmp_path / "apart.gguf", apart, story.tokenizer, "Q4_1")
+    reader = read_like(path)
+    assert len(set(formats_of(reader, tied, path, "Q8_0").values())) == 2
+    at = next(i for i, t in enumerate(reader.tensors) if t.name == "output.weight")
+    reader.tensors[at] = reader.tensors[at]._replace(tensor_type=gguf_files.KINDS["Q8_0"])
+    with pytest.raises(ModelError, match=r"holds embeddings and head apart, in (Q4_1 and Q8_0|Q8_0 and Q4_1)"):
+        formats_of(reader, tied, path)
 
 
 @pytest.mark.full
@@ -150,7 +178,7 @@ def test_an_interrupted_run_resumes(story, on_grid, served, tmp_path):
 
 @pytest.mark.full
 def test_an_adapter_is_measured_after_it_is_merged_and_rounded(story, on_grid, served, tmp_path):
-    """The verdicts are the file's; on a grid too, the mean of its changes survives."""
+    """The verdicts are the file's, also where rounding has undone its changes."""
     pytest.importorskip("peft")
     result = unlearned(story, on_grid, gguf_like=served, lora=8, merge=True)
     assert_rounded(result.model, served)

@@ -121,7 +121,7 @@ def _print(result: Plan, command: str | None, loading: LoadOptions) -> None:
     elif result.fits is False:
         lines.append("no combination of options fits: take a larger machine or a smaller model")
     lines.append(result.time_line)
-    if loading.device == "auto":
+    if loading.device == "auto" and result.machine.device != "cpu":
         lines.append("planned for one GPU; --device auto shares the layers out over all GPUs of the machine")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

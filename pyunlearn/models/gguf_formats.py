@@ -17,15 +17,16 @@ WRITABLE = GGUF_FORMATS
 OLDEST = "0.17"
 """First version of the package gguf whose writer keeps the element types of metadata."""
 
-_BLOCK = 32  # weights that share a scale in the formats of blocks
+BLOCK = 32
+"""Weights that share a scale in the formats of blocks."""
 _HALF = 2.0**-11  # half a unit in the last place of a float16, relative
 _TINY = 2.0**-25  # half the smallest float16
-_ABOUT_ZERO = {"Q4_0": (8, 1.0), "Q5_0": (16, 1.0), "Q8_0": (127, 0.5)}
+ABOUT_ZERO = {"Q4_0": (8, 1.0), "Q5_0": (16, 1.0), "Q8_0": (127, 0.5)}
 """Format -> (steps from 0 to the largest weight of a block, largest error in steps).
 
 In Q4_0 and Q5_0 the largest weight takes the lowest level, and one of the opposite sign has one level less.
 """
-_FROM_MINIMUM = {"Q4_1": 15, "Q5_1": 31}
+FROM_MINIMUM = {"Q4_1": 15, "Q5_1": 31}
 """Format -> steps from the smallest to the largest weight of a block."""
 
 
@@ -112,14 +113,14 @@ def largest_error(rows: Floats, name: str) -> Floats:
         return np.abs(rows) * np.float32(2.0**-8) + np.float32(2.0**-133)
     if name == "F16":
         return np.abs(rows) * np.float32(_HALF) + np.float32(_TINY)
-    blocks = rows.reshape(len(rows), -1, _BLOCK)
+    blocks = rows.reshape(len(rows), -1, BLOCK)
     largest, low = np.abs(blocks).max(axis=2), blocks.min(axis=2)
-    if name in _ABOUT_ZERO:
-        steps, error = _ABOUT_ZERO[name]
+    if name in ABOUT_ZERO:
+        steps, error = ABOUT_ZERO[name]
         allowed = largest / steps * (error + steps * _HALF) + steps * _TINY
     else:
-        steps = _FROM_MINIMUM[name]
+        steps = FROM_MINIMUM[name]
         allowed = (blocks.max(axis=2) - low) / steps * (0.5 + steps * _HALF) + np.abs(low) * _HALF
         allowed += (steps + 1) * _TINY
     allowed += largest * 1e-6  # of float32 on the way
-    return np.repeat(allowed, _BLOCK, axis=1).astype(np.float32).reshape(rows.shape)
+    return np.repeat(allowed, BLOCK, axis=1).astype(np.float32).reshape(rows.shape)

@@ -72,12 +72,23 @@ def value_of(reader: Any, key: str, default: Any = None) -> Any:
 def formats_of(reader: Any, model: Any, like: str | Path, at_least: str | None = None) -> dict[nn.Parameter, str]:
     """Return weight -> format in which a GGUF file like another one holds it, of a transformers model; see `placed`.
 
-    The order of rows is the model's: a format rounds within rows.
+    The order of rows is the model's: a format rounds within rows. Raises ModelError where one weight has two formats.
     """
     formats = {t.name: t.format for t in placed(reader, model, like, at_least)}
     weights = _named(model, value_of(reader, "general.architecture"))
     own = {id(p): p for p in model.parameters()}
-    return {own[id(weight)]: formats[name] for name, weight in weights.items() if name in formats and id(weight) in own}
+    out: dict[nn.Parameter, str] = {}
+    for name, weight in weights.items():
+        if name not in formats or id(weight) not in own:
+            continue
+        first = out.setdefault(own[id(weight)], formats[name])
+        if first != formats[name]:
+            raise ModelError(
+                f"the GGUF file {like} holds embeddings and head apart, in {first} and {formats[name]}, and the model "
+                f"has one weight for both: give a format that is not smaller than either (gguf_at_least, "
+                "--gguf-at-least)"
+            )
+    return out
 
 
 def placed(reader: Any, model: Any, like: str | Path, at_least: str | None = None) -> list[Placed]:

@@ -10,12 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK = 32  # weights that share a scale
+from pyunlearn.models.gguf_formats import ABOUT_ZERO, BLOCK, FROM_MINIMUM
+
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Format -> dtype, of the floating-point formats."""
-_FROM_MINIMUM = {"Q4_1": 15, "Q5_1": 31}  # steps from the smallest to the largest weight of a block
-_FROM_LARGEST = {"Q4_0": 8, "Q5_0": 16}  # steps from 0 to the largest weight of a block
-_Q8_0 = 127  # the same, in each direction
+_TIMES = 8  # roundings of a 16-bit weight at most
 _INSIDE = 0.999  # share of the way to the next cell: what is at its border could round to either
 
 
@@ -38,7 +37,7 @@ def rounded_as(weight: Tensor, name: str) -> Tensor:
     """
     if name in FLOATS:
         return weight.detach().to(FLOATS[name]).float()
-    blocks = weight.detach().float().reshape(-1, _BLOCK)
+    blocks = weight.detach().float().reshape(-1, BLOCK)
     grid = _grid(blocks, name)
     exact = (blocks - grid.start) * torch.where(grid.scale == 0, 0.0, 1 / grid.scale)
     if name == "Q8_0":  # halves are rounded away from zero
@@ -48,15 +47,29 @@ def rounded_as(weight: Tensor, name: str) -> Tensor:
     return (_half(grid.scale) * levels).add_(_half(grid.start)).view(weight.shape)
 
 
+def round_to(weight: Tensor, name: str) -> None:
+    """Round a weight to a format in place, so that it is rounded to itself again.
+
+    16 bits cannot hold all numbers of a format: what was rounded to both is rounded again, up to 8 times, since the
+    largest weights of a block, which set its scale, have moved.
+    """
+    for _ in range(_TIMES):
+        rounded = rounded_as(weight, name).to(weight.dtype)
+        if torch.equal(rounded, weight):
+            return
+        weight.copy_(rounded)
+
+
 def spread(weight: Tensor, name: str, generator: torch.Generator) -> Tensor:
     """Return numbers that are rounded to the weight, drawn evenly from all that are; float32 of the same shape.
 
     A change of a fraction of a step, added to them, moves that fraction of the weights by one step: on average nothing
     of it is lost to rounding, where numbers in the middle of their steps would all stay. The weights that set the scale
-    of a block keep their numbers, and so do those of floating-point formats, whose steps are small.
+    of a block keep their numbers, and so do those of floating-point formats, whose steps are small, and those that
+    would be rounded to another number in the weight's dtype.
 
     Args:
-        weight: rounded to the format already.
+        weight: rounded to the format already, see `round_to`.
         name: the format.
         generator: of the CPU.
 
@@ -64,32 +77,34 @@ def spread(weight: Tensor, name: str, generator: torch.Generator) -> Tensor:
     """
     if name in FLOATS:
         return weight.detach().float()
-    blocks = weight.detach().float().reshape(-1, _BLOCK)
+    blocks = weight.detach().float().reshape(-1, BLOCK)
     grid = _grid(blocks, name)
     noise = (torch.rand(blocks.shape, generator=generator).to(blocks.device) - 0.5) * (_INSIDE * grid.scale.abs())
-    if name in _FROM_MINIMUM:
+    if name in FROM_MINIMUM:
         ends: tuple[Tensor, ...] = (blocks.argmin(1, keepdim=True), blocks.argmax(1, keepdim=True))
         low, high = (blocks.gather(1, end) for end in ends)
     else:
         ends = (blocks.abs().argmax(1, keepdim=True),)
         high = blocks.gather(1, ends[0]).abs()
         low = -high
-    out = blocks + noise
-    out = torch.where((out < low) | (out > high), blocks - noise, out)  # none beyond the weights that set the scale
+    middle = rounded_as(blocks, name)  # of 16 bits, not the same numbers
+    out = middle + noise
+    out = torch.where((out < low) | (out > high), middle - noise, out)  # none beyond the weights that set the scale
     for end in ends:
         out.scatter_(1, end, blocks.gather(1, end))
-    return out.view(weight.shape)
+    kept = rounded_as(out, name).to(weight.dtype).view(weight.shape) == weight
+    return torch.where(kept, out.view(weight.shape), weight.detach().float())
 
 
 def _grid(blocks: Tensor, name: str) -> _Grid:
     """Return the levels of blocks (n, 32) in a format."""
     zero = torch.zeros_like(blocks[:, :1])
-    if name in _FROM_MINIMUM:
+    if name in FROM_MINIMUM:
         low = blocks.amin(1, keepdim=True)
-        return _Grid((blocks.amax(1, keepdim=True) - low) / _FROM_MINIMUM[name], low, 0, _FROM_MINIMUM[name])
+        return _Grid((blocks.amax(1, keepdim=True) - low) / FROM_MINIMUM[name], low, 0, FROM_MINIMUM[name])
+    steps, _ = ABOUT_ZERO[name]
     if name == "Q8_0":
-        return _Grid(blocks.abs().amax(1, keepdim=True) / _Q8_0, zero, -_Q8_0, 2 * _Q8_0)
-    steps = _FROM_LARGEST[name]
+        return _Grid(blocks.abs().amax(1, keepdim=True) / steps, zero, -steps, 2 * steps)
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     return _Grid(largest / -steps, zero, -steps, 2 * steps - 1)
 

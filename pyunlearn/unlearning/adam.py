@@ -29,7 +29,7 @@ class Adam(torch.optim.Optimizer):
     Of a parameter that is sharded over processes, each updates its part.
 
     Bytes a parameter besides the weight and its gradient: 4 for the second moment, 4 for the first where there is
-    momentum, and for the rest 2 (bfloat16) or 4 (float16).
+    momentum, and for the rest 2 (bfloat16) or 4 (float16, and all with a format).
 
     Args:
         parameters: those that require a gradient are trained.

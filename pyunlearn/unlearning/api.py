@@ -114,7 +114,8 @@ def unlearn(
         `.save(dir)`.
 
     Raises:
-        ArgumentError, DataError, ModelError, OutputError: an argument cannot be used; the model is unchanged.
+        ArgumentError, DataError, ModelError, OutputError: an argument cannot be used; the model is unchanged, or
+            rounded to the formats of `gguf_like`.
         TrainingError: the model's log-likelihoods are not finite before the first step.
 
     Source: Baluta et al. 2024 (arXiv 2411.04388) for the ascent and the metric; the per-example stopping is ours.

@@ -244,7 +244,8 @@ class Result:
             path: of the new file, which ends in .gguf.
             like: a GGUF file of the model as it was before the run; None: that of the run (gguf_like), or the file that
                 the model was loaded from.
-            at_least: one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16, F32, for tensors that have a smaller format there.
+            at_least: one of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16, F32, for tensors that have a smaller format there;
+                None: that of the run (gguf_at_least), where `like` is the file of the run.
 
         Returns:
             What was written: `.formats`, `.replaced`, `.rounding`, `.different`, `.sentences()`.
@@ -256,8 +257,9 @@ class Result:
             OutputError: there is a file already, or it cannot be written.
             DependencyError: without the package gguf.
         """
-        if like is None and (like := self.settings.get("gguf_like")) is not None:
-            at_least = at_least or self.settings["gguf_at_least"]
+        own = self.settings.get("gguf_like")
+        if own is not None and (like is None or Path(like).resolve() == Path(own).resolve()):
+            like, at_least = own, at_least or self.settings["gguf_at_least"]
         return save_gguf(path, self.model, self.tokenizer, like=like, at_least=at_least)
 
     def push_to_hub(

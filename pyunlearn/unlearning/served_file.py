@@ -13,7 +13,7 @@ from pyunlearn.errors import ArgumentError
 from pyunlearn.models.adapters import merged
 from pyunlearn.models.gguf_formats import bits_per_weight
 from pyunlearn.models.gguf_layout import formats_of, read_like
-from pyunlearn.models.gguf_rounding import FLOATS, rounded_as, spread
+from pyunlearn.models.gguf_rounding import FLOATS, round_to, rounded_as, spread
 from pyunlearn.models.gguf_writing import adapter_error, require_plain
 from pyunlearn.models.inspection import unwrapped
 from pyunlearn.models.language_model import LanguageModel
@@ -38,7 +38,7 @@ class ServedFile:
         self.like, self.at_least, self.seed = like, at_least, seed
         self._reader = None if like is None else read_like(like)
         self.formats: dict[nn.Parameter, str] = {}
-        self._read_from = ""  # the GGUF file of the model, where it is from one
+        self._read_from = ""  # path of the GGUF file that the model was read from
 
     def match(self, lm: LanguageModel, processes: Processes, *, adapts: bool, merges: bool) -> None:
         """Set `formats`, those of the model's weights. Raises for a model that is not that of the file.
@@ -52,7 +52,7 @@ class ServedFile:
             merges: whether it merges the adapter.
         """
         path = str(getattr(lm.inner, "name_or_path", ""))
-        self._read_from = Path(path).name if path.endswith(".gguf") else ""
+        self._read_from = path if path.endswith(".gguf") and Path(path).exists() else ""
         if self._reader is None:
             return
         if processes.count > 1:
@@ -71,14 +71,15 @@ class ServedFile:
     def round(self) -> None:
         """Round the weights, in place."""
         for p, name in self.formats.items():
-            p.copy_(rounded_as(p, name))
+            round_to(p, name)
 
     @torch.no_grad()
     def merged(self, model: Any) -> Any:
         """Merge the adapter of a PEFT model into its weights and round these; return the model without the adapter."""
         generator = torch.Generator().manual_seed(self.seed)
         for p, name in self.formats.items():
-            p.copy_(spread(p, name, generator))
+            unrounded = spread(p, name, generator).to(p.dtype)
+            p.copy_(torch.where(rounded_as(unrounded, name).to(p.dtype) == p, unrounded, p))
         model = merged(model)
         if self._reader is not None and not self.formats:
             self.formats = self._formats(unwrapped(model))
@@ -93,19 +94,21 @@ class ServedFile:
         if result.stopped == "interrupted":
             return []
         if self._reader is None and self._read_from and any(e.forgotten for e in result.examples):
-            return [
-                f"The model was read from {self._read_from}: rounded to few bits again it can have the texts again. "
-                f"gguf_like (--gguf-like {self._read_from}) unlearns in the formats of that file."
+            few = [t for t in read_like(self._read_from).tensors if _in_few_bits(t.tensor_type.name)]
+            return few and [
+                f"The model was read from {Path(self._read_from).name}, with {len(few)} tensors in few bits: rounded "
+                "so again it can have the texts again. gguf_like (--gguf-like) with that file unlearns in its formats."
             ]
         if not self.formats:
             return []
-        name = Path(str(self.like)).name
-        notes = [f"The numbers after the run are those of weights that are rounded to the formats of {name}."]
-        few = Counter(each for each in self.formats.values() if bits_per_weight(each) < bits_per_weight(_ENOUGH))
+        counts = Counter(self.formats.values())
+        names = ", ".join(f"{n} {name}" for name, n in counts.most_common())
+        notes = [f"The numbers after the run are those of weights that are rounded as in a GGUF file ({names})."]
+        few = [name for name in counts if _in_few_bits(name)]
         if few and not result.passed:
-            [(most, count)] = few.most_common(1)
+            most = max(few, key=counts.__getitem__)
             notes.append(
-                f"{count} of {len(self.formats)} have {most}, in which a small change can be lost: "
+                f"{counts[most]} of {len(self.formats)} have {most}, in which a small change can be lost: "
                 f'gguf_at_least="{_ENOUGH}" (--gguf-at-least {_ENOUGH}) has finer steps.'
             )
         return notes
@@ -115,3 +118,7 @@ class ServedFile:
         assert self.like is not None
         formats = formats_of(self._reader, model, self.like, self.at_least)
         return {p: name for p, name in formats.items() if FLOATS.get(name) not in (torch.float32, p.dtype)}
+
+
+def _in_few_bits(name: str) -> bool:
+    return bits_per_weight(name) < bits_per_weight(_ENOUGH)
