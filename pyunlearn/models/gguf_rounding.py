@@ -33,7 +33,7 @@ def rounded_as(weight: Tensor, name: str) -> Tensor:
     Of the formats of blocks the columns are a multiple of 32. The formats are `gguf_formats.WRITABLE`.
 
     >>> rounded_as(torch.arange(32) / 31, "Q4_1")[:4]
-    tensor([0.0000, 0.0000, 0.0667, 0.1334])
+    tensor([0.0000, 0.0000, 0.0667, 0.0667])
     """
     if name in FLOATS:
         return weight.detach().to(FLOATS[name]).float()
@@ -92,8 +92,8 @@ def spread(weight: Tensor, name: str, generator: torch.Generator) -> Tensor:
     out = torch.where((out < low) | (out > high), middle - noise, out)  # none beyond the weights that set the scale
     for end in ends:
         out.scatter_(1, end, blocks.gather(1, end))
-    kept = rounded_as(out, name).to(weight.dtype).view(weight.shape) == weight
-    return torch.where(kept, out.view(weight.shape), weight.detach().float())
+    same = rounded_as(out, name).to(weight.dtype).view(weight.shape) == weight
+    return torch.where(same, out.view(weight.shape), weight.detach().float())
 
 
 def _grid(blocks: Tensor, name: str) -> _Grid:
