@@ -247,6 +247,17 @@ def test_rows_are_apart(device, backend):
     assert_agree(evaluate(kl_divergence, model, other), truth(*clean), 4e-6)
 
 
+@pytest.mark.parametrize("workspace", [0, None])
+def test_a_row_without_a_coefficient_leaves_no_nan_in_the_gradients(device, backend, workspace):
+    """With any numbers on either side: 0 * NaN would be NaN in the weight's gradient, for all."""
+    model, other = pair(6, (8, 5), 200, device=device)
+    coefficients = torch.tensor([0.5, -1.0, 0.0, 2.0, 0.0, 1.0], device=device)
+    wanted = torch.autograd.grad(*graph(kl_divergence, model, other, workspace=workspace), coefficients)
+    model.hidden[2], other.hidden[4] = torch.nan, torch.nan
+    actual = torch.autograd.grad(*graph(kl_divergence, model, other, workspace=workspace), coefficients)
+    assert_agree(actual, wanted, 1e-6)
+
+
 # ---------------------------------------------------------------- the edges
 
 

@@ -55,6 +55,21 @@ def test_the_margin_is_its_definition(device, dtype, options, bias):
         assert (f.double() - w).abs().max() <= digits * w.abs().max()
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_row_without_a_coefficient_leaves_no_nan_in_the_gradients(device, softcap):
+    """With any numbers in it: 0 * NaN would be NaN in the weight's gradient, for all."""
+    case = make(6, 16, 300, device=device, bias=True)
+    coefficients = torch.tensor([0.5, -1.0, 0.0, 2.0, 0.0, 1.0], device=device)
+
+    def gradients():
+        leaves = [t.detach().clone().requires_grad_() for t in case[:3]]
+        return torch.autograd.grad(logit_margin(*leaves[:2], bias=leaves[2], softcap=softcap), leaves, coefficients)
+
+    wanted = gradients()
+    case.hidden[2], case.hidden[4, 0] = torch.nan, torch.inf
+    assert_agree(gradients(), wanted, 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_layouts(device, dtype, softcap):

@@ -14,7 +14,7 @@ from pyunlearn.ops._library import define, define_gradient, kernel_bias
 from pyunlearn.ops._passes import live_rows, real_of, resolve_ignored, select_rows, zero_ignored_rows
 from pyunlearn.ops._plan import Plan, allowance, default_workspace, plan
 from pyunlearn.ops._portable import write_rows
-from pyunlearn.ops._products import Logits, add_product, product
+from pyunlearn.ops._products import Logits, add_product, product, without_idle
 
 
 def kl_divergence(
@@ -240,6 +240,7 @@ def _backward(
     else:
         d_bias = new(bias.shape if needs[2] else (0,), dtype=pair.real, device=bias.device)
     buffer = pair.h.new_empty((n * p.group,))
+    h = without_idle(pair.h, c) if needs[1] else pair.h
     for first, end in p.groups() if n else []:
         d_logits = buffer[: n * (end - first)].view(n, end - first)
         for i, b, e in p.blocks_of(first, end):
@@ -252,7 +253,7 @@ def _backward(
                 d_logits[:, b - first : e - first],
             )  # fmt: skip
         if needs[1]:
-            product(d_weight[first:end], d_logits.T, pair.h)
+            product(d_weight[first:end], d_logits.T, h)
         if needs[2]:
             torch.sum(d_logits, dim=0, dtype=pair.real, out=d_bias[first:end])
         if needs[0]:

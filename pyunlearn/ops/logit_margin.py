@@ -13,7 +13,7 @@ from pyunlearn.ops._check import check, check_head, in_one_dtype
 from pyunlearn.ops._passes import real_of
 from pyunlearn.ops._plan import Plan, allowance, plan
 from pyunlearn.ops._portable import write_rows
-from pyunlearn.ops._products import Logits, add_product, product
+from pyunlearn.ops._products import Logits, add_product, product, without_idle
 from pyunlearn.ops._types import Head
 
 
@@ -96,6 +96,7 @@ class _LogitMargin(torch.autograd.Function):
         hidden, weight, bias, first = ctx.saved_tensors
         logit_scale, softcap, p = ctx.options
         c = d_margin.to(real_of(hidden)) * logit_scale
+        hidden = without_idle(hidden, c)
         needs = ctx.needs_input_grad[:3]
         head = Head(weight, bias, logit_scale, softcap)
         gradients = _capped(hidden, head, first, c, p, needs) if softcap else _plain(hidden, weight, first, c, needs)
