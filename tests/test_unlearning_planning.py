@@ -157,12 +157,16 @@ def test_the_optimizers_temporary_tensors_are_chunks():
 
 
 @pytest.mark.parametrize(
-    ("device", "variable", "mixed"), [("cpu", "", False), ("cpu", "bf16", True), ("cuda", "", True)]
+    ("device", "has", "variable", "mixed"),
+    [
+        *(("cpu", True, "", False), ("cpu", True, "bf16", True)),
+        *(("cuda", True, "", True), ("cuda", False, "", False), ("cuda", False, "bf16", True)),
+    ],
 )
-def test_float32_weights_are_planned_in_the_precision_of_the_run(monkeypatch, device, variable, mixed):
-    """In bfloat16 on a GPU, and on a CPU where accelerate is told so; 16-bit weights never are."""
+def test_float32_weights_are_planned_in_the_precision_of_the_run(monkeypatch, device, has, variable, mixed):
+    """In bfloat16 on a GPU that has it, and elsewhere where accelerate is told so; 16-bit weights never are."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", variable)
-    machine = Machine("a machine", device, None)
+    machine = Machine("a machine", device, None, bfloat16=has)
     for dtype, expected in ((torch.float32, mixed), (torch.bfloat16, False)):
         lm = types.SimpleNamespace(module=torch.nn.Linear(2, 2, dtype=dtype))
         assert parts_of_a_plan._runtime(lm, UnlearnConfig(), machine).autocast is expected

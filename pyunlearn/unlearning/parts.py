@@ -158,7 +158,7 @@ def memory_of(
 
 def _runtime(lm: LanguageModel, config: UnlearnConfig, machine: Machine) -> Runtime:
     first = next(lm.module.parameters()).dtype
-    mixed = machine.bfloat16 if machine.device == "cuda" else bfloat16_requested()
+    mixed = bfloat16_requested() or (machine.device == "cuda" and machine.bfloat16)
     mixed = mixed and first == torch.float32
     return Runtime(machine.device, config.workspace, config.gradient_checkpointing, mixed)
 
