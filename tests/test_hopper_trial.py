@@ -24,7 +24,7 @@ TINY = ((300, 72, 1003),)
 
 @pytest.mark.emulator
 @pytest.mark.full
-@pytest.mark.parametrize("shape", [*TINY, (40, 1544, 325), *slow(((1600, 16, 325),))])
+@pytest.mark.parametrize("shape", [*TINY, *slow(((40, 1544, 325),), ((1600, 16, 325),))])
 def test_right_kernels_pass(shape, emulated):
     """Shapes like those of the short test, with fewer products: short and long k-steps, two groups of row pairs."""
     assert selftest.compare(CPU, (shape,), times=2) is None

@@ -174,6 +174,7 @@ def test_unseen_text_of_many_kinds_looks_unseen(audited):
     assert sum(e.verdict != "not memorized" for e in unseen) <= 1
 
 
+@pytest.mark.slow
 def test_unseen_answers_of_many_kinds_look_unseen(original):
     """With their questions, in the chat template; famous passages that are asked for stand out.
 
@@ -206,6 +207,7 @@ def test_a_gguf_model_can_be_saved_and_loaded_again(original, tmp_path):
         assert torch.equal(p, q)
 
 
+@pytest.mark.slow
 def test_a_changed_model_becomes_a_gguf_file(original, tmp_path):
     """In the formats of the file that it was read from, and in F32, of which transformers reads the model itself."""
     model = copy.deepcopy(original[0])

@@ -44,7 +44,6 @@ def share(states, metric, unlearner, call, kind=None, dose=None):
     return float(np.mean([s["metrics"][metric]["call"] == call for s in own]))
 
 
-@pytest.mark.slow
 @pytest.mark.full
 def test_the_oracle_passes_and_untouched_and_ruined_models_fail(states):
     """The four sanity lines: 36 retrained models, 6 untouched ones, 12 after each way to ruin a model."""
