@@ -94,10 +94,12 @@ class ServedFile:
         if result.stopped == "interrupted":
             return []
         if self._reader is None and self._read_from and any(e.forgotten for e in result.examples):
-            few = [t for t in read_like(self._read_from).tensors if _in_few_bits(t.tensor_type.name)]
-            return few and [
-                f"The model was read from {Path(self._read_from).name}, with {len(few)} tensors in few bits: rounded "
-                "so again it can have the texts again. gguf_like (--gguf-like) with that file unlearns in its formats."
+            count = sum(_in_few_bits(t.tensor_type.name) for t in read_like(self._read_from).tensors)
+            if not count:
+                return []
+            return [
+                f"The model was read from {Path(self._read_from).name}, with {count} tensors in few bits: rounded so "
+                "again it can have the texts again. gguf_like (--gguf-like) with that file unlearns in its formats."
             ]
         if not self.formats:
             return []
