@@ -51,7 +51,7 @@ def counted(options: argparse.Namespace) -> list[tuple[str, ...]]:
     rows = []
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
     for count in map(int, options.counts.split(",")):
-        model, tokenizer, texts = world(count, known=options.known, seed=options.seed, retain=options.retain)
+        model, tokenizer, texts = world(count, known=options.known, seed=options.seed, retain=options.retain, read_once=options.once)
         weights = {name: p.clone() for name, p in model.state_dict().items()}
         for given in options.given.split(","):
             model.load_state_dict(weights)
@@ -65,7 +65,7 @@ def compared(options: argparse.Namespace) -> list[tuple[str, ...]]:
     names, results = options.methods.split(","), []
     for seed in range(options.seed, options.seed + options.seeds):
         count = int(options.counts.split(",")[0])
-        model, tokenizer, texts = world(count, known=options.known, seed=seed, retain=options.retain)
+        model, tokenizer, texts = world(count, known=options.known, seed=seed, retain=options.retain, read_once=options.once)
         weights = {name: p.clone() for name, p in model.state_dict().items()}
         for name in names:
             model.load_state_dict(weights)
@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--retain", type=int, help="size of the retain set (default: see above)")
     parser.add_argument("--plain", action="store_true", help="a record is one text, without a prompt")
     parser.add_argument("--known", action="store_true", help="the retain set is known by heart too")
+    parser.add_argument("--once", type=int, help="number of facts that were read once (default: see above)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the facts and of the run")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     return parser
@@ -141,13 +142,13 @@ def word_tokenizer() -> Any:
 
 
 def world(
-    count: int, *, known: bool, seed: int, retain: int | None = None
+    count: int, *, known: bool, seed: int, retain: int | None = None, read_once: int | None = None
 ) -> tuple[Any, Any, dict[str, list[dict[str, str]]]]:
     """Return a model that knows `count` facts by heart, its tokenizer, and the texts by role."""
     torch.manual_seed(seed)
     tokenizer = word_tokenizer()
     model = untrained_llama(len(tokenizer), width=128, feed_forward=256, layers=2, heads=4, context=64)
-    sizes = {1: count, 2: max(ONCE, ONCE_EACH * count), 4: max(count, 64)}
+    sizes = {1: count, 2: read_once or max(ONCE, ONCE_EACH * count), 4: max(count, 64)}
     forget, once, often = (facts(n, 10 * seed + i) for i, n in sizes.items())
     train(model, tokenizer, once + (forget + (often if known else [])) * READ_OFTEN)
     return (

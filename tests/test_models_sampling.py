@@ -9,7 +9,7 @@ from coverings import in_full
 from pyunlearn.data import Tokens, encode, read_examples
 from pyunlearn.models import sampling
 from pyunlearn.models.language_model import LanguageModel
-from pyunlearn.models.sampling import COUNT, OWN_COUNT, sample_non_members, sample_own_texts
+from pyunlearn.models.sampling import COUNT, OWN_COUNT, sample_non_members, sample_own_texts, sample_unseen_answers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -155,3 +155,39 @@ def test_a_text_of_one_token_recites_nothing(language_model):
 def test_an_encoder_decoder_model_writes_no_text_to_hold(t5):
     """It writes only in answer to something."""
     assert sample_own_texts(LanguageModel.of(t5.model, t5.tokenizer), tokens_of(t5)) == []
+
+
+@pytest.mark.parametrize("kind", ["answers", *in_full("t5")])
+def test_unseen_answers_are_to_prompts_that_no_record_has(kind, request):
+    """Each begins as one record's prompt and ends as another's; the answer is scored, and the seed decides."""
+    trained = request.getfixturevalue(kind)
+    lm, tokens = LanguageModel.of(trained.model, trained.tokenizer), tokens_of(trained)
+    prompts = {t.ids if lm.is_encoder_decoder else t.ids[: t.first] for t in tokens}
+    samples = sample_unseen_answers(lm, tokens, tokens, count=20)
+    assert samples
+    for t in samples:
+        own = t.ids if lm.is_encoder_decoder else t.ids[: t.first]
+        assert own not in prompts
+        assert any(own[:2] == p[:2] for p in prompts)
+        assert any(own[-2:] == p[-2:] for p in prompts)
+        assert 1 <= len(t.scored) <= 48
+    assert sample_unseen_answers(lm, tokens, tokens, count=20) == samples
+    assert len(sample_unseen_answers(lm, tokens, tokens, count=3)) <= 3
+
+
+def test_unseen_answers_to_texts_without_prompts_follow_halves_of_their_beginnings(story, language_model):
+    """One text alone has no other to be recombined with."""
+    tokens = tokens_of(story)
+    beginnings = {t.ids[: len(t.ids) // 2] for t in tokens}
+    samples = sample_unseen_answers(language_model, tokens, tokens, count=10)
+    assert samples
+    assert not any(t.ids[: t.first] in beginnings for t in samples)
+    assert sample_unseen_answers(language_model, tokens[:1], tokens) == []
+
+
+def test_unseen_answers_that_recite_the_forget_set_are_left_out(answers):
+    """The samples themselves as forget set leave none."""
+    lm, tokens = LanguageModel.of(answers.model, answers.tokenizer), tokens_of(answers)
+    samples = sample_unseen_answers(lm, tokens, [], count=10)
+    assert samples
+    assert sample_unseen_answers(lm, tokens, samples, count=10) == []

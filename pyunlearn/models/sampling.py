@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -19,6 +20,14 @@ COUNT = 64
 
 OWN_COUNT = 96
 """Number of texts sampled in place of a retain set."""
+
+UNSEEN_COUNT = 400
+"""Number of texts sampled after prompts that no record has."""
+
+_PROMPTS = 4096  # of records that prompts are made of
+_LONGEST_PROMPT = 512  # tokens; longer ones would take more time than the run
+_LONGEST_BEGINNING = 48  # tokens of a text without a prompt
+_AT_ONCE = 32  # texts that are sampled together
 
 _RECITED = 10  # consecutive tokens that count as recited
 _ATTEMPTS = 4  # number of attempts to sample a text that does not recite the forget set
@@ -124,6 +133,43 @@ def sample_own_texts(
 
 
 @torch.no_grad()
+def sample_unseen_answers(
+    lm: LanguageModel, texts: Sequence[Tokens], forget: Sequence[Tokens], *, count: int = UNSEEN_COUNT, seed: int = 0
+) -> list[Tokens]:
+    """Sample answers at temperature 1 to prompts that no record has: what the model writes where it recites nothing.
+
+    Each prompt is the first half of one text's and the second half of another's; what all begin or end with, such as a
+    chat template, is not divided. The first half of a text, 48 tokens at most, is in the place of its prompt where it
+    has none. Prompts of more than 512 tokens are left out. Answers have the median length of the texts' at most (8 to
+    48 tokens). Those that recite a forget text of three tokens or more are left out.
+
+    Args:
+        lm: the model, in evaluation mode.
+        texts: records of the forget set's kind, such as the retain set.
+        forget: the forget texts.
+        count: number of samples.
+        seed: seed of the prompts and of the sampling.
+
+    Returns:
+        At most `count` texts of which the answers are scored; none where no two texts differ in their prompts.
+    """
+    own = {_beginning(lm, t) for t in texts[:: -(-len(texts) // _PROMPTS) or 1]}
+    prompts = _recombined(sorted(own), count, seed)
+    lengths = sorted(len(t.scored) for t in texts)
+    length = max(8, min(48, lengths[len(lengths) // 2]))
+    room = lm.context_length or _LONGEST_PROMPT + length
+    longest = min(_LONGEST_PROMPT, room if lm.is_encoder_decoder else room - length)
+    samples: list[Tokens] = []
+    with seeded(seed, lm.device):
+        for size in sorted({len(prompt) for prompt in prompts if len(prompt) <= longest}):
+            alike = [prompt for prompt in prompts if len(prompt) == size]
+            for at in range(0, len(alike), _AT_ONCE):
+                samples += _sample(lm, alike[at : at + _AT_ONCE], None, length, least=2)
+    reciting = _reciting(samples, forget)
+    return [t for i, t in enumerate(samples) if i not in reciting]
+
+
+@torch.no_grad()
 def sample_alternates(lm: LanguageModel, forget: Sequence[Tokens], *, count: int, seed: int = 0) -> list[Tokens]:
     """Sample alternate answers for each forget text, at temperature 1.
 
@@ -194,6 +240,34 @@ def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return prompts[0][: next(differ, min(map(len, prompts)))]
 
 
+def _beginning(lm: LanguageModel, t: Tokens) -> tuple[int, ...]:
+    """Return the prompt of a text, or where it has none its first half."""
+    prompt, own = _prompt(lm, t)
+    return prompt if own else t.ids[: max(1, min(_LONGEST_BEGINNING, len(t.ids) // 2))]
+
+
+def _recombined(prompts: Sequence[tuple[int, ...]], count: int, seed: int) -> list[tuple[int, ...]]:
+    """Return at most `count` other prompts, each the first half of one and the second half of another.
+
+    >>> sorted(_recombined([(0, 1, 2, 9), (0, 3, 4, 9)], 5, 0))
+    [(0, 1, 4, 9), (0, 3, 2, 9)]
+    """
+    if len(prompts) < 2:
+        return []
+    shortest = min(map(len, prompts))
+    start = len(_shared_prefix(prompts))
+    end = min(len(_shared_prefix([prompt[::-1] for prompt in prompts])), shortest - start)
+    draw, unseen = random.Random(seed), dict[tuple[int, ...], None]()
+    for _ in range(4 * count):  # some are drawn twice, or are prompts of records
+        first, second = draw.sample(prompts, 2)
+        halves = [start + (len(prompt) - start - end) // 2 for prompt in (first, second)]
+        unseen[(*first[: halves[0]], *second[halves[1] :])] = None
+        if len(unseen) == count:
+            break
+    own = set(prompts)
+    return [prompt for prompt in unseen if prompt not in own]
+
+
 def _start(lm: LanguageModel) -> tuple[int, ...]:
     """Return the token that begins a text."""
     known = (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id, lm.tokenizer.pad_token_id, 0)
@@ -217,8 +291,12 @@ def _sample(
     length: int,
     *,
     temperature: float = 1.0,
+    least: int | None = None,
 ) -> list[Tokens]:
-    """Continue each of N prompts of T tokens; the first token is never `not_first`, and then is not scored."""
+    """Continue each of N prompts of T tokens; the first token is never `not_first`, and then is not scored.
+
+    Without it a decoder writes `length` tokens, or `least` or more.
+    """
     both = lm.is_encoder_decoder
     ids = torch.tensor(prompts, device=lm.device)  # (N, T)
     before = 1 if both else ids.shape[1]
@@ -238,7 +316,7 @@ def _sample(
         temperature=temperature,
         top_k=0,
         top_p=1.0,
-        min_new_tokens=length if not_first is None and not both else 2,
+        min_new_tokens=least or (length if not_first is None and not both else 2),
     )
     samples = []
     for prompt, continuation in zip(prompts, continuations, strict=True):

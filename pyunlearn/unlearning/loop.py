@@ -27,7 +27,7 @@ from pyunlearn.unlearning.endings import explained, require_gradient
 from pyunlearn.unlearning.forecast import Forecast, Pace, duration, share_done
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.measuring import compare_with_non_members, measure, refresh
-from pyunlearn.unlearning.objectives import ForgetTerm, RetainTerm, finite
+from pyunlearn.unlearning.objectives import ForgetTerm, RetainBatch, RetainTerm, finite
 from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.schedule import Schedule
 from pyunlearn.unlearning.setup import Session
@@ -53,6 +53,7 @@ class StepParts(NamedTuple):
     retain_term: RetainTerm
     weights: TrainedWeights
     optimizer: Any  # the optimizer of the weights, prepared by the accelerator
+    unseen_term: RetainTerm | None = None  # holds the model's answers to prompts that no record has
 
 
 def ascend(
@@ -81,6 +82,7 @@ def ascend(
         session.retain_term,
         weights,
         optimizer,
+        session.unseen_term,
     )
     weights.set_learning_rate(state.step_size.rate(learning_rate))
     rejection_reason: str | None = None
@@ -300,7 +302,7 @@ def optimizer_step(
     Returns:
         The step's record for the history: forget_loss, the retain loss, gradient_norm.
     """
-    accelerator, processes, schedule, forget_term, retain_term, weights, optimizer = parts
+    accelerator, processes, schedule, forget_term, retain_term, weights, optimizer, unseen_term = parts
     restored = np.empty(0, dtype=np.int64) if restored is None else restored
     divisor = forget_term.divisor(forget_indices, restored)
     # ------------------------------------------------------------------------------------------------
@@ -326,12 +328,10 @@ def optimizer_step(
     retain_batch, retain_total = None, 0.0
     if retain_term.active:
         retain_batch = retain_term.batch(schedule.retain_indices(step), [*forget_indices, *restored])
-    if retain_batch is not None:
-        for micro_batch, counts in processes.micro_batches(schedule, retain_batch.indices):
-            with accelerator.autocast():
-                loss, amount = retain_term(micro_batch, retain_batch)
-            accelerator.backward(counts * loss)
-            retain_total += counts * amount
+        retain_total = _retain_backward(parts, retain_term, retain_batch)
+    if unseen_term is not None:
+        unseen_batch = unseen_term.batch(schedule.in_turn(step, len(unseen_term.retain)))
+        _retain_backward(parts, unseen_term, unseen_batch)
 
     # update: gradients are summed over processes, masked and clipped; the l1 penalty is a step of its own
     processes.sum_gradients(weights.parameters.values())
@@ -344,6 +344,17 @@ def optimizer_step(
     losses = {"forget_loss": finite(processes.sum(forget_loss))}
     losses |= retain_term.report(processes.sum(retain_total), retain_batch)
     return losses | {"gradient_norm": finite(gradient_norm)}
+
+
+def _retain_backward(parts: StepParts, term: RetainTerm, batch: RetainBatch | None) -> float:
+    """Add the gradients of a retain term; return this process's sum for the history."""
+    total = 0.0
+    for micro_batch, counts in parts.processes.micro_batches(parts.schedule, batch.indices if batch else ()):
+        with parts.accelerator.autocast():
+            loss, amount = term(micro_batch, batch)
+        parts.accelerator.backward(counts * loss)
+        total += counts * amount
+    return total
 
 
 def _round_record(

@@ -1,4 +1,4 @@
-"""Texts that a run samples from the model itself: alternates to the forget texts, and text to hold."""
+"""Texts that a run samples from the model itself: alternates to the forget texts, and texts to hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pyunlearn.data import Tokens
 from pyunlearn.models.language_model import LanguageModel
-from pyunlearn.models.sampling import sample_alternates, sample_own_texts
+from pyunlearn.models.sampling import sample_alternates, sample_own_texts, sample_unseen_answers
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning.distributed import Processes
 
@@ -48,6 +48,11 @@ class SampledTexts:
         """Return text that stands in for a retain set; none from an encoder-decoder model."""
         self.bar.say("sampling text to hold")
         return self._once("held", partial(sample_own_texts, self.lm, self.forget, seed=self.seed))
+
+    def unseen_answers(self, retain: list[Tokens]) -> list[Tokens]:
+        """Return what the model answers to prompts that no record has, in the form of the retain set's."""
+        self.bar.say("sampling answers to hold")
+        return self._once("unseen answers", partial(sample_unseen_answers, self.lm, retain, self.forget, seed=self.seed))
 
     def _once(self, name: str, sample: Callable[[], list[Tokens]], count: int | None = None) -> list[Tokens]:
         """Return the stored texts of that name where they fit the model and the count; sample them where not."""

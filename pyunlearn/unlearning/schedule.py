@@ -85,7 +85,10 @@ class Schedule:
 
     def retain_indices(self, step: int) -> list[int]:
         """Return the retain examples of a step: an epoch takes each once, shuffled again for the next."""
-        n = self.retain_examples
+        return self.in_turn(step, self.retain_examples)
+
+    def in_turn(self, step: int, n: int) -> list[int]:
+        """Return which of `n` examples a step takes, a batch of them, in epochs as `retain_indices`."""
         if not n:
             return []
         size = min(self.batch_size, n)

@@ -75,6 +75,7 @@ class Session(NamedTuple):
     retain_term: RetainTerm
     state: LoopState
     target: RepresentationTarget | None
+    unseen_term: RetainTerm | None  # of a retain set that the model knows by heart
     robustness: Robustness | None  # where the run is to be robust
     greedy_before: Floats  # (B,) share of each forget text's tokens that were the model's first choice
     sampled: dict[str, Any]  # name -> texts that a checkpoint has to store
@@ -167,6 +168,9 @@ def setup(
         multiplier=multiplier,
         rests=rests,
     )
+    unseen_term = None
+    if retain_loss == "hold" and utility is not None and utility.known:
+        unseen_term = _unseen_term(config, scorer, draws.unseen_answers(own_retain))
     robustness = None
     if robust:
         records, other = [part.record for part in rendered.encoded.parts], own_retain or retain or []
@@ -174,7 +178,7 @@ def setup(
     fingerprint = reference.fingerprint(len(forget), schedule.retain_indices(0) or list(rests.values()))
     return Session(
         accelerator, processes, scorer, texts, stopping, schedule, max_steps, forget_term, retain_term, state, target,
-        robustness, greedy_before, sampled, _scores_to_agree(stopping, weights, difficulty) | fingerprint,
+        unseen_term, robustness, greedy_before, sampled, _scores_to_agree(stopping, weights, difficulty) | fingerprint,
         seconds_per_id,
     )  # fmt: skip
 
@@ -187,6 +191,16 @@ def _multiplier(
         return None
     trained = [retain[i] for i in evenly_spaced(retain)]
     return multiplier_of(method.options | options, retain_loss, trained, -scorer.mean_log_likelihood(trained))
+
+
+def _unseen_term(config: LoopConfig, scorer: Scorer, answers: list[Tokens]) -> RetainTerm | None:
+    """Return the term that holds the model's answers to prompts that no record has; None without answers."""
+    if not answers:
+        return None
+    initial_nll = -scorer.mean_log_likelihood(answers)
+    return RetainTerm(
+        scorer.lm, "hold", config.retain_weight, answers, initial_nll=initial_nll, reference=Reference()
+    )
 
 
 def _scores_to_agree(
