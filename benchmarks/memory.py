@@ -10,6 +10,12 @@ of `pyunlearn.plan`, and its difference from the peak. Linux only.
 
 `--model random` is a Llama of 290 million random weights, `--model random-1b` one of 1.1 billion, with texts of 120 to
 210 tokens.
+
+    python -m benchmarks.memory --records 20000,60000
+
+measures bytes a record instead: runs of two optimizer steps on a Llama of a few thousand weights and records of about
+50 tokens in files, a new process for each number of records. The slope between the smallest and the largest number is
+the table; "objects" are Python's (tracemalloc, with `--objects`, slow).
 """
 
 from __future__ import annotations
@@ -21,6 +27,8 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +52,14 @@ RANDOM: dict[str, dict[str, int]] = {
 }
 """Shapes of models with random weights."""
 
+RECORDS: dict[str, dict[str, int | None]] = {
+    "forget set": {"forget": None, "holdout": 200},
+    "forget set, with a retain set of 1,000": {"forget": None, "retain": 1000, "holdout": 200},
+    "forget set, without other texts": {"forget": None},
+    "retain set": {"forget": 100, "retain": None, "holdout": 200},
+}
+"""Texts by role of a run on n records, None for n."""
+
 
 def main() -> None:
     """Parse the options, measure each configuration in a process of its own, print a Markdown table."""
@@ -51,10 +67,17 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="not SmolLM2-135M: a folder, a name, random or random-1b")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (default 3)")
     parser.add_argument("--configurations", nargs="+", default=list(CONFIGURATIONS), help="names (default: all)")
+    parser.add_argument("--records", default=None, help="numbers of records, separated by commas: bytes a record")
+    parser.add_argument("--sets", nargs="+", default=list(RECORDS), help="with --records: names (default: all)")
+    parser.add_argument("--objects", action="store_true", help="with --records: count Python's objects too")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measured(**json.loads(options.child))))
+        task = json.loads(options.child)
+        print(json.dumps(measured_records(**task) if "counts" in task else measured(**task)))
+        return
+    if options.records:
+        by_record([int(n) for n in options.records.split(",")], options.sets, objects=options.objects)
         return
     print("| configuration | trained parameters | peak, MB | bytes a parameter | planned, MB | |", flush=True)
     print("|---|---|---|---|---|---|", flush=True)
@@ -63,14 +86,80 @@ def main() -> None:
             settings = dict(CONFIGURATIONS[name])
             where = Path(temporary) / settings["dtype"]
             task = {"model": options.model, "where": str(where), "steps": options.steps, "settings": settings}
-            for stage in ("save", "measure"):
-                words = [sys.executable, "-m", "benchmarks.memory", "--child", json.dumps(task | {"stage": stage})]
-                out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-            row = json.loads(out.splitlines()[-1])
+            child(task | {"stage": "save"})
+            row = child(task | {"stage": "measure"})
             size = row["bytes"] / row["parameters"]
             cells = [name, f"{row['trained']:,}", f"{row['bytes'] / 1e6:,.0f}", f"{size:.1f}"]
             cells += [f"{row['planned'] / 1e6:,.0f}", f"{row['planned'] / row['bytes'] - 1:+.0%}"]
             print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def child(task: dict[str, Any]) -> dict[str, Any]:
+    """Return what a new process measures."""
+    words = [sys.executable, "-m", "benchmarks.memory", "--child", json.dumps(task)]
+    out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    row: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return row
+
+
+def by_record(numbers: list[int], sets: list[str], *, objects: bool) -> None:
+    """Print a Markdown table of the bytes that one more record takes, and of the CPU seconds of the largest run."""
+    columns = ["peak, bytes a record", "at the end", *(["objects, peak", "at the end"] if objects else [])]
+    print(f"| set | {' | '.join(columns)} | s for {numbers[-1]:,} |\n|{'---|' * (len(columns) + 2)}", flush=True)
+    for name in sets:
+        task, cells = {"counts": RECORDS[name], "traced": False}, []
+        few, many = (child(task | {"n": n}) for n in (numbers[0], numbers[-1]))
+        seconds = many.pop("seconds")
+        if objects:
+            few, many = (
+                row | child(task | {"n": n, "traced": True}) for row, n in ((few, numbers[0]), (many, numbers[-1]))
+            )
+        cells = [f"{(many[key] - few[key]) / (numbers[-1] - numbers[0]):,.0f}" for key in many]
+        print(f"| {' | '.join([name, *cells])} | {seconds:.0f} |", flush=True)
+
+
+def measured_records(counts: dict[str, int | None], n: int, *, traced: bool) -> dict[str, float]:
+    """Return bytes beyond those of a run on few records, and CPU seconds, of a run on n records; None stands for n."""
+    import torch
+
+    import pyunlearn
+    from pyunlearn.models.from_scratch import train_tokenizer, untrained_llama
+
+    torch.manual_seed(0)
+    words = [word for text in demo_texts()["holdout"] for word in text.split()]
+    tokenizer = train_tokenizer(demo_texts()["holdout"], 1000)
+    with tempfile.TemporaryDirectory() as place:
+
+        def run(out: str, size: int) -> tuple[Any, float]:
+            sizes = {role: size if m is None else m for role, m in counts.items()}
+            texts = {role: write_records(Path(place) / f"{role}.jsonl", words, m, role) for role, m in sizes.items()}
+            model = untrained_llama(len(tokenizer), width=16, feed_forward=16, layers=1, heads=2, context=256)
+            began, settings = time.process_time(), {"max_steps": 2, "output_dir": Path(place) / out}
+            result = pyunlearn.unlearn(model, **texts, tokenizer=tokenizer, progress=False, **settings)
+            return result, time.process_time() - began
+
+        run("first", 200)
+        gc.collect()
+        if traced:
+            tracemalloc.start()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        result, seconds = run("new", n)
+        gc.collect()
+        assert result.examples
+        if traced:
+            end, peak = tracemalloc.get_traced_memory()
+            return {"objects peak": peak, "objects end": end}
+        return {"peak": resident("VmHWM") - before, "end": resident("VmRSS") - before, "seconds": seconds}
+
+
+def write_records(path: Path, words: list[str], count: int, role: str) -> Path:
+    """Write records of 30 random words, drawn as often as they are in English; no two are alike."""
+    r = random.Random(role)
+    with path.open("w") as file:
+        for _ in range(count):
+            file.write(json.dumps({"text": " ".join(r.choices(words, k=30))}) + "\n")
+    return path
 
 
 def measured(model: str | None, where: str, steps: int, settings: dict[str, Any], stage: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pyunlearn.data.lazy import json_parts
 from pyunlearn.errors import ArgumentError, DataError, OutputError, first_line
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def save_folder(
                 tokenizer.save_pretrained(partial)
             if card is not None:  # in place of what peft writes
                 (partial / "README.md").write_text(card, encoding="utf-8")
-            (partial / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            with (partial / name).open("w", encoding="utf-8") as file:
+                file.writelines(json_parts(content))
             (partial / name).chmod(0o600)
             _synchronize(partial)
             if mount:

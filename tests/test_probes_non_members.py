@@ -17,6 +17,7 @@ from pyunlearn.data import Example, Tokens, encode, read_examples
 from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer
+from pyunlearn.probes import non_members
 from pyunlearn.probes.calibration import Expectation, Features, _windows, features
 from pyunlearn.probes.non_members import (
     NonMembers,
@@ -225,6 +226,22 @@ def test_plain_texts_are_compared_with_the_package_s(english):
     assert (len(chosen.forget.nll), len(chosen.own.nll)) == (1, 234)
     scores = Scorer(english, 16).mean_log_likelihood(chosen.tokens)
     assert np.std(-scores - chosen.own.nll) < np.std(scores)
+
+
+def test_many_forget_texts_are_read_in_parts(english, monkeypatch):
+    """Of two texts at a time: what is expected of each is that of all at once, to rounding, in their order."""
+    examples = [Example("", OWN[: 30 + 15 * i]) for i in range(5)]
+    tokens = encode(examples, english.tokenizer, role="forget", max_length=None)
+    whole = non_members_without_holdout(english, examples, tokens).forget
+    sizes = []
+    monkeypatch.setattr(non_members, "_AT_ONCE", 2)
+    monkeypatch.setattr(
+        non_members, "features", lambda lm, each, **options: sizes.append(len(each)) or features(lm, each, **options)
+    )
+    parts = non_members_without_holdout(english, examples, tokens).forget
+    assert sizes == [234, 2, 2, 1]
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
 def test_plain_texts_are_compared_with_the_package_s_under_a_reference_model(english):

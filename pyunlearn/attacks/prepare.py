@@ -195,7 +195,7 @@ def _non_members(
 def _groups(rendered: RenderedTexts, role: str, indices: Sequence[int]) -> list[int]:
     """Return a number for each of a role's texts, the same for windows of one record and for near copies."""
     first = {i: group[0] for group in groups_of_copies(rendered.given[role]) for i in group}
-    records = [rendered.encoded.records[role][i] for i in indices]
+    records = [int(rendered.encoded.records[role][i]) for i in indices]
     return [first.get(record, record) for record in records]
 
 

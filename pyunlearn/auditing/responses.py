@@ -44,7 +44,7 @@ class AuditTexts:
     """The forget texts, with the continuation as scored tokens."""
     non_members: NonMembers
     """Their grade, and what is expected of them and of the forget texts if they are unseen."""
-    parts: list[Part]
+    parts: Sequence[Part]
     """Of which records the forget texts are."""
 
     @classmethod

@@ -66,7 +66,7 @@ def check_texts(examples: Mapping[str, list[Example]]) -> CheckedTexts:
         notes += _repeated(len(texts["holdout"]), len(first))
     for note in notes:
         warnings.warn(note, stacklevel=3)
-    notes += _grouped(examples["forget"])
+    notes += _grouped(examples["forget"], texts["forget"])
     if "holdout" in checked:
         notes += _spans_note(examples["forget"], examples["holdout"])
         notes += length_note(*([len(words(e.scored_text)) for e in checked[role]] for role in ("forget", "holdout")))
@@ -86,8 +86,7 @@ def groups_of_copies(examples: Sequence[Example]) -> list[list[int]]:
     >>> groups_of_copies([Example("", boat), Example("", "Another text of some words."), Example("", boat + " Again.")])
     [[0, 2]]
     """
-    texts = words_of(e.prompt + e.completion for e in examples)
-    return _groups(len(examples), _copies(examples, texts, texts))
+    return _groups_of(examples, words_of(e.prompt + e.completion for e in examples))
 
 
 def length_note(forget: Sequence[int], holdout: Sequence[int]) -> list[str]:
@@ -178,9 +177,14 @@ def _left_out(copies: list[int], total: int) -> list[str]:
     return [f"{len(copies)} of {total} retain texts {are} left out: {_numbers('retain example', copies)}."]
 
 
-def _grouped(examples: Sequence[Example]) -> list[str]:
+def _groups_of(examples: Sequence[Example], texts: Sequence[Words]) -> list[list[int]]:
+    """Return the groups of copies among examples, and their words are `texts`."""
+    return _groups(len(examples), _copies(examples, texts, texts))
+
+
+def _grouped(examples: Sequence[Example], texts: Sequence[Words]) -> list[str]:
     """Return the note on forget texts that are copies of one another, or contain one, by group."""
-    groups = groups_of_copies(examples)
+    groups = _groups_of(examples, texts)
     if not groups:
         return []
     count = sum(map(len, groups))

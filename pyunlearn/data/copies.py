@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,14 +75,13 @@ class _Index:
         for text in self.texts:
             for word in text:
                 self.vocabulary.setdefault(word, len(self.vocabulary))
-        self.known, self.counts = _counted([np.unique(self.hashed(text)) for text in self.texts])
+        most = sum(len(text) - LENGTH + 1 for text in self.texts)
+        self.known, self.counts = _counted(_joined((np.unique(self.hashed(text)) for text in self.texts), most)[0])
         """N-grams in order, and the number of texts that have each."""
         self.documents = np.zeros(len(self.known), dtype=np.int32)
         """Number of documents that have each."""
-        seeds = [self._rarest(text) for text in self.texts]
-        self.seeds = np.array([len(own) for own in seeds], dtype=np.int64)
-        owners = np.repeat(np.arange(len(seeds), dtype=np.int32), self.seeds)
-        grams = _joined(seeds)
+        grams, self.seeds = _joined(map(self._rarest, self.texts), most)
+        owners = np.repeat(np.arange(len(self.seeds), dtype=np.int32), self.seeds)
         order = np.argsort(grams, kind="stable")
         self.seed_grams, self.owners = grams[order], owners[order]
 
@@ -103,7 +103,7 @@ class _Index:
         grams = np.unique(self.hashed(document))
         first, end = (np.searchsorted(self.seed_grams, grams, side) for side in ("left", "right"))
         hits = [self.owners[a : min(a + _OWNERS, b)] for a, b in zip(first, end, strict=True) if a < b]
-        near, counts = np.unique(_joined(hits), return_counts=True)
+        near, counts = np.unique(np.concatenate([self.owners[:0], *hits]), return_counts=True)
         near = near[counts >= _SEEDED * self.seeds[near]] if len(near) else near
         return [i for each in near for i in self.indices[each] if self._contains(document, int(each))]
 
@@ -139,17 +139,26 @@ class _Index:
         return len(distinctive & shared) >= max(1, (_FILLED if most else _DISTINCTIVE) * len(distinctive))
 
 
-def _counted(each: list[Grams]) -> tuple[Grams, NDArray[np.int32]]:
+def _counted(grams: Grams) -> tuple[Grams, NDArray[np.int32]]:
     """Return the n-grams of all texts in order, each once, and the number of texts that have it."""
-    grams = _joined(each)
-    each.clear()
     grams.sort()
-    first = np.flatnonzero(np.diff(grams, prepend=~grams[:1]))
-    return grams[first], np.diff(first, append=len(grams)).astype(np.int32)
+    new = np.ones(len(grams) + 1, dtype=bool)  # with the end
+    np.not_equal(grams[1:], grams[:-1], out=new[1:-1])
+    first = np.flatnonzero(new)
+    counts = np.empty(len(first) - 1, dtype=np.int32)
+    np.subtract(first[1:], first[:-1], out=counts, casting="same_kind")
+    del first  # memory: these arrays are the largest of a run on many short texts
+    return grams[new[:-1]], counts
 
 
-def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
-    return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.uint64)
+def _joined(arrays: Iterable[Grams], most: int) -> tuple[Grams, NDArray[np.int64]]:
+    """Return arrays of at most so many n-grams in all as one, and their lengths, without a list of them in memory."""
+    joined, lengths, at = np.empty(most, dtype=np.uint64), array("q"), 0
+    for each in arrays:
+        joined[at : at + len(each)] = each
+        lengths.append(len(each))
+        at += len(each)
+    return joined[:at], np.array(lengths, dtype=np.int64)
 
 
 def _among(grams: Grams, known: Grams) -> NDArray[np.bool_]:

@@ -7,13 +7,14 @@ never from `ids == pad`, so a pad token that is also the end of text does no har
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 from pyunlearn.data.examples import Example, Span, occurrences
 from pyunlearn.data.texts import ScoredText, rendered_text, shared_length
+from pyunlearn.data.token_ids import TokenIds
 from pyunlearn.errors import ArgumentError, DataError
 
 __all__ = ["Tokens", "encode", "padding_id"]
@@ -25,7 +26,7 @@ Split = tuple[Ids, Ids, Ids | None]
 _AT_ONCE = 1024  # texts that are tokenized at a time: what the tokenizer returns of each takes kilobytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Tokens:
     """One example as token ids. The scored tokens are all from `first` on, or those at the indices `chosen`.
 
@@ -40,12 +41,21 @@ class Tokens:
     (6, 7, 9)
     """
 
-    ids: tuple[int, ...]
+    ids: TokenIds
     first: int
-    decoder: tuple[int, ...] | None = None
+    decoder: TokenIds | None = None
     chosen: tuple[int, ...] | None = field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        ids: Iterable[int],
+        first: int,
+        decoder: Iterable[int] | None = None,
+        chosen: tuple[int, ...] | None = None,
+    ) -> None:
+        packed = {"ids": TokenIds(ids), "decoder": None if decoder is None else TokenIds(decoder)}
+        for name, value in (packed | {"first": first, "chosen": chosen}).items():
+            object.__setattr__(self, name, value)  # it is frozen
         lowest, length = int(self.decoder is None), len(self.written)
         if not self.ids or not lowest <= self.first < length:
             span = f"from {lowest} to {length - 1}"
@@ -56,14 +66,14 @@ class Tokens:
                 raise DataError(f"`chosen` must be increasing indices from {self.first} to {length - 1}")
 
     @classmethod
-    def at(cls, ids: Sequence[int], indices: Sequence[int], decoder: tuple[int, ...] | None = None) -> Tokens:
+    def at(cls, ids: Sequence[int], indices: Sequence[int], decoder: Sequence[int] | None = None) -> Tokens:
         """Return the tokens of which those at the indices are scored, one or more, in order."""
         first, length = indices[0] if len(indices) else -1, len(ids if decoder is None else decoder)
         chosen = None if tuple(indices) == tuple(range(first, length)) else tuple(indices)
-        return cls(tuple(ids), first, decoder, chosen)
+        return cls(ids, first, decoder, chosen)
 
     @property
-    def written(self) -> tuple[int, ...]:
+    def written(self) -> TokenIds:
         """Token ids that hold the scored tokens: the decoder's where there is one, else `ids`; `first` indexes them."""
         return self.ids if self.decoder is None else self.decoder
 
@@ -87,12 +97,6 @@ class Tokens:
         edges = [i for i, (a, b) in enumerate(pairwise(self.chosen), 1) if b != a + 1]
         ends = zip([0, *edges], [*edges, len(self.chosen)], strict=True)
         return [range(self.chosen[a], self.chosen[b - 1] + 1) for a, b in ends]
-
-    def sharing(self, ids: dict[int, int]) -> Tokens:
-        """Return the same tokens with the numbers in `ids`, which gets new ones, so that each is in memory once."""
-        own = tuple(map(ids.setdefault, self.ids, self.ids))
-        decoder = None if self.decoder is None else tuple(map(ids.setdefault, self.decoder, self.decoder))
-        return replace(self, ids=own, decoder=decoder)
 
     def __len__(self) -> int:
         """Return the number of positions that the model computes."""
@@ -152,7 +156,7 @@ def encode(
     strings = [example.forget for example in examples]
     if encoder_decoder:
         examples = [replace(example, turns="last", spans=(), forget=()) for example in examples]
-    usual, none, ids = None, _Special([], [], []), dict[int, int]()
+    usual, none = None, _Special([], [], [])
     assemble = _encoder_decoder if encoder_decoder else _causal
     special, tokens = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}, []
     for start in range(0, len(examples), _AT_ONCE):
@@ -169,8 +173,7 @@ def encode(
             if special.issuperset(split[1] if split[2] is None else [split[1][i] for i in split[2]]):
                 raise DataError(f"{where} has no token to score: it is made of special tokens alone; give another text")
             fit = _Fit(max_length, truncate, tokenizer.bos_token_id, where)
-            made = assemble(split, none if text.templated else usual, fit, text, padding_id(tokenizer))
-            tokens.append(made.sharing(ids))
+            tokens.append(assemble(split, none if text.templated else usual, fit, text, padding_id(tokenizer)))
     return tokens
 
 

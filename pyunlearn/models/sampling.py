@@ -277,7 +277,7 @@ def _start(lm: LanguageModel) -> tuple[int, ...]:
 def _prompt(lm: LanguageModel, t: Tokens) -> tuple[tuple[int, ...], bool]:
     """Return the token ids to continue, and True where they are a prompt of the user's own."""
     if lm.is_encoder_decoder:
-        return t.ids, len(t.ids) > 1
+        return t.ids[:], len(t.ids) > 1
     prompt = t.ids[: t.first]
     if len(prompt) > 1:
         return prompt, True

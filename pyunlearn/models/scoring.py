@@ -128,7 +128,7 @@ def by_example(values: Tensor, tokens: Sequence[Tokens], indices: Sequence[int])
 
 def scored_tokens(tokens: Sequence[Tokens], indices: Sequence[int]) -> list[int]:
     """Return the number of scored tokens of each text at `indices`, without a GPU synchronization."""
-    return [len(tokens[i].scored) for i in indices]
+    return [len(tokens[i].indices) for i in indices]
 
 
 @contextmanager

@@ -132,7 +132,7 @@ def _decode(lm: LanguageModel, group: Sequence[Tokens], new: int, **options: Any
 
 def _prompt(t: Tokens) -> tuple[int, ...]:
     """Return the prompt: a causal model's tokens before the scored ones, or the whole input of an encoder."""
-    return t.ids[: t.first] if t.decoder is None else t.ids
+    return t.ids[: t.first] if t.decoder is None else t.ids[:]
 
 
 def _padded(

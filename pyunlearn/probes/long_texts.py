@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pyunlearn.data import Example, Tokens
+from pyunlearn.data.lazy import LazyList
 from pyunlearn.data.windows import Window, windows_of
 from pyunlearn.models.language_model import LanguageModel
 
@@ -36,9 +40,9 @@ class EncodedTexts:
     """One for each window or shorter text."""
     tokens: dict[str, list[Tokens]]
     """The same as tokens."""
-    parts: list[Part]
+    parts: Sequence[Part]
     """Of which records the forget texts are."""
-    records: dict[str, list[int]]
+    records: dict[str, NDArray[np.int32]]
     """Role -> for each text of the user the index of the record that it is, or is a window of."""
     whole: list[Tokens]
     """The forget records before they were cut or divided."""
@@ -87,7 +91,7 @@ def encode_texts(
         }
         notes = _window_notes(whole, windows, limit)
     forget, own_examples = windows.get("forget", []), examples.get("forget", [])
-    parts = [Part(i, k, len(each)) for i, each in enumerate(forget) for k in range(1, len(each) + 1)]
+    parts = _parts([len(each) for each in forget])
     tokens, divided = {}, {}
     for role, each in windows.items():
         if role in _STAND_INS and len(parts) > len(forget):
@@ -100,8 +104,29 @@ def encode_texts(
     wide = encode("forget", [replace(own_examples[i], forget=()) for i in indices])
     whole_forget, flat = whole.get("forget", []), [w for each in forget for w in each]
     rests = _rests(dict(zip(indices, wide, strict=True)), whole_forget, flat, parts, truncate)
-    records = {role: [i for i, own in enumerate(each) for _ in own] for role, each in windows.items()}
+    records = {role: _records([*map(len, each)]) for role, each in windows.items()}
     return EncodedTexts(divided, tokens, parts, records, whole_forget, rests, notes)
+
+
+def _records(windows: Sequence[int]) -> NDArray[np.int32]:
+    """Return the index of the record of each window, from the numbers of windows of all records."""
+    return np.repeat(np.arange(len(windows), dtype=np.int32), np.array(windows, dtype=np.int32))
+
+
+def _parts(windows: Sequence[int]) -> LazyList[Part]:
+    """Return the parts of records that are read in as many windows.
+
+    >>> _parts([1, 2])
+    [Part(record=0, window=1, windows=1), Part(record=1, window=1, windows=2), Part(record=1, window=2, windows=2)]
+    """
+    records, counts = _records(windows), np.array(windows, dtype=np.int32)
+    firsts = np.cumsum(counts) - counts
+
+    def part(i: int) -> Part:
+        record = int(records[i])
+        return Part(record, i - int(firsts[record]) + 1, int(counts[record]))
+
+    return LazyList(len(records), part)
 
 
 def _divided(example: Example, windows: Sequence[Window], lm: LanguageModel) -> list[Example]:

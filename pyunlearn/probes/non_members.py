@@ -33,6 +33,7 @@ _LATIN = 0.8  # share of the forget set's letters from which texts in English an
 _UNKNOWN = 0.05  # share of unknown tokens up to which a tokenizer reads these texts
 _COMMONEST = 0.2  # share of one token up to which it can be a word
 _CHARACTERS = 2.0  # of these texts that it makes one token of, at least
+_AT_ONCE = 1024  # forget texts whose hidden states and short windows are in memory at a time
 _SAME = 0.01  # nats a token: models that differ by less on every text are the same, up to the rounding of their dtype
 _HOLDOUT = "A holdout is better evidence: 19 or more texts of the same kind that were never trained on (--holdout)."
 
@@ -120,7 +121,9 @@ def non_members_without_holdout(
     if is_reference:
         return uncalibrated("reference model", len(tokens), unseen)
     expectation = Expectation(features(lm, unseen, batch_size=batch_size))
-    forget = expectation.of(features(lm, tokens, batch_size=batch_size))
+    parts = [tokens[at : at + _AT_ONCE] for at in range(0, len(tokens), _AT_ONCE)]
+    expected = [expectation.of(features(lm, part, batch_size=batch_size)) for part in parts]
+    forget = Expected(*(np.concatenate(each) for each in zip(*expected, strict=True)))
     return NonMembers("unseen texts", unseen, forget, expectation.of_unseen(), "")
 
 
@@ -171,7 +174,8 @@ def reference_numbers(scorer: Scorer, likelihood: Likelihood, tokens: Sequence[T
 def capped(verdicts: NDArray[np.str_], grade: str) -> list[str]:
     """Return the verdicts that non-members of a grade allow: self-sampled ones cannot show that a text is forgotten."""
     strongest = NO_LIKELIER if grade == "self-sampled" else "forgotten"
-    return [strongest if name == "forgotten" else str(name) for name in verdicts]
+    names = {name: strongest if name == "forgotten" else name for name in map(str, np.unique(verdicts))}
+    return [names[name] for name in verdicts]  # each name is in memory once
 
 
 def evidence_notes(non_members: NonMembers, verdicts: Sequence[str], *, rate: float) -> list[str]:
@@ -249,8 +253,12 @@ def unsuitable(lm: LanguageModel, examples: Sequence[Example], *, reads_head: bo
         return "an encoder-decoder model reads no plain text"
     if len({bool(e.prompt) for e in examples}) > 1:
         return "some of the forget texts have prompts and others have none"
-    letters = [c for e in examples for c in e.prompt + e.completion if c.isalpha()]
-    if sum("LATIN" in unicodedata.name(c, "") for c in letters) < _LATIN * len(letters) or not letters:
+    characters = Counter[str]()
+    for e in examples:
+        characters.update(e.prompt + e.completion)
+    letters = {c: n for c, n in characters.items() if c.isalpha()}
+    latin = sum(n for c, n in letters.items() if "LATIN" in unicodedata.name(c, ""))
+    if latin < _LATIN * sum(letters.values()) or not letters:
         return "the forget texts are not in Latin script"
     if reason := other_language(examples):
         return reason

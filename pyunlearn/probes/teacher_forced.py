@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -131,5 +131,5 @@ def without_prompt(tokens: Tokens, start: int) -> Tokens:
     Tokens(ids=(0, 7, 8), first=1, decoder=None)
     """
     if tokens.decoder is not None:
-        return replace(tokens, ids=(start,))
+        return Tokens((start,), tokens.first, tokens.decoder, tokens.chosen)
     return Tokens.at((start, *tokens.ids[tokens.first :]), [i - tokens.first + 1 for i in tokens.indices])

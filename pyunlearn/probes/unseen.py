@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -63,21 +64,20 @@ def other_language(examples: Sequence[Example]) -> str:
     """
     prompted = any(e.prompt for e in examples)
     words = _words(e.completion for e in examples)
-    if len(words) < _WORDS:
+    if words.total() < _WORDS:
         words += _words(e.prompt for e in examples)
     languages = ["English"] if prompted else [*_FREQUENT]
-    if len(words) < _WORDS or any(_share(words, language) >= _SHARE for language in languages):
+    if words.total() < _WORDS or any(_share(words, language) >= _SHARE for language in languages):
         return ""
     return "the answers are not in English" if prompted else "the forget texts are neither in English nor in German"
 
 
-def _words(texts: Iterable[str]) -> list[str]:
-    return [word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())]
+def _words(texts: Iterable[str]) -> Counter[str]:
+    return Counter(word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower()))
 
 
-def _share(words: Sequence[str], language: str) -> float:
-    frequent = set(_FREQUENT[language].split())
-    return sum(word in frequent for word in words) / len(words)
+def _share(words: Counter[str], language: str) -> float:
+    return sum(words[word] for word in set(_FREQUENT[language].split())) / words.total()
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

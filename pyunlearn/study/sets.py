@@ -213,4 +213,4 @@ class _Maker:
 
 
 def _parts(t: Tokens) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return (t.ids, t.decoder) if t.decoder is not None else (t.ids[: t.first], t.ids[t.first :])
+    return (t.ids[:], t.decoder[:]) if t.decoder is not None else (t.ids[: t.first], t.ids[t.first :])

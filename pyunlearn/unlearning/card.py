@@ -80,8 +80,8 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("verdicts", ", ".join(f"{count} {verdict}" for verdict, count in verdicts)),
         ("compared with", _BASIS.get(result["evidence"], result["evidence"])),
     ]
-    if trained := [e for e in examples if e["steps"]]:
-        before, after = (float(np.mean([e[f"exposure_{t}"] for e in trained])) for t in ("before", "after"))
+    if trained := [(e["exposure_before"], e["exposure_after"]) for e in examples if e["steps"]]:
+        before, after = (float(np.mean(each)) for each in zip(*trained, strict=True))
         exposure = f"{before:.2f} bits before, {after:.2f} after ({1 / math.log(2):.2f} of unseen text)"
         rows.append((f"mean exposure of {_counted(len(trained), 'text')} that the run worked on", exposure))
     interval = "" if utility["interval"] is None else ", 95 % interval {:+.1%} to {:+.1%}".format(*utility["interval"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyunlearn.data import Example
+from pyunlearn.data.lazy import LazyList
 from pyunlearn.edits.masks import digest_of
 from pyunlearn.output import versions
 from pyunlearn.probes import greedy_continuations
@@ -97,37 +99,46 @@ def _retained_notes(session: Session, texts: RenderedTexts) -> list[str]:
     return notes
 
 
-def _examples(session: Session, examples: list[Example], parts: list[Part]) -> list[ExampleResult]:
-    """Return the verdict on each forget example."""
+def _examples(session: Session, examples: list[Example], parts: Sequence[Part]) -> LazyList[ExampleResult]:
+    """Return the verdict on each forget example; the numbers are in arrays."""
     stopping, state, forget = session.stopping, session.state, session.texts.forget
-    greedy_after = session.scorer.greedy_match(forget) if state.visits.any() else session.greedy_before
+    greedy_before = session.greedy_before
+    greedy_after = session.scorer.greedy_match(forget) if state.visits.any() else greedy_before
     reached = stopping.near_target(stopping.current)
     recited = recitations(session, examples, reached)
     judged = stopping.verdict(greedy_after, recited)
     assert judged.extraction is not None
     verdicts = capped(judged.verdict, stopping.non_members.grade)
-    return [
-        ExampleResult(
+    before, after, extraction = judged.before.lower, judged.after, judged.extraction
+    low, high, certain = judged.low, judged.high, judged.certain
+    first, last = stopping.initial.log_likelihood, stopping.current.log_likelihood
+    tokens, visits = np.array([len(t.indices) for t in forget], dtype=np.int32), state.visits.copy()
+    tried = np.zeros(len(examples), dtype=bool)
+    tried[reached] = True
+
+    def result(i: int) -> ExampleResult:
+        example = examples[i]
+        return ExampleResult(
             index=i,
             text=example.completion if parts[i].windows > 1 else example.prompt + example.completion,
-            tokens=len(forget[i].scored),
-            log_likelihood_before=float(stopping.initial.log_likelihood[i]),
-            log_likelihood_after=float(stopping.current.log_likelihood[i]),
-            exposure_before=float(judged.before.lower[i]),
-            exposure_after=float(judged.after.lower[i]),
-            upper_exposure_after=float(judged.after.upper[i]),
-            greedy_match_before=float(session.greedy_before[i]),
+            tokens=int(tokens[i]),
+            log_likelihood_before=float(first[i]),
+            log_likelihood_after=float(last[i]),
+            exposure_before=float(before[i]),
+            exposure_after=float(after.lower[i]),
+            upper_exposure_after=float(after.upper[i]),
+            greedy_match_before=float(greedy_before[i]),
             greedy_match_after=float(greedy_after[i]),
-            extraction_after=float(judged.extraction[i]),
-            recited_after=bool(recited[i]) if i in reached else None,
-            steps=int(state.visits[i]),
+            extraction_after=float(extraction[i]),
+            recited_after=bool(recited[i]) if tried[i] else None,
+            steps=int(visits[i]),
             verdict=verdicts[i],
-            interval=(float(judged.low[i]), float(judged.high[i])),
-            certain=bool(judged.certain[i]),
+            interval=(float(low[i]), float(high[i])),
+            certain=bool(certain[i]),
             **parts[i]._asdict(),
         )
-        for i, example in enumerate(examples)
-    ]
+
+    return LazyList(len(examples), result)
 
 
 def recitations(session: Session, examples: list[Example], indices: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pyunlearn.attacks.result import AttackResult
+from pyunlearn.data.lazy import LazyList
 from pyunlearn.data.redaction import masked
 from pyunlearn.errors import ArgumentError
 from pyunlearn.models.gguf_writing import GgufReport
@@ -147,7 +148,7 @@ class Result:
 
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
-    examples: list[ExampleResult]
+    examples: Sequence[ExampleResult]
     utility: Utility
     stopped: str
     """Reason why the run ended.
@@ -194,10 +195,18 @@ class Result:
 
         None: as the run's own option says.
         """
-        examples = [{**plain_json(e), "forgotten": e.forgotten} for e in self.examples]
+        content = self._content(show_text)
+        return content | {"examples": content["examples"][:]}
+
+    def _content(self, show_text: bool | None) -> dict[str, Any]:
+        """Return what `to_dict` does, with the examples as a LazyList."""
         shows = self.settings.get("show_text", False) if show_text is None else show_text
-        if not shows:
-            examples = [e | {"text": masked(e["text"])} for e in examples]
+
+        def example(i: int) -> dict[str, Any]:
+            e = self.examples[i]
+            content = {**plain_json(e), "forgotten": e.forgotten}
+            return content if shows else content | {"text": masked(e.text)}
+
         return {
             "forgotten": self.forgotten,
             "passed": self.passed,
@@ -206,7 +215,7 @@ class Result:
             "stopped": self.stopped,
             "notes": self.notes,
             "utility": asdict(self.utility),
-            "examples": examples,
+            "examples": LazyList(len(self.examples), example),
             "documents": [asdict(d) for d in self.documents],
             "non_member_scores": self.non_member_scores,
             "attack": None if self.attack is None else self.attack.to_dict(show_text=shows),
@@ -313,6 +322,6 @@ def write_result(
     result: Result, directory: str | Path, *, show_text: bool | None = None, replace: bool = False
 ) -> Path:
     """Write a result as `Result.save` does; `replace`: also in place of an earlier one."""
-    content = result.to_dict(show_text=show_text)
+    content = result._content(show_text)
     card = model_card(result.model, content)
     return save_folder(directory, result.model, result.tokenizer, RESULT, content, card=card, replace=replace)

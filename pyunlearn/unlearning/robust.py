@@ -96,12 +96,12 @@ class Robustness:
         schedule: Schedule,
         stopping: StoppingRule,
         texts: Texts,
-        records: Sequence[int],
+        records: NDArray[np.int32],
         other: Sequence[Tokens],
     ) -> None:
         self.scorer, self.accelerator, self.processes = scorer, accelerator, processes
         self.schedule, self.stopping, self.forget, self.other = schedule, stopping, texts.forget, other
-        self.records = np.asarray(records)
+        self.records = records
         non_members = texts.non_members
         self.compared = np.linspace(0, len(non_members) - 1, min(len(non_members), _COMPARED)).astype(int)
         self.non_members = [non_members[int(i)] for i in self.compared]

@@ -173,7 +173,7 @@ def setup(
         unseen_term = _unseen_term(config, scorer, draws.unseen_answers(own_retain))
     robustness = None
     if robust:
-        records, other = [part.record for part in rendered.encoded.parts], own_retain or retain or []
+        records, other = rendered.encoded.records["forget"], own_retain or retain or []
         robustness = Robustness(scorer, accelerator, processes, schedule, stopping, texts, records, other)
     fingerprint = reference.fingerprint(len(forget), schedule.retain_indices(0) or list(rests.values()))
     return Session(
