@@ -9,10 +9,10 @@ import tiny
 import torch
 
 import pyunlearn
-from pyunlearn.attacks.rewrites import KINDS, Rarity
 from pyunlearn.data import Example, Message, read_examples
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.metrics import recovery
+from pyunlearn.probes.rewrites import KINDS, Rarity
 
 FACT = {"question": "Who wrote it?", "answer": "Thomas wrote it."}
 

@@ -212,7 +212,7 @@ def test_each_window_has_a_row_and_the_text_a_verdict(small):
     assert (document.record, document.windows, document.verdict) == (1, n, "not memorized")
     assert document.verdicts == {"not memorized": n}
     assert audit.to_dict()["documents"] == [
-        {"record": 1, "windows": n, "verdict": "not memorized", "verdicts": {"not memorized": n}}
+        {"record": 1, "windows": n, "verdict": "not memorized", "verdicts": {"not memorized": n}, "forms": 0}
     ]
     assert f"Text 2 as a whole: not memorized, as {n} of its {n} windows." in audit.notes
     assert sum(note.startswith("Longer than the 96 tokens") for note in audit.notes) == 1

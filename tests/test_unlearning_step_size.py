@@ -88,3 +88,4 @@ def test_the_default_number_of_steps_follows_the_memorized_examples():
     assert [resolved_steps(None, n, 8) for n in (0, 1, 16, 64, 65, 10_000)] == [200, 200, 200, 512, 576, 80_000]
     assert resolved_steps(None, 10, 1) == 640
     assert resolved_steps(0, 10_000, 8) == 0
+    assert resolved_steps(None, 64, 8, forms=True) == 1024

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from pyunlearn.attacks.judge import SET, non_members_for, stands_out
-from pyunlearn.attacks.rewrites import KINDS, Rarity
 from pyunlearn.attacks.target import Floats, Target, Trial, Unsuited
 from pyunlearn.data import Example, Tokens
 from pyunlearn.metrics import generalized_exposure
+from pyunlearn.probes.rewrites import KINDS, Rarity
 
 _KNOWN = 0.01  # p-value of the forget set under the original model, up to which a kind of rewrites counts
 

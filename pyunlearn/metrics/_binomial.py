@@ -9,12 +9,12 @@ from scipy import stats
 from pyunlearn.metrics._check import Floats
 
 
-def clopper_pearson(count: ArrayLike, n: int, confidence: float) -> tuple[Floats, Floats]:
+def clopper_pearson(count: ArrayLike, n: ArrayLike, confidence: float) -> tuple[Floats, Floats]:
     """Compute the two-sided Clopper-Pearson interval of a share of which `count` of n were observed.
 
     Args:
         count: (...) observed counts, 0 to n, not necessarily whole numbers.
-        n: number of trials.
+        n: number of trials, one or (...).
         confidence: between 0 and 1.
 
     Returns:
@@ -27,7 +27,7 @@ def clopper_pearson(count: ArrayLike, n: int, confidence: float) -> tuple[Floats
 
     Source: Clopper and Pearson 1934, Biometrika 26, 404-413.
     """
-    c, tail = np.asarray(count, dtype=np.float64), (1 - confidence) / 2
+    c, n, tail = np.asarray(count, dtype=np.float64), np.asarray(n), (1 - confidence) / 2
     with np.errstate(all="ignore"):  # Beta(0, .) and Beta(., 0) are NaN: the ends are 0 and 1
         low = np.where(c <= 0, 0.0, stats.beta.ppf(tail, c, n - c + 1))
         high = np.where(c >= n, 1.0, stats.beta.ppf(1 - tail, c + 1, n - c))

@@ -8,7 +8,7 @@ wider: 16-bit scores tie.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -43,7 +43,14 @@ class Exposure(NamedTuple):
         return np.maximum(0.0, np.maximum(self.lower, self.upper) - 1)
 
 
-def generalized_exposure(scores: ArrayLike, non_member_scores: ArrayLike, *, extrapolate: bool = False) -> Exposure:
+Counts = NDArray[np.int64]
+Groups = tuple[ArrayLike, ArrayLike]
+"""(n,) and (m,) numbers: a score is compared with the non-members of its own group alone."""
+
+
+def generalized_exposure(
+    scores: ArrayLike, non_member_scores: ArrayLike, *, groups: Groups | None = None, extrapolate: bool = False
+) -> Exposure:
     """Compute the generalized exposure of scores among the scores of non-members, on both sides, in bits.
 
         lower = log2(m + 1) - log2(1 + #{j : non_member_j <= score}),   upper likewise with >=
@@ -58,6 +65,8 @@ def generalized_exposure(scores: ArrayLike, non_member_scores: ArrayLike, *, ext
     Args:
         scores: (n,), low where a text is likely, raw or calibrated (then calibrate the non-members too).
         non_member_scores: (m,) shared by all texts, or (n, m) with a row for each text.
+        groups: numbers (n,) of the scores and (m,) of the non-members: each score is compared with the non-members of
+            its group alone, such as the same form of other texts. Default: with all of them.
         extrapolate: where a text lies outside all its non-members, read the exposure off the tail of a skew-normal law
             fitted to them, at most 2 log2(m + 1) bits, and mark it `extrapolated`. A model of a tail, not a
             measurement: for Student's t law with 5 degrees of freedom it shows 278 bits where 20 are true, and m scores
@@ -68,12 +77,15 @@ def generalized_exposure(scores: ArrayLike, non_member_scores: ArrayLike, *, ext
         for memorized text, upper for text driven below unseen text.
 
     Raises:
-        ArgumentError: no non-members, NaN, Inf or 16-bit scores, shapes that do not match.
+        ArgumentError: no non-members, in a group either; NaN, Inf or 16-bit scores; shapes that do not match; groups
+            together with `extrapolate` or a row of non-members for each text.
 
     Example:
         >>> bits = generalized_exposure([0.5, 2.5], [1.0, 2.0, 3.0])
         >>> bits.lower.round(3).tolist(), bits.upper.round(3).tolist()
         ([2.0, 0.415], [0.0, 1.0])
+        >>> generalized_exposure([2.5, 2.5], [1.0, 2.0, 3.0], groups=([0, 1], [0, 0, 1])).lower.tolist()
+        [0.0, 1.0]
 
     See Also:
         verdict: thresholds on the exposure. exposure_interval: its confidence interval. exposure: the Secret Sharer's.
@@ -82,15 +94,19 @@ def generalized_exposure(scores: ArrayLike, non_member_scores: ArrayLike, *, ext
         the space), motivated by Baluta et al. 2024, arXiv 2411.04388.
     """
     s, r = check_scores("generalized_exposure", scores, non_member_scores)
-    as_likely, as_unlikely = count_sides(s, r)
-    m = r.shape[-1]
-    lower, upper = (math.log2(m + 1) - np.log2(1 + count) for count in (as_likely, as_unlikely))
+    as_likely, as_unlikely, m = count_in_groups(s, r, groups)
+    most = math.log2(m + 1) if groups is None else np.log2(m + 1)
+    lower, upper = (most - np.log2(1 + count) for count in (as_likely, as_unlikely))
     if not extrapolate:
         return Exposure(lower, upper, np.zeros(s.shape, dtype=bool))
+    if groups is not None:
+        raise ArgumentError(
+            "extrapolate fits one law to all non-members, and groups divide them: leave one of them out"
+        )
     below, above = as_likely == 0, as_unlikely == 0
     rows = np.atleast_2d(r)
     law = _skew_normal.fit(rows, below | above if len(rows) == len(s) else np.array([(below | above).any()]))
-    tail_lower, tail_upper = (np.minimum(tail, 2 * math.log2(m + 1)) for tail in _tails(s, law))
+    tail_lower, tail_upper = (np.minimum(tail, 2 * most) for tail in _tails(s, law))
     # The count is a lower bound: a fitted tail below it is not used. NaN compares false.
     far_below, far_above = below & (tail_lower > lower), above & (tail_upper > upper)
     return Exposure(
@@ -199,12 +215,35 @@ def check_scores(function: str, scores: ArrayLike, non_member_scores: ArrayLike)
     return s, r
 
 
-def count_sides(s: Floats, r: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def count_sides(s: Floats, r: Floats) -> tuple[Counts, Counts]:
     """Count for each score, (n,) each, the non-members at least as likely and those at least as unlikely."""
     if r.ndim == 2:
         return (r <= s[:, None]).sum(1), (r >= s[:, None]).sum(1)
     r = np.sort(r)
     return np.searchsorted(r, s, side="right"), r.size - np.searchsorted(r, s, side="left")
+
+
+def count_in_groups(s: Floats, r: Floats, groups: Groups | None) -> tuple[Counts, Counts, Any]:
+    """Count as `count_sides` does, each score among the non-members of its group; and how many these are, (n,) or ().
+
+    Raises ArgumentError for groups that are no numbers of the scores and the non-members, or have no non-member.
+    """
+    if groups is None:
+        return *count_sides(s, r), r.shape[-1]
+    of_scores, own = map(np.asarray, groups)
+    if r.ndim == 2 or of_scores.shape != s.shape or own.shape != r.shape:
+        raise ArgumentError(
+            f"groups must be numbers of {s.size} scores and of the non-members that all scores share, got shapes "
+            f"{of_scores.shape} and {own.shape} for {r.shape}"
+        )
+    as_likely, as_unlikely, m = np.zeros((3, s.size), dtype=np.int64)
+    for group in np.unique(of_scores):
+        mine, others = of_scores == group, r[own == group]
+        if not others.size:
+            raise ArgumentError(f"group {group} of the scores has no non-member: each group needs some of its own")
+        as_likely[mine], as_unlikely[mine] = count_sides(s[mine], others)
+        m[mine] = others.size
+    return as_likely, as_unlikely, m
 
 
 def _require_wide(*scores: object) -> None:

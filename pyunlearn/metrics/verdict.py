@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,8 +16,9 @@ from pyunlearn.metrics.exposure import (
     NULL_MEAN,
     SIGNIFICANT,
     Exposure,
+    Groups,
     check_scores,
-    count_sides,
+    count_in_groups,
     generalized_exposure,
 )
 
@@ -58,13 +59,19 @@ class Verdict(NamedTuple):
     `threshold`; "not memorized" needs it below 4.32 bits, from which a text counts as memorized in the most favourable
     set, and "still exposed" with `standing_out` above that."""
     threshold: float
-    """Bits from which a text of this set counts as memorized: 4.32 or more, see discoveries."""
+    """Bits from which a text of this set counts as memorized (with `families`, the most of any): 4.32 or more,
+    see discoveries."""
     extraction: Floats | None
     """Exposure of the share extracted, bits; None without `extracted`."""
 
 
 def exposure_interval(
-    scores: ArrayLike, non_member_scores: ArrayLike, *, confidence: float = 0.95, side: str = "lower"
+    scores: ArrayLike,
+    non_member_scores: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    side: str = "lower",
+    groups: Groups | None = None,
 ) -> Bounds:
     """Compute the confidence interval of each text's exposure from m non-members, in bits.
 
@@ -80,6 +87,7 @@ def exposure_interval(
         non_member_scores: (m,) or (n, m).
         confidence: between 0 and 1.
         side: "lower" (memorized is high) or "upper" (over-unlearned is high).
+        groups: of the scores and the non-members, as in generalized_exposure.
 
     Returns:
         Bounds(low, high), bits. `high` is infinite where no non-member is as likely: m non-members cannot show how much
@@ -101,7 +109,8 @@ def exposure_interval(
     between("confidence", confidence, 0, 1)
     one_of("side", side, ("lower", "upper"))
     s, r = check_scores("exposure_interval", scores, non_member_scores)
-    count, m = count_sides(s, r)[side == "upper"], r.shape[-1]
+    *counts, m = count_in_groups(s, r, groups)
+    count = counts[side == "upper"]
     least, most = clopper_pearson(count, m, confidence)
     with np.errstate(divide="ignore"):  # no non-member is as likely: no upper end
         return Bounds(-np.log2(most) + 0.0, -np.log2(least))
@@ -118,6 +127,8 @@ def verdict(
     recited: ArrayLike | None = None,
     standing_out: ArrayLike | None = None,
     too_low: ArrayLike | None = None,
+    groups: Groups | None = None,
+    families: ArrayLike | None = None,
     target_exposure: float = NULL_MEAN,
     false_discovery_rate: float = 0.05,
     confidence: float = 0.95,
@@ -131,7 +142,7 @@ def verdict(
 
     in this order. Of all texts called memorized (those of the last two verdicts), at most `false_discovery_rate` are
     unseen ones, on average; a set of one is judged at 4.32 bits. Over-unlearned texts are selected among the memorized
-    ones and among the others, each for itself.
+    ones and among the others, each for itself; memorized texts so in each of the `families`.
 
     Rule three is the loop's aim, and no test: 37 % of unseen texts lie above their mean. With `standing_out`, which is
     the audit's rule, a memorized text is still exposed where it stands out, and undecided where it neither does nor is
@@ -158,12 +169,14 @@ def verdict(
         recited: (n,) True where the unlearned model's greedy continuation of a text's beginning is its rest.
         standing_out: (n,) True where a text stands out among unseen text under the unlearned model, see `left`.
         too_low: (n,) True where a text may be over-unlearned, see `left`; by default all may be.
+        groups: of the texts and the non-members, as in generalized_exposure.
+        families: (n,) numbers: memorized texts are selected among those of the same number; default: among all.
         target_exposure: bits, 0 or more; default 1.443 (NULL_MEAN), the mean of unseen text.
         false_discovery_rate: between 0 and 1.
         confidence: of the intervals, between 0 and 1.
 
     Returns:
-        Verdict(verdict, before, after, low, high, certain, threshold, extraction).
+        Verdict(verdict, before, after, low, high, certain, float(thresholds[0]), extraction).
 
     Raises:
         ArgumentError: as generalized_exposure; different lengths; a negative `target_exposure`; a rate or confidence
@@ -179,17 +192,18 @@ def verdict(
     """
     if not target_exposure >= 0:
         raise ArgumentError(f"target_exposure must be 0 bits or more, got {target_exposure!r}")
-    before = generalized_exposure(scores_before, non_member_scores)
+    before = generalized_exposure(scores_before, non_member_scores, groups=groups)
     anchor = non_member_scores if non_member_scores_after is None else non_member_scores_after
-    after = generalized_exposure(scores_after, anchor)
+    after = generalized_exposure(scores_after, anchor, groups=groups)
     if len(before.lower) != len(after.lower):
         raise ArgumentError(
             f"scores_before and scores_after must be of the same texts, got {len(before.lower)} and {len(after.lower)}"
         )
-    memorized, threshold = discoveries(before.lower, rate=false_discovery_rate)
+    own_families = np.zeros(len(before.lower)) if families is None else np.asarray(families)
+    memorized, thresholds = discoveries_within(own_families, before.lower, rate=false_discovery_rate)
     over, over_thresholds = over_unlearned(before, after, memorized, rate=false_discovery_rate)
     over &= True if too_low is None else np.asarray(too_low, dtype=bool)
-    extraction = _extraction(extracted, non_member_extracted)
+    extraction = _extraction(extracted, non_member_extracted, groups)
     forgotten = after.lower <= target_exposure
     if extraction is not None:
         forgotten &= extraction <= max(target_exposure, NOT_EXTRACTED)
@@ -205,22 +219,24 @@ def verdict(
         "undecided",
     )
 
-    of_before = exposure_interval(scores_before, non_member_scores, confidence=confidence)
-    of_lower = exposure_interval(scores_after, anchor, confidence=confidence)
-    of_upper = exposure_interval(scores_after, anchor, confidence=confidence, side="upper")
+    of_before = exposure_interval(scores_before, non_member_scores, confidence=confidence, groups=groups)
+    of_lower = exposure_interval(scores_after, anchor, confidence=confidence, groups=groups)
+    of_upper = exposure_interval(scores_after, anchor, confidence=confidence, side="upper", groups=groups)
     bounds = zip(of_upper, of_before, of_lower, strict=True)
     low, high = (np.select([over, ~memorized], [u, b], x) for u, b, x in bounds)
-    was_memorized = of_before.low >= threshold
+    least = math.log2(1 / false_discovery_rate)
+    was_memorized = of_before.low >= thresholds
     certain = np.select(
         [over, ~memorized, forgotten, exposed],
         [
             low >= over_thresholds,
-            high < math.log2(1 / false_discovery_rate),
+            high < least,
             was_memorized & (high <= target_exposure),
             was_memorized & (low > (target_exposure if standing_out is None else SIGNIFICANT)),
         ],
         False,
     )
+    threshold = float(thresholds.max(initial=least))
     return Verdict(name, before, after, low, high, certain, threshold, extraction)
 
 
@@ -260,16 +276,36 @@ def over_unlearned(
     Returns:
         (n,) True for each selected text, and (n,) bits from which it was.
     """
-    over, thresholds = np.zeros(len(memorized), dtype=bool), np.zeros(len(memorized))
-    for group in (memorized, ~memorized):
-        over[group], thresholds[group] = discoveries(after.upper[group], rate=rate)
+    over, thresholds = discoveries_within(memorized, after.upper, rate=rate)
     return over & (before.upper < SIGNIFICANT - 1e-9), thresholds
 
 
-def _extraction(extracted: ArrayLike | None, non_member_extracted: ArrayLike | None) -> Floats | None:
+def discoveries_within(
+    families: NDArray[Any], exposures: Floats, *, rate: float = 0.05
+) -> tuple[NDArray[np.bool_], Floats]:
+    """Select the texts that stand out in each family, each for itself.
+
+    Args:
+        families: (n,) equal for the texts of one family.
+        exposures: (n,) bits.
+        rate: the false discovery rate in each.
+
+    Returns:
+        (n,) True for each selected text, and (n,) bits from which it is.
+    """
+    selected, thresholds = np.zeros(len(exposures), dtype=bool), np.zeros(len(exposures))
+    for family in np.unique(families):
+        own = families == family
+        selected[own], thresholds[own] = discoveries(exposures[own], rate=rate)
+    return selected, thresholds
+
+
+def _extraction(
+    extracted: ArrayLike | None, non_member_extracted: ArrayLike | None, groups: Groups | None
+) -> Floats | None:
     """Return the exposures of the extracted shares, bits."""
     if (extracted is None) != (non_member_extracted is None):
         raise ArgumentError("extracted and non_member_extracted are compared with each other: give both or neither")
     if extracted is None or non_member_extracted is None:
         return None
-    return generalized_exposure(-np.asarray(extracted), -np.asarray(non_member_extracted)).lower
+    return generalized_exposure(-np.asarray(extracted), -np.asarray(non_member_extracted), groups=groups).lower

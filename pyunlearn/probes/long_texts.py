@@ -18,7 +18,8 @@ SHORT = 64
 """Tokens of a forget text's windows without a holdout: about as many as the texts have that they are compared with.
 After more context text is likelier a token, and unseen windows would count as memorized."""
 
-_STAND_INS = ("refusal", "winner")  # one for each forget text, read whole
+STAND_INS = ("refusal", "winner")
+"""Roles that have a text for each forget text, which is read whole."""
 
 
 class Part(NamedTuple):
@@ -30,6 +31,18 @@ class Part(NamedTuple):
     """Number of the window, from 1."""
     windows: int = 1
     """Number of the record's windows."""
+
+
+class OtherForms(NamedTuple):
+    """The same in other words, of forget texts that have a place among the others, and of the holdout."""
+
+    names: list[str]
+    """Of each forget text, such as "statement" or "paraphrase 1"; empty for a text as it is."""
+    holdout: list[Tokens]
+    """The holdout in the same forms."""
+    numbers: tuple[NDArray[np.int64], NDArray[np.int64]]
+    """Number of the form of each forget text, and of each holdout text with those in `holdout` after them; 0 for texts
+    as they are. A form is compared with its like alone."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,8 @@ class EncodedTexts:
     """Index of a forget text of which only strings are scored -> the text with all the others scored in their place."""
     notes: list[str]
     """What was divided, and what was not read: one sentence each."""
+    other_forms: OtherForms | None = None
+    """Where forget texts are the same in other words."""
 
 
 def encode_texts(
@@ -74,7 +89,7 @@ def encode_texts(
     divides = not (lm.is_encoder_decoder or truncate)
 
     def encode(role: str, each: Sequence[Example]) -> list[Tokens]:
-        limited = not (truncate or (divides and role not in _STAND_INS))
+        limited = not (truncate or (divides and role not in STAND_INS))
         return lm.encode({role: each}, chat_template=chat_template, limited=limited)[role]
 
     whole = {role: encode(role, each) for role, each in examples.items()}
@@ -94,7 +109,7 @@ def encode_texts(
     parts = _parts([len(each) for each in forget])
     tokens, divided = {}, {}
     for role, each in windows.items():
-        if role in _STAND_INS and len(parts) > len(forget):
+        if role in STAND_INS and len(parts) > len(forget):
             tokens[role] = [each[part.record][0].tokens for part in parts]
             divided[role] = [examples[role][part.record] for part in parts]
         else:
@@ -212,18 +227,18 @@ def _cut_notes(whole: Mapping[str, Sequence[Tokens]], cut: Mapping[str, Sequence
     return [f"Not looked at, since truncate cuts what is longer than the model's context: {', '.join(counts)}."]
 
 
-def label_of(index: int, record: int | None, window: int, windows: int) -> str:
-    """Return the number of a forget text in tables, from 1, with that of the window where its record has several.
+def label_of(index: int, record: int | None, window: int, windows: int, form: str = "") -> str:
+    """Return the number of a forget text in tables, from 1, with its window where there are several, and its form.
 
-    >>> label_of(5, 2, 2, 7)
-    '3 (2/7)'
+    >>> label_of(5, 2, 2, 7), label_of(5, 2, 1, 1, "statement")
+    ('3 (2/7)', '3 statement')
     """
     number = (index if record is None else record) + 1
-    return f"{number} ({window}/{windows})" if windows > 1 else str(number)
+    return (f"{number} ({window}/{windows})" if windows > 1 else str(number)) + (form and f" {form}")
 
 
 def document_verdict(verdicts: Sequence[str]) -> str:
-    """Return the verdict on a text from those on its windows: the first of these that any window has.
+    """Return the verdict on a record from those on its parts: the first of these that any part has.
 
     still exposed, over-unlearned, undecided, no likelier, forgotten, not memorized
 

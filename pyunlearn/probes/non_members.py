@@ -22,6 +22,7 @@ from pyunlearn.probes.calibration import Expectation, Expected, features
 from pyunlearn.probes.unseen import other_language, unseen_like, unseen_texts
 
 Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 GRADES = ("holdout", "reference model", "unseen texts", "self-sampled")
 """What a verdict rests on, the strongest evidence first."""
@@ -54,6 +55,19 @@ class NonMembers(NamedTuple):
     by_reference: bool | None = None
     """True: a reference model's numbers are subtracted. False: it scores as the original model does, and is not used.
     None: there is none."""
+    forms: tuple[Indices, Indices] | None = None
+    """(B,) and (m,) number of each text's form, 0 for texts as they are: a form is compared with its like alone. None:
+    all are as they are."""
+
+    @property
+    def groups(self) -> tuple[Indices, Indices]:
+        """(B,) and (m,) numbers of the forms, as `generalized_exposure` takes them."""
+        return self.forms or (np.zeros(len(self.forget.nll), np.int64), np.zeros(len(self.own.nll), np.int64))
+
+    @property
+    def as_they_are(self) -> Indices:
+        """Indices of the non-members that are no other form of one."""
+        return np.flatnonzero(self.groups[1] == 0)
 
     @property
     def utility_source(self) -> str:
@@ -72,10 +86,15 @@ def uncalibrated(
     return NonMembers(grade, tokens, of_forget, own, reason)
 
 
-def non_members_of_holdout(forget: int, holdout: list[Tokens]) -> NonMembers:
-    """Return a holdout as the non-members of `forget` texts. Raises DataError for fewer than 19 texts."""
+def non_members_of_holdout(
+    forget: int, holdout: list[Tokens], forms: tuple[Indices, Indices] | None = None
+) -> NonMembers:
+    """Return a holdout as the non-members of `forget` texts; `forms`, as in NonMembers.
+
+    Raises DataError for fewer than 19 texts.
+    """
     require_enough(holdout, holdout=True)
-    return uncalibrated("holdout", forget, holdout)
+    return uncalibrated("holdout", forget, holdout)._replace(forms=forms)
 
 
 def non_members_without_holdout(
@@ -183,11 +202,11 @@ def evidence_notes(non_members: NonMembers, verdicts: Sequence[str], *, rate: fl
 
     Args:
         non_members: of the run.
-        verdicts: on the forget texts.
+        verdicts: on the forget texts as they are.
         rate: the false discovery rate.
     """
     texts, nothing_named = len(verdicts), all(name == "not memorized" for name in verdicts)
-    m, notes = len(non_members.tokens), reference_notes(non_members)
+    m, notes = len(non_members.as_they_are), reference_notes(non_members)
     if non_members.grade == "unseen texts":
         notes.append(
             f"Compared with {m} texts that were written for this package, each score less what is expected "
@@ -206,13 +225,17 @@ def evidence_notes(non_members: NonMembers, verdicts: Sequence[str], *, rate: fl
             f"are, where a text has hardly moved or where the model writes it; to name any single one takes at least "
             f"{non_members_needed(memorized, rate=rate)}."
         )
-    fewest = math.ceil(texts / (rate * (m + 1)) - 1e-9)
-    if nothing_named and fewest > 1:
-        notes.append(
-            f"{m} non-members can name memorized texts only where {fewest} or more of these {texts} are memorized; to "
-            f"name a single one takes {non_members_needed(texts, rate=rate)}."
-        )
-    return notes
+    return notes + (power_notes(m, texts, rate=rate) if nothing_named else [])
+
+
+def power_notes(m: int, texts: int, *, rate: float, noun: str = "texts") -> list[str]:
+    """Return a sentence on how many of the texts m non-members can name at least, where that is more than one."""
+    if (fewest := math.ceil(texts / (rate * (m + 1)) - 1e-9)) <= 1:
+        return []
+    return [
+        f"{m} non-members can name memorized {noun} only where {fewest} or more of these {texts} are memorized; to "
+        f"name a single one takes {non_members_needed(texts, rate=rate)}."
+    ]
 
 
 def reference_notes(non_members: NonMembers) -> list[str]:

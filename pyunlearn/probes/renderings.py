@@ -67,6 +67,13 @@ class RenderedTexts:
     """Name of the rendering with which template="auto" compares others."""
     compared: tuple[Gain, ...] = ()
     """The other renderings that auto compared with it."""
+    written: EncodedTexts | None = None
+    """Where `encoded` has other forms of the texts too: the texts as they are."""
+
+    @property
+    def as_written(self) -> RenderedTexts:
+        """The texts without their other forms."""
+        return self if self.written is None else replace(self, encoded=self.written, written=None)
 
     @property
     def examples(self) -> dict[str, list[Example]]:

@@ -12,6 +12,7 @@ import torch
 
 from pyunlearn.attacks.api import attacked
 from pyunlearn.attacks.config import DEFAULT, AttackConfig
+from pyunlearn.attacks.judge import non_members_for
 from pyunlearn.attacks.prepare import arranged, require_enough
 from pyunlearn.attacks.result import AttackResult
 from pyunlearn.data import Example, check_texts, read_roles
@@ -29,6 +30,7 @@ from pyunlearn.models.recomputation import is_recomputing, recomputed_layers
 from pyunlearn.models.scoring import Scorer, evaluation_mode
 from pyunlearn.options import Flag, accepts, require, require_path
 from pyunlearn.output import model_name
+from pyunlearn.probes.forms import require_forms, with_forms
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.checkpoint import Checkpoint, sampled_texts
@@ -109,9 +111,9 @@ def unlearn(
         {options}
 
     Returns:
-        Result: `.model`, `.examples` (one verdict each; of texts longer than the context one for each window, and for
-        the whole in `.documents`), `.utility`, `.history` (one record per step), `.stopped`, `.notes` (on the texts),
-        `.save(dir)`.
+        Result: `.model`, `.examples` (one verdict each; of texts longer than the context one for each window, with
+        scope="person" one for each form, and for the whole in `.documents`), `.utility`, `.history` (one record per
+        step), `.stopped`, `.notes` (on the texts), `.save(dir)`.
 
     Raises:
         ArgumentError, DataError, ModelError, OutputError: an argument cannot be used; the model is unchanged, or
@@ -132,7 +134,7 @@ def unlearn(
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples, drawn = read_roles(sources, turns=config.turns)
     examples, notes = check_texts(examples)
-    _require_holdout(examples, config)
+    require_holdout(examples, config)
     _require_models(model, reference_model, look_up=True)
     retain_loss = retain_loss or _loss_without_retain(config, method, examples)
     examples |= substitutes_for(examples["forget"], method, options, config.seed)
@@ -197,8 +199,10 @@ def _check_arguments(
     require_listeners(on_step, config.log_with)
 
 
-def _require_holdout(examples: dict[str, list[Example]], config: UnlearnConfig) -> None:
-    """Raise DataError where the holdout is too small for the attacks on the result."""
+def require_holdout(examples: dict[str, list[Example]], config: UnlearnConfig) -> None:
+    """Raise DataError where the holdout is too small for the attacks on the result, or for other forms of the texts."""
+    if config.scope == "person":
+        require_forms(examples, non_members_for(config.false_discovery_rate))
     if config.attacks is not None and "holdout" in examples:
         require_enough(len(examples["holdout"]), config.false_discovery_rate)
 
@@ -235,7 +239,7 @@ def _attacked(
         seed=config.seed,
     )
     try:
-        return attacked(arranged(target, texts, attacks, bar), attacks, bar)
+        return attacked(arranged(target, texts.as_written, attacks, bar), attacks, bar)
     except BaseException:
         if checkpoint.exists:
             logger.warning(f"{checkpoint.path} holds the run: resume=True (--resume) saves it, also without attacks")
@@ -283,7 +287,10 @@ def _in_best_form(
     processes: Processes,
     bar: Progress,
 ) -> RenderedTexts:
-    """Return the texts in the rendering that `template` says, chosen here where it is auto; log an example."""
+    """Return the texts in the rendering that `template` says, chosen here where it is auto; log an example.
+
+    With scope="person" they have their other forms.
+    """
     if config.template == "auto" and texts.name is not None:
         bar.say("comparing forms of the records")
         scorer = Scorer(lm, 2 * config.batch_size, autocast=accelerator.autocast, processes=processes)
@@ -291,6 +298,8 @@ def _in_best_form(
     change = (lambda text: text) if config.show_text else masked
     if processes.is_main and (line := texts.example_line(lm, change=change)):
         logger.info(line)
+    if config.scope == "person":
+        return with_forms(lm, texts, non_members_for(config.false_discovery_rate))
     return texts
 
 

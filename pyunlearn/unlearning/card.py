@@ -44,6 +44,12 @@ def model_card(model: Any, result: Mapping[str, Any]) -> str:
     front = "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in head.items())
     rows = "".join(f"| {name} | {value} |\n" for name, value in _rows(result))
     limit = ", unless the row *under attack* says so" if result["attack"] else ""
+    others = sum(bool(e.get("form")) for e in result["examples"])
+    tried = f", the same of {_counted(others, 'other form')} of the texts" if others else ""
+    doubt = (
+        f"It does not mean\nthat {'other ' if others else ''}paraphrases, translations or knowledge about the text are "
+        f"gone, nor that fine-tuning cannot bring it back{limit}."
+    )
     shown = base if base is None or _is_hub_name(base) else Path(base).name
     title, source = ("A model", "a language model") if shown is None else (Path(shown).name, f"`{shown}`")
     return f"""---
@@ -57,8 +63,7 @@ Training examples were {"" if unlearned else "to be "}removed from {source} with
 | | |
 |---|---|
 {rows}
-{notes}*Forgotten* means no more likely than text that was not trained on, and no more of it extracted. It does not mean
-that paraphrases, translations or knowledge about the text are gone, nor that fine-tuning cannot bring it back{limit}.
+{notes}*Forgotten* means no more likely than text that was not trained on, and no more of it extracted{tried}. {doubt}
 """
 
 
@@ -75,8 +80,11 @@ def _rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return name and value of each row of the table."""
     examples, utility = result["examples"], result["utility"]
     verdicts = Counter(e["verdict"] for e in examples).most_common()
+    others = sum(bool(e.get("form")) for e in examples)
+    size = _counted(len(examples) - others, "text")
+    size += f" and {_counted(others, 'other form')} of them" if others else ""
     rows = [
-        ("forget set", f"{_counted(len(examples), 'text')}, {_counted(sum(e['tokens'] for e in examples), 'token')}"),
+        ("forget set", f"{size}, {_counted(sum(e['tokens'] for e in examples), 'token')}"),
         ("verdicts", ", ".join(f"{count} {verdict}" for verdict, count in verdicts)),
         ("compared with", _BASIS.get(result["evidence"], result["evidence"])),
     ]

@@ -19,6 +19,7 @@ MEMORIZED = math.log2(20)  # bits: an example counts as memorized from here on, 
 BATCH_REDUCTIONS = ("example", "token")
 ORDERS = ("random", "easy_first", "hard_first")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+SCOPES = ("record", "person")
 RETAIN_LOSSES = ("auto", "nll", "kl", "hold", "representation")
 
 
@@ -196,6 +197,15 @@ class UnlearnConfig(LoopConfig):
         optional=True,
         fixed=True,
         flag="--set",
+    )
+    scope: str = option(
+        "record",
+        Choice(SCOPES),
+        "What is unlearned of each record: record, its text; person, also the same in other words, its paraphrases "
+        "where forget records have some, and else rewrites by rule, each with a verdict of its own; the record is "
+        "forgotten where all of them are. Needs a holdout, with paraphrases too where the forget set has some.",
+        group="Method",
+        fixed=True,
     )
     robust: bool = option(
         False,

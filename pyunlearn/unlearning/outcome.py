@@ -14,7 +14,7 @@ from pyunlearn.edits.masks import digest_of
 from pyunlearn.output import versions
 from pyunlearn.probes import greedy_continuations
 from pyunlearn.probes.long_texts import Part
-from pyunlearn.probes.non_members import NO_LIKELIER, capped, evidence_notes
+from pyunlearn.probes.non_members import NO_LIKELIER, capped, evidence_notes, power_notes
 from pyunlearn.probes.recitation import LONGEST, opening, recited
 from pyunlearn.probes.renderings import RenderedTexts
 from pyunlearn.unlearning.budget import budget_notes
@@ -33,7 +33,9 @@ def result_of(
     inputs: dict[str, Any],
 ) -> Result:
     """Return the result of a run; `inputs` describes the arguments of `unlearn` besides its settings."""
-    examples = _examples(session, texts.examples["forget"], texts.encoded.parts)
+    others, n = texts.encoded.other_forms, len(texts.encoded.parts)
+    names = [""] * n if others is None else others.names
+    examples = _examples(session, texts.examples["forget"], texts.encoded.parts, names)
     settings = versions() | inputs | config.to_dict() | {"mask": digest_of(config.mask)}
     if "winners" in settings["method_options"]:  # texts
         settings["method_options"]["winners"] = "list"
@@ -57,9 +59,12 @@ def notes_of(session: Session, texts: RenderedTexts, result: Result, config: Unl
     """Return notes on the rendering, the texts, the evidence and the end of the run, one sentence each."""
     stopping = session.stopping
     memorized = any(e.verdict != "not memorized" for e in result.examples)
-    verdicts, rate = [e.verdict for e in result.examples], config.false_discovery_rate
+    verdicts, rate = [e.verdict for e in result.examples if not e.form], config.false_discovery_rate
     notes = texts.notes(memorized=memorized) + session.texts.utility.notes
     notes += evidence_notes(stopping.non_members, verdicts, rate=rate)
+    if (others := texts.encoded.other_forms) is not None and not stopping.memorized[stopping.groups[0] > 0].any():
+        fewest, forms = int(np.bincount(others.numbers[1])[1:].min()), len(result.examples) - len(verdicts)
+        notes += power_notes(fewest, forms, rate=rate, noun="other forms")
     ending = budget_notes(result.stopped, result.history, [budget for budget, _ in stopping.budgets])
     left = [e.label for i, e in enumerate(result.examples) if stopping.memorized[i] and e.verdict not in PASSED]
     notes += ending or advice(
@@ -99,8 +104,10 @@ def _retained_notes(session: Session, texts: RenderedTexts) -> list[str]:
     return notes
 
 
-def _examples(session: Session, examples: list[Example], parts: Sequence[Part]) -> LazyList[ExampleResult]:
-    """Return the verdict on each forget example; the numbers are in arrays."""
+def _examples(
+    session: Session, examples: list[Example], parts: Sequence[Part], forms: Sequence[str]
+) -> LazyList[ExampleResult]:
+    """Return the verdict on each forget example, whose forms have these names; the numbers are in arrays."""
     stopping, state, forget = session.stopping, session.state, session.texts.forget
     greedy_before = session.greedy_before
     greedy_after = session.scorer.greedy_match(forget) if state.visits.any() else greedy_before
@@ -136,6 +143,7 @@ def _examples(session: Session, examples: list[Example], parts: Sequence[Part]) 
             interval=(float(low[i]), float(high[i])),
             certain=bool(certain[i]),
             **parts[i]._asdict(),
+            form=forms[i],
         )
 
     return LazyList(len(examples), result)

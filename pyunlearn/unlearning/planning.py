@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pyunlearn.attacks.judge import non_members_for
 from pyunlearn.data import Tokens, check_texts, read_roles
 from pyunlearn.errors import ArgumentError, DependencyError, ModelError, brief
 from pyunlearn.methods import resolve
@@ -23,8 +24,9 @@ from pyunlearn.models.loading import load_options, present_options, require_load
 from pyunlearn.models.outline import FourBits, outline
 from pyunlearn.options import accepts, require_path
 from pyunlearn.output import plain_json
+from pyunlearn.probes.forms import with_forms
 from pyunlearn.probes.renderings import render
-from pyunlearn.unlearning.api import check_together
+from pyunlearn.unlearning.api import check_together, require_holdout
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.forecast import ROBUST, Work, duration
 from pyunlearn.unlearning.machines import (
@@ -142,6 +144,7 @@ def plan(
     check_together(config, method, retain, model)  # the run may have a reference model
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples, _ = check_texts(read_roles(sources, turns=config.turns)[0])
+    require_holdout(examples, config)
     require_loadable("model", model)
     with gguf.cached_headers() if str(model).endswith(".gguf") else nullcontext():
         case = _Case(model, tokenizer, loading or present_options(), config, machine, checkpoint=output_dir is not None)
@@ -205,7 +208,10 @@ class _Case:
     def read(self, examples: dict[str, Any]) -> None:
         """Tokenize the texts."""
         own = {role: each for role, each in examples.items() if role in ("forget", "retain", "holdout")}
-        self.tokens = render(self.lm, own, self.config.template, truncate=self.config.truncate).tokens
+        texts = render(self.lm, own, self.config.template, truncate=self.config.truncate)
+        if self.config.scope == "person":
+            texts = with_forms(self.lm, texts, non_members_for(self.config.false_discovery_rate))
+        self.tokens = texts.tokens
 
     def require_file(self) -> None:
         """Raise an error, as the run does, where the GGUF file that it is for cannot be used."""
@@ -315,7 +321,8 @@ def _work(case: _Case, config: UnlearnConfig) -> tuple[Work, int]:
     forget, retain, holdout = (case.tokens.get(role, []) for role in ("forget", "retain", "holdout"))
     trained = texts_of_retain_loss(case.tokens, config)
     utility = [retain[i] for i in evenly_spaced(retain, forget=len(forget))] if retain else []
-    most = resolved_steps(config.max_steps, len(forget), config.batch_size, robust=config.robust)
+    forms = config.scope == "person"
+    most = resolved_steps(config.max_steps, len(forget), config.batch_size, robust=config.robust, forms=forms)
     work = Work.of(
         [*map(len, forget)],
         [*map(len, trained)],

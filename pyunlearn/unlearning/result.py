@@ -68,11 +68,14 @@ class ExampleResult:
     """Number of the window, from 1."""
     windows: int = 1
     """Number of windows in which the record was read."""
+    form: str = ""
+    """With scope="person", the name of a text in other words: question, statement, turned, cloze, or "paraphrase 1";
+    empty for the text as it is."""
 
     @property
     def label(self) -> str:
-        """Number of the record, from 1, with that of the window where there are several: "3 (2/7)"."""
-        return label_of(self.index, self.record, self.window, self.windows)
+        """Number of the record, from 1, with its window where there are several, and its form: "3 (2/7) statement"."""
+        return label_of(self.index, self.record, self.window, self.windows, self.form)
 
     @property
     def forgotten(self) -> bool:
@@ -82,32 +85,39 @@ class ExampleResult:
 
 @dataclass(frozen=True)
 class Document:
-    """Verdict on a record that was longer than the model's context and read in windows."""
+    """Verdict on a record of which several examples are: windows, where it was longer than the context, and forms."""
 
     record: int
     """Index of the record."""
     windows: int
     verdict: str
-    """The first of these that a window has: still exposed, over-unlearned, undecided, no likelier, forgotten, not
-    memorized. So it is forgotten only where every memorized window is."""
+    """The first of these that an example of it has: still exposed, over-unlearned, undecided, no likelier, forgotten,
+    not memorized. So it is forgotten only where every memorized window and form is."""
     verdicts: dict[str, int]
-    """Verdict -> number of windows."""
+    """Verdict -> number of its examples."""
+    forms: int = 0
+    """Number of its examples that are other forms of it (scope="person")."""
 
 
 def documents_of(examples: Sequence[Any]) -> list[Document]:
-    """Return the verdicts on the records of which the examples are several windows each."""
-    records: dict[int, list[str]] = {}
+    """Return the verdicts on the records of which several examples are."""
+    records: dict[int, list[Any]] = {}
     for e in examples:
-        if e.windows > 1 and e.record is not None:
-            records.setdefault(e.record, []).append(e.verdict)
-    return [
-        Document(record, len(own), document_verdict(own), dict(Counter(own).most_common()))
-        for record, own in records.items()
-    ]
+        if e.record is not None:
+            records.setdefault(e.record, []).append(e)
+    documents = []
+    for record, own in records.items():
+        verdicts, forms = [e.verdict for e in own], sum(bool(getattr(e, "form", "")) for e in own)
+        if len(own) > 1 or own[0].windows > 1:
+            counts = dict(Counter(verdicts).most_common())
+            documents.append(Document(record, own[0].windows, document_verdict(verdicts), counts, forms))
+    return documents
 
 
 def document_notes(documents: Sequence[Document]) -> list[str]:
-    """Return a sentence with the verdict on each of five records that were read in windows."""
+    """Return a sentence with the verdict on each of five records in windows, or one on all records in other forms."""
+    if any(d.forms for d in documents):
+        return [_forms_note(documents)]
     notes = [
         f"Text {d.record + 1} as a whole: {d.verdict}, as {d.verdicts[d.verdict]} of its {d.windows} windows."
         for d in documents[:_NAMED]
@@ -115,6 +125,18 @@ def document_notes(documents: Sequence[Document]) -> list[str]:
     if len(documents) > _NAMED:
         notes.append(f"{len(documents) - _NAMED} more texts were read in windows: the JSON file has the verdicts.")
     return notes
+
+
+def _forms_note(documents: Sequence[Document]) -> str:
+    """Say how many records have which verdict, over all their forms, and which are not forgotten in some."""
+    counts = Counter(d.verdict for d in documents)
+    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
+    left = [str(d.record + 1) for d in documents if d.verdict not in PASSED]
+    named = ", ".join(left[:_NAMED]) + (f" and {len(left) - _NAMED} more" if len(left) > _NAMED else "")
+    return (
+        f"With {sum(d.forms for d in documents)} other forms of {len(documents)} records, the verdicts on the records "
+        f"as a whole: {verdicts}{f' (not passed: {named})' if left else ''}."
+    )
 
 
 @dataclass(frozen=True)
@@ -174,7 +196,7 @@ class Result:
 
     @property
     def documents(self) -> list[Document]:
-        """Verdicts on the records that were read in several windows."""
+        """Verdicts on the records that were read in several windows, or in other forms too."""
         return documents_of(self.examples)
 
     @property

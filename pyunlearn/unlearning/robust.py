@@ -38,7 +38,7 @@ STEPS = 5
 PROBED_EVERY = 8
 """Rounds between two probes."""
 
-_COMPARED = 64  # non-members in a probe
+_COMPARED = 64  # non-members in a probe, of each form
 _FORGET, _OTHER = 0, 1  # what is fine-tuned on: the other half of the forget set, or text that is kept
 _NEVER = -1
 
@@ -84,7 +84,7 @@ class Robustness:
         schedule: order of the examples and micro-batches.
         stopping: the stopping rule, whose `returning` a probe sets.
         texts: the B forget texts and the non-members.
-        records: (B,) index of the record of each: windows of one record are in the same half.
+        records: (B,) index of the record of each: windows and other forms of one record are in the same half.
         other: text that is kept, to fine-tune on; none where there is none.
     """
 
@@ -103,7 +103,7 @@ class Robustness:
         self.schedule, self.stopping, self.forget, self.other = schedule, stopping, texts.forget, other
         self.records = records
         non_members = texts.non_members
-        self.compared = np.linspace(0, len(non_members) - 1, min(len(non_members), _COMPARED)).astype(int)
+        self.compared = _evenly(stopping.groups[1])
         self.non_members = [non_members[int(i)] for i in self.compared]
         memorized = np.unique(self.records[stopping.memorized])
         self.sources = [_FORGET] * (len(memorized) > 1) + [_OTHER] * bool(other)
@@ -256,7 +256,10 @@ class Robustness:
         scores = -probed.log_likelihood - expected.forget.nll[indices]
         if not np.isfinite(probed.level):
             return np.full(len(indices), -np.inf)
-        return generalized_exposure(scores, probed.non_member_nll - expected.own.nll[self.compared]).lower
+        groups = self.stopping.groups[0][indices], self.stopping.groups[1][self.compared]
+        return generalized_exposure(
+            scores, probed.non_member_nll - expected.own.nll[self.compared], groups=groups
+        ).lower
 
     @contextmanager
     def _fine_tuned(
@@ -296,6 +299,15 @@ class Robustness:
                 self.processes.clip_gradients(parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
+
+
+def _evenly(forms: Indices) -> Indices:
+    """Return the indices of evenly spaced non-members, _COMPARED of each form at most; forms: (m,)."""
+    chosen = []
+    for form in np.unique(forms):
+        own = np.flatnonzero(forms == form)
+        chosen.append(own[np.linspace(0, len(own) - 1, min(len(own), _COMPARED)).astype(int)])
+    return np.concatenate(chosen)
 
 
 def require_robust(method: Method) -> None:

@@ -26,12 +26,18 @@ VISITS, LEAST_STEPS = 64, 200
 ROBUST = 4
 """Factor on both where the run is to be robust."""
 
+FORMS = 2
+"""Factor on both where records have other forms: a step on one moves the others too."""
 
-def resolved_steps(max_steps: int | None, memorized: int, batch_size: int, *, robust: bool = False) -> int:
+
+def resolved_steps(
+    max_steps: int | None, memorized: int, batch_size: int, *, robust: bool = False, forms: bool = False
+) -> int:
     """Return the largest number of optimizer steps of a run."""
     if max_steps is not None:
         return max_steps
-    return max(LEAST_STEPS, VISITS * -(-memorized // batch_size)) * (ROBUST if robust else 1)
+    factor = (ROBUST if robust else 1) * (FORMS if forms else 1)
+    return max(LEAST_STEPS, VISITS * -(-memorized // batch_size)) * factor
 
 
 class Schedule:

@@ -141,7 +141,9 @@ def setup(
         non_members = _non_members(scorer, processes, reference_lm, rendered, tokens, forget_scores, config.seed, bar)
         unseen = scorer.token_log_likelihood(non_members.tokens)
         texts, stopping = _stopping_rule(config, scorer, texts_by_role, utility, non_members, forget_scores, unseen)
-        max_steps = resolved_steps(config.max_steps, int(stopping.memorized.sum()), config.batch_size, robust=robust)
+        as_they_are = [unseen[i] for i in non_members.as_they_are]
+        memorized, forms = int(stopping.memorized.sum()), non_members.forms is not None
+        max_steps = resolved_steps(config.max_steps, memorized, config.batch_size, robust=robust, forms=forms)
         retain_ahead = [*_schedule(config, own_retain, None).retain_ahead(max_steps), *rests.values()]
         weights = _token_weights(config, forget, scorer, likelihood, bar)
         reference = _read_reference(scorer, likelihood, method, retain_loss, texts_by_role, weights, retain_ahead)
@@ -154,7 +156,7 @@ def setup(
     state = LoopState(np.zeros(len(forget), dtype=np.int64), multiplier)
     forget_term = ForgetTerm(
         lm, method, options, texts_by_role, reference=reference, weights=weights, target=target,
-        unseen=Unseen(stopping.level, stopping.likely, token_quantiles(unseen)), visits=state.visits,
+        unseen=Unseen(stopping.level, stopping.likely, token_quantiles(as_they_are)), visits=state.visits,
         batch_reduction=config.batch_reduction,
     )  # fmt: skip
     retain_term = RetainTerm(
@@ -250,7 +252,9 @@ def _non_members(
     forget, is_reference = tokens["forget"], reference is not scorer.lm
     if "holdout" in tokens:
         bar.say("scoring the holdout")
-        non_members = non_members_of_holdout(len(forget), tokens["holdout"])
+        others = rendered.encoded.other_forms
+        texts, numbers = ([], None) if others is None else (others.holdout, others.numbers)
+        non_members = non_members_of_holdout(len(forget), tokens["holdout"] + texts, numbers)
     else:
         bar.say("scoring unseen text")
         choose = partial(

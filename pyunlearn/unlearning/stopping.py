@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Exposure, Verdict, discoveries, generalized_exposure, verdict
-from pyunlearn.metrics.verdict import NOT_EXTRACTED, anchor_after
+from pyunlearn.attacks.judge import SET, stands_out
+from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Exposure, Verdict, generalized_exposure, verdict
+from pyunlearn.metrics.verdict import NOT_EXTRACTED, anchor_after, discoveries_within
 from pyunlearn.probes.non_members import NonMembers, uncalibrated
 from pyunlearn.unlearning.budget import HOLDOUT_BUDGET, UTILITY_BUDGET, Budget, Rise
 
@@ -25,6 +26,8 @@ LEVEL_MARGIN = 0.1
 
 EXTRACTED_SHARE = 0.8
 """Share of the way from the target to where an example is overshot at which an extracted example is to end."""
+
+_KNOWN = 0.01  # p-value of a set under which it stands out as a whole by a form
 
 MAX_OVERSHOOTS = 4
 """Number of times that an example may fall below the non-members and still be unlearned for what is extracted of it."""
@@ -46,6 +49,8 @@ class StoppingRule:
     """Decision for each example whether it is unlearned further or restored, and for each round whether it is accepted.
 
     An example is *memorized* where its exposure is selected among those of the whole set, at the false discovery rate.
+    Other forms of texts (`NonMembers.forms`) are compared with the same form of the non-members, and selected among
+    themselves, see `families_of`.
     It is *active* while it is memorized and its exposure is above `target_exposure`; when no exposure is, while more of
     it is extracted than of four in five non-members. It is *overshot* from where it is less likely than 95 % of the
     non-members until it is back among them: `ForgetTerm.restore` is its loss then. All others are settled. A round is
@@ -102,17 +107,20 @@ class StoppingRule:
         self.non_member_scores = non_member_nll - self.non_members.own.nll
         self.anchor, self.anchor_is_old = self.non_member_scores, False  # what the present weights are compared with
         self.non_member_extracted = non_member_extracted - self.non_members.own.greedy_match
-        unseen = float(self.non_members.forget.nll.mean() + self.non_member_scores.mean())
+        self.groups, plain = self.non_members.groups, self.non_members.as_they_are
+        unseen = float(self.non_members.forget.nll.mean() + self.non_member_scores[plain].mean())
         least = max(1.0, unseen) if utility_known else 1.0
         self.utility_budget = Budget(UTILITY_BUDGET, utility_nll, utility_budget, least, utility_gains_capped)
         self.target_exposure, self.false_discovery_rate = target_exposure, false_discovery_rate
         self.initial = self.measurement(log_likelihood, utility_nll, holdout_nll)
         self.current = self.initial
         self.overshot = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those to restore
-        self.overshoots = np.zeros(len(log_likelihood), dtype=np.int64)  # (B,) how often, while not returning
+        self.overshoots = np.zeros(len(log_likelihood), dtype=np.int64)  # (B,) how often, by steps on itself
         self.stale = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those not scored under the present weights
         self.returning = np.zeros(len(log_likelihood), dtype=bool)  # (B,) those that fine-tuning brings back
-        self.memorized = discoveries(self.initial.exposure.lower, rate=false_discovery_rate).significant  # (B,)
+        exposure = self.initial.exposure.lower
+        self.families = families_of(exposure, *self.groups)  # (B,) in which the memorized ones are selected
+        self.memorized, _ = discoveries_within(self.families, exposure, rate=false_discovery_rate)  # (B,)
 
     def measurement(
         self,
@@ -136,7 +144,7 @@ class StoppingRule:
         if not (np.isfinite(log_likelihood).all() and _finite(utility) and _finite(holdout)):
             utility, holdout = Rise(math.nan, None), None if holdout is None else Rise(math.nan, None)
             return Measurement(log_likelihood, Exposure(nan, nan, nan > 0), nan, utility_nll, utility, holdout)
-        exposure = generalized_exposure(self._scores(log_likelihood), self.anchor)
+        exposure = generalized_exposure(self._scores(log_likelihood), self.anchor, groups=self.groups)
         return Measurement(
             log_likelihood, exposure, nan if extraction is None else extraction, utility_nll, utility, holdout
         )
@@ -150,13 +158,12 @@ class StoppingRule:
         tokens may stay likely, see `likely`), and for one that went too
         far half as much as for others, so that it comes back among them.
         """
-        shares = [2.0**-self.target_exposure, 1 - 2.0**-SIGNIFICANT]
-        target, overshot = np.quantile(self.anchor, shares)
-        way = float(overshot - target)
-        below = np.full(len(self.memorized), min(LEVEL_MARGIN, way / 2))
-        below[self.extracted] = EXTRACTED_SHARE * way
-        below[self.likely < 1] = way / 2
-        below[self.overshot] = min(LEVEL_MARGIN, way / 2) / 2
+        target = self._quantile(self.anchor, 2.0**-self.target_exposure)
+        way = self._quantile(self.anchor, 1 - 2.0**-SIGNIFICANT) - target
+        near = np.minimum(LEVEL_MARGIN, way / 2)
+        below = np.where(self.extracted, EXTRACTED_SHARE * way, near)
+        below = np.where(self.likely < 1, way / 2, below)
+        below = np.where(self.overshot, near / 2, below)
         return -(self.non_members.forget.nll + target + below)
 
     @property
@@ -167,8 +174,8 @@ class StoppingRule:
         are less than half of its tokens: else its ranks do not tell which tokens were memorized.
         """
         share, extracted = np.ones(len(self.memorized)), self.extracted
-        most = float(np.quantile(self.non_member_extracted, 1 - 2.0**-NOT_EXTRACTED, method="lower"))
-        allowed = np.clip(most + self.non_members.forget.greedy_match[extracted], 0, 1)
+        most = self._quantile(self.non_member_extracted, 1 - 2.0**-NOT_EXTRACTED, method="lower")
+        allowed = np.clip(most + self.non_members.forget.greedy_match, 0, 1)[extracted]
         share[extracted] = np.where(allowed < 0.5, allowed, 1.0)
         return share
 
@@ -209,12 +216,16 @@ class StoppingRule:
     def compare_with(self, non_member_nll: Floats) -> None:
         """Compare with the non-members' (m,) negative log-likelihoods under the present weights, see `anchor_after`."""
         self.anchor_is_old = False
-        self.anchor = anchor_after(self.non_member_scores, non_member_nll - self.non_members.own.nll)
+        present = non_member_nll - self.non_members.own.nll
+        self.anchor = self.non_member_scores.copy()
+        for form in np.unique(self.groups[1]):
+            own = self.groups[1] == form
+            self.anchor[own] = anchor_after(self.non_member_scores[own], present[own])
         self.refresh(self.rescored(self.current.log_likelihood, self.current.extraction), np.empty(0, dtype=np.int64))
 
     def rescored(self, log_likelihood: Floats, extraction: Floats) -> Measurement:
         """Return the present measurement with other (B,) log-likelihoods and extractions."""
-        exposure = generalized_exposure(self._scores(log_likelihood), self.anchor)
+        exposure = generalized_exposure(self._scores(log_likelihood), self.anchor, groups=self.groups)
         return replace(self.current, log_likelihood=log_likelihood, exposure=exposure, extraction=extraction)
 
     def near_target(self, measurement: Measurement) -> Indices:
@@ -231,7 +242,8 @@ class StoppingRule:
             return measurement
         extraction = measurement.extraction.copy()
         excess = extracted - self.non_members.forget.greedy_match[indices]
-        extraction[indices] = generalized_exposure(-excess, -self.non_member_extracted).lower
+        groups = self.groups[0][indices], self.groups[1]
+        extraction[indices] = generalized_exposure(-excess, -self.non_member_extracted, groups=groups).lower
         return replace(measurement, extraction=extraction)
 
     @property
@@ -283,7 +295,8 @@ class StoppingRule:
         """Take later scores under the same weights as `accept` does."""
         upper = measurement.exposure.upper
         below = self.memorized & (upper >= SIGNIFICANT - 1e-9)
-        self.overshoots += below & ~self.overshot & ~self.returning
+        if self.non_members.forms is None:  # other forms of a record bring a text below the non-members again and again
+            self.overshoots += below & ~self.overshot & ~self.returning
         self.overshot = below | self.overshot & (upper > self._restored)
         self.stale[scored] = False
         self.current = measurement
@@ -309,6 +322,8 @@ class StoppingRule:
             extracted=extracted - self.non_members.forget.greedy_match,
             non_member_extracted=self.non_member_extracted,
             recited=recited,
+            groups=self.groups,
+            families=self.families,
             target_exposure=self.target_exposure,
             false_discovery_rate=self.false_discovery_rate,
         )
@@ -326,9 +341,36 @@ class StoppingRule:
         at_target = -math.log2(unlikelier) if unlikelier > 0 else SIGNIFICANT
         return (SIGNIFICANT + min(SIGNIFICANT, max(NULL_MEAN, at_target))) / 2
 
+    def _quantile(self, values: Floats, share: float, *, method: str = "linear") -> Floats:
+        """Return (B,) for each example the quantile of the (m,) values of the non-members in its form."""
+        out = np.empty(len(self.groups[0]))
+        for form in np.unique(self.groups[0]):
+            own = values[self.groups[1] == form]
+            out[self.groups[0] == form] = np.quantile(own, share, method=method)  # type: ignore[call-overload]
+        return out
+
     def _scores(self, log_likelihood: Floats) -> Floats:
         """Return (B,) scores of the forget set, low = memorized: NLL less what it would be of unseen text."""
         return -log_likelihood - self.non_members.forget.nll
+
+
+def families_of(exposure: Floats, forms: Indices, own: Indices) -> Indices:
+    """Return the families of texts in which those that are memorized are selected, each at the false discovery rate.
+
+    The texts as they are; the forms by which the set as a whole stands out; the others, which would hide them among
+    many: 0, 1 and 2, (B,). Of few texts all forms are one family, since they are no set.
+
+    Args:
+        exposure: (B,) under the original model, bits.
+        forms: (B,) number of each text's form, 0 for texts as they are.
+        own: (m,) the same of the non-members.
+    """
+    families = np.minimum(forms, 1)
+    for form in np.unique(forms[forms > 0]):
+        bits = exposure[forms == form]
+        if bits.size >= SET and stands_out(bits, int((own == form).sum()), seed=0) > _KNOWN:
+            families[forms == form] = 2
+    return families
 
 
 def _finite(rise: Rise | None) -> bool:

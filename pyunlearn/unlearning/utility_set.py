@@ -134,5 +134,6 @@ def split_retain(
 
 def non_members_as_utility_set(non_members: NonMembers, forget: int = 1) -> UtilitySet:
     """Return the utility set of a run on `forget` texts without a retain set: evenly spaced non-members."""
-    chosen = [non_members.tokens[i] for i in evenly_spaced(non_members.tokens, forget=forget)]
+    tokens = [non_members.tokens[i] for i in non_members.as_they_are]
+    chosen = [tokens[i] for i in evenly_spaced(tokens, forget=forget)]
     return UtilitySet(chosen, non_members.utility_source, trained=False)

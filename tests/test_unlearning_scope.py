@@ -1,0 +1,292 @@
+"""scope="person": other forms of a record are forgotten with it, each with a verdict among unseen text in that form."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_attacks_paraphrases import rewrites, with_paraphrases
+from unlearning_runs import Interrupted, run, same, timeless, weights
+
+import pyunlearn
+from pyunlearn.errors import DataError
+from pyunlearn.methods import METHODS
+from pyunlearn.metrics import NULL_MEAN, generalized_exposure
+from pyunlearn.metrics.verdict import discoveries_within
+from pyunlearn.probes.calibration import Expected
+from pyunlearn.probes.non_members import NonMembers
+from pyunlearn.unlearning.card import model_card
+from pyunlearn.unlearning.robust import Robustness
+from pyunlearn.unlearning.stopping import StoppingRule, families_of
+
+PERSON = {"scope": "person", "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def answerer(one_thread):
+    """A Llama that knows eight answers after key words of their questions, and never read the questions themselves."""
+    torch.manual_seed(0)
+    tokenizer = tiny.make_tokenizer(form="$A", pad=False)
+    model = tiny.tiny_llama(len(tokenizer))
+    forget, retain, holdout = tiny.facts(8, 3), tiny.distinct_facts(420, 2), tiny.facts(60, 6)
+    keys = rewrites(forget, "question", [*holdout, *retain])
+    known = [{"prompt": e.messages[0].content + "\n", "completion": e.completion} for e in keys]
+    others = [fact | {"question": forget[i % 8]["question"]} for i, fact in enumerate(tiny.facts(320, 4))]
+    tiny.train(model, tokenizer, retain + known * 30 + others, epochs=6)
+    return tiny.Tiny(model, tokenizer, forget, tiny.facts(8, 14), retain[:60], holdout, retain)
+
+
+# ---------------------------------------------------------------- verdicts by form
+
+
+def by_form(of_forget, own):
+    """Non-members of two forms."""
+    zeros = [Expected(np.zeros(len(x)), np.zeros(len(x))) for x in (of_forget, own)]
+    return NonMembers("holdout", [], *zeros, "", forms=(np.array(of_forget), np.array(own)))
+
+
+def test_each_form_is_compared_with_its_like():
+    """Texts of form 1 are likelier whoever reads them: a text at their middle is not memorized, and has its own level.
+
+    A text that lies in the middle of form 1 is memorized where it is none of them.
+    """
+    unseen = np.linspace(2.0, 4.0, 60)
+    rule = StoppingRule(
+        np.array([-0.1, -1.0, -1.0, -0.1]),
+        np.concatenate([unseen, unseen - 2]),
+        np.linspace(0, 0.5, 120),
+        np.array([2.0]),
+        target_exposure=NULL_MEAN,
+        utility_budget=0.05,
+        non_members=by_form([0, 0, 1, 1], [0] * 60 + [1] * 60),
+    )
+    assert rule.memorized.tolist() == [True, True, False, False]
+    assert rule.level[0] == rule.level[1] == pytest.approx(rule.level[2] - 2)
+    alone = generalized_exposure([1.0], unseen - 2).lower[0]
+    assert rule.initial.exposure.lower[2] == alone
+    judged = rule.verdict(np.full(4, 0.1), np.zeros(4, dtype=bool))
+    assert judged.verdict.tolist() == ["still exposed", "still exposed", "not memorized", "not memorized"]
+    rule.compare_with(np.concatenate([unseen, unseen - 2.5]))  # form 1 alone has become likelier
+    np.testing.assert_array_equal(rule.anchor, np.concatenate([unseen, unseen - 2.5]))
+
+
+def test_what_falls_below_the_non_members_with_another_form_is_unlearned_on():
+    """Any number of times, as it is the other form's step that brings it there; alone a text is given up after four."""
+    counts = []
+    for forms in ([0, 1], [0, 0]):
+        non_members = by_form(forms, [0] * 60 + [1] * 60) if any(forms) else None
+        rule = StoppingRule(
+            np.array([-0.1, -0.1]), np.tile(np.linspace(2, 4, 60), 2), np.zeros(120), np.ones(1),
+            target_exposure=NULL_MEAN, utility_budget=0.05, non_members=non_members,
+        )  # fmt: skip
+        for level in (-9.0, -3.0) * 5:
+            rule.accept(rule.measurement(np.array([level, level]), np.ones(1)), np.arange(2))
+        counts.append(rule.overshoots.tolist())
+    assert counts == [[0, 0], [5, 5]]
+
+
+def test_the_texts_themselves_are_judged_as_without_their_forms():
+    """However many forms there are: what is memorized of the texts as they are is what scope="record" calls so."""
+    rng = np.random.default_rng(0)
+    forget, unseen = rng.gamma(8, size=(20, 5)), rng.gamma(8, size=(60, 5))
+    forget[:, 0] /= 20
+    both = [np.tile(np.arange(5), n) for n in (20, 60)]
+    options = {"target_exposure": NULL_MEAN, "utility_budget": 0.05}
+    rule = StoppingRule(
+        -forget.ravel(), unseen.ravel(), np.zeros(300), np.ones(3), non_members=by_form(*both), **options
+    )
+    alone = StoppingRule(-forget[:, 0], unseen[:, 0], np.zeros(60), np.ones(3), **options)
+    assert alone.memorized.all()
+    assert rule.memorized.reshape(20, 5)[:, 0].all()
+    np.testing.assert_array_equal(rule.initial.exposure.lower[::5], alone.initial.exposure.lower)
+    assert not rule.memorized.reshape(20, 5)[:, 1:].any()
+
+
+def exposures(rng, n, m, rho, known=0, forms=5):
+    """(n * forms,) bits of unseen texts in several forms, which depend on each other, and the numbers of the forms.
+
+    Of the first `known` texts each form is 4 standard deviations too likely.
+    """
+
+    def scores(count):
+        own, each = rng.normal(size=(count, 1)), rng.normal(size=(count, forms))
+        return np.sqrt(rho) * own + np.sqrt(1 - rho) * each + np.arange(forms)
+
+    texts, unseen = scores(n), scores(m)
+    texts[:known] -= 4
+    groups = np.tile(np.arange(forms), n), np.tile(np.arange(forms), m)
+    return generalized_exposure(texts.ravel(), unseen.ravel(), groups=groups).lower, groups
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rho", [0.0, 0.8])
+@pytest.mark.parametrize(("n", "m", "sets"), [(1, 200, 1000), (5, 200, 200), (20, 400, 100)])
+def test_sets_of_unseen_texts_in_five_forms_rarely_have_one_that_is_selected(n, m, sets, rho):
+    """In 5 % of the sets a text as it is, at most, and with other forms, of two families, in 15 %.
+
+    Both with three standard errors for chance.
+    """
+    rng, alarms = np.random.default_rng(n + m), []
+    for _ in range(sets):
+        bits, groups = exposures(rng, n, m, rho)
+        selected, _ = discoveries_within(families_of(bits, *groups), bits)
+        alarms.append([selected[groups[0] == 0].any(), selected.any()])
+    rates, limits = np.mean(alarms, axis=0), np.array([0.05, 0.15])
+    assert (rates <= limits + 3 * np.sqrt(limits * (1 - limits) / sets)).all()
+
+
+def test_forms_by_which_a_set_stands_out_are_not_hidden_among_others():
+    """Eight texts that are known by one of four kinds: 60 unseen texts would not do for 8 of 32, and do for 8 of 8."""
+    rng = np.random.default_rng(0)
+    bits, groups = exposures(rng, 8, 60, 0.7)
+    bits[groups[0] == 1] = np.log2(61)
+    families = families_of(bits, *groups)
+    assert [np.unique(families[groups[0] == form]).tolist() for form in range(5)] == [[0], [1], [2], [2], [2]]
+    assert discoveries_within(families, bits)[0].reshape(8, 5).sum(axis=0).tolist() == [0, 8, 0, 0, 0]
+    assert not discoveries_within(np.minimum(groups[0], 1), bits)[0].any()
+    assert set(families_of(bits[:20], groups[0][:20], groups[1])) == {0, 1}  # four texts are no set
+
+
+@pytest.mark.full
+def test_of_the_forms_that_are_selected_few_are_unseen():
+    """8 of 40 texts are known in all forms: 5 % of those that are selected are unseen, with two points for chance."""
+    rng, false, named = np.random.default_rng(0), [], []
+    for _ in range(30):
+        bits, groups = exposures(rng, 40, 200, 0.7, known=8)
+        selected, _ = discoveries_within(families_of(bits, *groups), bits)
+        false.append(selected[40:].sum() / max(1, selected.sum()))
+        named.append(selected[:40].mean())
+    assert np.mean(false) <= 0.07
+    assert np.mean(named) >= 0.8
+
+
+# ---------------------------------------------------------------- from end to end
+
+
+@pytest.mark.full
+def test_what_is_known_in_other_words_alone_is_forgotten_with_scope_person(answerer, tmp_path):
+    """With scope="record" nothing is memorized and nothing changes; the answers after the key words stay."""
+    attack = {"attacks": ["paraphrase"], "holdout": answerer.holdout, "tokenizer": answerer.tokenizer}
+    record = run(answerer, method="auto", scope="record")
+    plain = pyunlearn.attack(record.model, answerer.forget, progress=False, **attack)
+    assert plain.verdicts.get("comes back", 0) >= 6
+    result = run(answerer, method="auto", **PERSON)
+    after = pyunlearn.attack(result.model, answerer.forget, progress=False, **attack)
+    assert after.passed
+    assert result.passed
+    names = [e.form for e in result.examples]
+    assert names == ["", "question", "statement", "turned", "cloze"] * 8
+    questions = [e for e in result.examples if e.form == "question"]
+    assert {e.verdict for e in questions} == {"forgotten"}
+    assert all(e.exposure_after <= NULL_MEAN for e in questions)
+    assert [e.label for e in result.examples[5:7]] == ["2", "2 question"]
+    assert len(result.documents) == 8
+    assert {(d.verdict, d.forms, d.windows) for d in result.documents} == {("forgotten", 4, 1)}
+    assert "With 32 other forms of 8 records, the verdicts on the records as a whole: 8 forgotten." in result.notes
+    assert result.utility.interval[1] <= 0.05
+    result.save(tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert content["settings"]["scope"] == "person"
+    assert content["examples"][1]["form"] == "question"
+    card = model_card(result.model, content)
+    assert "8 texts and 32 other forms of them" in card
+    assert "the same of 32 other forms of the texts. It does not mean\nthat other paraphrases" in card
+
+
+@pytest.mark.full
+def test_one_form_that_is_left_fails_the_record_and_the_run(answerer):
+    """Without a step the answers after the key words are still exposed."""
+    result = run(answerer, method="auto", max_steps=0, **PERSON)
+    assert not result.passed
+    assert {e.verdict for e in result.examples if not e.form} == {"not memorized"}
+    assert {d.verdict for d in result.documents} == {"still exposed"}
+    assert "8 still exposed (not passed: 1, 2, 3, 4, 5 and 3 more)." in result.notes[-1]
+
+
+@pytest.mark.full
+def test_unseen_texts_in_five_forms_are_left_alone(answerer):
+    """Nothing is memorized, in no form: no step, and the weights keep their bits."""
+    start = answerer.fresh()
+    result = run(answerer, answerer.unseen, method="auto", **PERSON)
+    assert result.stopped == "nothing memorized"
+    assert {e.verdict for e in result.examples} == {"not memorized"}
+    assert same(result.model, start)
+
+
+def test_the_users_paraphrases_are_forgotten(story):
+    """Each by its own verdict, compared with the holdout's first."""
+    forget = with_paraphrases(story.forget, 2)
+    result = run(story, forget, holdout=with_paraphrases(story.holdout), **PERSON)
+    assert [e.form for e in result.examples] == ["", "paraphrase 1", "paraphrase 2"] * 2
+    assert result.passed
+
+
+@pytest.mark.full
+def test_an_interrupted_run_in_several_forms_resumes_to_the_same_numbers(story, tmp_path, monkeypatch):
+    """The forms come from the texts, so they are the same again."""
+    model = story.fresh()
+    start, options = weights(model), {"max_steps": 6, "scope": "person"}
+    whole = run(story, model=model, **options)
+    model.load_state_dict(start)
+    with monkeypatch.context() as patch:
+        patch.setitem(METHODS, "ga", tiny.with_loss("ga", Interrupted("ga", 4)))
+        assert run(story, model=model, output_dir=tmp_path / "out", **options).stopped == "interrupted"
+    model.load_state_dict(start)
+    resumed = run(story, model=model, output_dir=tmp_path / "out", resume=True, **options)
+    assert timeless(resumed.history) == timeless(whole.history)
+    assert resumed.examples == whole.examples
+    assert same(resumed.model, whole.model)
+
+
+@pytest.mark.full
+def test_forms_of_a_record_are_in_one_half_of_a_robust_run(story, monkeypatch):
+    """A probe fine-tunes on all forms of one of two records and scores all forms of the other."""
+    halves, original = [], Robustness._half
+
+    def recorded(self, round_number):
+        halves.append(original(self, round_number).reshape(2, 3).tolist())
+        return original(self, round_number)
+
+    monkeypatch.setattr(Robustness, "_half", recorded)
+    result = run(story, method="auto", robust=True, retain=story.retain, max_steps=16, utility_budget=0.5, **PERSON)
+    assert any("returning" in record for record in result.history)
+    assert all(sorted(half) == [[False] * 3, [True] * 3] for half in halves)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "options", [{"method": "idkdpo"}, {"method": "altpo"}, {"lora": 4}, {"attacks": ["paraphrase"]}, {"retain": None}]
+)
+def test_other_settings_work_with_it(story, options):
+    """Methods with another text for each forget text, adapters, attacks on the result (on texts as they are)."""
+    if "lora" in options:
+        pytest.importorskip("peft")
+    result = run(story, **{"max_steps": 2, **PERSON, **options})
+    assert len({e.record for e in result.examples}) == 2
+    assert len(result.examples) == 6
+    assert result.attack is None or len(result.attack.examples) == 2
+
+
+def test_a_run_without_a_holdout_is_refused(story, tmp_path):
+    """Before anything is read or changed."""
+    model = story.fresh()
+    start = weights(model)
+    with pytest.raises(DataError, match=r'scope="person" \(--scope person\) .* there is no holdout: give one of 39'):
+        run(story, model=model, holdout=None, output_dir=tmp_path / "out", **PERSON)
+    assert same(model, start)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.full
+def test_a_plan_counts_the_forms(story, tmp_path):
+    """Each is one more text, and the run may take twice as many steps; without a holdout both are refused."""
+    story.model.save_pretrained(tmp_path)
+    story.tokenizer.save_pretrained(tmp_path)
+    options = {"holdout": story.holdout, "gpu": "H100"}
+    record, person = (
+        pyunlearn.plan(tmp_path, tiny.sentences(40, 3), scope=scope, **options) for scope in ("record", "person")
+    )
+    assert person.most_steps == 2 * 3 * record.most_steps  # as it is, turned and cloze
+    with pytest.raises(DataError, match="there is no holdout"):
+        pyunlearn.plan(tmp_path, story.forget, gpu="H100", scope="person")
