@@ -1,15 +1,14 @@
 """What is left in other words after a run: `scope="record"` next to `scope="person"`, on tiny models.
 
     python -m benchmarks.scope --seeds 3
-    python -m benchmarks.scope --seeds 3 --forms paraphrases  # or alone
+    python -m benchmarks.scope --seeds 3 --forms paraphrases
 
 For each seed a tiny Llama reads `--records` random facts forty times in each of several wordings, and thousands of
 others once in one of them. With `--forms rules` these are the question, another order of its words, and reported
 speech: the records have no paraphrases, so the forms are the rewrites by rule. With `--forms paraphrases` they are the
 question, and another question with the halves of the answer in the other order, which comes as the records'
-paraphrase. With `--forms alone` the records themselves are never read, and the other two wordings of `rules` are.
-`pyunlearn.unlearn` then forgets the records with its defaults, and `pyunlearn.attack` looks for them in other words.
-Means over the seeds, with the range where they differ.
+paraphrase. `pyunlearn.unlearn` then forgets the records with its defaults, and `pyunlearn.attack` looks for them in
+other words. Means over the seeds, with the range where they differ.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ def world(count: int, forms: str, seed: int) -> tuple[Any, Any, dict[str, list[R
     model = untrained_llama(len(tokenizer), width=128, feed_forward=256, layers=2, heads=4, context=64)
     r = random.Random(seed)
     known, once, holdout = ([_fact(r, forms) for _ in range(n)] for n in (count, ONCE, HOLDOUT))
-    often = [wording for x in known for wording in (x[1:] if forms == "alone" else x)]
-    train(model, tokenizer, [r.choice(x) for x in once] + often * READ_OFTEN)
+    train(model, tokenizer, [r.choice(x) for x in once] + [wording for x in known for wording in x] * READ_OFTEN)
     roles = {"forget": known, "retain": once[:RETAIN], "holdout": holdout}
     given = forms == "paraphrases"
     return (
@@ -118,7 +116,7 @@ def _cells(values: list[tuple[float, ...]]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=16, help="records that the model knows by heart")
-    parser.add_argument("--forms", choices=("rules", "paraphrases", "alone"), default="rules", help="see above")
+    parser.add_argument("--forms", choices=("rules", "paraphrases"), default="rules", help="see above")
     parser.add_argument("--seeds", type=int, default=3, help="number of models and sets of records")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     return parser
