@@ -51,7 +51,9 @@ def counted(options: argparse.Namespace) -> list[tuple[str, ...]]:
     rows = []
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
     for count in map(int, options.counts.split(",")):
-        model, tokenizer, texts = world(count, known=options.known, seed=options.seed, retain=options.retain, read_once=options.once)
+        model, tokenizer, texts = world(
+            count, known=options.known, seed=options.seed, retain=options.retain, read_once=options.once
+        )
         weights = {name: p.clone() for name, p in model.state_dict().items()}
         for given in options.given.split(","):
             model.load_state_dict(weights)
@@ -65,7 +67,9 @@ def compared(options: argparse.Namespace) -> list[tuple[str, ...]]:
     names, results = options.methods.split(","), []
     for seed in range(options.seed, options.seed + options.seeds):
         count = int(options.counts.split(",")[0])
-        model, tokenizer, texts = world(count, known=options.known, seed=seed, retain=options.retain, read_once=options.once)
+        model, tokenizer, texts = world(
+            count, known=options.known, seed=seed, retain=options.retain, read_once=options.once
+        )
         weights = {name: p.clone() for name, p in model.state_dict().items()}
         for name in names:
             model.load_state_dict(weights)

@@ -261,7 +261,7 @@ def _recombined(prompts: Sequence[tuple[int, ...]], count: int, seed: int) -> li
     for _ in range(4 * count):  # some are drawn twice, or are prompts of records
         first, second = draw.sample(prompts, 2)
         halves = [start + (len(prompt) - start - end) // 2 for prompt in (first, second)]
-        unseen[(*first[: halves[0]], *second[halves[1] :])] = None
+        unseen[first[: halves[0]] + second[halves[1] :]] = None
         if len(unseen) == count:
             break
     own = set(prompts)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyunlearn.data import Example, Tokens
 from pyunlearn.data.examples import with_completion
@@ -119,7 +120,7 @@ def _widened(
         examples=encoded.examples | {"forget": [forms[i][name] if name else examples[i] for i, name in rows]},
         tokens=encoded.tokens | {"forget": [tokens[i][name] if name else own_tokens[i] for i, name in rows]},
         parts=[encoded.parts[i] for i, _ in rows],
-        records=encoded.records | {"forget": [encoded.records["forget"][i] for i, _ in rows]},
+        records=encoded.records | {"forget": encoded.records["forget"][[i for i, _ in rows]]},
         rests={n: encoded.rests[i] for n, (i, name) in enumerate(rows) if not name and i in encoded.rests},
         notes=[*encoded.notes, *notes],
     )
@@ -128,7 +129,7 @@ def _widened(
 def _forms_of(
     examples: Mapping[str, Sequence[Example]],
     rendered: Callable[[Example], Example] = lambda e: e,
-    records: Mapping[str, Sequence[int]] | None = None,
+    records: Mapping[str, NDArray[np.int32]] | None = None,
 ) -> dict[str, list[Forms]]:
     """Return the other forms of each forget and holdout text.
 

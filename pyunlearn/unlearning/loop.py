@@ -75,15 +75,9 @@ def ascend(
     state, stopping, schedule, robustness = session.state, session.stopping, session.schedule, session.robustness
     learning_rate = config.learning_rate or 0.0
     parts = StepParts(
-        session.accelerator,
-        session.processes,
-        schedule,
-        session.forget_term,
-        session.retain_term,
-        weights,
-        optimizer,
+        session.accelerator, session.processes, schedule, session.forget_term, session.retain_term, weights, optimizer,
         session.unseen_term,
-    )
+    )  # fmt: skip
     weights.set_learning_rate(state.step_size.rate(learning_rate))
     rejection_reason: str | None = None
     pace = Pace(Forecast.of(session), share_done(session))
@@ -349,7 +343,9 @@ def optimizer_step(
 def _retain_backward(parts: StepParts, term: RetainTerm, batch: RetainBatch | None) -> float:
     """Add the gradients of a retain term; return this process's sum for the history."""
     total = 0.0
-    for micro_batch, counts in parts.processes.micro_batches(parts.schedule, batch.indices if batch else ()):
+    if batch is None:
+        return total
+    for micro_batch, counts in parts.processes.micro_batches(parts.schedule, batch.indices):
         with parts.accelerator.autocast():
             loss, amount = term(micro_batch, batch)
         parts.accelerator.backward(counts * loss)

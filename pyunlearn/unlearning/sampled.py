@@ -52,7 +52,8 @@ class SampledTexts:
     def unseen_answers(self, retain: list[Tokens]) -> list[Tokens]:
         """Return what the model answers to prompts that no record has, in the form of the retain set's."""
         self.bar.say("sampling answers to hold")
-        return self._once("unseen answers", partial(sample_unseen_answers, self.lm, retain, self.forget, seed=self.seed))
+        sample = partial(sample_unseen_answers, self.lm, retain, self.forget, seed=self.seed)
+        return self._once("unseen answers", sample)
 
     def _once(self, name: str, sample: Callable[[], list[Tokens]], count: int | None = None) -> list[Tokens]:
         """Return the stored texts of that name where they fit the model and the count; sample them where not."""

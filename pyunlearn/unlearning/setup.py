@@ -160,16 +160,9 @@ def setup(
         batch_reduction=config.batch_reduction,
     )  # fmt: skip
     retain_term = RetainTerm(
-        lm,
-        retain_loss,
-        config.retain_weight if retain_loss else 0.0,
-        retain,
-        initial_nll=initial_nll,
-        reference=reference,
-        target=target,
-        multiplier=multiplier,
-        rests=rests,
-    )
+        lm, retain_loss, config.retain_weight if retain_loss else 0.0, retain, initial_nll=initial_nll,
+        reference=reference, target=target, multiplier=multiplier, rests=rests,
+    )  # fmt: skip
     unseen_term = None
     if retain_loss == "hold" and utility is not None and utility.known:
         unseen_term = _unseen_term(config, scorer, draws.unseen_answers(own_retain))
@@ -200,9 +193,7 @@ def _unseen_term(config: LoopConfig, scorer: Scorer, answers: list[Tokens]) -> R
     if not answers:
         return None
     initial_nll = -scorer.mean_log_likelihood(answers)
-    return RetainTerm(
-        scorer.lm, "hold", config.retain_weight, answers, initial_nll=initial_nll, reference=Reference()
-    )
+    return RetainTerm(scorer.lm, "hold", config.retain_weight, answers, initial_nll=initial_nll, reference=Reference())
 
 
 def _scores_to_agree(
