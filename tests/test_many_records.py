@@ -101,19 +101,15 @@ def test_single_records_are_settled_with_nothing_else_given():
 
 @pytest.mark.full
 def test_half_of_what_a_model_knows_by_heart_is_forgotten_and_the_other_half_retained():
-    """In 128 steps, and unseen facts lose 5 % at most: the model's answers to other prompts are held too.
-
-    Without that it takes 171 steps, and the holdout loses 5.6 %.
-    """
+    """Unseen facts lose 4 % at most, since the model's answers to other prompts are held too: without that 5.6 %."""
     trained = by_heart(32, once=500, retained=32)
     unseen = tiny.negative_log_likelihoods(trained, facts(200, 5), trained.model)
     result = run(trained, method="auto", learning_rate=None)
     assert Counter(e.verdict for e in result.examples) == {"forgotten": 32}
-    assert len(result.history) <= 128
     assert result.utility.relative_rise <= 0.01
-    assert result.utility.holdout_rise <= 0.05
+    assert result.utility.holdout_rise <= 0.04
     after = tiny.negative_log_likelihoods(trained, facts(200, 5), result.model)
-    assert after.mean() <= 1.05 * unseen.mean()
+    assert after.mean() <= 1.04 * unseen.mean()
 
 
 @pytest.mark.slow

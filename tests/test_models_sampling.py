@@ -3,6 +3,7 @@
 import tracemalloc
 
 import pytest
+import tiny
 import torch
 from coverings import in_full
 
@@ -136,8 +137,8 @@ def test_text_to_hold_recites_no_record(answers, monkeypatch):
 
 def test_recitation_of_many_texts_takes_no_memory_for_each():
     """Every run of the forget set would take kilobytes a text; of 3000 that are read one by one, the last is seen."""
-    forget = (Tokens(tuple(range(i, i + 50)), 1) for i in range(100, 3100))
-    samples = [Tokens(tuple(range(50)), 1), Tokens((7, *range(3120, 3149)), 1)]
+    forget = ((tuple(range(i, i + 50)), 49) for i in range(100, 3100))
+    samples = [tuple(range(50)), (7, *range(3120, 3149))]
     tracemalloc.start()
     assert sampling._reciting(samples, forget) == {1}
     peak = tracemalloc.get_traced_memory()[1]
@@ -186,8 +187,29 @@ def test_unseen_answers_to_texts_without_prompts_follow_halves_of_their_beginnin
 
 
 def test_unseen_answers_that_recite_the_forget_set_are_left_out(answers):
-    """The samples themselves as forget set leave none."""
+    """The samples themselves as forget set leave none; a text of which one is another's beginning leaves that out."""
     lm, tokens = LanguageModel.of(answers.model, answers.tokenizer), tokens_of(answers)
     samples = sample_unseen_answers(lm, tokens, [], count=10)
     assert samples
     assert sample_unseen_answers(lm, tokens, samples, count=10) == []
+    others = [Tokens((*range(5), *samples[0].scored), 5)]
+    assert samples[0] not in sample_unseen_answers(lm, tokens, others, count=10)
+
+
+@pytest.mark.parametrize("turns", ["all", "assistant"])
+def test_unseen_answers_in_a_chat_template(turns):
+    """What the template has in common with the forget texts is no recitation; no prompt is that of a record."""
+    tokenizer = tiny.make_tokenizer()
+    lm = LanguageModel.of(tiny.tiny_llama(len(tokenizer)).eval(), tokenizer)
+    turn = "the {{ m['role'] }} who wrote the old book of the king: {{ m['content'] }}"
+    template = "{% for m in messages %}" + turn + "\n{% endfor %}"
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in ((row["question"], row["answer"]) for row in tiny.facts(40, 3))
+    ]
+    examples = read_examples(rows, role="retain", turns=turns)
+    tokens = encode(examples, tokenizer, role="retain", max_length=None, chat_template=template)
+    retain, forget = tokens[:30], tokens[30:]
+    samples = sample_unseen_answers(lm, retain, forget, count=50)
+    assert len(samples) > 25
+    assert not {t.ids[: t.first] for t in samples} & {t.ids[: t.first] for t in tokens}

@@ -87,6 +87,14 @@ def test_what_is_too_long_or_too_rare_in_the_holdout_is_left_out(lm):
     assert texts.encoded.notes == ["One other form of a forget text is longer than the model's context, and left out."]
 
 
+def test_records_without_other_forms_are_named(lm):
+    """Where others have paraphrases, those that have none get no rewrites either, and a note says so."""
+    forget = [*paraphrased(tiny.facts(2, 3)), *tiny.facts(1, 4)]
+    texts = widened(lm, forget=forget, holdout=paraphrased(tiny.facts(50, 6)))
+    (note,) = [note for note in texts.encoded.notes if note.startswith("Without other forms")]
+    assert "unlearned as they are alone: records 3." in note
+
+
 def test_windows_have_forms_of_their_own(lm):
     """Rewrites of each window, as the attack has them; paraphrases go with the first."""
     book = " ".join(tiny.sentences(12, 1))

@@ -225,7 +225,7 @@ def test_a_foreign_file_is_no_checkpoint(tmp_path):
         with pytest.raises(DataError, match="is no whole checkpoint of pyunlearn, or one of an older version"):
             sampled_texts(path)
     Checkpoint(path, FINGERPRINT, {}).save(trained_layer()[1], state_of())
-    path.write_bytes(path.read_bytes().replace(b"checkpoint 2 sha256", b"checkpoint 1 sha256"))
+    path.write_bytes(path.read_bytes().replace(b"checkpoint 3 sha256", b"checkpoint 2 sha256"))
     with pytest.raises(DataError, match="is of another version of pyunlearn"):
         sampled_texts(path)
 

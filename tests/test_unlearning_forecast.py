@@ -40,7 +40,7 @@ def test_a_run_that_has_nothing_to_do_says_so(story, lines):
     assert [line.partition(": ")[2] for line in lines] == [f"{n} memorized, no step to take" for n in (0, 2)]
 
 
-def session(*, memorized, batch_size=8, retain=(), seconds_per_id=1e-3):
+def session(*, memorized, batch_size=8, retain=(), answers=(), seconds_per_id=1e-3):
     """Return what a forecast reads of a run: `memorized` texts of ten ids among as many again."""
     return SimpleNamespace(
         texts=SimpleNamespace(
@@ -52,6 +52,7 @@ def session(*, memorized, batch_size=8, retain=(), seconds_per_id=1e-3):
         schedule=SimpleNamespace(batch_size=batch_size),
         stopping=SimpleNamespace(memorized=np.arange(2 * memorized) < memorized),
         retain_term=SimpleNamespace(active=bool(retain)),
+        unseen_term=SimpleNamespace(retain=answers) if answers else None,
         max_steps=10_000,
         robustness=None,
         seconds_per_id=seconds_per_id,
@@ -75,6 +76,8 @@ def test_the_cost_is_that_of_the_passes():
     round_cost = 3 * 80 + (160 + 100)  # one step a round: its 8 texts, then all 16 and the utility set
     assert alone.seconds == pytest.approx(16 * round_cost / 1000)
     assert held.seconds - alone.seconds == pytest.approx(16 * 3 * 4 * 20 / 1000)
+    answering = Forecast.of(session(memorized=8, answers=[Ids(20), Ids(40)] * 50))
+    assert answering.seconds - alone.seconds == pytest.approx(16 * 3 * 8 * 30 / 1000)
     many = Forecast.of(session(memorized=800))
     assert many.steps == 1600
     assert many.seconds / 800 < alone.seconds / 8  # the scores of a round are shared by 16 steps

@@ -12,7 +12,7 @@ from unlearning_runs import Interrupted, run, same, timeless, weights
 import pyunlearn
 from pyunlearn.errors import DataError
 from pyunlearn.methods import METHODS
-from pyunlearn.metrics import NULL_MEAN, generalized_exposure
+from pyunlearn.metrics import NULL_MEAN, generalized_exposure, verdict
 from pyunlearn.metrics.verdict import discoveries_within
 from pyunlearn.probes.calibration import Expected
 from pyunlearn.probes.non_members import NonMembers
@@ -101,6 +101,18 @@ def test_the_texts_themselves_are_judged_as_without_their_forms():
     assert rule.memorized.reshape(20, 5)[:, 0].all()
     np.testing.assert_array_equal(rule.initial.exposure.lower[::5], alone.initial.exposure.lower)
     assert not rule.memorized.reshape(20, 5)[:, 1:].any()
+
+
+@pytest.mark.parametrize("others", [9.0, 0.001])
+def test_a_text_is_over_unlearned_as_without_its_forms(others):
+    """Its verdict after the run is that of a set without forms: where they are like unseen text, and far below it."""
+    unseen = np.linspace(1, 4, 60)
+    before, after = np.full(5, 0.1), np.array([2.0, 2.1, 2.2, 2.3, 3.97])
+    alone = verdict(before, after, unseen)
+    both = [np.column_stack([own, *[np.full(5, each)] * 4]).ravel() for own, each in ((before, 0.1), (after, others))]
+    forms = np.tile(np.arange(5), 5), np.tile(np.arange(5), 60)
+    groups = verdict(*both, np.repeat(unseen, 5), groups=forms, families=np.minimum(forms[0], 1))
+    assert groups.verdict[::5].tolist() == alone.verdict.tolist()
 
 
 def exposures(rng, n, m, rho, known=0, forms=5):

@@ -24,6 +24,8 @@ from pyunlearn.metrics import (
 _ROUNDING = 1e-9  # 19 non-members reach 4.32 bits exactly
 SET = 5
 """Texts from which a set is more than its texts."""
+KNOWN = 0.01
+"""p-value of the forget set under the original model, up to which it is known by a kind of probes."""
 EXPOSED, BACK, DOUBTFUL = "still exposed", "comes back", "doubtful"
 STAYS, UNTESTED = "stays forgotten", "untested"
 """The verdicts: exposed without any attack, or under one; doubtful, where only the set as a whole comes back."""

@@ -7,13 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from pyunlearn.attacks.judge import SET, non_members_for, stands_out
+from pyunlearn.attacks.judge import KNOWN, SET, non_members_for, stands_out
 from pyunlearn.attacks.target import Floats, Target, Trial, Unsuited
 from pyunlearn.data import Example, Tokens
 from pyunlearn.metrics import generalized_exposure
 from pyunlearn.probes.rewrites import KINDS, Rarity
-
-_KNOWN = 0.01  # p-value of the forget set under the original model, up to which a kind of rewrites counts
 
 Probes = list[list[Tokens]]
 """The probes of each forget text and then of each non-member; none of a text that is not tested."""
@@ -92,8 +90,8 @@ def _counts(target: Target, kind: str, probes: Probes) -> bool:
         unseen = trial.non_members[~np.isnan(trial.non_members)]
         bits = generalized_exposure(trial.forget[tested], unseen).lower
         pvalue = stands_out(bits, unseen.size, target.config.seed)
-        target.chosen[key] = pvalue <= _KNOWN
-        if pvalue > _KNOWN:
+        target.chosen[key] = pvalue <= KNOWN
+        if pvalue > KNOWN:
             target.notes.append(
                 f'The rewrites "{kind}" were left out: the forget set does not stand out by them under the original '
                 f"model (p = {pvalue:.2g})."

@@ -13,11 +13,11 @@ __all__ = ["TokenIds"]
 
 
 class TokenIds(Sequence[int]):
-    """Token ids that compare, hash and print as the tuple of them; a slice is a tuple.
+    """Token ids that compare, sort, hash and print as the tuple of them; a slice is a tuple.
 
     >>> ids = TokenIds((5, 6, 7))
-    >>> ids == (5, 6, 7), ids[1:], (4, *ids), {ids: "text"}[5, 6, 7], ids
-    (True, (6, 7), (4, 5, 6, 7), 'text', (5, 6, 7))
+    >>> ids == (5, 6, 7), ids < (6,), ids[1:], (4, *ids), {ids: "text"}[5, 6, 7], ids
+    (True, True, (6, 7), (4, 5, 6, 7), 'text', (5, 6, 7))
     """
 
     __slots__ = ("_packed",)
@@ -49,6 +49,12 @@ class TokenIds(Sequence[int]):
         if isinstance(other, TokenIds):
             return self._packed == other._packed
         return self[:] == other if isinstance(other, tuple) else NotImplemented
+
+    def __lt__(self, other: Sequence[int]) -> bool:
+        return self[:] < tuple(other)
+
+    def __gt__(self, other: Sequence[int]) -> bool:
+        return self[:] > tuple(other)
 
     def __hash__(self) -> int:
         return hash(self[:])

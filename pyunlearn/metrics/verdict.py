@@ -142,7 +142,7 @@ def verdict(
 
     in this order. Of all texts called memorized (those of the last two verdicts), at most `false_discovery_rate` are
     unseen ones, on average; a set of one is judged at 4.32 bits. Over-unlearned texts are selected among the memorized
-    ones and among the others, each for itself; memorized texts so in each of the `families`.
+    ones and among the others, each for itself; with `families`, both so in each of them.
 
     Rule three is the loop's aim, and no test: 37 % of unseen texts lie above their mean. With `standing_out`, which is
     the audit's rule, a memorized text is still exposed where it stands out, and undecided where it neither does nor is
@@ -170,13 +170,14 @@ def verdict(
         standing_out: (n,) True where a text stands out among unseen text under the unlearned model, see `left`.
         too_low: (n,) True where a text may be over-unlearned, see `left`; by default all may be.
         groups: of the texts and the non-members, as in generalized_exposure.
-        families: (n,) numbers: memorized texts are selected among those of the same number; default: among all.
+        families: (n,) numbers: memorized and over-unlearned texts are selected among those of the same number; default:
+            among all.
         target_exposure: bits, 0 or more; default 1.443 (NULL_MEAN), the mean of unseen text.
         false_discovery_rate: between 0 and 1.
         confidence: of the intervals, between 0 and 1.
 
     Returns:
-        Verdict(verdict, before, after, low, high, certain, float(thresholds[0]), extraction).
+        Verdict(verdict, before, after, low, high, certain, threshold, extraction).
 
     Raises:
         ArgumentError: as generalized_exposure; different lengths; a negative `target_exposure`; a rate or confidence
@@ -201,7 +202,8 @@ def verdict(
         )
     own_families = np.zeros(len(before.lower)) if families is None else np.asarray(families)
     memorized, thresholds = discoveries_within(own_families, before.lower, rate=false_discovery_rate)
-    over, over_thresholds = over_unlearned(before, after, memorized, rate=false_discovery_rate)
+    _, numbers = np.unique(own_families, return_inverse=True)
+    over, over_thresholds = over_unlearned(before, after, 2 * numbers + memorized, rate=false_discovery_rate)
     over &= True if too_low is None else np.asarray(too_low, dtype=bool)
     extraction = _extraction(extracted, non_member_extracted, groups)
     forgotten = after.lower <= target_exposure
@@ -263,20 +265,20 @@ def anchor_after(original: Floats, present: Floats) -> Floats:
 
 
 def over_unlearned(
-    before: Exposure, after: Exposure, memorized: NDArray[np.bool_], *, rate: float = 0.05
+    before: Exposure, after: Exposure, families: NDArray[Any], *, rate: float = 0.05
 ) -> tuple[NDArray[np.bool_], Floats]:
-    """Select the texts that became less likely than unseen text, among the memorized ones and among the others.
+    """Select the texts that became less likely than unseen text in each family, such as the memorized and the others.
 
     Args:
         before: exposures under the original model.
         after: exposures under the unlearned model.
-        memorized: (n,) True for the texts that were unlearned.
-        rate: the false discovery rate in each of the two groups.
+        families: (n,) equal for the texts of one family, such as whether they were memorized.
+        rate: the false discovery rate in each.
 
     Returns:
         (n,) True for each selected text, and (n,) bits from which it was.
     """
-    over, thresholds = discoveries_within(memorized, after.upper, rate=rate)
+    over, thresholds = discoveries_within(families, after.upper, rate=rate)
     return over & (before.upper < SIGNIFICANT - 1e-9), thresholds
 
 

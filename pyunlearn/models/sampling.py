@@ -128,7 +128,7 @@ def sample_own_texts(
     with seeded(seed, lm.device):
         for size in sorted({len(start) for start in starts}):
             samples += _sample(lm, [start for start in starts if len(start) == size], None, length)
-    reciting = _reciting(samples, forget)
+    reciting = _reciting([t.ids for t in samples], ((t.ids, max(3, len(t.scored))) for t in forget))
     return [t for i, t in enumerate(samples) if i not in reciting]
 
 
@@ -140,8 +140,9 @@ def sample_unseen_answers(
 
     Each prompt is the first half of one text's and the second half of another's; what all begin or end with, such as a
     chat template, is not divided. The first half of a text, 48 tokens at most, is in the place of its prompt where it
-    has none. Prompts of more than 512 tokens are left out. Answers have the median length of the texts' at most (8 to
-    48 tokens). Those that recite a forget text of three tokens or more are left out.
+    has none, or all have the same. Prompts of more than 512 tokens are left out. Answers have the median length of the
+    texts' at most (8 to 48 tokens). Those that have ten consecutive tokens of a forget text's answer, or all of a
+    shorter one, are left out.
 
     Args:
         lm: the model, in evaluation mode.
@@ -153,8 +154,11 @@ def sample_unseen_answers(
     Returns:
         At most `count` texts of which the answers are scored; none where no two texts differ in their prompts.
     """
-    own = {_beginning(lm, t) for t in texts[:: -(-len(texts) // _PROMPTS) or 1]}
-    prompts = _recombined(sorted(own), count, seed)
+    sources = texts[:: -(-len(texts) // _PROMPTS) or 1]
+    beginning = _beginning if len({_beginning(lm, t) for t in sources}) > 1 else _first_half
+    prompts = _recombined(sorted({beginning(lm, t) for t in sources}), count, seed)
+    for t in (*texts, *forget):
+        prompts.pop(beginning(lm, t), None)
     lengths = sorted(len(t.scored) for t in texts)
     length = max(8, min(48, lengths[len(lengths) // 2]))
     room = lm.context_length or _LONGEST_PROMPT + length
@@ -165,7 +169,7 @@ def sample_unseen_answers(
             alike = [prompt for prompt in prompts if len(prompt) == size]
             for at in range(0, len(alike), _AT_ONCE):
                 samples += _sample(lm, alike[at : at + _AT_ONCE], None, length, least=2)
-    reciting = _reciting(samples, forget)
+    reciting = _reciting([t.scored for t in samples], ((t.scored, len(t.scored)) for t in forget))
     return [t for i, t in enumerate(samples) if i not in reciting]
 
 
@@ -216,21 +220,25 @@ def _runs(ids: Sequence[int], length: int = _RECITED) -> set[tuple[int, ...]]:
     return {tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)}
 
 
-def _reciting(samples: Sequence[Tokens], forget: Iterable[Tokens]) -> set[int]:
-    """Return the indices of the samples that have a run of a forget text; of one of 3 tokens or more, its length.
+def _reciting(samples: Sequence[Sequence[int]], forget: Iterable[tuple[Sequence[int], int]]) -> set[int]:
+    """Return the indices of the samples that have a run of a forget text.
 
     The runs of the samples alone are in memory, and the forget texts are read once.
+
+    Args:
+        samples: token ids of each.
+        forget: token ids of each text, and how many in a row a sample may not have; ten at most count.
     """
     owners: dict[int, dict[tuple[int, ...], list[int]]] = {}  # length -> run -> the samples that have it
     reciting: set[int] = set()
-    for t in forget:
-        length = min(_RECITED, max(3, len(t.scored)))
+    for ids, most in forget:
+        length = min(_RECITED, most)
         if length not in owners:
             owners[length] = {}
             for i, sample in enumerate(samples):
-                for run in _runs(sample.ids, length):
+                for run in _runs(sample, length):
                     owners[length].setdefault(run, []).append(i)
-        reciting.update(i for run in _runs(t.ids, length) & owners[length].keys() for i in owners[length][run])
+        reciting.update(i for run in _runs(ids, length) & owners[length].keys() for i in owners[length][run])
     return reciting
 
 
@@ -243,29 +251,33 @@ def _shared_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 def _beginning(lm: LanguageModel, t: Tokens) -> tuple[int, ...]:
     """Return the prompt of a text, or where it has none its first half."""
     prompt, own = _prompt(lm, t)
-    return prompt if own else t.ids[: max(1, min(_LONGEST_BEGINNING, len(t.ids) // 2))]
+    return prompt if own else _first_half(lm, t)
 
 
-def _recombined(prompts: Sequence[tuple[int, ...]], count: int, seed: int) -> list[tuple[int, ...]]:
-    """Return at most `count` other prompts, each the first half of one and the second half of another.
+def _first_half(lm: LanguageModel, t: Tokens) -> tuple[int, ...]:
+    return t.ids[: max(1, min(_LONGEST_BEGINNING, len(t.ids) // 2))]
+
+
+def _recombined(prompts: Sequence[tuple[int, ...]], count: int, seed: int) -> dict[tuple[int, ...], None]:
+    """Return at most `count` prompts, each the first half of one and the second half of another.
 
     >>> sorted(_recombined([(0, 1, 2, 9), (0, 3, 4, 9)], 5, 0))
     [(0, 1, 4, 9), (0, 3, 2, 9)]
     """
+    unseen = dict[tuple[int, ...], None]()
     if len(prompts) < 2:
-        return []
+        return unseen
     shortest = min(map(len, prompts))
     start = len(_shared_prefix(prompts))
     end = min(len(_shared_prefix([prompt[::-1] for prompt in prompts])), shortest - start)
-    draw, unseen = random.Random(seed), dict[tuple[int, ...], None]()
-    for _ in range(4 * count):  # some are drawn twice, or are prompts of records
+    draw = random.Random(seed)
+    for _ in range(4 * count):  # some are drawn twice
         first, second = draw.sample(prompts, 2)
         halves = [start + (len(prompt) - start - end) // 2 for prompt in (first, second)]
         unseen[first[: halves[0]] + second[halves[1] :]] = None
         if len(unseen) == count:
             break
-    own = set(prompts)
-    return [prompt for prompt in unseen if prompt not in own]
+    return unseen
 
 
 def _start(lm: LanguageModel) -> tuple[int, ...]:

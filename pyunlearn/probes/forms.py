@@ -17,6 +17,7 @@ from pyunlearn.probes.renderings import RenderedTexts
 from pyunlearn.probes.rewrites import KINDS, Rarity
 
 _OPTION = 'scope="person" (--scope person)'
+_NAMED = 5  # records without other forms, in a note
 
 Forms = dict[str, Example]
 """Name -> a text in other words; the first word of the name is the kind, which is compared with its like alone."""
@@ -93,6 +94,13 @@ def with_forms(lm: LanguageModel, texts: RenderedTexts, fewest: int) -> Rendered
         for i, own in enumerate(tokens["forget"])
         for name in ("", *(name for name in own if _kind(name) in compared))
     ]
+    formed = {encoded.parts[i].record for i, name in rows if name}
+    if alone := [str(k + 1) for k in dict.fromkeys(part.record for part in encoded.parts) if k not in formed]:
+        more = f" and {len(alone) - _NAMED} more" if len(alone) > _NAMED else ""
+        notes.append(
+            f"Without other forms, and unlearned as they are alone: records {', '.join(alone[:_NAMED])}{more}. Each "
+            "can have paraphrases of its own."
+        )
     widened = _widened(encoded, rows, forms["forget"], tokens["forget"], notes)
     for role in [role for role in STAND_INS if role in encoded.examples]:
         each = [_stand_in(encoded.examples[role][i], forms["forget"][i].get(name)) for i, name in rows]

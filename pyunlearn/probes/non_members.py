@@ -93,7 +93,8 @@ def non_members_of_holdout(
 
     Raises DataError for fewer than 19 texts.
     """
-    require_enough(holdout, holdout=True)
+    plain = holdout if forms is None else [holdout[i] for i in np.flatnonzero(forms[1] == 0)]
+    require_enough(plain, holdout=True)
     return uncalibrated("holdout", forget, holdout)._replace(forms=forms)
 
 

@@ -20,7 +20,7 @@ from pyunlearn.unlearning.optimizer import TrainedWeights
 from pyunlearn.unlearning.shards import read_parts, remove_parts, write_parts
 from pyunlearn.unlearning.step_size import StepSize
 
-_VERSION = b" 2 sha256 "
+_VERSION = b" 3 sha256 "
 _SEAL = b"\npyunlearn checkpoint" + _VERSION
 """Precedes the SHA-256 of all before it, at the end of a checkpoint."""
 

@@ -91,7 +91,7 @@ class Forecast(NamedTuple):
             batch_size=session.schedule.batch_size,
             max_steps=session.max_steps,
         )
-        ids = work.steps * (_STEP * work.trained + work.scored)
+        ids = work.steps * (_STEP * (work.trained + _answers(session)) + work.scored)
         tokens = sum(len(t.scored) for t in texts.forget)
         seconds, robust = ids * session.seconds_per_id, session.robustness is not None
         return cls(len(texts.forget), tokens, memorized, work.steps, session.max_steps, seconds, robust)
@@ -106,6 +106,14 @@ class Forecast(NamedTuple):
             f"{size}: {self.memorized:,} memorized; about {_number(self.steps, 'step')} (at most {self.most:,}), "
             f"about {duration(self.seconds)}{f', {ROBUST}' if self.robust else ''}"
         )
+
+
+def _answers(session: Session) -> float:
+    """Return the ids of a step's answers to prompts that no record has."""
+    if session.unseen_term is None:
+        return 0.0
+    lengths = [*map(len, session.unseen_term.retain)]
+    return min(session.schedule.batch_size, len(lengths)) * sum(lengths) / len(lengths)
 
 
 class Pace:

@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,11 @@ class Document:
 
 def documents_of(examples: Sequence[Any]) -> list[Document]:
     """Return the verdicts on the records of which several examples are."""
-    records: dict[int, list[Any]] = {}
-    for e in examples:
-        if e.record is not None:
-            records.setdefault(e.record, []).append(e)
     documents = []
-    for record, own in records.items():
-        verdicts, forms = [e.verdict for e in own], sum(bool(getattr(e, "form", "")) for e in own)
-        if len(own) > 1 or own[0].windows > 1:
+    for record, parts in groupby(examples, key=lambda e: e.record):  # the parts of a record are neighbours
+        own = [*parts]
+        if record is not None and (len(own) > 1 or own[0].windows > 1):
+            verdicts, forms = [e.verdict for e in own], sum(bool(getattr(e, "form", "")) for e in own)
             counts = dict(Counter(verdicts).most_common())
             documents.append(Document(record, own[0].windows, document_verdict(verdicts), counts, forms))
     return documents
@@ -133,9 +131,10 @@ def _forms_note(documents: Sequence[Document]) -> str:
     verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
     left = [str(d.record + 1) for d in documents if d.verdict not in PASSED]
     named = ", ".join(left[:_NAMED]) + (f" and {len(left) - _NAMED} more" if len(left) > _NAMED else "")
+    forms, records = sum(d.forms for d in documents), f"{len(documents)} record{'s' if len(documents) > 1 else ''}"
     return (
-        f"With {sum(d.forms for d in documents)} other forms of {len(documents)} records, the verdicts on the records "
-        f"as a whole: {verdicts}{f' (not passed: {named})' if left else ''}."
+        f"With {forms} other forms of {records}, the verdicts on the records as a whole: {verdicts}"
+        f"{f' (not passed: {named})' if left else ''}."
     )
 
 

@@ -256,7 +256,8 @@ class Robustness:
         scores = -probed.log_likelihood - expected.forget.nll[indices]
         if not np.isfinite(probed.level):
             return np.full(len(indices), -np.inf)
-        groups = self.stopping.groups[0][indices], self.stopping.groups[1][self.compared]
+        of_forget, own = self.stopping.groups
+        groups = None if expected.forms is None else (of_forget[indices], own[self.compared])
         return generalized_exposure(
             scores, probed.non_member_nll - expected.own.nll[self.compared], groups=groups
         ).lower

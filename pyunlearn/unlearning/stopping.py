@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.attacks.judge import SET, stands_out
+from pyunlearn.attacks.judge import KNOWN, SET, stands_out
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Exposure, Verdict, generalized_exposure, verdict
 from pyunlearn.metrics.verdict import NOT_EXTRACTED, anchor_after, discoveries_within
 from pyunlearn.probes.non_members import NonMembers, uncalibrated
@@ -27,7 +27,6 @@ LEVEL_MARGIN = 0.1
 EXTRACTED_SHARE = 0.8
 """Share of the way from the target to where an example is overshot at which an extracted example is to end."""
 
-_KNOWN = 0.01  # p-value of a set under which it stands out as a whole by a form
 
 MAX_OVERSHOOTS = 4
 """Number of times that an example may fall below the non-members and still be unlearned for what is extracted of it."""
@@ -108,7 +107,8 @@ class StoppingRule:
         self.anchor, self.anchor_is_old = self.non_member_scores, False  # what the present weights are compared with
         self.non_member_extracted = non_member_extracted - self.non_members.own.greedy_match
         self.groups, plain = self.non_members.groups, self.non_members.as_they_are
-        unseen = float(self.non_members.forget.nll.mean() + self.non_member_scores[plain].mean())
+        of_forget = self.non_members.forget.nll[self.groups[0] == 0]
+        unseen = float(of_forget.mean() + self.non_member_scores[plain].mean())
         least = max(1.0, unseen) if utility_known else 1.0
         self.utility_budget = Budget(UTILITY_BUDGET, utility_nll, utility_budget, least, utility_gains_capped)
         self.target_exposure, self.false_discovery_rate = target_exposure, false_discovery_rate
@@ -144,7 +144,7 @@ class StoppingRule:
         if not (np.isfinite(log_likelihood).all() and _finite(utility) and _finite(holdout)):
             utility, holdout = Rise(math.nan, None), None if holdout is None else Rise(math.nan, None)
             return Measurement(log_likelihood, Exposure(nan, nan, nan > 0), nan, utility_nll, utility, holdout)
-        exposure = generalized_exposure(self._scores(log_likelihood), self.anchor, groups=self.groups)
+        exposure = generalized_exposure(self._scores(log_likelihood), self.anchor, groups=self.non_members.forms)
         return Measurement(
             log_likelihood, exposure, nan if extraction is None else extraction, utility_nll, utility, holdout
         )
@@ -225,7 +225,7 @@ class StoppingRule:
 
     def rescored(self, log_likelihood: Floats, extraction: Floats) -> Measurement:
         """Return the present measurement with other (B,) log-likelihoods and extractions."""
-        exposure = generalized_exposure(self._scores(log_likelihood), self.anchor, groups=self.groups)
+        exposure = generalized_exposure(self._scores(log_likelihood), self.anchor, groups=self.non_members.forms)
         return replace(self.current, log_likelihood=log_likelihood, exposure=exposure, extraction=extraction)
 
     def near_target(self, measurement: Measurement) -> Indices:
@@ -242,7 +242,7 @@ class StoppingRule:
             return measurement
         extraction = measurement.extraction.copy()
         excess = extracted - self.non_members.forget.greedy_match[indices]
-        groups = self.groups[0][indices], self.groups[1]
+        groups = None if self.non_members.forms is None else (self.groups[0][indices], self.groups[1])
         extraction[indices] = generalized_exposure(-excess, -self.non_member_extracted, groups=groups).lower
         return replace(measurement, extraction=extraction)
 
@@ -322,7 +322,7 @@ class StoppingRule:
             extracted=extracted - self.non_members.forget.greedy_match,
             non_member_extracted=self.non_member_extracted,
             recited=recited,
-            groups=self.groups,
+            groups=self.non_members.forms,
             families=self.families,
             target_exposure=self.target_exposure,
             false_discovery_rate=self.false_discovery_rate,
@@ -368,7 +368,7 @@ def families_of(exposure: Floats, forms: Indices, own: Indices) -> Indices:
     families = np.minimum(forms, 1)
     for form in np.unique(forms[forms > 0]):
         bits = exposure[forms == form]
-        if bits.size >= SET and stands_out(bits, int((own == form).sum()), seed=0) > _KNOWN:
+        if bits.size >= SET and stands_out(bits, int((own == form).sum()), seed=0) > KNOWN:
             families[forms == form] = 2
     return families
 
