@@ -9,9 +9,10 @@ from unlearning_runs import apart, run
 
 from pyunlearn.data import Tokens
 from pyunlearn.metrics import NULL_MEAN
+from pyunlearn.models import sampling
 from pyunlearn.probes.non_members import uncalibrated
 from pyunlearn.progress import Progress
-from pyunlearn.unlearning import objectives
+from pyunlearn.unlearning import objectives, utility_set
 from pyunlearn.unlearning.budget import UTILITY_BUDGET, Budget, budget_notes
 from pyunlearn.unlearning.utility_set import evenly_spaced, non_members_as_utility_set, retain_texts, split_retain
 
@@ -99,6 +100,28 @@ def test_of_a_set_that_is_known_by_heart_none_is_set_apart():
 
 
 # ---------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("longest", [512, 0])
+def test_answers_to_other_prompts_are_held_where_the_retain_set_is_known_by_heart(story, monkeypatch, longest):
+    """Each step holds as many of them as it takes retain texts; where there can be none, a note says so."""
+    read = []
+
+    def batch(self, indices, forget_indices=()):
+        read.append([self.retain[i] for i in indices])
+        return original(self, indices, forget_indices)
+
+    original = objectives.RetainTerm.batch
+    monkeypatch.setattr(objectives.RetainTerm, "batch", batch)
+    monkeypatch.setattr(utility_set, "_KNOWN", 99.0)
+    monkeypatch.setattr(sampling, "_LONGEST_PROMPT", longest)
+    result = run(story, retain=story.retain, learning_rate=1e-5, max_steps=4)
+    assert len(result.history) == 4
+    own = {tuple(story.tokenizer(text)["input_ids"]) for text in story.retain}
+    of_the_model = [each for each in read if not any(t.ids in own for t in each)]
+    assert len(of_the_model) == (4 if longest else 0)
+    assert len(read) - len(of_the_model) == 4
+    assert any("nothing held what the model answers" in note for note in result.notes) == (not longest)
 
 
 def test_texts_set_apart_are_never_trained_on(story, monkeypatch):

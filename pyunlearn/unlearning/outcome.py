@@ -94,6 +94,12 @@ def _retained_notes(session: Session, texts: RenderedTexts) -> list[str]:
             f"Without a retain set, the run held {len(own)} texts that the model wrote. Other text that it knows by "
             "heart can be lost with the forget set: pass what must stay with retain."
         )
+    holds = session.retain_term.loss == "hold" and session.state.visits.any()
+    if holds and session.texts.utility.known and session.unseen_term is None:
+        notes.append(
+            "The model knows the retain set by heart, and no other prompts could be made of it, since they are alike "
+            "or long. So nothing held what the model answers to those, and unseen text may have lost more."
+        )
     if texts.encoded.rests and not session.retain_term.rests:
         notes.append('What stands around the strings in "forget" was not held, since there is no retain loss.')
     elif texts.encoded.rests:
