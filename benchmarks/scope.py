@@ -65,11 +65,14 @@ def world(count: int, forms: str, seed: int) -> tuple[Any, Any, dict[str, list[R
     known, once, holdout = ([_fact(r, forms) for _ in range(n)] for n in (count, ONCE, HOLDOUT))
     train(model, tokenizer, [r.choice(x) for x in once] + [wording for x in known for wording in x] * READ_OFTEN)
     roles = {"forget": known, "retain": once[:RETAIN], "holdout": holdout}
-    given = forms == "paraphrases"
+    with_paraphrases = forms == "paraphrases"
     return (
         model,
         tokenizer,
-        {role: [x[0] | ({"paraphrases": [x[1]]} if given else {}) for x in each] for role, each in roles.items()},
+        {
+            role: [x[0] | ({"paraphrases": [x[1]]} if with_paraphrases else {}) for x in each]
+            for role, each in roles.items()
+        },
     )
 
 

@@ -124,9 +124,9 @@ def test_only_the_record_holds_the_rest_of_its_text(lm):
 
 def test_a_refusal_stands_for_each_form(lm):
     """After the prompt of the form."""
-    given = roles(forget=tiny.facts(2, 3), holdout=tiny.facts(50, 6))
-    given["refusal"] = with_refusals(given["forget"], ["no idea."], 0, alone=True)
-    texts = with_forms(lm, render(lm, given, "none"), 39)
+    examples = roles(forget=tiny.facts(2, 3), holdout=tiny.facts(50, 6))
+    examples["refusal"] = with_refusals(examples["forget"], ["no idea."], 0, alone=True)
+    texts = with_forms(lm, render(lm, examples, "none"), 39)
     assert len(texts.tokens["refusal"]) == len(texts.tokens["forget"]) == 10
     for refusal, e in zip(texts.examples["refusal"], texts.examples["forget"], strict=True):
         assert (refusal.prompt, refusal.completion.strip()) == (e.prompt, "no idea.")
