@@ -13,6 +13,7 @@ import pyunlearn
 from pyunlearn.attacks import AttackConfig, instructions
 from pyunlearn.attacks.judge import judge
 from pyunlearn.attacks.target import Trial
+from pyunlearn.data.rendering import Rendering
 from pyunlearn.metrics import recovery
 
 
@@ -71,6 +72,15 @@ def test_a_text_that_is_known_after_an_instruction_is_caught(w):
     wording = instructions.WORDINGS["word for word"]
     model = planted.known_after_an_instruction(partial(instructions.worded, wording=wording))
     assert caught(attacked(w, model, "instruction"), "instruction")
+
+
+@pytest.mark.full
+def test_a_text_that_is_known_in_another_form_is_caught(w):
+    """The model has read questions with labels, and never without; in the other forms it knows nothing."""
+    model = planted.known_after_an_instruction(Rendering("plain", "plain", everything=True).of)
+    result = attacked(w, model, "rendering")
+    assert caught(result, "rendering, plain")
+    assert {t.name: t.returned for t in result.trials}["rendering, alone"] < planted.SECRETS / 2
 
 
 @pytest.mark.full

@@ -62,8 +62,8 @@ def attack(
             Default: as in `audit`, and then relearning needs a control.
         control: a model that never saw the forget texts, best one retrained without them, same forms as `model`: it is
             attacked in the same way, and each score is the model's less the control's.
-        original: the model before unlearning, same forms: for the attack merging, and for paraphrase to tell by which
-            rewrites it knew the texts.
+        original: the model before unlearning, same forms: for the attack merging, and for rendering and paraphrase
+            to tell in which forms it knew the texts.
         tokenizer: the model's, or where it is. Default: where the model came from.
         config: an AttackConfig, or a TOML file or attack.json to read one from; keywords change single settings of it.
         progress: a progress bar on standard error. Default: where that is a terminal.

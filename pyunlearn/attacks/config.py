@@ -17,6 +17,7 @@ NAMES = (
     "relearning-retain",
     "relearning-unrelated",
     "instruction",
+    "rendering",
     "paraphrase",
     "recitation",
     "sampling",
@@ -63,9 +64,10 @@ class AttackConfig(Config):
         "prefix (the text's rest after its first eighth, quarter, half), quantization (weights rounded to 8 and 4 "
         "bits), relearning (fine-tuning on the other forget texts), relearning-retain and relearning-unrelated "
         "(fine-tuning on other text), instruction (recited word for word on request, and after retained neighbours), "
-        "paraphrase (the same in other words), recitation (greedy continuations), sampling (continuations at "
-        "temperature 1), merging (with the original), adapter (the model without it), layers (what inner layers "
-        "predict), all, or default: prefix, quantization, relearning, relearning-retain and adapter in a quick form "
+        "rendering (records with a prompt in the other forms of template), paraphrase (the same in other words), "
+        "recitation (greedy continuations), sampling (continuations at temperature 1), merging (with the original), "
+        "adapter (the model without it), layers (what inner layers predict), all, or default: prefix, quantization, "
+        "relearning, relearning-retain and adapter in a quick form "
         "(4 bits, fewer steps, fewer non-members).",
         group="Method",
     )

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
-import numpy as np
-
-from pyunlearn.attacks.judge import KNOWN, SET, non_members_for, stands_out
-from pyunlearn.attacks.target import Floats, Target, Trial, Unsuited
-from pyunlearn.data import Example, Tokens
-from pyunlearn.metrics import generalized_exposure
+from pyunlearn.attacks.judge import non_members_for
+from pyunlearn.attacks.probes import Probes, of_kind, trials_of
+from pyunlearn.attacks.target import Target, Trial, Unsuited
+from pyunlearn.data import Example
 from pyunlearn.probes.rewrites import KINDS, Rarity
-
-Probes = list[list[Tokens]]
-"""The probes of each forget text and then of each non-member; none of a text that is not tested."""
 
 
 def paraphrase(target: Target) -> Iterator[Trial]:
@@ -49,7 +43,7 @@ def _of_records(target: Target, forget: Sequence[Example], non_members: Sequence
         )
     least = min(len(own) for part in probes for own in part if own)
     target.notes.append(_note(tested, [len(forget), len(non_members)], least))
-    yield from _trials(target, "paraphrase", [own[:least] for part in probes for own in part])
+    yield from trials_of(target, "paraphrase", [own[:least] for part in probes for own in part])
 
 
 def _written(target: Target, forget: Sequence[Example], non_members: Sequence[Example]) -> Iterator[Trial]:
@@ -60,43 +54,16 @@ def _written(target: Target, forget: Sequence[Example], non_members: Sequence[Ex
             "takes a holdout of that kind, or a control"
         )
     n, rarity = len(forget), Rarity([*forget, *non_members, *target.texts.retain_examples])
-    fewest = non_members_for(target.config.false_discovery_rate)
     tried = 0
     for kind, rule in KINDS.items():
         rewritten = [rule(e, rarity) for e in (*forget, *non_members)]
         probes = [[] if e is None else [t for t in target.encoded([e]) if t is not None] for e in rewritten]
         if not any(probes[:n]):
             continue
-        if (count := sum(map(bool, probes[n:]))) < fewest:
-            target.notes.append(
-                f'The rewrites "{kind}" were left out: of {count} non-members there is one, and it takes {fewest}.'
-            )
-        elif _counts(target, kind, probes):
-            yield from _trials(target, f"paraphrase, {kind}", probes)
+        yield from of_kind(target, f"paraphrase, {kind}", f'The rewrites "{kind}"', probes)
         tried += 1
     if not tried:
         raise Unsuited("none of the forget texts can be rewritten by rule: give them paraphrases")
-
-
-def _counts(target: Target, kind: str, probes: Probes) -> bool:
-    """Return True where the original model knows the forget set by these probes, or there is none to tell it."""
-    key, n = f"paraphrase, {kind}", len(target.texts.forget)
-    if target.original is None or n < SET:
-        return True
-    if key not in target.chosen:
-        original = replace(target, lm=target.original)
-        (trial,) = _trials(original, key, probes)
-        tested = ~np.isnan(trial.forget)
-        unseen = trial.non_members[~np.isnan(trial.non_members)]
-        bits = generalized_exposure(trial.forget[tested], unseen).lower
-        pvalue = stands_out(bits, unseen.size, target.config.seed)
-        target.chosen[key] = pvalue <= KNOWN
-        if pvalue > KNOWN:
-            target.notes.append(
-                f'The rewrites "{kind}" were left out: the forget set does not stand out by them under the original '
-                f"model (p = {pvalue:.2g})."
-            )
-    return bool(target.chosen[key])
 
 
 def _given(target: Target, examples: Sequence[Example]) -> Probes:
@@ -110,24 +77,6 @@ def _given(target: Target, examples: Sequence[Example]) -> Probes:
         encoded = target.encoded([target.texts.rendering.of(p) for p in own])
         probes.append([t for t in encoded if t is not None])
     return probes
-
-
-def _trials(target: Target, name: str, probes: Probes) -> Iterator[Trial]:
-    """Yield the mean over each text's probes, and where they are several the likeliest; all have as many, or none."""
-    target.bar.say(name)
-    n, flat = len(target.texts.forget), [t for own in probes for t in own]
-    tested = np.array([bool(own) for own in probes])
-    values = target.nll(flat).reshape(int(tested.sum()), -1)  # (texts, probes of each)
-    k = values.shape[1]
-    forms = (
-        {name: values[:, 0]}
-        if k == 1
-        else {f"{name}, mean of {k}": values.mean(axis=1), f"{name}, best of {k}": values.min(axis=1)}
-    )
-    for form, scores in forms.items():
-        nll: Floats = np.full(len(probes), np.nan)
-        nll[tested] = scores
-        yield Trial(form, nll[:n], nll[n:], details={"probes": k})
 
 
 def _note(tested: Sequence[int], total: Sequence[int], least: int) -> str:

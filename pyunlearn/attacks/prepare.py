@@ -107,6 +107,7 @@ def arranged(
         retain_examples=examples.get("retain", []),
         same_kind="holdout" in tokens or control is not None,
         rendering=rendered.rendering,
+        unrendered=_unrendered(rendered, indices, compared),
     )
     return Prepared(lm, control, original, rendered, indices, texts, chosen)
 
@@ -197,6 +198,18 @@ def _groups(rendered: RenderedTexts, role: str, indices: Sequence[int]) -> list[
     first = {i: group[0] for group in groups_of_copies(rendered.given[role]) for i in group}
     records = [int(rendered.encoded.records[role][i]) for i in indices]
     return [first.get(record, record) for record in records]
+
+
+def _unrendered(rendered: RenderedTexts, forget: Sequence[int], holdout: Sequence[int]) -> list[Example | None]:
+    """Return the texts as they were read, None for a window of a longer record; none without a holdout."""
+    if "holdout" not in rendered.given:
+        return []
+    examples: list[Example | None] = []
+    for role, indices in {"forget": forget, "holdout": holdout}.items():
+        records = rendered.encoded.records[role]
+        windows = np.bincount(records)
+        examples += [rendered.given[role][records[i]] if windows[records[i]] == 1 else None for i in indices]
+    return examples
 
 
 def _drawn(rng: np.random.Generator, n: int, most: int) -> list[int]:

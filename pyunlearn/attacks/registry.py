@@ -14,6 +14,7 @@ from pyunlearn.attacks.prefixes import prefix
 from pyunlearn.attacks.quantization import quantization
 from pyunlearn.attacks.recitation import recitation, sampling
 from pyunlearn.attacks.relearning import relearning, relearning_retain, relearning_unrelated
+from pyunlearn.attacks.renderings import rendering
 from pyunlearn.attacks.target import Target, Trial
 
 
@@ -35,6 +36,7 @@ ATTACKS: dict[str, Attack] = {
     "relearning-retain": Attack(relearning_retain, whole=True),
     "relearning-unrelated": Attack(relearning_unrelated, whole=True),
     "instruction": Attack(instruction),
+    "rendering": Attack(rendering),
     "paraphrase": Attack(paraphrase),
     "recitation": Attack(recitation, writes=True),
     "sampling": Attack(sampling, writes=True),

@@ -45,6 +45,9 @@ class AttackTexts:
     """True where unseen forget texts would fare as the non-members do after any training: a holdout, or a control."""
     rendering: Rendering
     """Form in which the model reads records with a prompt."""
+    unrendered: list[Example | None] = field(default_factory=list)
+    """The forget texts and the non-members as they were read, None for a window of a longer record; empty without a
+    holdout."""
 
     @property
     def every(self) -> list[Tokens]:

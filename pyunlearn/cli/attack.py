@@ -37,7 +37,7 @@ Original = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="The model before unlearning, for the attacks merging and paraphrase.",
+        help="The model before unlearning, for the attacks merging, rendering and paraphrase.",
         rich_help_panel="Model",
     ),
 ]
