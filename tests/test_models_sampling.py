@@ -135,6 +135,14 @@ def test_text_to_hold_recites_no_record(answers, monkeypatch):
     assert set(sample_own_texts(lm, [secret])) == {other}
 
 
+def test_the_template_of_all_records_is_no_recitation(answers):
+    """Of twelve tokens with which all prompts begin, a third of the samples begin, and none is left out for it."""
+    template, lm = tuple(range(20, 32)), LanguageModel.of(answers.model, answers.tokenizer)
+    forget = [Tokens((*template, *range(a, a + 12)), 16) for a in (40, 60)]
+    starts = [t.ids[: t.first] for t in sample_own_texts(lm, forget)]
+    assert starts.count(template) == OWN_COUNT // 3
+
+
 def test_recitation_of_many_texts_takes_no_memory_for_each():
     """Every run of the forget set would take kilobytes a text; of 3000 that are read one by one, the last is seen."""
     forget = ((tuple(range(i, i + 50)), 49) for i in range(100, 3100))

@@ -101,8 +101,8 @@ def sample_own_texts(
 
     In turn, one starts from the beginning-of-text token, one from the opening of an English text, if the tokenizer has
     its words, and one from the tokens with which all forget texts begin: the first, and what their prompts share. Each
-    is as long as the forget texts are (8 to 48 tokens). Texts that recite a forget text of three tokens or more are
-    left out.
+    is as long as the forget texts are (8 to 48 tokens). Texts that recite what is a forget text's own, three tokens of it
+    or more, are left out.
 
     Args:
         lm: the model, in evaluation mode.
@@ -128,7 +128,8 @@ def sample_own_texts(
     with seeded(seed, lm.device):
         for size in sorted({len(start) for start in starts}):
             samples += _sample(lm, [start for start in starts if len(start) == size], None, length)
-    reciting = _reciting([t.ids for t in samples], ((t.ids, max(3, len(t.scored))) for t in forget))
+    template = 0 if alone or len(shared) == 1 else len(shared)  # a third of the samples begins with it
+    reciting = _reciting([t.ids for t in samples], ((t.ids[template:], max(3, len(t.scored))) for t in forget))
     return [t for i, t in enumerate(samples) if i not in reciting]
 
 
