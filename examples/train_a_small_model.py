@@ -69,11 +69,11 @@ def train(texts: list[str], tokenizer: PreTrainedTokenizerFast, epochs: int) -> 
     return model.eval()
 
 
-def main(folder: str) -> None:
+def main(folder: str, seed: int = 0) -> None:
     """Write the model and the files into a new folder."""
-    path, draws = Path(folder), random.Random(0)
+    path, draws = Path(folder), random.Random(seed)
     path.mkdir()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     torch.set_num_threads(1)  # a model this small is slower with more
     names = [f"{name} {surname}" for name in ("Ben", "Carla", "David", "Eva") for surname in ("Hill", "Moss", "Reed")]
     others = [row for name in names for row in records(name, 10, draws)]

@@ -77,8 +77,9 @@ def arranged(
     *,
     control: LanguageModel | None = None,
     original: LanguageModel | None = None,
+    most: int = _MOST,
 ) -> Prepared:
-    """Choose the non-members and the forget texts that are attacked, of texts that are rendered.
+    """Choose the non-members, at most that many, and the forget texts that are attacked, of texts that are rendered.
 
     Raises DataError where there are too few non-members, and ModelError for a model with another vocabulary.
     """
@@ -90,7 +91,7 @@ def arranged(
     require_enough(len(non_members.tokens), config.false_discovery_rate)
     rng = np.random.default_rng(config.seed)
     indices = _drawn(rng, len(tokens["forget"]), config.texts)
-    compared = _drawn(rng, len(non_members.tokens), _MOST)
+    compared = _drawn(rng, len(non_members.tokens), most)
     of_forget, own = (
         Expected(x.nll[np.array(which)], x.greedy_match[np.array(which)])
         for x, which in ((non_members.forget, indices), (non_members.own, compared))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pyunlearn.attacks.probes import Probes, of_kind
 from pyunlearn.attacks.target import Target, Trial, Unsuited
@@ -18,10 +18,18 @@ def rendering(target: Target) -> Iterator[Trial]:
 
     Source: ours.
     """
+    yield from in_forms(target, other_renderings(target.lm.tokenizer))
+
+
+def in_forms(target: Target, forms: Sequence[Rendering]) -> Iterator[Trial]:
+    """Score the records in each of these forms that is not the one in which they are read.
+
+    Raises Unsuited without a holdout, and where no record has a prompt that could be written so.
+    """
     if not target.texts.unrendered:
         raise Unsuited("to tell what is known in another form takes a holdout of the forget set's kind")
     tried: list[Probes] = []
-    for form in other_renderings(target.lm.tokenizer):
+    for form in forms:
         probes = _rendered(target, form)
         if probes not in tried and any(probes[: len(target.texts.forget)]):
             yield from of_kind(target, f"rendering, {form.key}", f"The records in the form {form.name}", probes)

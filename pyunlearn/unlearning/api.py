@@ -10,11 +10,8 @@ from typing import Any
 
 import torch
 
-from pyunlearn.attacks.api import attacked
-from pyunlearn.attacks.config import DEFAULT, AttackConfig
 from pyunlearn.attacks.judge import non_members_for
-from pyunlearn.attacks.prepare import arranged, require_enough
-from pyunlearn.attacks.result import AttackResult
+from pyunlearn.attacks.prepare import require_enough
 from pyunlearn.data import Example, check_texts, read_roles
 from pyunlearn.data.examples import source_name
 from pyunlearn.data.redaction import masked
@@ -33,6 +30,7 @@ from pyunlearn.output import model_name
 from pyunlearn.probes.forms import require_forms, with_forms
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.progress import Progress, logger
+from pyunlearn.unlearning.attacked import try_attacks
 from pyunlearn.unlearning.checkpoint import Checkpoint, sampled_texts
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.distributed import Processes, fills_in_weights, is_main_process, make_accelerator, together
@@ -181,8 +179,8 @@ def unlearn(
         inputs = _inputs(lm, reference_model, sources | {"output_dir": output_dir})
         result = result_of(session, config, trained, texts, stopped, inputs)
         result.notes = drawn + notes + notes_of(session, texts, result, config) + served.notes(result)
-        if config.attacks is not None and stopped != "interrupted":
-            result.attack = processes.once(lambda: _attacked(trained, lm, texts, config, bar, checkpoint))
+        if stopped != "interrupted":
+            try_attacks(result, lm, texts, config, processes, bar, checkpoint)
         if folder.path is not None and stopped != "interrupted":
             _save(result, folder.path, checkpoint, processes, replace=resume)
     return result
@@ -219,31 +217,6 @@ def _save(result: Result, directory: Path, checkpoint: Checkpoint, processes: Pr
         if processes.is_main:
             checkpoint.delete()
     processes.barrier()
-
-
-def _attacked(
-    trained: Any,
-    lm: LanguageModel,
-    texts: RenderedTexts,
-    config: UnlearnConfig,
-    bar: Progress,
-    checkpoint: Checkpoint,
-) -> AttackResult:
-    """Try the attacks that the settings name on the unlearned model; the checkpoint stays if they cannot be tried."""
-    target = LanguageModel.described(trained, lm.tokenizer, workspace=config.workspace)
-    attacks = AttackConfig(
-        attacks=config.attacks or DEFAULT,
-        false_discovery_rate=config.false_discovery_rate,
-        batch_size=config.micro_batch_size or config.batch_size,
-        workspace=config.workspace,
-        seed=config.seed,
-    )
-    try:
-        return attacked(arranged(target, texts.as_written, attacks, bar), attacks, bar)
-    except BaseException:
-        if checkpoint.exists:
-            logger.warning(f"{checkpoint.path} holds the run: resume=True (--resume) saves it, also without attacks")
-        raise
 
 
 def _inputs(lm: LanguageModel, reference_model: Any, sources: dict[str, Any]) -> dict[str, Any]:
