@@ -178,31 +178,14 @@ constexpr const char* kNoHopper = "this build has no Hopper kernels";
 #define PYUNLEARN_INPUT                                                                              \
   Address hidden, Address weight, int dtype, int64_t n, int64_t d, int64_t v, int64_t hidden_stride, \
       int64_t weight_stride, Address bias, int bias_dtype, double scale, double softcap, Address targets
-#define PYUNLEARN_ROWS                                                                                  \
-  int64_t n, int64_t d, int64_t v, double scale, double softcap, Address targets, Address coefficients, \
-      Address factor, Address log_likelihood, Address maximum, Address total
 
 const float* floats(Address address) { return static_cast<const float*>(in(address)); }
 float* floats_out(Address address) { return static_cast<float*>(out(address)); }
 const int64_t* integers(Address address) { return static_cast<const int64_t*>(in(address)); }
-MatrixIn matrix_in(Address data, int dtype, int64_t stride) { return {in(data), Dtype(dtype), stride}; }
 
 HopperInput hopper_input(PYUNLEARN_INPUT) {
   return {in(hidden), in(weight), Dtype(dtype),     n, d, v, hidden_stride, weight_stride, in(bias), Dtype(bias_dtype),
           scale,      softcap,    integers(targets)};
-}
-KeptRows kept_rows(PYUNLEARN_ROWS) {
-  return {n,
-          d,
-          v,
-          scale,
-          softcap,
-          integers(targets),
-          floats(coefficients),
-          floats(factor),
-          floats(log_likelihood),
-          floats(maximum),
-          floats(total)};
 }
 
 py::object hopper_unavailable_here() {
@@ -248,32 +231,12 @@ void hopper_gradient_at(PYUNLEARN_INPUT, int64_t first_column, Address coefficie
                                        floats(maximum), floats(total), out(result), result_stride, out(stream)));
 }
 
-void kept_scale_hidden_at(PYUNLEARN_ROWS, Address hidden, int hidden_dtype, int64_t hidden_stride, Address result,
-                          int result_dtype, int64_t result_stride, Address stream) {
-  const KeptRows rows =
-      kept_rows(n, d, v, scale, softcap, targets, coefficients, factor, log_likelihood, maximum, total);
-  PYUNLEARN_HOPPER_RUN(kept_scale_hidden(rows, matrix_in(hidden, hidden_dtype, hidden_stride),
-                                         matrix(result, result_dtype, result_stride), out(stream)));
-}
-
-void kept_hidden_gradient_at(PYUNLEARN_ROWS, Address product, int product_dtype, int64_t product_stride, Address weight,
-                             int weight_dtype, int64_t weight_stride, Address result, int result_dtype,
-                             int64_t result_stride, Address stream) {
-  const KeptRows rows =
-      kept_rows(n, d, v, scale, softcap, targets, coefficients, factor, log_likelihood, maximum, total);
-  PYUNLEARN_HOPPER_RUN(kept_hidden_gradient(rows, matrix_in(product, product_dtype, product_stride),
-                                            matrix_in(weight, weight_dtype, weight_stride),
-                                            matrix(result, result_dtype, result_stride), out(stream)));
-}
-
-void kept_add_targets_at(PYUNLEARN_ROWS, Address hidden, int hidden_dtype, int64_t hidden_stride,
-                         Address sorted_targets, Address order, Address d_weight, int d_weight_dtype,
-                         int64_t d_weight_stride, Address stream) {
-  const KeptRows rows =
-      kept_rows(n, d, v, scale, softcap, targets, coefficients, factor, log_likelihood, maximum, total);
-  PYUNLEARN_HOPPER_RUN(kept_add_targets(rows, matrix_in(hidden, hidden_dtype, hidden_stride), integers(sorted_targets),
-                                        integers(order), matrix(d_weight, d_weight_dtype, d_weight_stride),
-                                        out(stream)));
+void kept_scale_rows_at(int64_t n, int64_t d, double scale, Address coefficients, Address factor, Address data,
+                        int dtype, int64_t stride, Address result, int result_dtype, int64_t result_stride,
+                        Address stream) {
+  const KeptRows rows{n, d, scale, floats(coefficients), floats(factor)};
+  const MatrixIn matrix_in{in(data), Dtype(dtype), stride};
+  PYUNLEARN_HOPPER_RUN(kept_scale_rows(rows, matrix_in, matrix(result, result_dtype, result_stride), out(stream)));
 }
 
 py::object name_of_bf16_products() { return bf16_products() ? py::object(py::str(bf16_products())) : py::none(); }
@@ -319,8 +282,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("hopper_statistics", &hopper_statistics_at);
   m.def("hopper_statistics_kept", &hopper_statistics_kept_at);
   m.def("hopper_gradient", &hopper_gradient_at);
-  m.def("kept_scale_hidden", &kept_scale_hidden_at);
-  m.def("kept_hidden_gradient", &kept_hidden_gradient_at);
-  m.def("kept_add_targets", &kept_add_targets_at);
+  m.def("kept_scale_rows", &kept_scale_rows_at);
   m.def("build_info", &build_info);
 }

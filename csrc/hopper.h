@@ -45,9 +45,8 @@ const char* hopper_statistics(const HopperInput&, const HopperStatistics&, void*
 
 // The log-likelihoods, and what a backward pass needs of every logit, so that the coefficients may come later and
 // nothing is multiplied twice:
-//     p_rj (dz/du)_rj = factor_r * kept_rj   for j other than the target,
-// and kept_rj = 0 at the target, whose share is exact elsewhere (kept_backward.h). A row that is NaN has kept_rj = 0
-// and a factor of NaN, so that no other row's gradient meets it.
+//     (p_rj - [j is the target of r]) (dz/du)_rj = factor_r * kept_rj
+// A row that is NaN has kept_rj = 0 and a factor of NaN, so that no other row's gradient meets it.
 //
 // kept (n, v) bfloat16, 16-byte aligned, its stride a multiple of 8 that is at least v; columns v .. next multiple of 8
 // are zeroed. bfloat16 inputs only. The exponentials are kept relative to a reference that has to be known before the

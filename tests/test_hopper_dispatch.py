@@ -30,7 +30,7 @@ def test_frozen_parts(trained, workspace, watched):
     actual = [t.grad for t in (hidden, weight) if t.requires_grad]
     assert_agree(actual, [w for w, t in zip(expected[1:], (hidden, weight), strict=True) if t.requires_grad], 1.5e-2)
     assert counter.get_total_flops() == 2 * 64 * 32 * 600 * len(actual)
-    assert watched.calls["kept_add_targets"] == (workspace is None and trained != "hidden")
+    assert watched.calls["kept_scale_rows"] == (workspace is None) * (2 if trained == "both" else 1)
 
 
 def test_backward_twice(watched):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from coverings import slow
 from emulated import PLACE, assert_right, evaluate, head, truth, unit
 from heads import Case, assert_agree, assert_equal, cast, op_module, statistics_module
 
 from pyunlearn.ops import _passes, linear_log_likelihood, reference, token_statistics
+from pyunlearn.ops._types import Head
 from pyunlearn.ops.hopper import kernels
 
 pytestmark = pytest.mark.emulator
@@ -24,7 +26,7 @@ def test_values_and_gradients(rows, width, vocabulary, workspace, options, dtype
     assert watched.calls["hopper_statistics_kept"] == cached
     assert watched.calls["hopper_statistics"] == (not cached)
     assert (watched.calls["hopper_gradient"] > 0) == (not cached)
-    assert (watched.calls["kept_hidden_gradient"] > 0) == cached
+    assert (watched.calls["kept_scale_rows"] > 0) == cached
     assert not watched.calls["statistics"] + watched.calls["gradient"]
 
 
@@ -178,27 +180,52 @@ def test_wrong_arguments_are_refused_before_a_launch(kernel, emulated):
     assert not (cached == 7).all() or not (rank == 7).all()
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (0.5, 20.0)])
+def test_cached_exponentials(scale, softcap, watched):
+    """Factor times cached is -d log p / d logit rounded once, at the target too, in both sweeps; 0 in a NaN row."""
+    case = head(300, 24, 515, bias=False)
+    case.hidden[:8] = case.weight[case.targets[:8]] * 4  # likely targets
+    case.hidden[260] *= -100  # its pair of row blocks is swept twice
+    case.hidden[261, 0] = torch.nan
+    buffer, factor = case.hidden.new_empty(300 * 520), torch.empty(1, 300, device=PLACE["device"])
+    value = kernels.score(case.hidden, Head(case.weight, None, scale, softcap), case.targets, [buffer], factor)[0]
+    assert value[:8].exp().max() > 0.9
+    own = case.targets[:, None]
+    z = reference.logits_of(case.hidden.double() @ case.weight.double().T, None, scale, softcap)
+    expected = z.softmax(1).scatter(1, own, torch.expm1(z.log_softmax(1)).gather(1, own))
+    expected *= 1 - (z / softcap) ** 2 if softcap else 1
+    cached = buffer.view(300, 520)[:, :515]
+    error = (factor[0, :, None] * cached.double() - expected).abs()
+    finite = torch.arange(300, device=own.device) != 261
+    assert (error <= 2**-8 * expected.abs() + 2e-6)[finite].all()
+    assert factor[0, 261].isnan()
+    assert not cached[261].any()
+
+
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 300, *slow(8192)])
+@pytest.mark.parametrize("equal", [True, False])
+def test_rows_of_equal_targets(rows, equal, watched):
+    """One target in all rows, or in runs of them, gets the sum of its rows, with the same bits each time."""
+    case = head(rows, 16, 300)
+    case.targets[:] = 7 if equal else torch.arange(rows, device=PLACE["device"]) // 130
+    actual = evaluate(linear_log_likelihood, case, 1 + unit(rows))
+    assert_right(actual, truth(case, 1 + unit(rows)), torch.bfloat16)
+    assert_equal(evaluate(linear_log_likelihood, case, 1 + unit(rows)), actual)
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("softcap", [0.0, 4.0])
-@pytest.mark.parametrize(("width", "offset"), [(1, 0), (72, 0), (75, 0), (72, 1)])
-def test_rows_of_equal_targets(width, offset, softcap, dtype, watched):
-    """Targets that occur 1, 16, 128 and 300 times get the sum of their rows; rows with coefficient 0 are not read."""
+@pytest.mark.parametrize(("width", "offset"), [(1, 0), (72, 0), (75, 0), (72, 1), (1544, 0)])
+def test_scaled_rows(width, offset, dtype, to, watched):
+    """Each row is multiplied by its factor and rounded once; a row with coefficient 0 is zero whatever it holds."""
     where = torch.device(PLACE["device"])
-    times = {2: 1, 3: 16, 5: 128, 8: 300, -100: 7, 11: 2, -1: 1}
-    targets = torch.tensor([t for t, n in times.items() for _ in range(n)], device=where)
-    targets = targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).to(where)]
-    n = len(targets)
-    scratch = torch.randn(n, width + 8, device=where).to(dtype)
-    hidden, d_weight = scratch[:, offset : offset + width], torch.randn(11, width, device=where)
-    coefficients, value = unit(n), -torch.rand(n, device=where)
-    unread = (targets == 8).nonzero()[::7, 0]
-    coefficients[unread], hidden[unread] = 0, torch.nan
-    maximum, total = torch.randn(n, device=where), 1 + torch.rand(n, device=where)
-    slope = (1 - ((value + total.log() + maximum) / 4).double() ** 2).clamp(min=0) if softcap else 1
-    b = coefficients.double() * 0.5 * -torch.expm1(value.double()) * slope
-    inside = (targets >= 0) & (targets < 11) & (coefficients != 0)
-    expected = d_weight.double().index_add(0, targets[inside], b[inside, None] * hidden[inside].double())
-    rows = (n, width, 11, 0.5, softcap, targets, coefficients, coefficients, value, maximum, total)
-    matrices = (*kernels._matrix(hidden), *torch.sort(targets, stable=True), *kernels._matrix(d_weight))
-    kernels._run("kept_add_targets", *rows, *matrices)
-    assert_agree([d_weight], [expected], 2e-6)
+    x = torch.randn(13, width + 8, device=where).to(dtype)[:, offset : offset + width]
+    out = torch.full((13, width + 8), 7.0, dtype=to, device=where)
+    coefficients, factor = unit(13), 1 + torch.rand(13, device=where)
+    coefficients[6], x[6] = 0, torch.nan
+    matrices = (*kernels._matrix(x), *kernels._matrix(out[:, offset : offset + width]))
+    kernels._run("kept_scale_rows", 13, width, 0.5, coefficients, factor, *matrices)
+    expected = (-0.5 * coefficients * factor)[:, None].double() * x.double().nan_to_num()
+    assert_agree([out[:, offset : offset + width]], [expected], torch.finfo(to).eps)
+    assert (out[:, :offset] == 7).all()
+    assert (out[:, offset + width :] == 7).all()

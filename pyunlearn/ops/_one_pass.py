@@ -123,10 +123,10 @@ def _run(
         (h,) = select_rows(work.rows, hidden)
         head = Head(weight, kernel_bias(h, bias), work.logit_scale, work.softcap)
         new = torch.empty if n else torch.zeros
-        d_h = h.new_zeros(h.shape, dtype=real) if needs[0] else None
         d_weight = new(weight.shape, dtype=real if several else weight.dtype, device=h.device) if needs[1] else None
         d_bias = h.new_zeros((weight.shape[0],), dtype=real) if needs[2] else None
         cached: list[Tensor] = []
+        d_h: list[Tensor] = []  # of each chunk
         planned_for, outputs = None, []
         for k, (first, end) in enumerate(work.chunks):
             rows = max(work.at_a_time, end - first)
@@ -141,13 +141,15 @@ def _run(
             parts, coefficients = work.step(k, statistics.log_likelihood, keep)
             outputs.append(parts)
             if keep:
-                into = Gradients(None if d_h is None else d_h[first:end], d_weight, d_bias, add=first > 0)
+                into = Gradients(needs[0], d_weight, d_bias, add=first > 0)
                 last = k == len(work.chunks) - 1
-                differentiate(
+                d_part = differentiate(
                     part, head, t, p, statistics, coefficients.to(real).contiguous(), [*cached], block_maximum, into,
                     in_place=True, release=last, negligible=work.negligible,
                 )  # fmt: skip
-        d_hidden = None if d_h is None else d_h.to(hidden.dtype)
+                if d_part is not None:
+                    d_h.append(d_part)
+        d_hidden = (d_h[0] if len(d_h) == 1 else torch.cat(d_h)) if d_h else None
         if d_hidden is not None and work.rows is not None:
             d_hidden = write_rows(torch.zeros_like(hidden), work.rows, d_hidden)
         gradients = [

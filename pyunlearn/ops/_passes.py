@@ -102,29 +102,27 @@ def differentiate(
     h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor,
     cached: list[Tensor | None], block_maximum: Tensor, into: Gradients, *, in_place: bool, release: bool,
     negligible: float = 0.0,
-) -> None:  # fmt: skip
-    """Add or write the gradient of sum(coefficients * log-likelihood) of rows h (n, D).
+) -> Tensor | None:  # fmt: skip
+    """Compute the gradient of sum(coefficients * log-likelihood) of rows h (n, D); return that of h, in its dtype.
 
     cached: the buffers that `score` filled, one per group; None or missing where logits have to be recomputed.
     in_place: each buffer is overwritten by the gradient with respect to its logits. release: its memory is freed after
     use, group by group. negligible: see `rows_with_gradient`.
     """
     if p.fused:
-        hopper.differentiate(
+        return hopper.differentiate(
             h, head, targets, p, statistics, coefficients, cached, block_maximum, into, release=release
         )
-        return
     count, real = h.shape[0], real_of(h)
     cached = cached + [None] * (len(p.groups()) - len(cached))
     again = any(k is None for k in cached)
     block_maximum = block_maximum[:, :count]  # (blocks, rows)
     active, idle = rows_with_gradient(statistics.log_likelihood, coefficients, negligible, h, cached=not again)
-    into_hidden = into.hidden  # (rows, D)
     if active is not None:  # from here on, n counts the active rows
         h, targets, coefficients, *per_row = select_rows(active, h, targets, coefficients, *statistics)
         statistics, block_maximum = Statistics(*per_row), block_maximum.index_select(1, active)
-        into_hidden = None if into.hidden is None else h.new_zeros(h.shape, dtype=real)
     h, n = without_idle(h, coefficients) if idle else h, h.shape[0]
+    d_hidden = h.new_zeros(h.shape, dtype=real) if into.hidden else None  # (n, D)
     logits = Logits(h if again else h[:0], real)
     scratch = h.new_empty((n * p.block,), dtype=real) if again else None
     d_buffer = h.new_empty((n * p.group,)) if again or not in_place else None
@@ -155,13 +153,15 @@ def differentiate(
         if into.bias is not None:
             d_bias = torch.sum(d_logits, dim=0, dtype=real)  # (v,)
             into.bias[first:end] = into.bias[first:end] + d_bias if into.add else d_bias
-        if into_hidden is not None:
-            add_product(into_hidden, d_logits, head.weight[first:end])  # (n, v) @ (v, D)
+        if d_hidden is not None:
+            add_product(d_hidden, d_logits, head.weight[first:end])  # (n, v) @ (v, D)
         if release and buffer is not None:
             del group, d_logits
             free(buffer)
-    if active is not None and into.hidden is not None and into_hidden is not None:
-        write_rows(into.hidden, active, into_hidden)
+    d_hidden = None if d_hidden is None else d_hidden.to(h.dtype)
+    if d_hidden is None or active is None:
+        return d_hidden
+    return write_rows(d_hidden.new_zeros((count, h.shape[1])), active, d_hidden)
 
 
 def rows_with_gradient(

@@ -25,9 +25,9 @@ class Statistics(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Output buffers of the gradients; None where no gradient is needed."""
+    """Output buffers of the gradients; None where no gradient is needed. That of the hidden states is returned."""
 
-    hidden: Tensor | None  # (n, D) real, zeros
+    hidden: bool  # whether it is needed
     weight: Tensor | None  # (V, D), of the head's dtype, or real to add to
     bias: Tensor | None  # (V,) real
     add: bool = False  # weight and bias already hold the gradient of earlier rows: add to it

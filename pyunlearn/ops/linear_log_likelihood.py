@@ -147,17 +147,18 @@ def _backward(
     need_hidden, need_weight, need_bias = needs
     new = torch.empty if n else torch.zeros
     into = Gradients(
-        h.new_zeros(h.shape, dtype=real) if need_hidden else None,
+        need_hidden,
         new(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else None,
         new(bias.shape, dtype=real, device=bias.device) if need_bias and bias is not None else None,
     )
     head = Head(weight, kernel_bias(hidden, bias), logit_scale, softcap)
-    differentiate(
+    d_hidden = differentiate(
         h, head, t, p, Statistics(*per_row), c, live, block_maximum, into, in_place=release, release=release
     )  # fmt: skip
     nothing = hidden.new_empty((0,))
-    d_hidden = nothing if into.hidden is None else into.hidden.to(hidden.dtype)
-    if need_hidden and rows is not None:
+    if d_hidden is None:
+        d_hidden = nothing
+    elif rows is not None:
         d_hidden = write_rows(hidden.new_zeros(hidden.shape), rows, d_hidden)
     d_weight = weight.new_empty((0,)) if into.weight is None else into.weight
     if bias is None:

@@ -50,10 +50,10 @@ void hopper(int64_t n, int64_t d, int64_t v, bool headed) {
   const int64_t stride = (v + 7) / 8 * 8;
   Aligned hidden(n * d * 2), weight(v * d * 2), bias(v * 2), kept(n * stride * 2), g(n * stride * 2);
   Aligned workspace(hopper_workspace_bytes(n)), scaled(n * d * 2), product(n * d * 4);
-  std::vector<float> like(n), maximum(n), total(n), entropy(n), variance(n), factor(n), c(n, 0.5f), d_weight(v * d);
-  std::vector<int64_t> targets(n), rank(n), order(n);
+  std::vector<float> like(n), maximum(n), total(n), entropy(n), variance(n), factor(n), c(n, 0.5f);
+  std::vector<int64_t> targets(n), rank(n);
   fill(hidden.p, n * d, 1.f), fill(weight.p, v * d, 1.f), fill(bias.p, v, 1.f);
-  for (int64_t i = 0; i < n; ++i) targets[i] = i * v / n, order[i] = i;  // rising
+  for (int64_t i = 0; i < n; ++i) targets[i] = i * v / n;
   const HopperInput in{hidden.p,
                        weight.p,
                        Dtype::bfloat16,
@@ -75,14 +75,10 @@ void hopper(int64_t n, int64_t d, int64_t v, bool headed) {
   done(hopper_gradient(in, 0, c.data(), like.data(), maximum.data(), total.data(), g.p, stride, nullptr));
   done(hopper_statistics_kept(in, like.data(), maximum.data(), total.data(), kept.p, stride, factor.data(), workspace.p,
                               nullptr));
-  const KeptRows rows{
-      n,           d, v, in.scale, in.softcap, targets.data(), c.data(), factor.data(), like.data(), maximum.data(),
-      total.data()};
-  const MatrixIn h{hidden.p, Dtype::bfloat16, d}, w{weight.p, Dtype::bfloat16, d};
-  done(kept_scale_hidden(rows, h, {scaled.p, Dtype::bfloat16, d}, nullptr));
-  done(kept_hidden_gradient(rows, {product.p, Dtype::float32, d}, w, {product.p, Dtype::float32, d}, nullptr));
-  done(kept_add_targets(rows, h, targets.data(), order.data(), {d_weight.data(), Dtype::float32, d}, nullptr));
-  for (const auto* all : {&like, &maximum, &total, &entropy, &variance, &factor, &d_weight})
+  const KeptRows rows{n, d, in.scale, c.data(), factor.data()};
+  done(kept_scale_rows(rows, {hidden.p, Dtype::bfloat16, d}, {scaled.p, Dtype::bfloat16, d}, nullptr));
+  done(kept_scale_rows(rows, {product.p, Dtype::float32, d}, {scaled.p, Dtype::bfloat16, d}, nullptr));
+  for (const auto* all : {&like, &maximum, &total, &entropy, &variance, &factor})
     for (float x : *all)
       if (!std::isfinite(x)) std::fprintf(stderr, "a result is not finite\n"), std::exit(1);
 }

@@ -21,12 +21,12 @@ const char* hopper_cannot_repair(const HopperInput& in, void* kept, int64_t kept
   return prepare<Task::gradient>(sweep, in, 0, kept, kept_stride);
 }
 
-const char* hopper_repair_kept(const HopperInput& in, const float* maximum, const float* total, const int* repair,
-                               void* kept, int64_t kept_stride, void* stream) {
+const char* hopper_repair_kept(const HopperInput& in, const float* log_likelihood, const float* maximum,
+                               const float* total, const int* repair, void* kept, int64_t kept_stride, void* stream) {
   Sweep sweep;
   if (const char* why = prepare<Task::gradient>(sweep, in, 0, kept, kept_stride)) return why;
   Pointers& at = sweep.at;
-  at.maximum = maximum, at.total = total, at.only = repair;
+  at.log_likelihood = log_likelihood, at.maximum = maximum, at.total = total, at.only = repair;
   return sweep.run((cudaStream_t)stream);
 }
 

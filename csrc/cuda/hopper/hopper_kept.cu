@@ -17,9 +17,13 @@ __global__ void finish_kept_kernel(const __grid_constant__ Pointers at, const __
     Row sums = merge_splits<Task::kept_statistics>(at, plan, row);
     if (target.valid) swap_target<Task::kept_statistics>(sums, target);
     write_softmax(sums, maximum + row, total + row);
-    log_likelihood[row] = log_likelihood_of(target, sums);
-    if (target.valid) at.kept[row * at.ld_kept + at.target[row]] = __float2bfloat16_rn(0.f);
+    const float value = log_likelihood_of(target, sums);
+    log_likelihood[row] = value;
     shift = (float)((target.valid ? (double)kept_reference(target.exact) : 0.0) - log_sum(sums));
+    if (target.valid) {
+      const float slope = at.head.softcap != 0.f ? at.head.slope(target.exact) : 1.f;
+      at.kept[row * at.ld_kept + at.target[row]] = __float2bfloat16_rn(expm1f(value) * exp2f(-shift) * slope);
+    }
     if (shift != shift) repaired = shift;  // its exponentials become 0, so that a coefficient of 0 leaves no NaN
   }
   // one barrier for all threads, also those beyond the last row
@@ -52,7 +56,7 @@ const char* hopper_statistics_kept(const HopperInput& in, float* log_likelihood,
   if (const char* why = sweep.run(stream)) return why;
   finish_kept_kernel<<<plan.pairs, kCluster * kRows, 0, stream>>>(at, plan, log_likelihood, maximum, total, factor);
   if (const char* why = launched()) return why;
-  return hopper_repair_kept(in, maximum, total, at.repair, kept, kept_stride, stream_);
+  return hopper_repair_kept(in, log_likelihood, maximum, total, at.repair, kept, kept_stride, stream_);
 }
 
 }  // namespace pyunlearn

@@ -8,11 +8,11 @@
 
 namespace pyunlearn {
 
-// hopper_gradient.cu: writes exp(z - maximum) / total dz/du, and 0 at the target, for the row pairs that repair names.
-// For hopper_kept.cu, which asks before its own launches whether that can be done.
+// hopper_gradient.cu: writes kept_rj of hopper.h for a factor of 1, for the row pairs that repair names. For
+// hopper_kept.cu, which asks before its own launches whether that can be done.
 const char* hopper_cannot_repair(const HopperInput& in, void* kept, int64_t kept_stride);
-const char* hopper_repair_kept(const HopperInput& in, const float* maximum, const float* total, const int* repair,
-                               void* kept, int64_t kept_stride, void* stream);
+const char* hopper_repair_kept(const HopperInput& in, const float* log_likelihood, const float* maximum,
+                               const float* total, const int* repair, void* kept, int64_t kept_stride, void* stream);
 
 namespace {
 

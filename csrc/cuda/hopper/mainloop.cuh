@@ -19,7 +19,7 @@ struct Pointers {
   float4* partial_more;  // all statistics: first and second moment, and count of columns above the target
   float* target_tile;    // statistics: target logit as the WGMMA summed it
   float* target_exact;   // statistics: target logit as an fp32 dot product
-  // gradient; without coefficients: the softmax itself, 0 at the target
+  // gradient; without coefficients, in place of -coefficient * scale, 1: the softmax, less 1 at the target
   const float *coefficients, *log_likelihood, *maximum, *total;
   const int* only;  // gradient: null, or which row pairs to do (Walk)
   int* repair;      // kept statistics: the row pairs whose exponentials left the range, written in the form of only
@@ -213,10 +213,10 @@ __device__ __forceinline__ GradientRow gradient_row(const Pointers& at, bool liv
 // certain.
 __device__ __forceinline__ void place_target(GradientRow& r, const Pointers& at, int row, int target, unsigned column) {
   r.at = target >= 0 && r.factor != 0.f ? column : kColumns;
-  if (r.at >= kColumns || !at.coefficients) return;
+  if (r.at >= kColumns) return;
   const float value = at.log_likelihood[row];
   const float slope = at.head.softcap != 0.f ? at.head.slope(value + logf(at.total[row]) + at.maximum[row]) : 1.f;
-  r.at_target = at.coefficients[row] * at.head.scale * -expm1f(value) * slope;
+  r.at_target = (at.coefficients ? at.coefficients[row] * at.head.scale : -1.f) * -expm1f(value) * slope;
 }
 
 template <class T, int Depth, bool Headed>

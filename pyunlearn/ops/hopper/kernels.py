@@ -54,52 +54,47 @@ def token_statistics(
 def differentiate(
     h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor,
     cached: list[Tensor | None], factor: Tensor, into: Gradients, *, release: bool,
-) -> None:  # fmt: skip
+) -> Tensor | None:  # fmt: skip
     """Compute _passes.differentiate from the cached exponentials, or from logits recomputed in vocabulary slices."""
     if h.shape[0] == 0:
-        return
+        return torch.empty_like(h) if into.hidden else None
     exponentials = cached[0] if cached else None
     if exponentials is None:
-        _from_logits(h, head, targets, p, statistics, coefficients, into)
-        return
-    _from_cached(h, head, targets, _rows_of(exponentials, h, head), statistics, coefficients, factor[0], into)
+        return _from_logits(h, head, targets, p, statistics, coefficients, into)
+    d_hidden = _from_cached(h, head, _rows_of(exponentials, h, head), coefficients, factor[0], into)
     if release:
         exponentials.untyped_storage().resize_(0)
+    return d_hidden
 
 
 def _from_cached(
-    h: Tensor, head: Head, targets: Tensor, exponentials: Tensor, statistics: Statistics, coefficients: Tensor,
-    factor: Tensor, into: Gradients,
-) -> None:  # fmt: skip
-    (n, width), vocabulary = h.shape, head.weight.shape[0]
+    h: Tensor, head: Head, exponentials: Tensor, coefficients: Tensor, factor: Tensor, into: Gradients
+) -> Tensor | None:
+    def scale(x: Tensor, out: Tensor) -> Tensor:
+        """Write the rows (n, ...) of x, each times its factor of the exponentials' gradient, to out."""
+        _run("kept_scale_rows", *x.shape, head.logit_scale, coefficients, factor, *_matrix(x), *_matrix(out))
+        return out
 
-    def rows(columns: int) -> tuple[Any, ...]:
-        options = (n, columns, vocabulary, head.logit_scale, head.softcap)
-        return (*options, targets, coefficients, factor, *statistics)
-
-    def add_weight(out: Tensor, x: Tensor) -> None:
-        """Add to out the gradient of a matrix (V, ...) that is multiplied with x (n, ...)."""
-        scaled = torch.empty_like(x)
-        _run("kept_scale_hidden", *rows(x.shape[1]), *_matrix(x), *_matrix(scaled))
-        (add_product if into.add else product)(out, exponentials.T, scaled)
-        _run("kept_add_targets", *rows(x.shape[1]), *_matrix(x), *in_order, *_matrix(out))
-
-    in_order = torch.sort(targets, stable=True)
+    multiply = add_product if into.add else product
     if into.weight is not None:
-        add_weight(into.weight, h)
+        multiply(into.weight, exponentials.T, scale(h, torch.empty_like(h)))
     if into.bias is not None:
-        add_weight(into.bias[:, None], h.new_ones((n, 1)))
-    if into.hidden is not None:
-        add_product(into.hidden, exponentials, head.weight)
-        _run("kept_hidden_gradient", *rows(width), *_matrix(into.hidden), *_matrix(head.weight), *_matrix(into.hidden))
+        ones = h.new_ones((h.shape[0], 1))
+        multiply(into.bias[:, None], exponentials.T, scale(ones, ones))
+    if not into.hidden:
+        return None
+    d_hidden = h.new_empty(h.shape, dtype=torch.float32)
+    product(d_hidden, exponentials, head.weight)
+    return scale(d_hidden, torch.empty_like(h))
 
 
 def _from_logits(
     h: Tensor, head: Head, targets: Tensor, p: Plan, statistics: Statistics, coefficients: Tensor, into: Gradients
-) -> None:
+) -> Tensor | None:
     n, live = h.shape[0], without_idle(h, coefficients)
     buffer = h.new_empty((n * p.row_length(0, p.group),))
     per_row = (coefficients, *statistics)
+    d_hidden = h.new_zeros(h.shape, dtype=torch.float32) if into.hidden else None
     for first, end in p.groups():
         length = p.row_length(first, end)
         d_logits = buffer[: n * length].view(n, length)[:, : end - first]  # (n, slice columns)
@@ -111,8 +106,9 @@ def _from_logits(
         if into.bias is not None:
             d_bias = torch.sum(d_logits, dim=0, dtype=into.bias.dtype)
             into.bias[first:end] = into.bias[first:end] + d_bias if into.add else d_bias
-        if into.hidden is not None:
-            add_product(into.hidden, d_logits, part.weight)
+        if d_hidden is not None:
+            add_product(d_hidden, d_logits, part.weight)
+    return None if d_hidden is None else d_hidden.to(h.dtype)
 
 
 # ---------------------------------------------------------------- calls

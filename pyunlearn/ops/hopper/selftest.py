@@ -152,12 +152,16 @@ def _gradients(case: Case, workspace: int) -> list[Tensor]:
     p = plan(n, vocabulary, h.dtype, h.device, workspace, True, fused=True)
     cached = [h.new_empty((n * p.row_length(0, vocabulary),))] * p.cached
     factor = h.new_empty((p.blocks, n), dtype=torch.float32)
-    shapes = (h.shape, head.weight.shape, *([] if head.bias is None else [head.bias.shape]))
-    buffers = [torch.zeros(shape, device=h.device, dtype=torch.float32) for shape in shapes]
-    into = Gradients(buffers[0], buffers[1], buffers[2] if head.bias is not None else None)
+    into = Gradients(
+        True,
+        torch.zeros_like(head.weight, dtype=torch.float32),
+        None if head.bias is None else torch.zeros_like(head.bias, dtype=torch.float32),
+    )
     scores = Statistics(*kernels.score(h, head, case.targets, cached, factor))
-    kernels.differentiate(h, head, case.targets, p, scores, case.coefficients, [*cached], factor, into, release=False)
-    return [scores.log_likelihood, *buffers]
+    d_h = kernels.differentiate(
+        h, head, case.targets, p, scores, case.coefficients, [*cached], factor, into, release=False
+    )
+    return [x for x in (scores.log_likelihood, d_h, into.weight, into.bias) if x is not None]
 
 
 def _likelihoods_right(log_likelihood: Tensor, case: Case, expected: Definition) -> bool:
