@@ -20,6 +20,7 @@ from linear_cases import evaluate, truth
 from pyunlearn.errors import ArgumentError
 from pyunlearn.ops import _backend, linear_log_likelihood
 from pyunlearn.ops._plan import MIB, Plan, default_workspace, plan
+from pyunlearn.ops._products import column_sums
 
 # ---------------------------------------------------------------- the head and the trunk
 
@@ -160,3 +161,15 @@ def test_memory(dtype, workspace, trained, device):
     allowed = workspace if trained else workspace // 4
     assert workspace // 8 < used.peak <= allowed + temporaries + answers + per_row
     assert used.largest <= workspace
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [0, 1, 31, 33, 1024])
+def test_gradient_of_the_bias(rows, dtype):
+    """Columns of the gradient at the logits are summed in float32, and no more than 64 rows of it are copied."""
+    matrix = torch.randn(rows, 520, generator=torch.Generator().manual_seed(0)).to(dtype)[:, :515]
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=False) as profile:
+        sums = column_sums(matrix, torch.float32)
+    assert sums.dtype is torch.float32
+    assert_agree([sums], [matrix.double().sum(0)], 1e-6)
+    assert max(event.self_cpu_memory_usage for event in profile.function_events) < 64 * 515 * 4

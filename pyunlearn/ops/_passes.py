@@ -14,7 +14,7 @@ from pyunlearn.ops._library import host_may_wait
 from pyunlearn.ops._plan import MIB, Plan, balance
 from pyunlearn.ops._portable import release as free
 from pyunlearn.ops._portable import write_rows
-from pyunlearn.ops._products import Logits, add_product, product, without_idle
+from pyunlearn.ops._products import Logits, add_product, column_sums, product, without_idle
 from pyunlearn.ops._types import Gradients as Gradients
 from pyunlearn.ops._types import Head as Head
 from pyunlearn.ops._types import Statistics as Statistics
@@ -151,7 +151,7 @@ def differentiate(
         if into.weight is not None:
             (add_product if into.add else product)(into.weight[first:end], d_logits.T, h)  # (v, n) @ (n, D)
         if into.bias is not None:
-            d_bias = torch.sum(d_logits, dim=0, dtype=real)  # (v,)
+            d_bias = column_sums(d_logits, real)  # (v,)
             into.bias[first:end] = into.bias[first:end] + d_bias if into.add else d_bias
         if d_hidden is not None:
             add_product(d_hidden, d_logits, head.weight[first:end])  # (n, v) @ (v, D)

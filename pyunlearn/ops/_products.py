@@ -86,6 +86,20 @@ def product(out: Tensor, a: Tensor, b: Tensor) -> None:
         add_product(out.zero_(), a, b)
 
 
+def column_sums(a: Tensor, real: torch.dtype) -> Tensor:
+    """Return the sums (v,) over the rows of a (n, v), in `real`.
+
+    On a CPU torch.sum first copies all of a 16-bit matrix to float32. Here a few rows are copied at a time, and stay in
+    cache.
+    """
+    if a.device.type != "cpu" or a.dtype is real:
+        return torch.sum(a, dim=0, dtype=real)
+    total = a.new_zeros((a.shape[1],), dtype=real)
+    for rows in a.split(32):
+        total += rows.to(real).sum(0)
+    return total
+
+
 @contextmanager
 def _operands_already_narrow(a: Tensor) -> Iterator[None]:
     """Allow float32 products to round operands: lossless where they were bfloat16 (or float16, for TF32) before."""

@@ -14,7 +14,7 @@ from pyunlearn.ops._library import define, define_gradient, kernel_bias
 from pyunlearn.ops._passes import live_rows, real_of, resolve_ignored, select_rows, zero_ignored_rows
 from pyunlearn.ops._plan import Plan, allowance, default_workspace, plan
 from pyunlearn.ops._portable import write_rows
-from pyunlearn.ops._products import Logits, add_product, product, without_idle
+from pyunlearn.ops._products import Logits, add_product, column_sums, product, without_idle
 
 
 def kl_divergence(
@@ -255,7 +255,7 @@ def _backward(
         if needs[1]:
             product(d_weight[first:end], d_logits.T, h)
         if needs[2]:
-            torch.sum(d_logits, dim=0, dtype=pair.real, out=d_bias[first:end])
+            d_bias[first:end] = column_sums(d_logits, pair.real)
         if needs[0]:
             add_product(d_h, d_logits, weight[first:end])
     d_hidden = nothing

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyunlearn.ops import _backend
 from pyunlearn.ops._kernels import DTYPES
 from pyunlearn.ops._plan import Plan
-from pyunlearn.ops._products import add_product, product, without_idle
+from pyunlearn.ops._products import add_product, column_sums, product, without_idle
 from pyunlearn.ops._types import Gradients, Head, Statistics
 
 # ---------------------------------------------------------------- the passes of _passes.py and token_statistics.py
@@ -104,7 +104,7 @@ def _from_logits(
         if into.weight is not None:
             (add_product if into.add else product)(into.weight[first:end], d_logits.T, live)
         if into.bias is not None:
-            d_bias = torch.sum(d_logits, dim=0, dtype=into.bias.dtype)
+            d_bias = column_sums(d_logits, into.bias.dtype)
             into.bias[first:end] = into.bias[first:end] + d_bias if into.add else d_bias
         if d_hidden is not None:
             add_product(d_hidden, d_logits, part.weight)
