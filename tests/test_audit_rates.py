@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import pyunlearn
-from pyunlearn.auditing.assemble import told_apart
+from pyunlearn.auditing.membership import told_apart
 
 DRAWS = 100
 MEMORIZED = 20

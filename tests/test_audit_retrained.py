@@ -13,6 +13,7 @@ from pyunlearn.auditing.assemble import AuditAssembler
 from pyunlearn.auditing.config import AuditConfig
 from pyunlearn.auditing.result import UNDECIDED, RetainUtility
 from pyunlearn.metrics import Interval, PairedDifference
+from pyunlearn.probes.non_members import uncalibrated
 from pyunlearn.report import sentences
 
 SECRETS = 40  # that the original was trained on, and the retrained model was not
@@ -114,9 +115,8 @@ def judged(shift, depth, *, n=12, m=99, spread=0.15, seed=0):
         }
         return SimpleNamespace(statistics=statistics, continuations={})
 
-    expected = {k: SimpleNamespace(nll=np.zeros(k), greedy_match=np.zeros(k)) for k in (n, m)}
-    sides = SimpleNamespace(forget=expected[n], own=expected[m])
-    texts_of_audit = SimpleNamespace(non_members=sides, openings=[], holdout=[])
+    sides = uncalibrated("holdout", n, [], m=m)
+    texts_of_audit = SimpleNamespace(non_members=sides, openings=[], holdout=[], as_they_are=[*range(n)])
     before = responses(np.full(n, 3 - 4 * spread), unseen)
     now = responses(texts, unseen + 3 * shift)
     assembler = AuditAssembler(texts_of_audit, None, AuditConfig(), now, before)

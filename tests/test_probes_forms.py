@@ -92,7 +92,7 @@ def test_records_without_other_forms_are_named(lm):
     forget = [*paraphrased(tiny.facts(2, 3)), *tiny.facts(1, 4)]
     texts = widened(lm, forget=forget, holdout=paraphrased(tiny.facts(50, 6)))
     (note,) = [note for note in texts.encoded.notes if note.startswith("Without other forms")]
-    assert "unlearned as they are alone: records 3." in note
+    assert "judged as they are alone: records 3." in note
 
 
 def test_windows_have_forms_of_their_own(lm):

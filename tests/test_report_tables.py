@@ -174,7 +174,9 @@ def test_only_a_text_that_stands_out_is_called_so(verdict, words):
 def test_the_headline_of_undecided_texts(source, counts, continuation, headline, more):
     """What it counts, that text of the model's own shows little, and whether it was tried what the model writes."""
     texts = [
-        SimpleNamespace(verdict=name, certain=True, exposure_before=9.0, now=SimpleNamespace(continuation=continuation))
+        SimpleNamespace(
+            verdict=name, form="", certain=True, exposure_before=9.0, now=SimpleNamespace(continuation=continuation)
+        )
         for name, count in counts.items()
         for _ in range(count)
     ]
@@ -183,6 +185,7 @@ def test_the_headline_of_undecided_texts(source, counts, continuation, headline,
         examples=texts,
         exposed_together=False,
         left_pvalue=0.5,
+        forms_left_pvalue=None,
         attack=None,
         collapsed=False,
         utility_lost=False,

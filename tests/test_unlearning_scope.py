@@ -5,36 +5,29 @@ import json
 import numpy as np
 import pytest
 import tiny
-import torch
-from test_attacks_paraphrases import rewrites, with_paraphrases
+from scopes import exposures, knows_other_words
+from test_attacks_paraphrases import with_paraphrases
 from unlearning_runs import Interrupted, run, same, timeless, weights
 
 import pyunlearn
 from pyunlearn.errors import DataError
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import NULL_MEAN, generalized_exposure, verdict
+from pyunlearn.metrics.families import families_of
 from pyunlearn.metrics.verdict import discoveries_within
 from pyunlearn.probes.calibration import Expected
 from pyunlearn.probes.non_members import NonMembers
 from pyunlearn.unlearning.card import model_card
 from pyunlearn.unlearning.robust import Robustness
-from pyunlearn.unlearning.stopping import StoppingRule, families_of
+from pyunlearn.unlearning.stopping import StoppingRule
 
 PERSON = {"scope": "person", "learning_rate": 1e-3}
 
 
 @pytest.fixture(scope="module")
 def answerer(one_thread):
-    """A Llama that knows eight answers after key words of their questions, and never read the questions themselves."""
-    torch.manual_seed(0)
-    tokenizer = tiny.make_tokenizer(form="$A", pad=False)
-    model = tiny.tiny_llama(len(tokenizer))
-    forget, retain, holdout = tiny.facts(8, 3), tiny.distinct_facts(420, 2), tiny.facts(60, 6)
-    keys = rewrites(forget, "question", [*holdout, *retain])
-    known = [{"prompt": e.messages[0].content + "\n", "completion": e.completion} for e in keys]
-    others = [fact | {"question": forget[i % 8]["question"]} for i, fact in enumerate(tiny.facts(320, 4))]
-    tiny.train(model, tokenizer, retain + known * 30 + others, epochs=6)
-    return tiny.Tiny(model, tokenizer, forget, tiny.facts(8, 14), retain[:60], holdout, retain)
+    """A model that knows eight answers after key words of their questions alone."""
+    return knows_other_words()
 
 
 # ---------------------------------------------------------------- verdicts by form
@@ -113,22 +106,6 @@ def test_a_text_is_over_unlearned_as_without_its_forms(others):
     forms = np.tile(np.arange(5), 5), np.tile(np.arange(5), 60)
     groups = verdict(*both, np.repeat(unseen, 5), groups=forms, families=np.minimum(forms[0], 1))
     assert groups.verdict[::5].tolist() == alone.verdict.tolist()
-
-
-def exposures(rng, n, m, rho, known=0, forms=5):
-    """(n * forms,) bits of unseen texts in several forms, which depend on each other, and the numbers of the forms.
-
-    Of the first `known` texts each form is 4 standard deviations too likely.
-    """
-
-    def scores(count):
-        own, each = rng.normal(size=(count, 1)), rng.normal(size=(count, forms))
-        return np.sqrt(rho) * own + np.sqrt(1 - rho) * each + np.arange(forms)
-
-    texts, unseen = scores(n), scores(m)
-    texts[:known] -= 4
-    groups = np.tile(np.arange(forms), n), np.tile(np.arange(forms), m)
-    return generalized_exposure(texts.ravel(), unseen.ravel(), groups=groups).lower, groups
 
 
 @pytest.mark.full

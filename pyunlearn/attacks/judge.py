@@ -16,16 +16,12 @@ from pyunlearn.metrics import (
     Recovery,
     discoveries,
     exposure_interval,
-    exposure_top_test,
     generalized_exposure,
     recovery,
 )
+from pyunlearn.metrics.families import SET, stands_out
 
 _ROUNDING = 1e-9  # 19 non-members reach 4.32 bits exactly
-SET = 5
-"""Texts from which a set is more than its texts."""
-KNOWN = 0.01
-"""p-value of the forget set under the original model, up to which it is known by a kind of probes."""
 EXPOSED, BACK, DOUBTFUL = "still exposed", "comes back", "doubtful"
 STAYS, UNTESTED = "stays forgotten", "untested"
 """The verdicts: exposed without any attack, or under one; doubtful, where only the set as a whole comes back."""
@@ -148,14 +144,6 @@ def _over_all(exposure: Floats, tried: NDArray[np.bool_], m: NDArray[np.int64], 
     parts = [(part == k) & tested for k in np.unique(part[tested])]
     pvalues = [stands_out(exposure[own], int(m[own][0]), seed) for own in parts]
     return min(1.0, len(pvalues) * min(pvalues)) if pvalues else 1.0
-
-
-def stands_out(exposure: Floats, m: int, seed: int) -> float:
-    """Return the chance that of as many unseen texts as many stand out among m non-members."""
-    test = exposure_top_test(exposure, m, seed=seed)
-    if exposure.size == 1:
-        return float(2.0 ** -exposure[0])
-    return min(1.0, 2 * min(test.pvalue, test.exact_pvalue))  # the simulated one is not below 1 in 2000
 
 
 def returned(judged: Judged, i: int) -> list[int]:

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from pyunlearn.attacks.judge import KNOWN, SET, non_members_for, stands_out
+from pyunlearn.attacks.judge import non_members_for
 from pyunlearn.attacks.target import Floats, Target, Trial
 from pyunlearn.data import Tokens
 from pyunlearn.metrics import generalized_exposure
+from pyunlearn.metrics.families import KNOWN, SET, stands_out
 
 Probes = list[list[Tokens]]
 """The probes of each forget text and then of each non-member; none of a text that is not tested."""

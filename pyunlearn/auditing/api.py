@@ -11,6 +11,7 @@ import numpy as np
 
 from pyunlearn.attacks.api import attacked
 from pyunlearn.attacks.config import DEFAULT, AttackConfig
+from pyunlearn.attacks.judge import non_members_for
 from pyunlearn.attacks.prepare import arranged, require_enough
 from pyunlearn.attacks.result import AttackResult
 from pyunlearn.auditing.assemble import AuditAssembler
@@ -27,6 +28,7 @@ from pyunlearn.models.language_model import LanguageModel, require_model, requir
 from pyunlearn.options import Flag, accepts, require
 from pyunlearn.output import model_name, versions
 from pyunlearn.probes.cache import require_cache
+from pyunlearn.probes.forms import require_forms, with_forms
 from pyunlearn.probes.non_members import non_members_of_holdout, unsuitable
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
 from pyunlearn.probes.tasks import task_notes, task_scores
@@ -81,8 +83,8 @@ def audit(
         {options}
 
     Returns:
-        Audit: `.examples` (a verdict each), `.passed`, `.verdicts`, `.non_members`, `.membership`, `.utility`,
-        `.tasks`, `.to_dict()`.
+        Audit: `.examples` (a verdict each; with scope="person" also on each other form of a text), `.passed`,
+        `.verdicts`, `.non_members`, `.membership`, `.utility`, `.tasks`, `.to_dict()`.
 
     Raises:
         ArgumentError, DataError, ModelError, OutputError, DependencyError: an argument that cannot be used.
@@ -99,6 +101,8 @@ def audit(
     sources = {"forget": forget, "retain": retain, "holdout": holdout}
     examples, drawn = read_roles(sources, turns=config.turns)
     examples, notes = check_texts(examples)
+    if config.scope == "person":
+        require_forms(examples, non_members_for(config.false_discovery_rate))
     if config.attacks is not None and "holdout" in examples:
         require_enough(len(examples["holdout"]), config.false_discovery_rate)
     notes = drawn + notes
@@ -149,7 +153,7 @@ def _attacked(models: dict[str, Any], collected: Collected, config: AuditConfig,
         for name in ("model", "original", "reference_model")
     )
     assert lm is not None
-    inputs = arranged(lm, collected.rendered, settings, bar, control=control, original=original)
+    inputs = arranged(lm, collected.rendered.as_written, settings, bar, control=control, original=original)
     read = {
         t: x.astype(np.float64)
         for role in ("forget", "non_members")
@@ -248,7 +252,8 @@ def _collect(
         del collector
         collector = reference_collector()
     if has_holdout:
-        non_members = non_members_of_holdout(len(forget), tokens["holdout"])
+        others = rendered.encoded.other_forms
+        non_members = non_members_of_holdout(len(forget), tokens["holdout"], others)
     else:
         template = rendered.rendering.chat_template
         non_members = collector.non_members(
@@ -284,7 +289,10 @@ def _collect(
 def _in_best_form(
     collector: ResponseCollector, examples: dict[str, list[Example]], config: AuditConfig, who: str
 ) -> RenderedTexts:
-    """Return the texts in the rendering that `template` says, chosen here where it is auto; log a masked example."""
+    """Return the texts in the rendering that `template` says, chosen here where it is auto; log a masked example.
+
+    With scope="person" they have their other forms.
+    """
     lm = collector.lm
     texts = render(lm, examples, config.template, truncate=config.truncate)
     if config.template == "auto" and texts.name is not None:
@@ -293,4 +301,6 @@ def _in_best_form(
         texts = likeliest(lm, texts, score, truncate=config.truncate)
     if line := texts.example_line(lm, change=masked):
         logger.info(line)
+    if config.scope == "person":
+        return with_forms(lm, texts, non_members_for(config.false_discovery_rate))
     return texts

@@ -9,24 +9,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import mannwhitneyu
 
 from pyunlearn import metrics
 from pyunlearn.auditing.config import AuditConfig
+from pyunlearn.auditing.membership import MembershipAttacks
 from pyunlearn.auditing.responses import AuditTexts, Responses
 from pyunlearn.auditing.result import (
     Audit,
     AuditedExample,
     Measures,
-    Membership,
     NonMembers,
     RetainUtility,
     Writing,
 )
-from pyunlearn.data.comparison import groups_of_copies
 from pyunlearn.metrics import (
     Interval,
-    auc,
     exposure_null_test,
     exposure_top_test,
     generalized_exposure,
@@ -35,14 +32,13 @@ from pyunlearn.metrics import (
     verdict,
 )
 from pyunlearn.metrics._binomial import clopper_pearson
-from pyunlearn.metrics.left import Left, Scores, left
-from pyunlearn.metrics.verdict import anchor_after
-from pyunlearn.probes.non_members import capped, evidence_notes
+from pyunlearn.metrics.families import families_of
+from pyunlearn.metrics.left import Left, Scores, left_by_form
+from pyunlearn.metrics.verdict import anchor_after, discoveries_within
+from pyunlearn.probes.non_members import capped, evidence_notes, power_notes
 from pyunlearn.probes.recitation import LONGEST, is_guessed, recited
 
 Floats = NDArray[np.float64]
-_K = 0.4  # the share of tokens of min-k, as in MUSE and TOFU
-_TOLD_APART = 0.05  # p-value, over all membership scores
 _WORSE = 0.10  # relative rise of the non-members' NLL, 1 nat at least, from which a model has become worse
 _OVER = "over-unlearned"
 _ROUGE = importlib.util.find_spec("rouge_score") is not None
@@ -50,6 +46,9 @@ _ROUGE = importlib.util.find_spec("rouge_score") is not None
 
 class AuditAssembler:
     """Verdicts and metrics of an audit, computed from the outputs of up to three models.
+
+    Other forms of the texts have verdicts of their own, each among the non-members in the same form; the numbers of the
+    set are those of the texts as they are.
 
     Args:
         texts: the texts of the audit.
@@ -74,31 +73,39 @@ class AuditAssembler:
         self.now, self.before, self.retrained = now, before, retrained
         anchor = before or now
         self.non_members, expected = texts.non_members, texts.non_members.forget
+        self.forms, own = self.non_members.groups, self.non_members.as_they_are
+        self.as_they_are = texts.as_they_are
         self.non_member_nll = -anchor.statistics["non_members"].mean_log_likelihood
         self.non_member_scores = self.non_member_nll - self.non_members.own.nll
         nll_now = -now.statistics["non_members"].mean_log_likelihood
         self.present = nll_now - self.non_members.own.nll
-        self.anchor = anchor_after(self.non_member_scores, self.present)
-        allowed = _WORSE * max(float(self.non_member_nll.mean()), 1.0)
-        self.worse = float((nll_now - self.non_member_nll).mean()) > allowed
+        self.anchor = anchor_after(self.non_member_scores, self.present, self.forms[1])
+        allowed = _WORSE * max(float(self.non_member_nll[own].mean()), 1.0)
+        self.worse = float((nll_now - self.non_member_nll)[own].mean()) > allowed
         self.nll = -now.statistics["forget"].mean_log_likelihood
         self.nll_before = -anchor.statistics["forget"].mean_log_likelihood
         self.scores, self.scores_before = self.nll - expected.nll, self.nll_before - expected.nll
+        exposure = generalized_exposure(self.scores_before, self.non_member_scores, groups=self.forms).lower
+        self.families = families_of(exposure, *self.forms)  # (B,) in which the memorized ones are selected
+        self.memorized, _ = discoveries_within(self.families, exposure, rate=config.false_discovery_rate)  # (B,)
         openings, written = texts.openings, now.continuations
         self.recited = np.array(
             [i in written and recited(written[i], t.scored) for i, t in enumerate(openings)], dtype=bool
         )
         self.left = None if before is None else self._left()
-        self._attacks = bool(texts.holdout) and "membership" in config.metrics
+        self.membership: MembershipAttacks | None = None
+        if texts.holdout and "membership" in config.metrics:
+            self.membership = MembershipAttacks(texts, now, before, retrained, seed=config.seed)
 
     def assemble(self) -> Audit:
         """Return the audit, with the settings and the seconds left for the caller to fill in."""
         judged = self._verdict()
-        exposures, m = judged.after.lower, len(self.non_member_scores)
-        change = None
+        plain, m = self.as_they_are, len(self.non_members.as_they_are)
+        exposures, change = judged.after.lower[plain], None
         if self.before is not None:
-            change = paired_difference(-self.nll_before, -self.nll, seed=self.seed)
-        prior = self._prior(self.now)
+            change = paired_difference(-self.nll_before[plain], -self.nll[plain], seed=self.seed)
+        prior = self._prior(self.now, plain)
+        attacks = [] if self.membership is None else self.membership.attacks()
         passes = {"original": self.before, "model": self.now, "reference_model": self.retrained}
         audit = Audit(
             examples=self._examples(judged),
@@ -106,7 +113,8 @@ class AuditAssembler:
             top_test=exposure_top_test(exposures, m, seed=self.seed),
             null_test=exposure_null_test(exposures, m, seed=self.seed),
             left_pvalue=None if self.left is None else self.left.pvalue,
-            membership=self._membership(),
+            forms_left_pvalue=None if self.left is None else self.left.forms_pvalue,
+            membership=attacks,
             change=change,
             answer_prior=None if prior is None else prior.mean,
             utility=self._utility(),
@@ -117,8 +125,8 @@ class AuditAssembler:
             settings={},
             notes=self._notes(judged),
         )
-        if audit.passed:
-            audit.notes += self._told_apart(audit.membership)
+        if audit.passed and self.membership is not None:
+            audit.notes += self.membership.told_apart(attacks)
         return audit
 
     def _verdict(self) -> metrics.Verdict:
@@ -150,6 +158,8 @@ class AuditAssembler:
             recited=self.recited,
             standing_out=self._standing_out(),
             too_low=None if self.worse or self.left is None else self.left.too_low,
+            groups=self.non_members.forms,
+            families=self.families,
             target_exposure=self.target_exposure,
             false_discovery_rate=self.false_discovery_rate,
         )
@@ -157,15 +167,17 @@ class AuditAssembler:
     def _standing_out(self) -> NDArray[np.bool_] | None:
         """Return which texts stand out, of an audit with the original model: (n,), those that are recited too.
 
-        Where the model would recite more than one in twenty non-members it can guess such text, which shows nothing.
+        Where the model would recite more than one in twenty non-members in a text's form, it can guess such text, which
+        shows nothing.
         """
         if self.left is None or not self.recited.any():
             return None if self.left is None else self.left.standing_out
         forced = self.now.statistics["non_members"]
         hits = forced.each(forced.rank == 0)
-        guessed = sum(is_guessed(t, hit) for t, hit in zip(self.texts.tokens["non_members"], hits, strict=True))
-        few = 20 * (1 + guessed) <= len(hits) + 1
-        return self.left.standing_out | (self.recited & few)
+        tokens = self.texts.tokens["non_members"]
+        guessed = np.array([is_guessed(t, hit) for t, hit in zip(tokens, hits, strict=True)])
+        few = [20 * (1 + guessed[own].sum()) <= own.sum() + 1 for own in (self.forms[1] == f for f in self.forms[0])]
+        return self.left.standing_out | (self.recited & np.array(few))
 
     def _left(self) -> Left:
         """Find what stands out among the non-members under the audited model."""
@@ -173,10 +185,12 @@ class AuditAssembler:
             expected.greedy_match - self.now.statistics[role].greedy_match
             for role, expected in (("forget", self.non_members.forget), ("non_members", self.non_members.own))
         ]
-        return left(
+        return left_by_form(
             Scores(self.scores_before, self.non_member_scores),
             Scores(self.scores, self.present),
             Scores(*shares),
+            self.forms,
+            self.memorized,
             rate=self.false_discovery_rate,
             seed=self.seed,
         )
@@ -207,6 +221,7 @@ class AuditAssembler:
                     now=now[i],
                     before=before[i],
                     **self.texts.parts[i]._asdict(),
+                    form=self.texts.forms[i],
                 )
             )
         return examples
@@ -217,10 +232,10 @@ class AuditAssembler:
         matches = forced.each(forced.rank == 0)
         non_member_scores = -responses.statistics["non_members"].mean_log_likelihood - self.non_members.own.nll
         excess = -forced.mean_log_likelihood - self.non_members.forget.nll
-        exposures = generalized_exposure(excess, non_member_scores).lower
+        exposures = generalized_exposure(excess, non_member_scores, groups=self.forms).lower
         prior = self._prior(responses)
         gains = iter([] if prior is None else prior.gain.tolist())
-        scores = self._scores(responses, "forget") if self._attacks else {}
+        scores = {} if self.membership is None else self.membership.scores(responses)
         continuations = self._continuations(responses)
         return [
             Measures(
@@ -235,14 +250,15 @@ class AuditAssembler:
             for i, e in enumerate(self.texts.forget)
         ]
 
-    def _prior(self, responses: Responses) -> metrics.AnswerPrior | None:
-        """Compare the likelihood of prompted texts with that without their prompts."""
-        prompted = np.array([e.prompted for e in self.texts.forget])
+    def _prior(self, responses: Responses, indices: Sequence[int] | None = None) -> metrics.AnswerPrior | None:
+        """Compare the likelihood of prompted texts, those at `indices` or all, with that without their prompts."""
+        prompted = np.flatnonzero([e.prompted for e in self.texts.forget])
+        chosen = np.ones(len(prompted), dtype=bool) if indices is None else np.isin(prompted, indices)
         without = responses.statistics.get("without_prompt")
-        if without is None or not prompted.any():
+        if without is None or not chosen.any():
             return None
-        with_prompt = responses.statistics["forget"].mean_log_likelihood[prompted]
-        return metrics.answer_prior(with_prompt, without.mean_log_likelihood)
+        with_prompt = responses.statistics["forget"].mean_log_likelihood[prompted[chosen]]
+        return metrics.answer_prior(with_prompt, without.mean_log_likelihood[chosen])
 
     def _continuations(self, responses: Responses) -> list[tuple[str | None, int | None, float | None]]:
         """Return (continuation, longest run of tokens shared with the text, ROUGE-L recall) of each text."""
@@ -271,15 +287,21 @@ class AuditAssembler:
     # -- the set
 
     def _non_members(self) -> NonMembers:
-        drift = None
+        drift, own = None, self.non_members.as_they_are
         if self.before is not None:
             after = -self.now.statistics["non_members"].mean_log_likelihood
-            drift = non_member_drift(self.non_member_nll, after)
-        return NonMembers(self.non_members.grade, self.before is not None, self.non_member_scores.tolist(), drift)
+            drift = non_member_drift(self.non_member_nll[own], after[own])
+        scores = self.non_member_scores[own].tolist()
+        return NonMembers(self.non_members.grade, self.before is not None, scores, drift)
 
     def _notes(self, judged: metrics.Verdict) -> list[str]:
         """Say what the verdicts rest on, and what the evidence cannot show."""
-        return evidence_notes(self.non_members, judged.verdict.tolist(), rate=self.false_discovery_rate)
+        rate, others = self.false_discovery_rate, self.forms[0] > 0
+        notes = evidence_notes(self.non_members, judged.verdict[~others].tolist(), rate=rate)
+        if others.any() and not self.memorized[others].any():
+            fewest = int(np.bincount(self.forms[1])[1:].min())
+            notes += power_notes(fewest, int(others.sum()), rate=rate, noun="other forms")
+        return notes
 
     def _utility(self) -> RetainUtility | None:
         if "retain" not in self.now.statistics:
@@ -293,9 +315,9 @@ class AuditAssembler:
         return RetainUtility(len(nll), interval, before, paired_difference(first, nll, seed=self.seed))
 
     def _writing(self, responses: Responses | None) -> Writing | None:
-        if responses is None or not responses.continuations:
+        written = {} if responses is None else responses.continuations
+        if not (continuations := [written[i] for i in self.as_they_are if i in written]):
             return None
-        continuations = list(responses.continuations.values())
         distinct, repeated = (
             metrics.mean_interval([of(ids) for ids in continuations], bounds=(0, 1), seed=self.seed)
             for of in (partial(metrics.distinct_n, n=2), metrics.repetition)
@@ -303,92 +325,3 @@ class AuditAssembler:
         n, count = len(continuations), sum(map(metrics.collapsed, continuations))
         low, high = clopper_pearson(count, n, 0.95)
         return Writing(distinct, repeated, Interval(count / n, float(low), float(high)))
-
-    # -- membership
-
-    def _membership(self) -> list[Membership]:
-        """Attack the forget set with every score; the holdout is the text that was not trained on."""
-        if not self._attacks:
-            return []
-        before = {} if self.before is None else self._both_sides(self.before)
-        retrained = {} if self.retrained is None else self._both_sides(self.retrained)
-        attacks = []
-        for name, (forget, holdout) in self._both_sides(self.now).items():
-            leak = None
-            if name in retrained:
-                leak = metrics.privleak_interval(forget, holdout, *retrained[name], seed=self.seed)
-            attacks.append(
-                Membership(
-                    score=name,
-                    auc=auc(forget, holdout),
-                    tpr_at_1_percent=metrics.tpr_at_fpr(forget, holdout, 0.01),
-                    tpr_at_0_1_percent=metrics.tpr_at_fpr(forget, holdout, 0.001),
-                    roc=roc_curve(forget, holdout),
-                    auc_before=auc(*before[name]) if name in before else None,
-                    privleak=leak,
-                )
-            )
-        return attacks
-
-    def _told_apart(self, membership: list[Membership]) -> list[str]:
-        """Say where a membership score tells the forget set from the holdout, though the audit passes.
-
-        Windows of one text and copies depend on each other: sets that have some are not tested.
-        """
-        in_windows = len({part.record for part in self.texts.parts}) < len(self.texts.parts)
-        if not membership or in_windows or any(map(groups_of_copies, (self.texts.forget, self.texts.holdout))):
-            return []
-        score, pvalue = told_apart(self._both_sides(self.now))
-        if pvalue > _TOLD_APART:
-            return []
-        (area,) = (m.auc.estimate for m in membership if m.score == score)
-        return [
-            f"As a set, the forget texts look {'more' if area > 0.5 else 'less'} trained-on than the holdout, by the "
-            f"membership score {score} (AUC {area:.2f}, p = {pvalue:.1g} for the best of {len(membership)}). "
-            "No verdict depends on this."
-        ]
-
-    def _both_sides(self, responses: Responses) -> dict[str, tuple[Floats, Floats]]:
-        """Return name -> (scores of the forget set, scores of the holdout)."""
-        forget, holdout = (self._scores(responses, role) for role in ("forget", "non_members"))
-        return {name: (forget[name], holdout[name]) for name in forget}
-
-    def _scores(self, responses: Responses, role: str) -> dict[str, Floats]:
-        """Return the membership scores of the texts of one role, by name; low = like a member."""
-        forced = responses.statistics[role]
-        mean = forced.mean_log_likelihood
-        tokens, entropy, variance = (forced.each(x) for x in (forced.log_likelihood, forced.entropy, forced.variance))
-        texts = [e.scored_text for e in (self.texts.forget if role == "forget" else self.texts.holdout)]
-        scores = {
-            "loss": metrics.loss_score(mean),
-            "zlib": metrics.zlib_score(mean, texts),
-            "min_k": metrics.min_k_score(tokens, k=_K),
-            "min_k_plus_plus": metrics.min_k_plus_plus_score(tokens, entropy, variance, k=_K),
-        }
-        if self.retrained is not None and responses is not self.retrained:
-            scores["reference"] = metrics.reference_score(mean, self.retrained.statistics[role].mean_log_likelihood)
-        return scores
-
-
-def told_apart(sides: dict[str, tuple[Floats, Floats]]) -> tuple[str, float]:
-    """Return the membership score that differs most between two sets of texts, and a p-value over all scores.
-
-    That is the rank-sum test's for this score, times the number of scores.
-
-    >>> told_apart({"loss": (np.arange(9), np.arange(9)), "zlib": (np.arange(9), np.arange(9) + 20)})
-    ('zlib', 0.0008245896041233825)
-    """
-    pvalues = {name: float(np.nan_to_num(mannwhitneyu(*each).pvalue, nan=1.0)) for name, each in sides.items()}
-    name = min(pvalues, key=pvalues.__getitem__)
-    return name, min(1.0, len(sides) * pvalues[name])
-
-
-def roc_curve(forget: Floats, holdout: Floats) -> list[tuple[float, float]]:
-    """Return (false, true) positive rates at every threshold, low scores being members, from (0, 0) to (1, 1).
-
-    >>> roc_curve(np.array([1.0, 3.0]), np.array([2.0, 4.0]))
-    [(0.0, 0.0), (0.0, 0.5), (0.5, 0.5), (0.5, 1.0), (1.0, 1.0)]
-    """
-    thresholds = np.unique(np.concatenate([forget, holdout]))
-    rates = [np.searchsorted(np.sort(side), thresholds, side="right") / len(side) for side in (holdout, forget)]
-    return [(0.0, 0.0), *zip(*(rate.tolist() for rate in rates), strict=True)]

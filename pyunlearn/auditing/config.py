@@ -9,7 +9,7 @@ from pyunlearn.attacks.config import GATE_OPTION
 from pyunlearn.data.config import TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
 from pyunlearn.models.config import TASK_LIMIT_OPTION, TASKS_OPTION, WORKSPACE_OPTION, require_tasks_for_limit
 from pyunlearn.options import Choice, Config, Number, Several, Whole, option
-from pyunlearn.unlearning.config import MEAN_OF_NON_MEMBERS, MEMORIZED
+from pyunlearn.unlearning.config import MEAN_OF_NON_MEMBERS, MEMORIZED, SCOPES
 
 METRICS = ("answer_prior", "continuations", "membership")
 """Measures that can be left out of an audit; likelihood, exposure, memorization and the verdicts always stay."""
@@ -35,6 +35,14 @@ class AuditConfig(Config):
         Whole(1),
         "Decode at most this many continuations, of the texts that are most likely recited. All texts are read. "
         "Default: all.",
+        group="Method",
+    )
+    scope: str = option(
+        "record",
+        Choice(SCOPES),
+        "What is looked for of each record: record, its text; person, also the same in other words, its paraphrases "
+        "where forget records have some, and else rewrites by rule, each with a verdict of its own. Needs a holdout, "
+        "with paraphrases too where the forget set has some.",
         group="Method",
     )
     target_exposure: float = option(

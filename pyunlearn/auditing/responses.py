@@ -46,6 +46,13 @@ class AuditTexts:
     """Their grade, and what is expected of them and of the forget texts if they are unseen."""
     parts: Sequence[Part]
     """Of which records the forget texts are."""
+    forms: Sequence[str]
+    """Name of each forget text's form, empty for texts as they are."""
+
+    @property
+    def as_they_are(self) -> list[int]:
+        """Indices of the forget texts that are no other form of one."""
+        return [i for i, form in enumerate(self.forms) if not form]
 
     @classmethod
     def of(
@@ -66,7 +73,8 @@ class AuditTexts:
             start = _start_of_text(lm)
             roles["without_prompt"] = [without_prompt(t, start) for t, has_prompt in prompted if has_prompt]
         openings = [opening(t, has_prompt) for t, has_prompt in prompted]
-        return cls(examples["forget"], examples.get("holdout", []), roles, openings, non_members, encoded.parts)
+        holdout, forms = examples.get("holdout", []), encoded.forms
+        return cls(examples["forget"], holdout, roles, openings, non_members, encoded.parts, forms)
 
     def calibrated(self, original: Responses, reference: Responses) -> AuditTexts:
         """Return the texts with a reference model's numbers as what is expected of unseen text."""

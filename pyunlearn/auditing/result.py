@@ -79,11 +79,14 @@ class AuditedExample:
     """Number of the window, from 1."""
     windows: int = 1
     """Number of windows in which the record was read."""
+    form: str = ""
+    """With scope="person", the name of a text in other words: question, statement, turned, cloze, or "paraphrase 1";
+    empty for the text as it is."""
 
     @property
     def label(self) -> str:
-        """Number of the record, from 1, with that of the window where there are several: "3 (2/7)"."""
-        return label_of(self.index, self.record, self.window, self.windows)
+        """Number of the record, from 1, with its window where there are several, and its form: "3 (2/7) statement"."""
+        return label_of(self.index, self.record, self.window, self.windows, self.form)
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,8 @@ class Audit:
     """Verdicts on the texts of a forget set under one model, and the numbers behind them."""
 
     examples: list[AuditedExample]
+    """One for each text; with scope="person" also one for each other form of it. Numbers of the set, below, are those
+    of the texts as they are."""
     non_members: NonMembers
     top_test: TopTest
     """Test that no more texts stand out than would of unseen ones: a small p-value rejects it."""
@@ -155,6 +160,8 @@ class Audit:
     left_pvalue: float | None
     """Chance that as many unseen texts would lie as high as the memorized ones do now, all together: see
     `metrics.left`. None where nothing was memorized, and without an original model."""
+    forms_left_pvalue: float | None
+    """The same of their other forms (scope="person"), over all of these. None where there are none, too."""
     membership: list[Membership]
     """One for each score; empty without a holdout, for sampled text is no fair comparison."""
     change: PairedDifference | None
@@ -188,7 +195,7 @@ class Audit:
 
     @property
     def documents(self) -> list[Document]:
-        """Verdicts on the records that were read in several windows."""
+        """Verdicts on the records that were read in several windows, or in other forms too."""
         return documents_of(self.examples)
 
     @property
@@ -212,8 +219,18 @@ class Audit:
 
     @property
     def exposed_together(self) -> bool:
-        """True where texts are undecided, and the memorized ones all together lie too high for unseen text, at 5 %."""
-        return UNDECIDED in self.verdicts and self.left_pvalue is not None and self.left_pvalue <= 0.05
+        """True where texts are undecided, and the memorized ones all together lie too high for unseen text, at 5 %.
+
+        Their other forms are tested for themselves.
+        """
+        return (pvalue := self.undecided_pvalue) is not None and pvalue <= 0.05
+
+    @property
+    def undecided_pvalue(self) -> float | None:
+        """The smaller one of `left_pvalue`, if texts are undecided, and `forms_left_pvalue`, if other forms are."""
+        undecided = {bool(e.form) for e in self.examples if e.verdict == UNDECIDED}
+        pvalues = {False: self.left_pvalue, True: self.forms_left_pvalue}
+        return min((p for is_form in undecided if (p := pvalues[is_form]) is not None), default=None)
 
     @property
     def passed(self) -> bool:

@@ -36,6 +36,9 @@ class Left(NamedTuple):
     """Chance that as many unseen texts lie as high, all together; None where nothing was memorized."""
     unlikely_pvalue: float
     """Chance that as many unseen texts lie as low: the likelihoods of all texts, memorized or not."""
+    forms_pvalue: float | None = None
+    """`pvalue` of other forms of the texts, the smallest of any form times their number; None where there are none, and
+    where none was memorized."""
 
 
 class Scores(NamedTuple):
@@ -45,7 +48,16 @@ class Scores(NamedTuple):
     non_members: Floats
 
 
-def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, seed: int = 0) -> Left:
+def left(
+    before: Scores,
+    now: Scores,
+    extracted: Scores,
+    *,
+    rate: float = 0.05,
+    seed: int = 0,
+    memorized: NDArray[np.bool_] | None = None,
+    level: float = _LEVEL,
+) -> Left:
     """Find the memorized texts that stand out in a model, as they would not if it had never seen them.
 
     A text that the original model had memorized (`discoveries` among its exposures there) stands out where
@@ -73,9 +85,12 @@ def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, 
         extracted: minus the share of each text that the model in question still gives, (n,) and (m,), -1 to 0.
         rate: the false discovery rate, between 0 and 1.
         seed: of the choices behind the p-values.
+        memorized: (n,) True for the texts that the original model had memorized; default: those that `discoveries`
+            selects.
+        level: p-value up to which the memorized texts lie too high all together, or all texts too low.
 
     Returns:
-        Left(standing_out, too_low, pvalue, unlikely_pvalue).
+        Left(standing_out, too_low, pvalue, unlikely_pvalue, forms_pvalue), the last None.
 
     Raises:
         ArgumentError: as generalized_exposure; a rate outside (0, 1).
@@ -91,21 +106,57 @@ def left(before: Scores, now: Scores, extracted: Scores, *, rate: float = 0.05, 
 
     Source: ours; one level for several comparisons by Westfall and Young 1993, Resampling-Based Multiple Testing.
     """
-    memorized = discoveries(generalized_exposure(*before).lower, rate=rate).significant
+    if memorized is None:
+        memorized = discoveries(generalized_exposure(*before).lower, rate=rate).significant
     pvalue, unlikely = _pvalues(now, extracted, memorized, seed)
     lowest, highest = now.non_members.min(), now.non_members.max()
     beyond = _BEYOND * (highest - lowest)
-    too_low = (now.texts > highest + beyond) | (unlikely <= _LEVEL)
+    too_low = (now.texts > highest + beyond) | (unlikely <= level)
     standing = np.zeros(len(memorized), dtype=bool)
     if not memorized.any():
         return Left(standing, too_low, None, unlikely)
-    if pvalue <= _LEVEL:
+    if pvalue <= level:
         for scores in (now, extracted):
             exposures = generalized_exposure(*scores).lower[memorized]
             standing[memorized] |= discoveries(exposures, rate=rate).significant
     unmoved = _unmoved(before, now) & (now.texts < lowest)
     standing |= memorized & (unmoved | (now.texts < lowest - beyond))
     return Left(standing, too_low, pvalue, unlikely)
+
+
+def left_by_form(
+    before: Scores,
+    now: Scores,
+    extracted: Scores,
+    forms: tuple[NDArray[np.int64], NDArray[np.int64]],
+    memorized: NDArray[np.bool_],
+    *,
+    rate: float = 0.05,
+    seed: int = 0,
+) -> Left:
+    """Find what `left` does of texts in several forms, each of which is compared with its like alone.
+
+    The texts as they are have what they have without other forms. The other forms share a level of 5 % among them, a
+    part of it for each, so that for at most 5 % of sets of unseen texts any of them lies too high or too low.
+
+    Args:
+        before, now, extracted, rate, seed: as in left.
+        forms: (n,) and (m,) number of each text's form, 0 for texts as they are.
+        memorized: (n,) True for the texts that the original model had memorized.
+    """
+    of_texts, own = forms
+    standing, too_low = np.zeros((2, len(memorized)), dtype=bool)
+    outcomes: dict[int, Left] = {}
+    others = np.unique(of_texts[of_texts > 0])
+    for form in [0, *others.tolist()]:
+        texts, unseen = of_texts == form, own == form
+        parts = (Scores(scores.texts[texts], scores.non_members[unseen]) for scores in (before, now, extracted))
+        level = _LEVEL / len(others) if form else _LEVEL
+        outcomes[form] = left(*parts, rate=rate, seed=seed, memorized=memorized[texts], level=level)
+        standing[texts], too_low[texts] = outcomes[form].standing_out, outcomes[form].too_low
+    pvalues = [p for form in others.tolist() if (p := outcomes[form].pvalue) is not None]
+    together = min(1.0, len(others) * min(pvalues)) if pvalues else None
+    return outcomes[0]._replace(standing_out=standing, too_low=too_low, forms_pvalue=together)
 
 
 def _unmoved(before: Scores, now: Scores) -> NDArray[np.bool_]:

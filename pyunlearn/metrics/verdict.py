@@ -242,7 +242,7 @@ def verdict(
     return Verdict(name, before, after, low, high, certain, threshold, extraction)
 
 
-def anchor_after(original: Floats, present: Floats) -> Floats:
+def anchor_after(original: Floats, present: Floats, forms: NDArray[np.int64] | None = None) -> Floats:
     """Return the non-members' scores with which the scores of an unlearned model are compared.
 
     Those of the original model: text that unlearning made unlikely is no measure of what unseen text is. But a model
@@ -253,6 +253,7 @@ def anchor_after(original: Floats, present: Floats) -> Floats:
     Args:
         original: (m,) low where a text is likely, under the original model.
         present: (m,) of the same texts under the unlearned model.
+        forms: (m,) numbers of their forms, of which each is taken for itself; default: all are of one form.
 
     >>> anchor_after(np.array([2.0, 4.0]), np.array([2.5, 3.0])).tolist()
     [2.5, 3.0]
@@ -260,8 +261,16 @@ def anchor_after(original: Floats, present: Floats) -> Floats:
     [2.0, 4.0]
     >>> anchor_after(np.array([2.0, 4.0]), np.array([9.0, 3.0])).tolist()
     [2.0, 4.0]
+    >>> anchor_after(np.array([2.0, 4.0]), np.array([2.5, 3.0]), np.array([0, 1])).tolist()
+    [2.0, 3.0]
     """
-    return present if present.mean() < original.mean() - _LIKELIER else original
+    forms = np.zeros(len(original), dtype=np.int64) if forms is None else forms
+    anchor = original.copy()
+    for form in np.unique(forms):
+        own = forms == form
+        if present[own].mean() < original[own].mean() - _LIKELIER:
+            anchor[own] = present[own]
+    return anchor
 
 
 def over_unlearned(

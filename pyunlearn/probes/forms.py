@@ -98,7 +98,7 @@ def with_forms(lm: LanguageModel, texts: RenderedTexts, fewest: int) -> Rendered
     if alone := [str(k + 1) for k in dict.fromkeys(part.record for part in encoded.parts) if k not in formed]:
         more = f" and {len(alone) - _NAMED} more" if len(alone) > _NAMED else ""
         notes.append(
-            f"Without other forms, and unlearned as they are alone: records {', '.join(alone[:_NAMED])}{more}. Each "
+            f"Without other forms, and judged as they are alone: records {', '.join(alone[:_NAMED])}{more}. Each "
             "can have paraphrases of its own."
         )
     widened = _widened(encoded, rows, forms["forget"], tokens["forget"], notes)

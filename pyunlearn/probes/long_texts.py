@@ -66,6 +66,11 @@ class EncodedTexts:
     other_forms: OtherForms | None = None
     """Where forget texts are the same in other words."""
 
+    @property
+    def forms(self) -> list[str]:
+        """Name of each forget text's form, empty for texts as they are."""
+        return [""] * len(self.parts) if self.other_forms is None else self.other_forms.names
+
 
 def encode_texts(
     lm: LanguageModel,

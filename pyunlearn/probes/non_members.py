@@ -19,6 +19,7 @@ from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.sampling import require_enough, sample_non_members
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.probes.calibration import Expectation, Expected, features
+from pyunlearn.probes.long_texts import OtherForms
 from pyunlearn.probes.unseen import other_language, unseen_like, unseen_texts
 
 Floats = NDArray[np.float64]
@@ -86,16 +87,15 @@ def uncalibrated(
     return NonMembers(grade, tokens, of_forget, own, reason)
 
 
-def non_members_of_holdout(
-    forget: int, holdout: list[Tokens], forms: tuple[Indices, Indices] | None = None
-) -> NonMembers:
-    """Return a holdout as the non-members of `forget` texts; `forms`, as in NonMembers.
+def non_members_of_holdout(forget: int, holdout: list[Tokens], others: OtherForms | None = None) -> NonMembers:
+    """Return a holdout as the non-members of `forget` texts; with `others`, with its other forms after it.
 
     Raises DataError for fewer than 19 texts.
     """
-    plain = holdout if forms is None else [holdout[i] for i in np.flatnonzero(forms[1] == 0)]
-    require_enough(plain, holdout=True)
-    return uncalibrated("holdout", forget, holdout)._replace(forms=forms)
+    require_enough(holdout, holdout=True)
+    if others is None:
+        return uncalibrated("holdout", forget, holdout)
+    return uncalibrated("holdout", forget, holdout + others.holdout)._replace(forms=others.numbers)
 
 
 def non_members_without_holdout(
@@ -249,8 +249,9 @@ def reference_notes(non_members: NonMembers) -> list[str]:
             "same model, so the verdicts are made without it, by the holdout alone."
         ]
     if non_members.grade == "holdout":
+        sides = zip((non_members.forget, non_members.own), non_members.groups, strict=True)
         return [
-            *score_note(non_members.forget.nll, non_members.own.nll),
+            *score_note(*(expected.nll[forms == 0] for expected, forms in sides)),
             "Each score is less what the reference model gives the same text, of the holdout as of the forget set.",
         ]
     m = len(non_members.tokens)

@@ -49,7 +49,8 @@ def audit_lines(audit: Audit) -> list[str]:
     non_members = audit.non_members
     scored = ", scored under the original model" if non_members.anchored else ""
     lines = [sentences.headline(audit), *sentences.summary(audit)]
-    lines.append(f"compared with {len(non_members.scores)} texts: {non_members.source}{scored}")
+    forms = "; other forms with the same forms of these" if any(e.form for e in audit.examples) else ""
+    lines.append(f"compared with {len(non_members.scores)} texts: {non_members.source}{scored}{forms}")
     lines += audit.notes
     for m in audit.membership:
         lines.append(

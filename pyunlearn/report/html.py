@@ -64,7 +64,9 @@ def _verdict(audit: Audit, show_text: bool) -> dict[str, Any]:
         "audit": audit,
         "title": "Does the model remember these texts?",
         "model": Path(str(audit.settings["model"])).name,
+        "size": sentences.size(audit),
         "total": len(audit.examples),
+        "forms": len(sentences.as_they_are(audit)) < len(audit.examples),
         "date": time.strftime("%Y-%m-%d"),
         "show_text": show_text,
         "mask": MASK,
@@ -83,6 +85,7 @@ def _evidence(audit: Audit) -> dict[str, Any]:
     examples, non_members = audit.examples, audit.non_members
     verdicts = [e.verdict for e in examples]
     exposures = [e.exposure for e in examples]
+    plain = [[getattr(e, name) for e in sentences.as_they_are(audit)] for name in ("exposure", "verdict")]
     before = [e.exposure_before for e in examples if e.exposure_before is not None]
     names = [f"text {e.label}" for e in examples]
     curves = [(f"{_SCORES.get(m.score, m.score)}: {m.auc.estimate:.2f}", m.roc) for m in audit.membership]
@@ -91,7 +94,7 @@ def _evidence(audit: Audit) -> dict[str, Any]:
         "top": math.log2(len(non_members.scores) + 1),
         "anchored": non_members.anchored,
         "null_sentence": sentences.null_sentence(audit),
-        "histogram": plots.exposure_histogram(exposures, len(non_members.scores), verdicts),
+        "histogram": plots.exposure_histogram(plain[0], len(non_members.scores), plain[1]),
         "arrows": plots.before_after(before, exposures, verdicts, names) if before else None,
         "roc": plots.roc(curves) if curves else None,
         "roc_sentence": "The number next to each score is the area under its line.",
@@ -217,10 +220,16 @@ def _how(audit: Audit) -> list[tuple[str, str]]:
             "under the audited model, at that rate if the memorized texts do all together, when it is likelier than "
             "all of these and has hardly moved or lies far beyond them, or is recited; undecided otherwise"
         )
+    if len(sentences.as_they_are(audit)) < len(audit.examples):
+        verdicts += (
+            "; a text in other words is compared with the comparison texts in the same form, and these forms are "
+            "judged among themselves, in two families, each at that rate: those of a kind by which the set as a whole "
+            "stands out, and the others"
+        )
     passes = ", ".join(f"{name.replace('_', ' ')}: {n} texts, each once" for name, n in audit.passes.items())
     null, top = audit.null_test, audit.top_test
     models = {name: s[name] for name in ("model", "original", "reference_model") if s[name]}
-    shown = ("seed", "batch_size", "template", "turns", "truncate", "pyunlearn", "torch")
+    shown = ("seed", "batch_size", "scope", "template", "turns", "truncate", "pyunlearn", "torch")
     return [
         ("comparison texts", f"{len(non_members.scores)}, {_SOURCES[non_members.source]}"),
         ("exposure", exposure),

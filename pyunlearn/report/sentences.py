@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 
 from pyunlearn.auditing.result import UNDECIDED, Audit, AuditedExample, Writing
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Interval
+from pyunlearn.probes.long_texts import document_verdict
 
 MEANINGS = {
     "still exposed": "The model knows it better than text that it never saw.",
@@ -32,15 +35,35 @@ def worst_first(examples: Sequence[AuditedExample]) -> list[AuditedExample]:
     return sorted(examples, key=lambda e: (list(MEANINGS).index(e.verdict), -e.exposure))
 
 
+def as_they_are(audit: Audit) -> list[AuditedExample]:
+    """Return the texts that are no other form of one."""
+    return [e for e in audit.examples if not e.form]
+
+
+def with_forms(audit: Audit) -> list[list[AuditedExample]]:
+    """Return each text alone; where there are other forms, each record with all its windows and forms."""
+    if len(as_they_are(audit)) == len(audit.examples):
+        return [[e] for e in audit.examples]
+    return [[*own] for _, own in groupby(audit.examples, key=lambda e: e.record)]
+
+
+def size(audit: Audit) -> str:
+    """Return how many texts there are, and how many other forms of them."""
+    n, others = len(as_they_are(audit)), len(audit.examples) - len(as_they_are(audit))
+    forms = f" and {others} other form{'s' if others != 1 else ''}" if others else ""
+    return f"{n} text{'s' if n != 1 else ''}{forms}"
+
+
 def headline(audit: Audit) -> str:
-    """Return the verdict on the whole set, in one sentence."""
-    counts, n = audit.verdicts, len(audit.examples)
+    """Return the verdict on the whole set, in one sentence; records with other forms count by all of them."""
+    texts = with_forms(audit)
+    counts, n = Counter(document_verdict([e.verdict for e in own]) for own in texts), len(texts)
     exposed, over = counts.get("still exposed", 0), counts.get("over-unlearned", 0)
     if exposed:
         state = "still exposed" if audit.non_members.anchored else "memorized"
         return f"{_of(exposed, n)} {'is' if exposed == 1 else 'are'} {state}."
     if audit.exposed_together:
-        line = f"No text stands out by itself, but all together they do (p = {audit.left_pvalue:.1g})"
+        line = f"No text stands out by itself, but all together they do (p = {audit.undecided_pvalue:.1g})"
         return (
             f"{line}; {_of(over, n).lower()} {'was' if over == 1 else 'were'} driven too far." if over else f"{line}."
         )
@@ -76,10 +99,10 @@ def tone(audit: Audit) -> str:
 
 def summary(audit: Audit) -> list[str]:
     """Return the two or three sentences below the headline."""
-    n = len(audit.examples)
-    lines = []
+    texts, lines = with_forms(audit), _by_form(audit)
+    n = len(texts)
     if audit.non_members.anchored and audit.change is not None:
-        was = sum(_was_memorized(e) for e in audit.examples)
+        was = sum(any(map(_was_memorized, own)) for own in texts)
         lines.append(f"Before unlearning, {was} of {n} stood out as memorized. {_moved(audit)}")
     else:
         line = (
@@ -89,7 +112,7 @@ def summary(audit: Audit) -> list[str]:
         lines.append(line if "still exposed" in audit.verdicts else f"{line} A ruined model would pass too.")
     if UNDECIDED in audit.verdicts:
         lines.append(_undecided(audit))
-    unsure = sum(not e.certain for e in audit.examples)
+    unsure = sum(not _is_certain(own) for own in texts)
     if unsure:
         lines.append(
             f"{_of(unsure, n)} {'has' if unsure == 1 else 'have'} a verdict that more comparison texts might still "
@@ -104,9 +127,30 @@ def summary(audit: Audit) -> list[str]:
     return lines
 
 
+def _by_form(audit: Audit) -> list[str]:
+    """Return a sentence with the verdicts on texts as they are, and on their other forms, if there are some."""
+    plain, others = as_they_are(audit), [e for e in audit.examples if e.form]
+    if not others:
+        return []
+    verdicts = [Counter(e.verdict for e in each) for each in (plain, others)]
+    shown = [", ".join(f"{each[name]} {name}" for name in MEANINGS if each[name]) for each in verdicts]
+    return [f"Texts were also tried in other words. The texts as they are: {shown[0]}; other forms: {shown[1]}."]
+
+
+def _is_certain(examples: Sequence[AuditedExample]) -> bool:
+    """Return whether more comparison texts would not be expected to change the verdict on a text and its forms."""
+    verdict = document_verdict([e.verdict for e in examples])
+    if verdict in ("still exposed", "over-unlearned"):  # one form decides
+        return any(e.certain for e in examples if e.verdict == verdict)
+    return all(e.certain for e in examples)
+
+
 def _undecided(audit: Audit) -> str:
     """Return a sentence about the undecided texts: what was tested, and what was not."""
     line = null_sentence(audit)
+    if audit.forms_left_pvalue is not None:
+        chance = "no unseen text" if audit.forms_left_pvalue <= 0.05 else "like unseen text"
+        line += f" In other words they are {chance} all together (p = {audit.forms_left_pvalue:.1g})."
     if any(e.verdict == UNDECIDED and e.now.continuation is None for e in audit.examples):
         line += " Whether the model still writes the undecided ones was not tried: continuations were not decoded."
     return line
@@ -223,10 +267,11 @@ def _moved(audit: Audit) -> str:
     """Return a sentence about the change of the forget set's log-likelihood."""
     assert audit.change is not None
     nats, p = audit.change.estimate, audit.change.pvalue
+    since = "Since then" if len(as_they_are(audit)) == len(audit.examples) else "Since then, as they are written,"
     if abs(nats) < 0.05:
-        return "Since then they have hardly changed."
+        return f"{since} they have hardly changed."
     factor = math.exp(min(abs(nats), 50.0))
     times = f"{factor:.2g} times" if factor < 1000 else "over a thousand times"
-    chance = "" if p < 0.05 or len(audit.examples) < 6 else f", which may be chance (p = {p:.2g})"
+    chance = "" if p < 0.05 or len(as_they_are(audit)) < 6 else f", which may be chance (p = {p:.2g})"
     direction = "less" if nats < 0 else "more"
-    return f"Since then each of their tokens has become {times} {direction} likely on average{chance}."
+    return f"{since} each of their tokens has become {times} {direction} likely on average{chance}."

@@ -112,6 +112,7 @@ class Reader:
             [opening(t, True) for t in forget],
             non_members_of_holdout(len(forget), others),
             [Part(i) for i in range(len(forget))],
+            [""] * len(forget),
         )
         names = {"forget": view.forget, "non_members": view.others}
         names |= {"retain": self.sets.test} if original else {}

@@ -11,12 +11,13 @@ import numpy as np
 from pyunlearn.attacks import AttackConfig, AttackResult
 from pyunlearn.attacks.api import attacked
 from pyunlearn.attacks.config import DEFAULT
-from pyunlearn.attacks.judge import non_members_for, stands_out
+from pyunlearn.attacks.judge import non_members_for
 from pyunlearn.attacks.prepare import arranged
 from pyunlearn.attacks.renderings import in_forms
 from pyunlearn.attacks.target import Target, Trial, Unsuited
 from pyunlearn.data.rendering import other_renderings
 from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
+from pyunlearn.metrics.families import stands_out
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes.renderings import RECORDS, RenderedTexts
 from pyunlearn.progress import Progress, logger

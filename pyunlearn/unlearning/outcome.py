@@ -33,9 +33,7 @@ def result_of(
     inputs: dict[str, Any],
 ) -> Result:
     """Return the result of a run; `inputs` describes the arguments of `unlearn` besides its settings."""
-    others, n = texts.encoded.other_forms, len(texts.encoded.parts)
-    names = [""] * n if others is None else others.names
-    examples = _examples(session, texts.examples["forget"], texts.encoded.parts, names)
+    examples = _examples(session, texts.examples["forget"], texts.encoded.parts, texts.encoded.forms)
     settings = versions() | inputs | config.to_dict() | {"mask": digest_of(config.mask)}
     if "winners" in settings["method_options"]:  # texts
         settings["method_options"]["winners"] = "list"

@@ -129,7 +129,7 @@ def _forms_note(documents: Sequence[Document]) -> str:
     """Say how many records have which verdict, over all their forms, and which are not forgotten in some."""
     counts = Counter(d.verdict for d in documents)
     verdicts = ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
-    left = [str(d.record + 1) for d in documents if d.verdict not in PASSED]
+    left = [str(d.record + 1) for d in documents if d.verdict in ("still exposed", "over-unlearned")]
     named = ", ".join(left[:_NAMED]) + (f" and {len(left) - _NAMED} more" if len(left) > _NAMED else "")
     forms, records = sum(d.forms for d in documents), f"{len(documents)} record{'s' if len(documents) > 1 else ''}"
     return (

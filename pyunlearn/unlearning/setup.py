@@ -243,9 +243,7 @@ def _non_members(
     forget, is_reference = tokens["forget"], reference is not scorer.lm
     if "holdout" in tokens:
         bar.say("scoring the holdout")
-        others = rendered.encoded.other_forms
-        texts, numbers = ([], None) if others is None else (others.holdout, others.numbers)
-        non_members = non_members_of_holdout(len(forget), tokens["holdout"] + texts, numbers)
+        non_members = non_members_of_holdout(len(forget), tokens["holdout"], rendered.encoded.other_forms)
     else:
         bar.say("scoring unseen text")
         choose = partial(

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.attacks.judge import KNOWN, SET, stands_out
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Exposure, Verdict, generalized_exposure, verdict
+from pyunlearn.metrics.families import families_of
 from pyunlearn.metrics.verdict import NOT_EXTRACTED, anchor_after, discoveries_within
 from pyunlearn.probes.non_members import NonMembers, uncalibrated
 from pyunlearn.unlearning.budget import HOLDOUT_BUDGET, UTILITY_BUDGET, Budget, Rise
@@ -217,10 +217,7 @@ class StoppingRule:
         """Compare with the non-members' (m,) negative log-likelihoods under the present weights, see `anchor_after`."""
         self.anchor_is_old = False
         present = non_member_nll - self.non_members.own.nll
-        self.anchor = self.non_member_scores.copy()
-        for form in np.unique(self.groups[1]):
-            own = self.groups[1] == form
-            self.anchor[own] = anchor_after(self.non_member_scores[own], present[own])
+        self.anchor = anchor_after(self.non_member_scores, present, self.groups[1])
         self.refresh(self.rescored(self.current.log_likelihood, self.current.extraction), np.empty(0, dtype=np.int64))
 
     def rescored(self, log_likelihood: Floats, extraction: Floats) -> Measurement:
@@ -352,25 +349,6 @@ class StoppingRule:
     def _scores(self, log_likelihood: Floats) -> Floats:
         """Return (B,) scores of the forget set, low = memorized: NLL less what it would be of unseen text."""
         return -log_likelihood - self.non_members.forget.nll
-
-
-def families_of(exposure: Floats, forms: Indices, own: Indices) -> Indices:
-    """Return the families of texts in which those that are memorized are selected, each at the false discovery rate.
-
-    The texts as they are; the forms by which the set as a whole stands out; the others, which would hide them among
-    many: 0, 1 and 2, (B,). Of few texts all forms are one family, since they are no set.
-
-    Args:
-        exposure: (B,) under the original model, bits.
-        forms: (B,) number of each text's form, 0 for texts as they are.
-        own: (m,) the same of the non-members.
-    """
-    families = np.minimum(forms, 1)
-    for form in np.unique(forms[forms > 0]):
-        bits = exposure[forms == form]
-        if bits.size >= SET and stands_out(bits, int((own == form).sum()), seed=0) > KNOWN:
-            families[forms == form] = 2
-    return families
 
 
 def _finite(rise: Rise | None) -> bool:
