@@ -67,10 +67,20 @@ def test_equal_difficulties_stay_in_order():
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [1.0, 2.0, float("nan")], [[1.0, 2.0, 3.0]], ["a", "b", "c"], 3.0])
 def test_difficulties_that_do_not_fit_are_refused(values):
-    """One finite number for each forget example is wanted."""
-    assert check_difficulty([1, 2, 3], 3).tolist() == [1.0, 2.0, 3.0]
+    """One finite number for each forget example is wanted, or one for each record."""
+    records = np.arange(3)
+    assert check_difficulty([1, 2, 3], records).tolist() == [1.0, 2.0, 3.0]
     with pytest.raises(ArgumentError, match="difficulty must be 3 numbers, one for each forget example, got "):
-        check_difficulty(values, 3)
+        check_difficulty(values, records)
+
+
+def test_parts_of_a_record_have_its_difficulty():
+    """Of windows and other forms each can also have its own number."""
+    records = np.array([0, 0, 1, 2, 2])
+    assert check_difficulty([5, 1, 3], records).tolist() == [5, 5, 1, 3, 3]
+    assert check_difficulty([5, 4, 1, 3, 2], records).tolist() == [5, 4, 1, 3, 2]
+    with pytest.raises(ArgumentError, match=r"must be 3 numbers, .*, or 5, one for each window .*, got 4 numbers$"):
+        check_difficulty([1, 2, 3, 4], records)
 
 
 # ---------------------------------------------------------------- retain examples

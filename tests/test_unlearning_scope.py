@@ -10,7 +10,7 @@ from test_attacks_paraphrases import with_paraphrases
 from unlearning_runs import Interrupted, run, same, timeless, weights
 
 import pyunlearn
-from pyunlearn.errors import DataError
+from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import NULL_MEAN, generalized_exposure, verdict
 from pyunlearn.metrics.families import families_of
@@ -255,6 +255,20 @@ def test_other_settings_work_with_it(story, options):
     assert len({e.record for e in result.examples}) == 2
     assert len(result.examples) == 6
     assert result.attack is None or len(result.attack.examples) == 2
+
+
+@pytest.mark.full
+def test_own_lists_are_of_records_or_of_all_their_forms(story):
+    """A difficulty holds for all forms of a record; token weights need a list for each, and the message says so."""
+    options = {"forget": with_paraphrases(story.forget, 2), "holdout": with_paraphrases(story.holdout)}
+    easy_first = {"order": "easy_first", "batch_size": 1, "max_steps": 6, **options, **PERSON}
+    few, each = (run(story, difficulty=d, **easy_first) for d in ([2, 1], [2, 2, 2, 1, 1, 1]))
+    assert timeless(few.history) == timeless(each.history)
+    assert few.examples == each.examples
+    with pytest.raises(ArgumentError, match=r"must be 2 numbers, .* example, or 6, one .* other form of them, got 3 "):
+        run(story, difficulty=[1, 2, 3], **easy_first)
+    with pytest.raises(ArgumentError, match=r'must be 6 lists, .* got 2: a window or another form .*scope="person"'):
+        run(story, token_weights=[[1.0], [1.0]], **options, **PERSON)
 
 
 def test_a_run_without_a_holdout_is_refused(story, tmp_path):

@@ -72,7 +72,7 @@ class LoopConfig(Config):
         ChoiceOrObject(("nll", "ksd"), "a list of one number for each forget example"),
         "Measure of difficulty for the order: nll, the mean negative log-likelihood under the reference model (pass "
         "one that was not trained on the texts); ksd, the kernelized Stein discrepancy from the retain set; in Python "
-        "also one number for each forget example, high = hard.",
+        "also one number for each forget example, high = hard, which all windows and other forms of it have.",
     )
     token_weights: Any = option(
         None,

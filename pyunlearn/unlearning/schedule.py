@@ -122,12 +122,25 @@ def in_order(active: Indices, order: str, difficulty: Floats | None, seed: tuple
     return active[np.argsort(sign * difficulty[active], kind="stable")]
 
 
-def check_difficulty(values: Any, examples: int) -> Floats:
-    """Return (examples,) difficulties. Raises ArgumentError unless there is a finite number for each example."""
+def check_difficulty(values: Any, records: NDArray[np.integer]) -> Floats:
+    """Return (B,) difficulties, from those of the examples or from those of the records, which all parts of one have.
+
+    Raises ArgumentError unless there are as many finite numbers.
+
+    Args:
+        values: (B,) of the examples, or (R,) of the records.
+        records: (B,) index of the record of each forget example, in order.
+
+    >>> check_difficulty([3, 1], np.array([0, 0, 1])).tolist()
+    [3.0, 3.0, 1.0]
+    """
+    examples, count = len(records), len(np.unique(records))
     try:
         difficulty = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         difficulty = np.array(np.nan)
-    if difficulty.shape != (examples,) or not np.isfinite(difficulty).all():
-        raise ArgumentError(f"difficulty must be {examples} numbers, one for each forget example, got {brief(values)}")
-    return difficulty
+    if difficulty.shape not in ((examples,), (count,)) or not np.isfinite(difficulty).all():
+        parts = f", or {examples}, one for each window or other form of them" if examples > count else ""
+        size = f"{difficulty.size} numbers" if difficulty.size != count and difficulty.ndim == 1 else brief(values)
+        raise ArgumentError(f"difficulty must be {count} numbers, one for each forget example{parts}, got {size}")
+    return difficulty if len(difficulty) == examples else difficulty[records]

@@ -147,7 +147,8 @@ def setup(
         retain_ahead = [*_schedule(config, own_retain, None).retain_ahead(max_steps), *rests.values()]
         weights = _token_weights(config, forget, scorer, likelihood, bar)
         reference = _read_reference(scorer, likelihood, method, retain_loss, texts_by_role, weights, retain_ahead)
-        difficulty = _difficulty(config, texts, scorer, likelihood, micro_batch_size, bar)
+        records = rendered.encoded.records["forget"]
+        difficulty = _difficulty(config, texts, records, scorer, likelihood, micro_batch_size, bar)
 
     initial_nll = -scorer.mean_log_likelihood(retain) if retain_loss == "hold" and retain is not None else None
     multiplier = _multiplier(scorer, method, options, retain_loss, own_retain)
@@ -168,7 +169,7 @@ def setup(
         unseen_term = _unseen_term(config, scorer, draws.unseen_answers(own_retain))
     robustness = None
     if robust:
-        records, other = rendered.encoded.records["forget"], own_retain or retain or []
+        other = own_retain or retain or []
         robustness = Robustness(scorer, accelerator, processes, schedule, stopping, texts, records, other)
     fingerprint = reference.fingerprint(len(forget), schedule.retain_indices(0) or list(rests.values()))
     return Session(
@@ -371,14 +372,20 @@ def _schedule(config: LoopConfig, retain: Sequence[Tokens] | None, difficulty: F
 
 
 def _difficulty(
-    config: LoopConfig, texts: Texts, scorer: Scorer, reference: Likelihood, batch_size: int, bar: Progress
+    config: LoopConfig,
+    texts: Texts,
+    records: NDArray[np.int32],
+    scorer: Scorer,
+    reference: Likelihood,
+    batch_size: int,
+    bar: Progress,
 ) -> Floats | None:
-    """Return (B,) difficulties, high = hard, or None for a random order."""
+    """Return (B,) difficulties, high = hard, or None for a random order; `records` are the indices of their records."""
     if config.order == "random":
         return None
     bar.say("ranking the examples")
     if not isinstance(config.difficulty, str):
-        return check_difficulty(config.difficulty, len(texts.forget))
+        return check_difficulty(config.difficulty, records)
     if config.difficulty == "nll":
         return -scorer.mean_log_likelihood(texts.forget, reference)
     assert texts.retain is not None

@@ -114,7 +114,10 @@ def check_weights(weights: Any, tokens: Sequence[Tokens]) -> list[Floats]:
     """
     if isinstance(weights, str) or not hasattr(weights, "__len__") or len(weights) != len(tokens):
         got = len(weights) if hasattr(weights, "__len__") and not isinstance(weights, str) else brief(weights)
-        raise ArgumentError(f"token_weights must be {len(tokens)} lists, one for each forget example, got {got}")
+        raise ArgumentError(
+            f"token_weights must be {len(tokens)} lists, one for each forget example, got {got}: a window or another "
+            'form of a text (scope="person") is an example, after the text, with a list of its own'
+        )
     out = []
     for number, (w, t) in enumerate(zip(weights, tokens, strict=True), 1):
         try:
