@@ -14,6 +14,7 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from coverings import slow
+from test_attacks_paraphrases import with_paraphrases
 
 import pyunlearn
 from pyunlearn.errors import ArgumentError
@@ -21,7 +22,8 @@ from pyunlearn.unlearning.distributed import Processes, make_accelerator
 from pyunlearn.unlearning.interrupt import DeferredInterrupt
 from pyunlearn.unlearning.sharded import processes_of
 
-METHODS = {"ga": {"mask": "saliency"}, "pdu+kl": {"utility_budget": 0.1}}
+METHODS = {"ga": {"mask": "saliency"}, "pdu+kl": {"utility_budget": 0.1}, "match": {"scope": "person"}}
+STOPPED = {"ga": "no likelier", "pdu+kl": "still extracted", "match": "forgotten"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,15 @@ def saved(tmp_path_factory):
         part.save_pretrained(folder / "model")
     for role in ("forget", "corpus"):
         (folder / f"{role}.json").write_text(json.dumps([{"text": text} for text in getattr(story, role)]))
+    for role, texts in in_other_words(story).items():
+        (folder / f"{role}-person.json").write_text(json.dumps(texts))
     return story, folder
+
+
+def in_other_words(story):
+    """The forget set, with the unseen texts, and the holdout: records with paraphrases, for scope="person"."""
+    forget = with_paraphrases(story.forget, 2) + with_paraphrases(story.unseen)
+    return {"forget": forget, "holdout": with_paraphrases(story.holdout)}
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +50,10 @@ def launched(saved):
     """Run `pyunlearn unlearn` with each method in two processes, in one launch: (story, folder, output)."""
     story, folder = saved
     (folder / "both.py").write_text(launches.SERIES)
-    common = (
-        "unlearn model --forget forget.json --retain corpus.json --learning-rate 3e-4 --batch-size 3 --json --quiet"
-    )
+    common = "unlearn model --retain corpus.json --learning-rate 3e-4 --batch-size 3 --json --quiet"
+    files = "--forget forget-person.json --holdout holdout-person.json"
     each = [
-        f"{common} --method {method} --out {method} "
+        f"{common} --method {method} --out {method} {files if 'scope' in options else '--forget forget.json'} "
         + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in options.items())
         for method, options in METHODS.items()
     ]
@@ -76,9 +85,10 @@ def documents(text):
 def test_two_processes_give_the_run_of_one(launched, method, one_thread):
     """Examples, steps and log-likelihoods are those of one process; only the main process prints and saves."""
     story, folder, output = launched
+    texts = in_other_words(story) if "scope" in METHODS[method] else {"forget": story.forget}
     alone = pyunlearn.unlearn(
         story.fresh(),
-        story.forget,
+        **texts,
         retain=story.corpus,
         tokenizer=story.tokenizer,
         learning_rate=3e-4,
@@ -89,7 +99,7 @@ def test_two_processes_give_the_run_of_one(launched, method, one_thread):
     )
     assert len(documents(output)) == len(METHODS)  # one process prints
     printed = documents(output)[list(METHODS).index(method)]
-    assert printed["stopped"] == alone.stopped == ("no likelier" if method == "ga" else "still extracted")
+    assert printed["stopped"] == alone.stopped == STOPPED[method]
     assert printed["non_member_scores"] == pytest.approx(alone.non_member_scores, abs=1e-4)
     assert [r["examples"] for r in printed["history"]] == [r["examples"] for r in alone.history]
     for name in (
@@ -103,7 +113,7 @@ def test_two_processes_give_the_run_of_one(launched, method, one_thread):
         )
     for mine, theirs in zip(printed["examples"], alone.examples, strict=True):
         assert mine["log_likelihood_after"] == pytest.approx(theirs.log_likelihood_after, abs=2e-3)
-        assert (mine["verdict"], mine["steps"]) == (theirs.verdict, theirs.steps)
+        assert (mine["verdict"], mine["steps"], mine["form"]) == (theirs.verdict, theirs.steps, theirs.form)
     saved = type(story.model).from_pretrained(folder / method)
     for name, p in saved.state_dict().items():
         assert torch.allclose(p, alone.model.state_dict()[name], atol=1e-4), name

@@ -1,7 +1,9 @@
 """scope="person": other forms of a record are forgotten with it, each with a verdict among unseen text in that form."""
 
+import copy
 import json
 
+import gguf_files
 import numpy as np
 import pytest
 import tiny
@@ -10,6 +12,7 @@ from test_attacks_paraphrases import with_paraphrases
 from unlearning_runs import Interrupted, run, same, timeless, weights
 
 import pyunlearn
+from pyunlearn import models
 from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.methods import METHODS
 from pyunlearn.metrics import NULL_MEAN, generalized_exposure, verdict
@@ -229,8 +232,11 @@ def test_an_interrupted_run_in_several_forms_resumes_to_the_same_numbers(story, 
 
 
 @pytest.mark.full
-def test_forms_of_a_record_are_in_one_half_of_a_robust_run(story, monkeypatch):
-    """A probe fine-tunes on all forms of one of two records and scores all forms of the other."""
+@pytest.mark.parametrize("adapter", [{}, {"lora": 8, "learning_rate": 1e-2}])
+def test_forms_of_a_record_are_in_one_half_of_a_robust_run(story, monkeypatch, adapter):
+    """A probe fine-tunes on all forms of one of two records and scores all forms of the other; of an adapter too."""
+    if adapter:
+        pytest.importorskip("peft")
     halves, original = [], Robustness._half
 
     def recorded(self, round_number):
@@ -238,9 +244,28 @@ def test_forms_of_a_record_are_in_one_half_of_a_robust_run(story, monkeypatch):
         return original(self, round_number)
 
     monkeypatch.setattr(Robustness, "_half", recorded)
-    result = run(story, method="auto", robust=True, retain=story.retain, max_steps=16, utility_budget=0.5, **PERSON)
+    options = {"method": "auto", "robust": True, "max_steps": 16, "utility_budget": 0.5}
+    result = run(story, retain=story.retain, **options, **PERSON | adapter)
     assert any("returning" in record for record in result.history)
     assert all(sorted(half) == [[False] * 3, [True] * 3] for half in halves)
+
+
+@pytest.mark.full
+def test_what_is_known_in_other_words_is_forgotten_in_the_file_that_is_served(answerer, tmp_path):
+    """The model is served in 4 bits, and known by questions there; an audit of the new file says the same."""
+    served = gguf_files.write(tmp_path / "served.gguf", answerer.model, answerer.tokenizer, "Q4_1")
+    on_grid = models.load(served, tokenizer=answerer.tokenizer)[0].eval()
+    result = run(answerer, model=copy.deepcopy(on_grid), method="auto", gguf_like=served, **PERSON)
+    assert {(e.form, e.verdict) for e in result.examples if e.steps} == {("question", "forgotten")}
+    assert result.passed
+    result.save_gguf(tmp_path / "new.gguf")
+    options = {"holdout": answerer.holdout, "tokenizer": answerer.tokenizer, "scope": "person", "progress": False}
+    before, after = (
+        [d.verdict for d in pyunlearn.audit(tmp_path / file, answerer.forget, original=on_grid, **options).documents]
+        for file in ("served.gguf", "new.gguf")
+    )
+    assert before.count("still exposed") >= 6
+    assert after == ["forgotten" if verdict == "still exposed" else verdict for verdict in before]
 
 
 @pytest.mark.full
