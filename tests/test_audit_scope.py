@@ -246,6 +246,7 @@ def test_the_report_counts_records_by_all_their_forms(story):
     audit.examples = undecided
     assert (audit.passed, audit.undecided_pvalue) == (False, 0.001)
     assert sentences.headline(audit) == "No text stands out by itself, but all together they do (p = 0.001)."
+    assert "In other words they are no unseen text all together (p = 0.001)." in " ".join(sentences.summary(audit))
     audit.forms_left_pvalue = 0.2
     assert audit.passed
 
@@ -269,7 +270,7 @@ def test_the_scope_of_a_run_is_taken_from_its_result(tmp_path):
 
 @pytest.mark.full
 def test_the_command_finds_what_is_known_in_other_words(call, answerer, tmp_path):
-    """Exit code 1 with --scope person, and 0 without."""
+    """Exit code 1 with --scope person, or with the settings of a run that had it, and 0 without."""
     answerer.model.save_pretrained(tmp_path / "model")
     answerer.tokenizer.save_pretrained(tmp_path / "model")
     for role in ("forget", "holdout"):
@@ -282,3 +283,5 @@ def test_the_command_finds_what_is_known_in_other_words(call, answerer, tmp_path
     content = json.loads((tmp_path / "person" / "audit.json").read_text())
     assert content["verdicts"] == {"not memorized": 32, "still exposed": 8}
     assert [d["forms"] for d in content["documents"]] == [4] * 8
+    (tmp_path / "result.json").write_text(json.dumps({"settings": {"scope": "person", "method": "match"}}))
+    assert call(*words, "--out", "as-the-run", "--config", "result.json")[0] == 1
