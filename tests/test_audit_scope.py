@@ -131,6 +131,21 @@ def test_one_kind_that_the_model_still_knows_is_named():
     assert assembler.left.forms_pvalue <= 0.001
 
 
+def test_what_can_be_guessed_is_seen_in_each_form(monkeypatch):
+    """A recited text stands out; not in a form in which the model would recite unseen texts as well."""
+    rng = np.random.default_rng(0)
+    unseen, now = 9 + scores(rng, 60, 0.5), 9 + scores(rng, 8, 0.5)
+    assembler, _ = judged(now, unseen, np.full(40, 0.1), unseen)
+    forced = assembler.now.statistics["non_members"]
+    forced.rank, forced.each = np.zeros(300), lambda hits: hits
+    assembler.texts.tokens = {"non_members": numbers(60).tolist()}
+    monkeypatch.setattr("pyunlearn.auditing.assemble.is_guessed", lambda form, hit: form == 1)
+    assembler.recited[:5] = True
+    stand_out = assembler._standing_out() & ~assembler.left.standing_out
+    assert stand_out[:5].tolist() == [True, False, True, True, True]
+    assert not stand_out[5:].any()
+
+
 # ---------------------------------------------------------------- from end to end
 
 

@@ -176,8 +176,11 @@ class AuditAssembler:
         hits = forced.each(forced.rank == 0)
         tokens = self.texts.tokens["non_members"]
         guessed = np.array([is_guessed(t, hit) for t, hit in zip(tokens, hits, strict=True)])
-        few = [20 * (1 + guessed[own].sum()) <= own.sum() + 1 for own in (self.forms[1] == f for f in self.forms[0])]
-        return self.left.standing_out | (self.recited & np.array(few))
+        few = np.zeros(len(self.recited), dtype=bool)
+        for form in np.unique(self.forms[0]):
+            own = self.forms[1] == form
+            few[self.forms[0] == form] = 20 * (1 + guessed[own].sum()) <= own.sum() + 1
+        return self.left.standing_out | (self.recited & few)
 
     def _left(self) -> Left:
         """Find what stands out among the non-members under the audited model."""
