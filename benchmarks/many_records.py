@@ -35,7 +35,7 @@ from pyunlearn.models.from_scratch import untrained_llama
 
 WORDS = [c + v + end for c in "bdkl" for v in "aeiou" for end in ("ba", "de", "ki", "lo", "mu")]
 ONCE, ONCE_EACH, READ_OFTEN, RETAIN, HOLDOUT = 6000, 32, 60, 400, 200
-OF_METHODS = ("method", "settled", "over-unlearned", "steps", "utility", "ended with")
+OF_METHODS = ("method", "settled", "over-unlearned", "steps", "utility", "holdout", "ended with")
 COLUMNS = ("records", "given", "forgotten", "over-unlearned", "ended with", "visits a record", "s a record", "utility")
 
 
@@ -87,12 +87,14 @@ def row_of(name: str, results: list[Any]) -> tuple[str, ...]:
     """Return a method's row of the table, from its results with several seeds."""
     verdicts = [Counter(e.verdict for e in r.examples) for r in results]
     endings = Counter(r.stopped for r in results)
+    of_holdout = [r.utility.holdout_rise for r in results if r.utility.holdout_rise is not None]
     return (
         f"`{name}`",
         spread([v["forgotten"] + v["no likelier"] for v in verdicts], "{:.0f}"),
         spread([v["over-unlearned"] for v in verdicts], "{:.0f}"),
         spread([len(r.history) for r in results], "{:.0f}"),
         spread([r.utility.relative_rise for r in results], "{:+.1%}"),
+        spread(of_holdout, "{:+.1%}") if of_holdout else "-",
         ", ".join(f"{n} {ending}" if len(endings) > 1 else ending for ending, n in endings.most_common()),
     )
 
