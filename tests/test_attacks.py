@@ -192,7 +192,7 @@ def test_a_run_whose_attacks_fail_is_saved_by_resuming_without_them(story, tmp_p
     def fails(*args):
         raise ModelError("no attack is possible")
 
-    monkeypatch.setattr("pyunlearn.unlearning.api.attacked", fails)
+    monkeypatch.setattr("pyunlearn.unlearning.attacked.attacked", fails)
     out = tmp_path / "out"
     with pytest.raises(ModelError, match="no attack is possible"):
         pyunlearn.unlearn(

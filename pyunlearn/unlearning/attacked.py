@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from pyunlearn.attacks import AttackConfig, AttackResult
 from pyunlearn.attacks.api import attacked
@@ -105,6 +106,8 @@ def _other_forms(target: LanguageModel, texts: RenderedTexts, config: UnlearnCon
         trials = list(in_forms(Target(target, inputs.texts, settings, bar), forms))
     except Unsuited:
         return []
+    except torch.OutOfMemoryError:  # the run is finished, and this is a note
+        return ["The records were not read in another form: the memory is too small for it (batch_size)."]
     names = {f"rendering, {form.key}": form.name for form in forms}
     known = standing_out(
         {names[trial.name]: trial for trial in trials}, inputs.texts.groups, config.false_discovery_rate, config.seed
