@@ -39,9 +39,14 @@ def audited(trained, forget=None, *, model=None, **options):
 # ---------------------------------------------------------------- verdicts by form
 
 
-def judged(now, unseen_now, before=None, unseen=None, rate=0.05):
-    """The assembler and its verdicts, of scores of texts and of non-members in five forms."""
-    n, m = (len(x) // 5 for x in (now, unseen_now))
+def judged(now, unseen_now, before=None, unseen=None, rate=0.05, kinds=(0, 1, 2, 3, 4)):
+    """The assembler and its verdicts, of scores of texts and of non-members in five forms.
+
+    `kinds`: number of each form; of forms of one kind, such as paraphrases, the non-members have the first.
+    """
+    n, first_of = len(now) // 5, [kinds.index(k) for k in sorted(set(kinds))]
+    unseen_now, unseen = (None if x is None else x.reshape(-1, 5)[:, first_of].ravel() for x in (unseen_now, unseen))
+    m = len(unseen_now)
 
     def responses(forget, non_members):
         roles = {"forget": forget, "non_members": non_members}
@@ -51,8 +56,10 @@ def judged(now, unseen_now, before=None, unseen=None, rate=0.05):
         }
         return SimpleNamespace(statistics=statistics, continuations={})
 
-    sides = uncalibrated("holdout", 5 * n, [], m=5 * m)._replace(forms=(numbers(n), numbers(m)))
-    texts = SimpleNamespace(non_members=sides, openings=[], holdout=[], as_they_are=[*range(0, 5 * n, 5)])
+    forms = np.tile(kinds, n), numbers(m // len(first_of), len(first_of))
+    sides, plain = uncalibrated("holdout", 5 * n, [], m=m)._replace(forms=forms), [*range(0, 5 * n, 5)]
+    names = ["", "one 1", "two 2", "three 3", "four 4"] * n
+    texts = SimpleNamespace(non_members=sides, openings=[], holdout=[], as_they_are=plain, forms=names)
     first = None if before is None else responses(before, unseen)
     config = AuditConfig(false_discovery_rate=rate)
     assembler = AuditAssembler(texts, None, config, responses(now, unseen_now), first)
@@ -81,23 +88,41 @@ def test_sets_of_unseen_texts_in_five_forms_rarely_fail(n, m, sets, rho):
     assert (rates <= limits + 3 * np.sqrt(limits * (1 - limits) / sets)).all()
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("rho", [0.0, 0.8])
-@pytest.mark.parametrize(("n", "m", "draws"), [(1, 60, 200), (12, 60, 50), *slow((12, 60, 200))])
-def test_a_model_that_never_saw_the_texts_rarely_fails_in_five_forms(n, m, draws, rho):
-    """Though the original knew all forms by heart: 5 % of audits fail by texts as they are, and 5 % by other forms.
+ALL, PARAPHRASES = (0, 1, 2, 3, 4), (0, 1, 1, 1, 1)
 
-    With three standard errors for chance.
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("n", "m", "draws", "rho", "depth", "kinds"),
+    [
+        (1, 60, 200, 0.0, 8.9, ALL),
+        (1, 60, 200, 0.8, 8.9, ALL),
+        (12, 60, 50, 0.0, 8.9, ALL),
+        (12, 60, 50, 0.8, 8.9, ALL),
+        (1, 60, 200, 0.9, 8.9, PARAPHRASES),
+        (12, 60, 50, 0.8, 2.8, ALL),
+        *slow((12, 60, 200, 0.8, 8.9, ALL), (1, 60, 600, 0.9, 8.9, PARAPHRASES), (12, 60, 200, 0.8, 2.8, ALL)),
+    ],
+)
+def test_a_model_that_never_saw_the_texts_rarely_fails_in_five_forms(n, m, draws, rho, depth, kinds):
+    """By other forms in 5 % of audits at most, with three standard errors for chance; by texts as they are too, but
+    where the original knew them so little (2.8 standard deviations) that one that lies where it did is no surprise.
     """
     rng, alarms = np.random.default_rng(n + m), []
     for _ in range(draws):
         unseen = 9 + scores(rng, m, rho)
         now, unseen_now = 9 + scores(rng, n, rho), unseen + 0.1 * rng.normal(size=5 * m)
-        assembler, verdicts = judged(now, unseen_now, np.full(5 * n, 0.1), unseen)
-        assert assembler.memorized.all()
-        together = np.array([assembler.left.pvalue, assembler.left.forms_pvalue]) <= 0.05
+        if kinds == PARAPHRASES:  # alike in their scores
+            unseen, now, unseen_now = (x - np.tile(np.arange(5), len(x) // 5) for x in (unseen, now, unseen_now))
+        before = np.full(5 * n, 9 - depth) + np.tile(kinds, n)
+        assembler, verdicts = judged(now, unseen_now, before, unseen, kinds=kinds)
+        left = assembler.left
+        together = [pvalue is not None and pvalue <= 0.05 for pvalue in (left.pvalue, left.forms_pvalue)]
         alarms.append(np.array([far(verdicts)[:, 0].any(), far(verdicts)[:, 1:].any()]) | together)
-    assert (np.mean(alarms, axis=0) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / draws)).all()
+    texts, others = np.mean(alarms, axis=0)
+    allowed = 0.05 + 3 * np.sqrt(0.05 * 0.95 / draws)
+    assert others <= allowed
+    assert depth < 3 or texts <= allowed
 
 
 def test_texts_as_they_are_are_judged_as_without_their_forms():
@@ -234,6 +259,7 @@ def test_windows_of_a_long_text_have_forms(story):
     assert document.forms == sum(bool(e.form) for e in audit.examples) > 0
     assert len(audit.examples) == document.windows + document.forms
     assert sentences.size(audit) == f"{document.windows} texts and {document.forms} other forms"
+    assert any("Give a holdout of texts as long" in note for note in audit.notes)
 
 
 # ---------------------------------------------------------------- what is read, and refused
@@ -260,7 +286,10 @@ def test_the_report_counts_records_by_all_their_forms(story):
     undecided = [e.__class__(**(e.__dict__ | {"verdict": "undecided" if e.form else e.verdict})) for e in examples]
     audit.examples = undecided
     assert (audit.passed, audit.undecided_pvalue) == (False, 0.001)
-    assert sentences.headline(audit) == "No text stands out by itself, but all together they do (p = 0.001)."
+    assert (
+        sentences.headline(audit)
+        == "No text stands out by itself, but all together they do in other words (p = 0.001)."
+    )
     assert "In other words they are no unseen text all together (p = 0.001)." in " ".join(sentences.summary(audit))
     audit.forms_left_pvalue = 0.2
     assert audit.passed

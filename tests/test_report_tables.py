@@ -149,10 +149,11 @@ def test_verdicts_stand_before_their_claims():
 def test_only_a_text_that_stands_out_is_called_so(verdict, words):
     """An undecided one is not, and where no more texts lie high than unseen ones would, the sentence says that."""
     tests = {"null_test": SimpleNamespace(pvalue=0.01), "top_test": SimpleNamespace(exact_pvalue=0.01)}
-    assert words in sentences.null_sentence(SimpleNamespace(verdicts={verdict: 1}, left_pvalue=0.5, **tests))
-    assert "too many" in sentences.null_sentence(SimpleNamespace(verdicts={verdict: 1}, left_pvalue=None, **tests))
+    examples = [SimpleNamespace(verdict=verdict, form=""), SimpleNamespace(verdict="still exposed", form="question")]
+    assert words in sentences.null_sentence(SimpleNamespace(examples=examples, left_pvalue=0.5, **tests))
+    assert "too many" in sentences.null_sentence(SimpleNamespace(examples=examples, left_pvalue=None, **tests))
     assert "neither stands out" in sentences.MEANINGS["undecided"]
-    moved = SimpleNamespace(verdicts={"forgotten": 2}, left_pvalue=0.03, exposed_together=False)
+    moved = SimpleNamespace(examples=[SimpleNamespace(verdict="forgotten", form="")], left_pvalue=0.03)
     assert "none counts as exposed" in sentences.null_sentence(moved)
 
 

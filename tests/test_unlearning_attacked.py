@@ -41,6 +41,10 @@ def test_records_that_were_not_tested_are_not_counted():
     trials = forms_of(np.random.default_rng(0), known=6)
     trials["0"].forget[4:] = np.nan
     assert standing_out(trials, range(12), 0.05, 0).tested == 4
+    trials["0"].forget[0] = np.nan
+    assert standing_out(trials, [0, 0, *range(1, 11)], 0.05, 0).tested == 3  # of two copies the one that was tested
+    trials["0"].forget[:] = np.nan
+    assert standing_out(trials, range(12), 0.05, 0) is None
 
 
 def run(w, model, **options):

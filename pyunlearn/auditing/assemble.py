@@ -194,6 +194,7 @@ class AuditAssembler:
             Scores(*shares),
             self.forms,
             self.memorized,
+            names=self.texts.forms,
             rate=self.false_discovery_rate,
             seed=self.seed,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ _UNMOVED = 0.25
 """Share of the way from a text's score before to the mean of unseen text, below which it has hardly moved."""
 _FAR = 2.0
 """Spreads of unseen text that this way is long at least: a shorter one is too easily not gone by chance."""
+_FAR_OF_FORMS = 4.0
+"""The same of a text in another form, where the set in this form is not too likely."""
 _STILL = 0.05
 """Share of a way of any length, below which a text has not moved."""
 
@@ -131,42 +134,56 @@ def left_by_form(
     forms: tuple[NDArray[np.int64], NDArray[np.int64]],
     memorized: NDArray[np.bool_],
     *,
+    names: Sequence[str],
     rate: float = 0.05,
     seed: int = 0,
 ) -> Left:
     """Find what `left` does of texts in several forms, each of which is compared with its like alone.
 
     The texts as they are have what they have without other forms. The other forms share a level of 5 % among them, a
-    part of it for each, so that for at most 5 % of sets of unseen texts any of them lies too high or too low.
+    part of it for each name, so that for at most 5 % of sets of unseen texts any of them lies too high or too low.
+    Several paraphrases of one text depend on each other, so each is a form here. A text in another form that has hardly
+    moved is named alone only where its way was four spreads long or more: of a shorter one, many forms of many texts
+    that lie where they lay before are no surprise.
 
     Args:
         before, now, extracted, rate, seed: as in left.
         forms: (n,) and (m,) number of each text's form, 0 for texts as they are.
         memorized: (n,) True for the texts that the original model had memorized.
+        names: (n,) name of each text's form; those of one number may differ.
     """
     of_texts, own = forms
     standing, too_low = np.zeros((2, len(memorized)), dtype=bool)
-    outcomes: dict[int, Left] = {}
-    others = np.unique(of_texts[of_texts > 0])
-    for form in [0, *others.tolist()]:
-        texts, unseen = of_texts == form, own == form
-        parts = (Scores(scores.texts[texts], scores.non_members[unseen]) for scores in (before, now, extracted))
+    others = list(dict.fromkeys((form, name) for form, name in zip(of_texts.tolist(), names, strict=True) if form))
+    outcomes = []
+    for form, name in [(0, ""), *others]:
+        texts, unseen = (of_texts == form) & (np.array(names) == name), own == form
+        parts = [Scores(scores.texts[texts], scores.non_members[unseen]) for scores in (before, now, extracted)]
         level = _LEVEL / len(others) if form else _LEVEL
-        outcomes[form] = left(*parts, rate=rate, seed=seed, memorized=memorized[texts], level=level)
-        standing[texts], too_low[texts] = outcomes[form].standing_out, outcomes[form].too_low
-    pvalues = [p for form in others.tolist() if (p := outcomes[form].pvalue) is not None]
+        outcome = left(*parts, rate=rate, seed=seed, memorized=memorized[texts], level=level)
+        certain = not form or (outcome.pvalue is not None and outcome.pvalue <= level)
+        way, spread = _way(parts[0])
+        standing[texts] = outcome.standing_out & (certain | (way >= _FAR_OF_FORMS * spread))
+        too_low[texts] = outcome.too_low
+        outcomes.append(outcome)
+    pvalues = [outcome.pvalue for outcome in outcomes[1:] if outcome.pvalue is not None]
     together = min(1.0, len(others) * min(pvalues)) if pvalues else None
     return outcomes[0]._replace(standing_out=standing, too_low=too_low, forms_pvalue=together)
 
 
 def _unmoved(before: Scores, now: Scores) -> NDArray[np.bool_]:
     """Return (n,) which texts have hardly moved on the way to the mean of unseen text, or not at all."""
-    mean, moved = before.non_members.mean(), now.texts - before.texts
-    way = mean - before.texts
-    below = np.minimum(before.non_members - mean, 0.0)
-    spread = np.sqrt(2 * np.mean(below**2))  # of the likelier half; the standard deviation of a symmetric law
+    (way, spread), moved = _way(before), now.texts - before.texts
     hardly: NDArray[np.bool_] = (moved < _UNMOVED * way) & (way >= _FAR * spread)
     return hardly | (np.abs(moved) < _STILL * way)
+
+
+def _way(before: Scores) -> tuple[Floats, float]:
+    """Return (n,) ways from the texts to the mean of unseen text, and the spread of that."""
+    mean = before.non_members.mean()
+    below = np.minimum(before.non_members - mean, 0.0)
+    spread = np.sqrt(2 * np.mean(below**2))  # of the likelier half; the standard deviation of a symmetric law
+    return mean - before.texts, float(spread)
 
 
 def _pvalues(now: Scores, extracted: Scores, memorized: NDArray[np.bool_], seed: int) -> tuple[float, float]:

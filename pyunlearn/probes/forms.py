@@ -94,6 +94,11 @@ def with_forms(lm: LanguageModel, texts: RenderedTexts, fewest: int) -> Rendered
         for i, own in enumerate(tokens["forget"])
         for name in ("", *(name for name in own if _kind(name) in compared))
     ]
+    if any(name and encoded.parts[i].windows > 1 for i, name in rows) and not _in_windows(encoded, "holdout"):
+        notes.append(
+            "Forget texts are longer than the model's context, and no holdout text is: rewritten, short texts change "
+            "more than windows of long ones, so unseen windows may stand out. Give a holdout of texts as long."
+        )
     formed = {encoded.parts[i].record for i, name in rows if name}
     if alone := [str(k + 1) for k in dict.fromkeys(part.record for part in encoded.parts) if k not in formed]:
         more = f" and {len(alone) - _NAMED} more" if len(alone) > _NAMED else ""
@@ -112,6 +117,11 @@ def with_forms(lm: LanguageModel, texts: RenderedTexts, fewest: int) -> Rendered
     numbers = np.array(of_forget), np.array(of_holdout)
     others = OtherForms([name for _, name in rows], [t for _, t in holdout], numbers)
     return replace(texts, encoded=replace(widened, other_forms=others), written=encoded)
+
+
+def _in_windows(encoded: EncodedTexts, role: str) -> bool:
+    """Return whether a text of the role was read in several windows."""
+    return bool((np.bincount(encoded.records[role]) > 1).any())
 
 
 def _widened(

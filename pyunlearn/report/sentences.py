@@ -63,7 +63,8 @@ def headline(audit: Audit) -> str:
         state = "still exposed" if audit.non_members.anchored else "memorized"
         return f"{_of(exposed, n)} {'is' if exposed == 1 else 'are'} {state}."
     if audit.exposed_together:
-        line = f"No text stands out by itself, but all together they do (p = {audit.undecided_pvalue:.1g})"
+        where = " in other words" if audit.undecided_pvalue != audit.left_pvalue else ""
+        line = f"No text stands out by itself, but all together they do{where} (p = {audit.undecided_pvalue:.1g})"
         return (
             f"{line}; {_of(over, n).lower()} {'was' if over == 1 else 'were'} driven too far." if over else f"{line}."
         )
@@ -170,14 +171,19 @@ def null_sentence(audit: Audit) -> str:
     if shape < 0.05:
         way = "are more exposed than" if audit.null_test.mean > NULL_MEAN else "differ from"
         return f"All together they {way} unseen text (p = {shape:.1g}), without many that stand out."
-    if audit.verdicts.get("still exposed"):
+    if _among_texts(audit, "still exposed"):
         return f"Single texts stand out; of as many unseen texts, as many would too (p = {top:.2g})."
     return f"All together they could be unseen text (p = {top:.2g})."
 
 
+def _among_texts(audit: Audit, verdict: str) -> bool:
+    """Return whether a text that is no other form of one has this verdict."""
+    return any(e.verdict == verdict for e in as_they_are(audit))
+
+
 def _left_sentence(audit: Audit, pvalue: float) -> str:
     """Return the sentence of an audit with `original`."""
-    exposed = audit.verdicts.get("still exposed")
+    exposed = _among_texts(audit, "still exposed")
     if pvalue > 0.05 and exposed:
         return (
             "Single texts are recited, have hardly moved or lie far out; all together the memorized texts do not stand "
@@ -185,7 +191,7 @@ def _left_sentence(audit: Audit, pvalue: float) -> str:
         )
     if pvalue > 0.05:
         return f"All together the memorized texts could be unseen text (p = {pvalue:.2g})."
-    if exposed or audit.exposed_together:
+    if exposed or _among_texts(audit, UNDECIDED):
         return f"All together the memorized texts are no unseen text (p = {pvalue:.1g}): too many stand out."
     return (
         f"The memorized texts are likelier all together than the comparison texts are now (p = {pvalue:.1g}); by these "

@@ -17,6 +17,8 @@ from pyunlearn.attacks.prepare import arranged
 from pyunlearn.attacks.renderings import in_forms
 from pyunlearn.attacks.target import Target, Trial, Unsuited
 from pyunlearn.data.rendering import other_renderings
+from pyunlearn.errors import PyunlearnError
+from pyunlearn.methods.registry import METHODS, SYNONYMS
 from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
 from pyunlearn.metrics.families import stands_out
 from pyunlearn.models.language_model import LanguageModel
@@ -99,28 +101,34 @@ def _may_be_known_otherwise(result: Result, texts: RenderedTexts, config: Unlear
 def _other_forms(target: LanguageModel, texts: RenderedTexts, config: UnlearnConfig, bar: Progress) -> list[str]:
     """Return a sentence where the records stand out in another form among the holdout's in the same form."""
     settings = replace(_attack_config(config, ("rendering",)), texts=RECORDS)
-    inputs = arranged(target, texts, settings, bar, most=Target.FEWEST)
+    most = max(Target.FEWEST, non_members_for(config.false_discovery_rate))
     others = {form.key: form for form in other_renderings(target.tokenizer)}
     forms = [others[key] for key in _FORMS if key in others and key != texts.rendering.key][:2]
     try:
+        inputs = arranged(target, texts, settings, bar, most=most)
         trials = list(in_forms(Target(target, inputs.texts, settings, bar), forms))
     except Unsuited:
         return []
-    except torch.OutOfMemoryError:  # the run is finished, and this is a note
-        return ["The records were not read in another form: the memory is too small for it (batch_size)."]
+    except (PyunlearnError, torch.OutOfMemoryError) as error:  # the run is finished, and this is a note
+        return [f"The records were not read in another form: {error}."]
     names = {f"rendering, {form.key}": form.name for form in forms}
     known = standing_out(
         {names[trial.name]: trial for trial in trials}, inputs.texts.groups, config.false_discovery_rate, config.seed
     )
     if known is None:
         return []
-    mend = "" if config.robust else "robust=True (--robust) leaves fewer, and "
+    unseen = known.tested / 20
+    who = f"{known.returned} of {known.tested} records stand out, where {unseen:.2g} unseen ones would"
+    if known.returned <= unseen:
+        who = f"the {known.tested} records as a set are likelier than unseen ones"
+    mend = "robust=True (--robust) leaves fewer, and "
     if config.template != "auto":
         mend = "without `template` the run takes the form that the model knows best, and "
+    elif config.robust or METHODS[SYNONYMS.get(config.method, config.method)].kind == "hidden":
+        mend = ""
     return [
-        f"The verdicts are on records in the form {texts.name}. In another one, {known.form}, {known.returned} of "
-        f"{known.tested} records stand out, where {known.tested / 20:.2g} unseen ones would (p = {known.pvalue:.1g}): "
-        f"{mend}`pyunlearn attack --attacks rendering` tries every form."
+        f"The verdicts are on records in the form {texts.name}. In another one, {known.form}, {who} (p = "
+        f"{known.pvalue:.1g}): {mend}`pyunlearn attack --attacks rendering` tries every form."
     ]
 
 
@@ -133,12 +141,14 @@ def standing_out(trials: Mapping[str, Trial], groups: Sequence[int], rate: float
         rate: level of the test over all forms together (Bonferroni).
         seed: of the test's draws.
     """
-    first = np.unique(groups, return_index=True)[1]
     forms = []
     for name, trial in trials.items():
-        own, unseen = trial.forget[first], trial.non_members[~np.isnan(trial.non_members)]
-        bits = generalized_exposure(own[~np.isnan(own)], unseen).lower
-        pvalue = min(1.0, stands_out(bits, unseen.size, seed) * len(trials))
+        tested = np.flatnonzero(~np.isnan(trial.forget))
+        first = tested[np.unique(np.asarray(groups)[tested], return_index=True)[1]]
+        if not first.size:
+            continue
+        bits = generalized_exposure(trial.forget[first], trial.non_members[~np.isnan(trial.non_members)]).lower
+        pvalue = min(1.0, stands_out(bits, trial.compared, seed) * len(trials))
         forms.append(KnownForm(pvalue, name, int((bits >= SIGNIFICANT - _ROUNDING).sum()), bits.size))
     most = min(forms, default=None)
     return most if most is not None and most.pvalue <= rate else None
