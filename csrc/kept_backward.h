@@ -23,9 +23,9 @@ struct KeptRows {
   const float *coefficients, *factor;  // (n,)
 };
 
-// out (n, d) = a_r * in_r, rounded once; 0 for a coefficient of 0, whatever the row holds. out may be in's own memory
-// when type and stride agree. Returns null, or a sentence that says what it cannot do. Bitwise repeatable, no host
-// synchronisation.
+// out (n, d) = a_r * in_r, rounded once; 0 for a coefficient of 0, also where the row holds NaN. out may be in's own
+// memory when type and stride agree. Returns null, or a sentence that says what it cannot do. Bitwise repeatable, no
+// host synchronisation.
 const char* kept_scale_rows(const KeptRows&, const MatrixIn& in, const MatrixOut& out, void* stream);
 
 }  // namespace pyunlearn

@@ -217,7 +217,7 @@ def test_rows_of_equal_targets(rows, equal, watched):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("width", "offset"), [(1, 0), (72, 0), (75, 0), (72, 1), (1544, 0)])
 def test_scaled_rows(width, offset, dtype, to, watched):
-    """Each row is multiplied by its factor and rounded once; a row with coefficient 0 is zero whatever it holds."""
+    """Each row is multiplied by its factor and rounded once; coefficient 0 gives zeros, of NaN too."""
     where = torch.device(PLACE["device"])
     x = torch.randn(13, width + 8, device=where).to(dtype)[:, offset : offset + width]
     out = torch.full((13, width + 8), 7.0, dtype=to, device=where)
