@@ -8,6 +8,7 @@ import pyunlearn
 from pyunlearn.attacks.target import Trial
 from pyunlearn.data import encode, read_examples
 from pyunlearn.data.rendering import Rendering
+from pyunlearn.errors import ModelError
 from pyunlearn.unlearning.attacked import standing_out
 
 
@@ -68,3 +69,16 @@ def test_a_run_says_where_its_records_stand_out_in_another_form(one_thread):
     assert "without `template`" in note
     assert run(w, model, attacks=["rendering"]) == []
     assert run(w, model, holdout=None) == []
+
+
+@pytest.mark.full
+def test_a_note_that_cannot_be_made_ends_no_run(answers, monkeypatch):
+    """The run is finished by then: it says what the error was."""
+
+    def fails(*_):
+        raise ModelError("the model is gone")
+
+    monkeypatch.setattr("pyunlearn.unlearning.attacked.in_forms", fails)
+    texts = {"holdout": answers.holdout, "tokenizer": answers.tokenizer, "progress": False}
+    result = pyunlearn.unlearn(answers.fresh(), answers.forget, max_steps=1, **texts)
+    assert "The records were not read in another form: the model is gone." in result.notes
