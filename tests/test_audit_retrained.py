@@ -116,7 +116,9 @@ def judged(shift, depth, *, n=12, m=99, spread=0.15, seed=0):
         return SimpleNamespace(statistics=statistics, continuations={})
 
     sides = uncalibrated("holdout", n, [], m=m)
-    texts_of_audit = SimpleNamespace(non_members=sides, openings=[], holdout=[], as_they_are=[*range(n)])
+    texts_of_audit = SimpleNamespace(
+        non_members=sides, openings=[], holdout=[], as_they_are=[*range(n)], forms=[""] * n
+    )
     before = responses(np.full(n, 3 - 4 * spread), unseen)
     now = responses(texts, unseen + 3 * shift)
     assembler = AuditAssembler(texts_of_audit, None, AuditConfig(), now, before)

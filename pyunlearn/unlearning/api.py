@@ -180,7 +180,7 @@ def unlearn(
         result = result_of(session, config, trained, texts, stopped, inputs)
         result.notes = drawn + notes + notes_of(session, texts, result, config) + served.notes(result)
         if stopped != "interrupted":
-            try_attacks(result, lm, texts, config, processes, bar, checkpoint)
+            try_attacks(result, session, texts, config, bar, checkpoint)
         if folder.path is not None and stopped != "interrupted":
             _save(result, folder.path, checkpoint, processes, replace=resume)
     return result

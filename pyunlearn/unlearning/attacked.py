@@ -18,7 +18,6 @@ from pyunlearn.attacks.renderings import in_forms
 from pyunlearn.attacks.target import Target, Trial, Unsuited
 from pyunlearn.data.rendering import other_renderings
 from pyunlearn.errors import PyunlearnError
-from pyunlearn.methods.registry import METHODS, SYNONYMS
 from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
 from pyunlearn.metrics.families import stands_out
 from pyunlearn.models.language_model import LanguageModel
@@ -26,8 +25,8 @@ from pyunlearn.probes.renderings import RECORDS, RenderedTexts
 from pyunlearn.progress import Progress, logger
 from pyunlearn.unlearning.checkpoint import Checkpoint
 from pyunlearn.unlearning.config import UnlearnConfig
-from pyunlearn.unlearning.distributed import Processes
 from pyunlearn.unlearning.result import Result
+from pyunlearn.unlearning.setup import Session
 
 _FORMS = ("chat", "plain", "joined")
 """Forms that differ most, in order of preference: two that are not the run's are tried."""
@@ -47,20 +46,16 @@ class KnownForm(NamedTuple):
 
 
 def try_attacks(
-    result: Result,
-    lm: LanguageModel,
-    texts: RenderedTexts,
-    config: UnlearnConfig,
-    processes: Processes,
-    bar: Progress,
-    checkpoint: Checkpoint,
+    result: Result, session: Session, texts: RenderedTexts, config: UnlearnConfig, bar: Progress, checkpoint: Checkpoint
 ) -> None:
     """Add the attacks that the settings name to a result, and a note where its records stand out in another form."""
-    target = LanguageModel.described(result.model, lm.tokenizer, workspace=config.workspace)
+    processes, written = session.processes, texts.as_written
+    target = LanguageModel.described(result.model, session.scorer.lm.tokenizer, workspace=config.workspace)
     if config.attacks is not None:
-        result.attack = processes.once(lambda: _attacked(target, texts.as_written, config, bar, checkpoint))
+        result.attack = processes.once(lambda: _attacked(target, written, config, bar, checkpoint))
     if _may_be_known_otherwise(result, texts, config) and not processes.sharded:
-        result.notes += processes.once(lambda: _other_forms(target, texts.as_written, config, bar))
+        may_be_robust = not config.robust and session.forget_term.method.kind != "hidden"
+        result.notes += processes.once(lambda: _other_forms(target, written, config, bar, may_be_robust=may_be_robust))
 
 
 def _attacked(
@@ -98,7 +93,9 @@ def _may_be_known_otherwise(result: Result, texts: RenderedTexts, config: Unlear
     )
 
 
-def _other_forms(target: LanguageModel, texts: RenderedTexts, config: UnlearnConfig, bar: Progress) -> list[str]:
+def _other_forms(
+    target: LanguageModel, texts: RenderedTexts, config: UnlearnConfig, bar: Progress, *, may_be_robust: bool
+) -> list[str]:
     """Return a sentence where the records stand out in another form among the holdout's in the same form."""
     settings = replace(_attack_config(config, ("rendering",)), texts=RECORDS)
     most = max(Target.FEWEST, non_members_for(config.false_discovery_rate))
@@ -121,11 +118,9 @@ def _other_forms(target: LanguageModel, texts: RenderedTexts, config: UnlearnCon
     who = f"{known.returned} of {known.tested} records stand out, where {unseen:.2g} unseen ones would"
     if known.returned <= unseen:
         who = f"the {known.tested} records as a set are likelier than unseen ones"
-    mend = "robust=True (--robust) leaves fewer, and "
+    mend = "robust=True (--robust) leaves fewer, and " if may_be_robust else ""
     if config.template != "auto":
         mend = "without `template` the run takes the form that the model knows best, and "
-    elif config.robust or METHODS[SYNONYMS.get(config.method, config.method)].kind == "hidden":
-        mend = ""
     return [
         f"The verdicts are on records in the form {texts.name}. In another one, {known.form}, {who} (p = "
         f"{known.pvalue:.1g}): {mend}`pyunlearn attack --attacks rendering` tries every form."
