@@ -97,11 +97,10 @@ ALL, PARAPHRASES = (0, 1, 2, 3, 4), (0, 1, 1, 1, 1)
     [
         (1, 60, 200, 0.0, 8.9, ALL),
         (1, 60, 200, 0.8, 8.9, ALL),
-        (12, 60, 50, 0.0, 8.9, ALL),
-        (12, 60, 50, 0.8, 8.9, ALL),
         (1, 60, 200, 0.9, 8.9, PARAPHRASES),
         (12, 60, 50, 0.8, 2.8, ALL),
-        *slow((12, 60, 200, 0.8, 8.9, ALL), (1, 60, 600, 0.9, 8.9, PARAPHRASES), (12, 60, 200, 0.8, 2.8, ALL)),
+        *slow((12, 60, 200, 0.0, 8.9, ALL), (12, 60, 200, 0.8, 8.9, ALL)),
+        *slow((1, 60, 600, 0.9, 8.9, PARAPHRASES), (12, 60, 200, 0.8, 2.8, ALL)),
     ],
 )
 def test_a_model_that_never_saw_the_texts_rarely_fails_in_five_forms(n, m, draws, rho, depth, kinds):
