@@ -49,8 +49,9 @@ def try_attacks(
     result: Result, session: Session, texts: RenderedTexts, config: UnlearnConfig, bar: Progress, checkpoint: Checkpoint
 ) -> None:
     """Add the attacks that the settings name to a result, and a note where its records stand out in another form."""
-    processes, written = session.processes, texts.as_written
-    target = LanguageModel.described(result.model, session.scorer.lm.tokenizer, workspace=config.workspace)
+    processes, written, target = session.processes, texts.as_written, session.scorer.lm
+    if processes.count > 1 or result.model is not target.module:  # wrapped for several processes, or merged
+        target = LanguageModel.described(result.model, target.tokenizer, workspace=config.workspace)
     if config.attacks is not None:
         result.attack = processes.once(lambda: _attacked(target, written, config, bar, checkpoint))
     if _may_be_known_otherwise(result, texts, config) and not processes.sharded:
@@ -97,7 +98,8 @@ def _other_forms(
     target: LanguageModel, texts: RenderedTexts, config: UnlearnConfig, bar: Progress, *, may_be_robust: bool
 ) -> list[str]:
     """Return a sentence where the records stand out in another form among the holdout's in the same form."""
-    settings = replace(_attack_config(config, ("rendering",)), texts=RECORDS)
+    settings = _attack_config(config, ("rendering",))
+    settings = replace(settings, texts=RECORDS, batch_size=max(1, settings.batch_size // 4))  # the run has more
     most = max(Target.FEWEST, non_members_for(config.false_discovery_rate))
     others = {form.key: form for form in other_renderings(target.tokenizer)}
     forms = [others[key] for key in _FORMS if key in others and key != texts.rendering.key][:2]
