@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from coverings import slow
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,9 +81,10 @@ def test_json_in_parts_is_that_of_json_dumps(content, items):
 
 
 @pytest.mark.full
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "peak", "end"),
-    [*slow(("forget set, with a retain set of 1,000", 1300, 700)), ("forget set, without other texts", 1000, 650)],
+    [("forget set, with a retain set of 1,000", 1300, 700), ("forget set, without other texts", 1000, 650)],
 )
 def test_a_record_takes_little_more_than_its_text(name, peak, end):
     """Bytes of Python's objects and arrays over a run that saves its result, and at its end; a text has about 160.
