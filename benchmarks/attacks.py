@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import pyunlearn
-from benchmarks.many_records import ONCE, READ_OFTEN, facts, train, world
+from benchmarks.many_records import ONCE, READ_OFTEN, facts, print_table, train, world
 from pyunlearn.models.from_scratch import untrained_llama
 
 RETRAINED = "retrained"
@@ -42,9 +42,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, ...]]:
             (np.nan, np.nan, *_attacked(control, tokenizer, texts, seed, options))
         )
     rows = [(name, *_cells(np.array(values))) for name, values in measured.items()]
-    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
+    print_table(COLUMNS, rows)
     return rows
 
 

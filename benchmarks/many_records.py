@@ -76,11 +76,16 @@ def compared(options: argparse.Namespace) -> list[tuple[str, ...]]:
             results.append(
                 (name, *unlearned(model, tokenizer, texts, options.given.split(",")[0], options, name, seed))
             )
-    print("| " + " | ".join(OF_METHODS) + " |\n|" + "---|" * len(OF_METHODS))
     rows = [row_of(name, [result for other, result, _ in results if other == name]) for name in names]
+    print_table(OF_METHODS, rows)
+    return rows
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table."""
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in rows:
         print("| " + " | ".join(row) + " |", flush=True)
-    return rows
 
 
 def row_of(name: str, results: list[Any]) -> tuple[str, ...]:

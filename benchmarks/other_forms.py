@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import pyunlearn
-from benchmarks.many_records import spread
+from benchmarks.many_records import print_table, spread
 
 FORMS = ("plain", "short", "none", "joined", "alone")
 RUNS: dict[str, dict[str, Any]] = {"before": {}, "unlearn": {}, "unlearn, robust": {"robust": True}}
@@ -38,9 +38,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, ...]]:
         cells = [spread(column, form) for column, form in zip(zip(*counts, strict=True), forms, strict=True)]
         rows.append((run, *cells))
     names = ("model", *FORMS, "steps", "seconds", "retain text", "holdout")
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
+    print_table(names, rows)
     return rows
 
 

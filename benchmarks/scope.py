@@ -25,7 +25,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import pyunlearn
-from benchmarks.many_records import WORDS, spread, train
+from benchmarks.many_records import WORDS, print_table, spread, train
 from pyunlearn.models.from_scratch import untrained_llama
 
 Row = dict[str, Any]
@@ -47,9 +47,7 @@ def main(arguments: list[str] | None = None) -> list[tuple[str, ...]]:
         for scope in ("before", "record", "person"):
             results.setdefault(scope, []).append(_measured(model, tokenizer, texts, scope, seed))
     rows = [(scope, *_cells(values)) for scope, values in results.items()]
-    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
+    print_table(COLUMNS, rows)
     return rows
 
 

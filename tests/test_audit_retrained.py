@@ -98,6 +98,15 @@ def test_what_is_left_is_found(original, retrained, secrets, unseen, tmp_path):
     assert set(known) == {("still exposed", False)}
 
 
+def responses(forget, non_members):
+    """What a model answers, of which the audit takes the mean negative log-likelihoods, nats a token."""
+    statistics = {
+        role: SimpleNamespace(mean_log_likelihood=-nll, greedy_match=np.full(len(nll), 0.3))
+        for role, nll in {"forget": forget, "non_members": non_members}.items()
+    }
+    return SimpleNamespace(statistics=statistics, continuations={})
+
+
 def judged(shift, depth, *, n=12, m=99, spread=0.15, seed=0):
     """The verdicts and p-value of n texts, 4 spreads below unseen text before and `depth` now.
 
@@ -106,14 +115,6 @@ def judged(shift, depth, *, n=12, m=99, spread=0.15, seed=0):
     rng = np.random.default_rng(seed)
     unseen = 3 + spread * rng.standard_normal(m)
     texts = 3 * (1 + shift) + spread * (rng.standard_normal(n) * (0.1 if depth else 1) - depth)
-
-    def responses(forget, non_members):
-        roles = {"forget": forget, "non_members": non_members}
-        statistics = {
-            role: SimpleNamespace(mean_log_likelihood=-nll, greedy_match=np.full(len(nll), 0.3))
-            for role, nll in roles.items()
-        }
-        return SimpleNamespace(statistics=statistics, continuations={})
 
     sides = uncalibrated("holdout", n, [], m=m)
     texts_of_audit = SimpleNamespace(

@@ -33,7 +33,8 @@ def test_no_kernel_spills(source, architectures, tmp_path):
     command = ["nvcc", "-std=c++17", "-O3", "-I", str(CUDA.parent), "-Xptxas", "-v", "-gencode", generated, "-c"]
     done = subprocess.run([*command, str(CUDA / source), "-o", str(tmp_path / "x.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("bytes stack frame") >= len(architectures)
+    kernels = 1 if source == "hopper/kept_backward.cu" else 2  # at least
+    assert done.stderr.count("bytes stack frame") >= kernels * len(architectures)
     assert not complaints(done.stderr)
 
 

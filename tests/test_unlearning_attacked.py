@@ -3,6 +3,7 @@
 import numpy as np
 import planted
 import pytest
+import tiny
 
 import pyunlearn
 from pyunlearn.attacks.target import Trial
@@ -69,6 +70,7 @@ def test_a_run_says_where_its_records_stand_out_in_another_form(one_thread):
     assert "without `template`" in note
     assert run(w, model, attacks=["rendering"]) == []
     assert run(w, model, holdout=None) == []
+    assert len(run(w, model, holdout=tiny.facts(120, 3), false_discovery_rate=0.02)) == 1  # takes 99 non-members
 
 
 @pytest.mark.full

@@ -19,7 +19,7 @@ from pyunlearn.attacks.result import AttackedExample, AttackResult, TrialSummary
 from pyunlearn.attacks.target import Floats, Target, Trial, Unsuited
 from pyunlearn.data import Tokens, check_texts, read_roles
 from pyunlearn.errors import ModelError
-from pyunlearn.metrics import SIGNIFICANT
+from pyunlearn.metrics.exposure import is_significant
 from pyunlearn.models.language_model import require_model, require_tokenizer
 from pyunlearn.options import Flag, accepts, require
 from pyunlearn.output import model_name, versions
@@ -249,7 +249,7 @@ def _summary(trial: Trial, exposure: Floats, set_pvalue: float, against: list[Tr
         attack=trial.attack,
         judged=trial.judged,
         tested=int(tested.sum()),
-        returned=int((exposure[tested] >= SIGNIFICANT - 1e-9).sum()),
+        returned=int(is_significant(exposure[tested]).sum()),
         set_pvalue=None if np.isnan(set_pvalue) else float(set_pvalue),
         log_likelihood=None if writes else _mean(-trial.forget),
         non_member_log_likelihood=None if writes else _mean(-trial.non_members),

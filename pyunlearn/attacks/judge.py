@@ -12,16 +12,15 @@ from numpy.typing import NDArray
 from pyunlearn.attacks.config import AttackConfig
 from pyunlearn.attacks.target import Floats, Trial
 from pyunlearn.metrics import (
-    SIGNIFICANT,
     Recovery,
     discoveries,
     exposure_interval,
     generalized_exposure,
     recovery,
 )
+from pyunlearn.metrics.exposure import is_significant
 from pyunlearn.metrics.families import SET, stands_out
 
-_ROUNDING = 1e-9  # 19 non-members reach 4.32 bits exactly
 EXPOSED, BACK, DOUBTFUL = "still exposed", "comes back", "doubtful"
 STAYS, UNTESTED = "stays forgotten", "untested"
 """The verdicts: exposed without any attack, or under one; doubtful, where only the set as a whole comes back."""
@@ -91,7 +90,7 @@ def judge(trials: Sequence[Trial], config: AttackConfig, groups: Sequence[int] |
     back = np.zeros(n, dtype=bool)
     if pvalue <= rate / 2:
         back[tested] = discoveries(combined[tested], rate=rate).significant
-    suspect = (exposure[set_pvalue <= rate / 2] >= SIGNIFICANT - _ROUNDING).any(axis=0)
+    suspect = is_significant(exposure[set_pvalue <= rate / 2]).any(axis=0)
     names = np.select([exposed, back, suspect, tested], [EXPOSED, BACK, DOUBTFUL, STAYS], UNTESTED)
     strongest = np.where(exposed, 0, np.where(tested, np.array(judged)[recovered.strongest], -1))
     intervals = [_interval(trials[k], i) for i, k in enumerate(strongest)]
@@ -104,7 +103,7 @@ def non_members_for(rate: float) -> int:
     >>> non_members_for(0.05)
     39
     """
-    return math.ceil(2 / rate - 1 - _ROUNDING)
+    return math.ceil(2 / rate - 1 - 1e-9)
 
 
 def holm(pvalues: Sequence[float]) -> Floats:
@@ -149,7 +148,7 @@ def _over_all(exposure: Floats, tried: NDArray[np.bool_], m: NDArray[np.int64], 
 def returned(judged: Judged, i: int) -> list[int]:
     """Return the trials, from the strongest, under which a text that comes back is exposed on its own."""
     own = judged.exposure[:, i]
-    others = [k for k in np.argsort(-np.nan_to_num(own)) if own[k] >= SIGNIFICANT - _ROUNDING and k > 0]
+    others = [k for k in np.argsort(-np.nan_to_num(own)) if k > 0 and is_significant(own)[k]]
     strongest = int(judged.strongest[i])
     return [strongest, *(int(k) for k in others if k != strongest)]
 

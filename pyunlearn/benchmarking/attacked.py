@@ -17,14 +17,14 @@ from pyunlearn.attacks.result import AttackResult
 from pyunlearn.benchmarking.config import BenchConfig
 from pyunlearn.benchmarking.result import ATTACKS, Column, Numbers
 from pyunlearn.errors import ArgumentError
-from pyunlearn.metrics import SIGNIFICANT, mean_interval
+from pyunlearn.metrics import mean_interval
+from pyunlearn.metrics.exposure import is_significant
 
 Rows = list[dict[str, Any]]
 
 ANY = "any"
 """Measure of the column over all attacks together."""
 PVALUE = "p-value"
-_ROUNDING = 1e-9  # 19 non-members reach 4.32 bits exactly
 
 
 def require_attackable(retrained: Any, texts: Mapping[str, Rows], *, is_result: bool) -> None:
@@ -94,7 +94,7 @@ def columns_of(result: AttackResult, seed: int) -> tuple[list[Column], Numbers]:
         bits = np.array([_number(e.exposures[trial.name]) for e in result.examples])
         numbers[trial.name] = bits
         if trial.judged:
-            strong = [trial.name in e.attacks for e in result.examples] | (bits >= SIGNIFICANT - _ROUNDING)
+            strong = [trial.name in e.attacks for e in result.examples] | is_significant(bits)
             columns.append(_share(trial.name, (named & strong)[~np.isnan(bits)], seed))
     numbers[ANY] = named.astype(np.float64)
     columns.append(_share(ANY, named, seed))

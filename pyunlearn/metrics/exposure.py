@@ -25,6 +25,16 @@ SIGNIFICANT = math.log2(20)
 """Exposure, in bits, that a text like that reaches with probability 1/20: 4.32."""
 
 
+def is_significant(exposure: Floats) -> NDArray[np.bool_]:
+    """Return which exposures (n,), in bits, are SIGNIFICANT or more, up to rounding: 19 non-members reach it exactly.
+
+    >>> is_significant(np.log2([19, 20, 21]) + [0, -1e-15, 0]).tolist()
+    [False, True, True]
+    """
+    significant: NDArray[np.bool_] = exposure >= SIGNIFICANT - 1e-9
+    return significant
+
+
 class Exposure(NamedTuple):
     """Exposures on both sides, in bits: arrays with one number per score, in the order of the scores."""
 

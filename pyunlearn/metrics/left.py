@@ -151,6 +151,11 @@ def left_by_form(
         forms: (n,) and (m,) number of each text's form, 0 for texts as they are.
         memorized: (n,) True for the texts that the original model had memorized.
         names: (n,) name of each text's form; those of one number may differ.
+
+    Raises:
+        ArgumentError: as left.
+
+    Source: ours.
     """
     of_texts, own = forms
     standing, too_low = np.zeros((2, len(memorized)), dtype=bool)

@@ -20,6 +20,7 @@ from pyunlearn.metrics.exposure import (
     check_scores,
     count_in_groups,
     generalized_exposure,
+    is_significant,
 )
 
 NOT_EXTRACTED = math.log2(5)
@@ -288,7 +289,7 @@ def over_unlearned(
         (n,) True for each selected text, and (n,) bits from which it was.
     """
     over, thresholds = discoveries_within(families, after.upper, rate=rate)
-    return over & (before.upper < SIGNIFICANT - 1e-9), thresholds
+    return over & ~is_significant(before.upper), thresholds
 
 
 def discoveries_within(

@@ -101,8 +101,8 @@ def sample_own_texts(
 
     In turn, one starts from the beginning-of-text token, one from the opening of an English text, if the tokenizer has
     its words, and one from the tokens with which all forget texts begin: the first, and what their prompts share. Each
-    is as long as the forget texts are (8 to 48 tokens). Texts that recite a forget text are left out, if
-    what it does not share with all others has three tokens or more.
+    is as long as the forget texts are (8 to 48 tokens). Texts that recite a forget text are left out, if what it does
+    not share with all others has three tokens or more.
 
     Args:
         lm: the model, in evaluation mode.

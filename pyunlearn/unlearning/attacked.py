@@ -18,7 +18,8 @@ from pyunlearn.attacks.renderings import in_forms
 from pyunlearn.attacks.target import Target, Trial, Unsuited
 from pyunlearn.data.rendering import other_renderings
 from pyunlearn.errors import PyunlearnError
-from pyunlearn.metrics import SIGNIFICANT, generalized_exposure
+from pyunlearn.metrics import generalized_exposure
+from pyunlearn.metrics.exposure import is_significant
 from pyunlearn.metrics.families import stands_out
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes.renderings import RECORDS, RenderedTexts
@@ -30,8 +31,6 @@ from pyunlearn.unlearning.setup import Session
 
 _FORMS = ("chat", "plain", "joined")
 """Forms that differ most, in order of preference: two that are not the run's are tried."""
-
-_ROUNDING = 1e-9  # 19 non-members reach 4.32 bits exactly
 
 
 class KnownForm(NamedTuple):
@@ -146,6 +145,6 @@ def standing_out(trials: Mapping[str, Trial], groups: Sequence[int], rate: float
             continue
         bits = generalized_exposure(trial.forget[first], trial.non_members[~np.isnan(trial.non_members)]).lower
         pvalue = min(1.0, stands_out(bits, trial.compared, seed) * len(trials))
-        forms.append(KnownForm(pvalue, name, int((bits >= SIGNIFICANT - _ROUNDING).sum()), bits.size))
+        forms.append(KnownForm(pvalue, name, int(is_significant(bits).sum()), bits.size))
     most = min(forms, default=None)
     return most if most is not None and most.pvalue <= rate else None

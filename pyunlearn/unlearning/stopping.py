@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Exposure, Verdict, generalized_exposure, verdict
+from pyunlearn.metrics.exposure import is_significant
 from pyunlearn.metrics.families import families_of
 from pyunlearn.metrics.verdict import NOT_EXTRACTED, anchor_after, discoveries_within
 from pyunlearn.probes.non_members import NonMembers, uncalibrated
@@ -291,7 +292,7 @@ class StoppingRule:
     def refresh(self, measurement: Measurement, scored: Indices) -> None:
         """Take later scores under the same weights as `accept` does."""
         upper = measurement.exposure.upper
-        below = self.memorized & (upper >= SIGNIFICANT - 1e-9)
+        below = self.memorized & is_significant(upper)
         if self.non_members.forms is None:  # other forms of a record bring a text below the non-members again and again
             self.overshoots += below & ~self.overshot & ~self.returning
         self.overshot = below | self.overshot & (upper > self._restored)
