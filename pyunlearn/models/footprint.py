@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pyunlearn.data import TokenBatch, Tokens
 from pyunlearn.errors import ModelError, first_line
+from pyunlearn.models.attention import attend
 from pyunlearn.models.inspection import require_language_model
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.recomputation import recomputed_layers
@@ -124,7 +126,7 @@ def _traced(lm: LanguageModel, runtime: Runtime) -> Iterator[Trace]:
     try:
         with ExitStack() as stack:
             stack.enter_context(recomputed_layers(lm.inner) if runtime.recomputed else nullcontext())
-            stack.enter_context(_operators(runtime.autocast))
+            stack.enter_context(_operators(runtime))
             trace = stack.enter_context(traced([*module.parameters(), *module.buffers()]))
             hooks += [p.register_post_accumulate_grad_hook(trace.is_gradient) for p in trained]
             yield trace
@@ -229,13 +231,11 @@ class Trace(TorchDispatchMode):
 
 
 @contextmanager
-def _operators(autocast: bool) -> Iterator[None]:
+def _operators(runtime: Runtime) -> Iterator[None]:
     """Replace PyTorch's attention by the fused kernels, which store no matrix of weights; emulate mixed precision.
 
-    A torch function mode would not see the layers that are recomputed in the backward pass.
-
-    Args:
-        autocast: whether float32 products run in bfloat16; a parameter's copy is made once, as torch.autocast does.
+    With autocast a parameter's copy in bfloat16 is made once, as torch.autocast does. A torch function mode would not
+    see the layers that are recomputed in the backward pass.
     """
     copies: dict[Tensor, Tensor] = {}
 
@@ -252,7 +252,7 @@ def _operators(autocast: bool) -> Iterator[None]:
         def call(*args: Any, **kwargs: Any) -> Any:
             return function(*map(narrow, args), **{name: narrow(x) for name, x in kwargs.items()})
 
-        return call if autocast else function
+        return call if runtime.autocast else function
 
     def autocast_on_cpu(device_type: str, *args: Any, **kwargs: Any) -> Any:
         return original_autocast("cpu" if device_type == "meta" else device_type, *args, **kwargs)
@@ -266,7 +266,8 @@ def _operators(autocast: bool) -> Iterator[None]:
     ]
     places = [(module, name) for module, name in places if hasattr(module, name)]
     before = [getattr(module, name) for module, name in places]
-    own = {"scaled_dot_product_attention": _fused_attention, "grouped_mm": _Experts.product}
+    attention = partial(attend, _fused_attention, "meta") if runtime.device == "cpu" else _fused_attention
+    own = {"scaled_dot_product_attention": attention, "grouped_mm": _Experts.product}
     try:
         torch.autocast = autocast_on_cpu  # type: ignore[assignment, misc]
         for (module, name), original in zip(places, before, strict=True):

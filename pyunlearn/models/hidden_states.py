@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyunlearn.data import TokenBatch
 from pyunlearn.errors import ArgumentError, ModelError, brief
+from pyunlearn.models.attention import attention_of
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import inputs_of, scored_rows
 from pyunlearn.models.sharding import is_sharded
@@ -92,7 +93,8 @@ class Layer:
     def _run(self, batch: TokenBatch, handle: Any) -> None:
         """Run the model up to the hook, and remove the hook."""
         try:
-            self.lm.inner(**inputs_of(batch))
+            with attention_of(self.lm.inner):
+                self.lm.inner(**inputs_of(batch))
         except _Stopped:
             pass
         finally:

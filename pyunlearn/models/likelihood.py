@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pyunlearn.data import TokenBatch
 from pyunlearn.errors import ModelError, first_line
+from pyunlearn.models.attention import attention_of
 from pyunlearn.models.condition import device_of, float_types
 from pyunlearn.models.distributions import Distributions, Head
 from pyunlearn.models.inspection import require_language_model, text_config
@@ -161,7 +162,7 @@ class Likelihood:
         """Return the head's input at the scored rows, (n, D), and the head, for which `head_problem` returns None."""
         module = self.inner.get_output_embeddings()
         with _captured(module, copies=is_sharded(self.inner)) as captured:
-            self.model(**inputs_of(batch))
+            self._run(batch)
         return scored_rows(captured[0], batch), head_of(self.inner)
 
     def _near(self, batch: TokenBatch) -> TokenBatch:
@@ -178,8 +179,13 @@ class Likelihood:
 
     def logits(self, batch: TokenBatch) -> Tensor:
         """Return (n, V) the model's own logits at batch.rows; differentiable."""
-        logits = self.model(**inputs_of(batch)).logits  # (B, T, V)
+        logits = self._run(batch).logits  # (B, T, V)
         return logits.flatten(0, 1).index_select(0, batch.rows)  # (n, V)
+
+    def _run(self, batch: TokenBatch) -> Any:
+        """Return the outputs of the model's forward pass."""
+        with attention_of(self.model):
+            return self.model(**inputs_of(batch))
 
     def head_options(self, head: Head, temperature: float = 1.0) -> dict[str, Any]:
         """Return the keyword arguments of every op that describe the head."""

@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from pyunlearn.errors import ModelError
+from pyunlearn.models.attention import attention_of
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def recomputed_layers(model: Any) -> Iterator[None]:
         )
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = partial(_recomputed, layer.forward)
+        layer.forward = partial(_recomputed, layer, layer.forward)
     try:
         yield
     finally:
@@ -55,8 +56,15 @@ def is_recomputing(model: Any) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def _recomputed(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+def _recomputed(layer: Any, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)
     # no random numbers are drawn in evaluation mode
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+    again = partial(_attending, layer, forward)
+    return checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
+
+
+def _attending(layer: Any, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    """Call a layer's forward with the attention of the model's, whose context has ended when it is computed again."""
+    with attention_of(layer):
+        return forward(*inputs, **named)
