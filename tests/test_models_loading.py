@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from architectures import BOTH, CAUSAL, KV, batch_for, made, own_log_likelihoods
+from architectures import BOTH, CAUSAL, KV, V, batch_for, made, own_log_likelihoods
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -103,6 +104,30 @@ def test_a_saved_trunk_is_refused(tmp_path):
     save_tokenizer(tmp_path)
     with pytest.raises(ModelError, match="has no language-model head"):
         load(tmp_path)
+
+
+def test_a_model_that_was_not_saved_whole_is_refused(tmp_path):
+    """A file without one of its weights, and a trunk whose head has more than one matrix that is the embedding's."""
+    made(CAUSAL["llama"]).save_pretrained(tmp_path / "part")
+    file = tmp_path / "part" / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, file, {"format": "pt"})
+    config = tf.BertConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    tf.BertModel(config).save_pretrained(tmp_path / "trunk")
+    for name, first in (("part", r"1 of its \d+ tensors \(model.layers.0.mlp.up_proj.weight\)"), ("trunk", "cls.pred")):
+        with pytest.raises(ModelError, match=rf"lacks .*{first}.*would be random: give one that was saved whole"):
+            load(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *BOTH])
+def test_a_model_that_was_saved_whole_is_loaded(name, tmp_path):
+    """Shared tensors are saved once, and some buffers not at all."""
+    model = made((CAUSAL | BOTH)[name])
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    loaded, _ = load(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters(), strict=True))
 
 
 def test_an_empty_folder_and_an_unknown_name_are_refused(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -189,18 +189,31 @@ def _load(name: str | Path, dtype: torch.dtype | None, tokenizer: Any) -> tuple[
     if source.is_gguf:
         gguf.mark_dequantized(model)
         model.name_or_path = source.name  # an adapter names it as its base
-    head = model.get_output_embeddings()
-    names = {n for n, p in model.named_parameters(remove_duplicate=False) if p is getattr(head, "weight", None)}
-    if names and names <= set(loading.get("missing_keys", ())):  # transformers initializes one at random
-        raise ModelError(
-            f"the model saved in {name!s} has no language-model head, so it gives text no probability: give one that "
-            "was saved with it"
-        )
+    _require_whole(model, str(name), loading.get("missing_keys", ()))
     if source.adapter:
         model = _with_adapter(model, source.adapter, as_saved=dtype is None)
     if tokenizer is None or isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer or name)
     return model, tokenizer
+
+
+def _require_whole(model: Any, name: str, missing: Collection[str]) -> None:
+    """Raise ModelError where weights were not in the files of a saved model: transformers sets them at random."""
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    read = {id(p) for n, p in tensors.items() if n not in missing}
+    unread = [n for n, p in tensors.items() if id(p) not in read]
+    if not unread:
+        return
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    if any(tensors[n] is head for n in unread):
+        raise ModelError(
+            f"the model saved in {name} has no language-model head, so it gives text no probability: give one that was "
+            "saved with it"
+        )
+    raise ModelError(
+        f"the model saved in {name} lacks {len(unread)} of its {len(tensors)} tensors ({unread[0]}), which would be "
+        "random: give one that was saved whole, with the class that its config.json names"
+    )
 
 
 def require_loadable(name: str, where: str | Path, *, look_up: bool = True) -> None:
