@@ -155,6 +155,16 @@ def test_every_contrast_is_what_its_text_says():
     assert {c.decision.outcome for c in decided.values()} == {"supported"}
 
 
+@pytest.mark.parametrize("power", [0.7, 1.4])
+def test_a_curved_path_that_all_doses_share_is_no_effect_of_memorization(power):
+    """The mean rise a step depends on the number of steps, and sets seen more often take more of them."""
+    config, examples, runs = study_of()
+    for o in runs:
+        o.nll[:] = 2 + 0.1 * np.arange(65)[:, None] ** power
+    slopes = claims.primary_claims(config, examples, runs)[3].contrasts
+    np.testing.assert_allclose(slopes, 0, atol=1e-9)
+
+
 def test_the_doses_are_compared_with_themselves():
     """A set that needs more steps at one dose alone changes the mean by a third of it."""
     config, examples, runs = study_of()

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pyunlearn.models.condition import device_of
 from pyunlearn.models.inspection import unwrapped
 
 LONGEST = 128
@@ -31,9 +30,9 @@ def attention_of(model: Any) -> AbstractContextManager[Any]:
     Args:
         model: a transformers model, wrapped or not.
     """
-    inner = unwrapped(model)
-    narrow = torch.is_autocast_enabled("cpu") or next(inner.parameters()).dtype in _NARROW
-    if not narrow or not torch.is_grad_enabled() or device_of(inner).type != "cpu" or hasattr(model, "_orig_mod"):
+    weight = next(unwrapped(model).parameters())
+    narrow = weight.dtype in _NARROW or torch.is_autocast_enabled("cpu")
+    if weight.device.type != "cpu" or not narrow or not torch.is_grad_enabled() or hasattr(model, "_orig_mod"):
         return nullcontext()
     return ShortAttention()
 

@@ -56,7 +56,8 @@ CLAIMS = {
     ),
     "memorization": Estimand(
         "The memorization of an example decides its steps (more memorized, more steps for the same distance).",
-        "slope of log2 of the first steps a nat (1 / speed) on log2 of the dose, in distribution",
+        "slope of log2 of the first steps a nat (1 / speed) on log2 of the dose, over the same steps for every dose, in "
+        "distribution",
         "log2 a doubling",
         0.1,
     ),
@@ -192,7 +193,7 @@ def _per_seed(
     doses, values = doses or config.doses, []
     for runs in _by_seed(config, outcomes, rate):
         if name == "memorization":
-            values.append(_slope([(d, 1 / _speed(runs[kind or "id", d])) for d in doses]))
+            values.append(_slowness(doses, [runs[kind or "id", d] for d in doses]))
         elif name == "difficulty":
             values.append(_difficulty(examples, [runs[kind or "id", d] for d in doses]))
         else:
@@ -223,9 +224,10 @@ def _steps(o: Outcome, criterion: str = RETRAINED) -> float:
     return max(LEAST_STEP, o.forgotten(criterion).step)
 
 
-def _speed(o: Outcome) -> float:
-    """Return the mean speed of a set over the first steps, nats a step."""
-    return max(LEAST_SPEED, float(o.speed().mean()))
+def _slowness(doses: Sequence[int], runs: Sequence[Outcome]) -> float:
+    """Return the slope of log2 of the steps a nat on log2 dose, over the first steps of the set that takes fewest."""
+    steps = min(o.first_steps for o in runs)
+    return _slope([(d, 1 / max(LEAST_SPEED, float(o.speed(steps).mean()))) for d, o in zip(doses, runs, strict=True)])
 
 
 def _more_steps(inside: Outcome, outside: Outcome, criterion: str) -> float:

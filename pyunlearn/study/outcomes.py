@@ -161,13 +161,19 @@ class Outcome:
         """Return the interpolated rise of the test NLL; that of the last measurement where the run ended before."""
         return float(np.interp(step, self.steps, self.rise))
 
-    def speed(self) -> Any:
+    @property
+    def first_steps(self) -> int:
+        """Steps to where the set is forgotten, but one at least and four at most."""
+        return min(FIRST, max(1, math.ceil(self.forgotten().step)))
+
+    def speed(self, steps: int | None = None) -> Any:
         """Return (n,) the mean rise of each example's NLL over the first steps, nats a step.
 
-        These go to the step at which the set is forgotten, but are one step at least and four at most.
+        Args:
+            steps: number of steps, default `first_steps`. Speeds of several runs are compared over the same steps: the
+                mean rise a step depends on their number, unless the rise is a straight line.
         """
-        last = min(FIRST, max(1, math.ceil(self.forgotten().step)))
-        end = int((self.steps <= last).sum()) - 1
+        end = int((self.steps <= (steps or self.first_steps)).sum()) - 1
         return (self.nll[end] - self.nll[0]) / max(1, self.steps[end])
 
 
