@@ -83,6 +83,16 @@ def test_a_retrained_model_passes(original, retrained, secrets, unseen, tmp_path
 
 
 @pytest.mark.full
+def test_texts_that_were_learned_later_are_found(original, retrained, secrets, unseen, tmp_path):
+    """With a model as the original that never saw them; a model that never saw them either passes."""
+    learned = list(audits(original[0], (retrained, original[1]), secrets, unseen, tmp_path, draws=5))
+    assert all(audit.verdicts == {"still exposed": 12} and not audit.passed for audit in learned)
+    assert all("12 texts stand out, and not under the original model" in " ".join(a.notes) for a in learned)
+    another = audits(model([], 2)[0], (retrained, original[1]), secrets, unseen, tmp_path)
+    assert np.mean([audit.passed for audit in another]) >= 0.9
+
+
+@pytest.mark.full
 def test_what_is_left_is_found(original, retrained, secrets, unseen, tmp_path):
     """An untouched model never passes, and all of its secrets are named; nor one that knows a single one of them."""
     untouched = list(audits(original[0], original, secrets, unseen, tmp_path, draws=5))

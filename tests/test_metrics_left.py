@@ -7,6 +7,7 @@ import pytest
 from coverings import slow
 
 from pyunlearn.metrics import Scores, left, verdict
+from pyunlearn.metrics.left import newly_known
 
 UNSEEN = np.arange(99.0)
 LAWS = {
@@ -150,3 +151,26 @@ def test_a_set_that_lies_high_is_seen_though_no_text_stands_out():
     assert by_likelihood >= 45
     assert by_share >= 45
     assert alone <= 8
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(("n", "memorized"), [(1, 0), (12, 0), (12, 6), (40, 10)])
+def test_texts_that_neither_model_knows_are_rarely_called_newly_known(law, n, memorized):
+    """At most 5 % of sets have one; where some were memorized, which have a test of their own, 2.5 %."""
+    rng, wrong, known = np.random.default_rng(n), 0, np.arange(n) < memorized
+    alike = np.zeros(n, dtype=np.int64), np.zeros(99, dtype=np.int64)
+    for _ in range(400):
+        now = Scores(*(LAWS[law](rng, k) for k in (n, 99)))
+        wrong += newly_known(now, alike, known, rate=0.05).any()
+    assert wrong / 400 <= (0.025 if memorized else 0.05) + 0.022  # two standard errors
+
+
+def test_texts_that_only_the_later_model_knows_stand_out():
+    """They were not memorized, and are still exposed: an audit whose original is another model must not pass."""
+    scores = np.array([-5.0, -5.0, 40.0])
+    forms = np.zeros(3, dtype=np.int64), np.zeros(99, dtype=np.int64)
+    newly = newly_known(Scores(scores, UNSEEN), forms, np.zeros(3, dtype=bool), rate=0.05)
+    assert newly.tolist() == [True, True, False]
+    judged = verdict([50.0] * 3, scores, UNSEEN, standing_out=newly)
+    assert judged.verdict.tolist() == ["still exposed", "still exposed", "not memorized"]
+    assert judged.certain[:2].tolist() == [True, True]

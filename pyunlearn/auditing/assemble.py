@@ -33,14 +33,14 @@ from pyunlearn.metrics import (
 )
 from pyunlearn.metrics._binomial import clopper_pearson
 from pyunlearn.metrics.families import families_of
-from pyunlearn.metrics.left import Left, Scores, left_by_form
+from pyunlearn.metrics.left import Left, Scores, left_by_form, newly_known
 from pyunlearn.metrics.verdict import anchor_after, discoveries_within
 from pyunlearn.probes.non_members import capped, evidence_notes, power_notes
 from pyunlearn.probes.recitation import LONGEST, is_guessed, recited
 
 Floats = NDArray[np.float64]
 _WORSE = 0.10  # relative rise of the non-members' NLL, 1 nat at least, from which a model has become worse
-_OVER = "over-unlearned"
+_OVER, _EXPOSED = "over-unlearned", "still exposed"
 _ROUGE = importlib.util.find_spec("rouge_score") is not None
 
 
@@ -93,6 +93,10 @@ class AuditAssembler:
             [i in written and recited(written[i], t.scored) for i, t in enumerate(openings)], dtype=bool
         )
         self.left = None if before is None else self._left()
+        self.newly_known = np.zeros_like(self.memorized)  # (B,)
+        if before is not None and texts.holdout:
+            now_scores = Scores(self.scores, self.present)
+            self.newly_known = newly_known(now_scores, self.forms, self.memorized, rate=config.false_discovery_rate)
         self.membership: MembershipAttacks | None = None
         if texts.holdout and "membership" in config.metrics:
             self.membership = MembershipAttacks(texts, now, before, retrained, seed=config.seed)
@@ -165,13 +169,16 @@ class AuditAssembler:
         )
 
     def _standing_out(self) -> NDArray[np.bool_] | None:
-        """Return which texts stand out, of an audit with the original model: (n,), those that are recited too.
+        """Return which texts stand out, of an audit with the original model: (n,), memorized ones that are recited too.
 
         Where the model would recite more than one in twenty non-members in a text's form, it can guess such text, which
         shows nothing.
         """
-        if self.left is None or not self.recited.any():
-            return None if self.left is None else self.left.standing_out
+        if self.left is None:
+            return None
+        standing = self.left.standing_out | self.newly_known
+        if not self.recited.any():
+            return standing
         forced = self.now.statistics["non_members"]
         hits = forced.each(forced.rank == 0)
         tokens = self.texts.tokens["non_members"]
@@ -180,7 +187,7 @@ class AuditAssembler:
         for form in np.unique(self.forms[0]):
             own = self.forms[1] == form
             few[self.forms[0] == form] = 20 * (1 + guessed[own].sum()) <= own.sum() + 1
-        return self.left.standing_out | (self.recited & few)
+        return standing | (self.recited & few & self.memorized)
 
     def _left(self) -> Left:
         """Find what stands out among the non-members under the audited model."""
@@ -305,6 +312,12 @@ class AuditAssembler:
         if others.any() and not self.memorized[others].any():
             fewest = int(np.bincount(self.forms[1])[1:].min())
             notes += power_notes(fewest, int(others.sum()), rate=rate, noun="other forms")
+        if count := int((judged.verdict == _EXPOSED)[self.newly_known].sum()):
+            which = f"{count} texts stand out" if count > 1 else "One text stands out"
+            notes.append(
+                f"{which}, and not under the original model: check that it is this model before unlearning, and that "
+                "nothing was trained on the texts since."
+            )
         return notes
 
     def _utility(self) -> RetainUtility | None:

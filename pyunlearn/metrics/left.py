@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from pyunlearn.metrics._check import Floats
 from pyunlearn.metrics.discoveries import discoveries
 from pyunlearn.metrics.exposure import generalized_exposure
+from pyunlearn.metrics.families import families_of
 from pyunlearn.metrics.joint_tests import Comparison, joint_top_tests
+from pyunlearn.metrics.verdict import discoveries_within
 
 _LEVEL = 0.05
 """Of the three comparisons together."""
@@ -174,6 +176,30 @@ def left_by_form(
     pvalues = [outcome.pvalue for outcome in outcomes[1:] if outcome.pvalue is not None]
     together = min(1.0, len(others) * min(pvalues)) if pvalues else None
     return outcomes[0]._replace(standing_out=standing, too_low=too_low, forms_pvalue=together)
+
+
+def newly_known(
+    now: Scores, forms: tuple[NDArray[np.int64], NDArray[np.int64]], memorized: NDArray[np.bool_], *, rate: float
+) -> NDArray[np.bool_]:
+    """Return (n,) which texts stand out in a model that the original model had not memorized.
+
+    They are selected as an audit without the original selects. Where some texts were memorized, which `left` tests,
+    half of the rate is left for these.
+
+    Args:
+        now: scores under the model in question.
+        forms: (n,) and (m,) number of each text's form, 0 for texts as they are.
+        memorized: (n,) True for the texts that the original model had memorized.
+        rate: the false discovery rate, between 0 and 1.
+
+    >>> alike = (np.zeros(2, dtype=np.int64), np.zeros(99, dtype=np.int64))
+    >>> newly_known(Scores(np.array([-1.0, 50.0]), np.arange(99.0)), alike, np.zeros(2, dtype=bool), rate=0.05).tolist()
+    [True, False]
+    """
+    exposure = generalized_exposure(*now, groups=forms).lower
+    families = 2 * families_of(exposure, *forms) + memorized
+    share = rate / 2 if memorized.any() else rate
+    return discoveries_within(families, exposure, rate=share)[0] & ~memorized
 
 
 def _unmoved(before: Scores, now: Scores) -> NDArray[np.bool_]:

@@ -137,7 +137,7 @@ def verdict(
     """Judge each text of a set by the rules of the unlearning loop, with the interval of the exposure that decided.
 
         over-unlearned  upper exposure after selected by `discoveries`, and before below 4.32 bits (SIGNIFICANT)
-        not memorized   lower exposure before not selected by `discoveries`
+        not memorized   lower exposure before not selected by `discoveries`, and not `standing_out`
         forgotten       lower exposure after at most `target_exposure`, not extracted more than non-members, not recited
         still exposed   otherwise
 
@@ -146,8 +146,8 @@ def verdict(
     ones and among the others, each for itself; with `families`, both so in each of them.
 
     Rule three is the loop's aim, and no test: 37 % of unseen texts lie above their mean. With `standing_out`, which is
-    the audit's rule, a memorized text is still exposed where it stands out, and undecided where it neither does nor is
-    forgotten.
+    the audit's rule, a text is still exposed where it stands out, memorized before or not, and a memorized one undecided
+    where it neither does nor is forgotten.
 
     Exposures are anchored: the same non-members, under the original model, before and after. Unlearning can also make
     unseen text likelier, where the model had recited in its place; then `non_member_scores_after` takes it (see
@@ -212,12 +212,12 @@ def verdict(
         forgotten &= extraction <= max(target_exposure, NOT_EXTRACTED)
     if recited is not None:
         forgotten &= ~np.asarray(recited, dtype=bool)
-    exposed = np.ones_like(forgotten)
+    exposed, unknown = np.ones_like(forgotten), ~memorized
     if standing_out is not None:
         exposed = np.asarray(standing_out, dtype=bool)
-        forgotten &= ~exposed
+        forgotten, unknown = forgotten & ~exposed, unknown & ~exposed
     name = np.select(
-        [over, ~memorized, forgotten, exposed],
+        [over, unknown, forgotten, exposed],
         ["over-unlearned", "not memorized", "forgotten", "still exposed"],
         "undecided",
     )
@@ -226,16 +226,16 @@ def verdict(
     of_lower = exposure_interval(scores_after, anchor, confidence=confidence, groups=groups)
     of_upper = exposure_interval(scores_after, anchor, confidence=confidence, side="upper", groups=groups)
     bounds = zip(of_upper, of_before, of_lower, strict=True)
-    low, high = (np.select([over, ~memorized], [u, b], x) for u, b, x in bounds)
+    low, high = (np.select([over, unknown], [u, b], x) for u, b, x in bounds)
     least = math.log2(1 / false_discovery_rate)
     was_memorized = of_before.low >= thresholds
     certain = np.select(
-        [over, ~memorized, forgotten, exposed],
+        [over, unknown, forgotten, exposed],
         [
             low >= over_thresholds,
             high < least,
             was_memorized & (high <= target_exposure),
-            was_memorized & (low > (target_exposure if standing_out is None else SIGNIFICANT)),
+            (was_memorized | ~memorized) & (low > (target_exposure if standing_out is None else SIGNIFICANT)),
         ],
         False,
     )
