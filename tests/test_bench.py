@@ -226,7 +226,7 @@ def test_a_chat_template_renders_the_questions(data, rows):
     model = tiny.tiny_llama(len(tokenizer)).eval()
     made = tiny.Tiny(model, tokenizer, [], [], [], [])
     result = bench(made, data, template="default", first=2, max_new_tokens=2)
-    assert result.rendering == "the tokenizer's chat template"
+    assert re.fullmatch(r"the tokenizer's chat template \(SHA-256 [0-9a-f]{12}\)", result.rendering)
     pairs = rows["forget10_perturbed"][:2]
     messages = [
         {"messages": [{"role": r, "content": row[k]} for r, k in (("user", "question"), ("assistant", "answer"))]}

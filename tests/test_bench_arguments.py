@@ -138,6 +138,19 @@ def test_a_result_that_does_not_fit_is_refused(answers, data, tmp_path, change, 
         bench(answers, data, retrained=path, **options)
 
 
+def test_a_result_of_another_template_of_the_same_name_is_refused(answers, data, tmp_path):
+    """A file's name does not tell what the template writes."""
+    options, paths = {"first": 2, "max_new_tokens": 1}, [tmp_path / name / "chat.jinja" for name in "ab"]
+    for path, mark in zip(paths, ("", "!"), strict=True):
+        path.parent.mkdir()
+        path.write_text(f"{{% for m in messages %}}{{{{ m['content'] }}}}{mark} {{% endfor %}}")
+    result = tmp_path / "retrained.json"
+    result.write_text(json.dumps(bench(answers, data, template=paths[0], **options).to_dict()))
+    bench(answers, data, retrained=result, template=paths[0], **options)
+    with pytest.raises(ArgumentError, match=r"in another form, the chat template chat.jinja \(SHA-256 .* same template"):
+        bench(answers, data, retrained=result, template=paths[1], **options)
+
+
 def test_broken_weights_are_refused(answers, data):
     """NaN is no number of a benchmark."""
     model = answers.fresh()

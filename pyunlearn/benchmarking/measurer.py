@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,14 @@ class Measurer:
         own = "chat" if getattr(self.lm.tokenizer, "chat_template", None) else "plain"
         self.template = own if config.template == "default" else config.template
         self.rendering: Rendering = rendering_of(self.template, self.lm.tokenizer)
+
+    @property
+    def form(self) -> str:
+        """Description of the rendering, with the digest of a chat template: its name does not tell what it writes."""
+        own = self.lm.tokenizer.chat_template if self.rendering.key == "chat" else self.rendering.chat_template
+        if own is None:
+            return self.rendering.name
+        return f"{self.rendering.name} (SHA-256 {hashlib.sha256(str(own).encode()).hexdigest()[:12]})"
 
     def log_likelihood(self, pairs: Sequence[tuple[str, str]], what: str) -> Floats:
         """Return (n,) mean log-likelihoods of answers after their questions, nats per token, end of text included.

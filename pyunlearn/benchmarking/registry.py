@@ -54,7 +54,7 @@ BENCHMARKS = {
         tofu.columns,
         tofu.notes,
         tofu.COMPARED,
-        lambda m: m.rendering.name,
+        lambda m: m.form,
         tofu.attacked,
     ),
     "wmdp": Benchmark(
