@@ -282,8 +282,15 @@ def test_the_time_is_that_of_the_texts_of_both_losses(saved):
         pyunlearn.plan(saved, FORGET, gpu="H100", **options).seconds
         for options in ({"retain": RETAIN}, {"retain": RETAIN, "retain_loss": None}, {})
     )
-    assert forget < 0.9 * both
-    assert forget < 0.9 * own
+    assert forget < 0.9 * min(both, own)
+
+
+def test_a_round_scores_a_part_of_the_holdout(saved):
+    """About a thousand tokens of it, and none of it where it has no budget."""
+    texts, both = [f"a cat sees {i} dogs {i}" for i in range(1600)], {"gpu": "H100", "retain": RETAIN}
+    few, many = (pyunlearn.plan(saved, FORGET, holdout=texts[:n], **both).seconds for n in (200, 1600))
+    assert few == pytest.approx(many, rel=0.1)
+    assert pyunlearn.plan(saved, FORGET, holdout=texts, holdout_budget=None, **both).seconds < few
 
 
 def test_this_machine_has_free_memory():
@@ -327,8 +334,7 @@ def test_a_robust_run_holds_the_weights_before_fine_tuning_and_its_moments(saved
 
 def test_more_texts_take_more_steps(saved):
     """Sixteen steps for each eight texts."""
-    plan = pyunlearn.plan(saved, [f"{text} {n}" for n in range(8) for text in FORGET], retain=RETAIN)
-    assert plan.steps == 32
+    assert pyunlearn.plan(saved, [f"{text} {n}" for n in range(8) for text in FORGET], retain=RETAIN).steps == 32
 
 
 def test_measured_speed_is_positive():
@@ -359,20 +365,20 @@ def test_wrong_arguments_are_refused(saved, change, error, message):
 def test_the_command_prints_the_parts_and_the_command_that_fits(saved, call, tmp_path):
     """Exit code 1 where it does not fit; the command runs with the same options and those in addition."""
     (tmp_path / "forget.txt").write_text("\n".join(FORGET))
-    words = ["plan", "model", "--forget", "forget.txt", "--batch-size", 4]
+    words = ["plan", "model", "--forget", "forget.txt", "--reference-model", "base", "--batch-size", 4]
     free = json.loads(call(*words, "--gpu", 24, "--json")[1])["memory"]["parts"]
     size = (sum(part["device"] for part in free) + machines.CONTEXT - 10) / 1e9
     code, out, err = call(*words, "--gpu", size)
     assert (code, err) == (1, "")
     assert "main memory, GB" in out
     assert "does not fit a GPU" in out
-    command = "pyunlearn unlearn model --forget forget.txt --gradient-checkpointing --batch-size 4"
-    assert f"  {command}" in out.splitlines()
+    files = "--forget forget.txt --reference-model base"
+    assert f"  pyunlearn unlearn model {files} --gradient-checkpointing --batch-size 4" in out.splitlines()
     code, out, err = call(*words, "--json")
     assert (code, err) == (0, "")
     facts = json.loads(out)
     assert facts["fits"] is True
-    assert facts["command"] == "pyunlearn unlearn model --forget forget.txt --batch-size 4"
+    assert facts["command"] == f"pyunlearn unlearn model {files} --batch-size 4"
     assert {part["name"] for part in facts["memory"]["parts"]} >= {TRAINED, GRADIENTS, MOMENTS, ACCEPTED, CHECKPOINT}
     assert call(*words, "--gpu", "-1")[0] == 2
     assert "planned for one GPU; --device auto" in call(*words, "--gpu", 24, "--device", "auto")[1]

@@ -15,6 +15,7 @@ from pyunlearn.cli.options import (
     Forget,
     Holdout,
     Model,
+    ReferenceModel,
     Retain,
     Tokenizer,
     flag_of,
@@ -64,6 +65,7 @@ def plan(
     retain: Retain = None,
     holdout: Holdout = None,
     tokenizer: Tokenizer = None,
+    reference_model: ReferenceModel = None,
     gpu: GpuName = None,
     out: Out = None,
     as_json: AsJson = False,
@@ -71,7 +73,7 @@ def plan(
     """Show the memory that unlearning would take, part by part, whether it fits, and the time. No weights are loaded.
 
     The settings are those of `pyunlearn unlearn`. Where the run does not fit, the cheapest options with which it does
-    are printed as a command.
+    are printed as a command. A reference model is not counted: it is loaded before the run trains, and removed.
 
     Examples:
 
@@ -97,7 +99,8 @@ def plan(
         gpu=gpu,
         loading=loading,
     )
-    files = {"--forget": forget, "--retain": retain, "--holdout": holdout, "--tokenizer": tokenizer, "--out": out}
+    files = {"--forget": forget, "--retain": retain, "--holdout": holdout, "--tokenizer": tokenizer}
+    files |= {"--reference-model": reference_model, "--out": out}
     command = None
     if result.options is not None:
         command = command_of(model, files, config, loading, result.options)

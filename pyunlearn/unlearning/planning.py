@@ -320,13 +320,16 @@ def _work(case: _Case, config: UnlearnConfig) -> tuple[Work, int]:
     """Return the expected work of the run, and its largest number of steps."""
     forget, retain, holdout = (case.tokens.get(role, []) for role in ("forget", "retain", "holdout"))
     trained = texts_of_retain_loss(case.tokens, config)
-    utility = [retain[i] for i in evenly_spaced(retain, forget=len(forget))] if retain else []
+    budgets = [retain] if retain else []
+    if holdout and (not retain or config.holdout_budget is not None):
+        budgets.append(holdout)  # the utility set where there is no retain set
+    others = sum(len(texts[i]) for texts in budgets for i in evenly_spaced(texts, forget=len(forget)))
     forms = config.scope == "person"
     most = resolved_steps(config.max_steps, len(forget), config.batch_size, robust=config.robust, forms=forms)
     work = Work.of(
         [*map(len, forget)],
         [*map(len, trained)],
-        sum(map(len, [*utility, *holdout])),
+        others,
         memorized=len(forget),
         batch_size=config.batch_size,
         max_steps=most,
