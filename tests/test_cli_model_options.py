@@ -47,6 +47,9 @@ def test_a_bfloat16_folder_comes_back_in_bfloat16(command, call, folder, narrow,
     code, out, err = call(command, narrow, *texts, *own, "--out", "new", "--quiet")
     assert (code in (0, 1), err) == (True, "")
     assert out
+    written = {"unlearn": "result.json", "audit": "audit.json"}
+    if command in written:
+        assert json.loads((tmp_path / "new" / written[command]).read_text())["settings"]["weights"] == "bfloat16"
     if command in ("unlearn", "edit"):
         assert dtypes(tmp_path / "new") == {torch.bfloat16}
         sizes = [(where / "model.safetensors").stat().st_size for where in (narrow, tmp_path / "new")]

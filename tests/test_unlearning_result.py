@@ -75,6 +75,7 @@ def test_the_history_has_one_record_a_step_and_the_state_after_each_round(story)
     assert data["examples"][0] == {**first, "interval": list(first["interval"]), "forgotten": True}
     assert data["settings"]["pyunlearn"] == pyunlearn.__version__
     assert (data["settings"]["method"], data["settings"]["learning_rate"], data["settings"]["seed"]) == ("ga", 1e-3, 0)
+    assert (data["settings"]["weights"], data["settings"]["method_used"]) == ("float32", "ga")
 
 
 def test_a_saved_model_loads_with_the_same_weights(story, tmp_path):

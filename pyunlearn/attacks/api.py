@@ -20,6 +20,7 @@ from pyunlearn.attacks.target import Floats, Target, Trial, Unsuited
 from pyunlearn.data import Tokens, check_texts, read_roles
 from pyunlearn.errors import ModelError
 from pyunlearn.metrics.exposure import is_significant
+from pyunlearn.models.condition import weights_of
 from pyunlearn.models.language_model import require_model, require_tokenizer
 from pyunlearn.options import Flag, accepts, require
 from pyunlearn.output import model_name, versions
@@ -131,7 +132,7 @@ def attacked(
         pvalue=judged.pvalue,
         false_discovery_rate=config.false_discovery_rate,
         seconds=time.perf_counter() - began,
-        settings=versions() | config.to_dict(),
+        settings=versions() | config.to_dict() | {"weights": weights_of(inputs.lm.module)},
         notes=left_out + target.notes + notes_of(inputs, judged.verdict, named, compared, config.false_discovery_rate),
     )
 

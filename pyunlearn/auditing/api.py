@@ -21,7 +21,7 @@ from pyunlearn.auditing.result import Audit
 from pyunlearn.data import Example, check_texts, read_roles
 from pyunlearn.data.redaction import masked
 from pyunlearn.errors import ModelError
-from pyunlearn.models.condition import to_device
+from pyunlearn.models.condition import to_device, weights_of
 from pyunlearn.models.devices import default_device
 from pyunlearn.models.harness import HarnessTasks, TaskRun, require_lm_eval, task_settings
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
@@ -128,7 +128,7 @@ def audit(
     finally:
         bar.close()
     result.settings = versions() | {name: model_name(each) for name, each in models.items()} | config.to_dict()
-    result.settings |= task_settings(config.tasks)
+    result.settings |= task_settings(config.tasks) | {"weights": collected.weights["model"]}
     memorized = any(e.verdict != "not memorized" for e in result.examples)
     result.notes = notes + collected.rendered.notes(memorized=memorized) + result.notes
     result.notes += document_notes(result.documents)
@@ -206,6 +206,8 @@ class Collected(NamedTuple):
     retrained: Responses | None
     tasks_now: TaskRun | None
     tasks_before: TaskRun | None
+    weights: dict[str, str]
+    """Name of a model -> the number format of its weights."""
 
 
 def _collect(
@@ -226,9 +228,12 @@ def _collect(
     def ran_tasks(lm: LanguageModel, who: str) -> TaskRun | None:
         return None if tasks is None else tasks.run(lm, batch_size=max(1, config.batch_size // 4), bar=bar, who=who)
 
+    weights: dict[str, str] = {}
+
     def collector_of(name: str, tokenizer: Any) -> ResponseCollector:
         bar.say("loading")
         lm = _loaded(models[name], tokenizer, config)
+        weights[name] = weights_of(lm.module)
         return ResponseCollector(lm, cache=cache, batch_size=config.batch_size, bar=bar)
 
     def reference_collector() -> ResponseCollector:
@@ -283,7 +288,7 @@ def _collect(
         retrained = reference_collector().collect(texts, "the reference model", roles=("forget", "non_members"))
     if retrained is not None:
         texts = texts.calibrated(before or now, retrained)
-    return Collected(texts, rendered, tokenizer, now, before, retrained, tasks_now, tasks_before)
+    return Collected(texts, rendered, tokenizer, now, before, retrained, tasks_now, tasks_before, weights)
 
 
 def _in_best_form(

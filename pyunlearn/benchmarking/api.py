@@ -18,6 +18,7 @@ from pyunlearn.benchmarking.registry import BENCHMARKS, Benchmark
 from pyunlearn.benchmarking.result import BenchResult, Numbers
 from pyunlearn.data.files import expanded, parse_json
 from pyunlearn.errors import ArgumentError, DataError, brief, missing_packages, nearest
+from pyunlearn.models.condition import weights_of
 from pyunlearn.models.language_model import require_model, require_tokenizer
 from pyunlearn.options import Flag, accepts, require
 from pyunlearn.output import model_name, versions
@@ -90,12 +91,13 @@ def bench(
             if row.needs_rouge and importlib.util.find_spec("rouge_score") is None:
                 raise missing_packages(f"the benchmark {benchmark}", "rouge-score")
     with Progress(progress, "benchmarking") as bar:
-        numbers, rendering, template, other = _measured(row, models, tokenizer, sets, config, bar, saved)
+        measured = _measured(row, models, tokenizer, sets, config, bar, saved)
+        numbers = measured.numbers
         bar.say("computing the intervals")
-        columns = row.columns(numbers, other, config)
-    notes = row.notes(numbers, other)
+        columns = row.columns(numbers, measured.retrained, config)
+    notes = row.notes(numbers, measured.retrained)
     if texts is not None:
-        result = attacked(models, tokenizer, texts, config, template, progress=progress)
+        result = attacked(models, tokenizer, texts, config, measured.template, progress=progress)
         own, bits = columns_of(result, config.seed)
         columns, numbers, notes = columns + own, numbers | bits, [*notes, result.headline, *result.notes]
     return BenchResult(
@@ -103,17 +105,29 @@ def bench(
         columns={column.name: column for column in columns},
         sets={name: questions.described() for name, questions in sets.items()},
         numbers=numbers,
-        rendering=rendering,
+        rendering=measured.rendering,
         notes=notes,
         settings=versions()
         | {
             "model": model_name(model),
+            "weights": measured.weights,
             "data": folder.source,
             "retrained": model_name(retrained) if "retrained" in models else _name(retrained),
         }
         | config.to_dict(),
         seconds=time.perf_counter() - began,
     )
+
+
+class _Measured(NamedTuple):
+    numbers: Numbers
+    """Of the model."""
+    rendering: str
+    template: str | Path
+    weights: str
+    """Number format of the model's weights."""
+    retrained: Numbers | None
+    """Of the retrained model, if one is compared."""
 
 
 def _measured(
@@ -124,10 +138,8 @@ def _measured(
     config: BenchConfig,
     bar: Progress,
     saved: SavedResult | None,
-) -> tuple[Numbers, str, str | Path, Numbers | None]:
-    """Return the model's numbers, its rendering and template, and the retrained model's numbers.
-
-    One model is in memory at a time.
+) -> _Measured:
+    """Measure the model and the retrained one; one model is in memory at a time.
 
     Raises ArgumentError where the saved result of a retrained model is of another rendering, before anything is read.
     """
@@ -140,14 +152,15 @@ def _measured(
             f"they are read as {rendering}: give both the same template"
         )
     numbers = row.measure(measurer, sets, config)
+    retrained, tokenizer = None if saved is None else saved.numbers, measurer.lm.tokenizer
+    measured = _Measured(numbers, rendering, measurer.template, weights_of(measurer.lm.module), retrained)
     if "retrained" not in models:
-        return numbers, rendering, measurer.template, None if saved is None else saved.numbers
-    tokenizer, template = measurer.lm.tokenizer, measurer.template
+        return measured
     del measurer
     bar.say("loading")
     measurer = Measurer(models["retrained"], tokenizer, config, bar, "the retrained model")
     compared = {name: sets[name] for name in row.compared}
-    return numbers, rendering, template, row.measure(measurer, compared, config, retrained=True)
+    return measured._replace(retrained=row.measure(measurer, compared, config, retrained=True))
 
 
 def _is_result(retrained: Any) -> bool:

@@ -110,6 +110,15 @@ def float_types(model: nn.Module) -> list[str]:
     return sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
 
 
+def weights_of(model: nn.Module) -> str:
+    """Return the number format of a model's weights, for results: float32; bitsandbytes, bfloat16.
+
+    >>> weights_of(nn.Linear(2, 2).bfloat16())
+    'bfloat16'
+    """
+    return ", ".join(filter(None, [_quantization(model), *float_types(model)]))
+
+
 def _tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Yield (module, name, tensor) of every parameter and buffer."""
     for prefix, module in model.named_modules():

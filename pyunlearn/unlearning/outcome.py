@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pyunlearn.data import Example
 from pyunlearn.data.lazy import LazyList
 from pyunlearn.edits.masks import digest_of
+from pyunlearn.models.condition import weights_of
 from pyunlearn.output import versions
 from pyunlearn.probes import greedy_continuations
 from pyunlearn.probes.long_texts import Part
@@ -35,6 +36,11 @@ def result_of(
     """Return the result of a run; `inputs` describes the arguments of `unlearn` besides its settings."""
     examples = _examples(session, texts.examples["forget"], texts.encoded.parts, texts.encoded.forms)
     settings = versions() | inputs | config.to_dict() | {"mask": digest_of(config.mask)}
+    settings |= {
+        "weights": weights_of(model),
+        "method_used": session.forget_term.method.name,
+        "retain_loss_used": session.retain_term.loss if session.retain_term.active else None,
+    }
     if "winners" in settings["method_options"]:  # texts
         settings["method_options"]["winners"] = "list"
     if stopped in ("forgotten", NO_LIKELIER) and any(e.recited_after for e in examples):
