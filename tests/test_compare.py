@@ -4,19 +4,33 @@ import copy
 import csv
 import io
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from rich.console import Console
 
 import pyunlearn
-from pyunlearn.comparing import UTILITY_METRICS, CompareConfig, Comparison, comparison_plot, comparison_table, trial
+from pyunlearn.comparing import (
+    UTILITY_METRICS,
+    CompareConfig,
+    Comparison,
+    comparison_plot,
+    comparison_table,
+    measurement,
+    trial,
+)
 from pyunlearn.comparing.measurement import METRICS
 from pyunlearn.comparing.plots import _spread, save_plots
 from pyunlearn.data import encode, read_examples
 from pyunlearn.errors import ArgumentError, ModelError, OutputError
 from pyunlearn.methods import METHODS
+from pyunlearn.metrics import generalized_exposure
+from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes import teacher_forced
+from pyunlearn.probes.non_members import non_members_of_holdout
 
 OPTIONS = {"learning_rate": 1e-3, "max_steps": 4, "seed": 0}
 TAU = 0.98
@@ -53,6 +67,13 @@ def run(trained):
 @pytest.fixture
 def comparison(run):
     return run[0]
+
+
+def shown(comparison, *, wide=False, width=80):
+    """The table as text."""
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(comparison_table(comparison, wide=wide))
+    return console.export_text()
 
 
 def alike(a, b):
@@ -140,6 +161,51 @@ def test_without_a_retain_set_and_holdout_the_model_writes_its_own(trained):
     assert [r.status for r in comparison.rows] == ["done", "refused"]
     assert "needs text to keep" in comparison.rows[1].reason
     assert compare(trained, methods=["ga"], retain=None, max_steps=0).utility_text == "holdout"
+
+
+def test_text_that_the_model_wrote_shows_no_text_as_forgotten(trained, comparison):
+    """The column has the name of the verdict "no likelier", and a note says so, as that of `unlearn`."""
+    weak = compare(trained, methods=["ga"], retain=None, holdout=None, max_steps=0)
+    assert weak.evidence == "self-sampled"
+    assert any("not whether it is forgotten" in note for note in weak.notes)
+    verdicts = dict.fromkeys(weak.original.verdicts, 0) | {"no likelier": 2}
+    weak.rows[0] = replace(weak.rows[0], calibrated=replace(weak.original, verdicts=verdicts))
+    text, other = (shown(c) for c in (weak, comparison))
+    assert "no like-" in text
+    assert "for-" not in text
+    assert " 100%   " in text.splitlines()[-3]
+    assert comparison.evidence == "holdout"
+    assert "no like-" not in other
+    assert not comparison.notes
+
+
+def test_a_text_that_is_still_recited_is_exposed(trained, monkeypatch):
+    """Likelihood and first choices are those of non-members, but the model continues its beginning with its rest."""
+    options = {"methods": ["ga"], "utility_budget": 5.0, "max_steps": 20}
+    forgotten = compare(trained, **options).rows[0].uncalibrated.verdicts["forgotten"]
+    assert forgotten
+    monkeypatch.setattr(measurement, "recitations", lambda lm, examples, *_: np.ones(len(examples), dtype=bool))
+    again = compare(trained, **options).rows[0].uncalibrated.verdicts
+    assert (again["forgotten"], again["still exposed"]) == (0, 2)
+
+
+def test_non_members_that_became_likelier_are_compared_as_they_are(trained):
+    """As the stopping rule does: a model that knew them less well before would else make every text look exposed."""
+    model, texts = trained.fresh(), {"forget": trained.retain[:10], "holdout": trained.holdout}
+    examples = {role: read_examples(rows, role=role) for role, rows in texts.items()}
+    tokens = {r: encode(rows, trained.tokenizer, role=r, max_length=None) for r, rows in examples.items()}
+    model.lm_head.weight.data.mul_(0.5)
+    criterion = measurement.Criterion(
+        LanguageModel.of(model, trained.tokenizer),
+        examples=examples["forget"],
+        forget=tokens["forget"],
+        utility=tokens["holdout"],
+        non_members=non_members_of_holdout(10, tokens["holdout"]),
+        config=CompareConfig(),
+    )
+    model.lm_head.weight.data.mul_(2)
+    scores = (-teacher_forced(trained.model, tokens[role]).mean_log_likelihood for role in texts)
+    assert criterion.measure().exposures == pytest.approx(generalized_exposure(*scores).lower.tolist())
 
 
 @pytest.mark.full
@@ -289,12 +355,8 @@ def test_names_in_the_plot_stand_apart():
 
 def test_the_table_fits_80_columns_or_shows_all(comparison):
     """Narrow or wide, every cell is whole. The refused method's reason stands below."""
-    from rich.console import Console
-
     for wide, width in ((False, 80), (True, 120)):
-        console = Console(width=width, record=True, file=io.StringIO())
-        console.print(comparison_table(comparison, wide=wide))
-        text = console.export_text()
+        text = shown(comparison, wide=wide, width=width)
         assert "…" not in text
         assert "has no prompt that could be refused" in " ".join(text.split())
         assert ("peak" in text) == wide

@@ -147,7 +147,7 @@ def test_no_buffer_of_logits_is_larger_than_the_workspace(story, answers, method
 
 def test_a_text_that_the_model_still_recites_ends_the_run_as_still_extracted(story, monkeypatch):
     """Likelihood and first choices are those of unseen text, and its beginning is continued with its rest."""
-    monkeypatch.setattr(outcome, "recitations", lambda session, examples, indices: np.ones(len(examples), dtype=bool))
+    monkeypatch.setattr(outcome, "recitations", lambda lm, examples, *_: np.ones(len(examples), dtype=bool))
     result = run(story)
     assert result.stopped == "still extracted"
     assert {e.verdict for e in result.examples} == {"still exposed"}

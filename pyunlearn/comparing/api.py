@@ -33,7 +33,6 @@ from pyunlearn.probes.non_members import (
     calibrated,
     non_members_of_holdout,
     non_members_without_holdout,
-    reference_notes,
     reference_numbers,
 )
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
@@ -116,7 +115,7 @@ def compare(
         texts = _rendered(lm, examples, config, progress)
         criterion, utility_text = _measure_original(lm, texts, config, reference_model, tasks, progress)
         comparison = _start(criterion, utility_text, record, folder)
-        comparison.notes = notes + texts.notes(memorized=True) + reference_notes(criterion.non_members)
+        comparison.notes = notes + texts.notes(memorized=True) + criterion.notes
         if criterion.task_run is not None:
             comparison.notes += task_notes(criterion.task_run)
         if texts.rendering.key != "file":  # the examples are rendered already
@@ -230,7 +229,14 @@ def _measure_original(
         non_members = _non_members(lm, texts, config, reference_model)
         utility = retain or non_members.tokens
         criterion = Criterion(
-            lm, forget=forget, utility=utility, non_members=non_members, config=config, tasks=tasks, bar=bar
+            lm,
+            examples=texts.examples["forget"],
+            forget=forget,
+            utility=utility,
+            non_members=non_members,
+            config=config,
+            tasks=tasks,
+            bar=bar,
         )
     finally:
         bar.close()
@@ -267,6 +273,7 @@ def _start(criterion: Criterion, utility_text: str, record: dict[str, Any], fold
         original=criterion.original,
         utility_text=utility_text,
         non_members=len(criterion.scores["non_members"]),
+        evidence=criterion.non_members.grade,
         scores={role: scores.tolist() for role, scores in criterion.scores.items()},
         settings=record,
     )

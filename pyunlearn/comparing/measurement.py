@@ -10,13 +10,15 @@ from numpy.typing import NDArray
 from pyunlearn import metrics
 from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.comparing.result import Measurement
-from pyunlearn.data import Tokens
+from pyunlearn.data import Example, Tokens
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
-from pyunlearn.metrics import mean_exposure_interval, mean_interval, verdict
+from pyunlearn.metrics import discoveries, generalized_exposure, mean_exposure_interval, mean_interval, verdict
+from pyunlearn.metrics.verdict import anchor_after
 from pyunlearn.models.harness import HarnessTasks, TaskRun
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes import TeacherForced, teacher_forced
-from pyunlearn.probes.non_members import NonMembers, capped
+from pyunlearn.probes.non_members import NonMembers, capped, evidence_notes
+from pyunlearn.probes.recitation import recitations
 from pyunlearn.probes.tasks import TaskScore, task_scores
 from pyunlearn.progress import Progress
 from pyunlearn.unlearning.result import VERDICTS
@@ -41,7 +43,8 @@ class Criterion:
 
     Args:
         lm: the model, now with its original weights.
-        forget: the texts to forget.
+        examples: the texts to forget.
+        forget: the same as tokens.
         utility: the texts that must keep working.
         non_members: texts that were never trained on.
         config: the settings of the comparison.
@@ -56,6 +59,7 @@ class Criterion:
         self,
         lm: LanguageModel,
         *,
+        examples: list[Example],
         forget: list[Tokens],
         utility: list[Tokens],
         non_members: NonMembers,
@@ -63,7 +67,7 @@ class Criterion:
         tasks: HarnessTasks | None = None,
         bar: Progress | None = None,
     ) -> None:
-        self.lm, self.config, self.tasks = lm, config, tasks
+        self.lm, self.config, self.tasks, self.examples = lm, config, tasks, examples
         self.task_run = self._run_tasks(bar, "the original model")
         self.non_members = non_members
         self.tokens = {"forget": forget, "utility": utility, "non_members": non_members.tokens}
@@ -71,6 +75,10 @@ class Criterion:
         self.scores = {role: -one.mean_log_likelihood for role, one in passes.items()}  # (n,) nats per token
         if not all(np.isfinite(scores).all() for scores in self.scores.values()):
             raise ModelError("the model gives NaN or Inf for the texts as it is: nothing can be compared with it")
+        self.before = self.scores["forget"] - non_members.forget.nll
+        self.unseen = self.scores["non_members"] - non_members.own.nll
+        before = generalized_exposure(self.before, self.unseen).lower
+        self.memorized, _ = discoveries(before, rate=config.false_discovery_rate)
         self.non_member_extracted = passes["non_members"].greedy_match - non_members.own.greedy_match
         self.original = self._measurement(passes, self._task_scores(self.task_run))
         if self.original.utility <= 0:
@@ -78,6 +86,12 @@ class Criterion:
                 f"metric {config.metric!r} is 0 under the original model, so no share of it can be retained: "
                 'take metric="probability"'
             )
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on what the non-members cannot show of the forget texts."""
+        names = [name for name, count in self.original.verdicts.items() for _ in range(count)]
+        return evidence_notes(self.non_members, names, rate=self.config.false_discovery_rate)
 
     def utility(self) -> float:
         """Return the metric that is made equal, the mean over the utility texts."""
@@ -111,11 +125,16 @@ class Criterion:
 
     def _measurement(self, passes: dict[str, TeacherForced], tasks: list[TaskScore]) -> Measurement:
         forget, utility = passes["forget"], passes["utility"]
-        expected = self.non_members.forget
+        expected, own = self.non_members.forget, self.non_members.own
+        scores = -forget.mean_log_likelihood - expected.nll
+        anchor = anchor_after(self.unseen, -passes["non_members"].mean_log_likelihood - own.nll)
+        reached = self.memorized & (generalized_exposure(scores, anchor).lower <= self.config.target_exposure)
         result = verdict(
-            self.scores["forget"] - expected.nll,
-            -forget.mean_log_likelihood - expected.nll,
-            self.scores["non_members"] - self.non_members.own.nll,
+            self.before,
+            scores,
+            self.unseen,
+            non_member_scores_after=anchor,
+            recited=recitations(self.lm, self.examples, self.tokens["forget"], np.flatnonzero(reached)),
             extracted=forget.greedy_match - expected.greedy_match,
             non_member_extracted=self.non_member_extracted,
             target_exposure=self.config.target_exposure,

@@ -15,6 +15,7 @@ from pyunlearn.comparing.result import Comparison, Measurement, Row
 from pyunlearn.errors import ArgumentError, missing_packages
 from pyunlearn.metrics import NULL_MEAN
 from pyunlearn.output import write_bytes
+from pyunlearn.probes.non_members import NO_LIKELIER
 
 _INK, _FAINT, _POINT, _MIXED = "#333a40", "#8a949c", "#33658a", "#c77700"
 _STYLE = {
@@ -60,7 +61,7 @@ def comparison_table(comparison: Comparison, *, wide: bool = True) -> Any:
         pad_edge=False,
     )
     table.add_column("method", no_wrap=True)
-    columns = [column for column in _COLUMNS if wide or column.narrow]
+    columns = [column for column in _columns(comparison) if wide or column.narrow]
     for column in columns:
         table.add_column(column.title, justify="right", no_wrap=True)
     table.add_row("original", *_cells(comparison, comparison.original, None, columns), style="dim")
@@ -88,10 +89,12 @@ def _range(low: float, high: float) -> str:
     return "-" if math.isnan(low) else f"{low:.1f}-{high:.1f}"
 
 
+_FORGOTTEN = _Column("for-\ngotten", True, lambda m, _: f"{m.share('forgotten'):.0%}")
+_NO_LIKELIER = _Column("no like-\nlier", True, lambda m, _: f"{m.share(NO_LIKELIER):.0%}")
 _COLUMNS = [
     _Column("expo-\nsure", True, lambda m, _: f"{m.exposure.estimate:.2f}"),
     _Column("95 %\ninterval", True, lambda m, _: _range(m.exposure.low, m.exposure.high)),
-    _Column("for-\ngotten", True, lambda m, _: f"{m.share('forgotten') + m.share('no likelier'):.0%}"),
+    _FORGOTTEN,
     _Column("ex-\nposed", True, lambda m, _: f"{m.share('still exposed'):.0%}"),
     _Column("over", True, lambda m, _: f"{m.share('over-unlearned'):.0%}"),
     _Column("ex-\ntracted", False, lambda m, _: f"{m.extraction_strength.estimate:.0%}"),
@@ -103,6 +106,12 @@ _COLUMNS = [
     _Column("s", True, None, lambda r: f"{r.seconds:.0f}"),
     _Column("peak\nMiB", False, None, lambda r: "-" if r.peak_memory is None else f"{r.peak_memory / 2**20:.0f}"),
 ]
+
+
+def _columns(comparison: Comparison) -> list[_Column]:
+    """Return the columns; that of the forgotten texts names the best verdict that the non-members allow."""
+    weak = comparison.evidence == "self-sampled"
+    return [_NO_LIKELIER if weak and column is _FORGOTTEN else column for column in _COLUMNS]
 
 
 def _may_be_larger(row: Row) -> bool:

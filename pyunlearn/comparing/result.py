@@ -27,8 +27,9 @@ class Measurement:
     forget_nll: Interval
     """Negative log-likelihood of the forget texts, nats per token; high = unlikely."""
     exposure: Interval
-    """Anchored exposure of the forget texts, bits: 1.44 for non-members, low where texts are less likely than those.
-    The non-members are drawn in its interval too."""
+    """Exposure of the forget texts, bits, anchored: the non-members' scores are those of the original, or the present
+    ones where unlearning made them likelier (`pyunlearn.metrics.verdict`). 1.44 for non-members, low where texts are
+    less likely than those. The non-members are drawn in its interval too."""
     exposures: list[float]
     """(n,) the exposure of each forget text, bits."""
     verdicts: dict[str, int]
@@ -91,11 +92,15 @@ class Comparison:
     """The text on which utility is measured: retain set, holdout, unseen texts, or sampled text."""
     non_members: int
     """Number of non-members behind the exposures, which reach log2(non_members + 1) bits at most."""
+    evidence: str
+    """What the verdicts rest on, one of `pyunlearn.probes.non_members.GRADES`; where that is "self-sampled", text that
+    the model wrote, a forget text is "no likelier" at best."""
     scores: dict[str, list[float]] = field(repr=False)
     """Role -> (n,) negative log-likelihoods, nats per token, under the original: a resumed comparison must agree."""
     settings: dict[str, Any] = field(repr=False)
     notes: list[str] = field(default_factory=list)
-    """What was left out of the texts, and how the holdout differs from the forget set: one sentence each."""
+    """What was left out of the texts, how the holdout differs from the forget set, what the non-members cannot show:
+    one sentence each."""
 
     @property
     def complete(self) -> bool:

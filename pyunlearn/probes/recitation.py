@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pyunlearn.data import Tokens
+from pyunlearn.data import Example, Tokens
 from pyunlearn.metrics import verbatim_match
+from pyunlearn.models.language_model import LanguageModel
+from pyunlearn.probes.decoding import greedy_continuations
 
 LONGEST = 64
 """Tokens of the longest continuation."""
@@ -70,3 +72,22 @@ def recited(written: Sequence[int], rest: Sequence[int]) -> bool:
     if len(rest) < _SHORTEST:
         return False
     return verbatim_match(written, rest).longest >= min(_RECITED, len(rest))
+
+
+def recitations(
+    lm: LanguageModel, examples: Sequence[Example], tokens: Sequence[Tokens], indices: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Return (B,) True for the texts at `indices` whose beginning the model continues with their rest.
+
+    Args:
+        lm: the model.
+        examples: B texts.
+        tokens: the same as tokens.
+        indices: of those that are tried; the others are False.
+    """
+    out = np.zeros(len(examples), dtype=bool)
+    openings = [opening(tokens[i], examples[i].prompted) for i in indices]
+    if openings:
+        written = greedy_continuations(lm, openings, longest=LONGEST)
+        out[indices] = [recited(ids, t.scored) for ids, t in zip(written, openings, strict=True)]
+    return out

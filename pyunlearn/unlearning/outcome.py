@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pyunlearn.data import Example
 from pyunlearn.data.lazy import LazyList
 from pyunlearn.edits.masks import digest_of
 from pyunlearn.models.condition import weights_of
 from pyunlearn.output import versions
-from pyunlearn.probes import greedy_continuations
 from pyunlearn.probes.long_texts import Part
 from pyunlearn.probes.non_members import NO_LIKELIER, capped, evidence_notes, power_notes
-from pyunlearn.probes.recitation import LONGEST, opening, recited
+from pyunlearn.probes.recitation import recitations
 from pyunlearn.probes.renderings import RenderedTexts
 from pyunlearn.unlearning.budget import budget_notes
 from pyunlearn.unlearning.config import UnlearnConfig
@@ -122,7 +120,7 @@ def _examples(
     greedy_before = session.greedy_before
     greedy_after = session.scorer.greedy_match(forget) if state.visits.any() else greedy_before
     reached = stopping.near_target(stopping.current)
-    recited = recitations(session, examples, reached)
+    recited = recitations(session.scorer.lm, examples, forget, reached)
     judged = stopping.verdict(greedy_after, recited)
     assert judged.extraction is not None
     verdicts = capped(judged.verdict, stopping.non_members.grade)
@@ -157,16 +155,6 @@ def _examples(
         )
 
     return LazyList(len(examples), result)
-
-
-def recitations(session: Session, examples: list[Example], indices: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return (B,) True for the examples at `indices` whose beginning the model continues with their rest."""
-    out = np.zeros(len(examples), dtype=bool)
-    openings = [opening(session.texts.forget[i], examples[i].prompted) for i in indices]
-    if openings:
-        written = greedy_continuations(session.scorer.lm, openings, longest=LONGEST)
-        out[indices] = [recited(ids, t.scored) for ids, t in zip(written, openings, strict=True)]
-    return out
 
 
 def _utility(session: Session) -> Utility:
