@@ -130,7 +130,8 @@ def markdown(comparison: Comparison, options: argparse.Namespace) -> str:
         f"{model} fine-tuned on {options.forget} forget and {options.retain} retain answers of TOFU, "
         f"{comparison.non_members} in the holdout; {options.max_steps} steps at most, "
         f"learning rate {options.learning_rate:g}; {settings['metric'].replace('_', ' ')} of the retain set at "
-        f"{options.tau:.0%} of the original's; pyunlearn {settings['pyunlearn']}, torch {settings['torch']}, "
+        f"{options.tau:.0%} of the original's, or more where the mix is 1; "
+        f"pyunlearn {settings['pyunlearn']}, torch {settings['torch']}, "
         f"{torch.get_num_threads()} threads.",
         "",
         f"| {' | '.join(_COLUMNS)} |",

@@ -99,7 +99,7 @@ def compare(
         print(json.dumps(result.to_dict(), indent=2))
     else:
         console = terminal()
-        console.print(comparison_table(result, wide=console.width >= 112))
+        console.print(comparison_table(result, wide=console.width >= 120))
         if result.original.tasks:
             console.print(comparison_task_table(result))
         for note in result.notes:

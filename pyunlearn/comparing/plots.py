@@ -35,25 +35,26 @@ _STYLE = {
 
 
 class _Column(NamedTuple):
-    """A table column: its text is made of a measurement and the utility it retains, or of a method's row."""
+    """A table column: its text is made of a measurement in a comparison, or of a method's row."""
 
     title: str
     narrow: bool  # also part of a table of 80 columns
-    of_measurement: Callable[[Measurement, float], str] | None
+    of_measurement: Callable[[Measurement, Comparison], str] | None
     of_row: Callable[[Row], str] = str
 
 
 def comparison_table(comparison: Comparison, *, wide: bool = True) -> Any:
     """Return a rich table: the original, then each method at equal utility; below it why a method was not measured.
 
-    Narrow, for 80 columns, it leaves out extraction strength, negative log-likelihoods and memory.
+    Narrow, for 80 columns, it leaves out extraction strength, negative log-likelihoods, the holdout and memory.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     tau, metric = comparison.settings["tau"], comparison.settings["metric"].replace("_", " ")
+    more = "" if comparison.equalized else "or more "
     table = Table(
-        title=f"exposure in bits at {tau:.0%} of the original's {metric}, {comparison.utility_text}",
+        title=f"exposure in bits at {tau:.0%} {more}of the original's {metric}, {comparison.utility_text}",
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -78,7 +79,7 @@ def _cells(comparison: Comparison, measured: Measurement, row: Row | None, colum
     cells = []
     for column in columns:
         if column.of_measurement is not None:
-            cells.append(column.of_measurement(measured, comparison.utility_share(measured)))
+            cells.append(column.of_measurement(measured, comparison))
         else:
             cells.append("-" if row is None else column.of_row(row))
     return cells
@@ -91,6 +92,7 @@ def _range(low: float, high: float) -> str:
 
 _FORGOTTEN = _Column("for-\ngotten", True, lambda m, _: f"{m.share('forgotten'):.0%}")
 _NO_LIKELIER = _Column("no like-\nlier", True, lambda m, _: f"{m.share(NO_LIKELIER):.0%}")
+_HOLDOUT = _Column("hold-\nout", False, lambda m, c: f"{c.unseen_share(m):.1%}")
 _COLUMNS = [
     _Column("expo-\nsure", True, lambda m, _: f"{m.exposure.estimate:.2f}"),
     _Column("95 %\ninterval", True, lambda m, _: _range(m.exposure.low, m.exposure.high)),
@@ -100,8 +102,9 @@ _COLUMNS = [
     _Column("ex-\ntracted", False, lambda m, _: f"{m.extraction_strength.estimate:.0%}"),
     _Column("forget\nNLL", False, lambda m, _: f"{m.forget_nll.estimate:.2f}"),
     _Column("utility\nNLL", False, lambda m, _: f"{m.utility_nll.estimate:.2f}"),
-    _Column("util-\nity", True, lambda _, share: f"{share:.1%}"),
-    _Column("mix", True, None, lambda r: f"{r.weight:.2f}{'~' if _may_be_larger(r) else ''}"),
+    _Column("util-\nity", True, lambda m, c: f"{c.utility_share(m):.1%}"),
+    _HOLDOUT,
+    _Column("mix", True, None, lambda r: f"{r.weight:.2f}{_mark(r)}"),
     _Column("steps", True, None, lambda r: f"{r.steps}"),
     _Column("s", True, None, lambda r: f"{r.seconds:.0f}"),
     _Column("peak\nMiB", False, None, lambda r: "-" if r.peak_memory is None else f"{r.peak_memory / 2**20:.0f}"),
@@ -109,9 +112,15 @@ _COLUMNS = [
 
 
 def _columns(comparison: Comparison) -> list[_Column]:
-    """Return the columns; that of the forgotten texts names the best verdict that the non-members allow."""
-    weak = comparison.evidence == "self-sampled"
-    return [_NO_LIKELIER if weak and column is _FORGOTTEN else column for column in _COLUMNS]
+    """Return the columns: the best verdict that the non-members allow, and the holdout where that is another text."""
+    weak, apart = comparison.evidence == "self-sampled", comparison.evidence == "holdout" != comparison.utility_text
+    columns = [_NO_LIKELIER if weak and column is _FORGOTTEN else column for column in _COLUMNS]
+    return [column for column in columns if apart or column is not _HOLDOUT]
+
+
+def _mark(row: Row) -> str:
+    """Return the mark of a weight, which the caption explains."""
+    return "~" if _may_be_larger(row) else "+" if row.equalized is False else ""
 
 
 def _may_be_larger(row: Row) -> bool:
@@ -122,6 +131,8 @@ def _captions(comparison: Comparison) -> list[str]:
     lines = [f"{row.method}: {row.status}, {row.reason}" for row in comparison.rows if not row.done]
     if any(_may_be_larger(row) for row in comparison.rows):
         lines.append("~ the utility did not fall steadily with the weight: a larger weight may retain it too")
+    if any(_mark(row) == "+" for row in comparison.rows):
+        lines.append(f"+ not at equal utility: mixing cannot bring it nearer to {comparison.settings['tau']:.0%}")
     if not_memorized := comparison.original.verdicts["not memorized"]:
         lines.append(
             f"{not_memorized} of {len(comparison.original.exposures)} forget texts are not memorized by the original, "
@@ -139,8 +150,9 @@ def require_plot_package() -> None:
 def comparison_plot(comparison: Comparison, kind: str = "svg") -> bytes:
     """Draw mean exposure of the forget set against the share of the original's utility; return the file's bytes.
 
-    A filled point is a method at equal utility, with its 95 % interval; a hollow one, joined to it, the same method
-    before mixing. Lower is more forgotten, down to the line of unseen text; further right is more utility.
+    A filled point is a method's mixture at equal utility, or at more where no weight gives less, with its 95 %
+    interval; a hollow one, joined to it, the same method before mixing. Lower is more forgotten, down to the line of
+    unseen text; further right is more utility.
 
     Args:
         comparison: what `pyunlearn.compare` returned.

@@ -67,6 +67,9 @@ class Row:
     """The unlearned model's share in the mixture; 1: the method itself retains the utility."""
     monotone: bool | None = None
     """True where the utility fell steadily with the weight; where it did not, a larger weight may retain it too."""
+    equalized: bool | None = None
+    """True where the utility is tau, or above it by less than 0.01 of the original's. False where mixing cannot bring
+    it there: the method itself ended above it (weight 1), or a small part of its result already falls below (0)."""
     steps: int | None = None
     """Optimizer steps, including those that were rolled back."""
     stopped: str | None = None
@@ -84,7 +87,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """Methods at equal utility."""
+    """Methods at equal utility, as far as mixing can make it equal."""
 
     rows: list[Row]
     original: Measurement
@@ -107,9 +110,18 @@ class Comparison:
         """True where every method could be measured."""
         return all(row.done for row in self.rows)
 
+    @property
+    def equalized(self) -> bool:
+        """True where no mixture is known to be at another utility than tau."""
+        return all(row.equalized is not False for row in self.rows)
+
     def utility_share(self, measurement: Measurement) -> float:
         """Return the utility as a share of the original's: tau or more once calibrated."""
         return measurement.utility / self.original.utility
+
+    def unseen_share(self, measurement: Measurement) -> float:
+        """Return the non-members' probability per token, its geometric mean, as a share of the original's."""
+        return math.exp(self.original.non_members_nll - measurement.non_members_nll)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, ready for JSON. It holds no text."""
@@ -178,7 +190,8 @@ class Comparison:
         line["non_members_nll"] = None if measured is None else measured.non_members_nll
         line["utility_share_uncalibrated"] = None if before is None else self.utility_share(before)
         line["exposure_uncalibrated"] = None if before is None else before.exposure.estimate
-        for part in ("weight", "steps", "stopped", "seconds", "peak_memory", "reason"):
+        line["unseen_share"] = None if measured is None else self.unseen_share(measured)
+        for part in ("weight", "equalized", "steps", "stopped", "seconds", "peak_memory", "reason"):
             line[part] = None if row is None else getattr(row, part)
         return line
 

@@ -25,6 +25,9 @@ from pyunlearn.unlearning.api import unlearn
 from pyunlearn.unlearning.config import UnlearnConfig
 from pyunlearn.unlearning.result import Result
 
+_EQUAL = 0.01
+"""Share of the original's utility above tau from which a mixture is not at equal utility."""
+
 
 class Restored:
     """Context manager that puts a model on the device of `unlearn`, without dropout, and restores it bit for bit."""
@@ -120,6 +123,7 @@ def run_method(
             uncalibrated=uncalibrated,
             weight=mixed.weight,
             monotone=mixed.monotone,
+            equalized=calibrated.utility / before - config.tau < _EQUAL,
             steps=len(result.history),
             stopped=result.stopped,
             seconds=seconds,

@@ -38,7 +38,8 @@ def task_table(scores: Sequence[TaskScore], settings: Mapping[str, Any]) -> Tabl
 def comparison_task_table(comparison: Comparison) -> Table:
     """Return a column for each number of the tasks: the original's, and each method's with its change from that."""
     wanted = shown(comparison.original.tasks)
-    table = plain_table(f"{task_title(comparison.settings)}; each method at equal utility")
+    more = "" if comparison.equalized else ", or more"
+    table = plain_table(f"{task_title(comparison.settings)}; each method at equal utility{more}")
     table.add_column("method", no_wrap=True)
     for score in wanted:
         table.add_column(_text(f"{score.task}\n{score.metric}"), justify="right")
