@@ -12,22 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.comparing.measurement import Criterion
 from pyunlearn.comparing.plots import require_plot_package, save_plots
+from pyunlearn.comparing.record import record_of, require_same
 from pyunlearn.comparing.result import Comparison, Row, check_folder
 from pyunlearn.comparing.trial import Restored, run_method
 from pyunlearn.data import Example, check_texts, read_roles
 from pyunlearn.data.rendering import rendering_of
 from pyunlearn.errors import ArgumentError, OutputError, PyunlearnError, TrainingError, brief, printable
 from pyunlearn.methods import METHODS, resolve
-from pyunlearn.models.harness import HarnessTasks, require_lm_eval, task_settings
+from pyunlearn.models.harness import HarnessTasks, require_lm_eval
 from pyunlearn.models.language_model import LanguageModel, require_model
 from pyunlearn.models.scoring import Scorer
 from pyunlearn.options import Flag, accepts, require, require_path
-from pyunlearn.output import model_name, scores_difference, settings_difference, versions
+from pyunlearn.output import versions
 from pyunlearn.probes.non_members import (
     NonMembers,
     calibrated,
@@ -108,13 +110,13 @@ def compare(
     examples, drawn = read_roles(sources, turns=config.turns)
     examples, notes = check_texts(examples)
     notes = drawn + notes
-    record = _record(config, names, model, reference_model)
+    record = record_of(config, names, model, reference_model)
     lm = LanguageModel.of(model, tokenizer, workspace=config.workspace)
     tasks = _tasks(config, lm, progress)
     with Restored(lm) as start:
         texts = _rendered(lm, examples, config, progress)
-        criterion, utility_text = _measure_original(lm, texts, config, reference_model, tasks, progress)
-        comparison = _start(criterion, utility_text, record, folder)
+        criterion, utility_text, reference = _measure_original(lm, texts, config, reference_model, tasks, progress)
+        comparison = _start(criterion, utility_text, reference, record, folder)
         comparison.notes = notes + texts.notes(memorized=True) + criterion.notes
         if criterion.task_run is not None:
             comparison.notes += task_notes(criterion.task_run)
@@ -178,17 +180,6 @@ def _check_arguments(
         require_plot_package()
 
 
-def _record(config: CompareConfig, names: list[str], model: Any, reference_model: Any) -> dict[str, Any]:
-    """Return the settings as result.json holds them."""
-    record = versions() | config.to_dict() | {"methods": names, "model": model_name(model)}
-    record["reference_model"] = model_name(reference_model)
-    record["method_options"] = {name: dict(own) for name, own in (config.method_options or {}).items() if own}
-    record |= task_settings(config.tasks)
-    if isinstance(config.mask, Mapping):  # too long to show
-        record["mask"] = type(config.mask).__name__
-    return record
-
-
 def _tasks(config: CompareConfig, lm: LanguageModel, progress: bool | None) -> HarnessTasks | None:
     """Return the tasks with their documents, loaded before anything is measured; None without tasks."""
     if config.tasks is None:
@@ -220,13 +211,18 @@ def _measure_original(
     reference_model: Any,
     tasks: HarnessTasks | None,
     progress: bool | None,
-) -> tuple[Criterion, str]:
-    """Return the criterion with the original's measurement, and the name of the text on which utility is measured."""
+) -> tuple[Criterion, str, NDArray[np.float64] | None]:
+    """Measure the original.
+
+    Returns:
+        The criterion with that measurement, the name of the text on which utility is measured, and the reference
+        model's scores, see `_non_members`.
+    """
     bar = Progress(progress, "comparing")
     try:
         bar.say("measuring the original")
         forget, retain = texts.tokens["forget"], texts.tokens.get("retain")
-        non_members = _non_members(lm, texts, config, reference_model)
+        non_members, reference = _non_members(lm, texts, config, reference_model)
         utility = retain or non_members.tokens
         criterion = Criterion(
             lm,
@@ -240,11 +236,16 @@ def _measure_original(
         )
     finally:
         bar.close()
-    return criterion, non_members.utility_source if retain is None else "retain set"
+    return criterion, non_members.utility_source if retain is None else "retain set", reference
 
 
-def _non_members(lm: LanguageModel, texts: RenderedTexts, config: CompareConfig, reference_model: Any) -> NonMembers:
-    """Return the non-members of every row, less the reference model's numbers where there is one."""
+def _non_members(
+    lm: LanguageModel, texts: RenderedTexts, config: CompareConfig, reference_model: Any
+) -> tuple[NonMembers, NDArray[np.float64] | None]:
+    """Return the non-members of every row, less the reference model's numbers where there is one.
+
+    With them (B + m,) that model's negative log-likelihoods of forget texts and non-members, nats per token, or None.
+    """
     forget, examples = texts.tokens["forget"], texts.examples["forget"]
     with reference_on_device(lm, reference_model) as reference:
         is_reference = reference_model is not None
@@ -260,48 +261,36 @@ def _non_members(lm: LanguageModel, texts: RenderedTexts, config: CompareConfig,
                 seed=config.seed,
             )
         if not is_reference:
-            return non_members
+            return non_members, None
         scorer = Scorer(lm, 2 * config.batch_size)
         numbers = [reference_numbers(scorer, reference.likelihood, x) for x in (forget, non_members.tokens)]
-        return calibrated(non_members, -scorer.mean_log_likelihood(forget), *numbers)
+        scores = np.concatenate([expected.nll for expected in numbers])
+        return calibrated(non_members, -scorer.mean_log_likelihood(forget), *numbers), scores
 
 
-def _start(criterion: Criterion, utility_text: str, record: dict[str, Any], folder: Path | None) -> Comparison:
+def _start(
+    criterion: Criterion,
+    utility_text: str,
+    reference: NDArray[np.float64] | None,
+    record: dict[str, Any],
+    folder: Path | None,
+) -> Comparison:
     """Return the comparison without rows, or with those in the folder that need not be made again."""
+    scores = criterion.scores | ({} if reference is None else {"reference_model": reference})
     comparison = Comparison(
         rows=[],
         original=criterion.original,
         utility_text=utility_text,
         non_members=len(criterion.scores["non_members"]),
         evidence=criterion.non_members.grade,
-        scores={role: scores.tolist() for role, scores in criterion.scores.items()},
+        scores={role: values.tolist() for role, values in scores.items()},
         settings=record,
     )
     if folder is not None and (folder / "result.json").exists():
         saved = Comparison.read(folder)
-        _require_same(saved, comparison, folder)
+        require_same(saved, comparison, folder)
         comparison.rows = [row for row in saved.rows if row.done or row.method not in record["methods"]]
     return comparison
-
-
-def _require_same(saved: Comparison, now: Comparison, folder: Path) -> None:
-    """Raise OutputError unless the saved comparison was made with these texts, this model and these settings."""
-    free = {*versions(), "methods"}
-    difference = settings_difference(saved.settings, {k: v for k, v in now.settings.items() if k not in free})
-    difference = difference or scores_difference(saved.scores, now.scores) or _other_task(saved, now)
-    if difference is not None:
-        raise OutputError(f"the comparison in {folder} was made with {difference}: give the same, or another folder")
-
-
-def _other_task(saved: Comparison, now: Comparison) -> str | None:
-    """Return a task whose number under the original differs, ready for "it was made with ...", or None."""
-    known = {(x.task, x.metric): x for x in saved.original.tasks}
-    for score in now.original.tasks:
-        before, number = known.get((score.task, score.metric)), score.now.estimate
-        same = before is not None and before.documents == score.documents
-        if before is None or not same or not np.isclose(before.now.estimate, number, rtol=1e-3, equal_nan=True):
-            return f"other documents of the task {score.task}"
-    return None
 
 
 def _fill(
@@ -327,7 +316,7 @@ def _fill(
         except Exception as error:  # any error: the other methods are not lost
             row = _row_without_result(name, error)
             refusals += [error] if row.status == "refused" else []
-        comparison.rows.append(row)
+        comparison.rows.append(replace(row, versions=versions()))
         if len(refusals) == len(names):
             raise refusals[0]
         if len(refusals) < len(comparison.rows) and folder is not None:

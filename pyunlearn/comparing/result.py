@@ -78,6 +78,8 @@ class Row:
     """Duration of the method's run with its own scoring; without calibration and measuring."""
     peak_memory: int | None = None
     """Peak bytes of the run: of the GPU, or on the CPU of the whole process; None where the system does not say."""
+    versions: dict[str, str] | None = None
+    """Versions of pyunlearn and torch with which the row was made."""
 
     @property
     def done(self) -> bool:
@@ -99,8 +101,10 @@ class Comparison:
     """What the verdicts rest on, one of `pyunlearn.probes.non_members.GRADES`; where that is "self-sampled", text that
     the model wrote, a forget text is "no likelier" at best."""
     scores: dict[str, list[float]] = field(repr=False)
-    """Role -> (n,) negative log-likelihoods, nats per token, under the original: a resumed comparison must agree."""
+    """Role -> (n,) negative log-likelihoods, nats per token, under the original; "reference_model": of forget texts and
+    non-members under that. A resumed comparison must agree."""
     settings: dict[str, Any] = field(repr=False)
+    """As they were given, with the versions of the last call: each row has its own."""
     notes: list[str] = field(default_factory=list)
     """What was left out of the texts, how the holdout differs from the forget set, what the non-members cannot show:
     one sentence each."""
@@ -205,8 +209,8 @@ def check_folder(directory: str | Path) -> Path:
 
 
 def _row(content: dict[str, Any]) -> Row:
-    parts: dict[str, Any] = {k: _measurement(v) if isinstance(v, dict) else v for k, v in content.items()}
-    return Row(**parts)
+    measured = {name: content[name] and _measurement(content[name]) for name in ("calibrated", "uncalibrated")}
+    return Row(**content | measured)
 
 
 def _measurement(content: dict[str, Any]) -> Measurement:

@@ -21,6 +21,7 @@ import torch
 from pyunlearn.errors import ModelError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.study.config import StudyConfig
+from pyunlearn.study.environment import add_environment
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.models import load_checkpoint, load_model
 from pyunlearn.study.runs import jobs, mean_nll, unlearn_set
@@ -57,9 +58,13 @@ def run_seed(inputs: Inputs, seed: int, say: Callable[[str], None]) -> None:
     """Do what is not finished of one seed.
 
     Writes a trajectory for each run, see `unlearn_set`, and before that models/seed-S and its scores (in setup twins
-    both exist already).
+    both exist already). The versions and hardware of each call that had work to do are in environment/seed-S.json.
     """
     folder, config, sets, name = inputs.folder, inputs.config, inputs.sets, model_name(inputs.config, seed)
+    todo = [job for job in jobs(config, sets, seed) if not folder.has(job.file)]
+    trained = config.twin is not None or folder.has(f"models/{name}")
+    if todo or not (trained and folder.has(scores_file(name))):
+        add_environment(folder, f"seed-{seed}", inputs.device)
     if config.twin is None:
         train(
             folder,
@@ -72,7 +77,6 @@ def run_seed(inputs: Inputs, seed: int, say: Callable[[str], None]) -> None:
             device=inputs.device,
             say=say,
         )
-    todo = [job for job in jobs(config, sets, seed) if not folder.has(job.file)]
     if not todo and folder.has(scores_file(name)):
         return
     lm = _load(inputs, name)
@@ -89,6 +93,7 @@ def score_twins(inputs: Inputs, say: Callable[[str], None]) -> None:
     for name in (CHECKPOINT, TWIN):
         if not inputs.folder.has(scores_file(name)):
             say(f"reading with the {name}")
+            add_environment(inputs.folder, name, inputs.device)
             _score(inputs, _load(inputs, name), name)
 
 

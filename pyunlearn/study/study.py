@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from pyunlearn import __version__
 from pyunlearn.data.examples import Example
 from pyunlearn.errors import ArgumentError
 from pyunlearn.models.devices import default_device
@@ -24,6 +21,7 @@ from pyunlearn.report import require_page_packages
 from pyunlearn.study.claims import primary_claims, secondary_claims, variants
 from pyunlearn.study.config import StudyConfig
 from pyunlearn.study.corpus import Dosed, read_corpus, read_doses, synthetic
+from pyunlearn.study.environment import environment
 from pyunlearn.study.figures import draw_all
 from pyunlearn.study.folder import Folder
 from pyunlearn.study.outcomes import examples_of, outcomes_of
@@ -194,20 +192,6 @@ def checked_device(device: str | None) -> str:
             f"device {device!r} needs a CUDA GPU, and none is usable here: leave device out, or use cpu"
         )
     return device
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Return versions and hardware: the numbers may depend on them in addition to the settings."""
-    return {
-        "pyunlearn": __version__,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device,
-        "gpu": torch.cuda.get_device_name() if device.startswith("cuda") else None,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def _tokenizer(config: StudyConfig, examples: list[Example]) -> Any:

@@ -1,0 +1,76 @@
+"""What a comparison was made with: the settings in result.json, and whether the rows in a folder agree with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyunlearn.comparing.config import CompareConfig
+from pyunlearn.comparing.result import Comparison
+from pyunlearn.edits.masks import digest_of
+from pyunlearn.errors import OutputError
+from pyunlearn.models.harness import task_settings
+from pyunlearn.options import shown
+from pyunlearn.output import model_name, scores_difference, settings_difference, versions
+
+
+def record_of(config: CompareConfig, names: list[str], model: Any, reference_model: Any) -> dict[str, Any]:
+    """Return the settings as result.json holds them: masks, texts and long lists as their SHA-256."""
+    record = {name: digested(getattr(config, name)) for name in config.options() if name != "mask"}
+    record |= versions() | {"mask": digest_of(config.mask), "methods": names}
+    record |= {"model": model_name(model), "reference_model": model_name(reference_model)}
+    own = {name: dict(options) for name, options in (config.method_options or {}).items() if options}
+    record["method_options"] = {
+        method: {name: _digest(value) if name == "winners" else digested(value) for name, value in options.items()}
+        for method, options in own.items()
+    }  # winners are texts
+    return record | task_settings(config.tasks)
+
+
+def digested(value: Any) -> Any:
+    """Return a value as `pyunlearn.options.shown` does where that is the whole of it, else its type and SHA-256.
+
+    >>> digested([0.5, 2.0])
+    [0.5, 2.0]
+    >>> digested([[0.5], [2.0, 1.0]])
+    'list, SHA-256 6fb6dba5f89ef915'
+    """
+    short = shown(value)
+    return short if _json(short) == _json(value) else _digest(value)
+
+
+def _digest(value: Any) -> str:
+    return f"{type(value).__name__}, SHA-256 {hashlib.sha256(_json(value).encode()).hexdigest()[:16]}"
+
+
+def _json(value: Any) -> str:
+    """Return JSON in which arrays and tensors are lists."""
+    return json.dumps(value, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+
+
+def require_same(saved: Comparison, now: Comparison, folder: Path) -> None:
+    """Raise OutputError unless the saved comparison was made with these texts, these models and these settings."""
+    free = {*versions(), "methods"}
+    difference = settings_difference(saved.settings, {k: v for k, v in now.settings.items() if k not in free})
+    texts = {role: scores for role, scores in now.scores.items() if role != "reference_model"}
+    difference = difference or scores_difference(saved.scores, texts)
+    if difference is None and scores_difference(saved.scores, now.scores):
+        difference = "another reference_model"
+    difference = difference or _other_task(saved, now)
+    if difference is not None:
+        raise OutputError(f"the comparison in {folder} was made with {difference}: give the same, or another folder")
+
+
+def _other_task(saved: Comparison, now: Comparison) -> str | None:
+    """Return a task whose number under the original differs, ready for "it was made with ...", or None."""
+    known = {(x.task, x.metric): x for x in saved.original.tasks}
+    for score in now.original.tasks:
+        before, number = known.get((score.task, score.metric)), score.now.estimate
+        same = before is not None and before.documents == score.documents
+        if before is None or not same or not np.isclose(before.now.estimate, number, rtol=1e-3, equal_nan=True):
+            return f"other documents of the task {score.task}"
+    return None
