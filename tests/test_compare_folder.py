@@ -1,6 +1,7 @@
 """A folder with a comparison takes further rows of the same comparison alone."""
 
 import json
+import re
 
 import pytest
 import tiny
@@ -67,6 +68,28 @@ def test_each_row_has_the_versions_that_made_it(compare, tmp_path, monkeypatch):
     assert [row.versions["pyunlearn"] == "99" for row in read.rows] == [False, True]
     assert read.settings["pyunlearn"] == "99"
     assert all(row.versions["torch"] == torch.__version__ for row in read.rows)
+
+
+def test_methods_are_added_next_to_one_with_options(compare, tmp_path):
+    """Options belong to a method's row: they are compared where that method is asked for, and nowhere else."""
+    compare(methods=["npo"], method_options={"npo": {"beta": 0.3}})
+    compare(methods=["ga"])
+    made = compare(methods=["ga", "simnpo"], method_options={"simnpo": {"beta": 2.0}})
+    assert {row.method: row.method_options for row in Comparison.read(tmp_path / "c").rows} == {
+        "npo": {"beta": 0.3},
+        "ga": {},
+        "simnpo": {"beta": 2.0},
+    }
+    again = compare(methods=["npo", "simnpo"], method_options={"npo": {"beta": 0.3}, "simnpo": {"beta": 2.0}})
+    assert {row.method: row.seconds for row in again.rows} == {row.method: row.seconds for row in made.rows}
+    written = (tmp_path / "c" / "result.json").read_bytes()
+    for options, sentence in (
+        ({}, "made with the options {'beta': 0.3} of npo, not {}"),
+        ({"npo": {"beta": 0.5}}, "made with the options {'beta': 0.3} of npo, not {'beta': 0.5}"),
+    ):
+        with pytest.raises(OutputError, match=re.escape(sentence)):
+            compare(methods=["npo", "wga"], method_options=options)
+    assert (tmp_path / "c" / "result.json").read_bytes() == written
 
 
 def test_texts_in_settings_are_not_written(compare, tmp_path):

@@ -80,8 +80,8 @@ def compare(
         reference_model: calibrates the verdicts of every row, and npo and others compare with it, as for
             `pyunlearn.unlearn`.
         output_dir: new, empty, or that of an interrupted comparison with the same settings, which then resumes: each
-            row is written as soon as it is finished. Rows of methods that are not in `methods` stay. At the end table
-            and plot are written too.
+            row is written as soon as it is finished. Rows of methods that are not in `methods` stay; those that are
+            must have been made with the same `method_options`. At the end table and plot are written too.
         plot: True writes comparison.svg and comparison.png to `output_dir`; default: where matplotlib is installed.
         progress: bars, and a line for each finished method, on standard error; default: if that is a terminal.
         config: a `CompareConfig`, or a TOML file or result.json that holds one; the keywords below change it.
@@ -316,7 +316,8 @@ def _fill(
         except Exception as error:  # any error: the other methods are not lost
             row = _row_without_result(name, error)
             refusals += [error] if row.status == "refused" else []
-        comparison.rows.append(replace(row, versions=versions()))
+        own = comparison.settings["method_options"].get(name, {})
+        comparison.rows.append(replace(row, versions=versions(), method_options=own))
         if len(refusals) == len(names):
             raise refusals[0]
         if len(refusals) < len(comparison.rows) and folder is not None:

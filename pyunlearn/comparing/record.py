@@ -49,18 +49,21 @@ def _digest(value: Any) -> str:
 
 def _json(value: Any) -> str:
     """Return JSON in which arrays and tensors are lists."""
-    return json.dumps(value, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+    return json.dumps(value, sort_keys=True, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
 
 
 def require_same(saved: Comparison, now: Comparison, folder: Path) -> None:
-    """Raise OutputError unless the saved comparison was made with these texts, these models and these settings."""
-    free = {*versions(), "methods"}
+    """Raise OutputError unless the saved comparison was made with these texts, these models and these settings.
+
+    Options of single methods must be those of their rows; of a method that is not asked for now, none are known.
+    """
+    free = {*versions(), "methods", "method_options"}
     difference = settings_difference(saved.settings, {k: v for k, v in now.settings.items() if k not in free})
     texts = {role: scores for role, scores in now.scores.items() if role != "reference_model"}
     difference = difference or scores_difference(saved.scores, texts)
     if difference is None and scores_difference(saved.scores, now.scores):
         difference = "another reference_model"
-    difference = difference or _other_task(saved, now)
+    difference = difference or _other_task(saved, now) or _other_options(saved, now)
     if difference is not None:
         raise OutputError(f"the comparison in {folder} was made with {difference}: give the same, or another folder")
 
@@ -73,4 +76,13 @@ def _other_task(saved: Comparison, now: Comparison) -> str | None:
         same = before is not None and before.documents == score.documents
         if before is None or not same or not np.isclose(before.now.estimate, number, rtol=1e-3, equal_nan=True):
             return f"other documents of the task {score.task}"
+    return None
+
+
+def _other_options(saved: Comparison, now: Comparison) -> str | None:
+    """Return a method whose row was made with other options, ready for "it was made with ...", or None."""
+    for row in saved.rows:
+        options = now.settings["method_options"].get(row.method, {})
+        if row.done and row.method in now.settings["methods"] and _json(row.method_options) != _json(options):
+            return f"the options {row.method_options} of {row.method}, not {options}"
     return None

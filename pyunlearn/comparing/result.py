@@ -80,6 +80,8 @@ class Row:
     """Peak bytes of the run: of the GPU, or on the CPU of the whole process; None where the system does not say."""
     versions: dict[str, str] | None = None
     """Versions of pyunlearn and torch with which the row was made."""
+    method_options: dict[str, Any] = field(default_factory=dict)
+    """The method's own options: those of methods that were compared in an earlier call are nowhere else."""
 
     @property
     def done(self) -> bool:
