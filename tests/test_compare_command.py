@@ -39,6 +39,10 @@ def test_the_command_compares_prints_and_writes(call, folder, tmp_path):
     assert code == 1
     assert [r["method"] for r in json.loads(out)["rows"]] == ["ga", "idk", "simnpo"]
     assert json.loads(out)["settings"]["method_options"] == {"ga": {"temperature": 1.5}}
+    code, out, _ = call(*arguments, "--methods", "ga, simnpo", "--no-plot")
+    assert code == 1  # the row of idk stays
+    assert "result.json and table.csv are in model-1.5-compare" in out
+    assert "comparison.svg" not in out  # an older one is there
     for wrong, message in (("temperature=1.5", "is set as METHOD.name=value"), ("ga.beta=1", "has no option 'beta'")):
         code, out, err = call(*arguments, "--methods", "ga", "--set", wrong)
         assert (code, out) == (2, "")

@@ -74,6 +74,7 @@ def compare(
     """
     import pyunlearn
     from pyunlearn.comparing import comparison_table, require_plot_package
+    from pyunlearn.comparing.plots import draws_plots
     from pyunlearn.report import comparison_task_table
 
     quiet_libraries()
@@ -104,7 +105,7 @@ def compare(
             console.print(comparison_task_table(result))
         for note in result.notes:
             console.print(note, highlight=False, markup=False)
-        plotted = (target / "comparison.svg").exists()
-        files = "result.json, table.csv, comparison.svg and comparison.png" if plotted else "result.json and table.csv"
+        drawn = draws_plots(plot)  # plots of an earlier call may be there, which lack the new methods
+        files = "result.json, table.csv, comparison.svg and comparison.png" if drawn else "result.json and table.csv"
         console.print(f"{files} are in {target}", highlight=False, markup=False)
     raise typer.Exit(0 if result.complete else 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from torch import nn
 
 from pyunlearn.comparing.config import CompareConfig
 from pyunlearn.comparing.measurement import Criterion
-from pyunlearn.comparing.plots import require_plot_package, save_plots
+from pyunlearn.comparing.plots import draws_plots, require_plot_package, save_plots
 from pyunlearn.comparing.record import record_of, require_same
 from pyunlearn.comparing.result import Comparison, Row, check_folder
 from pyunlearn.comparing.trial import Restored, run_method
@@ -128,7 +127,7 @@ def compare(
     comparison.rows.sort(key=lambda row: order.get(row.method, len(order)))
     if folder is not None:
         comparison.save(folder)
-        if plot or (plot is None and importlib.util.find_spec("matplotlib") is not None):
+        if draws_plots(plot):
             save_plots(comparison, folder)
     return comparison
 

@@ -147,6 +147,11 @@ def require_plot_package() -> None:
         raise missing_packages("the plot", "matplotlib", otherwise="leave it out (--no-plot)")
 
 
+def draws_plots(plot: bool | None) -> bool:
+    """Return whether a comparison draws its plots: as `plot` says, by default where matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None if plot is None else plot
+
+
 def comparison_plot(comparison: Comparison, kind: str = "svg") -> bytes:
     """Draw mean exposure of the forget set against the share of the original's utility; return the file's bytes.
 
