@@ -59,6 +59,8 @@ def test_a_study_ends_with_a_decision_on_every_claim(finished):
         assert not math.isfinite(d.low) or d.low <= d.mean <= d.high
     for name in MADE:
         assert (finished.folder / name).stat().st_size > 0
+    environments = [json.loads(path.read_text()) for path in (finished.folder / "environment").iterdir()]
+    assert environments == [[json.loads((finished.folder / "environment.json").read_text())]] * 3
     for suffix in ("svg", "png"):
         assert len(list((finished.folder / "figures").glob(f"*.{suffix}"))) == len(FIGURES)
     page = (finished.folder / "index.html").read_text()

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from study_settings import TINY
 
+from pyunlearn.data.examples import Example
 from pyunlearn.errors import DataError
 from pyunlearn.models.from_scratch import train_tokenizer
 from pyunlearn.study import sets as study_sets
@@ -101,6 +102,26 @@ def test_examples_of_the_test_corpus_are_left_out_with_a_warning(monkeypatch):
     assert lines == []
     make_sets(config, corpus + test[:3], test, tokenizer)
     assert lines == ["3 examples of the corpus are in the test corpus too: they are left out of the training"]
+
+
+@pytest.mark.parametrize("setup", ["translation", "text"])
+@pytest.mark.parametrize("own_test", [False, True])
+def test_texts_that_are_equal_once_cut_are_one(monkeypatch, setup, own_test):
+    """Form letters that differ after max_tokens alone: else a forget or test text is in every model's training."""
+    lines = []
+    monkeypatch.setattr(study_sets.logger, "warning", lines.append)
+    config = StudyConfig(**{**TINY, "setup": setup, "corpus_size": 300, "max_tokens": 12})
+    corpus, letter = synthetic(setup, 300, 0), synthetic(setup, 1, 5)[0]
+    letters = [Example(letter.prompt, " ".join([letter.completion] * 8 + [str(number)])) for number in range(80)]
+    test = synthetic(setup, config.test_examples, 1)
+    tokenizer = train_tokenizer((t for e in corpus for t in (e.prompt, e.completion)), config.vocabulary)
+    sets = make_sets(config, corpus + letters[1:], [*letters[:1], *test[1:]] if own_test else None, tokenizer)
+    trained = Counter((sets.tokens[i].ids, sets.tokens[i].decoder) for i in sets.background)
+    forget = [i for which, group in sets.forget.items() if which.kind == "id" for i in group]
+    assert not [i for i in (*forget, *sets.test) if (sets.tokens[i].ids, sets.tokens[i].decoder) in trained]
+    assert set(trained.values()) == {1}
+    same = "78 examples of the corpus have the same tokens as another one, cut to max_tokens 12: they are left out"
+    assert same in lines
 
 
 def test_corpora_are_read_in_every_form(tmp_path):

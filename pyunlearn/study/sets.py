@@ -24,6 +24,9 @@ _RARE = 2000  # least frequent words, of which canaries are made
 _WORDS = 4  # rare words in one canary
 
 
+_Read = tuple[Example, Tokens]
+
+
 class ForgetSet(NamedTuple):
     """The name of a forget set: its kind, how often training sees each example, and the seed that trains on it.
 
@@ -95,28 +98,49 @@ class Sets:
 def make_sets(config: StudyConfig, corpus: Sequence[Example], test: Sequence[Example] | None, tokenizer: Any) -> Sets:
     """Draw all sets from the seed.
 
+    Examples are compared as they are trained on, cut to max_tokens: of equal ones one is used, and none that is in the
+    test corpus too.
+
     Raises DataError where the corpus is too small for them.
     """
-    tested, different = {(e.prompt, e.completion) for e in test or ()}, {(e.prompt, e.completion): e for e in corpus}
-    corpus = [e for texts, e in different.items() if texts not in tested]
-    if both := len(different) - len(corpus):
-        logger.warning(f"{both} examples of the corpus are in the test corpus too: they are left out of the training")
-    random.Random(f"order-{config.seed}").shuffle(corpus)
+    maker = _Maker(config, tokenizer)
+    held_out, different = maker.read(test or (), "test"), {(e.prompt, e.completion): e for e in corpus}
+    pool = _different(config, maker.read(list(different.values()), "corpus"), held_out)
+    random.Random(f"order-{config.seed}").shuffle(pool)
     natural = sum(k in config.kinds for k in ("id", "mismatched"))
     forget = natural * config.seeds * len(config.doses) * config.examples
     needed = forget + (config.test_examples if test is None else 0)
-    if len(corpus) < needed + config.batch_size:
+    if len(pool) < needed + config.batch_size:
         raise DataError(
-            f"the corpus has {len(corpus)} different examples{' that are not in the test corpus' if test else ''}, "
+            f"the corpus has {len(pool)} different examples{' that are not in the test corpus' if test else ''}, "
             f"and the study needs {needed} for forget sets and test, "
             f"and {config.batch_size} to train on: give a larger corpus, or lower examples or seeds"
         )
-    held_out = list(test) if test is not None else [corpus.pop() for _ in range(config.test_examples)]
+    if test is None:
+        held_out = [pool.pop() for _ in range(config.test_examples)]
     if len(held_out) < config.test_examples:
         raise DataError(
             f"the test corpus has {len(held_out)} examples, and test_examples is {config.test_examples}: lower it"
         )
-    return _Maker(config, tokenizer).make(corpus, held_out[: config.test_examples])
+    return maker.make(pool, held_out[: config.test_examples])
+
+
+def _different(config: StudyConfig, corpus: list[_Read], test: list[_Read]) -> list[_Read]:
+    """Return the examples of the corpus, one of those with the same tokens, and none that has those of a test example.
+
+    Else a forget text could be in the training of every model, or a test text.
+    """
+    pool = list({(t.ids, t.decoder): (e, t) for e, t in corpus}.values())
+    if same := len(corpus) - len(pool):
+        logger.warning(
+            f"{same} examples of the corpus have the same tokens as another one, cut to max_tokens "
+            f"{config.max_tokens}: they are left out"
+        )
+    tested = {(t.ids, t.decoder) for _, t in test}
+    apart = [(e, t) for e, t in pool if (t.ids, t.decoder) not in tested]
+    if both := len(pool) - len(apart):
+        logger.warning(f"{both} examples of the corpus are in the test corpus too: they are left out of the training")
+    return apart
 
 
 class _Maker:
@@ -127,12 +151,16 @@ class _Maker:
         self.plain = [i for i in range(len(tokenizer)) if i not in self.special]
         self.tokens: list[Tokens] = []
 
-    def make(self, corpus: list[Example], held_out: list[Example]) -> Sets:
+    def read(self, examples: Sequence[Example], role: str) -> list[_Read]:
+        """Return the examples with their tokens."""
+        return list(zip(examples, self._encode(examples, role), strict=True))
+
+    def make(self, corpus: list[_Read], held_out: list[_Read]) -> Sets:
         config, doses = self.config, self.config.doses
         size = len(doses) * config.examples
-        pool = iter(self._encode(corpus, "corpus"))
+        pool = iter([t for _, t in corpus])
         has_canaries = "canary" in config.kinds
-        prompts = self._canary_prompts(corpus, config.seeds * size) if has_canaries else iter(())
+        prompts = self._canary_prompts([e for e, _ in corpus], config.seeds * size) if has_canaries else iter(())
         forget: dict[ForgetSet, list[int]] = {}
         for seed in range(config.seeds):
             sets = self._kinds([next(pool) for _ in range(size)], pool, prompts, str(seed))
@@ -141,7 +169,7 @@ class _Maker:
                 for number, dose in enumerate(doses):
                     part = indices[number * config.examples : (number + 1) * config.examples]
                     forget[ForgetSet(kind, dose, seed)] = part
-        background, test = self._add(list(pool)), self._add(self._encode(held_out, "test"))
+        background, test = self._add(list(pool)), self._add([t for _, t in held_out])
         whole = config.setup == "text"
         return Sets(
             tokens=self.tokens,
@@ -193,7 +221,7 @@ class _Maker:
             examples = [Example(t, "x" if self.encoder_decoder else " x") for t in made.secrets]
         return iter([_parts(t)[0] for t in self._encode(examples, "canary")])
 
-    def _encode(self, examples: list[Example], role: str) -> list[Tokens]:
+    def _encode(self, examples: Sequence[Example], role: str) -> list[Tokens]:
         return encode(
             examples,
             self.tokenizer,
