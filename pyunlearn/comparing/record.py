@@ -1,4 +1,4 @@
-"""What a comparison was made with: the settings in result.json, and whether the rows in a folder agree with them."""
+"""Record the settings with which a comparison was made, and refuse a folder whose rows were made with others."""
 
 from __future__ import annotations
 
