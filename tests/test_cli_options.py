@@ -221,26 +221,38 @@ def test_a_settings_file_that_cannot_be_used_is_refused(call, seen, tmp_path):
         ('["one", "two"]', ["one", "two"]),
         ('[\n{"text": "one"}\n]', ["one"]),
         ('"one"\n"two"\n', ["one", "two"]),
+        ('\ufeff{"text": "one"}\n', ["one"]),
+        ('\ufeff["one", "two"]', ["one", "two"]),
+        ("\ufeffone\n", ["one"]),
         ("one\ntwo\n", ["one", "two"]),
         ('"Hello," she said.\n', ['"Hello," she said.']),
         ("[INST] who? [/INST]\n", ["[INST] who? [/INST]"]),
+        ("[1] A footnote.\n", ["[1] A footnote."]),
     ],
 )
 def test_texts_come_from_standard_input(call, seen, monkeypatch, content, texts):
-    """As JSON lines, JSON or plain text."""
+    """As JSON lines, JSON or plain text, with a byte order mark or without."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(content))
     assert call("audit", "m", "--forget", "-")[0] == 130
     assert [e.completion for e in seen["positional"][1]] == texts
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "is empty"), ('{"text": ', "line 1, is not JSON")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", " is empty"),
+        (b'{"text": ', ", line 1, is not JSON"),
+        (b'[{"text": "one"},\n{"text": "two"}\n', " is not JSON: Expecting ',' delimiter at line 3"),
+        (b'[\n"one",\n', " is not JSON"),
+        (b"caf\xe9", " is not UTF-8 text: unexpected end of data; convert it"),
+    ],
+)
 def test_standard_input_that_cannot_be_used_is_refused(call, seen, monkeypatch, content, message):
-    """The sentence says where it was read."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO(content))
+    """The sentence says where it was read; broken JSON is not taken for plain text."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "utf-8"))
     code, _, err = call("unlearn", "m", "--forget", "f.jsonl", "--retain", "-")
     assert (code, seen) == (2, {})
-    assert "standard input, read for retain," in err
-    assert message in err
+    assert f"standard input (read for retain){message}" in err
 
 
 # ---------------------------------------------------------------- help

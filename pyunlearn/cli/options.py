@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from pyunlearn.data.config import ChoiceOrFile
-from pyunlearn.errors import ArgumentError
+from pyunlearn.errors import ArgumentError, DataError
 from pyunlearn.models.config import LoadOptions
 from pyunlearn.options import (
     Choice,
@@ -119,18 +120,27 @@ def folder_for(model: str, out: Path | None, suffix: str) -> Path:
 def texts(source: Path | None, role: str) -> Any:
     """Return a source of texts as the functions take it: a path, or for - the examples on standard input.
 
-    Standard input may hold JSON lines, JSON, or plain text as in a .txt file. Raises DataError where it is empty.
+    Standard input may hold JSON lines, JSON, or plain text as in a .txt file. Raises DataError where it is empty, not
+    UTF-8, or broken JSON.
     """
     if source is None or str(source) != "-":
         return source
     from pyunlearn.data.examples import parse_examples
 
-    text = sys.stdin.read()
-    return parse_examples(text, _suffix(text), name=f"standard input, read for {role},")
+    name = f"standard input (read for {role})"
+    try:
+        text = sys.stdin.read().removeprefix("\ufeff")  # a byte order mark
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text: {error.reason}; convert it to UTF-8") from error
+    return parse_examples(text, _suffix(text), name=name)
 
 
 def _suffix(text: str) -> str:
-    """Return the ending that a file with this content would have."""
+    """Return the ending that a file with this content would have: what begins as JSON does is no plain text.
+
+    >>> [_suffix(text) for text in ('{"text": "a"}', '[{"text": "a"},', '"Hello," she said.', "[1] A footnote.")]
+    ['.jsonl', '.json', '.txt', '.txt']
+    """
     first = text.lstrip().partition("\n")[0]
     for part, types, suffix in ((first, (dict, str), ".jsonl"), (text, (dict, list), ".json")):
         try:
@@ -138,7 +148,9 @@ def _suffix(text: str) -> str:
                 return suffix
         except (ValueError, RecursionError):
             continue
-    return ".jsonl" if first.startswith("{") else ".txt"
+    if first.startswith("{"):
+        return ".jsonl"
+    return ".json" if re.match(r"\[\s*([\[{\"]|$)", first) else ".txt"
 
 
 def assignments(words: Sequence[str]) -> dict[str, Any]:
