@@ -224,7 +224,7 @@ def test_memory_does_not_grow_with_a_file(suffix, tmp_path):
         ({"corpus": "missing.jsonl"}, "the corpus file missing.jsonl was not found"),
         ({"corpus": []}, "corpus holds no record"),
         ({"corpus": 5}, "corpus must be a path, a list of paths, or an iterable"),
-        ({"corpus": [{"content": "a"}]}, 'corpus record 1 has no usable column: wanted .*, found "content"'),
+        ({"corpus": [{"id": 1}]}, 'corpus record 1 has no text: wanted .*, found "id"'),
         ({"threshold": 0}, "threshold must be a number, above 0 and at most 1, got 0"),
         ({"treshold": 0.5}, "find_copies has no option 'treshold': did you mean \"threshold\""),
         ({"config": 5}, "config must be a FindConfig or a path"),

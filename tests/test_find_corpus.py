@@ -22,7 +22,7 @@ FILES = {  # content, and the (row, text) that a corpus reads
     "data.json": ('{"data": [{"text": "one"}]}', [(1, "one")]),
     "object.json": ('{"text": "one"}\n\n', [(1, "one")]),
     "lines.json": ('{"text": "one"}\n{"text": "two"}\n', [(1, "one"), (2, "two")]),
-    "table.csv": ('id,text\n1,"a, ""b""\nc"\n\n2,d\n', [(2, 'a, "b"\nc'), (5, "d")]),
+    "table.csv": ('text,id\n"a, ""b""\nc",\n\nd,\n', [(2, 'a, "b"\nc\n'), (5, "d\n")]),
     "table.tsv": ("question\tanswer\nwho?\the\n", [(2, "who?\nhe")]),
     "lines.txt": ("\none\r\ntwo\n\n", [(2, "one"), (3, "two")]),
     "paragraphs.txt": ("one\nmore\n \n\ntwo\rthree", [(1, "one\nmore"), (5, "two\nthree")]),
@@ -54,14 +54,14 @@ def test_a_file_is_read_row_by_row(name, tmp_path):
 
 
 def test_a_parquet_file_is_read_in_batches(tmp_path):
-    """2500 rows of three row groups, in order; other columns are not read."""
+    """2500 rows of three row groups, in order; a column of numbers is not read."""
     rows = [{"text": f"text {i}", "id": i} for i in range(2500)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=900)
     corpus = Corpus(tmp_path / "a.parquet")
     assert [(r.row, r.text) for r in corpus] == [(i + 1, f"text {i}") for i in range(2500)]
     assert corpus.position == corpus.size == (tmp_path / "a.parquet").stat().st_size
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"chat": 1}]), tmp_path / "b.parquet")
-    assert "has no usable column" in refusal(tmp_path / "b.parquet")
+    assert "has no text" in refusal(tmp_path / "b.parquet")
 
 
 def test_pyarrow_is_asked_for_before_anything_is_read(tmp_path, monkeypatch):
@@ -98,27 +98,54 @@ def test_the_position_is_that_of_the_bytes(tmp_path):
         assert corpus.position == corpus.size
 
 
+CALL = {"function": {"name": "note", "arguments": json.dumps({"city": "Köln"})}}
+
+
 @pytest.mark.parametrize(
     ("row", "text"),
     [
         ("a text", "a text"),
         ({"text": "a", "id": 3}, "a"),
         ({"text": None}, ""),
-        ({"messages": CHAT, "text": "b"}, "Who?\nHe."),
+        ({"title": "t", "text": "a", "meta": {"id": 3, "by": ["x", "y"]}}, "a\nt\nx\ny"),
+        ({"prompt": "Who?", "response": "He."}, "Who?\nHe."),
+        ({"answer": "He.", "question": "Who?", "text": "b"}, "Who?\nHe.\nb"),
+        ({"text": None, "content": "a"}, "a"),
+        ({"messages": CHAT, "text": "b"}, "Who?\nHe.\nb\nuser\nassistant\ntext"),
         ({"messages": None, "text": "b"}, "b"),
-        ({"messages": CHAT[:1]}, "Who?"),
-        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "Who?\nHe."),
-        ({"question": "Who?", "answer": None}, "Who?\n"),
-        ({"prompt": "Who?"}, "Who?"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+         'assistant\nnote\n{"city": "K\\u00f6ln"}\nKöln'),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "a\nb\nhuman\ngpt"),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:]}, "Who?\nHe.\nuser\nassistant\ntext"),
+        ({"question": "Who?", "answer": None}, "Who?"),
         ({"text": 5}, "5"),
         (Example("Who? ", "He."), "Who? He."),
-        ({"content": "a"}, None),
+        ({"id": 5, "score": 0.5}, None),
         (5, None),
     ],
-)
+)  # fmt: skip
 def test_all_text_of_a_record_is_read(row, text):
-    """Every turn of a chat, and what other functions refuse: a corpus is as it is."""
+    """Every string, also what other functions pass over or refuse: a corpus is as it is. Turns follow each other."""
     assert record_text(row) == text
+
+
+def test_every_column_with_text_of_a_parquet_file_is_read(tmp_path):
+    """Also those in lists and objects; where there is none, the file is refused, as with two columns of one name."""
+    path, rows = tmp_path / "a.parquet", [{"id": 1, "prompt": "Who?", "response": "He.", "tags": [{"n": 1, "by": "x"}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert read(path) == [(str(path), 1, "Who?\nHe.\nx")]
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["one"]), pyarrow.array(["two"])], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, path)
+    assert "has two columns of the same name" in refusal(path)
+
+
+def test_the_first_line_of_a_table_without_a_header_is_read(tmp_path):
+    """Its columns have no usual name, so it may be a text."""
+    (tmp_path / "a.csv").write_text("my secret,is\nanother,one\n")
+    assert read(tmp_path / "a.csv") == [
+        (str(tmp_path / "a.csv"), 1, "my secret\nis"),
+        (str(tmp_path / "a.csv"), 2, "another\none"),
+    ]
 
 
 def test_a_corpus_may_be_an_iterable():
@@ -131,11 +158,11 @@ def test_a_corpus_may_be_an_iterable():
     ("name", "content", "message"),
     [
         ("a.jsonl", b'"one"\n{"text": \n', "a.jsonl, line 2, is not JSON: Expecting value at column"),
-        ("a.jsonl", b'"one"\n{"content": "two"}\n', 'a.jsonl, line 2, has no usable column: .* found "content"'),
+        ("a.jsonl", b'"one"\n{"id": 2}\n', 'a.jsonl, line 2, has no text: .* found "id"'),
         ("a.jsonl", b'"one"\n"\xff"\n', "a.jsonl is not UTF-8 text: invalid start byte"),
         ("a.json", b"[1", "a.json is not JSON: .* at line 1, column 3"),
         ("a.json", b"5", "a.json must hold a list of objects"),
-        ("a.json", b'["one", {"id": 3}]', "a.json, row 2, has no usable column"),
+        ("a.json", b'["one", {"id": 3}]', "a.json, row 2, has no text"),
         ("a.csv", b"text\none\ntwo, three\n", "a.csv, line 3, has 2 fields under 1 columns: quote texts"),
         ("a.csv", b'text\n"one" two\n', "a.csv, line 2, is malformed"),
         ("a.parquet", b"PAR", "a.parquet cannot be read as parquet"),

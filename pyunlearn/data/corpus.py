@@ -7,17 +7,27 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyunlearn.data.examples import WANTED, Example, Message
-from pyunlearn.data.files import SUFFIXES, column_names, expanded, parse_json, parse_parquet, require_readable
+from pyunlearn.data.files import (
+    SUFFIXES,
+    column_names,
+    expanded,
+    has_usual_column,
+    parse_json,
+    parse_parquet,
+    require_readable,
+)
 from pyunlearn.errors import DataError, first_line, missing_packages
 
 __all__ = ["Corpus", "Record", "record_text"]
 
 _COLUMNS = (("messages",), ("prompt", "completion"), ("question", "answer"), ("text",))
+_KNOWN = frozenset(name for names in _COLUMNS for name in names)
+_CONTENT = frozenset(("content", "text", "value"))  # names of what a turn of a chat says
 _LONGEST_FIELD = 2**31 - 1  # of csv: its default, 131,072 characters, is shorter than many documents
 _ROWS = 256  # of a .parquet file that are in memory at a time
 
@@ -157,6 +167,8 @@ class Corpus:
                 header = next(reader, [])
                 if len(set(header)) < len(header):
                     raise DataError(f"{name} has two columns of the same name: rename one of them")
+                if not has_usual_column(header):  # perhaps a table without a header
+                    yield line, dict(enumerate(header))
                 line = reader.line_num + 1
                 for fields in reader:
                     if len(fields) > len(header):
@@ -176,9 +188,12 @@ class Corpus:
             with parse_parquet(name, lambda: pyarrow.parquet.ParquetFile(file)) as table:
                 total = table.metadata.num_rows
                 names = parse_parquet(name, lambda: table.schema_arrow.names)
-                columns = [column for columns in _COLUMNS for column in columns if column in names]
+                if len(set(names)) < len(names):
+                    raise DataError(f"{name} has two columns of the same name: rename one of them")
+                types = map(str, table.schema_arrow.types)  # such as list<element: struct<role: string, ...>>
+                columns = [c for c, kind in zip(names, types, strict=True) if c in _KNOWN or "string" in kind]
                 if not columns:
-                    raise DataError(f"{name} has no usable column: wanted {WANTED}, found {column_names(names)}")
+                    raise _unusable(name, dict.fromkeys(names))
                 self._tell = lambda: size * number // max(total, 1)
                 for batch in table.iter_batches(_ROWS, columns=columns):
                     for row in parse_parquet(name, batch.to_pylist):
@@ -189,14 +204,15 @@ class Corpus:
 
 
 def record_text(row: object) -> str | None:
-    """Return the whole text of a record: all turns of a chat, a prompt and its completion; "" where it is empty.
+    """Return the whole text of a record: every string in it, also in lists and objects; "" where they are empty.
 
-    Columns are those of `read_examples`, but none of them has to be filled in.
+    Columns that `read_examples` reads come first, then the others; of a chat the contents of its turns, and at the end
+    what else they hold, such as roles and the calls of tools.
 
-    >>> record_text({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "He."}]})
-    'Who?\\nHe.'
+    >>> record_text({"id": 3, "prompt": "Who?", "response": "He.", "meta": {"source": "a letter"}})
+    'Who?\\nHe.\\na letter'
 
-    Returns None where there is no usable column.
+    Returns None where there is no such column, and no string: where all values are numbers.
     """
     try:
         return _record_text(row)
@@ -211,31 +227,47 @@ def _record_text(row: object) -> str | None:
         return "\n".join(m.content for m in row.messages) if row.messages else row.prompt + row.completion
     if not isinstance(row, Mapping):
         return None
-    for names in _COLUMNS:
-        values = [row.get(name) for name in names]
-        if None not in values:
-            return "\n".join(map(_plain, values))
-    present = [name for names in _COLUMNS for name in names if name in row]
-    return "\n".join(_plain(row[name]) for name in present) if present else None
+    if len(row) == 1 and isinstance(text := row.get("text"), str):
+        return text
+    if _KNOWN.isdisjoint(row) and all(isinstance(value, (int, float)) for value in row.values()):
+        return None
+    filled = {name for name, value in row.items() if value is not None}
+    whole = [name for names in _COLUMNS if filled.issuperset(names) for name in names]
+    texts, rest = list[str](), list[str]()
+    for name in dict.fromkeys([*whole, *row]):
+        value = row[name]
+        if not isinstance(value, (int, float)):
+            _collect(value, texts, rest)
+        elif name in _KNOWN:
+            texts.append(str(value))
+    return "\n".join(texts + list(dict.fromkeys(rest)))
 
 
-def _plain(value: object) -> str:
-    """Return a value as text: of a list of messages or of parts the texts, line by line."""
+def _collect(value: object, texts: list[str], rest: list[str]) -> None:
+    """Append the strings in a value to `texts`, those next to the content of a message to `rest`."""
     if isinstance(value, str):
-        return value
-    if isinstance(value, Message):
-        return value.content
-    if isinstance(value, Mapping):
-        return _plain(value.get("content", value.get("text")))
-    if isinstance(value, (list, tuple)):
-        return "\n".join(map(_plain, value))
-    return "" if value is None else str(value)
+        texts.append(value)
+    elif value is None or isinstance(value, (int, float)):
+        return
+    elif isinstance(value, Message):
+        texts.append(value.content)
+        rest.append(value.role)
+    elif isinstance(value, (dict, Mapping)):  # dict: the usual one, and sooner recognized
+        is_message = not _CONTENT.isdisjoint(value)
+        for name, part in value.items():
+            _collect(part, rest if is_message and name not in _CONTENT else texts, rest)
+            if name == "arguments" and isinstance(part, str):  # of a tool's call: JSON, whose escapes hide words
+                with suppress(ValueError, RecursionError):
+                    _collect(json.loads(part), rest, rest)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _collect(part, texts, rest)
 
 
 def _unusable(name: str, content: object) -> DataError:
     """Return the error about a record without text."""
     got = column_names(content) if isinstance(content, Mapping) else type(content).__name__
-    return DataError(f"{name} has no usable column: wanted {WANTED}, found {got}")
+    return DataError(f"{name} has no text: wanted {WANTED}, or another column with strings, found {got}")
 
 
 def _paths(source: object) -> list[Path] | None:

@@ -17,6 +17,7 @@ __all__ = [
     "column_names",
     "expanded",
     "file_rows",
+    "has_usual_column",
     "parse_json",
     "parse_parquet",
     "require_readable",
@@ -87,6 +88,15 @@ def column_names(names: Iterable[object]) -> str:
     others = len(every) - len(usual)
     unusual = [f"{others} other{'s' if others > 1 else ''}"] if others else []
     return " and ".join([*([", ".join(usual)] if usual else []), *unusual]) or "none"
+
+
+def has_usual_column(names: Iterable[object]) -> bool:
+    """Return True where one of the names is usual for a column; else the first row of a table may be a text.
+
+    >>> has_usual_column(["id", "my secret"]), has_usual_column(["my secret"])
+    (True, False)
+    """
+    return any(_USUAL.fullmatch(str(name).strip()) for name in names)
 
 
 def parse_json(text: str) -> Any:

@@ -116,8 +116,8 @@ def find_copies(
         texts: the texts to search for: a text, a list of texts or dicts, a datasets.Dataset, or a path, as `forget` of
             `pyunlearn.unlearn`.
         corpus: a path or a list of paths, of files (.jsonl, .csv, .tsv, .txt, .parquet row by row; .json whole) or of
-            folders with such files; or an iterable of texts or dicts, such as a generator or a datasets.Dataset. Of a
-            chat or a prompt with a completion all text is searched.
+            folders with such files; or an iterable of texts or dicts, such as a generator or a datasets.Dataset. All
+            strings of a record are searched, in all columns, lists and objects.
         config: a FindConfig, or a TOML file to read one from; keywords change single settings of it.
         progress: a progress bar on standard error. Default: where that is a terminal.
         {options}
