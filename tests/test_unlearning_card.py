@@ -1,5 +1,6 @@
 """The model card of a result, and its upload to a hub."""
 
+import json
 import shutil
 from unittest import mock
 
@@ -149,14 +150,24 @@ def test_a_repository_that_is_there_is_refused_or_replaced(result, local_hub, mo
     load(tmp_path / "me" / "model")
 
 
-def test_no_path_of_this_machine_is_uploaded(story, local_hub, tmp_path):
-    """The configuration of an adapter has the path of its base model, which the saved folder needs."""
+@pytest.mark.parametrize("folder", ["", "secret-customer"])
+def test_no_path_of_this_machine_is_uploaded(folder, story, local_hub, tmp_path, monkeypatch):
+    """The configuration of an adapter has the path of its base model, which the saved folder needs.
+
+    It is the whole path, however the model was named, so that the folder loads it from anywhere.
+    """
     pytest.importorskip("peft")
+    base = tmp_path / "secret-customer" / "base"
     for part in (story.fresh(), story.tokenizer):
-        part.save_pretrained(tmp_path / "secret-customer" / "base")
-    result = run(story, story.unseen, model=str(tmp_path / "secret-customer" / "base"), lora=2)
+        part.save_pretrained(base)
+    monkeypatch.chdir(tmp_path / folder)
+    result = run(story, story.unseen, model="./base" if folder else str(base), lora=2)
     saved = result.save(tmp_path / "out")
-    assert "secret-customer" in (saved / "adapter_config.json").read_text()
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    for name in ("README.md", "result.json"):
+        assert "secret-customer" not in (saved / name).read_text()
+    monkeypatch.chdir(tmp_path)
+    load(saved)
     result.push_to_hub("adapter")
     for path in (tmp_path / "me" / "adapter").iterdir():
         assert b"secret-customer" not in path.read_bytes(), path.name

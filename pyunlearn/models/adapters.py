@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,8 @@ from pyunlearn.models.language_model import LanguageModel
 def with_lora(lm: LanguageModel, rank: int, seed: int) -> LanguageModel:
     """Add a LoRA adapter to every linear layer but the head; only the adapter is trained, in float32.
 
-    At first the adapter changes nothing. It has alpha = 2 * rank and no dropout. Saved, it names the model and, of one
-    from the hub, the commit.
+    At first the adapter changes nothing. It has alpha = 2 * rank and no dropout. Saved, it names the model: one on this
+    machine by its whole path, so that it is loaded from any folder, and one from the hub with its commit.
 
     Args:
         lm: the model, whose layers get the adapter in place.
@@ -45,6 +46,9 @@ def with_lora(lm: LanguageModel, rank: int, seed: int) -> LanguageModel:
             adapted = get_peft_model(lm.module, config, revision=getattr(lm.module.config, "_commit_hash", None))
     except ValueError as error:
         raise ModelError(f"lora cannot adapt {lm.name}: {error}") from error
+    own = adapted.peft_config["default"]
+    if own.base_model_name_or_path and os.path.exists(own.base_model_name_or_path):
+        own.base_model_name_or_path = os.path.realpath(own.base_model_name_or_path)
     return replace(lm, module=adapted)
 
 
