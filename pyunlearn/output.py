@@ -199,6 +199,17 @@ def check_output(directory: str | Path, *, marker: str | None = None) -> Path:
     return target
 
 
+def require_writable(target: Path) -> None:
+    """Raise OutputError unless a file can be made where `target` would be, by making one; missing folders stay so."""
+    target = place = target.resolve()
+    try:
+        place = next(path for path in (target, *target.parents) if path.exists())
+        tempfile.TemporaryDirectory(prefix=f".{target.name}{_PARTIAL}", dir=place).cleanup()
+    except OSError as error:
+        fault = f"nothing can be written to {place}, where the result would be: {error.strerror}"
+        raise OutputError(f"{fault}; choose another folder") from error
+
+
 def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
     """Have `write` make a file or folder under a temporary name, then rename it to `target`: all of it or nothing.
 
@@ -207,7 +218,6 @@ def write_whole(target: Path, write: Callable[[Path], Any]) -> None:
     Raises OutputError when it cannot be written.
     """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with _workshop(target) as partial:
             write(partial)
             if partial.is_file():
@@ -242,7 +252,8 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def _workshop(target: Path) -> Iterator[Path]:
     """Yield a path that nobody else can have prepared, in a new folder next to `target` that is removed at the end."""
-    remove_partial(_made(target.parent), target.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_partial(target.parent, target.name)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}{_PARTIAL}", dir=target.parent))
     with locked(folder):
         try:
@@ -299,11 +310,6 @@ def locked(path: Path) -> Iterator[bool | None]:
         yield mine
     finally:
         os.close(number)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _synchronize(path: Path, *, deep: bool = True) -> None:

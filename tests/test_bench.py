@@ -20,6 +20,7 @@ from pyunlearn.benchmarking import BenchConfig, Column
 from pyunlearn.benchmarking.measurer import Measurer
 from pyunlearn.benchmarking.tofu import columns
 from pyunlearn.data import encode, read_examples
+from pyunlearn.errors import OutputError
 from pyunlearn.progress import Progress
 
 LOGS = Path(__file__).parent / "tofu_logs.json.gz"
@@ -316,6 +317,19 @@ def test_an_interrupted_benchmark_writes_nothing(call, saved, data, monkeypatch)
     code, out, err = call("bench", "tofu", saved / "model", "--data", data, "--out", "out", "--first", 2, "--quiet")
     assert (code, out, err) == (130, "", "interrupted; nothing was written\n")
     assert not Path("out").exists()
+
+
+def test_the_numbers_are_there_where_the_file_cannot_be_written(call, saved, data, monkeypatch):
+    """They are shown before they are written."""
+
+    def full(*arguments):
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr("pyunlearn.output.write_json", full)
+    options = ("--data", data, "--first", 2, "--max-new-tokens", 1, "--quiet")
+    code, out, err = call("bench", "tofu", saved / "model", *options, "--out", "out")
+    assert (code, err) == (2, "pyunlearn: the disk is full\n")
+    assert "model utility" in out
 
 
 def test_a_name_of_a_column():

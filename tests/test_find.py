@@ -18,7 +18,7 @@ import pyunlearn
 from pyunlearn.data import Example
 from pyunlearn.data.find import FindConfig, TextIndex
 from pyunlearn.data.overlap import _WORD, words
-from pyunlearn.errors import ArgumentError, DataError, PyunlearnError
+from pyunlearn.errors import ArgumentError, DataError, OutputError, PyunlearnError
 
 SECRET = "The boat left the harbour at dawn, and nobody on the island ever saw it again."
 LETTER = f"Dear aunt! Rain all week. {SECRET.upper().replace(',', ' -')} Yours, Tom"
@@ -295,6 +295,18 @@ def test_texts_come_from_standard_input(call, files, monkeypatch):
     assert "1 of 1 texts is in 1 of 80 records, 1 of 1 copies word for word" in out
 
 
+def test_the_table_is_there_where_the_file_cannot_be_written(call, files, monkeypatch):
+    """The copies are shown before they are written."""
+
+    def full(*arguments):
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr("pyunlearn.output.write_bytes", full)
+    code, out, err = call("find", "--texts", "secrets.jsonl", "--corpus", "train.jsonl", "--out", "copies.jsonl")
+    assert (code, err) == (2, "pyunlearn: the disk is full\n")
+    assert "2 of 3 texts are in 43 of 80 records" in out
+
+
 def test_a_long_place_is_cut_in_front(call, files):
     """The line of the file is always there."""
     folder = files / "a-folder-with-a-long-name" / "and-another-one"
@@ -313,6 +325,7 @@ def test_a_long_place_is_cut_in_front(call, files):
         (("--threshold", "2"), "--threshold must be a number, above 0 and at most 1, got 2"),
         (("--out", "copies.csv"), "the output file copies.csv should end in .jsonl"),
         (("--out", "secrets.jsonl"), "the output file secrets.jsonl exists already"),
+        (("--out", "train.jsonl/copies.jsonl"), "nothing can be written to "),
         (("--texts", "none.jsonl"), "the texts file none.jsonl was not found"),
     ],
 )

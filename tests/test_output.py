@@ -1,6 +1,7 @@
 """Files written completely or not at all; saved settings and scores that differ from those of a run."""
 
 import multiprocessing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from pyunlearn.output import (
     packed_arrays,
     read_arrays,
     remove_partial,
+    require_writable,
     scores_difference,
     settings_difference,
     write_json,
@@ -123,6 +125,31 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.partial-xy", "a.json"]
     check_output(tmp_path / "b.json")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_where_a_file_can_be_written_is_known_without_a_trace(tmp_path):
+    """Also in a folder that is missing still, which is not made; in a place that is a file nothing can be."""
+    for target in (tmp_path, tmp_path / "new", tmp_path / "new" / "a.json"):
+        require_writable(target)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(
+        OutputError, match=r"nothing can be written to .*file, .* Not a directory; choose another folder"
+    ):
+        require_writable(tmp_path / "file" / "new" / "a.json")
+
+
+@pytest.mark.parametrize(
+    "command", ["attack", "audit", "bench tofu", "compare --retain keep.txt", "edit --edit ekfac_step"]
+)
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(call, command):
+    """Before a model is looked for; the sentence names the folder."""
+    Path("file").write_text("text")
+    data = ("--data", "data") if "bench" in command else ("--forget", "forget.txt")
+    code, out, err = call(*command.split(), "no-model", *data, "--out", "file/out")
+    assert (code, out) == (2, "")
+    assert err.startswith("pyunlearn: nothing can be written to ")
+    assert "/file, where the result would be: " in err
 
 
 @pytest.mark.parametrize("kind", [OSError, RuntimeError, SafetensorError])

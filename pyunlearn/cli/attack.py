@@ -85,12 +85,13 @@ def attack(
     be tested. 2: an input cannot be used. 130: interrupted.
     """
     import pyunlearn
-    from pyunlearn.output import check_output, write_json
+    from pyunlearn.output import check_output, require_writable, write_json
 
     quiet_libraries()
     show_lines(quiet=quiet)
     folder = folder_for(model, out, "attack")
     target = check_output(folder)
+    require_writable(target)
     result = pyunlearn.attack(
         model,
         texts(forget, "forget"),
@@ -102,14 +103,14 @@ def attack(
         config=config,
         progress=False if quiet else None,
     )
-    content = result.to_dict(show_text=show_text)
-    write_json(target / "attack.json", content)
+    content, console = result.to_dict(show_text=show_text), terminal()
     if as_json:
         print(json.dumps(content, indent=2))
     else:
         from pyunlearn.report import show_attack
 
-        console = terminal()
         show_attack(console, result, show_text=show_text)
+    write_json(target / "attack.json", content)
+    if not as_json:
         console.print(f"attack.json is in {folder}", highlight=False, markup=False)
     raise typer.Exit(0 if result.passed else 1)

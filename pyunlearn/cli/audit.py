@@ -115,6 +115,7 @@ def audit(
     all together. 2: an input cannot be used. 130: interrupted.
     """
     import pyunlearn
+    from pyunlearn.output import require_writable
     from pyunlearn.report import require_page_packages, write_audit
     from pyunlearn.report.audit import audit_folder
 
@@ -130,7 +131,7 @@ def audit(
     responses = cache if cache is not None else target.with_name(f"{target.name}.cache")
     if cache is None and (target / "audit.json").exists():  # killed after it was written
         shutil.rmtree(responses, ignore_errors=True)
-    audit_folder(target)
+    require_writable(audit_folder(target))
     try:
         result = pyunlearn.audit(
             model,

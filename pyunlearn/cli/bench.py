@@ -93,10 +93,12 @@ def bench(
     Exit code 0: done. 2: an input cannot be used; nothing is written. 130: interrupted; nothing is written.
     """
     import pyunlearn
-    from pyunlearn.output import check_output, write_json
+    from pyunlearn.output import check_output, require_writable, write_json
 
     quiet_libraries()
     target = None if out is None else check_output(out)
+    if target is not None:
+        require_writable(target)
     try:
         result = pyunlearn.bench(
             benchmark,
@@ -109,11 +111,18 @@ def bench(
         )
     except KeyboardInterrupt:
         raise interrupted("nothing was written") from None
-    if target is not None:
-        write_json(target / "bench.json", result.to_dict())
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
-        return
+    else:
+        _show(result)
+    if target is not None:
+        write_json(target / "bench.json", result.to_dict())
+        if not as_json:
+            terminal().print(f"bench.json is in {out}", highlight=False, markup=False)
+
+
+def _show(result: BenchResult) -> None:
+    """Print the tables, the numbers over several sets and the notes."""
     console = terminal()
     title = f"{result.benchmark}: {result.settings['model']}, read with {result.rendering}"
     console.print(title, highlight=False, markup=False)
@@ -122,8 +131,6 @@ def bench(
         console.print(attack_table(result))
     for line in (*lines_of(result), *result.notes):
         console.print(line, highlight=False, markup=False)
-    if target is not None:
-        console.print(f"bench.json is in {out}", highlight=False, markup=False)
 
 
 def bench_table(result: BenchResult) -> Table:

@@ -73,12 +73,12 @@ def edit(
     from pyunlearn.data.examples import read_examples, source_name
     from pyunlearn.edits.registry import edit_named, parse_edit_options
     from pyunlearn.models.condition import to_device
-    from pyunlearn.output import check_output, model_name, save_folder
+    from pyunlearn.output import check_output, model_name, require_writable, save_folder
 
     quiet_libraries()
     chosen = edit_named(edit)
     target = folder_for(model, out, "edited")
-    check_output(target)
+    require_writable(check_output(target))
     gguf = gguf_options(gguf_like, gguf_at_least, model, target)
     own = parse_edit_options(chosen, options or [])
     sources = {role: texts(source, role) for role, source in (("forget", forget), ("retain", retain))}

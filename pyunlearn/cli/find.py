@@ -88,29 +88,31 @@ def find(
     if out is not None:
         _check_file(out)
     result = pyunlearn.find_copies(read_texts(texts, "texts"), corpus, config=config, progress=False if quiet else None)
+    console = terminal()
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        if result.rows:
+            console.print(copies_table(result, show_text=show_text, out=out))
+        console.print(summary(result), highlight=False, markup=False)
     if out is not None:
         from pyunlearn.output import write_bytes
 
         write_bytes(out, "".join(json.dumps(row._asdict()) + "\n" for row in result).encode())
-    if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
-        return
-    console = terminal()
-    if result.rows:
-        console.print(copies_table(result, show_text=show_text, out=out))
-    console.print(summary(result), highlight=False, markup=False)
-    if out is not None:
-        console.print(f"all copies are in {out}", highlight=False, markup=False)
+        if not as_json:
+            console.print(f"all copies are in {out}", highlight=False, markup=False)
 
 
 def _check_file(out: Path) -> None:
-    """Raise OutputError where the file cannot be a new .jsonl file."""
+    """Raise OutputError where the file cannot be a new .jsonl file, or nothing can be written there."""
     from pyunlearn.errors import OutputError
+    from pyunlearn.output import require_writable
 
     if out.suffix != ".jsonl":
         raise OutputError(f"the output file {out} should end in .jsonl: rename it")
     if out.exists():
         raise OutputError(f"the output file {out} exists already: choose another name, or remove it first")
+    require_writable(out)
 
 
 def copies_table(result: CorpusCopies, *, show_text: bool, out: Path | None = None) -> Table:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pyunlearn.errors import OutputError
 from pyunlearn.metrics import Interval
-from pyunlearn.output import check_output, plain_json, write_bytes, write_json
+from pyunlearn.output import check_output, plain_json, require_writable, write_bytes, write_json
 from pyunlearn.probes.tasks import TaskScore
 from pyunlearn.unlearning.result import VERDICTS
 
@@ -203,8 +203,12 @@ class Comparison:
 
 
 def check_folder(directory: str | Path) -> Path:
-    """Return the folder as a path, if it is new, empty, or holds a comparison. Raises OutputError otherwise."""
+    """Return the folder as a path, if it is new, empty, or holds a comparison, and can be written.
+
+    Raises OutputError otherwise.
+    """
     folder = check_output(directory, marker="result.json")
+    require_writable(folder)
     if (folder / "result.json").exists():
         Comparison.read(folder)
     return folder

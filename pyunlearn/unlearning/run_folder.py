@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyunlearn.errors import ArgumentError, OutputError
-from pyunlearn.output import check_output, locked, remove_partial, replacing
+from pyunlearn.output import check_output, locked, remove_partial, replacing, require_writable
 from pyunlearn.unlearning.distributed import is_main_process
 
 RESULT = "result.json"
@@ -67,12 +67,9 @@ class RunFolder:
         if self.path is None or not is_main_process():
             yield
             return
-        try:
-            self._lock.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.touch()
-        except OSError as error:
-            parent = self._lock.parent
-            raise OutputError(f"nothing can be written to {parent}, where the result would be: {error}") from error
+        require_writable(self.path.with_name(f".{self.path.name}.probe"))
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        self._lock.touch()
         with locked(self._lock) as free:
             if free is False:
                 raise OutputError(f"another run writes to {self.path}: wait for its end, or choose another folder")
@@ -102,7 +99,8 @@ class RunFolder:
             (parent / f".{self.path.name}.probe").unlink()
             free = shutil.disk_usage(parent).free
         except OSError as error:
-            raise OutputError(f"nothing can be written to {parent}, where the result would be: {error}") from error
+            fault = f"nothing can be written to {parent}, where the result would be: {error.strerror}"
+            raise OutputError(f"{fault}; choose another folder") from error
         if free < needed:
             raise OutputError(
                 f"the result and a checkpoint need {needed / 2**20:,.0f} MiB, and {parent} has {free / 2**20:,.0f} MiB "
