@@ -1,6 +1,7 @@
 """The choice of a form of the records: chance keeps their own, memory finds the one that was trained on."""
 
 import copy
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from coverings import in_full
 
 from pyunlearn.data import read_examples
+from pyunlearn.data.redaction import masked
 from pyunlearn.data.rendering import Rendering
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer
@@ -195,5 +197,37 @@ def test_the_example_shows_the_form_and_can_be_masked(asked):
         asked
     )
     assert "<|im_start|>user\\nx<|im_end|>" in own.example_line(asked, change=lambda text: "x")
-    masked = texts.example_line(asked, change=lambda text: "x")
-    assert '"Question: x\\nAnswer: " and then, scored, "x"' in masked
+    line = texts.example_line(asked, change=lambda text: "x")
+    assert '"Question: x\\nAnswer: " and then, scored, "x"' in line
+
+
+@pytest.mark.parametrize("rows", [tiny.facts, tiny.chats])
+@pytest.mark.parametrize("template", ["chat", "plain", "none"])
+def test_the_example_shows_the_strings_that_are_scored(asked, rows, template):
+    """Of a record with "forget" these alone, as many words masked as not; no note counts its turns as scored."""
+    (record,) = rows(1, 3)
+    answer = record["answer"] if "answer" in record else record["messages"][-1]["content"]
+    secret = " ".join(answer.split()[:2])
+    examples = {"forget": read_examples([record | {"forget": secret}], role="forget")}
+    texts = render(asked, examples, template)
+    line = texts.example_line(asked)
+    assert answer in line
+    assert line.endswith(f' and scored of it: "{secret}"')
+    line = texts.example_line(asked, change=masked)
+    assert line.endswith(' and scored of it: "••• •••"')
+    words = re.findall(r"\w{4,}", answer)
+    assert words
+    assert not set(words) & set(re.findall(r"\w+", line))
+    (note,) = (note for note in texts.notes(memorized=True) if " scored" in note.lower())
+    assert note.startswith('Of one text only the strings in "forget" are scored: ')
+
+
+def test_the_masked_example_has_the_turns_that_are_scored(asked):
+    """Of a chat as lines all answers, which are not in one piece."""
+    (record,) = tiny.chats(1, 3)
+    chat = {"messages": record["messages"] * 2}
+    texts = render(asked, {"forget": read_examples([chat], role="forget", turns="assistant")}, "none")
+    answer = record["messages"][-1]["content"]
+    assert texts.example_line(asked).endswith(f' and scored of it: "{answer}", "{answer}"')
+    dots = masked(answer)
+    assert texts.example_line(asked, change=masked).endswith(f' and scored of it: "{dots}", "{dots}"')

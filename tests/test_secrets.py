@@ -124,6 +124,17 @@ def test_show_text_writes_them_and_says_so(call, folder, tmp_path):
     assert leaks((tmp_path / "new" / "result.json").read_bytes()) == WORDS
 
 
+@pytest.mark.parametrize("command", ["audit", "attack"])
+def test_show_text_shows_the_form_of_the_records(call, folder, tmp_path, command):
+    """In the log too, of what is printed before the work; and in the file."""
+    words = [command, folder / "model", "--forget", folder / "forget.jsonl", "--holdout", folder / "holdout.jsonl"]
+    own = {"audit": ["--metrics", "membership"], "attack": ["--attacks", "prefix"]}[command]
+    _, _, err = call(*words, *own, "--out", "new", "--show-text")
+    assert "form of the records: " in err
+    assert leaks(err.encode())
+    assert leaks((tmp_path / "new" / f"{command}.json").read_bytes()) == WORDS
+
+
 def test_a_cache_says_that_it_gives_texts_back(call, folder, tmp_path):
     """In the first line of its README.txt; nobody else can read it."""
     words = ["audit", folder / "model", "--forget", folder / "forget.jsonl", "--holdout", folder / "holdout.jsonl"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyunlearn.data.config import TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
+from pyunlearn.data.config import SHOW_TEXT_OPTION, TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
 from pyunlearn.models.config import WORKSPACE_OPTION
 from pyunlearn.options import Choice, Config, Number, Several, Whole, option
 
@@ -129,6 +129,7 @@ class AttackConfig(Config):
     turns: str | None = option(**TURNS_OPTION)
     truncate: bool = option(**TRUNCATE_OPTION)
     workspace: int | None = option(**WORKSPACE_OPTION)
+    show_text: bool = option(**SHOW_TEXT_OPTION)
     seed: int = option(0, Whole(0), "Seed of what is drawn: the same seed gives the same attack.")
 
     @property

@@ -160,14 +160,14 @@ def _loaded(model: Any, tokenizer: Any, config: AttackConfig) -> LanguageModel:
 def _in_best_form(
     lm: LanguageModel, examples: dict[str, list[Example]], config: AttackConfig, bar: Progress
 ) -> RenderedTexts:
-    """Return the texts in the rendering that `template` says, chosen here where it is auto; log a masked example."""
+    """Return the texts in the rendering that `template` says, chosen here where it is auto; log an example."""
     texts = render(lm, examples, config.template, truncate=config.truncate)
     if config.template == "auto" and texts.name is not None:
         bar.say("comparing forms of the records")
         with evaluation_mode(lm.module):
             score = Scorer(lm, 4 * config.batch_size).token_log_likelihood
             texts = likeliest(lm, texts, score, truncate=config.truncate)
-    if line := texts.example_line(lm, change=masked):
+    if line := texts.example_line(lm, change=str if config.show_text else masked):
         logger.info(line)
     return texts
 

@@ -144,8 +144,9 @@ class AttackResult:
         would = f"{t.tested / 20:.2g} unseen ones would (p = {self.pvalue:.1g} for the set)"
         return f"{t.returned} of {t.tested} texts stand out under {t.name}, where {would}"
 
-    def to_dict(self, *, show_text: bool = False) -> dict[str, Any]:
-        """Return all fields, ready for JSON; the texts are masked unless `show_text`."""
+    def to_dict(self, *, show_text: bool | None = None) -> dict[str, Any]:
+        """Return all fields, ready for JSON; the texts are masked unless `show_text`; None: as the attack's option."""
+        show_text = self.settings.get("show_text", False) if show_text is None else show_text
         content: dict[str, Any] = plain_json(self)
         if not show_text:
             for e in content["examples"]:

@@ -294,7 +294,7 @@ def _collect(
 def _in_best_form(
     collector: ResponseCollector, examples: dict[str, list[Example]], config: AuditConfig, who: str
 ) -> RenderedTexts:
-    """Return the texts in the rendering that `template` says, chosen here where it is auto; log a masked example.
+    """Return the texts in the rendering that `template` says, chosen here where it is auto; log an example.
 
     With scope="person" they have their other forms.
     """
@@ -304,7 +304,7 @@ def _in_best_form(
         collector.bar.say("comparing forms of the records")
         score = functools.partial(collector.token_log_likelihood, who=who)
         texts = likeliest(lm, texts, score, truncate=config.truncate)
-    if line := texts.example_line(lm, change=masked):
+    if line := texts.example_line(lm, change=str if config.show_text else masked):
         logger.info(line)
     if config.scope == "person":
         return with_forms(lm, texts, non_members_for(config.false_discovery_rate))

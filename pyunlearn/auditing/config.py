@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyunlearn.attacks.config import GATE_OPTION
-from pyunlearn.data.config import TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
+from pyunlearn.data.config import SHOW_TEXT_OPTION, TEMPLATE_OPTION, TRUNCATE_OPTION, TURNS_OPTION
 from pyunlearn.models.config import TASK_LIMIT_OPTION, TASKS_OPTION, WORKSPACE_OPTION, require_tasks_for_limit
 from pyunlearn.options import Choice, Config, Number, Several, Whole, option
 from pyunlearn.unlearning.config import MEAN_OF_NON_MEMBERS, MEMORIZED, SCOPES
@@ -65,6 +65,7 @@ class AuditConfig(Config):
     turns: str | None = option(**TURNS_OPTION)
     truncate: bool = option(**TRUNCATE_OPTION)
     workspace: int | None = option(**WORKSPACE_OPTION)
+    show_text: bool = option(**SHOW_TEXT_OPTION)
     seed: int = option(0, Whole(0), "Seed of sampling and bootstrap: the same seed gives the same audit.")
 
     def check(self) -> None:

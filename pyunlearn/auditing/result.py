@@ -241,8 +241,12 @@ class Audit:
         each = all(e.verdict in (*PASSED, UNDECIDED) for e in self.examples)
         return each and not self.exposed_together and (self.attack is None or self.attack.passed)
 
-    def to_dict(self, *, show_text: bool = False) -> dict[str, Any]:
-        """Return all fields, ready for JSON; the texts and the continuations are masked unless `show_text`."""
+    def to_dict(self, *, show_text: bool | None = None) -> dict[str, Any]:
+        """Return all fields, ready for JSON; the texts and the continuations are masked unless `show_text`.
+
+        None: as the audit's own option says.
+        """
+        show_text = self.settings.get("show_text", False) if show_text is None else show_text
         content: dict[str, Any] = plain_json(self)
         documents = [asdict(d) for d in self.documents]
         content["attack"] = None if self.attack is None else self.attack.to_dict(show_text=show_text)

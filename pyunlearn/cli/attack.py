@@ -16,7 +16,6 @@ from pyunlearn.cli.options import (
     Model,
     Quiet,
     Retain,
-    ShowText,
     Tokenizer,
     folder_for,
     texts,
@@ -62,7 +61,6 @@ def attack(
     original: Original = None,
     tokenizer: Tokenizer = None,
     out: Out = None,
-    show_text: ShowText = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -103,13 +101,13 @@ def attack(
         config=config,
         progress=False if quiet else None,
     )
-    content, console = result.to_dict(show_text=show_text), terminal()
+    content, console = result.to_dict(show_text=config.show_text), terminal()
     if as_json:
         print(json.dumps(content, indent=2))
     else:
         from pyunlearn.report import show_attack
 
-        show_attack(console, result, show_text=show_text)
+        show_attack(console, result, show_text=config.show_text)
     write_json(target / "attack.json", content)
     if not as_json:
         console.print(f"attack.json is in {folder}", highlight=False, markup=False)

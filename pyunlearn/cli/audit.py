@@ -20,7 +20,6 @@ from pyunlearn.cli.options import (
     Model,
     Quiet,
     Retain,
-    ShowText,
     Tokenizer,
     folder_for,
     texts,
@@ -92,7 +91,6 @@ def audit(
     fast: Fast = False,
     out: Out = None,
     html: Html = None,
-    show_text: ShowText = False,
     cache: Cache = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -147,10 +145,10 @@ def audit(
         )
     except KeyboardInterrupt:
         raise interrupted(f"responses are cached in {responses}: run the same command again to resume") from None
-    write_audit(result, target, html=html, show_text=show_text)
+    write_audit(result, target, html=html, show_text=config.show_text)
     if cache is None:
         shutil.rmtree(responses, ignore_errors=True)
-    _show(result, target, html, show_text, as_json)
+    _show(result, target, html, config.show_text, as_json)
     raise typer.Exit(0 if result.passed else 1)
 
 

@@ -89,14 +89,6 @@ Quiet = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel="Output", show_default=False)
 ]
-ShowText = Annotated[
-    bool,
-    typer.Option(
-        "--show-text",
-        help="Show the texts. Without it tables, JSON and page mask them, so that they can be passed on.",
-        rich_help_panel="Output",
-    ),
-]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(

@@ -111,9 +111,13 @@ class RenderedTexts:
         return notes if memorized else [*notes, self._not_memorized()]
 
     def _turns(self) -> list[str]:
-        """Return a sentence on how much of the forget set's conversations is scored; none for completions alone."""
+        """Return a sentence on how much of the forget set's conversations is scored; none for completions alone.
+
+        Those with "forget" strings are left out: no turn of them is scored whole.
+        """
         records = list(zip(self.given["forget"], self.encoded.whole, strict=True))
-        chats = [(e, t) for e, t in records if e.prompt and (e.turns != "last" or len(e.messages or ()) > 2)]
+        chats = [(e, t) for e, t in records if e.prompt and not e.forget]
+        chats = [(e, t) for e, t in chats if e.turns != "last" or len(e.messages or ()) > 2]
         if not chats:
             return []
         scored, total, turns, all_turns = 0, 0, 0, 0
@@ -159,26 +163,29 @@ class RenderedTexts:
             f"in these: {others}."
         )
 
-    def example_line(self, lm: LanguageModel, change: Callable[[str], str] = lambda text: text) -> str:
+    def example_line(self, lm: LanguageModel, change: Callable[[str], str] = str) -> str:
         """Return a line with the first forget text that has a prompt, as the model reads it; empty without one.
 
         Args:
             lm: the model.
-            change: applied to the texts before they are rendered, to mask them.
+            change: applied to the texts of the record, and to what is scored of it, to mask them.
         """
         if self.name is None:
             return ""
         first = next(e for e in self.given["forget"] if e.prompt)
         turns = first.messages and tuple(turn._replace(content=change(turn.content)) for turn in first.messages)
         masked = Example(change(first.prompt), change(first.completion), turns, turns=first.turns)
-        if masked.prompt == first.prompt and masked.completion == first.completion:
-            masked = replace(masked, forget=first.forget)
-        text = rendered_text(self.rendering.of(masked), lm.tokenizer, "the example", self.rendering.chat_template)
+        own, text = (
+            rendered_text(self.rendering.of(each), lm.tokenizer, "the example", self.rendering.chat_template)
+            for each in (first, masked)
+        )
         prompt, completion = _quoted(text.prompt), _quoted(text.completion)
-        if text.spans is not None:
-            whole, parts = _quoted(text.prompt + text.completion), ", ".join(map(_quoted, text.parts))
-            return f"form of the records: {self.name}; for example {whole} and scored of it: {parts}"
-        return f"form of the records: {self.name}; for example {prompt} and then, scored, {completion}"
+        if own.spans is None and text.spans is None:
+            return f"form of the records: {self.name}; for example {prompt} and then, scored, {completion}"
+        # where dots hide what is scored, these are its true parts
+        parts = text.parts if not first.forget and len(text.parts) == len(own.parts) else map(change, own.parts)
+        whole, scored = _quoted(text.prompt + text.completion), ", ".join(map(_quoted, parts))
+        return f"form of the records: {self.name}; for example {whole} and scored of it: {scored}"
 
 
 def _quoted(text: str) -> str:

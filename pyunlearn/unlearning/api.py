@@ -268,7 +268,7 @@ def _in_best_form(
         bar.say("comparing forms of the records")
         scorer = Scorer(lm, 2 * config.batch_size, autocast=accelerator.autocast, processes=processes)
         texts = likeliest(lm, texts, scorer.token_log_likelihood, truncate=config.truncate)
-    change = (lambda text: text) if config.show_text else masked
+    change = str if config.show_text else masked
     if processes.is_main and (line := texts.example_line(lm, change=change)):
         logger.info(line)
     if config.scope == "person":
