@@ -225,6 +225,8 @@ def test_a_settings_file_that_cannot_be_used_is_refused(call, seen, tmp_path):
         ('\ufeff["one", "two"]', ["one", "two"]),
         ("\ufeffone\n", ["one"]),
         ("one\ntwo\n", ["one", "two"]),
+        ("one\nline\n\ntwo\n", ["one\nline", "two"]),
+        ('{"text": "one\\n\\ntwo"}\n', ["one\n\ntwo"]),
         ('"Hello," she said.\n', ['"Hello," she said.']),
         ("[INST] who? [/INST]\n", ["[INST] who? [/INST]"]),
         ("[1] A footnote.\n", ["[1] A footnote."]),
