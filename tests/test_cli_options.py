@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,6 +210,14 @@ def test_a_settings_file_that_cannot_be_used_is_refused(call, seen, tmp_path):
         code, _, err = call("unlearn", "m", "--forget", "f.jsonl", "--config", file)
         assert (code, seen) == (2, {})
         assert message in err
+
+
+def test_an_interrupted_run_says_whether_there_is_a_checkpoint(call, seen):
+    """Before the first step there is none, and nothing to resume."""
+    code, _, err = call("unlearn", "m", "--forget", "f.jsonl")
+    assert (code, err) == (130, "interrupted; there is no checkpoint: run the same command again to start again\n")
+    Path("m-unlearned.checkpoint.pt").touch()
+    assert "run the same command with --resume to resume" in call("unlearn", "m", "--forget", "f.jsonl")[2]
 
 
 # ---------------------------------------------------------------- standard input

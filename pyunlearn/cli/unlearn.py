@@ -80,22 +80,23 @@ def unlearn(
     target = folder_for(model, out, "unlearned")
     adapts, merges = config.lora is not None, config.merge
     gguf = gguf_options(config.gguf_like, config.gguf_at_least, model, target, adapts=adapts, merges=merges)
-    result = pyunlearn.unlearn(
-        model,
-        texts(forget, "forget"),
-        retain=texts(retain, "retain"),
-        holdout=texts(holdout, "holdout"),
-        tokenizer=tokenizer,
-        reference_model=reference_model,
-        config=config,
-        output_dir=target,
-        resume=resume,
-        progress=False if quiet else None,
-    )
+    try:
+        result = pyunlearn.unlearn(
+            model,
+            texts(forget, "forget"),
+            retain=texts(retain, "retain"),
+            holdout=texts(holdout, "holdout"),
+            tokenizer=tokenizer,
+            reference_model=reference_model,
+            config=config,
+            output_dir=target,
+            resume=resume,
+            progress=False if quiet else None,
+        )
+    except KeyboardInterrupt:
+        raise _interrupted(target) from None
     if result.stopped == "interrupted":
-        if target.with_name(f"{target.name}.checkpoint.pt").exists():
-            raise interrupted(f"the checkpoint is next to {target}: run the same command with --resume to resume")
-        raise interrupted("no checkpoint could be written: run the same command again to start again")
+        raise _interrupted(target)
     report = write_gguf_file(gguf, result.model, result.tokenizer, label="unlearned", quiet=quiet)
     if os.environ.get("RANK", "0") != "0":  # of several processes, the main process prints
         pass
@@ -118,3 +119,10 @@ def unlearn(
             console.print(hint, highlight=False, markup=False)
         show_gguf(console, report, gguf, audit_options(model, forget, holdout, tokenizer), measured=True)
     raise typer.Exit(0 if result.passed else 1)
+
+
+def _interrupted(target: Path) -> typer.Exit:
+    """Return the exception that ends an interrupted run, after a sentence on its checkpoint, if there is one."""
+    if target.with_name(f"{target.name}.checkpoint.pt").exists():
+        return interrupted(f"the checkpoint is next to {target}: run the same command with --resume to resume")
+    return interrupted("there is no checkpoint: run the same command again to start again")

@@ -308,7 +308,8 @@ def _example(row: object, where: str) -> Example:
         if first in present:
             raise _unanswered(first, second, where)
     filled, empty = (column_names(key for key in row if (key in present) is full) for full in (True, False))
-    columns = filled if present or not row else f"only empty ones: {empty}"
+    mend = f'{filled}; rename the column of the text to "text"'
+    columns = mend if present else f"only empty ones: {empty}" if row else "none"
     raise DataError(f"{where} has no usable column: wanted {WANTED}, found {columns}")
 
 

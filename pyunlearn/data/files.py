@@ -80,11 +80,11 @@ def column_names(names: Iterable[object]) -> str:
 
     A table without a header has its first text in place of them.
 
-    >>> column_names(["Title", "my secret"])
-    '"Title" and 1 other'
+    >>> column_names([" Title ", "my secret"])
+    '" Title " and 1 other'
     """
     every = [str(name) for name in names]
-    usual = [f'"{name}"' for name in every if _USUAL.fullmatch(name)]
+    usual = [f'"{name}"' for name in every if _USUAL.fullmatch(name.strip())]
     others = len(every) - len(usual)
     unusual = [f"{others} other{'s' if others > 1 else ''}"] if others else []
     return " and ".join([*([", ".join(usual)] if usual else []), *unusual]) or "none"
