@@ -5,12 +5,13 @@ import copy
 import pytest
 import tiny
 import torch
+from architectures import CAUSAL, made
 from test_edits import adapted, check_undone, gpt2, llama, narrow, same, weights
 from test_edits_masks import check_held, run
 from transformers.pytorch_utils import Conv1D
 
 from pyunlearn.data import encode, read_examples
-from pyunlearn.edits import prune
+from pyunlearn.edits import ekfac_step, prune
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,3 +214,26 @@ def test_adapters_and_broken_models_are_refused_and_frozen_layers_left_alone():
     with pytest.raises(TrainingError, match="that are infinite or NaN"):
         prune(model, retain=rows, score="wanda", tokenizer=tokenizer)
     assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "olmoe"])
+@pytest.mark.parametrize("edit", [prune, ekfac_step])
+def test_no_expert_is_left_out_silently(edit, kind):
+    """Experts with layers of their own are edited; where one parameter stacks them, the edit names it and refuses."""
+    tokenizer, _, rows = llama()
+    model = made(CAUSAL[kind])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    before = weights(model)
+    stacked = [name for name, p in model.named_parameters() if p.dim() == 3]
+    options = {"retain": rows[2:], "tokenizer": tokenizer, "progress": False}
+    if stacked:
+        with pytest.raises(ModelError, match=rf"{stacked[0]} \(4, .* stacks those of several experts .* fisher_step"):
+            edit(model, rows[:2], **options)
+        assert same(weights(model), before)
+        for name in stacked:
+            model.get_parameter(name).requires_grad_(False)
+    edited = edit(model, rows[:2], **options)
+    reached = {*edited.changed, *edited.diagnostics["unread"]}
+    experts = [name for name, p in model.named_parameters() if "experts" in name and p.requires_grad]
+    assert bool(experts) != bool(stacked)
+    assert {*experts, *(name for name in before if "self_attn" in name and "_proj" in name)} <= reached

@@ -59,9 +59,9 @@ def ekfac_step(
         the layers that saw no token or no gradient and are left unchanged.
 
     Raises:
-        ArgumentError: no retain, or an option out of range. ModelError: no linear layer in a block is trainable.
-        TrainingError: a factor is not finite. DataError: as in `pyunlearn.unlearn`. After an error the weights are the
-        original ones.
+        ArgumentError: no retain, or an option out of range. ModelError: no linear layer in a block is trainable, or
+            a parameter stacks those of experts (Mixtral and others since transformers 5). TrainingError: a factor is
+            not finite. DataError: as in `pyunlearn.unlearn`. After an error the weights are the original ones.
 
     Source: Grosse et al. 2023, arXiv 2308.03296, section 2.2 and appendix A (damping); George et al. 2018,
     arXiv 1806.03884.

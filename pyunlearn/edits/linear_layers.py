@@ -15,6 +15,8 @@ from pyunlearn.edits.base import Editing
 from pyunlearn.errors import ModelError
 from pyunlearn.models.inspection import is_matrix
 
+_BLOCK = re.compile(r"(.*?\.\d+)\.")
+
 
 class LinearLayer(NamedTuple):
     """A trainable linear layer: y = W x (+ bias), W (out, in)."""
@@ -41,20 +43,40 @@ class LinearLayer(NamedTuple):
 def layers_of(edit: Editing) -> list[LinearLayer]:
     """Return the trainable linear layers of the numbered blocks, in the order of the model.
 
-    Head, embeddings and everything outside the blocks are left out. Raises ModelError where none is trainable.
+    Head, embeddings and everything outside the blocks are left out. Raises ModelError where none is trainable, and for
+    a trainable parameter that stacks the matrices of experts: no layer reads it, so it would be left out silently.
     """
     layers = []
     for name, module in edit.model.named_modules():
-        block = re.match(r"(.*?\.\d+)\.", f"{name}.")
+        block = _BLOCK.match(f"{name}.")
         weight = f"{name}.weight"
         if is_matrix(module) and block and weight in edit.parameters:
             layers.append(LinearLayer(weight, module, block[1], type(module) is not nn.Linear))
+    linear = {layer.name for layer in layers}
+    if stacked := next((n for n, p in edit.parameters.items() if n not in linear and _stacks_experts(n, p)), None):
+        raise ModelError(
+            f"{edit.name} works on linear layers, and {stacked} {tuple(edit.parameters[stacked].shape)} stacks those "
+            "of several experts in one parameter: take an edit of all weights, such as fisher_step, or set "
+            "requires_grad to False on the experts to edit the other layers alone"
+        )
     if not layers:
         raise ModelError(
             f"{edit.name} works on linear layers of the model's blocks, and none of them is trainable: "
             "set requires_grad on some"
         )
     return layers
+
+
+def _stacks_experts(name: str, p: Tensor) -> bool:
+    """Return True for a parameter in a block that holds a matrix for each expert: in three dimensions, in DBRX in two.
+
+    >>> _stacks_experts("layers.0.mlp.experts.down_proj", torch.zeros(4, 8, 6))
+    True
+    >>> _stacks_experts("layers.0.mixer.conv1d.weight", torch.zeros(8, 1, 6))
+    False
+    """
+    dimensions = sum(n > 1 for n in p.shape)
+    return bool(_BLOCK.match(name)) and (dimensions > 2 or (dimensions == 2 and "experts" in name.split(".")))
 
 
 def by_block(layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:

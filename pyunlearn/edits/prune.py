@@ -80,11 +80,12 @@ def prune(
     Returns:
         Pruned, an EditResult with `.mask`. `diagnostics`: `pruned`, weight -> number of elements set to 0; `sparsity`,
         all of them over all elements of these weights; `unread`, weights that saw no token (experts that the router
-        never chose), which are scored by magnitude.
+        never chose, where each has linear layers of its own), which are scored by magnitude.
 
     Raises:
         ArgumentError: an option out of range, or text that the score needs and that is missing. ModelError: adapters,
-            or rows that the pattern does not divide. TrainingError: inputs that are not finite. DataError: as in
+            rows that the pattern does not divide, or a parameter that stacks the matrices of experts (Mixtral and
+            others since transformers 5). TrainingError: inputs that are not finite. DataError: as in
             `pyunlearn.unlearn`. After an error the weights are the original ones.
 
     Source: Jia et al. 2023, arXiv 2304.04934 (prune, then unlearn); Sun et al. 2024, arXiv 2306.11695 (Wanda).
