@@ -56,6 +56,16 @@ def test_the_numbers_come_as_json_and_the_folder_has_a_name(edit, tmp_path):
     assert set(printed["nll_before"]) == {"forget"}
 
 
+def test_notes_are_printed_and_written(edit, tmp_path):
+    """A step that 16 bits round away is one: after the numbers, and in edit.json."""
+    words = ("--edit", "first_order_influence", "--set", "rate=1e-6", "--dtype", "bfloat16", "--out", "new")
+    code, out, err = edit(*words)
+    assert (code, err) == (0, "")
+    (note,) = json.loads((tmp_path / "new" / "edit.json").read_text())["notes"]
+    assert note.startswith("Rounding the weights to bfloat16 left 0 % of the step")
+    assert note in " ".join(out.split())
+
+
 @pytest.mark.full
 def test_a_pruned_folder_is_unlearned_with_its_zeros(call, edit, folder, tmp_path):  # noqa: F811
     """The two commands of the help, one after the other."""

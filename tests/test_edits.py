@@ -8,7 +8,16 @@ import tiny
 import torch
 
 from pyunlearn.data import encode, read_examples
-from pyunlearn.edits import dampening, selective_synaptic_dampening, task_vector
+from pyunlearn.edits import (
+    dampening,
+    ekfac_step,
+    first_order_influence,
+    fisher_step,
+    second_order_influence,
+    selective_synaptic_dampening,
+    task_vector,
+    woodfisher_step,
+)
 from pyunlearn.edits.base import Editing
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
@@ -100,6 +109,42 @@ def check_forgets(edited, trained, *, by):
     assert edited.nll_before["forget"] == pytest.approx(then[0], rel=1e-4)
     assert now[0] - then[0] > by
     assert now[1] - then[1] < (now[0] - then[0]) / 4
+
+
+# ---------------------------------------------------------------- what all share
+
+
+@pytest.mark.parametrize(
+    ("step", "short", "long"),
+    [
+        (first_order_influence, {"rate": 1e-4}, {"rate": 1.0}),
+        (second_order_influence, {"training_texts": 10**6, "max_iterations": 2}, {"training_texts": 1}),
+        (fisher_step, {"rate": 1e-8}, {"rate": 0.3}),
+        (woodfisher_step, {"rate": 1e-5, "max_iterations": 2}, {"rate": 1.0}),
+        (ekfac_step, {"rate": 1e-8}, {"rate": 1.0}),
+    ],
+)
+def test_a_step_s_norm_is_that_of_what_was_written_and_what_rounding_took_is_noted(step, short, long):
+    """In 16 bits a short step is lost in part, with a note and a warning; a long one is not, nor one in float32."""
+    tokenizer, make, rows = llama()
+    torch.manual_seed(0)
+    model = make(len(tokenizer))
+    options = {"retain": rows[2:], "tokenizer": tokenizer, "progress": False}
+
+    def norm_of(edited):
+        before, after = edited.before(), dict(edited.model.named_parameters())
+        square = sum(float((after[n].detach().double() - x.double()).square().sum()) for n, x in before.items())
+        assert edited.diagnostics["step_norm"] == pytest.approx(square**0.5, rel=1e-6)
+        edited.undo()
+        return edited
+
+    whole = norm_of(step(model, rows[:2], **options, **short))
+    assert whole.notes == norm_of(step(model.bfloat16(), rows[:2], **options, **short | long)).notes == []
+    with pytest.warns(UserWarning, match=r"^Rounding the weights to bfloat16 left \d+ % of the step .*--dtype float32"):
+        edited = norm_of(step(model, rows[:2], **options, **short))
+    assert edited.diagnostics["step_norm"] < 0.8 * whole.diagnostics["step_norm"]
+    assert edited.to_dict()["notes"] == edited.notes
+    assert len(edited.notes) == 1
 
 
 # ---------------------------------------------------------------- task vector

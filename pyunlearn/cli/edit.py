@@ -107,6 +107,7 @@ def edit(
 
     console = terminal()
     console.print(edit_table(result))
-    console.print(edit_line(result), highlight=False, markup=False)
+    for line in (edit_line(result), *result.notes):
+        console.print(line, highlight=False, markup=False)
     console.print(f"model, tokenizer and edit.json are in {target}", highlight=False, markup=False)
     show_gguf(console, report, gguf, audit_options(model, forget, None, tokenizer))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from pyunlearn.errors import ArgumentError, ModelError, TrainingError
 from pyunlearn.models.condition import require_trainable
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.scoring import Scorer, evaluation_mode
+from pyunlearn.ops._portable import to_float64
 from pyunlearn.options import Flag, Kind, Number, Whole, require
 from pyunlearn.probes.gradients import trained_parameters
 from pyunlearn.probes.long_texts import encode_texts
@@ -24,6 +25,8 @@ from pyunlearn.progress import Progress
 
 POSITIVE = Number(above=0)
 COUNT = Whole(1)
+
+_WRITTEN = 0.9  # share of a step; less is noted
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -45,6 +48,7 @@ class EditResult:
     `nll_before`   role ("forget", "retain") -> mean negative log-likelihood of its texts, nats per token
     `nll_after`    the same after the edit
     `diagnostics`  numbers particular to the edit: see the edit's docstring
+    `notes`        on the texts, and on a step that rounding took away: one sentence each, also issued as warnings
     """
 
     model: Any = field(repr=False)
@@ -53,6 +57,7 @@ class EditResult:
     nll_before: dict[str, float]
     nll_after: dict[str, float]
     diagnostics: dict[str, Any]
+    notes: list[str]
     saved: dict[str, SavedValues] = field(repr=False)
 
     @torch.no_grad()
@@ -77,6 +82,7 @@ class EditResult:
             "nll_before": self.nll_before,
             "nll_after": self.nll_after,
             "diagnostics": self.diagnostics,
+            "notes": self.notes,
             "changed": self.changed,
         }
 
@@ -127,6 +133,37 @@ def saved_difference(before: Tensor, after: Tensor) -> tuple[SavedValues, int] |
 def wide(x: Tensor) -> Tensor:
     """Return the tensor, detached, in the precision of the arithmetic: float64 stays, all else becomes float32."""
     return x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
+
+
+class Rounding:
+    """Squared length of a step, of what was written of it, and their inner product, summed over the parameters.
+
+    >>> rounding = Rounding()
+    >>> rounding.add(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0]))
+    >>> rounding.note({torch.bfloat16})[:75]
+    'Rounding the weights to bfloat16 left 36 % of the step (its norm is 3, not '
+    """
+
+    def __init__(self) -> None:
+        self.step = self.written = self.common = 0.0
+
+    def add(self, step: Tensor, written: Tensor) -> None:
+        """Add a parameter's part."""
+        step, written = to_float64(step.flatten()), to_float64(written.flatten())
+        self.step += float(step.dot(step))
+        self.written += float(written.dot(written))
+        self.common += float(step.dot(written.to(step.device)))
+
+    def note(self, dtypes: Collection[torch.dtype]) -> str | None:
+        """Return a sentence where less than 90 % of the step was written, measured along the step."""
+        if self.common >= _WRITTEN * self.step:
+            return None
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        wider = ", or edit the model in float32 (--dtype float32)" if any(d.itemsize < 4 for d in dtypes) else ""
+        return (
+            f"Rounding the weights to {names} left {100 * max(self.common, 0) / self.step:.0f} % of the step (its norm "
+            f"is {self.written**0.5:.3g}, not {self.step**0.5:.3g}): take a longer step{wider}."
+        )
 
 
 class Editing:
@@ -187,11 +224,13 @@ class Editing:
                 "load the model in one process"
             )
         self.tokens: dict[str, list[Tokens]] = {}
+        self.notes: list[str] = []
         if examples:
             encoded = encode_texts(self.lm, examples, truncate=self.config.truncate)
             self.tokens = encoded.tokens
             for note in encoded.notes:
-                warnings.warn(note, stacklevel=3)
+                self.note(note)
+        self.rounding = Rounding()
         self.saved: dict[str, SavedValues] = {}
         self.changed: dict[str, int] = {}
         self.backups: dict[str, Tensor] = {}
@@ -232,10 +271,16 @@ class Editing:
         self.backups = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def write(self, name: str, values: Tensor) -> None:
-        """Write one parameter; call it once for each. Raises TrainingError where a value is not finite."""
+    def write(self, name: str, exact: Tensor, step: Tensor | None = None) -> None:
+        """Write one parameter; call it once for each. Raises TrainingError where a value is not finite.
+
+        Args:
+            name: of the parameter.
+            exact: its new values, which are rounded to its dtype.
+            step: the change before any rounding; None: `exact` less the present values.
+        """
         p = self.parameters[name]
-        values = values.to(p.device, p.dtype)
+        values = exact.to(p.device, p.dtype)
         if not bool(torch.isfinite(values).all()):
             raise TrainingError(
                 f"{self.name} would make {name} infinite or NaN, so nothing was changed: "
@@ -245,12 +290,20 @@ class Editing:
         difference = saved_difference(before, values)
         if difference is not None:
             self.saved[name], self.changed[name] = difference
+        step = wide(exact) - wide(before).to(exact.device) if step is None else step
+        self.rounding.add(step, wide(values) - wide(before))
         p.copy_(values)
 
     def add(self, name: str, step: Tensor, factor: float) -> None:
         """Write parameter + factor * step, computed in float32 or more."""
         p = self.parameters[name]
-        self.write(name, wide(p) + factor * step.to(p.device, wide(p).dtype))
+        step = factor * step.to(p.device, wide(p).dtype)
+        self.write(name, wide(p) + step, step)
+
+    @property
+    def step_norm(self) -> float:
+        """Euclidean norm of the change of all weights, as they were written."""
+        return self.rounding.written**0.5
 
     def nll(self) -> dict[str, float]:
         """Return a dict from set ("forget", "retain") to its mean negative log-likelihood, nats per token."""
@@ -263,7 +316,16 @@ class Editing:
 
     def finish(self, **diagnostics: Any) -> EditResult:
         """Measure the texts again and return the result of the edit."""
-        return EditResult(self.model, self.name, self.changed, self.nll_before, self.nll(), diagnostics, self.saved)
+        if lost := self.rounding.note({p.dtype for p in self.parameters.values()}):
+            self.note(lost)
+        return EditResult(
+            self.model, self.name, self.changed, self.nll_before, self.nll(), diagnostics, self.notes, self.saved
+        )
+
+    def note(self, sentence: str) -> None:
+        """Add a note to the result, and issue it as a warning where the edit was called."""
+        self.notes.append(sentence)
+        warnings.warn(sentence, stacklevel=4)
 
 
 def require_optional(kind: Kind, **values: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pyunlearn.edits.base import COUNT, POSITIVE, Editing, EditResult, require_optional, wide
 from pyunlearn.edits.config import EditConfig
-from pyunlearn.edits.curvature import norm, widened
+from pyunlearn.edits.curvature import widened
 from pyunlearn.edits.fisher_information import DAMPING, NEEDS, direction, drawn_loss
 from pyunlearn.edits.linear_layers import LinearLayer, even_batches, layers_of
 from pyunlearn.errors import TrainingError
@@ -55,8 +55,8 @@ def ekfac_step(
         {options}
 
     Returns:
-        EditResult. `diagnostics`: `step_norm`, ||theta' - theta||_2, `damping`, weight -> its damping, and `unread`,
-        the layers that saw no token or no gradient and are left unchanged.
+        EditResult. `diagnostics`: `step_norm`, ||theta' - theta||_2 as the weights were written, `damping`, weight ->
+        its damping, and `unread`, the layers that saw no token or no gradient and are left unchanged.
 
     Raises:
         ArgumentError: no retain, or an option out of range. ModelError: no linear layer in a block is trainable, or
@@ -81,7 +81,7 @@ def ekfac_step(
             bases = _bases(edit, layers, samples, generator)
             read = [layer for layer in layers if layer.name in bases]
             eigenvalues = _eigenvalues(edit, read, bases, samples, generator)
-        dampings, steps = {}, []
+        dampings = {}
         unread = [layer.name for layer in layers if layer not in read]
         for layer in read:
             basis, spectrum, gradient = bases.pop(layer.name), eigenvalues.pop(layer.name), _joined(edit, layer, v)
@@ -89,10 +89,8 @@ def ekfac_step(
                 unread.append(layer.name)
                 continue
             dampings[layer.name] = DAMPING * float(spectrum.mean()) if damping is None else damping
-            step = _layer_step(layer, basis, spectrum, gradient, dampings[layer.name])
-            steps.append(step)
-            _write(edit, layer, step, rate)
-        return edit.finish(step_norm=rate * norm(steps), damping=dampings, unread=unread)
+            _write(edit, layer, _layer_step(layer, basis, spectrum, gradient, dampings[layer.name]), rate)
+        return edit.finish(step_norm=edit.step_norm, damping=dampings, unread=unread)
 
 
 def _layer_step(

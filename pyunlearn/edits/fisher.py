@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyunlearn.edits.base import COUNT, POSITIVE, Editing, EditResult, require_optional, wide
 from pyunlearn.edits.config import EditConfig
-from pyunlearn.edits.curvature import norm, widened
+from pyunlearn.edits.curvature import widened
 from pyunlearn.edits.fisher_information import DAMPING, NEEDS, direction, drawn_loss
 from pyunlearn.errors import TrainingError
 from pyunlearn.models.scoring import evaluation_mode
@@ -60,7 +60,7 @@ def fisher_step(
         {options}
 
     Returns:
-        EditResult. `diagnostics`: `step_norm`, ||theta' - theta||_2, and `damping`.
+        EditResult. `diagnostics`: `step_norm`, ||theta' - theta||_2 as the weights were written, and `damping`.
 
     Raises:
         ArgumentError: no retain, or an option out of range. TrainingError: D is 0 or not finite, and no damping is
@@ -86,9 +86,8 @@ def fisher_step(
                     f"the Fisher information on the retain texts is {damping}, and nothing was changed: give a damping"
                 )
         for name in edit.parameters:
-            step[name] /= fisher.pop(name) + damping
-            edit.add(name, step[name], rate)
-        return edit.finish(step_norm=rate * norm(list(step.values())), damping=damping)
+            edit.add(name, step.pop(name).div_(fisher.pop(name).add_(damping)), rate)
+        return edit.finish(step_norm=edit.step_norm, damping=damping)
 
 
 def _diagonal(edit: Editing, samples: int, seed: int) -> dict[str, Tensor]:

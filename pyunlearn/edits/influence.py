@@ -56,9 +56,9 @@ def first_order_influence(
         {options}
 
     Returns:
-        EditResult. `diagnostics`: `step_norm`, ||theta' - theta||_2; with retain or corrected texts also
-        `gradient_norm_before` and `gradient_norm_after`, || grad of the mean loss over both ||_2: 0 where training on
-        the corrected data has converged. It is a diagnostic, and no certificate.
+        EditResult. `diagnostics`: `step_norm`, ||theta' - theta||_2 as the weights were written; with retain or
+        corrected texts also `gradient_norm_before` and `gradient_norm_after`, || grad of the mean loss over both ||_2:
+        0 where training on the corrected data has converged. It is a diagnostic, and no certificate.
 
     Raises:
         ArgumentError: rate, or another number of corrected texts. DataError, ModelError, TrainingError: as in
@@ -74,7 +74,7 @@ def first_order_influence(
         before = _gradient_norm(edit, data, "before")
         for name, g in zip(edit.parameters, step, strict=True):
             edit.add(name, g, -rate)
-        return edit.finish(step_norm=rate * norm(step), **before, **_gradient_norm(edit, data, "after"))
+        return edit.finish(step_norm=edit.step_norm, **before, **_gradient_norm(edit, data, "after"))
 
 
 @accepts(EditConfig)
@@ -150,7 +150,7 @@ def second_order_influence(
         for name, x in zip(edit.parameters, solution.x, strict=True):
             edit.add(name, x, -1 / n)
         return edit.finish(
-            step_norm=norm(solution.x) / n,
+            step_norm=edit.step_norm,
             iterations=solution.iterations,
             converged=solution.converged,
             relative_residual=residual,

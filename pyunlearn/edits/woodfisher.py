@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyunlearn.edits.base import COUNT, POSITIVE, Editing, EditResult, require_optional, wide
 from pyunlearn.edits.config import EditConfig
-from pyunlearn.edits.curvature import norm, widened
+from pyunlearn.edits.curvature import widened
 from pyunlearn.edits.fisher_information import DAMPING, NEEDS, direction
 from pyunlearn.edits.solvers import conjugate_gradients
 from pyunlearn.errors import TrainingError
@@ -58,8 +58,8 @@ def woodfisher_step(
         {options}
 
     Returns:
-        EditResult. `diagnostics`: `step_norm`, ||theta' - theta||_2, `damping`, `iterations`, and `converged`, which
-        says that the residual came below the tolerance.
+        EditResult. `diagnostics`: `step_norm`, ||theta' - theta||_2 as the weights were written, `damping`,
+        `iterations`, and `converged`, which says that the residual came below the tolerance.
 
     Raises:
         The errors of `fisher_step`.
@@ -79,10 +79,8 @@ def woodfisher_step(
             damping = _default_damping(edit) if damping is None else damping
             spared, iterations, converged = _spared(edit, v, damping, tolerance, max_iterations)
         for name in edit.parameters:
-            v[name] = (v[name] - spared[name]) / damping
-            edit.add(name, v[name], rate)
-        step_norm = rate * norm(list(v.values()))
-        return edit.finish(step_norm=step_norm, damping=damping, iterations=iterations, converged=converged)
+            edit.add(name, v.pop(name).sub_(spared.pop(name)).div_(damping), rate)
+        return edit.finish(step_norm=edit.step_norm, damping=damping, iterations=iterations, converged=converged)
 
 
 def _default_damping(edit: Editing) -> float:
