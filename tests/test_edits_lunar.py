@@ -1,6 +1,7 @@
 """LUNAR: the closed form against the least squares of the source, and a model that has learned to decline."""
 
 import copy
+import importlib
 import random
 
 import numpy as np
@@ -29,6 +30,7 @@ _BLOCKS = {
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+module = importlib.import_module("pyunlearn.edits.lunar")
 
 
 def question(text, answer="no one."):
@@ -126,6 +128,35 @@ def test_it_is_the_least_squares_of_the_source(kind, which):
     assert edited.diagnostics["direction_norm"] == pytest.approx(np.linalg.norm(v), rel=1e-4)
     edited.undo()
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+
+
+def prompts_read(monkeypatch, model, tokenizer, forget, **options):
+    """Return the texts, decoded, at whose last token lunar reads the hidden states: first the unanswerable ones."""
+    read, last_hidden = [], module.last_hidden
+
+    def reading(edit, down, tokens):
+        read.append([tokenizer.decode(t.ids[:-1]) for t in tokens])
+        return last_hidden(edit, down, tokens)
+
+    monkeypatch.setattr(module, "last_hidden", reading)
+    lunar(model, forget, retain=RETAIN, unanswerable=["who?"], tokenizer=tokenizer, progress=False, **options)
+    return read[1]
+
+
+def test_the_prompt_of_a_long_answer_or_of_a_chat_is_read_once(monkeypatch):
+    """Not the text of an answer's second window, nor only the head of a chat of which all turns are scored."""
+    tokenizer, model = tiny.make_tokenizer(), tiny.tiny_llama(400)
+    long = " ".join(tiny.sentences(8, 3))
+    with pytest.warns(UserWarning, match="1 forget text in 2 windows"):
+        read = prompts_read(monkeypatch, model, tokenizer, [question("what is it?", long), question("who?")])
+    assert read == ["<s>what is it?\n", "<s>who?\n"]
+    tokenizer, chats = tiny.make_tokenizer(chat=True), tiny.chats(2, 3)
+    for turns in (None, "all", "last"):
+        read = prompts_read(monkeypatch, model, tokenizer, chats, turns=turns)
+        assert [text.split("\n")[1].removesuffix("<|im_end|>") for text in read] == [
+            chat["messages"][0]["content"] for chat in chats
+        ]
+        assert all(text.endswith("<|im_start|>assistant\n") for text in read)
 
 
 def unknown(count, seed):

@@ -208,7 +208,7 @@ class Editing:
         self.name = name
         self.config = EditConfig() if config is None else config
         self.show_progress = progress
-        examples = {
+        self.examples = examples = {
             role: read_examples(source, role=role, turns=self.config.turns)
             for role, source in sources.items()
             if source is not None or role == "forget"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from pyunlearn.models.hidden_states import DownProjection, blocks
 from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.ops._portable import float64_device, to_float64
 from pyunlearn.options import Choice, Text, Whole, accepts, require
+from pyunlearn.probes.long_texts import encode_texts
 
 
 @accepts(EditConfig)
@@ -98,8 +100,8 @@ def lunar(
     }
     needs = {"retain": "to know which activations must stay"}
     edit = Editing("lunar", model, sources, tokenizer, config, progress=progress, needs=needs)
-    unknown_prompts = [prompt(t) for t in edit.tokens.pop("unanswerable")]
-    forget_prompts = [prompt(t) for t in edit.tokens["forget"]]
+    unknown_prompts, forget_prompts = (prompts(edit, role) for role in ("unanswerable", "forget"))
+    del edit.tokens["unanswerable"]  # not measured
     retain_texts = [whole(t) for t in edit.tokens["retain"]]
     if layer is None:
         layer = len(blocks(edit.model)) * 22 // 32
@@ -208,6 +210,14 @@ def last_hidden(edit: Editing, down: DownProjection, tokens: Sequence[Tokens]) -
         hidden.append(down(batch)[batch.counts.cumsum(0) - 1].cpu().double())
         edit.progress.advance(len(indices))
     return torch.cat(hidden)
+
+
+def prompts(edit: Editing, role: str) -> list[Tokens]:
+    """Return the prompt of each record once, however long its answer is; of a chat all before its last turn."""
+    answers = [replace(e, turns="last", spans=(), forget=()) for e in edit.examples[role]]
+    encoded = encode_texts(edit.lm, {role: answers}, truncate=edit.config.truncate)
+    firsts = np.unique(encoded.records[role], return_index=True)[1]  # the first window of each record
+    return [prompt(encoded.tokens[role][i]) for i in firsts]
 
 
 def prompt(t: Tokens) -> Tokens:
