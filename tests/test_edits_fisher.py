@@ -6,7 +6,7 @@ import tiny
 import torch
 from coverings import grid, in_full
 from test_edits import adapted, check_undone, encoded, gpt2, llama, mean_loss, narrow, same, weights
-from test_edits_influence import ROWS, flat, small  # noqa: F401
+from test_edits_influence import ROWS, flat, mean_loss_wide, small  # noqa: F401
 from test_edits_prune import as_rows, linear_layers, t5
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -35,15 +35,6 @@ def likelihoods(model, trained, rows):
     return [float(mean_loss(model.eval(), [t])) for t in encoded(trained.tokenizer, rows)]
 
 
-def mean_loss_wide(model, tokens):
-    """Compute mean_loss without its rounding to float32."""
-    losses = []
-    for t in tokens:
-        logits = model(input_ids=torch.tensor([t.ids])).logits[0, t.first - 1 : -1]
-        losses.append(-logits.log_softmax(-1)[range(len(t.scored)), list(t.scored)].mean())
-    return torch.stack(losses).mean()
-
-
 def direction_of(model, tokenizer, forget, retain, n):
     """Return |F| / n (mean gradient over F - mean gradient over R)."""
     f, r = (gradients(model, encoded(tokenizer, rows)) for rows in (forget, retain))
@@ -59,7 +50,7 @@ def test_labels_are_drawn_from_the_model_and_their_squares_are_the_gauss_newton_
     model, tokenizer = small
     with Editing("x", model, {"retain": ROWS[2:]}, tokenizer) as edit:
         product, shapes = (
-            Curvature(edit, edit.tokens["retain"], "gauss-newton"),
+            Curvature(edit, ["retain"], "gauss-newton"),
             [p.shape for p in edit.parameters.values()],
         )
         wanted = []
@@ -87,13 +78,18 @@ def test_drawn_labels_have_the_model_s_probabilities(monkeypatch):
     counted = []
     for seed in (0, 1):
         logits.grad = None
-        fisher_information.drawn_loss(None, Batch, torch.Generator().manual_seed(seed)).backward()
+        fisher_information.drawn_loss(None, Batch, [1.0], torch.Generator().manual_seed(seed)).backward()
         p = logits.detach()[0].softmax(-1)
         labels = ((p - logits.grad * 4000**0.5) > 0.5).double()  # the gradient is (p - one hot) / sqrt(T)
         assert bool((labels.sum(1) == 1).all())
         torch.testing.assert_close(labels.mean(0), p, atol=0.03, rtol=0)
         counted.append(labels)
     assert not torch.equal(*counted)
+    whole, quarter = (
+        fisher_information.drawn_loss(None, Batch, [share], torch.Generator().manual_seed(0)).item()
+        for share in (1.0, 0.25)
+    )
+    assert quarter == pytest.approx(whole / 2)  # of a window of a quarter of a text: its square counts a quarter
 
 
 def test_a_diagonal_step_is_its_formula(small, monkeypatch):  # noqa: F811
@@ -176,7 +172,7 @@ def small_gpt2():
     return model, tokenizer, tiny.facts(7, 4)
 
 
-def fixed_loss(edit, batch, generator):
+def fixed_loss(edit, batch, shares, generator):
     """Compute drawn_loss with labels that a test knows."""
     labels = (batch.targets + 1) % 50
     log_likelihood = edit.lm.likelihood.logits(batch).log_softmax(-1)[range(len(labels)), labels]

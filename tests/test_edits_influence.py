@@ -7,7 +7,7 @@ from test_edits import adapted, check_forgets, encoded, gpt2, llama, mean_loss, 
 from torch.func import functional_call, grad, jacfwd
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyunlearn.edits import first_order_influence, second_order_influence
+from pyunlearn.edits import first_order_influence, fisher_information, second_order_influence, woodfisher
 from pyunlearn.edits.base import Editing
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.edits.curvature import Curvature
@@ -77,6 +77,15 @@ def truth(small):
     return matrices(model, encoded(tokenizer, ROWS[2:]))
 
 
+def mean_loss_wide(model, tokens):
+    """Compute mean_loss without its rounding to float32."""
+    losses = []
+    for t in tokens:
+        logits = model(input_ids=torch.tensor([t.ids])).logits[0, t.first - 1 : -1]
+        losses.append(-logits.log_softmax(-1)[range(len(t.scored)), list(t.scored)].mean())
+    return torch.stack(losses).mean()
+
+
 def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
@@ -90,7 +99,7 @@ def test_products_are_those_of_the_whole_matrix(small, truth, kind):
     model, tokenizer = small
     wanted = truth[0][kind]
     with Editing("x", model, {"forget": ROWS[2:]}, tokenizer, EditConfig(batch_size=2)) as edit:
-        product = Curvature(edit, edit.tokens["forget"], kind, damping=0.25)
+        product = Curvature(edit, ["forget"], kind, damping=0.25)
         shapes = [p.shape for p in edit.parameters.values()]
         for e, column in list(zip(torch.eye(len(wanted), dtype=torch.float64), wanted, strict=True))[::7]:
             vector = [part.view(s) for part, s in zip(e.split([s.numel() for s in shapes]), shapes, strict=True)]
@@ -129,6 +138,82 @@ def test_solvers_solve():
         conjugate_gradients(
             lambda v: [x * torch.nan for x in v], list(b.split([2, 4])), tolerance=1e-3, max_iterations=9
         )
+
+
+# ---------------------------------------------------------------- texts longer than the context
+
+LONG = " ".join(ROWS[:4])
+
+
+@pytest.fixture
+def short_context(small, monkeypatch):
+    """The small model and its tokenizer, with a context of half the tokens of LONG."""
+    model, tokenizer = small
+    monkeypatch.setattr(model.config, "max_position_embeddings", len(tokenizer(LONG)["input_ids"]) // 2)
+    return model, tokenizer
+
+
+def flat_gradient(model, loss):
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Longer than the")
+def test_each_record_counts_once_however_many_windows_it_has(short_context):
+    """In mean gradients, losses, products, the direction of the Fisher steps and WoodFisher's matrix: by its tokens."""
+    model, tokenizer = short_context
+    sources = {"forget": [LONG], "retain": [ROWS[4], LONG, ROWS[5]]}
+    with Editing("x", model, sources, tokenizer, EditConfig(batch_size=2)) as edit:
+        windows = edit.tokens["forget"]
+        shares = torch.tensor([len(t.scored) for t in windows], dtype=torch.float64)
+        shares /= shares.sum()
+        assert len(windows) >= 3
+        assert (edit.count("forget"), edit.count("retain"), edit.count("forget", "none")) == (1, 3, 1)
+        each = [flat_gradient(model, mean_loss_wide(model, [t])) for t in windows]
+        long, *others = (
+            shares @ torch.stack(each),
+            *(flat_gradient(model, mean_loss_wide(model, encoded(tokenizer, [row]))) for row in ROWS[4:6]),
+        )
+        wanted = {
+            ("forget",): long,
+            ("retain",): (long + sum(others)) / 3,
+            ("forget", "retain"): (2 * long + sum(others)) / 4,
+        }
+        for roles, mean in wanted.items():
+            computed = torch.cat([g.flatten() for g in edit.gradient(*roles).values()]).double()
+            torch.testing.assert_close(computed, mean, rtol=1e-4, atol=1e-6)
+        v = fisher_information.direction(edit, None)
+        computed = torch.cat([g.flatten() for g in v.values()])
+        torch.testing.assert_close(computed, (long - wanted["retain",]) / 4, rtol=1e-4, atol=1e-6)
+        nll = sum(share * float(mean_loss_wide(model, [t]).detach()) for share, t in zip(shares, windows, strict=True))
+        assert edit.nll_before["forget"] == pytest.approx(float(nll), rel=1e-5)
+
+        vector = [torch.ones_like(p) for p in edit.parameters.values()]
+        both, one, three = (
+            torch.cat([x.flatten() for x in Curvature(edit, roles, "gauss-newton")(vector)])
+            for roles in (("forget", "retain"), ("forget",), ("retain",))
+        )
+        torch.testing.assert_close(both, (one + 3 * three) / 4, rtol=1e-5, atol=1e-7)
+        rows = torch.stack([*(share**0.5 * g for share, g in zip(shares, each, strict=True)), *others])
+        combined = woodfisher._combined(edit, woodfisher._inner(edit, v))
+        wanted_product = rows.T @ (rows @ computed)
+        torch.testing.assert_close(
+            torch.cat([x.flatten() for x in combined.values()]), wanted_product, rtol=1e-3, atol=1e-7
+        )
+        assert woodfisher._default_damping(edit) == pytest.approx(0.1 * float((rows**2).sum()) / 9, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Longer than the")
+@pytest.mark.parametrize("step", [first_order_influence, second_order_influence])
+def test_corrected_texts_are_counted_by_record(short_context, step):
+    """One may have more windows than its forget text or fewer; a missing one is counted in records."""
+    model, tokenizer = short_context
+    options = {"retain": ROWS[2:4], "tokenizer": tokenizer, "progress": False}
+    step(model, [LONG, ROWS[0]], corrected=[ROWS[1], ROWS[2]], **options).undo()
+    step(model, [ROWS[0]], corrected=[LONG], **options).undo()
+    with pytest.raises(ArgumentError, match=r"for each of the 2 forget records, in their order, got 1$"):
+        step(model, [LONG, ROWS[0]], corrected=[LONG], **options)
 
 
 # ---------------------------------------------------------------- the steps
@@ -233,7 +318,7 @@ def test_steps_that_cannot_be_are_refused_and_nothing_is_changed(small):
         ({"retain": None}, ArgumentError, "pass retain="),
         ({"solver": "gmres"}, ArgumentError, "solver must be one of cg, lissa"),
         ({"damping": -1.0}, ArgumentError, "damping must be a number, 0 or more"),
-        ({"corrected": ROWS[:1]}, ArgumentError, "a text for each of the 2 forget texts"),
+        ({"corrected": ROWS[:1]}, ArgumentError, "a text for each of the 2 forget records"),
         ({"solver": "lissa", "scale": 1e-3, "damping": 0.5}, TrainingError, "take a larger damping or scale"),
     ):
         with pytest.raises(error, match=message):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyunlearn.data import TokenBatch, Tokens, read_examples
@@ -19,7 +22,7 @@ from pyunlearn.models.language_model import LanguageModel, require_model, requir
 from pyunlearn.models.scoring import Scorer, evaluation_mode
 from pyunlearn.ops._portable import to_float64
 from pyunlearn.options import Flag, Kind, Number, Whole, require
-from pyunlearn.probes.gradients import trained_parameters
+from pyunlearn.probes.gradients import mean_gradient, trained_parameters
 from pyunlearn.probes.long_texts import encode_texts
 from pyunlearn.progress import Progress
 
@@ -45,7 +48,7 @@ class EditResult:
     `model`        the edited model: the object passed in, or the one loaded from a path
     `edit`         the name of the edit
     `changed`      parameter name -> number of its elements whose bits differ from before
-    `nll_before`   role ("forget", "retain") -> mean negative log-likelihood of its texts, nats per token
+    `nll_before`   role ("forget", "retain") -> mean over its texts of their negative log-likelihood, nats per token
     `nll_after`    the same after the edit
     `diagnostics`  numbers particular to the edit: see the edit's docstring
     `notes`        on the texts, and on a step that rounding took away: one sentence each, also issued as warnings
@@ -224,10 +227,12 @@ class Editing:
                 "load the model in one process"
             )
         self.tokens: dict[str, list[Tokens]] = {}
+        self.shares: dict[str, list[float]] = {}
         self.notes: list[str] = []
         if examples:
             encoded = encode_texts(self.lm, examples, truncate=self.config.truncate)
             self.tokens = encoded.tokens
+            self.shares = {role: shares_of(tokens, encoded.records[role]) for role, tokens in self.tokens.items()}
             for note in encoded.notes:
                 self.note(note)
         self.rounding = Rounding()
@@ -265,6 +270,25 @@ class Editing:
     def batches(self, tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], TokenBatch]]:
         """Yield (indices into `tokens`, their batch on the model's device), `config.batch_size` texts at a time."""
         return self.scorer.batches(tokens)
+
+    def count(self, *roles: str) -> int:
+        """Return the number of records of the roles, those of a role without texts being none."""
+        return round(math.fsum(share for role in roles for share in self.shares.get(role, ())))
+
+    def gradient(self, *roles: str) -> dict[str, Tensor]:
+        """Return name -> mean over the roles' records of the gradient of the NLL per token, float32.
+
+        A long text that is read in windows counts once.
+        """
+        tokens = [t for role in roles for t in self.tokens.get(role, ())]
+        shares = [share for role in roles for share in self.shares.get(role, ())]
+        return mean_gradient(
+            self.model,
+            tokens,
+            weights=None if len(tokens) == self.count(*roles) else shares,
+            batch_size=self.config.batch_size,
+            workspace=self.config.workspace,
+        )
 
     def back_up(self) -> None:
         """Copy all trainable parameters to main memory: for an edit during which other code changes the weights."""
@@ -306,12 +330,13 @@ class Editing:
         return self.rounding.written**0.5
 
     def nll(self) -> dict[str, float]:
-        """Return a dict from set ("forget", "retain") to its mean negative log-likelihood, nats per token."""
+        """Return a dict from set ("forget", "retain") to the mean over its records of their NLL, nats per token."""
         means = {}
         with evaluation_mode(self.model):
             for role, tokens in self.tokens.items():
                 per_text = [float(x.mean()) for x in self.scorer.token_log_likelihood(tokens)]
-                means[role] = -sum(per_text) / len(tokens)
+                weighted = (share * x for share, x in zip(self.shares[role], per_text, strict=True))
+                means[role] = -sum(weighted) / self.count(role)
         return means
 
     def finish(self, **diagnostics: Any) -> EditResult:
@@ -336,6 +361,17 @@ def require_optional(kind: Kind, **values: Any) -> None:
     pyunlearn.errors.ArgumentError: passes must be a whole number, 1 or more, got 0
     """
     require(kind, **{name: value for name, value in values.items() if value is not None})
+
+
+def shares_of(tokens: Sequence[Tokens], records: Sequence[int] | NDArray[np.integer]) -> list[float]:
+    """Return for each text its share of the scored tokens of its record: 1 where that is read at once.
+
+    >>> shares_of([Tokens((5, 6, 7, 8), 1), Tokens((8, 9), 1), Tokens((5, 6), 1)], [0, 0, 1])
+    [0.75, 0.25, 1.0]
+    """
+    scored = [len(t.scored) for t in tokens]
+    totals = np.bincount(records, weights=scored)
+    return [n / float(totals[record]) for n, record in zip(scored, records, strict=True)]
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:

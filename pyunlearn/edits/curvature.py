@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyunlearn.data import TokenBatch, Tokens
+from pyunlearn.data import TokenBatch
 from pyunlearn.edits.base import Editing, wide
 from pyunlearn.models.scoring import evaluation_mode
 from pyunlearn.ops._portable import on_one_device, to_float64
@@ -26,31 +27,33 @@ class Curvature:
     from two backward passes through a batch's own logits (n, V).
     """
 
-    def __init__(self, edit: Editing, tokens: Sequence[Tokens], kind: str, damping: float = 0.0) -> None:
-        self.edit, self.tokens, self.kind, self.damping = edit, tokens, kind, damping
+    def __init__(self, edit: Editing, roles: Sequence[str], kind: str, damping: float = 0.0) -> None:
+        self.edit, self.kind, self.damping = edit, kind, damping
+        self.tokens = [t for role in roles for t in edit.tokens.get(role, ())]
+        self.shares = [share for role in roles for share in edit.shares.get(role, ())]
 
     def __call__(self, vector: Vector) -> Vector:
         """Return the product over all texts."""
-        return self._product(self.tokens, vector)
+        return self.of_part(range(len(self.tokens)), vector)
 
-    def parts(self) -> list[Sequence[Tokens]]:
-        """Return the texts in batches of similar length."""
-        order, size = sorted(self.tokens, key=lambda t: -len(t)), self.edit.config.batch_size
+    def parts(self) -> list[Sequence[int]]:
+        """Return the indices of the texts in batches of similar length."""
+        order, size = sorted(range(len(self.tokens)), key=lambda i: -len(self.tokens[i])), self.edit.config.batch_size
         return [order[at : at + size] for at in range(0, len(order), size)]
 
-    def of_part(self, part: Sequence[Tokens], vector: Vector) -> Vector:
-        """Return the product over one batch, as an estimate of the product over all texts."""
-        return self._product(part, vector)
-
-    def _product(self, tokens: Sequence[Tokens], vector: Vector) -> Vector:
+    def of_part(self, part: Sequence[int], vector: Vector) -> Vector:
+        """Return the product over the texts at some indices; over one batch it estimates that over all texts."""
+        tokens, shares = [self.tokens[i] for i in part], [self.shares[i] for i in part]
+        records = math.fsum(shares)
         parameters = list(self.edit.parameters.values())
         totals = [self.damping * v for v in vector]
         product = _gauss_newton if self.kind == "gauss-newton" else _hessian
         # the fused attention kernels have no second derivative
         with evaluation_mode(self.edit.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            for _, batch in self.edit.batches(tokens):
+            for indices, batch in self.edit.batches(tokens):
                 logits = wide_logits(self.edit, batch)
-                weights = 1 / (batch.counts[batch.example].to(logits.dtype) * len(tokens))
+                share = torch.tensor([shares[i] for i in indices]).to(logits)[batch.example]  # (n,)
+                weights = share * (1 / (batch.counts[batch.example].to(logits.dtype) * records))
                 parts = product(logits, batch.targets, weights, parameters, vector)
                 for total, part in zip(totals, parts, strict=True):
                     if part is not None:

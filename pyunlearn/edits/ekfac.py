@@ -155,7 +155,7 @@ def _eigenvalues(
 ) -> dict[str, Tensor]:
     """Return a dict from weight to its EK-FAC eigenvalues Lambda, (out, in), or (out, in + 1) with a bias."""
     spectra: dict[str, Tensor] = {}
-    count = samples * len(edit.tokens["retain"])
+    count = samples * edit.count("retain")
 
     def take(layer: LinearLayer, a: Tensor, g: Tensor) -> None:
         q_a, q_s = bases[layer.name]
@@ -190,7 +190,8 @@ def _backward(
         with evaluation_mode(edit.model), visited(edit.parameters, lambda *_: None):
             for _ in range(samples):
                 for indices, batch in even_batches(edit, edit.tokens["retain"]):
-                    drawn_loss(edit, batch, generator).backward()  # type: ignore[no-untyped-call]
+                    shares = [edit.shares["retain"][i] for i in indices]
+                    drawn_loss(edit, batch, shares, generator).backward()  # type: ignore[no-untyped-call]
                     edit.progress.advance(len(indices))
     finally:
         for handle in handles:

@@ -92,16 +92,16 @@ def fisher_step(
 
 def _diagonal(edit: Editing, samples: int, seed: int) -> dict[str, Tensor]:
     """Return name -> the part of D that belongs to the parameter."""
-    tokens, generator = edit.tokens["retain"], torch.Generator().manual_seed(seed)
+    tokens, shares, generator = edit.tokens["retain"], edit.shares["retain"], torch.Generator().manual_seed(seed)
     diagonal = {name: torch.zeros_like(p, dtype=wide(p).dtype) for name, p in edit.parameters.items()}
 
     def visit(name: str, gradient: Tensor) -> None:
-        diagonal[name].addcmul_(gradient, gradient, value=1 / (len(tokens) * samples))
+        diagonal[name].addcmul_(gradient, gradient, value=1 / (edit.count("retain") * samples))
 
     edit.progress.begin("Fisher information", len(tokens) * samples)
     with evaluation_mode(edit.model), visited(edit.parameters, visit):
         for _ in range(samples):
-            for _, batch in edit.lm.batches(tokens, 1):  # one text each: a square of a sum is no sum of squares
-                drawn_loss(edit, batch, generator).backward()  # type: ignore[no-untyped-call]
+            for (i,), batch in edit.lm.batches(tokens, 1):  # one text each: a square of a sum is no sum of squares
+                drawn_loss(edit, batch, [shares[i]], generator).backward()  # type: ignore[no-untyped-call]
                 edit.progress.advance(1)
     return diagonal

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,6 @@ from pyunlearn.data import TokenBatch
 from pyunlearn.edits.base import Editing, wide
 from pyunlearn.edits.curvature import wide_logits
 from pyunlearn.ops._portable import to_float64
-from pyunlearn.probes.gradients import mean_gradient
 
 DAMPING = 0.1
 """Default damping, as a multiple of the mean eigenvalue."""
@@ -25,21 +26,18 @@ def direction(edit: Editing, training_texts: int | None) -> dict[str, Tensor]:
     number of forget and retain texts. H^-1 v is the Newton step from the minimum of the loss over all texts to the
     minimum without the forget texts; subtracting the retain gradient corrects for a model that is not at its minimum.
     """
-    forget, retain = edit.tokens["forget"], edit.tokens["retain"]
-    factor = len(forget) / (training_texts or len(forget) + len(retain))
-    on_forget, on_retain = (
-        mean_gradient(edit.model, tokens, batch_size=edit.config.batch_size, workspace=edit.config.workspace)
-        for tokens in (forget, retain)
-    )
+    factor = edit.count("forget") / (training_texts or edit.count("forget", "retain"))
+    on_forget, on_retain = edit.gradient("forget"), edit.gradient("retain")
     return {
         name: (factor * (on_forget[name] - on_retain[name])).to(wide(p).dtype) for name, p in edit.parameters.items()
     }
 
 
-def drawn_loss(edit: Editing, batch: TokenBatch, generator: torch.Generator) -> Tensor:
+def drawn_loss(edit: Editing, batch: TokenBatch, shares: Sequence[float], generator: torch.Generator) -> Tensor:
     """Return the sum over texts of 1 / sqrt(T) times the NLL of labels drawn from the model; differentiable.
 
-    T is the number of scored tokens of the text. The mean square of the gradient for one text is the diagonal of the
+    T is the number of scored tokens of the text, of a window that of its record; `shares`, (b,), are those of the texts
+    in their records. The mean square of the gradient for one text is the diagonal of the
     true Fisher information of that text's NLL per token, which is its Gauss-Newton matrix: labels of different tokens
     are drawn independently, so their mixed terms are 0 on average. The labels of the text instead would give the
     "empirical" Fisher information, which is another matrix.
@@ -50,4 +48,5 @@ def drawn_loss(edit: Editing, batch: TokenBatch, generator: torch.Generator) -> 
     labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(max=logits.shape[1] - 1)
     labels = labels.to(logits.device)
     log_likelihood = logits.log_softmax(-1).gather(1, labels)[:, 0]  # (n,)
-    return -(log_likelihood * batch.counts[batch.example].to(log_likelihood.dtype).rsqrt()).sum()
+    root = torch.tensor(shares).to(log_likelihood).sqrt()[batch.example]  # (n,)
+    return -(log_likelihood * (root * batch.counts[batch.example].to(log_likelihood.dtype).rsqrt())).sum()

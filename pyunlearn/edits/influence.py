@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from pyunlearn.data import Tokens
 from pyunlearn.edits.base import COUNT, POSITIVE, Editing, EditResult, require_optional, wide
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.edits.curvature import Curvature, Vector, largest_eigenvalue, norm, widened
 from pyunlearn.edits.solvers import Solution, conjugate_gradients, lissa
 from pyunlearn.errors import ArgumentError
 from pyunlearn.options import Choice, Number, accepts, require
-from pyunlearn.probes.gradients import mean_gradient
 
 _DAMPING = 0.01  # times the largest eigenvalue, where none is given
 _POWER_ITERATIONS = 8
+_DATA = ("retain", "corrected")  # roles of what training on the corrected data would see
 
 
 @accepts(EditConfig)
@@ -39,8 +35,8 @@ def first_order_influence(
 
         G = sum over i of [ grad l(corrected_i) - grad l(forget_i) ],   theta' = theta - rate G
 
-    l is a text's NLL per token. Without `corrected` its term is left out: one step of gradient ascent on the forget
-    set. Nothing is random: `seed` has no effect.
+    l is a text's NLL per token; a long text counts once, over all its windows. Without `corrected` its term is left
+    out: one step of gradient ascent on the forget set. Nothing is random: `seed` has no effect.
 
     Args:
         model: a transformers language model, or a path; changed in place. With adapters (PEFT) only these change.
@@ -70,11 +66,11 @@ def first_order_influence(
     require(POSITIVE, rate=rate)
     sources = {"forget": forget, "retain": retain, "corrected": corrected}
     with Editing("first_order_influence", model, sources, tokenizer, config, progress=progress) as edit:
-        data, step = _corrected_data(edit), _difference(edit)
-        before = _gradient_norm(edit, data, "before")
+        _require_corrected(edit)
+        step, before = _difference(edit), _gradient_norm(edit, "before")
         for name, g in zip(edit.parameters, step, strict=True):
             edit.add(name, g, -rate)
-        return edit.finish(step_norm=edit.step_norm, **before, **_gradient_norm(edit, data, "after"))
+        return edit.finish(step_norm=edit.step_norm, **before, **_gradient_norm(edit, "after"))
 
 
 @accepts(EditConfig)
@@ -138,11 +134,11 @@ def second_order_influence(
     require_optional(COUNT, training_texts=training_texts)
     sources, needs = {"forget": forget, "retain": retain, "corrected": corrected}, {"retain": "for the curvature"}
     with Editing("second_order_influence", model, sources, tokenizer, config, progress=progress, needs=needs) as edit:
-        data = _corrected_data(edit)
-        n = training_texts or len(data)
+        _require_corrected(edit)
+        n = training_texts or edit.count(*_DATA)
         with widened(edit.model):
-            step, before = _difference(edit), _gradient_norm(edit, data, "before")
-            h = Curvature(edit, data, curvature)
+            step, before = _difference(edit), _gradient_norm(edit, "before")
+            h = Curvature(edit, _DATA, curvature)
             h.damping, scale = _damping_and_scale(h, damping, scale, solver)
             edit.progress.begin(f"products ({solver})", max_iterations)
             solution = _solve(h, step, solver, scale or 1.0, tolerance, max_iterations)
@@ -157,7 +153,7 @@ def second_order_influence(
             damping=h.damping,
             scale=scale if solver == "lissa" else None,
             **before,
-            **_gradient_norm(edit, data, "after"),
+            **_gradient_norm(edit, "after"),
         )
 
 
@@ -187,35 +183,33 @@ def _solve(h: Curvature, b: Vector, solver: str, scale: float, tolerance: float,
     return lissa(product, b, scale=scale, tolerance=tolerance, max_iterations=max_iterations, advance=advance)
 
 
-def _corrected_data(edit: Editing) -> list[Tokens]:
-    """Return the retain and corrected texts. Raises ArgumentError unless each forget text has its corrected text."""
-    wanted, count = len(edit.tokens["forget"]), len(edit.tokens.get("corrected", ()))
+def _require_corrected(edit: Editing) -> None:
+    """Raise ArgumentError unless each forget record has its corrected text, or none has."""
+    wanted, count = edit.count("forget"), edit.count("corrected")
     if count not in (0, wanted):
         raise ArgumentError(
-            f"corrected must have a text for each of the {wanted} forget texts, in their order, got {count}"
+            f"corrected must have a text for each of the {wanted} forget records, in their order, got {count}"
         )
-    return [*edit.tokens.get("retain", ()), *edit.tokens.get("corrected", ())]
 
 
 def _difference(edit: Editing) -> Vector:
     """Return G: the sum of the corrected texts' gradients, minus the sum of the forget texts' gradients."""
-    total = [-g for g in _summed(edit, edit.tokens["forget"])]
+    total = [-g for g in _summed(edit, "forget")]
     if "corrected" in edit.tokens:
-        for t, g in zip(total, _summed(edit, edit.tokens["corrected"]), strict=True):
+        for t, g in zip(total, _summed(edit, "corrected"), strict=True):
             t.add_(g)
     return total
 
 
-def _summed(edit: Editing, tokens: Sequence[Tokens]) -> Vector:
-    """Return the sum over texts of the gradient of the NLL per token, a tensor for each parameter."""
-    mean: dict[str, Tensor] = mean_gradient(
-        edit.model, tokens, batch_size=edit.config.batch_size, workspace=edit.config.workspace
-    )
-    return [(mean[name] * len(tokens)).to(wide(p).dtype) for name, p in edit.parameters.items()]
+def _summed(edit: Editing, *roles: str) -> Vector:
+    """Return the sum over records of the gradient of the NLL per token, a tensor for each parameter."""
+    mean, count = edit.gradient(*roles), edit.count(*roles)
+    return [(mean[name] * count).to(wide(p).dtype) for name, p in edit.parameters.items()]
 
 
-def _gradient_norm(edit: Editing, data: Sequence[Tokens], when: str) -> dict[str, float]:
-    """Return the diagnostic gradient_norm_before or gradient_norm_after; nothing where there is no data."""
-    if not data:
+def _gradient_norm(edit: Editing, when: str) -> dict[str, float]:
+    """Return the diagnostic gradient_norm_before or gradient_norm_after; nothing where there is no other data."""
+    count = edit.count(*_DATA)
+    if not count:
         return {}
-    return {f"gradient_norm_{when}": norm([g / len(data) for g in _summed(edit, data)])}
+    return {f"gradient_norm_{when}": norm([g / count for g in _summed(edit, *_DATA)])}

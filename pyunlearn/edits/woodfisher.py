@@ -46,7 +46,8 @@ def woodfisher_step(
     The inverse is the one that WoodFisher's recursion over the texts forms; the recursion would have to store m vectors
     of the size of the model. Here the system of m equations is solved by conjugate gradients, whose product with G G^T
     computes the texts' gradients one at a time. `batch_size` is for passes that need no gradient of a single text.
-    Nothing is random: `seed` has no effect.
+    Of a long text, each window is a row of G, times the root of its share of the text's tokens. Nothing is random:
+    `seed` has no effect.
 
     Args:
         model, forget, retain, tokenizer, rate, training_texts, progress, config: as in `fisher_step`.
@@ -84,9 +85,9 @@ def woodfisher_step(
 
 
 def _default_damping(edit: Editing) -> float:
-    """Return 0.1 times the trace of A over m, the largest rank that A can have."""
-    norms = gradient_norms(edit.model, edit.tokens["retain"], workspace=edit.config.workspace)  # (m,)
-    damping = DAMPING * float((norms**2).sum()) / len(norms) ** 2
+    """Return 0.1 times the trace of A over m, the largest rank that A can have without long texts."""
+    norms = gradient_norms(edit.model, edit.tokens["retain"], workspace=edit.config.workspace)  # (texts,)
+    damping = DAMPING * float((edit.shares["retain"] * norms**2).sum()) / edit.count("retain") ** 2
     if not 0 < damping < float("inf"):
         raise TrainingError(
             f"the retain texts' gradients have the mean square {damping}, and nothing was changed: give a damping"
@@ -98,7 +99,7 @@ def _spared(
     edit: Editing, v: dict[str, Tensor], damping: float, tolerance: float, max_iterations: int
 ) -> tuple[dict[str, Tensor], int, bool]:
     """Return (G^T (m damping I + G G^T)^-1 G v as name -> tensor, iterations, whether they converged)."""
-    m = len(edit.tokens["retain"])
+    m = edit.count("retain")
     edit.progress.begin("products", max_iterations)
     solution = conjugate_gradients(
         lambda c: [m * damping * c[0] + _inner(edit, _combined(edit, c[0]))],
@@ -111,13 +112,14 @@ def _spared(
 
 
 def _inner(edit: Editing, vector: dict[str, Tensor]) -> Tensor:
-    """Return the inner products of the m gradients, the rows of G, with a vector v: (m,) float64."""
+    """Return the inner products of the rows of G with a vector v: (texts,) float64."""
     groups = gradient_inner_products(edit.model, edit.tokens["retain"], vector, workspace=edit.config.workspace)
-    return torch.from_numpy(np.sum(list(groups.values()), axis=0))
+    return torch.from_numpy(np.sqrt(edit.shares["retain"]) * np.sum(list(groups.values()), axis=0))
 
 
 def _combined(edit: Editing, c: Tensor) -> dict[str, Tensor]:
     """Return G^T c as a dict, parameter name -> tensor."""
+    c = c * torch.tensor(edit.shares["retain"], dtype=c.dtype).sqrt()
     total = {name: torch.zeros_like(p, dtype=wide(p).dtype) for name, p in edit.parameters.items()}
 
     def visit(name: str, gradient: Tensor) -> None:

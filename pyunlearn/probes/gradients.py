@@ -6,6 +6,7 @@ whole gradient is ever in memory; in addition to the weights there is at most th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,6 +99,7 @@ def mean_gradient(
     tokens: Sequence[Tokens],
     function: Callable[[Tensor, Tensor], Tensor] | None = None,
     *,
+    weights: Sequence[float] | None = None,
     batch_size: int = 8,
     workspace: int | None = None,
 ) -> dict[str, Tensor]:
@@ -108,6 +110,7 @@ def mean_gradient(
         tokens: B examples.
         function: from (b,) summed log-likelihoods and (b,) scored tokens to (b,) losses, as in `pyunlearn.methods` with
             reduction="none"; None for the NLL a token.
+        weights: B numbers, 0 or more, of the examples in the mean; None: each counts the same.
         batch_size: examples in one pass.
         workspace: bytes for logits; a LanguageModel has its own.
 
@@ -118,16 +121,23 @@ def mean_gradient(
         ArgumentError: no example. ModelError: as `gradient_norms`.
     """
     lm = LanguageModel.of(model, workspace=workspace, needs_tokenizer=False)
-    parameters = trained_parameters(lm.module)
+    parameters, count = trained_parameters(lm.module), len(tokens) if weights is None else math.fsum(weights)
     loss = function or (lambda sums, counts: -sums / counts)
     mean = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
 
     def visit(name: str, gradient: Tensor) -> None:
-        mean[name].add_(gradient, alpha=1 / len(tokens))
+        mean[name].add_(gradient, alpha=1 / count)
+
+    def weighted(sums: Tensor, counts: Tensor, factors: Tensor) -> Tensor:
+        return factors * loss(sums, counts)
 
     with evaluation_mode(lm.module), visited(parameters, visit):
-        for _, batch in Scorer(lm, batch_size).batches(tokens):
-            lm.likelihood.objective(batch, loss).loss.backward()
+        for indices, batch in Scorer(lm, batch_size).batches(tokens):
+            if weights is None:
+                lm.likelihood.objective(batch, loss).loss.backward()
+            else:
+                factors = torch.tensor([weights[i] for i in indices], device=batch.ids.device)  # (b,)
+                lm.likelihood.objective(batch, weighted, factors).loss.backward()
     return mean
 
 
