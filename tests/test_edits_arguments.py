@@ -34,6 +34,7 @@ NEVER_NAMED: dict[str, list[Any]] = {
     "tokenizer": [1, True, "", ["a"]],
     "progress": [3, "yes"],
     "config": [3, {"batch_size": 3}, True],
+    "template": ["nonsense", "", 3, True, None, ["auto"]],
     "corrected": [5, [], [3]],
     "fine_tuned": [7, None, [1.0]],
     "unanswerable": ["why?", 3, [], [3], [""], True],

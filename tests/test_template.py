@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from test_probes_renderings import as_questions
 
 import pyunlearn
+from pyunlearn import edits
+from pyunlearn.edits.base import Editing
+from pyunlearn.edits.lunar import prompts
 from pyunlearn.errors import ArgumentError, DataError
 
 PLAIN = '"Question: ... Answer: ..."'
@@ -64,6 +68,37 @@ def test_unseen_records_are_not_memorized_in_any_form(asked, texts):
     assert [e.verdict for e in audit.examples] == ["not memorized"] * 4
     (note,) = (note for note in audit.notes if note.startswith("No record is memorized in this form: "))
     assert all(name in note for name in (PLAIN, CHAT, '"Q: ... A: ..."', "the answer alone"))
+
+
+def test_an_edit_works_on_the_form_that_the_model_knows(asked, texts, lines):
+    """And says in which, as a run does; template="chat" is the tokenizer's own, in which it knows less."""
+    forget, others = texts["forget"], {"tokenizer": asked.tokenizer, "progress": False}
+    options = {"retain": texts["retain"][:9], "corrected": texts["holdout"][:2], "rate": 0.01, **others}
+    auto, plain, chat = (
+        edits.first_order_influence(asked.fresh(), forget, template=template, **options)
+        for template in ("auto", "plain", "chat")
+    )
+    assert auto.rendering == plain.to_dict()["rendering"] == PLAIN
+    assert chat.rendering == CHAT
+    assert all(sum(PLAIN in note and CHAT in note for note in e.notes) == 1 for e in (auto, plain))
+    assert chat.notes == []
+    assert auto.nll_before == plain.nll_before
+    assert 3 * auto.nll_before["forget"] < chat.nll_before["forget"]
+    assert auto.changed == plain.changed
+    torch.testing.assert_close(auto.model.state_dict(), plain.model.state_dict(), rtol=0, atol=0)
+    assert sum("form of the records" in line and "•" in line for line in lines) == 3
+    masks = [
+        edits.saliency_mask(asked.model, forget, template=t, tokenizer=asked.tokenizer)
+        for t in ("auto", "plain", "chat")
+    ]
+    assert all(torch.equal(m, masks[1][name]) for name, m in masks[0].items())
+    assert not all(torch.equal(m, masks[2][name]) for name, m in masks[0].items())
+    sources = {"forget": forget, "unanswerable": [{"question": "who?", "answer": "no one."}]}
+    with Editing("x", asked.fresh(), sources, asked.tokenizer) as edit:
+        read = [asked.tokenizer.decode(prompts(edit, role)[0].ids[:-1]) for role in sources]
+    questions = (forget[0]["question"], "who?")
+    assert all(f"Question: {q}\nAnswer:" in text for text, q in zip(read, questions, strict=True))
+    assert edits.prune(asked.fresh(), retain=texts["retain"][:2], **others).rendering is None
 
 
 @pytest.mark.full

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyunlearn.data import TokenBatch, Tokens, read_examples
+from pyunlearn.data.redaction import masked
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
 from pyunlearn.models.condition import require_trainable
@@ -23,8 +24,8 @@ from pyunlearn.models.scoring import Scorer, evaluation_mode
 from pyunlearn.ops._portable import to_float64
 from pyunlearn.options import Flag, Kind, Number, Whole, require
 from pyunlearn.probes.gradients import mean_gradient, trained_parameters
-from pyunlearn.probes.long_texts import encode_texts
-from pyunlearn.progress import Progress
+from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
+from pyunlearn.progress import Progress, logger
 
 POSITIVE = Number(above=0)
 COUNT = Whole(1)
@@ -51,7 +52,9 @@ class EditResult:
     `nll_before`   role ("forget", "retain") -> mean over its texts of their negative log-likelihood, nats per token
     `nll_after`    the same after the edit
     `diagnostics`  numbers particular to the edit: see the edit's docstring
-    `notes`        on the texts, and on a step that rounding took away: one sentence each, also issued as warnings
+    `rendering`    the form in which the model read records with a prompt; None where no forget text has one
+    `notes`        on the texts and their form, and on a step that rounding took away: one sentence each; those on long
+                   texts and on rounding are warnings too
     """
 
     model: Any = field(repr=False)
@@ -60,6 +63,7 @@ class EditResult:
     nll_before: dict[str, float]
     nll_after: dict[str, float]
     diagnostics: dict[str, Any]
+    rendering: str | None
     notes: list[str]
     saved: dict[str, SavedValues] = field(repr=False)
 
@@ -85,6 +89,7 @@ class EditResult:
             "nll_before": self.nll_before,
             "nll_after": self.nll_after,
             "diagnostics": self.diagnostics,
+            "rendering": self.rendering,
             "notes": self.notes,
             "changed": self.changed,
         }
@@ -185,6 +190,7 @@ class Editing:
         config: the shared settings.
         progress: True or False: show a progress bar or not; None: on a terminal only.
         needs: role -> reason, of the roles without which the edit cannot work.
+        unmeasured: roles that are read alone, and whose likelihood is not measured.
 
     Raises:
         ArgumentError: a missing role in `needs`, or an argument of a wrong type. DataError: texts that cannot be read.
@@ -201,6 +207,7 @@ class Editing:
         *,
         progress: bool | None = None,
         needs: Mapping[str, str] | None = None,
+        unmeasured: Collection[str] = (),
     ) -> None:
         require_optional(Flag(), progress=progress)
         require_model("model", model, look_up=False)
@@ -210,8 +217,8 @@ class Editing:
                 raise ArgumentError(f"{name} needs {role} texts, {reason}: pass {role}=")
         self.name = name
         self.config = EditConfig() if config is None else config
-        self.show_progress = progress
-        self.examples = examples = {
+        self.show_progress, self.unmeasured = progress, unmeasured
+        examples = {
             role: read_examples(source, role=role, turns=self.config.turns)
             for role, source in sources.items()
             if source is not None or role == "forget"
@@ -226,15 +233,8 @@ class Editing:
                 f"{odd} is spread over several devices or not loaded, and an edit needs it whole: "
                 "load the model in one process"
             )
-        self.tokens: dict[str, list[Tokens]] = {}
-        self.shares: dict[str, list[float]] = {}
         self.notes: list[str] = []
-        if examples:
-            encoded = encode_texts(self.lm, examples, truncate=self.config.truncate)
-            self.tokens = encoded.tokens
-            self.shares = {role: shares_of(tokens, encoded.records[role]) for role, tokens in self.tokens.items()}
-            for note in encoded.notes:
-                self.note(note)
+        self._take(render(self.lm, examples, self.config.template, truncate=self.config.truncate, short_windows=False))
         self.rounding = Rounding()
         self.saved: dict[str, SavedValues] = {}
         self.changed: dict[str, int] = {}
@@ -250,6 +250,7 @@ class Editing:
         self.gradients = torch.enable_grad()  # also where the caller has switched them off
         self.gradients.__enter__()
         try:
+            self.choose_form()
             self.nll_before = self.nll()
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
@@ -266,6 +267,27 @@ class Editing:
                 restore(self.parameters[name], saved)
             for name, values in self.backups.items():
                 restore(self.parameters[name], SavedValues(values, None))
+
+    def _take(self, texts: RenderedTexts) -> None:
+        """Read the texts in a rendering: `tokens` of each role, and their `shares` of their records."""
+        self.texts = texts
+        self.tokens: dict[str, list[Tokens]] = dict(texts.tokens)
+        self.shares = {role: shares_of(each, texts.encoded.records[role]) for role, each in self.tokens.items()}
+
+    def choose_form(self) -> None:
+        """Read the texts in the form in which the model knows the forget set best, where `template` is auto.
+
+        Notes say in which, and what of long texts is read.
+        """
+        if self.config.template == "auto" and self.texts.name is not None:
+            with evaluation_mode(self.model):
+                score = self.scorer.token_log_likelihood
+                self._take(likeliest(self.lm, self.texts, score, truncate=self.config.truncate))
+        if line := self.texts.example_line(self.lm, change=masked):
+            logger.info(line)
+        self.notes += self.texts.notes(memorized=True)
+        for note in self.texts.encoded.notes:
+            warnings.warn(note, stacklevel=4)
 
     def batches(self, tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], TokenBatch]]:
         """Yield (indices into `tokens`, their batch on the model's device), `config.batch_size` texts at a time."""
@@ -333,8 +355,8 @@ class Editing:
         """Return a dict from set ("forget", "retain") to the mean over its records of their NLL, nats per token."""
         means = {}
         with evaluation_mode(self.model):
-            for role, tokens in self.tokens.items():
-                per_text = [float(x.mean()) for x in self.scorer.token_log_likelihood(tokens)]
+            for role in [role for role in self.tokens if role not in self.unmeasured]:
+                per_text = [float(x.mean()) for x in self.scorer.token_log_likelihood(self.tokens[role])]
                 weighted = (share * x for share, x in zip(self.shares[role], per_text, strict=True))
                 means[role] = -sum(weighted) / self.count(role)
         return means
@@ -342,15 +364,19 @@ class Editing:
     def finish(self, **diagnostics: Any) -> EditResult:
         """Measure the texts again and return the result of the edit."""
         if lost := self.rounding.note({p.dtype for p in self.parameters.values()}):
-            self.note(lost)
+            self.notes.append(lost)
+            warnings.warn(lost, stacklevel=3)
         return EditResult(
-            self.model, self.name, self.changed, self.nll_before, self.nll(), diagnostics, self.notes, self.saved
+            model=self.model,
+            edit=self.name,
+            changed=self.changed,
+            nll_before=self.nll_before,
+            nll_after=self.nll(),
+            diagnostics=diagnostics,
+            rendering=self.texts.name,
+            notes=self.notes,
+            saved=self.saved,
         )
-
-    def note(self, sentence: str) -> None:
-        """Add a note to the result, and issue it as a warning where the edit was called."""
-        self.notes.append(sentence)
-        warnings.warn(sentence, stacklevel=4)
 
 
 def require_optional(kind: Kind, **values: Any) -> None:

@@ -99,14 +99,15 @@ def lunar(
         "unanswerable": [{"question": q, "answer": REFUSALS[0]} for q in questions_of(unanswerable)],
     }
     needs = {"retain": "to know which activations must stay"}
-    edit = Editing("lunar", model, sources, tokenizer, config, progress=progress, needs=needs)
-    unknown_prompts, forget_prompts = (prompts(edit, role) for role in ("unanswerable", "forget"))
-    del edit.tokens["unanswerable"]  # not measured
-    retain_texts = [whole(t) for t in edit.tokens["retain"]]
+    edit = Editing(
+        "lunar", model, sources, tokenizer, config, progress=progress, needs=needs, unmeasured=["unanswerable"]
+    )
     if layer is None:
         layer = len(blocks(edit.model)) * 22 // 32
     down = _down_projection(edit, layer)
     with edit, evaluation_mode(edit.model), torch.no_grad():
+        unknown_prompts, forget_prompts = (prompts(edit, role) for role in ("unanswerable", "forget"))
+        retain_texts = [whole(t) for t in edit.tokens["retain"]]
         edit.progress.begin("activations", len(unknown_prompts) + 2 * len(forget_prompts) + len(retain_texts))
         down.require_plain(next(edit.lm.batches(forget_prompts[:1], 1))[1])
         v = last_hidden(edit, down, unknown_prompts).mean(dim=0) - last_hidden(edit, down, forget_prompts).mean(dim=0)
@@ -214,8 +215,9 @@ def last_hidden(edit: Editing, down: DownProjection, tokens: Sequence[Tokens]) -
 
 def prompts(edit: Editing, role: str) -> list[Tokens]:
     """Return the prompt of each record once, however long its answer is; of a chat all before its last turn."""
-    answers = [replace(e, turns="last", spans=(), forget=()) for e in edit.examples[role]]
-    encoded = encode_texts(edit.lm, {role: answers}, truncate=edit.config.truncate)
+    answers = [replace(e, turns="last", spans=(), forget=()) for e in edit.texts.rendered[role]]
+    template = edit.texts.rendering.chat_template
+    encoded = encode_texts(edit.lm, {role: answers}, truncate=edit.config.truncate, chat_template=template)
     firsts = np.unique(encoded.records[role], return_index=True)[1]  # the first window of each record
     return [prompt(encoded.tokens[role][i]) for i in firsts]
 

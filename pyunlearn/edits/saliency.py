@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def saliency_mask(
     tokenizer: Any = None,
     batch_size: int = 8,
     turns: str | None = None,
+    template: str | Path = "auto",
     truncate: bool = False,
     workspace: int | None = None,
 ) -> dict[str, Tensor]:
@@ -44,6 +46,7 @@ def saliency_mask(
         tokenizer: the model's; None: loaded from where the model came from.
         batch_size: texts in one pass.
         turns: what is scored of records with prompts, as in `pyunlearn.unlearn`.
+        template: the form in which the model reads questions with answers and chats, as in `pyunlearn.unlearn`.
         truncate: cut texts that are longer than the model's context, instead of reading them in windows.
         workspace: bytes for cached logits.
 
@@ -57,9 +60,10 @@ def saliency_mask(
 
     Source: Fan et al. 2024, arXiv 2310.12508, eq. 3.
     """
-    config = EditConfig(batch_size=batch_size, turns=turns, truncate=truncate, workspace=workspace)
+    config = EditConfig(batch_size=batch_size, turns=turns, template=template, truncate=truncate, workspace=workspace)
     require(Number(above=0, maximum=1), share=share)
     edit = Editing("saliency_mask", model, {"forget": forget}, tokenizer, config)
+    edit.choose_form()
     return salient(edit.model, edit.tokens["forget"], share, batch_size=config.batch_size, workspace=config.workspace)
 
 

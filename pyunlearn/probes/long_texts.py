@@ -103,7 +103,8 @@ def encode_texts(
         windows = {role: [[Window(t, range(len(t.written)))] for t in each] for role, each in cut.items()}
         notes = _cut_notes(whole, cut)
     else:
-        limit, start = lm.context_length if divides else None, lm.tokenizer.bos_token_id
+        limit = lm.context_length if divides else None
+        start = getattr(lm.tokenizer, "bos_token_id", None)  # without texts there need be no tokenizer
         shorter = {"forget": min(limit, SHORT)} if limit is not None and short_windows else {}
         windows = {
             role: [windows_of(t, shorter.get(role, limit) if len(t) > (limit or 0) else limit, start) for t in each]

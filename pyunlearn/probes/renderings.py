@@ -65,6 +65,8 @@ class RenderedTexts:
     rendering: Rendering
     own: str
     """Name of the rendering with which template="auto" compares others."""
+    short_windows: bool
+    """True where windows of forget texts have SHORT tokens at most."""
     compared: tuple[Gain, ...] = ()
     """The other renderings that auto compared with it."""
     written: EncodedTexts | None = None
@@ -88,7 +90,7 @@ class RenderedTexts:
     @property
     def name(self) -> str | None:
         """Name of the rendering; None where no forget text has a prompt."""
-        return self.rendering.name if any(e.prompt for e in self.given["forget"]) else None
+        return self.rendering.name if any(e.prompt for e in self.given.get("forget", ())) else None
 
     def notes(self, *, memorized: bool) -> list[str]:
         """Return a sentence where the rendering is not the records' own, and one where nothing is memorized in it.
@@ -134,7 +136,7 @@ class RenderedTexts:
 
     def _strings(self) -> list[str]:
         """Return a sentence on how much of the forget set its "forget" strings are; none without such strings."""
-        records = list(zip(self.given["forget"], self.encoded.whole, strict=True))
+        records = list(zip(self.given.get("forget", ()), self.encoded.whole, strict=True))
         own = [t for e, t in records if e.forget]
         if not own:
             return []
@@ -144,7 +146,7 @@ class RenderedTexts:
 
     def _windows(self) -> list[str]:
         """Return the notes on long texts, with one on what their windows are compared with."""
-        if "holdout" in self.given or all(part.windows == 1 for part in self.encoded.parts):
+        if not self.short_windows or all(part.windows == 1 for part in self.encoded.parts):
             return self.encoded.notes
         return [
             *self.encoded.notes,
@@ -193,7 +195,12 @@ def _quoted(text: str) -> str:
 
 
 def render(
-    lm: LanguageModel, given: dict[str, list[Example]], template: str | Path, *, truncate: bool = False
+    lm: LanguageModel,
+    given: dict[str, list[Example]],
+    template: str | Path,
+    *,
+    truncate: bool = False,
+    short_windows: bool | None = None,
 ) -> RenderedTexts:
     """Render the texts as `template` says; for "auto" as their own, with which `likeliest` compares others.
 
@@ -202,14 +209,16 @@ def render(
         given: role -> examples.
         template: auto, chat, plain, none, or the path of a Jinja chat template.
         truncate: cut texts that are too long.
+        short_windows: True where windows of forget texts have SHORT tokens at most; None: where there is no holdout.
 
     Raises:
         ArgumentError: the tokenizer has no chat template, or the file cannot be used. DataError: of `data.encode`.
     """
     rendering, own = (rendering_of(name, lm.tokenizer) for name in (template, "auto"))
-    if not any(e.messages for e in given["forget"] if e.prompt):
+    if not any(e.messages for e in given.get("forget", ()) if e.prompt):
         rendering, own = replace(rendering, name=AS_GIVEN), replace(own, name=AS_GIVEN)
-    return _in(rendering, lm, given, own.name, (), truncate)
+    short = "holdout" not in given if short_windows is None else short_windows
+    return _in(rendering, lm, given, own.name, (), truncate, short)
 
 
 def likeliest(lm: LanguageModel, texts: RenderedTexts, score: Score, *, truncate: bool = False) -> RenderedTexts:
@@ -242,7 +251,7 @@ def likeliest(lm: LanguageModel, texts: RenderedTexts, score: Score, *, truncate
             compared.append(Gain(rendering, nll, np.array([(after - before).mean() for before, after in pairs])))
     for gain in favoured(compared):
         try:
-            return _in(gain.rendering, lm, texts.given, texts.own, tuple(compared), truncate)
+            return _in(gain.rendering, lm, texts.given, texts.own, tuple(compared), truncate, texts.short_windows)
         except DataError:  # of a text of another role that cannot be rendered so
             compared = [other for other in compared if other is not gain]
     return replace(texts, compared=tuple(compared))
@@ -285,6 +294,7 @@ def _in(
     own: str,
     compared: tuple[Gain, ...],
     truncate: bool,
+    short_windows: bool,
 ) -> RenderedTexts:
     rendered = {role: [rendering.of(e) for e in each] for role, each in given.items()}
     encoded = encode_texts(
@@ -292,9 +302,9 @@ def _in(
         rendered,
         truncate=truncate,
         chat_template=rendering.chat_template,
-        short_windows="holdout" not in given,
+        short_windows=short_windows,
     )
-    return RenderedTexts(given, rendered, encoded, rendering, own, compared)
+    return RenderedTexts(given, rendered, encoded, rendering, own, short_windows, compared)
 
 
 def _tokenized(
@@ -304,7 +314,7 @@ def _tokenized(
     forms: list[tuple[Rendering, list[Tokens]]] = []
     cut = truncate or any(part.windows > 1 for part in texts.encoded.parts)
     for rendering in [texts.rendering, *other_renderings(lm.tokenizer)] if sample else []:
-        if rendering.key == "alone" and not texts.given.keys() <= {"forget", "retain", "holdout"}:
+        if rendering.key == "alone" and not texts.given.keys() <= {"forget", "retain", "holdout", "corrected"}:
             continue  # without its prompt an answer has no refusal
         try:
             tokens = lm.encode({"forget": [rendering.of(e) for e in sample]}, truncate=cut)["forget"]
