@@ -120,7 +120,7 @@ def test_what_cannot_be_edited_is_refused_in_one_sentence(edit, tmp_path, argume
 
 def test_edits_that_need_text_to_keep_say_so_and_a_full_folder_is_left_alone(edit, tmp_path):
     """Nothing is written then either."""
-    assert "pass retain=" in refused(edit("--edit", "ekfac_step", "--out", "new", retain=None), tmp_path)
+    assert "pass retain= (--retain)" in refused(edit("--edit", "ekfac_step", "--out", "new", retain=None), tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert "is not empty" in refused(edit("--edit", "prune", "--out", "full"), tmp_path, present=["full"])

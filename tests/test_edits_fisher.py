@@ -41,6 +41,19 @@ def direction_of(model, tokenizer, forget, retain, n):
     return len(f) / n * (f.mean(0) - r.mean(0))
 
 
+def test_the_direction_is_computed_in_place(monkeypatch):
+    """Two gradients at most are in memory: v has the tensors of the first, and those of the second are released."""
+    tokenizer, make, rows = llama()
+    gradients, mean = [], Editing.gradient
+    monkeypatch.setattr(Editing, "gradient", lambda *a: gradients.append(mean(*a)) or gradients[-1])
+    with Editing("x", make(len(tokenizer)), {"forget": rows[:2], "retain": rows[2:]}, tokenizer) as edit:
+        wanted = [{n: g.clone() for n, g in mean(edit, role).items()} for role in ("forget", "retain")]
+        v = fisher_information.direction(edit, 8)
+    assert gradients == [{}, {}]
+    for name, part in v.items():
+        torch.testing.assert_close(part, 2 / 8 * (wanted[0][name] - wanted[1][name]), rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------- the diagonal
 
 

@@ -214,7 +214,7 @@ class Editing:
         require_tokenizer("tokenizer", tokenizer)
         for role, reason in (needs or {}).items():
             if sources.get(role) is None:
-                raise ArgumentError(f"{name} needs {role} texts, {reason}: pass {role}=")
+                raise ArgumentError(f"{name} needs {role} texts, {reason}: pass {role}= (--{role})")
         self.name = name
         self.config = EditConfig() if config is None else config
         self.show_progress, self.unmeasured = progress, unmeasured

@@ -28,9 +28,9 @@ def direction(edit: Editing, training_texts: int | None) -> dict[str, Tensor]:
     """
     factor = edit.count("forget") / (training_texts or edit.count("forget", "retain"))
     on_forget, on_retain = edit.gradient("forget"), edit.gradient("retain")
-    return {
-        name: (factor * (on_forget[name] - on_retain[name])).to(wide(p).dtype) for name, p in edit.parameters.items()
-    }
+    for name, gradient in on_forget.items():
+        gradient.sub_(on_retain.pop(name)).mul_(factor)  # in place: two gradients at most are in memory
+    return {name: on_forget.pop(name).to(wide(p).dtype) for name, p in edit.parameters.items()}
 
 
 def drawn_loss(edit: Editing, batch: TokenBatch, shares: Sequence[float], generator: torch.Generator) -> Tensor:

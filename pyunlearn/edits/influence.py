@@ -194,7 +194,7 @@ def _require_corrected(edit: Editing) -> None:
 
 def _difference(edit: Editing) -> Vector:
     """Return G: the sum of the corrected texts' gradients, minus the sum of the forget texts' gradients."""
-    total = [-g for g in _summed(edit, "forget")]
+    total = [g.neg_() for g in _summed(edit, "forget")]
     if "corrected" in edit.tokens:
         for t, g in zip(total, _summed(edit, "corrected"), strict=True):
             t.add_(g)
@@ -204,7 +204,7 @@ def _difference(edit: Editing) -> Vector:
 def _summed(edit: Editing, *roles: str) -> Vector:
     """Return the sum over records of the gradient of the NLL per token, a tensor for each parameter."""
     mean, count = edit.gradient(*roles), edit.count(*roles)
-    return [(mean[name] * count).to(wide(p).dtype) for name, p in edit.parameters.items()]
+    return [mean.pop(name).mul_(count).to(wide(p).dtype) for name, p in edit.parameters.items()]
 
 
 def _gradient_norm(edit: Editing, when: str) -> dict[str, float]:
@@ -212,4 +212,4 @@ def _gradient_norm(edit: Editing, when: str) -> dict[str, float]:
     count = edit.count(*_DATA)
     if not count:
         return {}
-    return {f"gradient_norm_{when}": norm([g / count for g in _summed(edit, *_DATA)])}
+    return {f"gradient_norm_{when}": norm([g.div_(count) for g in _summed(edit, *_DATA)])}

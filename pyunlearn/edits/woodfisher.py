@@ -55,7 +55,7 @@ def woodfisher_step(
             is v / damping.
         tolerance: of the residual of the m equations, relative to G v.
         max_iterations: of conjugate gradients, each m backward passes of one text and one over all; m + 1 iterations
-            would end exactly.
+            would end exactly. In addition two over all, m of one text, and m more for the default damping.
         {options}
 
     Returns:
@@ -86,6 +86,7 @@ def woodfisher_step(
 
 def _default_damping(edit: Editing) -> float:
     """Return 0.1 times the trace of A over m, the largest rank that A can have without long texts."""
+    edit.progress.say("norms of the gradients")
     norms = gradient_norms(edit.model, edit.tokens["retain"], workspace=edit.config.workspace)  # (texts,)
     damping = DAMPING * float((edit.shares["retain"] * norms**2).sum()) / edit.count("retain") ** 2
     if not 0 < damping < float("inf"):
@@ -100,15 +101,19 @@ def _spared(
 ) -> tuple[dict[str, Tensor], int, bool]:
     """Return (G^T (m damping I + G G^T)^-1 G v as name -> tensor, iterations, whether they converged)."""
     m = edit.count("retain")
-    edit.progress.begin("products", max_iterations)
+    edit.progress.begin("products", max_iterations + 2)
+    right = _inner(edit, v)
+    edit.progress.advance(1)
     solution = conjugate_gradients(
         lambda c: [m * damping * c[0] + _inner(edit, _combined(edit, c[0]))],
-        [_inner(edit, v)],
+        [right],
         tolerance=tolerance,
         max_iterations=max_iterations,
         advance=edit.progress.advance,
     )
-    return _combined(edit, solution.x[0]), solution.iterations, solution.converged
+    spared = _combined(edit, solution.x[0])
+    edit.progress.advance(1)
+    return spared, solution.iterations, solution.converged
 
 
 def _inner(edit: Editing, vector: dict[str, Tensor]) -> Tensor:
