@@ -171,10 +171,8 @@ def test_each_record_counts_once_however_many_windows_it_has(short_context):
         assert len(windows) >= 3
         assert (edit.count("forget"), edit.count("retain"), edit.count("forget", "none")) == (1, 3, 1)
         each = [flat_gradient(model, mean_loss_wide(model, [t])) for t in windows]
-        long, *others = (
-            shares @ torch.stack(each),
-            *(flat_gradient(model, mean_loss_wide(model, encoded(tokenizer, [row]))) for row in ROWS[4:6]),
-        )
+        long = shares @ torch.stack(each)
+        others = [flat_gradient(model, mean_loss_wide(model, encoded(tokenizer, [row]))) for row in ROWS[4:6]]
         wanted = {
             ("forget",): long,
             ("retain",): (long + sum(others)) / 3,

@@ -54,10 +54,10 @@ class Curvature:
                 logits = wide_logits(self.edit, batch)
                 share = torch.tensor([shares[i] for i in indices]).to(logits)[batch.example]  # (n,)
                 weights = share * (1 / (batch.counts[batch.example].to(logits.dtype) * records))
-                parts = product(logits, batch.targets, weights, parameters, vector)
-                for total, part in zip(totals, parts, strict=True):
-                    if part is not None:
-                        total.add_(part.detach())
+                terms = product(logits, batch.targets, weights, parameters, vector)
+                for total, term in zip(totals, terms, strict=True):
+                    if term is not None:
+                        total.add_(term.detach())
         return totals
 
 

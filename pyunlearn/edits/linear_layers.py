@@ -70,6 +70,7 @@ def layers_of(edit: Editing) -> list[LinearLayer]:
 def _stacks_experts(name: str, p: Tensor) -> bool:
     """Return True for a parameter in a block that holds a matrix for each expert: in three dimensions, in DBRX in two.
 
+    >>> import torch
     >>> _stacks_experts("layers.0.mlp.experts.down_proj", torch.zeros(4, 8, 6))
     True
     >>> _stacks_experts("layers.0.mixer.conv1d.weight", torch.zeros(8, 1, 6))

@@ -88,7 +88,7 @@ def _default_damping(edit: Editing) -> float:
     """Return 0.1 times the trace of A over m, the largest rank that A can have without long texts."""
     edit.progress.say("norms of the gradients")
     norms = gradient_norms(edit.model, edit.tokens["retain"], workspace=edit.config.workspace)  # (texts,)
-    damping = DAMPING * float((edit.shares["retain"] * norms**2).sum()) / edit.count("retain") ** 2
+    damping = DAMPING * float((np.array(edit.shares["retain"]) * norms**2).sum()) / edit.count("retain") ** 2
     if not 0 < damping < float("inf"):
         raise TrainingError(
             f"the retain texts' gradients have the mean square {damping}, and nothing was changed: give a damping"
