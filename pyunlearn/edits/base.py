@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from pyunlearn.data import TokenBatch, Tokens, read_examples
 from pyunlearn.data.redaction import masked
 from pyunlearn.edits.config import EditConfig
+from pyunlearn.edits.rounding import Rounding
 from pyunlearn.errors import ArgumentError, ModelError, TrainingError
 from pyunlearn.models.condition import require_trainable
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.scoring import Scorer, evaluation_mode
-from pyunlearn.ops._portable import to_float64
 from pyunlearn.options import Flag, Kind, Number, Whole, require
 from pyunlearn.probes.gradients import mean_gradient, trained_parameters
 from pyunlearn.probes.renderings import RenderedTexts, likeliest, render
@@ -29,8 +29,6 @@ from pyunlearn.progress import Progress, logger
 
 POSITIVE = Number(above=0)
 COUNT = Whole(1)
-
-_WRITTEN = 0.9  # share of a step; less is noted
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -141,37 +139,6 @@ def saved_difference(before: Tensor, after: Tensor) -> tuple[SavedValues, int] |
 def wide(x: Tensor) -> Tensor:
     """Return the tensor, detached, in the precision of the arithmetic: float64 stays, all else becomes float32."""
     return x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
-
-
-class Rounding:
-    """Squared length of a step, of what was written of it, and their inner product, summed over the parameters.
-
-    >>> rounding = Rounding()
-    >>> rounding.add(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0]))
-    >>> rounding.note({torch.bfloat16})[:75]
-    'Rounding the weights to bfloat16 left 36 % of the step (its norm is 3, not '
-    """
-
-    def __init__(self) -> None:
-        self.step = self.written = self.common = 0.0
-
-    def add(self, step: Tensor, written: Tensor) -> None:
-        """Add a parameter's part."""
-        step, written = to_float64(step.flatten()), to_float64(written.flatten())
-        self.step += float(step.dot(step))
-        self.written += float(written.dot(written))
-        self.common += float(step.dot(written.to(step.device)))
-
-    def note(self, dtypes: Collection[torch.dtype]) -> str | None:
-        """Return a sentence where less than 90 % of the step was written, measured along the step."""
-        if self.common >= _WRITTEN * self.step:
-            return None
-        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        wider = ", or edit the model in float32 (--dtype float32)" if any(d.itemsize < 4 for d in dtypes) else ""
-        return (
-            f"Rounding the weights to {names} left {100 * max(self.common, 0) / self.step:.0f} % of the step (its norm "
-            f"is {self.written**0.5:.3g}, not {self.step**0.5:.3g}): take a longer step{wider}."
-        )
 
 
 class Editing:
