@@ -3,17 +3,23 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+import transformers
+from architectures import CAUSAL, made
 
 import pyunlearn
-from pyunlearn.attacks.quantization import rounded
+from pyunlearn.attacks.config import AttackConfig
+from pyunlearn.attacks.quantization import quantization, rounded
+from pyunlearn.attacks.target import Unsuited
 from pyunlearn.data import read_examples
 from pyunlearn.errors import ModelError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes.decoding import sampled_continuations
+from pyunlearn.progress import Progress
 from pyunlearn.report import audit_lines, audit_page
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "attacks.md"
@@ -148,6 +154,21 @@ def test_rounding_is_to_nearest_in_groups():
             if scale > 0:
                 part.copy_((part / scale).round() * scale)
     torch.testing.assert_close(rounded(weight, bits=4, group=4), expected, atol=1e-6, rtol=0)
+
+
+def test_a_mixture_of_experts_is_rounded_whole_or_not_at_all():
+    """transformers 5 stacks the experts in one parameter, which is no linear layer."""
+    model = made(CAUSAL["mixtral"])
+    target = SimpleNamespace(lm=SimpleNamespace(inner=model, module=model))
+    target.config, target.bar = AttackConfig(), Progress(False, "")
+    target.trial = lambda name, **_: (name, [p.detach().clone() for n, p in model.named_parameters() if "experts" in n])
+    before = [p.detach().clone() for n, p in model.named_parameters() if "experts" in n]
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        with pytest.raises(Unsuited, match="stacks the matrices of several experts"):
+            next(quantization(target))
+    else:
+        _, rounded_experts = next(quantization(target))
+        assert not any(torch.equal(p, q) for p, q in zip(before, rounded_experts, strict=True))
 
 
 def test_sampled_continuations_are_as_many_as_wanted(story):

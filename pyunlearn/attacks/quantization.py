@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyunlearn.attacks.target import Target, Trial, Unsuited
 from pyunlearn.attacks.temporary import temporarily
+from pyunlearn.edits.linear_layers import stacks_experts
 from pyunlearn.models.inspection import is_matrix
 
 _GROUP = 64  # weights that share a scale
@@ -58,6 +59,9 @@ def quantization(target: Target) -> Iterator[Trial]:
         raise Unsuited("parts of the model are offloaded")
     if hasattr(target.lm.module, "peft_config"):
         raise Unsuited("weights are rounded after an adapter is merged (--merge), and this one is not")
+    others = ((n, p) for n, p in target.lm.inner.named_parameters() if n not in matrices)
+    if stacked := next((n for n, p in others if stacks_experts(n, p)), None):
+        raise Unsuited(f"{stacked} stacks the matrices of several experts in one parameter, which is not rounded")
     if not linear:
         raise Unsuited("its weights are quantized already, or it has no linear layers")
     quick = target.config.is_quick("quantization")

@@ -53,7 +53,7 @@ def layers_of(edit: Editing) -> list[LinearLayer]:
         if is_matrix(module) and block and weight in edit.parameters:
             layers.append(LinearLayer(weight, module, block[1], type(module) is not nn.Linear))
     linear = {layer.name for layer in layers}
-    if stacked := next((n for n, p in edit.parameters.items() if n not in linear and _stacks_experts(n, p)), None):
+    if stacked := next((n for n, p in edit.parameters.items() if n not in linear and stacks_experts(n, p)), None):
         raise ModelError(
             f"{edit.name} works on linear layers, and {stacked} {tuple(edit.parameters[stacked].shape)} stacks those "
             "of several experts in one parameter: take an edit of all weights, such as fisher_step, or set "
@@ -67,13 +67,13 @@ def layers_of(edit: Editing) -> list[LinearLayer]:
     return layers
 
 
-def _stacks_experts(name: str, p: Tensor) -> bool:
+def stacks_experts(name: str, p: Tensor) -> bool:
     """Return True for a parameter in a block that holds a matrix for each expert: in three dimensions, in DBRX in two.
 
     >>> import torch
-    >>> _stacks_experts("layers.0.mlp.experts.down_proj", torch.zeros(4, 8, 6))
+    >>> stacks_experts("layers.0.mlp.experts.down_proj", torch.zeros(4, 8, 6))
     True
-    >>> _stacks_experts("layers.0.mixer.conv1d.weight", torch.zeros(8, 1, 6))
+    >>> stacks_experts("layers.0.mixer.conv1d.weight", torch.zeros(8, 1, 6))
     False
     """
     dimensions = sum(n > 1 for n in p.shape)
