@@ -147,7 +147,7 @@ def test_a_result_of_another_template_of_the_same_name_is_refused(answers, data,
     result = tmp_path / "retrained.json"
     result.write_text(json.dumps(bench(answers, data, template=paths[0], **options).to_dict()))
     bench(answers, data, retrained=result, template=paths[0], **options)
-    with pytest.raises(ArgumentError, match=r"in another form, the chat template chat.jinja \(SHA-256 .* same template"):
+    with pytest.raises(ArgumentError, match=r"in another form, the chat template chat.jinja \(SHA-256 "):
         bench(answers, data, retrained=result, template=paths[1], **options)
 
 

@@ -146,8 +146,8 @@ def verdict(
     ones and among the others, each for itself; with `families`, both so in each of them.
 
     Rule three is the loop's aim, and no test: 37 % of unseen texts lie above their mean. With `standing_out`, which is
-    the audit's rule, a text is still exposed where it stands out, memorized before or not, and a memorized one undecided
-    where it neither does nor is forgotten.
+    the audit's rule, a text is still exposed where it stands out, memorized before or not, and a memorized one is
+    undecided where it neither does nor is forgotten.
 
     Exposures are anchored: the same non-members, under the original model, before and after. Unlearning can also make
     unseen text likelier, where the model had recited in its place; then `non_member_scores_after` takes it (see

@@ -56,8 +56,8 @@ CLAIMS = {
     ),
     "memorization": Estimand(
         "The memorization of an example decides its steps (more memorized, more steps for the same distance).",
-        "slope of log2 of the first steps a nat (1 / speed) on log2 of the dose, over the same steps for every dose, in "
-        "distribution",
+        "slope of log2 of the first steps a nat (1 / speed) on log2 of the dose, over the same steps for every dose, "
+        "in distribution",
         "log2 a doubling",
         0.1,
     ),

@@ -58,7 +58,8 @@ def model_card(model: Any, result: Mapping[str, Any]) -> str:
 # {title}, after unlearning
 
 Training examples were {"" if unlearned else "to be "}removed from {source} with {_program()}
-{settings["pyunlearn"]}, method `{settings["method_used"]}`, weights in {settings["weights"]}. This card holds nothing of their text.
+{settings["pyunlearn"]}, method `{settings["method_used"]}`, weights in {settings["weights"]}. This card holds nothing
+of their text.
 
 | | |
 |---|---|
