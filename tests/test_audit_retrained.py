@@ -88,6 +88,7 @@ def test_texts_that_were_learned_later_are_found(original, retrained, secrets, u
     learned = list(audits(original[0], (retrained, original[1]), secrets, unseen, tmp_path, draws=5))
     assert all(audit.verdicts == {"still exposed": 12} and not audit.passed for audit in learned)
     assert all("12 texts stand out, and not under the original model" in " ".join(a.notes) for a in learned)
+    assert all("Before unlearning, 0 of 12 stood out as memorized" in sentences.summary(a)[0] for a in learned)
     another = audits(model([], 2)[0], (retrained, original[1]), secrets, unseen, tmp_path)
     assert np.mean([audit.passed for audit in another]) >= 0.9
 

@@ -3,6 +3,8 @@
 import inspect
 import json
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +46,21 @@ def test_an_edit_of_a_file_writes_the_model_and_its_numbers(edit, folder, traine
     loaded, _ = models.load(tmp_path / "new")
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=1e-3, atol=1e-4)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_edit(edit, tmp_path, monkeypatch):
+    """The result replaces an empty folder, in the one around it, in which nothing can be written here."""
+    (tmp_path / "around" / "new").mkdir(parents=True)
+    made = tempfile.TemporaryDirectory
+
+    def directory(*arguments, **named):
+        if Path(named["dir"]) == tmp_path / "around":
+            raise PermissionError(13, "Permission denied")
+        return made(*arguments, **named)
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", directory)
+    code, _, err = edit("--edit", "ekfac-step", "--out", "around/new")
+    assert (code, err.count("choose another folder")) == (2, 1)
 
 
 def test_the_numbers_come_as_json_and_the_folder_has_a_name(edit, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -120,6 +121,9 @@ CALL = {"function": {"name": "note", "arguments": json.dumps({"city": "Köln"})}
         ({"question": "Who?", "answer": None}, "Who?"),
         ({"text": 5}, "5"),
         (Example("Who? ", "He."), "Who? He."),
+        ({"messages": np.array(CHAT, dtype=object)}, "Who?\nHe.\nuser\nassistant\ntext"),
+        ({"text": b"a"}, "a"),
+        ({"text": np.int64(5)}, "5"),
         ({"id": 5, "score": 0.5}, None),
         (5, None),
     ],

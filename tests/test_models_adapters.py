@@ -122,6 +122,17 @@ def test_an_adapter_names_the_revision_of_its_model(story, tmp_path, monkeypatch
     assert again.peft_config["default"].r == 2
 
 
+def test_an_adapter_names_its_model_by_the_whole_path_that_was_given(story, tmp_path, monkeypatch):
+    """From any folder it is the same; a link is not followed: in the hub's cache the file behind it has no ending."""
+    (tmp_path / "blob").write_text("")
+    (tmp_path / "model.gguf").symlink_to(tmp_path / "blob")
+    monkeypatch.chdir(tmp_path)
+    model = story.fresh()
+    model.name_or_path = "./model.gguf"
+    adapted = with_lora(LanguageModel.of(model, story.tokenizer), 4, seed=0)
+    assert adapted.module.peft_config["default"].base_model_name_or_path == str(tmp_path / "model.gguf")
+
+
 def test_an_adapter_without_a_readable_configuration_is_refused(tmp_path):
     """In one sentence."""
     for content in ("{", "[1]"):

@@ -99,6 +99,13 @@ def test_recomputed_layers_attend_as_the_forward_pass_did():
     assert torch.equal(gradients(model, texts, recomputed_layers(model)), plain)
 
 
+def test_layers_that_transformers_recomputes_in_training_attend_in_the_models_dtype():
+    """The context has ended when it computes them again, and would store other tensors."""
+    model = made(torch.bfloat16).train()
+    model.gradient_checkpointing_enable()
+    assert dtypes(model, batch()) == {torch.bfloat16}
+
+
 def test_float32_and_a_compiled_model_are_left_as_they_are():
     """Their passes run without the context."""
     assert dtypes(made(), batch()) == {torch.float32}

@@ -233,6 +233,7 @@ class AuditAssembler:
                     before=before[i],
                     **self.texts.parts[i]._asdict(),
                     form=self.texts.forms[i],
+                    newly_known=bool(self.newly_known[i]),
                 )
             )
         return examples
@@ -308,11 +309,12 @@ class AuditAssembler:
     def _notes(self, judged: metrics.Verdict) -> list[str]:
         """Say what the verdicts rest on, and what the evidence cannot show."""
         rate, others = self.false_discovery_rate, self.forms[0] > 0
-        notes = evidence_notes(self.non_members, judged.verdict[~others].tolist(), rate=rate)
+        notes = evidence_notes(self.non_members, judged.verdict[~others & ~self.newly_known].tolist(), rate=rate)
         if others.any() and not self.memorized[others].any():
             fewest = int(np.bincount(self.forms[1])[1:].min())
             notes += power_notes(fewest, int(others.sum()), rate=rate, noun="other forms")
-        if count := int((judged.verdict == _EXPOSED)[self.newly_known].sum()):
+        exposed = np.flatnonzero(self.newly_known & (judged.verdict == _EXPOSED))
+        if count := len({self.texts.parts[i].record for i in exposed}):
             which = f"{count} texts stand out" if count > 1 else "One text stands out"
             notes.append(
                 f"{which}, and not under the original model: check that it is this model before unlearning, and that "

@@ -82,6 +82,8 @@ class AuditedExample:
     form: str = ""
     """With scope="person", the name of a text in other words: question, statement, turned, cloze, or "paraphrase 1";
     empty for the text as it is."""
+    newly_known: bool = False
+    """True where it stands out, and the original model had not memorized it, see `metrics.left.newly_known`."""
 
     @property
     def label(self) -> str:

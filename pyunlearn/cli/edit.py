@@ -78,7 +78,8 @@ def edit(
     quiet_libraries()
     chosen = edit_named(edit)
     target = folder_for(model, out, "edited")
-    require_writable(check_output(target))
+    place = check_output(target)
+    require_writable(place if place.is_mount() else place.with_name(f".{place.name}.probe"))  # it is replaced whole
     gguf = gguf_options(gguf_like, gguf_at_least, model, target)
     own = parse_edit_options(chosen, options or [])
     sources = {role: texts(source, role) for role, source in (("forget", forget), ("retain", retain))}

@@ -122,7 +122,8 @@ def texts(source: Path | None, role: str) -> Any:
     name = f"standard input (read for {role})"
     try:
         text = sys.stdin.read().removeprefix("\ufeff")  # a byte order mark
-    except UnicodeDecodeError as error:
+        text.encode()  # some locales read what is not UTF-8 as halves of surrogate pairs
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise DataError(f"{name} is not UTF-8 text: {error.reason}; convert it to UTF-8") from error
     return parse_examples(text, _suffix(text), name=name)
 
@@ -130,7 +131,7 @@ def texts(source: Path | None, role: str) -> Any:
 def _suffix(text: str) -> str:
     """Return the ending that a file with this content would have: what begins as JSON does is no plain text.
 
-    >>> [_suffix(text) for text in ('{"text": "a"}', '[{"text": "a"},', '"Hello," she said.', "[1] A footnote.")]
+    >>> [_suffix(text) for text in ('{"text": "a"}', '[{"text": "a"},', '["Yes," he said]', "[1] A footnote.")]
     ['.jsonl', '.json', '.txt', '.txt']
     """
     first = text.lstrip().partition("\n")[0]
@@ -142,7 +143,7 @@ def _suffix(text: str) -> str:
             continue
     if first.startswith("{"):
         return ".jsonl"
-    return ".json" if re.match(r"\[\s*([\[{\"]|$)", first) else ".txt"
+    return ".json" if re.match(r"\[\s*(\{|$)", first) else ".txt"
 
 
 def assignments(words: Sequence[str]) -> dict[str, Any]:

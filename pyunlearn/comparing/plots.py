@@ -119,8 +119,8 @@ def _columns(comparison: Comparison) -> list[_Column]:
 
 
 def _mark(row: Row) -> str:
-    """Return the mark of a weight, which the caption explains."""
-    return "~" if _may_be_larger(row) else "+" if row.equalized is False else ""
+    """Return the marks of a weight, which the caption explains."""
+    return "~" * _may_be_larger(row) + "+" * (row.equalized is False)
 
 
 def _may_be_larger(row: Row) -> bool:
@@ -131,7 +131,7 @@ def _captions(comparison: Comparison) -> list[str]:
     lines = [f"{row.method}: {row.status}, {row.reason}" for row in comparison.rows if not row.done]
     if any(_may_be_larger(row) for row in comparison.rows):
         lines.append("~ the utility did not fall steadily with the weight: a larger weight may retain it too")
-    if any(_mark(row) == "+" for row in comparison.rows):
+    if any("+" in _mark(row) for row in comparison.rows):
         lines.append(f"+ not at equal utility: mixing cannot bring it nearer to {comparison.settings['tau']:.0%}")
     if not_memorized := comparison.original.verdicts["not memorized"]:
         lines.append(

@@ -191,7 +191,7 @@ class Corpus:
                 if len(set(names)) < len(names):
                     raise DataError(f"{name} has two columns of the same name: rename one of them")
                 types = map(str, table.schema_arrow.types)  # such as list<element: struct<role: string, ...>>
-                columns = [c for c, kind in zip(names, types, strict=True) if c in _KNOWN or "string" in kind]
+                columns = [c for c, kind in zip(names, types, strict=True) if c in _KNOWN or "string" in kind or "binary" in kind]
                 if not columns:
                     raise _unusable(name, dict.fromkeys(names))
                 self._tell = lambda: size * number // max(total, 1)
@@ -236,6 +236,8 @@ def _record_text(row: object) -> str | None:
     texts, rest = list[str](), list[str]()
     for name in dict.fromkeys([*whole, *row]):
         value = row[name]
+        if hasattr(value, "tolist"):  # numpy's arrays and numbers
+            value = value.tolist()
         if not isinstance(value, (int, float)):
             _collect(value, texts, rest)
         elif name in _KNOWN:
@@ -262,6 +264,10 @@ def _collect(value: object, texts: list[str], rest: list[str]) -> None:
     elif isinstance(value, (list, tuple)):
         for part in value:
             _collect(part, texts, rest)
+    elif hasattr(value, "tolist"):
+        _collect(value.tolist(), texts, rest)
+    else:
+        texts.append(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value))
 
 
 def _unusable(name: str, content: object) -> DataError:

@@ -68,16 +68,17 @@ def layers_of(edit: Editing) -> list[LinearLayer]:
 
 
 def stacks_experts(name: str, p: Tensor) -> bool:
-    """Return True for a parameter in a block that holds a matrix for each expert: in three dimensions, in DBRX in two.
+    """Return True for a parameter of experts in a block that holds a matrix for each: in DBRX in two dimensions.
 
     >>> import torch
     >>> stacks_experts("layers.0.mlp.experts.down_proj", torch.zeros(4, 8, 6))
     True
-    >>> stacks_experts("layers.0.mixer.conv1d.weight", torch.zeros(8, 1, 6))
+    >>> stacks_experts("layers.0.rg_lru.input_gate_weight", torch.zeros(2, 16, 16))
     False
     """
-    dimensions = sum(n > 1 for n in p.shape)
-    return bool(_BLOCK.match(name)) and (dimensions > 2 or (dimensions == 2 and "experts" in name.split(".")))
+    of_experts = any("expert" in part or "moe" in part for part in name.lower().split("."))
+    whole = "experts" in name.split(".")  # the module of all of them
+    return bool(_BLOCK.match(name)) and of_experts and sum(n > 1 for n in p.shape) > (1 if whole else 2)
 
 
 def by_block(layers: Sequence[LinearLayer]) -> list[list[LinearLayer]]:

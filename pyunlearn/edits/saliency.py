@@ -64,14 +64,28 @@ def saliency_mask(
     require(Number(above=0, maximum=1), share=share)
     edit = Editing("saliency_mask", model, {"forget": forget}, tokenizer, config)
     edit.choose_form()
-    return salient(edit.model, edit.tokens["forget"], share, batch_size=config.batch_size, workspace=config.workspace)
+    shares = edit.shares["forget"]
+    return salient(
+        edit.model,
+        edit.tokens["forget"],
+        share,
+        batch_size=config.batch_size,
+        workspace=config.workspace,
+        weights=None if all(x == 1 for x in shares) else shares,
+    )
 
 
 def salient(
-    model: Any, tokens: Sequence[Tokens], share: float, *, batch_size: int, workspace: int | None
+    model: Any,
+    tokens: Sequence[Tokens],
+    share: float,
+    *,
+    batch_size: int,
+    workspace: int | None,
+    weights: Any = None,
 ) -> dict[str, Tensor]:
-    """Return the saliency mask of encoded texts. Raises TrainingError where a gradient is not finite."""
-    gradient = mean_gradient(model, tokens, batch_size=batch_size, workspace=workspace)
+    """Return the saliency mask of encoded texts, each with a weight. Raises TrainingError for an infinite gradient."""
+    gradient = mean_gradient(model, tokens, batch_size=batch_size, workspace=workspace, weights=weights)
     if bad := next((n for n, g in gradient.items() if not bool(torch.isfinite(g).all())), None):
         raise TrainingError(f"the forget loss has a gradient in {bad} that is infinite or NaN: its weights are broken")
     size = sum(g.numel() for g in gradient.values())

@@ -183,8 +183,8 @@ def newly_known(
 ) -> NDArray[np.bool_]:
     """Return (n,) which texts stand out in a model that the original model had not memorized.
 
-    They are selected as an audit without the original selects. Where some texts were memorized, which `left` tests,
-    half of the rate is left for these.
+    They are selected as an audit without the original selects, at half of the rate: the texts that the original had
+    memorized have a test of their own.
 
     Args:
         now: scores under the model in question.
@@ -198,8 +198,7 @@ def newly_known(
     """
     exposure = generalized_exposure(*now, groups=forms).lower
     families = 2 * families_of(exposure, *forms) + memorized
-    share = rate / 2 if memorized.any() else rate
-    return discoveries_within(families, exposure, rate=share)[0] & ~memorized
+    return discoveries_within(families, exposure, rate=rate / 2)[0] & ~memorized
 
 
 def _unmoved(before: Scores, now: Scores) -> NDArray[np.bool_]:

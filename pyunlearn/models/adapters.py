@@ -48,7 +48,7 @@ def with_lora(lm: LanguageModel, rank: int, seed: int) -> LanguageModel:
         raise ModelError(f"lora cannot adapt {lm.name}: {error}") from error
     own = adapted.peft_config["default"]
     if own.base_model_name_or_path and os.path.exists(own.base_model_name_or_path):
-        own.base_model_name_or_path = os.path.realpath(own.base_model_name_or_path)
+        own.base_model_name_or_path = os.path.abspath(own.base_model_name_or_path)
     return replace(lm, module=adapted)
 
 

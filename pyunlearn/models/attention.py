@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pyunlearn.models.inspection import unwrapped
+from pyunlearn.models.inspection import is_recomputing, unwrapped
 
 LONGEST = 128
 """Positions of the longest texts whose attention is faster in float32."""
@@ -25,14 +25,19 @@ _NARROW = (torch.bfloat16, torch.float16)
 def attention_of(model: Any) -> AbstractContextManager[Any]:
     """Return the context of a model's forward pass, in which attention is computed in the dtype that is faster.
 
-    A model that torch.compile has compiled computes its attention as it is.
+    A model that torch.compile has compiled computes its attention as it is, and so does one whose layers transformers
+    recomputes in training: the context has ended by then.
 
     Args:
         model: a transformers model, wrapped or not.
     """
-    weight = next(unwrapped(model).parameters())
+    inner = unwrapped(model)
+    weight = next(inner.parameters())
     narrow = weight.dtype in _NARROW or torch.is_autocast_enabled("cpu")
-    if weight.device.type != "cpu" or not narrow or not torch.is_grad_enabled() or hasattr(model, "_orig_mod"):
+    if weight.device.type != "cpu" or not narrow or not torch.is_grad_enabled():
+        return nullcontext()
+    compiled = hasattr(model, "_orig_mod") or getattr(inner, "_compiled_call_impl", None) is not None
+    if compiled or (inner.training and is_recomputing(inner)):
         return nullcontext()
     return ShortAttention()
 

@@ -77,3 +77,8 @@ def is_matrix(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return type(module) in (nn.Linear, Conv1D)
+
+
+def is_recomputing(model: Any) -> bool:
+    """Return whether transformers' own gradient checkpointing is on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

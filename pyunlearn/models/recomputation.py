@@ -51,11 +51,6 @@ def recomputed_layers(model: Any) -> Iterator[None]:
                 layer.forward = forward
 
 
-def is_recomputing(model: Any) -> bool:
-    """Return whether transformers' own gradient checkpointing is on."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
 def _recomputed(layer: Any, forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs, **named)

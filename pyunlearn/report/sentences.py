@@ -85,7 +85,7 @@ def _was_memorized(e: AuditedExample) -> bool:
     """Return whether a text was memorized under the original model, as its verdict says."""
     if e.verdict == "over-unlearned":
         return e.exposure_before is not None and e.exposure_before >= SIGNIFICANT
-    return e.verdict != "not memorized"
+    return e.verdict != "not memorized" and not e.newly_known
 
 
 def tone(audit: Audit) -> str:
@@ -177,8 +177,8 @@ def null_sentence(audit: Audit) -> str:
 
 
 def _among_texts(audit: Audit, verdict: str) -> bool:
-    """Return whether a text that is no other form of one has this verdict."""
-    return any(e.verdict == verdict for e in as_they_are(audit))
+    """Return whether a text that was memorized, and is no other form of one, has this verdict."""
+    return any(e.verdict == verdict and not e.newly_known for e in as_they_are(audit))
 
 
 def _left_sentence(audit: Audit, pvalue: float) -> str:

@@ -21,9 +21,10 @@ from pyunlearn.methods import METHODS, Method, resolve
 from pyunlearn.models.adapters import require_mergeable, with_lora
 from pyunlearn.models.condition import require_trainable
 from pyunlearn.models.four_bits import keep_differentiable
+from pyunlearn.models.inspection import is_recomputing
 from pyunlearn.models.language_model import LanguageModel, require_model, require_tokenizer
 from pyunlearn.models.loading import without_weights
-from pyunlearn.models.recomputation import is_recomputing, recomputed_layers
+from pyunlearn.models.recomputation import recomputed_layers
 from pyunlearn.models.scoring import Scorer, evaluation_mode
 from pyunlearn.options import Flag, accepts, require, require_path
 from pyunlearn.output import model_name

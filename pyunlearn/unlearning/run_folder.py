@@ -68,8 +68,11 @@ class RunFolder:
             yield
             return
         require_writable(self.path.with_name(f".{self.path.name}.probe"))
-        self._lock.parent.mkdir(parents=True, exist_ok=True)
-        self._lock.touch()
+        try:
+            self._lock.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.touch()
+        except OSError as error:  # a lock that another user left
+            raise OutputError(f"{self._lock} cannot be made: {error.strerror}; choose another folder") from error
         with locked(self._lock) as free:
             if free is False:
                 raise OutputError(f"another run writes to {self.path}: wait for its end, or choose another folder")
