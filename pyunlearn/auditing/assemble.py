@@ -313,7 +313,7 @@ class AuditAssembler:
         if others.any() and not self.memorized[others].any():
             fewest = int(np.bincount(self.forms[1])[1:].min())
             notes += power_notes(fewest, int(others.sum()), rate=rate, noun="other forms")
-        exposed = np.flatnonzero(self.newly_known & (judged.verdict == _EXPOSED))
+        exposed = np.flatnonzero(self.newly_known & (judged.verdict == _EXPOSED)).tolist()
         if count := len({self.texts.parts[i].record for i in exposed}):
             which = f"{count} texts stand out" if count > 1 else "One text stands out"
             notes.append(

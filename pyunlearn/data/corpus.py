@@ -191,7 +191,11 @@ class Corpus:
                 if len(set(names)) < len(names):
                     raise DataError(f"{name} has two columns of the same name: rename one of them")
                 types = map(str, table.schema_arrow.types)  # such as list<element: struct<role: string, ...>>
-                columns = [c for c, kind in zip(names, types, strict=True) if c in _KNOWN or "string" in kind or "binary" in kind]
+                columns = [
+                    c
+                    for c, kind in zip(names, types, strict=True)
+                    if c in _KNOWN or any(part in kind for part in ("string", "binary"))
+                ]
                 if not columns:
                     raise _unusable(name, dict.fromkeys(names))
                 self._tell = lambda: size * number // max(total, 1)
