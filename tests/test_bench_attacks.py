@@ -119,7 +119,7 @@ def test_the_command_prints_the_columns(w, hiding, data, call, tmp_path):
     """A table of their own, and a line with the p-value."""
     for name, model in (("model", hiding), ("retrained", w.model)):
         if name == "model":
-            copy.deepcopy(hiding).get_base_model().save_pretrained(tmp_path / "base")
+            copy.deepcopy(hiding).unload().save_pretrained(tmp_path / "base")
             hiding.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         model.save_pretrained(tmp_path / name)
         w.tokenizer.save_pretrained(tmp_path / name)
