@@ -149,11 +149,17 @@ def test_verdicts_stand_before_their_claims():
 def test_only_a_text_that_stands_out_is_called_so(verdict, words):
     """An undecided one is not, and where no more texts lie high than unseen ones would, the sentence says that."""
     tests = {"null_test": SimpleNamespace(pvalue=0.01), "top_test": SimpleNamespace(exact_pvalue=0.01)}
-    examples = [SimpleNamespace(verdict=verdict, form=""), SimpleNamespace(verdict="still exposed", form="question")]
+    before = {"newly_known": False}
+    examples = [
+        SimpleNamespace(verdict=verdict, form="", **before),
+        SimpleNamespace(verdict="still exposed", form="question", **before),
+    ]
     assert words in sentences.null_sentence(SimpleNamespace(examples=examples, left_pvalue=0.5, **tests))
     assert "too many" in sentences.null_sentence(SimpleNamespace(examples=examples, left_pvalue=None, **tests))
     assert "neither stands out" in sentences.MEANINGS["undecided"]
-    moved = SimpleNamespace(examples=[SimpleNamespace(verdict="forgotten", form="")], left_pvalue=0.03)
+    moved = SimpleNamespace(examples=[SimpleNamespace(verdict="forgotten", form="", **before)], left_pvalue=0.03)
+    examples[0].newly_known = True  # it was not memorized, so the sentence is not about it
+    assert "are recited" not in sentences.null_sentence(SimpleNamespace(examples=examples, left_pvalue=0.5, **tests))
     assert "none counts as exposed" in sentences.null_sentence(moved)
 
 
@@ -176,7 +182,12 @@ def test_the_headline_of_undecided_texts(source, counts, continuation, headline,
     """What it counts, that text of the model's own shows little, and whether it was tried what the model writes."""
     texts = [
         SimpleNamespace(
-            verdict=name, form="", certain=True, exposure_before=9.0, now=SimpleNamespace(continuation=continuation)
+            verdict=name,
+            form="",
+            certain=True,
+            exposure_before=9.0,
+            newly_known=False,
+            now=SimpleNamespace(continuation=continuation),
         )
         for name, count in counts.items()
         for _ in range(count)
