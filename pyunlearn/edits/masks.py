@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyunlearn.data import Tokens
 from pyunlearn.edits.saliency import salient
 from pyunlearn.errors import ArgumentError, brief
-from pyunlearn.probes.gradients import trained_parameters
+from pyunlearn.probes.gradients import mean_gradient, trained_parameters
 
 Mask = dict[str, Tensor]
 
@@ -45,7 +45,7 @@ def mask_of(
         return {}
     parameters = trained_parameters(model)
     if mask == "saliency":
-        tensors = salient(model, forget, 0.5, batch_size=batch_size, workspace=workspace)
+        tensors = salient(mean_gradient(model, forget, batch_size=batch_size, workspace=workspace), 0.5)
     elif mask == "nonzero":
         tensors = {name: p.detach() != 0 for name, p in parameters.items()}
     else:

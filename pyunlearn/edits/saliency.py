@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyunlearn.data import Tokens
 from pyunlearn.edits.base import Editing
 from pyunlearn.edits.config import EditConfig
 from pyunlearn.edits.weight_scores import largest
 from pyunlearn.errors import TrainingError
 from pyunlearn.options import Number, require
-from pyunlearn.probes.gradients import mean_gradient
 
 
 def saliency_mask(
@@ -64,28 +61,11 @@ def saliency_mask(
     require(Number(above=0, maximum=1), share=share)
     edit = Editing("saliency_mask", model, {"forget": forget}, tokenizer, config)
     edit.choose_form()
-    shares = edit.shares["forget"]
-    return salient(
-        edit.model,
-        edit.tokens["forget"],
-        share,
-        batch_size=config.batch_size,
-        workspace=config.workspace,
-        weights=None if all(x == 1 for x in shares) else shares,
-    )
+    return salient(edit.gradient("forget"), share)
 
 
-def salient(
-    model: Any,
-    tokens: Sequence[Tokens],
-    share: float,
-    *,
-    batch_size: int,
-    workspace: int | None,
-    weights: Any = None,
-) -> dict[str, Tensor]:
-    """Return the saliency mask of encoded texts, each with a weight. Raises TrainingError for an infinite gradient."""
-    gradient = mean_gradient(model, tokens, batch_size=batch_size, workspace=workspace, weights=weights)
+def salient(gradient: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Return the saliency mask for a gradient of the forget loss. Raises TrainingError where it is not finite."""
     if bad := next((n for n, g in gradient.items() if not bool(torch.isfinite(g).all())), None):
         raise TrainingError(f"the forget loss has a gradient in {bad} that is infinite or NaN: its weights are broken")
     size = sum(g.numel() for g in gradient.values())
