@@ -204,6 +204,7 @@ def require_writable(target: Path) -> None:
     target = place = target.resolve()
     try:
         place = next(path for path in (target, *target.parents) if path.exists())
+        remove_partial(place, target.name)  # of a process that was stopped here
         tempfile.TemporaryDirectory(prefix=f".{target.name}{_PARTIAL}", dir=place).cleanup()
     except OSError as error:
         fault = f"nothing can be written to {place}, where the result would be: {error.strerror}"
@@ -367,10 +368,9 @@ def plain_json(value: Any) -> Any:
     """Return dataclasses and named tuples as dicts, tuples as lists, and infinity and NaN, unknown to JSON, as None."""
     if is_dataclass(value):
         return {f.name: plain_json(getattr(value, f.name)) for f in fields(value)}
-    if hasattr(value, "_asdict"):
-        return {name: plain_json(part) for name, part in value._asdict().items()}
-    if isinstance(value, dict):
-        return {name: plain_json(part) for name, part in value.items()}
+    named = value._asdict() if hasattr(value, "_asdict") else value
+    if isinstance(named, dict):
+        return {name: plain_json(part) for name, part in named.items()}
     if isinstance(value, (list, tuple)):
         return [plain_json(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyunlearn.errors import ArgumentError, OutputError
-from pyunlearn.output import check_output, locked, remove_partial, replacing, require_writable
+from pyunlearn.output import check_output, locked, remove_partial, require_writable
 from pyunlearn.unlearning.distributed import is_main_process
 
 RESULT = "result.json"
@@ -84,7 +84,7 @@ class RunFolder:
                 self._lock.unlink(missing_ok=True)
 
     def require_room(self, model: Any, *, merge: bool = False) -> None:
-        """Raise OutputError unless there is room for the result and a checkpoint, and a file can be written.
+        """Raise OutputError unless there is room for the result and a checkpoint.
 
         `merge`: an adapter is merged, so that the result is the whole model.
         """
@@ -96,14 +96,7 @@ class RunFolder:
         # of each weight that is trained: itself, its rest, the second moment, see `Adam`
         stored = sum(p.numel() * max(10, 2 * p.element_size()) for p in model.parameters() if p.requires_grad)
         needed = sum(t.numel() * t.element_size() for t in tensors) + stored
-        try:
-            with replacing(parent / f".{self.path.name}.probe") as file:
-                file.write(b"a file can be written here")
-            (parent / f".{self.path.name}.probe").unlink()
-            free = shutil.disk_usage(parent).free
-        except OSError as error:
-            fault = f"nothing can be written to {parent}, where the result would be: {error.strerror}"
-            raise OutputError(f"{fault}; choose another folder") from error
+        free = shutil.disk_usage(parent).free
         if free < needed:
             raise OutputError(
                 f"the result and a checkpoint need {needed / 2**20:,.0f} MiB, and {parent} has {free / 2**20:,.0f} MiB "
