@@ -1,6 +1,10 @@
 """One sentence on what to change after a run that did not settle every record."""
 
+import random
+
 import pytest
+import tiny
+from unlearning_runs import run
 
 from pyunlearn.unlearning.endings import advice
 
@@ -38,3 +42,21 @@ def test_other_ends_have_no_note():
     assert advice("max_steps", **SEEN | {"limit": 0}) == []
     (note,) = advice("max_steps", **SEEN | {"left": [str(i) for i in range(1, 10)], "memorized": 9})
     assert "(numbers 1, 2, 3, 4, 5 and others) are left" in note
+
+
+@pytest.mark.full
+def test_a_text_that_the_run_has_taught_is_named():
+    """It was not memorized, and the retain set holds it in other words; without these there is no such note."""
+    story = tiny.storyteller()
+    draw, words = random.Random(0), [word for text in story.corpus for word in text.split()]
+
+    def reworded():
+        replaced = draw.sample(range(len(text)), len(text) // 4)
+        return " ".join(draw.choice(words) if i in replaced else word for i, word in enumerate(text))
+
+    text = story.unseen[0].split()
+    copies = [reworded() for _ in range(80)]
+    for retain, expected in ((story.corpus + copies, ["Text 3 stands out after the run"]), (story.corpus, [])):
+        result = run(story, story.forget + story.unseen[:1], retain=retain, retain_loss="nll", retain_weight=20.0)
+        assert result.examples[2].verdict == "not memorized"
+        assert [note.partition(",")[0] for note in result.notes if "stands out" in note] == expected

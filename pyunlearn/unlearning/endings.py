@@ -48,11 +48,9 @@ def advice(
     >>> advice("max_steps", left=["3"], limit=20, **seen)
     ['1 of 8 memorized texts (number 3) is left after 2 visits each: leave out max_steps, or raise it.']
     """
-    names = ", ".join(left[:_NAMED]) + (" and others" if len(left) > _NAMED else "")
     one = len(left) == 1
-    who = (
-        f"{len(left)} of {memorized} memorized texts (number{'' if one else 's'} {names}) {'is' if one else 'are'} left"
-    )
+    names = f"number{'' if one else 's'} {some(left)}"
+    who = f"{len(left)} of {memorized} memorized texts ({names}) {'is' if one else 'are'} left"
     if stopped == "max_steps" and left and limit != 0:
         used = "most" if budget_used > 1 / 2 else f"only {max(budget_used, 0):.0%}"
         if limit is not None:
@@ -83,6 +81,15 @@ def advice(
         help_ = f"a larger {option} would help most" if has_retain else "a retain set (retain=) would help most"
         return [f"{who} within the {stopped}: {help_}."]
     return []
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first five names for a sentence.
+
+    >>> some(["1", "2", "4", "5", "6", "9"])
+    '1, 2, 4, 5, 6 and others'
+    """
+    return ", ".join(names[:_NAMED]) + (" and others" if len(names) > _NAMED else "")
 
 
 def require_gradient(records: Sequence[Mapping[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from pyunlearn.probes.recitation import recitations
 from pyunlearn.probes.renderings import RenderedTexts
 from pyunlearn.unlearning.budget import budget_notes
 from pyunlearn.unlearning.config import UnlearnConfig
-from pyunlearn.unlearning.endings import advice
+from pyunlearn.unlearning.endings import advice, some
 from pyunlearn.unlearning.result import PASSED, ExampleResult, Result, Utility, document_notes
 from pyunlearn.unlearning.setup import Session
 
@@ -85,7 +85,23 @@ def notes_of(session: Session, texts: RenderedTexts, result: Result, config: Unl
             f"In the last probe, fine-tuning on other text brought back {back} of {int(stopping.memorized.sum())} "
             "memorized texts: a larger max_steps would help most."
         )
+    notes += _learned_notes(session, [e.label for e in result.examples])
     return notes + _retained_notes(session, texts) + document_notes(result.documents)
+
+
+def _learned_notes(session: Session, labels: Sequence[str]) -> list[str]:
+    """Return a sentence on the texts that were not memorized before the run, and stand out after it."""
+    stopping = session.stopping
+    if stopping.non_members.grade != "holdout" or not session.state.visits.any():
+        return []
+    names = [labels[i] for i in np.flatnonzero(stopping.newly_known)]
+    if not names:
+        return []
+    which = f"{len(names)} texts (numbers {some(names)}) stand" if len(names) > 1 else f"Text {names[0]} stands"
+    return [
+        f"{which} out after the run, and did not before: the retain set may hold {'them' if len(names) > 1 else 'it'} in "
+        "other words (pyunlearn find lists near copies)."
+    ]
 
 
 def _retained_notes(session: Session, texts: RenderedTexts) -> list[str]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Exposure, Verdict, generalized_exposure, verdict
 from pyunlearn.metrics.exposure import is_significant
 from pyunlearn.metrics.families import families_of
+from pyunlearn.metrics.left import Scores, newly_known
 from pyunlearn.metrics.verdict import NOT_EXTRACTED, anchor_after, discoveries_within
 from pyunlearn.probes.non_members import NonMembers, uncalibrated
 from pyunlearn.unlearning.budget import HOLDOUT_BUDGET, UTILITY_BUDGET, Budget, Rise
@@ -260,6 +261,12 @@ class StoppingRule:
     def extracted(self) -> NDArray[np.bool_]:
         """(B,) True for the memorized examples of which more is extracted than of four in five non-members."""
         return self.memorized & (self.current.extraction > max(self.target_exposure, NOT_EXTRACTED))
+
+    @property
+    def newly_known(self) -> NDArray[np.bool_]:
+        """(B,) True for the examples that were not memorized and stand out now, see `metrics.left.newly_known`."""
+        scores = Scores(self._scores(self.current.log_likelihood), self.anchor)
+        return newly_known(scores, self.groups, self.memorized, rate=self.false_discovery_rate)
 
     def rejection_reason(self, measurement: Measurement) -> str | None:
         """Return the reason to roll back a round that ended with this measurement, or None."""
