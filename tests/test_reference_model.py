@@ -200,9 +200,12 @@ def test_a_run_ends_forgotten_where_the_reference_model_would_be(plain, holdout)
 
 
 def test_without_a_retain_set_the_utility_is_that_of_the_reference_model_s_texts(plain):
-    """The result says on what it was measured."""
+    """The result says on what it was measured; a reference model in training mode is in that again at the end."""
+    reference = plain.references["base"].train()
     utility = unlearn(plain, "base", retain=None, max_steps=0).utility
     assert utility.measured_on == "text sampled from the reference model"
+    assert all(module.training for module in reference.modules())
+    reference.eval()
 
 
 @pytest.mark.full

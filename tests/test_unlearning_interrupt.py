@@ -78,3 +78,21 @@ def test_an_interrupted_run_leaves_the_last_accepted_weights_in_the_model(story,
     assert cut_short.history == []
     assert [e.steps for e in cut_short.examples] == [0, 0]
     assert same(cut_short.model, story.model)
+
+
+def test_the_numbers_of_an_interrupted_run_are_those_of_its_weights(story, monkeypatch):
+    """Also where Ctrl-C comes twice between the scores of a round and its weights: both count, or neither."""
+    original = StoppingRule.accept
+
+    def accept(*arguments):
+        taken = original(*arguments)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # the handler runs here
+        return taken
+
+    monkeypatch.setattr(StoppingRule, "accept", accept)
+    result = run(story, **OPTIONS)
+    assert result.stopped == "interrupted"
+    after = [-e.log_likelihood_after for e in result.examples]
+    assert after == pytest.approx(tiny.negative_log_likelihoods(story, story.forget, result.model), rel=1e-5)

@@ -108,11 +108,11 @@ def ascend(
                 _rewind(session, weights, snapshot)
                 continue
             rejection_reason = stopping.rejection_reason(measurement)
-            if rejection_reason is None:
-                step_size = _accept(session, measurement, scored, taken)
-            else:
-                step_size = state.step_size.after(accepted=False)
-            with interrupt.shielded():  # weights and state change together, or a checkpoint would hold parts of both
+            with interrupt.shielded():  # scores, weights and state change together, or a result would mix two rounds
+                if rejection_reason is None:
+                    step_size = _accept(session, measurement, scored, taken)
+                else:
+                    step_size = state.step_size.after(accepted=False)
                 _store(session, weights, step_size, None if rejection_reason is None else snapshot)
                 weights.set_learning_rate(step_size.rate(learning_rate))
                 records[-1] |= _round_record(session, measurement, scored, rejection_reason)

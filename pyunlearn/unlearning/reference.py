@@ -17,7 +17,7 @@ from pyunlearn.models.condition import to_device
 from pyunlearn.models.distributions import Distributions
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import Likelihood
-from pyunlearn.models.scoring import Scorer
+from pyunlearn.models.scoring import Scorer, evaluation_mode
 from pyunlearn.models.sharding import is_sharded
 from pyunlearn.unlearning.hidden_cache import HiddenStateCache
 
@@ -86,8 +86,9 @@ def reference_on_device(lm: LanguageModel, reference_model: Any) -> Iterator[Lan
     lm.require_vocabulary(reference, "reference_model")
     original_device = reference.device
     try:
-        module = to_device(reference.module, lm.device).eval()
-        yield replace(reference, module=module, tokenizer=lm.tokenizer, workspace=lm.likelihood.workspace)
+        module = to_device(reference.module, lm.device)
+        with evaluation_mode(module):
+            yield replace(reference, module=module, tokenizer=lm.tokenizer, workspace=lm.likelihood.workspace)
     finally:
         to_device(reference.module, original_device)
 
