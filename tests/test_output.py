@@ -128,7 +128,7 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next(tmp_path
 
 
 def test_where_a_file_can_be_written_is_known_without_a_trace(tmp_path):
-    """Also in a missing folder, which is not made; in a place that is a file nothing can be. A stopped one is undone."""
+    """Also in a missing folder, which is not made; in a place that is a file nothing can be."""
     (tmp_path / ".new.partial-xy").mkdir()  # of a process that was stopped while it looked
     for target in (tmp_path, tmp_path / "new", tmp_path / "new" / "a.json"):
         require_writable(target)

@@ -94,13 +94,15 @@ def _learned_notes(session: Session, labels: Sequence[str]) -> list[str]:
     stopping = session.stopping
     if stopping.non_members.grade != "holdout" or not session.state.visits.any():
         return []
-    names = [labels[i] for i in np.flatnonzero(stopping.newly_known)]
+    names = [labels[i] for i in np.flatnonzero(stopping.newly_known).tolist()]
     if not names:
         return []
-    which = f"{len(names)} texts (numbers {some(names)}) stand" if len(names) > 1 else f"Text {names[0]} stands"
+    which, them = f"Text {names[0]} stands", "it"
+    if len(names) > 1:
+        which, them = f"{len(names)} texts (numbers {some(names)}) stand", "them"
     return [
-        f"{which} out after the run, and did not before: the retain set may hold {'them' if len(names) > 1 else 'it'} in "
-        "other words (pyunlearn find lists near copies)."
+        f"{which} out after the run, and did not before: the retain set may hold {them} in other words (pyunlearn find "
+        "lists near copies)."
     ]
 
 
