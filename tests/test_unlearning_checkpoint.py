@@ -239,6 +239,7 @@ RESUMED = {
     "many batches": {"batch_size": 1, "retain": None},
     "rolled-back steps": {"learning_rate": 2e-2},
     "bfloat16": {"offload_optimizer": True},
+    "moments in 8 bits": {"moments_in_8bit": True},
     "a loss that is scaled": {"method": "kto"},
     "a loss that stops by token": {"method": "wtnpo"},
     "answers that are held": {"batch_size": 1, "learning_rate": 5e-5},

@@ -74,12 +74,13 @@ def sizes(plan):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lora", [None, 4])
-def test_the_parts_are_what_a_run_has(dtype, lora):
+@pytest.mark.parametrize("eight", [False, True])
+def test_the_parts_are_what_a_run_has(dtype, lora, eight):
     """Weights, gradients, moments, rests, accepted state and its moments: as the optimizer has them after a step."""
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**KV, tie_word_embeddings=True)).to(dtype)
     if lora:
         model = with_lora(LanguageModel.described(model, None), lora, 0).module
-    weights = TrainedWeights(model, 1e-3, resumable=True)
+    weights = TrainedWeights(model, 1e-3, resumable=True, clipped_to=1.0 if eight else None)
     for p in weights.parameters.values():
         p.grad = torch.ones_like(p)
     weights.optimizer.step()
@@ -99,7 +100,7 @@ def test_the_parts_are_what_a_run_has(dtype, lora):
         ACCEPTED: bytes_of(t for each in weights._accepted.values() for t in each.values()),
         CHECKPOINT: bytes_of(values["second"] for values in weights._accepted_moments.values()),
     }
-    parts = static_parts(model, UnlearnConfig(), "cpu", checkpoint=True)
+    parts = static_parts(model, UnlearnConfig(moments_in_8bit=eight), "cpu", checkpoint=True)
     assert {part.name: part.device for part in parts} == {name: size for name, size in expected.items() if size}
     assert not any(part.main for part in parts)
 
@@ -240,13 +241,12 @@ def test_the_order_of_price():
     }
     assert len(every) == 15
     config = UnlearnConfig(gradient_checkpointing=True, micro_batch_size=1, lora=8)
-    rest = list(planning.combinations(config, LoadOptions(), is_float32=False))
-    assert rest == [{"load_in_4bit": True}]
+    assert [*planning.combinations(config, LoadOptions(), is_float32=False)] == [{"load_in_4bit": True}]
     on_gpu = planning.combinations(UnlearnConfig(), LoadOptions(), is_float32=False, on_gpu=True)
-    offload = {"offload_optimizer": True}
-    slower = [offload, {"gradient_checkpointing": True} | offload]
-    slower.append(slower[1] | {"micro_batch_size": 1})
-    assert list(on_gpu)[3:6] == slower
+    recompute, slower = {"gradient_checkpointing": True}, []
+    for less in ({"moments_in_8bit": True}, {"offload_optimizer": True}):
+        slower += [less, recompute | less, recompute | {"micro_batch_size": 1} | less]
+    assert list(on_gpu)[3:9] == slower
 
 
 def test_machines_by_name_and_size():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyunlearn.models.gguf_rounding import rounded_as, spread
 from pyunlearn.models.sharding import part
+from pyunlearn.unlearning.eight_bits import decoded, encoded
 
 _BETA2, _EPSILON = 0.999, 1e-8
 _CHUNK = 1 << 22  # numbers updated at once, so that temporary tensors stay small
@@ -28,8 +29,8 @@ class Adam(torch.optim.Optimizer):
 
     Of a parameter that is sharded over processes, each updates its part.
 
-    Bytes a parameter besides the weight and its gradient: 4 for the second moment, 4 for the first where there is
-    momentum, and for the rest 2 (bfloat16) or 4 (float16, and all with a format).
+    Bytes a parameter besides the weight and its gradient: 4 for the second moment or 1 in 8 bits, 4 for the first where
+    there is momentum, and for the rest 2 (bfloat16) or 4 (float16, and all with a format).
 
     Args:
         parameters: those that require a gradient are trained.
@@ -38,7 +39,8 @@ class Adam(torch.optim.Optimizer):
         offload: True holds moments and rests in the main memory, and brings a chunk at a time to the parameter's
             device.
         formats: parameter -> format of a GGUF file, for parameters that are rounded already.
-        seed: of the first unrounded numbers.
+        seed: of the first unrounded numbers, and of the rounding of moments.
+        clipped_to: bound on the gradients; second moments are then held in 8 bits, see `eight_bits`.
     """
 
     def __init__(
@@ -50,11 +52,14 @@ class Adam(torch.optim.Optimizer):
         offload: bool = False,
         formats: Mapping[nn.Parameter, str] | None = None,
         seed: int = 0,
+        clipped_to: float | None = None,
     ) -> None:
         trained = [p for p in parameters if p.requires_grad]
         super().__init__(trained, {"lr": lr})
         self.momentum, self.offload, self.formats = momentum, offload, formats or {}
+        self.seed, self.clipped_to = seed, clipped_to
         self.rests: dict[nn.Parameter, Tensor] = {}
+        self._numbers = {p: number for number, p in enumerate(trained)}
         generator = torch.Generator().manual_seed(seed)
         for p in trained:
             if (name := self.formats.get(p)) is not None:
@@ -81,26 +86,37 @@ class Adam(torch.optim.Optimizer):
 
     def _update(self, p: nn.Parameter, grad: Tensor, lr: float) -> None:
         state, precise = self.state[p], torch.promote_types(p.dtype, torch.float32)
-        for name in ("second", "first") if self.momentum else ("second",):
-            if name not in state:
-                state[name] = self.room(p, precise)
+        if not state:
+            state["second"] = self.room(p, precise if self.clipped_to is None else torch.uint8)
+            state |= {"first": self.room(p, precise)} if self.momentum else {}
         state["step"] = step = state.get("step", 0) + 1
         correction = (1 - _BETA2**step) ** 0.5
         rate = lr / (1 - self.momentum**step)
+        eight_bits = self._eight_bits(p, step)
         tensors = [part(p).detach(), part(grad), state["second"], state.get("first"), self.rests.get(p)]
         for weight, gradient, *stored in _chunks(tensors):
             moved: list[Any] = [_near(t, p.device) for t in stored] if self.offload else stored
-            second, first, rest = moved
+            moment, first, rest = moved
             gradient = gradient.to(precise)
+            second = moment if eight_bits is None else decoded(moment, eight_bits[0], precise)
             second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
             direction = gradient if first is None else first.lerp_(gradient, 1 - self.momentum)
             denominator = (second.sqrt() / correction).add_(_EPSILON)
             value = exact(weight, rest).addcdiv_(direction, denominator, value=-rate)
             assign(weight, rest, value, self.formats.get(p))
+            if eight_bits is not None:
+                moment.copy_(encoded(second, *eight_bits))
             if self.offload:
                 for far, near in zip(stored, moved, strict=True):
                     if far is not None:
                         far.copy_(near)
+
+    def _eight_bits(self, p: nn.Parameter, step: int) -> tuple[float, torch.Generator] | None:
+        """Return the bound on the gradients, and random numbers of this parameter and step; None for 32 bits."""
+        if self.clipped_to is None:
+            return None
+        draws = torch.Generator(p.device)
+        return self.clipped_to, draws.manual_seed(self.seed + step * len(self._numbers) + self._numbers[p])
 
 
 def _near(tensor: Tensor | None, device: torch.device) -> Tensor | None:

@@ -344,6 +344,7 @@ def _train(
         weights = TrainedWeights(
             lm.module, learning_rate, resumable=resumable, mask=mask, offload=config.offload_optimizer,
             formats=served.formats, seed=served.seed,
+            clipped_to=config.max_grad_norm if config.moments_in_8bit else None,
         )  # fmt: skip
         optimizer = session.accelerator.prepare_optimizer(weights.optimizer)
         if resume:

@@ -27,7 +27,8 @@ class TrainedWeights:
         momentum: beta1 of AdamW.
         offload: True holds moments and rests in the main memory during the steps too, see `Adam`.
         formats: parameter -> format of a GGUF file to which it is rounded already, and after each step.
-        seed: of the unrounded numbers at first.
+        seed: of the unrounded numbers at first, and of the rounding of moments.
+        clipped_to: bound on the gradients; second moments are then held in 8 bits, see `Adam`.
     """
 
     def __init__(
@@ -41,13 +42,15 @@ class TrainedWeights:
         offload: bool = False,
         formats: Mapping[nn.Parameter, str] | None = None,
         seed: int = 0,
+        clipped_to: float | None = None,
     ) -> None:
         drop_gathered(model)
         self.model, self.mask = model, mask or {}
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = Adam(
-            self.parameters.values(), learning_rate, momentum, offload=offload, formats=formats, seed=seed
-        )
+            self.parameters.values(), learning_rate, momentum, offload=offload, formats=formats, seed=seed,
+            clipped_to=clipped_to,
+        )  # fmt: skip
         self._accepted: dict[str, dict[str, Tensor]] = {"weights": {}, "rests": {}}
         self._accepted_moments: dict[str, Any] | None = {} if resumable else None
         self.accept()

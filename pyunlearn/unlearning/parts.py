@@ -82,7 +82,8 @@ def static_parts(module: nn.Module, config: UnlearnConfig, device: str, *, check
     rounds = config.gguf_like is not None and not hasattr(module, "peft_config")
     plain = [p.numel() * rest_size(p.dtype) for p in trained]
     name, rests = (UNROUNDED, [4 * p.numel() for p in trained]) if rounds else (RESTS, plain)
-    moments = [p.numel() * max(4, p.dtype.itemsize) for p in trained]
+    precise = [p.numel() * max(4, p.dtype.itemsize) for p in trained]
+    moments = [p.numel() for p in trained] if config.moments_in_8bit else precise
     accepted = [*map(_bytes, trained), *rests]
     parts = [
         Part(TRAINED, sum(map(_bytes, trained))),
@@ -97,7 +98,7 @@ def static_parts(module: nn.Module, config: UnlearnConfig, device: str, *, check
     if config.robust:
         before = sum(map(_bytes, trained))  # not pinned
         parts.append(Part(BEFORE_FINE_TUNING, *((0, before) if device == "cuda" else (before, 0))))
-        state, offload = [*moments, *plain], config.offload_optimizer
+        state, offload = [*precise, *plain], config.offload_optimizer
         parts.append(_on_host(FINE_TUNING, state, device) if offload else Part(FINE_TUNING, sum(state)))
     return [part for part in parts if part.device or part.main]
 
