@@ -23,6 +23,7 @@ from pyunlearn.probes.non_members import (
     reference_numbers,
     uncalibrated,
 )
+from pyunlearn.unlearning.reference import reference_on_device
 from pyunlearn.unlearning.stopping import StoppingRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -206,6 +207,19 @@ def test_without_a_retain_set_the_utility_is_that_of_the_reference_model_s_texts
     assert utility.measured_on == "text sampled from the reference model"
     assert all(module.training for module in reference.modules())
     reference.eval()
+
+
+def test_processes_that_share_the_model_share_its_reference_too(plain, tmp_path):
+    """Where it is loaded for the run; a model that is loaded already is the caller's, and stays whole."""
+    lm, placed = LanguageModel.of(plain.model, plain.tokenizer), []
+    processes = SimpleNamespace(sharded=True, place=lambda module, inner: placed.append(module))
+    plain.references["base"].save_pretrained(tmp_path)
+    with reference_on_device(lm, str(tmp_path), processes) as reference:
+        assert placed == [reference.module]
+        assert not any(p.requires_grad for p in reference.module.parameters())
+    with reference_on_device(lm, plain.references["base"], processes) as reference:
+        assert reference.module is plain.references["base"]
+    assert len(placed) == 1
 
 
 @pytest.mark.full

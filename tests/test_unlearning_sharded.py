@@ -25,6 +25,7 @@ from pyunlearn.unlearning.sharded import ShardedProcesses, processes_of, require
 COMMON = {"learning_rate": 3e-4, "batch_size": 3}
 RUNS = {
     "match": {"method": "match", "micro_batch_size": 1},
+    "reference": {"method": "npo", "reference_model": "reference", "max_steps": 8},
     "pdu": {"method": "pdu+kl", "max_steps": 16},
     "hidden": {"method": "rmu", "max_steps": 8},
     "adapter": {"method": "ga", "lora": 4, "learning_rate": 3e-3, "gradient_checkpointing": True},
@@ -36,6 +37,11 @@ def folder_of(trained, folder, forget):
     """Save a model and its texts in a folder."""
     for part in (trained.model, trained.tokenizer):
         part.save_pretrained(folder / "model")
+    reference = trained.fresh()
+    with torch.no_grad():
+        for number, p in enumerate(reference.parameters()):
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+    reference.save_pretrained(folder / "reference")
     for role, rows in {"forget": forget, "corpus": trained.corpus, "holdout": trained.holdout[1:]}.items():
         (folder / f"{role}.json").write_text(json.dumps([r if isinstance(r, dict) else {"text": r} for r in rows]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from pyunlearn.models.condition import to_device
 from pyunlearn.models.distributions import Distributions
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import Likelihood
+from pyunlearn.models.loading import without_weights
 from pyunlearn.models.scoring import Scorer, evaluation_mode
 from pyunlearn.models.sharding import is_sharded
+from pyunlearn.unlearning.distributed import Processes, fills_in_weights
 from pyunlearn.unlearning.hidden_cache import HiddenStateCache
 
 Floats = NDArray[np.float64]
@@ -72,25 +75,34 @@ class Reference:
 
 
 @contextmanager
-def reference_on_device(lm: LanguageModel, reference_model: Any) -> Iterator[LanguageModel]:
+def reference_on_device(
+    lm: LanguageModel, reference_model: Any, processes: Processes | None = None
+) -> Iterator[LanguageModel]:
     """Provide the reference model, in evaluation mode, on the original model's device within the context.
 
-    Without a reference model, the original model. Raises ModelError where it has another vocabulary.
+    Without a reference model, the original model. Where the processes shard the model, they shard a reference model too
+    that is loaded here; one that is loaded already is whole in each. Raises ModelError where it has another vocabulary,
+    or cannot be sharded.
     """
     if reference_model is None:
         yield lm
         return
-    reference = LanguageModel.of(
-        reference_model, lm.tokenizer, workspace=lm.likelihood.workspace, needs_tokenizer=False
-    )
+    workspace = lm.likelihood.workspace
+    shares = processes is not None and processes.sharded and isinstance(reference_model, (str, Path))
+    with without_weights(shares and fills_in_weights()):
+        reference = LanguageModel.of(reference_model, lm.tokenizer, workspace=workspace, needs_tokenizer=False)
     lm.require_vocabulary(reference, "reference_model")
-    original_device = reference.device
+    module, original_device = reference.module, reference.device
+    if processes is not None and shares:
+        processes.place(module.requires_grad_(False), reference.inner)
+    else:
+        to_device(module, lm.device)
     try:
-        module = to_device(reference.module, lm.device)
         with evaluation_mode(module):
-            yield replace(reference, module=module, tokenizer=lm.tokenizer, workspace=lm.likelihood.workspace)
+            yield replace(reference, module=module, tokenizer=lm.tokenizer, workspace=workspace)
     finally:
-        to_device(reference.module, original_device)
+        if not shares:
+            to_device(module, original_device)
 
 
 @torch.no_grad()

@@ -136,7 +136,7 @@ def setup(
     if "alternates" in method.needs:
         texts_by_role["alternate"] = draws.alternates((method.options | options)["alternates"])
 
-    with reference_on_device(lm, reference_model) as reference_lm:
+    with reference_on_device(lm, reference_model, processes) as reference_lm:
         likelihood = reference_lm.likelihood
         non_members = _non_members(scorer, processes, reference_lm, rendered, tokens, forget_scores, config.seed, bar)
         unseen = scorer.token_log_likelihood(non_members.tokens)
