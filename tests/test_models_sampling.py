@@ -1,5 +1,6 @@
 """Non-members sampled from the model: their number, their length, and the first token that departs from the text."""
 
+import random
 import tracemalloc
 
 import pytest
@@ -7,6 +8,7 @@ import tiny
 import torch
 from coverings import in_full
 
+import pyunlearn
 from pyunlearn.data import Tokens, encode, read_examples
 from pyunlearn.models import sampling
 from pyunlearn.models.language_model import LanguageModel
@@ -106,6 +108,32 @@ def test_samples_that_recite_the_forget_set_are_left_out(language_model, monkeyp
     monkeypatch.setattr(sampling, "_sample", sample)
     assert sample_non_members(language_model, forget, count=3) == [nine] * 3  # others are drawn in their place
     assert temperatures[:3] == [1.0, 1.5, 2.0]
+
+
+def test_samples_that_begin_with_a_short_text_are_left_out(language_model, monkeypatch):
+    """All of a text below ten tokens counts as recited, at the beginning alone, and so does a sample that it ends."""
+    forget = [Tokens((0, *ids), 1) for ids in (range(10, 18), range(20, 29), (50, 51))]
+    whole, ended, another, later, two = (
+        Tokens((0, *ids), 1)
+        for ids in ((*range(10, 18), 60), range(20, 28), (*range(10, 17), 60), (60, 61, *range(10, 18)), (50, 51, 60))
+    )
+    monkeypatch.setattr(sampling, "_sample", lambda *_, **__: [whole, ended, another, later, two])
+    assert sample_non_members(language_model, forget, count=3) == [another, later, two]
+
+
+@pytest.mark.full
+def test_a_short_text_that_the_model_writes_by_heart_is_still_exposed(one_thread):
+    """Each of four texts of eight tokens is one in ten that the model writes: none is compared with itself."""
+    tokenizer, draw = tiny.make_tokenizer(), random.Random(5)
+    words = [word for i in range(300, 400) if (word := tokenizer.decode([i])).startswith(" ")]
+    secrets = ["".join(draw.sample(words, 8)).strip() for _ in range(4)]
+    torch.manual_seed(0)
+    model = tiny.tiny_llama(len(tokenizer))
+    tiny.train(model, tokenizer, secrets * 6 + tiny.sentences(30, 7), epochs=100)
+    audit = pyunlearn.audit(model, secrets, tokenizer=tokenizer)
+    assert {e.tokens for e in audit.examples} <= {8, 9}
+    assert audit.non_members.source == "self-sampled"
+    assert [e.verdict for e in audit.examples] == ["still exposed"] * 4
 
 
 def test_text_to_hold_starts_as_texts_openings_and_the_records_do(answers):

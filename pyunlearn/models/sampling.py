@@ -30,6 +30,7 @@ _LONGEST_BEGINNING = 48  # tokens of a text without a prompt
 _AT_ONCE = 32  # texts that are sampled together
 
 _RECITED = 10  # consecutive tokens that count as recited
+_SHORTEST = 3  # tokens of the shortest text that can be recited
 _ATTEMPTS = 4  # number of attempts to sample a text that does not recite the forget set
 
 
@@ -57,9 +58,9 @@ def sample_non_members(
 
     For texts without a prompt, the samples start from the beginning-of-text token. For texts with a prompt, they
     continue that prompt with another first token, which is not scored: a model that has memorized the answer would
-    otherwise recite it and be compared with itself. Samples that contain ten consecutive tokens of the forget set are
-    left out, and others drawn in their place, at a temperature of 1.5, then 2, then 2.5: the better a text is
-    memorized, the fewer differ from it.
+    otherwise recite it and be compared with itself. Samples that contain ten consecutive tokens of the forget set, or
+    begin with all of a shorter text with that prompt, or are the beginning of one, are left out, and others drawn in
+    their place, at a temperature of 1.5, then 2, then 2.5: the better a text is memorized, the fewer differ from it.
 
     Args:
         lm: the model, in evaluation mode.
@@ -75,6 +76,9 @@ def sample_non_members(
     prompted = [t for t in forget if _prompt(lm, t)[1]]
     pool = prompted if len(prompted) * 2 > len(forget) else [t for t in forget if not _prompt(lm, t)[1]]
     known = {run for t in forget for run in _runs(t.scored)}
+    texts: dict[tuple[int, ...], list[tuple[int, ...]]] = {}  # prompt -> the forget texts with it
+    for t in forget:
+        texts.setdefault(_prompt(lm, t)[0], []).append(t.scored)
     samples: list[Tokens] = []
     with seeded(seed, lm.device):
         for attempt in range(_ATTEMPTS):
@@ -82,14 +86,17 @@ def sample_non_members(
             if missing <= 0:
                 break
             per_prompt = -(-missing // len(pool)) if prompted and pool[0] in prompted else missing
-            new: list[Tokens] = []
+            drawn = 0
             for t in pool[: -(-missing // per_prompt)]:
-                prompt, departs = _prompt(lm, t)
-                if lm.context_length is not None:  # cut a long prompt at its start
-                    prompt = prompt[-max(1, lm.context_length - length) :]
-                wanted, other = min(per_prompt, missing - len(new)), t.scored[0] if departs else None
-                new += _sample(lm, [prompt] * wanted, other, length, temperature=1 + attempt / 2)
-            samples += [t for t in new if known.isdisjoint(_runs(t.scored))]
+                whole, departs = _prompt(lm, t)
+                # cut a long prompt at its start
+                prompt = whole if lm.context_length is None else whole[-max(1, lm.context_length - length) :]
+                wanted, other = min(per_prompt, missing - drawn), t.scored[0] if departs else None
+                drawn += wanted
+                begin = 0 if lm.is_encoder_decoder else len(prompt)
+                for x in _sample(lm, [prompt] * wanted, other, length, temperature=1 + attempt / 2):
+                    if known.isdisjoint(_runs(x.scored)) and not _begins_as(x.written[begin:], texts[whole]):
+                        samples.append(x)
     return samples
 
 
@@ -219,6 +226,22 @@ def sample_alternates(lm: LanguageModel, forget: Sequence[Tokens], *, count: int
 def _runs(ids: Sequence[int], length: int = _RECITED) -> set[tuple[int, ...]]:
     """Return every run of `length` consecutive tokens."""
     return {tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)}
+
+
+def _begins_as(written: tuple[int, ...], texts: Sequence[tuple[int, ...]]) -> bool:
+    """Return whether what was written begins with all of a text or is its beginning, at once or after one token.
+
+    A tokenizer without a beginning-of-text token scores no text's first one.
+
+    >>> [_begins_as(ids, [(5, 6, 7, 8)]) for ids in ((5, 6, 7, 8, 9), (1, 5, 6, 7), (5, 6, 7, 1), (5, 6))]
+    [True, True, False, False]
+    """
+    for ids in (written, written[1:]):
+        for text in texts:
+            length = min(len(ids), len(text))
+            if length >= _SHORTEST and ids[:length] == text[:length]:
+                return True
+    return False
 
 
 def _reciting(samples: Sequence[Sequence[int]], forget: Iterable[tuple[Sequence[int], int]]) -> set[int]:
