@@ -145,6 +145,18 @@ def test_a_token_and_its_copies(dtype, softcap, device, backend):
         assert torch.equal(actual.rank.cpu(), right)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copies_where_one_term_of_a_product_is_large(dtype, device, backend):
+    """Each addition is then rounded to its size, and still a copy of the target's row never counts."""
+    for width in (64, 640, 2048):
+        case = make(64, width, 256, dtype=dtype, device=device)
+        case.hidden[:, width // 2] = 3000
+        z = logits_of(exact(case))
+        right = (z > z.gather(1, case.targets.cpu()[:, None])).sum(dim=1)
+        many = Case(case.hidden, case.weight.repeat(2, 1), case.bias.repeat(2), case.targets)
+        assert (scored(many).rank.cpu() <= 2 * right).all()
+
+
 @given(
     rows=st.integers(1, 130).flatmap(
         lambda n: st.lists(st.lists(st.integers(-2, 2), min_size=n, max_size=n), min_size=1, max_size=3)
@@ -198,13 +210,13 @@ def test_impossible_tokens(dtype, device, backend):
 
 
 @both_ops
-@pytest.mark.parametrize("logit_scale", [1.0, 0.5])
-def test_impossible_target(op, logit_scale, device, backend):
-    """A target whose own logit is -inf has log-likelihood -inf, and all possible tokens rank before it."""
+@pytest.mark.parametrize("options", [{}, {"logit_scale": 0.5}, {"softcap": 3.0}])
+def test_impossible_target(op, options, device, backend):
+    """All possible tokens rank before a target with a bias of -inf, whose logit is -inf, or -softcap."""
     case = make(3, 8, 90, device=device)
     case.bias[5:8], case.targets[:] = -torch.inf, 6
-    actual = op(*case[:2], case.targets, bias=case.bias, logit_scale=logit_scale)
-    assert (actual.log_likelihood == -torch.inf).all()
+    actual = op(*case[:2], case.targets, bias=case.bias, **options)
+    assert "softcap" in options or (actual.log_likelihood == -torch.inf).all()
     assert actual.rank.tolist() == [87] * 3
 
 

@@ -170,8 +170,7 @@ def _forward(
     h, t = select_rows(rows, hidden, targets)
     head, real, n = Head(weight, kernel_bias(h, bias), logit_scale, softcap), real_of(h), h.shape[0]
     fused = hopper.serves(hidden, weight)
-    # tensor cores, which cuBLAS also uses for 16-bit operands, truncate their sums
-    threshold = _threshold(h, head, t, 8 if fused or (h.is_cuda and h.dtype.itemsize == 2) else 1)
+    threshold = _threshold(h, head, t)
     if fused:
         return _for_all(hopper.token_statistics(h, head, t, threshold), rows, targets, ignore_index)
     sums = _Sums(h, t, threshold)
@@ -185,23 +184,26 @@ def _forward(
     return sums.result(rows, targets, ignore_index)
 
 
-def _threshold(h: Tensor, head: Head, targets: Tensor, times: float = 1) -> Tensor:
+def _threshold(h: Tensor, head: Head, targets: Tensor) -> Tensor:
     """Compute (n,) the logit above which a token ranks before the target.
 
-    It is the target's exact logit plus `times` the error bound of a float32 product. It is needed before the sweep over
-    the vocabulary, since the target's block may come last.
+    It is the target's exact logit plus what rounding may add to that of a copy. A float32 product errs by up to 8 last
+    places of the sum of its terms' magnitudes, where tensor cores truncate it, and of its own size by twice as many,
+    where one term is far larger than the others and each addition is rounded to that. The threshold is needed before
+    the sweep over the vocabulary, since the target's block may come last.
     """
     real = real_of(h)
     product, size = _backend.target_products(h, head.weight, targets)
+    size = 8 * (size + 2 * product.abs())
     bias = None if head.bias is None else to_float64(head.bias[targets.clamp(0, len(head.bias) - 1)])
     z = reference.logits_of(product, bias, head.logit_scale, head.softcap)
     size = size if bias is None else size + bias.abs()
-    threshold = _above(z, times * torch.finfo(real).eps * (abs(head.logit_scale) * size + 2 * z.abs()))
+    threshold = _above(z, torch.finfo(real).eps * (abs(head.logit_scale) * size + 2 * z.abs()))
     return threshold.to(h.device, real)
 
 
 def _above(z: Tensor, by: Tensor) -> Tensor:
-    return torch.where(z == -torch.inf, z, z + by)  # every possible token ranks before an impossible target
+    return torch.where(by == torch.inf, z, z + by)  # every possible token ranks before a target with a bias of -inf
 
 
 def _forward_from_logits(
