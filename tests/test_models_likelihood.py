@@ -228,14 +228,16 @@ def test_rounding_is_no_disagreement(dtype):
 
 
 def test_dropout_is_off_in_the_self_check():
-    """A model in training mode is compared without dropout, and stays in training mode."""
+    """A model in training mode is compared without dropout; afterwards each of its modules is in its own mode again."""
     model = tf.GPT2LMHeadModel(
         tf.GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5)
     ).train()
+    model.transformer.h[0].eval()  # a frozen layer
+    modes = [module.training for module in model.modules()]
     likelihood = Likelihood(model)
     likelihood(batch_for("gpt2"))
     assert likelihood.fused is True
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_autocast_does_not_leave_the_fast_path():

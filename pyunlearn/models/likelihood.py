@@ -219,17 +219,14 @@ class Likelihood:
         Running out of memory is not a fault of the head, and the other way needs more, so that error is raised.
         """
         first = _first_example(batch)
-        training = self.model.training
-        self.model.eval()
         try:
-            logits = self._own_logits(first)
-            fused, plain = self._from_hidden(first), log_likelihood(logits, first.targets)
+            with evaluation_mode(self.model):
+                logits = self._own_logits(first)
+                fused, plain = self._from_hidden(first), log_likelihood(logits, first.targets)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, IndexError, AttributeError, TypeError) as error:
             return f"its forward does not run without its head ({(str(error).splitlines() or [''])[0]})"
-        finally:
-            self.model.train(training)
         # rounding error of a logit: about its dtype's epsilon times the largest logit
         device = logits.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else logits.dtype
@@ -306,6 +303,18 @@ def _first_example(batch: TokenBatch) -> TokenBatch:
         counts=batch.counts[:1],
         decoder_ids=None if batch.decoder_ids is None else batch.decoder_ids[:1],
     )
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch a model to evaluation mode (no dropout), and restore every module's mode at the end."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyunlearn.data import TokenBatch, Tokens
 from pyunlearn.errors import ArgumentError
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.likelihood import Likelihood
+from pyunlearn.models.likelihood import evaluation_mode as evaluation_mode
 
 Floats = NDArray[np.float64]
 _Batch = tuple[list[int], TokenBatch]
@@ -129,15 +130,3 @@ def by_example(values: Tensor, tokens: Sequence[Tokens], indices: Sequence[int])
 def scored_tokens(tokens: Sequence[Tokens], indices: Sequence[int]) -> list[int]:
     """Return the number of scored tokens of each text at `indices`, without a GPU synchronization."""
     return [len(tokens[i].indices) for i in indices]
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch a model to evaluation mode (no dropout), and restore every module's mode at the end."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
