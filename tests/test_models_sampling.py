@@ -182,6 +182,18 @@ def test_recitation_of_many_texts_takes_no_memory_for_each():
     assert peak < 100_000
 
 
+def test_non_members_of_many_texts_take_little_memory(language_model, monkeypatch):
+    """All runs of 3000 texts of 50 tokens would be 7 MB."""
+    forget = [Tokens(range(i, i + 51), 1) for i in range(100, 3100)]
+    own = Tokens((0, *range(20, 60)), 1)
+    monkeypatch.setattr(sampling, "_sample", lambda *_, **__: [own] * 3)
+    tracemalloc.start()
+    assert sample_non_members(language_model, forget, count=3) == [own] * 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3_000_000
+
+
 def test_a_text_of_one_token_recites_nothing(language_model):
     """It would be part of most samples: none is left out for it."""
     (short,) = encode(read_examples(["a"], role="forget"), language_model.tokenizer, role="forget", max_length=None)

@@ -75,10 +75,9 @@ def sample_non_members(
     length = max(8, min(48, lengths[len(lengths) // 2]))
     prompted = [t for t in forget if _prompt(lm, t)[1]]
     pool = prompted if len(prompted) * 2 > len(forget) else [t for t in forget if not _prompt(lm, t)[1]]
-    known = {run for t in forget for run in _runs(t.scored)}
-    texts: dict[tuple[int, ...], list[tuple[int, ...]]] = {}  # prompt -> the forget texts with it
+    texts: dict[tuple[int, ...], set[tuple[int, ...]]] = {}  # prompt -> the beginnings of the forget texts with it
     for t in forget:
-        texts.setdefault(_prompt(lm, t)[0], []).append(t.scored)
+        texts.setdefault(_prompt(lm, t)[0], set()).add(t.scored[:_RECITED])
     samples: list[Tokens] = []
     with seeded(seed, lm.device):
         for attempt in range(_ATTEMPTS):
@@ -86,6 +85,7 @@ def sample_non_members(
             if missing <= 0:
                 break
             per_prompt = -(-missing // len(pool)) if prompted and pool[0] in prompted else missing
+            new: list[Tokens] = []
             drawn = 0
             for t in pool[: -(-missing // per_prompt)]:
                 whole, departs = _prompt(lm, t)
@@ -94,9 +94,10 @@ def sample_non_members(
                 wanted, other = min(per_prompt, missing - drawn), t.scored[0] if departs else None
                 drawn += wanted
                 begin = 0 if lm.is_encoder_decoder else len(prompt)
-                for x in _sample(lm, [prompt] * wanted, other, length, temperature=1 + attempt / 2):
-                    if known.isdisjoint(_runs(x.scored)) and not _begins_as(x.written[begin:], texts[whole]):
-                        samples.append(x)
+                answers = _sample(lm, [prompt] * wanted, other, length, temperature=1 + attempt / 2)
+                new += [x for x in answers if not _begins_as(x.written[begin:], texts[whole])]
+            reciting = _reciting([t.scored for t in new], ((t.scored, _RECITED) for t in forget))
+            samples += [t for i, t in enumerate(new) if i not in reciting]
     return samples
 
 
@@ -228,7 +229,7 @@ def _runs(ids: Sequence[int], length: int = _RECITED) -> set[tuple[int, ...]]:
     return {tuple(ids[i : i + length]) for i in range(len(ids) - length + 1)}
 
 
-def _begins_as(written: tuple[int, ...], texts: Sequence[tuple[int, ...]]) -> bool:
+def _begins_as(written: tuple[int, ...], texts: Iterable[tuple[int, ...]]) -> bool:
     """Return whether what was written begins with all of a text or is its beginning, at once or after one token.
 
     A tokenizer without a beginning-of-text token scores no text's first one.
