@@ -6,6 +6,7 @@ from decimal import Decimal, getcontext
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,6 +67,15 @@ def test_verbatim_match_is_the_longest_common_run_and_prefix(a, b):
     longest = max(j - i for i in range(len(a) + 1) for j in range(i, len(a) + 1) if tuple(a[i:j]) in runs)
     prefix = max(k for k in range(min(len(a), len(b)) + 1) if a[:k] == b[:k])
     assert verbatim_match(a, b) == (longest, prefix) == verbatim_match(b, a)
+
+
+def test_token_ids_of_a_tensor_match_by_their_numbers():
+    """As `generate` returns them, and against a list; the ids of several texts are refused."""
+    written, truth = [9, 5, 6, 7, 8], [1, 2, 5, 6, 7]
+    assert verbatim_match(torch.tensor(written), torch.tensor(truth)) == verbatim_match(written, truth) == (3, 0)
+    assert verbatim_match(torch.tensor(written), truth) == (3, 0)
+    with pytest.raises(ArgumentError, match="written must be the tokens of one text"):
+        verbatim_match(torch.tensor([written]), truth)
 
 
 def test_a_run_is_contiguous_where_a_subsequence_is_not():

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -96,6 +97,16 @@ def test_loops_are_collapse_and_prose_is_not():
     assert max(map(repetition, sound)) < 0.1 < COLLAPSED < 0.6 < min(map(repetition, loops))
     with pytest.raises(ArgumentError, match="n must be at least 1"):
         collapsed(PROSE, n=0)
+
+
+@pytest.mark.parametrize("as_generated", [torch.tensor, np.array, lambda ids: list(torch.tensor(ids))])
+def test_token_ids_of_a_tensor_are_their_numbers(as_generated):
+    """As `generate` returns them: a loop has collapsed. Entries of a tensor are keys that equal nothing else."""
+    loop = [3, 1, 4] * 20
+    assert distinct_n(as_generated(loop)) == distinct_n(loop) == 3 / 57
+    assert collapsed(as_generated(loop))
+    with pytest.raises(ArgumentError, match="tokens must be the tokens of one text"):
+        collapsed(as_generated([loop, loop]))
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
+from collections.abc import Hashable, Sequence, Sized
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -91,6 +92,28 @@ def texts_of_tokens(name: str, values: Sequence[ArrayLike] | ArrayLike) -> list[
         if row.size == 0:
             raise ArgumentError(f"{name}[{i}] has no token: leave the text out")
     return texts
+
+
+def tokens_of_text(name: str, values: Any) -> list[Hashable]:
+    """Return the tokens of one text as a list; those of an array or a tensor as numbers.
+
+    Entries of a tensor are objects that equal nothing else as keys: each would count as a token of its own.
+
+    Raises:
+        ArgumentError: something else, such as the tokens of several texts.
+
+    Example:
+        >>> tokens_of_text("tokens", np.array([7, 7]))
+        [7, 7]
+    """
+    plain = values.tolist() if hasattr(values, "tolist") else values
+    tokens = [x.tolist() if hasattr(x, "tolist") else x for x in plain] if isinstance(plain, Sequence) else None
+    if tokens is None or not all(isinstance(x, Hashable) for x in tokens):
+        raise ArgumentError(
+            f"{name} must be the tokens of one text, a sequence of ids or words, got another {type(values).__name__}: "
+            "pass one row of a batch at a time"
+        )
+    return tokens
 
 
 def same_length(first: str, a: Sized, second: str, b: Sized) -> None:

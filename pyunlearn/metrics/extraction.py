@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyunlearn.errors import ArgumentError, missing_packages
-from pyunlearn.metrics._check import Floats, log_likelihoods, one_of, same_length
+from pyunlearn.metrics._check import Floats, log_likelihoods, one_of, same_length, tokens_of_text
 
 
 def extraction_probability(log_likelihood: ArrayLike, queries: ArrayLike) -> Floats:
@@ -71,11 +71,14 @@ def verbatim_match(written: Sequence[Hashable], truth: Sequence[Hashable]) -> Ve
     part.
 
     Args:
-        written: tokens (ids, words, characters) that the model wrote, any number.
+        written: tokens (ids, words, characters) that the model wrote, any number; ids also as an array or a tensor.
         truth: tokens of the text.
 
     Returns:
         VerbatimMatch(longest, prefix), from 0 to the shorter length.
+
+    Raises:
+        ArgumentError: the tokens of several texts.
 
     Example:
         >>> verbatim_match("the code is 4712".split(), "my code is 4711".split())
@@ -86,6 +89,7 @@ def verbatim_match(written: Sequence[Hashable], truth: Sequence[Hashable]) -> Ve
 
     Source: Carlini et al. 2021, arXiv 2012.07805.
     """
+    written, truth = tokens_of_text("written", written), tokens_of_text("truth", truth)
     occurrences: dict[Hashable, list[int]] = {}
     for j, token in enumerate(truth):
         occurrences.setdefault(token, []).append(j)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyunlearn.errors import ArgumentError, missing_packages
-from pyunlearn.metrics._check import log_likelihoods, same_length
+from pyunlearn.metrics._check import log_likelihoods, same_length, tokens_of_text
 
 COLLAPSED = 0.5
 """Share of repeated 4-grams above which a text counts as collapsed. Human text has about 0.006 in arXiv 1908.04319."""
@@ -93,7 +93,7 @@ def distinct_n(tokens: Sequence[Hashable], *, n: int = 4) -> float:
     """Compute the share of a text's n-grams that are different from one another.
 
     Args:
-        tokens: of one generated text (ids or words).
+        tokens: of one generated text: ids, also as an array or a tensor, or words.
         n: length of the n-grams, 1 or more.
 
     Returns:
@@ -101,7 +101,7 @@ def distinct_n(tokens: Sequence[Hashable], *, n: int = 4) -> float:
         length: compare texts of the same length.
 
     Raises:
-        ArgumentError: n below 1.
+        ArgumentError: n below 1; the tokens of several texts.
 
     Example:
         >>> distinct_n("na na na na batman".split(), n=2)
@@ -114,7 +114,8 @@ def distinct_n(tokens: Sequence[Hashable], *, n: int = 4) -> float:
     """
     if n < 1:
         raise ArgumentError(f"n must be at least 1 token, got {n}")
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    ids = tokens_of_text("tokens", tokens)
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
@@ -122,14 +123,14 @@ def repetition(tokens: Sequence[Hashable], *, n: int = 4) -> float:
     """Compute the share of a text's n-grams that occurred in it before: 1 - `distinct_n` (seq-rep-n).
 
     Args:
-        tokens: of one generated text (ids or words).
+        tokens: of one generated text: ids, also as an array or a tensor, or words.
         n: length of the n-grams, 1 or more.
 
     Returns:
         0 to below 1; high = repetitive.
 
     Raises:
-        ArgumentError: n below 1.
+        ArgumentError: n below 1; the tokens of several texts.
 
     Example:
         >>> repetition("na na na na batman".split(), n=2)
@@ -151,7 +152,7 @@ def collapsed(tokens: Sequence[Hashable], *, n: int = 4, threshold: float = COLL
     text has no repetition: count empty texts separately.
 
     Args:
-        tokens: of one generated text (ids or words).
+        tokens: of one generated text: ids, also as an array or a tensor, or words.
         n: length of the n-grams, 1 or more.
         threshold: from 0 to 1.
 
@@ -159,7 +160,7 @@ def collapsed(tokens: Sequence[Hashable], *, n: int = 4, threshold: float = COLL
         True = collapsed.
 
     Raises:
-        ArgumentError: n below 1.
+        ArgumentError: n below 1; the tokens of several texts.
 
     Example:
         >>> collapsed("na na na na na na na na na na".split())
