@@ -366,11 +366,13 @@ def test_finite_is_none_for_what_json_lacks():
 
 @pytest.mark.parametrize("name", ["ga", "npo", "simnpo", "kto", "hinge", "altpo"])
 def test_the_scale_makes_a_loss_on_sums_pull_as_gradient_ascent_does(name):
-    """On average over the active examples; at the reference, and where the loss has faded."""
+    """On average over the active examples; at the reference, and where the loss has faded; also where the options that
+    change the sums are passed at their defaults."""
     method, lengths = METHODS[name], torch.tensor([2.0, 3.0], dtype=torch.float64)
+    options = {key: method.options[key] for key in ("temperature", "top_fraction") if key in method.options}
     numbers = {role: [[-2.0], [-3.0]] for role in method.roles}  # -1 a token
     reference = reference_of(**numbers) if "reference" in method.needs else None
-    term = forget_term(name, reference=reference, **({"alternate": FORGET} if method.pairs else {}))
+    term = forget_term(name, options=options, reference=reference, **({"alternate": FORGET} if method.pairs else {}))
     for mean in (-1.0, -2.5):
         per_token = torch.full((2,), mean, dtype=torch.float64, requires_grad=True)
         own, at_reference = per_token * lengths, -lengths

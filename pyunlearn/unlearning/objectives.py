@@ -86,7 +86,7 @@ class ForgetTerm:
             indices: of the examples that are to be unlearned.
         """
         method = self.method
-        whole = self.weights is None and not {"temperature", "top_fraction"} & set(self.options)
+        whole = self.weights is None and all(self.options.get(name, 1) == 1 for name in ("temperature", "top_fraction"))
         sums = method.kind == "example" and "forget" in method.roles and whole
         if not sums or not len(indices):
             return 1.0
