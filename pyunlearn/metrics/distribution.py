@@ -54,14 +54,16 @@ def knn_radius(examples: ArrayLike, corpus: ArrayLike, *, neighbours: int = 10, 
 def out_of_distribution(scores: ArrayLike, held_out_scores: ArrayLike, *, quantile: float = 0.95) -> Booleans:
     """Decide whether each example lies further out than a share `quantile` of held-out in-distribution text.
 
-        score > quantile(held_out_scores)
+        score > the k-th lowest of the m held-out scores,    k = ceil(quantile (m + 1))
 
-    Held-out text must not have been trained on: trained text lies nearer, and too many examples would count as out.
+    The order statistic is that of conformal prediction, with which 1 - quantile holds for any m; the sample's quantile
+    lies lower, and would call 9 % out instead of 5 % with 21 texts. Held-out text must not have been trained on:
+    trained text lies nearer, and too many examples would count as out.
 
     Args:
         scores: (n,) high = far out: `knn_radius`, or the NLL under a model without the example.
-        held_out_scores: (m,) the same score of held-out text, at least 1 / (1 - quantile) of it.
-        quantile: above 0 and below 1; 1 - quantile of in-distribution text counts as out by mistake.
+        held_out_scores: (m,) the same score of held-out text, quantile / (1 - quantile) of it or more: 19 for 0.95.
+        quantile: above 0 and below 1; at most 1 - quantile of in-distribution text counts as out by mistake.
 
     Returns:
         (n,) true = out of distribution.
@@ -76,14 +78,16 @@ def out_of_distribution(scores: ArrayLike, held_out_scores: ArrayLike, *, quanti
     See Also:
         knn_radius: a score of distance.
 
-    Source: ours, for the question of Baluta et al. 2024, arXiv 2411.04388.
+    Source: ours, for the question of Baluta et al. 2024, arXiv 2411.04388; the order statistic: Vovk et al. 2005,
+        Algorithmic Learning in a Random World.
     """
     x = finite("scores", scores, dimensions=1)
     typical = finite("held_out_scores", held_out_scores, dimensions=1)
     between("quantile", quantile, 0, 1)
-    needed = int(np.ceil(1 / (1 - quantile) - 1e-9))
+    needed = int(np.ceil(quantile / (1 - quantile) - 1e-9))
     if typical.size < needed:
         raise ArgumentError(
             f"held_out_scores must be at least {needed} for the quantile {quantile}, got {typical.size}"
         )
-    return x > np.quantile(typical, quantile, method="higher")
+    k = int(np.ceil(quantile * (typical.size + 1) - 1e-9))
+    return x > np.sort(typical)[k - 1]
