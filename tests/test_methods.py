@@ -223,7 +223,7 @@ def test_names_and_options_that_exclude_each_other_are_refused(name, retain_loss
 def test_an_option_that_is_a_number_is_checked_before_anything_happens(name, option):
     """No word, list, NaN or true, no sign that turns forgetting into learning, no 0 to divide by."""
     signed = option == "retain_tolerance" or (name, option) == ("simnpo", "delta")
-    divides = option == "temperature" or (option == "beta" and METHODS[name].kind == "example")
+    divides = option in ("temperature", "width") or (option == "beta" and METHODS[name].kind == "example")
     refused = (
         ["hot", [1], math.nan, math.inf, True] + [-1] * (not signed) + [0] * divides + [2] * (option == "top_fraction")
     )
@@ -239,6 +239,22 @@ def test_an_option_that_is_a_number_is_checked_before_anything_happens(name, opt
         + [None] * (name == "hinge" and option == "delta")
     ):
         resolve(name, "auto", True, {option: value}, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "refused", "message"),
+    [
+        ("flat", "divergence", ["KL", "hellinger", 1], "divergence must be one of kl, tv, pearson, js, got"),
+        ("kl", "direction", ["up", None, -1], "direction must be one of away, toward, got"),
+        ("ceu", "skip", [-1, 1.5, True, "1"], "skip must be a whole number, 0 or more, got"),
+    ],
+)
+@pytest.mark.parametrize("has_reference", [True, False])
+def test_an_option_of_another_kind_is_checked_before_anything_happens(name, option, refused, message, has_reference):
+    """A name that is no choice, a number that is no count: before a text is scored or a checkpoint written."""
+    for value in refused:
+        with pytest.raises(ArgumentError, match=message):
+            resolve(name, "auto", True, {option: value}, has_reference)
 
 
 def test_every_method_names_its_source_and_its_options():

@@ -1,6 +1,7 @@
 """CE-U: cross entropy unlearning."""
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods.reduction import reduced, token_means
 from pyunlearn.models.distributions import Distributions
+from pyunlearn.options import Whole
 
 
 def ceu(
@@ -16,7 +18,7 @@ def ceu(
     example: Tensor,
     counts: Tensor,
     *,
-    skip: int = 1,
+    skip: Annotated[int, Whole(0)] = 1,
     weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -51,7 +53,7 @@ def ceu(
     >>> ceu(Distributions(logits, None), target, torch.tensor([0]), torch.tensor([1]))
     tensor(2.2395)
     """
-    if not isinstance(skip, int) or skip < 0:
+    if not Whole(0).accepts(skip):
         raise ArgumentError(f"skip must be a whole number of tokens, 0 or more, got {skip!r}")
     losses = model.kl_from(model.detached(), targets, math.inf) + model.entropy(targets, math.inf)  # (N,)
     skipped = torch.minimum(torch.full_like(counts, skip), counts - 1)  # (B,)

@@ -1,6 +1,7 @@
 """FLAT: an f-divergence between refusal and forget text, computed from forget data alone."""
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +9,15 @@ from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods.reduction import reduced
+from pyunlearn.options import Choice
 
 
 def flat(
-    winner_probability: Tensor, loser_probability: Tensor, *, divergence: str = "kl", reduction: str = "mean"
+    winner_probability: Tensor,
+    loser_probability: Tensor,
+    *,
+    divergence: Annotated[str, Choice(("kl", "tv", "pearson", "js"))] = "kl",
+    reduction: str = "mean",
 ) -> Tensor:
     """Raise the mean token probability of the refusal, w, and lower that of the forget text, f.
 

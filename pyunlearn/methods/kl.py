@@ -1,10 +1,13 @@
 """KL divergence from a teacher on the forget set: away from one that knows the text, or toward one that does not."""
 
+from typing import Annotated
+
 from torch import Tensor
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.methods.reduction import reduced, token_means
 from pyunlearn.models.distributions import Distributions
+from pyunlearn.options import Choice
 
 
 def kl(
@@ -14,7 +17,7 @@ def kl(
     example: Tensor,
     counts: Tensor,
     *,
-    direction: str = "away",
+    direction: Annotated[str, Choice(("away", "toward"))] = "away",
     weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:

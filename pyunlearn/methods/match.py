@@ -1,9 +1,12 @@
 """Matching of a text's token log-likelihoods to those of unseen text; what `auto` stands for."""
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from pyunlearn.methods.reduction import reduced, token_means
+from pyunlearn.options import Number
 
 _ROUNDING = 1e-3  # tokens: a share of 2 in 10 leaves 2
 _CERTAIN = 1e-4  # probability of all other tokens from which a token counts as certain: float32 holds no less
@@ -17,7 +20,7 @@ def match(
     unseen: Tensor,
     likely: Tensor | None = None,
     *,
-    width: float = 0.3,
+    width: Annotated[float, Number(above=0)] = 0.3,
     weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:

@@ -266,13 +266,13 @@ def resolve(
     if retain_loss == "auto":
         retain_loss = method.retain_loss if has_retain else None
     _check_retain_loss(method, name, retain_loss, has_retain)
+    method.check(options or {})
     direction = (options or {}).get("direction", "away")
     if key == "kl" and not has_reference and (retain_loss != "nll" or direction != "away"):
         raise ArgumentError(
             "method 'kl' compares the model with itself here, and so has no gradient to begin with: pass "
             'reference_model=, or retain= with retain_loss="nll" and the direction "away"'
         )
-    method.check(options or {})
     return method, retain_loss
 
 
