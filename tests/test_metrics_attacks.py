@@ -176,7 +176,7 @@ def test_lira_finds_members_and_stays_finite_far_out():
         (lambda: min_k_plus_plus_score([-1.0], [1.0], [-1.0]), "variance must be 0 or more"),
         (
             lambda: zlib_score([-1.0], "a"),
-            "texts must be a list of 1 strings, one for each log-likelihood, got one string",
+            "texts must be a list of texts, got one string",
         ),
         (lambda: reference_score([-1.0], [1.0, 2.0]), "same texts, got 1 and 2"),
         (lambda: logit_score([0.5]), "log_likelihood must be 0 or less, got 0.5: pass the logarithm, not the loss"),

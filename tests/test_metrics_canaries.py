@@ -143,8 +143,8 @@ def test_the_set_is_shuffled_throughout():
             (["a secret here"], ["secret"], 1),
             "the texts already contain the secret 'secret': make the canaries with another seed",
         ),
-        (("abc", ["s"], 1), "lists of strings, got one string"),
-        ((["abc"], "s", 1), "lists of strings, got one string"),
+        (("abc", ["s"], 1), "texts must be a list of texts, got one string"),
+        ((["abc"], "s", 1), "canaries must be a list of texts, got one string"),
     ],
 )
 def test_an_insertion_that_would_spoil_the_measure_is_refused(arguments, message):

@@ -88,7 +88,7 @@ def test_few_values_have_no_interval_and_equal_values_one_of_no_width(n):
         ([], {}, "values must hold at least one number, got none"),
         ([1.0, math.nan], {}, "values must be finite"),
         ([[1.0], [2.0]], {}, r"shape \(n,\), got shape \(2, 1\)"),
-        (["a"], {}, "values must be numbers, one for each text, got list"),
+        (["a"], {}, "values must be numbers in an array, .* this list"),
         ([1.0, 2.0], {"method": "bac"}, "method must be 'percentile' or 'bca', got 'bac'"),
         ([1.0, 2.0], {"confidence": 95}, "confidence must lie between 0 and 1, got 95"),
         ([1.0, 2.0], {"draws": 0}, "draws must be 1 or more, got 0"),

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence, Sized
+from collections.abc import Collection, Hashable, Sequence, Sized
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyunlearn.errors import ArgumentError
+from pyunlearn.errors import ArgumentError, brief
 
 Floats = NDArray[np.float64]
 Booleans = NDArray[np.bool_]
 Integers = NDArray[np.int64]
+
+
+def as_floats(name: str, values: ArrayLike) -> Floats:
+    """Return values as float64, any shape.
+
+    Raises:
+        ArgumentError: no numbers, rows of different lengths, a tensor that numpy cannot read.
+    """
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ArgumentError(
+            f"{name} must be numbers in an array, which numpy could not make of this {type(values).__name__}: make "
+            "rows equally long, and pass a tensor as .detach().float().cpu()"
+        ) from None
 
 
 def numbers(name: str, values: ArrayLike, *, empty: bool = True) -> Floats:
@@ -21,11 +37,7 @@ def numbers(name: str, values: ArrayLike, *, empty: bool = True) -> Floats:
     Raises:
         ArgumentError: no numbers, more than one dimension, NaN or Inf, or nothing where `empty` is False.
     """
-    try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        got = values if isinstance(values, str) else type(values).__name__
-        raise ArgumentError(f"{name} must be numbers, one for each text, got {got}") from None
+    array = as_floats(name, values)
     if array.ndim > 1:
         raise ArgumentError(f"{name} must be one number for each text, shape (n,), got shape {array.shape}")
     array = array.reshape(-1)
@@ -42,7 +54,7 @@ def finite(name: str, values: ArrayLike, *, dimensions: int) -> Floats:
     Raises:
         ArgumentError: another number of dimensions, no number, NaN or Inf.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = as_floats(name, values)
     if array.ndim != dimensions:
         raise ArgumentError(f"{name} must have {dimensions} dimension(s), got shape {array.shape}")
     if array.size == 0:
@@ -58,10 +70,10 @@ def truths(name: str, values: ArrayLike, *, dimensions: int = 1) -> Booleans:
     Raises:
         ArgumentError: any other value, another number of dimensions, or no value.
     """
-    array = np.asarray(values)
+    array = as_floats(name, values)
     if array.ndim != dimensions or array.size == 0:
         raise ArgumentError(f"{name} must be {dimensions}-dimensional and not empty, got shape {array.shape}")
-    if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
+    if not np.isin(array, (0, 1)).all():
         raise ArgumentError(f"{name} must hold true and false, or 1 and 0, got other values")
     return array.astype(np.bool_)
 
@@ -72,7 +84,7 @@ def log_likelihoods(name: str, values: ArrayLike) -> Floats:
     Raises:
         ArgumentError: NaN or a value above 0.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = as_floats(name, values)
     if np.isnan(array).any() or (array > 0).any():
         raise ArgumentError(f"{name} must be log-likelihoods in nats, 0 or less, got NaN or a value above 0")
     return array
@@ -126,15 +138,26 @@ def same_length(first: str, a: Sized, second: str, b: Sized) -> None:
 
 def between(name: str, value: float, low: float, high: float) -> None:
     """Raise ArgumentError unless low < value < high."""
-    if not low < value < high:
+    if not (isinstance(value, Real) and low < value < high):
         raise ArgumentError(f"{name} must lie between {low:g} and {high:g}, got {value!r}")
 
 
 def at_least_one(**values: int) -> None:
-    """Raise ArgumentError for the first argument that is below 1."""
+    """Raise ArgumentError for the first argument that is below 1 or no whole number."""
     for name, value in values.items():
+        if not isinstance(value, Integral):
+            raise ArgumentError(f"{name} must be a whole number, 1 or more, got {brief(value)}")
         if value < 1:
             raise ArgumentError(f"{name} must be 1 or more, got {value}")
+
+
+def lists_of_texts(**values: object) -> None:
+    """Raise ArgumentError for the first argument that is no list of texts: the characters of a string are none."""
+    for name, value in values.items():
+        if isinstance(value, str):
+            raise ArgumentError(f"{name} must be a list of texts, got one string")
+        if not isinstance(value, Collection) or not all(isinstance(text, str) for text in value):
+            raise ArgumentError(f"{name} must be a list of texts, got a {type(value).__name__} of something else")
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -15,7 +15,16 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.metrics._check import Floats, between, numbers, one_of, same_length, texts_of_tokens
+from pyunlearn.metrics._check import (
+    Floats,
+    as_floats,
+    between,
+    lists_of_texts,
+    numbers,
+    one_of,
+    same_length,
+    texts_of_tokens,
+)
 
 _LEAST_VARIANCE = 1e-6  # nats^2: the variance of a token that the model is certain of is 0
 
@@ -68,9 +77,8 @@ def zlib_score(log_likelihood: ArrayLike, texts: Sequence[str]) -> Floats:
     Source: Carlini et al. 2021, arXiv 2012.07805.
     """
     x = numbers("log_likelihood", log_likelihood)
-    if isinstance(texts, str) or len(texts) != len(x):
-        got = "one string" if isinstance(texts, str) else str(len(texts))
-        raise ArgumentError(f"texts must be a list of {len(x)} strings, one for each log-likelihood, got {got}")
+    lists_of_texts(texts=texts)
+    same_length("log_likelihood", x, "texts", texts)
     return -x / [len(zlib.compress(text.encode("utf-8"))) for text in texts]
 
 
@@ -259,7 +267,7 @@ def _normal(name: str, values: ArrayLike, n: int, center: str, variance: str) ->
     """Compute center and standard deviation of each row without its NaN."""
     one_of("center", center, ("mean", "median"))
     one_of("variance", variance, ("example", "global"))
-    x = np.asarray(values, dtype=np.float64)
+    x = as_floats(name, values)
     if x.ndim != 2 or len(x) != n or np.isinf(x).any():
         raise ArgumentError(f"{name} must have shape ({n}, models), finite or NaN, got shape {x.shape}")
     count = np.isfinite(x).sum(1)

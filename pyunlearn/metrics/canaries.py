@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import random
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 from pyunlearn.errors import ArgumentError, nearest
-from pyunlearn.metrics._check import at_least_one
+from pyunlearn.metrics._check import at_least_one, lists_of_texts
 
 ALPHABETS: Mapping[str, str] = {
     "digits": string.digits,
@@ -147,12 +148,11 @@ def insert_canaries(
 
     Source: Carlini et al. 2019, arXiv 1802.08232, section 4.
     """
-    secrets = canaries.secrets if isinstance(canaries, Canaries) else tuple(canaries)
+    secrets = canaries.secrets if isinstance(canaries, Canaries) else canaries
     non_members = canaries.non_members if isinstance(canaries, Canaries) else ()
-    if isinstance(texts, str) or isinstance(canaries, str):
-        raise ArgumentError("texts and canaries must be lists of strings, got one string")
-    copies = [repeats] * len(secrets) if isinstance(repeats, int) else list(repeats)
-    if len(copies) != len(secrets) or min(copies, default=0) < 0:
+    lists_of_texts(texts=texts, canaries=secrets)
+    copies = list(repeats) if isinstance(repeats, Collection) else [repeats] * len(secrets)
+    if len(copies) != len(secrets) or not all(isinstance(count, Integral) and count >= 0 for count in copies):
         raise ArgumentError(
             f"repeats must be 0 or more, one number or {len(secrets)}, one for each secret, got {repeats!r}"
         )

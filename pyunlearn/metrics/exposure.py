@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics import _skew_normal
-from pyunlearn.metrics._check import Floats, numbers, one_of, same_length
+from pyunlearn.metrics._check import Floats, as_floats, numbers, one_of, same_length
 from pyunlearn.metrics._skew_normal import SkewNormalFit
 
 NULL_MEAN = 1 / math.log(2)
@@ -210,9 +210,13 @@ def calibrated_scores(scores: ArrayLike, reference_model_scores: ArrayLike) -> F
 def check_scores(function: str, scores: ArrayLike, non_member_scores: ArrayLike) -> tuple[Floats, Floats]:
     """Return scores as (n,) and non-member scores as (m,) or (n, m), float64; raise ArgumentError on a mismatch."""
     _require_wide(scores, non_member_scores)
-    s = np.asarray(scores, dtype=np.float64).reshape(-1)
-    r = np.asarray(non_member_scores, dtype=np.float64)
-    r = r if r.ndim == 2 else r.reshape(-1)
+    s, r = as_floats("scores", scores), as_floats("non_member_scores", non_member_scores)
+    if s.ndim > 1 or r.ndim > 2:
+        raise ArgumentError(
+            f"{function} needs scores of shape (n,) and non_member_scores of shape (m,) or (n, m), got {s.shape} and "
+            f"{r.shape}"
+        )
+    s, r = s.reshape(-1), r if r.ndim == 2 else r.reshape(-1)
     if r.shape[-1] == 0:
         raise ArgumentError(f"{function} needs at least one non-member score, got none")
     if r.ndim == 2 and len(r) != len(s):

@@ -10,7 +10,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyunlearn.errors import ArgumentError, missing_packages
-from pyunlearn.metrics._check import Floats, log_likelihoods, one_of, same_length, tokens_of_text
+from pyunlearn.metrics._check import (
+    Floats,
+    as_floats,
+    lists_of_texts,
+    log_likelihoods,
+    one_of,
+    same_length,
+    tokens_of_text,
+)
 
 
 def extraction_probability(log_likelihood: ArrayLike, queries: ArrayLike) -> Floats:
@@ -38,7 +46,7 @@ def extraction_probability(log_likelihood: ArrayLike, queries: ArrayLike) -> Flo
 
     Source: Hayes et al. 2024, arXiv 2410.19482, definition of (n, p)-discoverable extraction.
     """
-    n = np.asarray(queries, dtype=np.float64)
+    n = as_floats("queries", queries)
     if not (n >= 1).all():
         raise ArgumentError("queries must be 1 or more, got fewer or NaN")
     with np.errstate(over="ignore"):
@@ -133,6 +141,7 @@ def rouge_l(written: Sequence[str], truth: Sequence[str], *, measure: str = "f1"
     Source: Lin 2004; package rouge-score.
     """
     one_of("measure", measure, ("f1", "recall"))
+    lists_of_texts(written=written, truth=truth)
     same_length("written", written, "truth", truth)
     try:
         from rouge_score.rouge_scorer import RougeScorer

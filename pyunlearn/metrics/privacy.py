@@ -131,7 +131,7 @@ def tpr_at_fpr(
     f, h = _sides(forget, holdout, members)
     between("confidence", confidence, 0, 1)
     between("fpr", fpr, 0, 1)
-    allowed = int(fpr * h.size + 1e-9)
+    allowed = min(int(fpr * h.size + 1e-9), h.size - 1)
     threshold = np.sort(h)[allowed]
     positives = int((f < threshold).sum())
     estimate, attained = positives / f.size, float((h < threshold).mean())

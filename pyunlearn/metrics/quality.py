@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from scipy import special, stats
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.metrics._check import Floats, numbers, one_of, same_length
+from pyunlearn.metrics._check import Floats, as_floats, numbers, one_of, same_length
 from pyunlearn.metrics.confidence import Interval, aggregate_interval, mean_interval
 
 UTILITY_PARTS = tuple(
@@ -195,7 +195,7 @@ def model_utility(parts: Mapping[str, float]) -> float:
     Source: arXiv 2401.06121, section 2.2.1.
     """
     _check_names(parts)
-    x = np.array([parts[name] for name in UTILITY_PARTS], dtype=np.float64)
+    x = as_floats("parts", [parts[name] for name in UTILITY_PARTS])
     for name, value in zip(UTILITY_PARTS, x, strict=True):
         if not 0 <= value <= 1:
             raise ArgumentError(f"{name} must lie from 0 to 1, got {value!r}")
@@ -320,7 +320,7 @@ def _check_names(parts: Mapping[str, object]) -> None:
 def _answers(correct_log_likelihood: ArrayLike, wrong_log_likelihoods: ArrayLike) -> tuple[Floats, Floats]:
     """Check answers and return them as (n,) and (n, P)."""
     correct = numbers("correct_log_likelihood", correct_log_likelihood, empty=False)
-    wrong = np.asarray(wrong_log_likelihoods, dtype=np.float64)
+    wrong = as_floats("wrong_log_likelihoods", wrong_log_likelihoods)
     if np.ndim(correct_log_likelihood) == 0 and wrong.ndim == 1:
         wrong = wrong[None]
     if wrong.ndim != 2 or len(wrong) != len(correct) or wrong.shape[1] == 0:

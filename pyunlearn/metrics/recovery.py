@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pyunlearn.errors import ArgumentError
-from pyunlearn.metrics._check import Floats
+from pyunlearn.metrics._check import Floats, as_floats
 
 _LOW = 0.1  # quantile by which the spread below the median is measured, on the side of text that comes back
 _NORMAL = 1.2816  # that quantile of a normal law, in standard deviations below the median
@@ -59,7 +59,7 @@ def recovery(scores: ArrayLike, non_member_scores: ArrayLike) -> Recovery:
 
     Source: ours; full conformal p-values after Vovk et al. 2005, Algorithmic Learning in a Random World.
     """
-    s, r = np.asarray(scores, dtype=np.float64), np.asarray(non_member_scores, dtype=np.float64)
+    s, r = as_floats("scores", scores), as_floats("non_member_scores", non_member_scores)
     if s.ndim != 2 or r.ndim != 2 or not r.shape[1] or len(r) != len(s):
         raise ArgumentError(
             f"recovery needs scores of shape (a, n) and non_member_scores of shape (a, m), got {s.shape} and {r.shape}"

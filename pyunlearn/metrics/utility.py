@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyunlearn.errors import ArgumentError, missing_packages
-from pyunlearn.metrics._check import log_likelihoods, same_length, tokens_of_text
+from pyunlearn.metrics._check import as_floats, lists_of_texts, log_likelihoods, same_length, tokens_of_text
 
 COLLAPSED = 0.5
 """Share of repeated 4-grams above which a text counts as collapsed. Human text has about 0.006 in arXiv 1908.04319."""
@@ -42,7 +42,7 @@ def perplexity(log_likelihood: ArrayLike, tokens: ArrayLike) -> float:
 
     Source: Jelinek et al. 1977, J. Acoust. Soc. Am. 62, S63.
     """
-    sums, counts = np.atleast_1d(log_likelihoods("log_likelihood", log_likelihood)), np.atleast_1d(np.asarray(tokens))
+    sums, counts = map(np.atleast_1d, (log_likelihoods("log_likelihood", log_likelihood), as_floats("tokens", tokens)))
     same_length("log_likelihood", sums, "tokens", counts)
     if counts.size == 0 or (counts < 1).any():
         raise ArgumentError("tokens must be at least 1 for each of one or more texts: leave out texts without any")
@@ -80,6 +80,9 @@ def bleu(written: Sequence[str], truth: Sequence[str | Sequence[str]]) -> float:
         import sacrebleu
     except ImportError as error:
         raise missing_packages("bleu", "sacrebleu") from error
+    lists_of_texts(written=written)
+    if isinstance(truth, str):
+        raise ArgumentError("truth must be a list of texts, or of lists of alternatives, got one string")
     same_length("written", written, "truth", truth)
     every = [[t] if isinstance(t, str) else list(t) for t in truth]
     if not every or not all(every):

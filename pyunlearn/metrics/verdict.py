@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pyunlearn.errors import ArgumentError
 from pyunlearn.metrics._binomial import clopper_pearson
-from pyunlearn.metrics._check import Floats, between, one_of
+from pyunlearn.metrics._check import Floats, as_floats, between, one_of
 from pyunlearn.metrics.discoveries import discoveries
 from pyunlearn.metrics.exposure import (
     NULL_MEAN,
@@ -181,8 +181,8 @@ def verdict(
         Verdict(verdict, before, after, low, high, certain, threshold, extraction).
 
     Raises:
-        ArgumentError: as generalized_exposure; different lengths; a negative `target_exposure`; a rate or confidence
-            outside (0, 1); one of `extracted` and `non_member_extracted` alone.
+        ArgumentError: as generalized_exposure; another number of entries than of texts; a negative `target_exposure`; a
+            rate or confidence outside (0, 1); one of `extracted` and `non_member_extracted` alone.
 
     Example:
         >>> non_members = np.arange(1, 100)
@@ -201,20 +201,21 @@ def verdict(
         raise ArgumentError(
             f"scores_before and scores_after must be of the same texts, got {len(before.lower)} and {len(after.lower)}"
         )
-    own_families = np.zeros(len(before.lower)) if families is None else np.asarray(families)
+    n = len(before.lower)
+    own_families = np.zeros(n) if families is None else _of_texts("families", families, n)
     memorized, thresholds = discoveries_within(own_families, before.lower, rate=false_discovery_rate)
     _, numbers = np.unique(own_families, return_inverse=True)
     over, over_thresholds = over_unlearned(before, after, 2 * numbers + memorized, rate=false_discovery_rate)
-    over &= True if too_low is None else np.asarray(too_low, dtype=bool)
-    extraction = _extraction(extracted, non_member_extracted, groups)
+    over &= True if too_low is None else _of_texts("too_low", too_low, n).astype(bool)
+    extraction = _extraction(extracted, non_member_extracted, groups, n)
     forgotten = after.lower <= target_exposure
     if extraction is not None:
         forgotten &= extraction <= max(target_exposure, NOT_EXTRACTED)
     if recited is not None:
-        forgotten &= ~np.asarray(recited, dtype=bool)
+        forgotten &= ~_of_texts("recited", recited, n).astype(bool)
     exposed, unknown = np.ones_like(forgotten), ~memorized
     if standing_out is not None:
-        exposed = np.asarray(standing_out, dtype=bool)
+        exposed = _of_texts("standing_out", standing_out, n).astype(bool)
         forgotten, unknown = forgotten & ~exposed, unknown & ~exposed
     name = np.select(
         [over, unknown, forgotten, exposed],
@@ -313,11 +314,21 @@ def discoveries_within(
 
 
 def _extraction(
-    extracted: ArrayLike | None, non_member_extracted: ArrayLike | None, groups: Groups | None
+    extracted: ArrayLike | None, non_member_extracted: ArrayLike | None, groups: Groups | None, n: int
 ) -> Floats | None:
-    """Return the exposures of the extracted shares, bits."""
+    """Return the exposures of the extracted shares of n texts, bits."""
     if (extracted is None) != (non_member_extracted is None):
         raise ArgumentError("extracted and non_member_extracted are compared with each other: give both or neither")
     if extracted is None or non_member_extracted is None:
         return None
-    return generalized_exposure(-np.asarray(extracted), -np.asarray(non_member_extracted), groups=groups).lower
+    shares = _of_texts("extracted", as_floats("extracted", extracted), n)
+    of_non_members = as_floats("non_member_extracted", non_member_extracted)
+    return generalized_exposure(-shares, -of_non_members, groups=groups).lower
+
+
+def _of_texts(name: str, values: ArrayLike, n: int) -> NDArray[Any]:
+    """Return values as an array (n,); raise ArgumentError unless there is one for each text."""
+    array = np.asarray(values)
+    if array.shape != (n,):
+        raise ArgumentError(f"{name} must have one entry for each of the {n} texts, got shape {array.shape}")
+    return array
