@@ -13,7 +13,7 @@ from pyunlearn.data import Tokens, encode, read_examples
 from pyunlearn.errors import ArgumentError, DataError, TrainingError
 from pyunlearn.methods import METHODS
 from pyunlearn.unlearning import objectives
-from pyunlearn.unlearning.token_weights import importance, scaled
+from pyunlearn.unlearning.token_weights import importance, scaled, token_weights_of
 
 WEIGHTED = [name for name, method in METHODS.items() if method.weighted]
 LEAST = ["ga", "dpo", "tnpo", "flat"]  # one for each kind
@@ -175,6 +175,17 @@ def test_computed_weights_have_mean_one_and_the_smallest_are_zero():
     np.testing.assert_allclose(whole[1], 1)
     np.testing.assert_allclose(half[2], [1.5, 1.5, 0])
     assert all(x.mean() == pytest.approx(1) for x in whole + half)
+
+
+def test_the_caller_s_own_weights_are_not_scaled(story):
+    """A share leaves the largest ones as they are; a text whose weights are all 0 is not unlearned."""
+    (t, *_) = tokens_of(story, story.forget)
+    n = len(t.scored)
+    own, zeros = np.arange(n) / 10, np.zeros(n)
+    for share, smallest in ((1.0, 0), (0.5, n // 2)):
+        weights = token_weights_of([own, zeros], share, [t, t], None, None, seed=0)
+        np.testing.assert_array_equal(weights[0], np.where(np.arange(n) >= smallest, own, 0))
+        assert not weights[1].any()
 
 
 def test_a_run_weighs_tokens_by_their_likelihood_beyond_a_reference_model(story, other):

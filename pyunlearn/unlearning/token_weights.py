@@ -51,8 +51,7 @@ def token_weights_of(
     if kind is None:
         return None
     if not isinstance(kind, str):
-        own = check_weights(kind, forget)
-        return own if share == 1 else scaled(own, share)
+        return largest(check_weights(kind, forget), share)
     if kind == "importance":
         mask_id = scorer.lm.tokenizer.mask_token_id
         return scaled(importance(forget, scorer.token_log_likelihood, mask_id=mask_id, seed=seed), share)
@@ -89,22 +88,28 @@ def beyond_reference(log_likelihood: Sequence[Floats], reference: Sequence[Float
     return [np.maximum(x - r, 0.0) for x, r in zip(log_likelihood, reference, strict=True)]
 
 
-def scaled(weights: Sequence[Floats], share: float) -> list[Floats]:
-    """Return the weights with mean 1 in each text, 0 for all but the largest `share` of them.
+def largest(weights: Sequence[Floats], share: float) -> list[Floats]:
+    """Return the weights, with 0 for all but the largest `share` of each text's.
 
-    A text without a weight above 0 gets all 1.
-
-    >>> scaled([np.array([3.0, 1.0, 0.0, 0.0])], 0.25)
-    [array([4., 0., 0., 0.])]
+    >>> largest([np.array([3.0, 1.0, 0.0, 0.0])], 0.25)
+    [array([3., 0., 0., 0.])]
     """
     out = []
     for w in weights:
         chosen = np.zeros_like(w)
-        largest = np.argsort(-w, kind="stable")[: math.ceil(share * len(w) - 1e-9)]
-        chosen[largest] = w[largest]
-        total = chosen.sum()
-        out.append(chosen * len(w) / total if total > 0 else np.ones_like(w))
+        indices = np.argsort(-w, kind="stable")[: math.ceil(share * len(w) - 1e-9)]
+        chosen[indices] = w[indices]
+        out.append(chosen)
     return out
+
+
+def scaled(weights: Sequence[Floats], share: float) -> list[Floats]:
+    """Return the largest weights, scaled to mean 1 in each text; a text without a weight above 0 gets all 1.
+
+    >>> scaled([np.array([3.0, 1.0, 0.0, 0.0])], 0.25)
+    [array([4., 0., 0., 0.])]
+    """
+    return [w / w.mean() if w.any() else np.ones_like(w) for w in largest(weights, share)]
 
 
 def check_weights(weights: Any, tokens: Sequence[Tokens]) -> list[Floats]:
