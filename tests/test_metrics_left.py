@@ -138,6 +138,19 @@ def test_texts_that_are_left_are_found(n, m, count):
 
 
 @pytest.mark.full
+def test_few_of_the_texts_that_are_named_are_like_unseen_ones():
+    """Where 4 of 20 are left, at most twice the rate of those named: likelihoods and shares are two selections."""
+    rng, draws, left_over, shares_of_others = np.random.default_rng(0), 60, np.arange(20) < 4, []
+    for _ in range(draws):
+        texts, extracted = rng.standard_normal(20) - 4 * left_over, np.where(left_over, -1.0, -rng.random(20))
+        now, written = Scores(texts, rng.standard_normal(199)), Scores(extracted, -rng.random(199))
+        named = left(Scores(np.full(20, -99.0), rng.standard_normal(199)), now, written).standing_out
+        assert named[left_over].all()
+        shares_of_others.append(named[~left_over].sum() / named.sum())
+    assert np.mean(shares_of_others) <= 0.1 + 2 * np.std(shares_of_others) / math.sqrt(draws)
+
+
+@pytest.mark.full
 def test_a_set_that_lies_high_is_seen_though_no_text_stands_out():
     """By its likelihoods, all one spread too likely, or by its extracted shares, in the top tenth of unseen ones."""
     rng, by_likelihood, by_share, alone = np.random.default_rng(0), 0, 0, 0

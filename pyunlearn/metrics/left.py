@@ -74,6 +74,9 @@ def left(
       mean or more; or less than a twentieth of a way of any length, to either side;
     - or it is likelier than every non-member by more than twice what they differ among each other.
 
+    The first rule has two selections at `rate` each: of the texts that it names at most twice that share are like
+    unseen ones, on average (7 and 9 % at 5 %, simulated, with 4 and 1 of 20 texts left).
+
     All exposures are among the non-members under the same model. In a model that never saw the texts these are
     exchangeable with the non-members, for any law of the scores. Three comparisons share one level: whether the
     memorized texts are too likely, or too much of them is extracted (`pvalue`, the smaller one of the two), and whether
@@ -88,7 +91,7 @@ def left(
             original model.
         now: the same under the model in question.
         extracted: minus the share of each text that the model in question still gives, (n,) and (m,), -1 to 0.
-        rate: the false discovery rate, between 0 and 1.
+        rate: the false discovery rate of each selection, between 0 and 1.
         seed: of the choices behind the p-values.
         memorized: (n,) True for the texts that the original model had memorized; default: those that `discoveries`
             selects.
