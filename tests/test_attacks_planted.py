@@ -180,6 +180,19 @@ def test_of_the_texts_that_are_named_one_in_twenty_is_unseen_at_most():
     assert named >= 0.9 * 30 * 8
 
 
+@pytest.mark.full
+def test_texts_that_are_exposed_without_an_attack_name_no_others():
+    """Where half of the texts are exposed and the others unseen, a text is said to come back in one of twenty draws."""
+    rng, failed = np.random.default_rng(3), 0
+    for _ in range(20):
+        scores = draw(rng, "normal", 5, 100 + 400)
+        scores[:, :50] -= 20
+        verdicts = judge([Trial(str(k), x[:100], x[100:]) for k, x in enumerate(scores)], AttackConfig()).verdict
+        assert set(verdicts[:50]) == {"still exposed"}
+        failed += "comes back" in verdicts
+    assert failed <= 20 * 0.05 + 2.5 * np.sqrt(20 * 0.05 * 0.95)
+
+
 def test_an_attack_that_was_tried_on_no_text_shows_nothing():
     """Neither that the set comes back, nor that it stays forgotten, alone or next to another attack."""
     scores = np.random.default_rng(0).normal(size=(3, 6 + 60))

@@ -50,18 +50,19 @@ def judge(trials: Sequence[Trial], config: AttackConfig, groups: Sequence[int] |
     """Judge each text by its scores under every attack, and the set as a whole.
 
         still exposed    it stands out without an attack
-        comes back       it stands out over all attacks together
+        comes back       it stands out over all attacks together, among those that are not exposed without one
         doubtful         it does not, but has 4.32 bits or more under an attack under which the set as a whole stands
                          out
         stays forgotten  none of these
         untested         no attack was tried on it
 
     Half of the false discovery rate is for the model without an attack (Benjamini-Hochberg), and half for the attacks:
-    there the set must stand out (`pvalue`), and then single texts are named at the whole rate. So a model that never
-    saw the texts has a text named in at most that share of cases, and of the texts named at most that share are unseen
-    ones. The set stands out under an attack where more texts do than would of unseen ones (Holm over the attacks), or
-    over all attacks together; a set of fewer than five texts by the latter alone. Of near copies, and of a record in
-    several windows, which depend on each other, the first counts for the set.
+    there the set must stand out (`pvalue`), and then single texts are named at the whole rate, among those that are not
+    exposed already: these would lower the bar for the others. So a model that never saw the texts has a text named in
+    at most that share of cases, and of the texts that come back at most that share are unseen ones. The set stands out
+    under an attack where more texts do than would of unseen ones (Holm over the attacks), or over all attacks together;
+    a set of fewer than five texts by the latter alone. Of near copies, and of a record in several windows, which depend
+    on each other, the first counts for the set.
 
     Args:
         trials: the first is the model without an attack.
@@ -87,9 +88,9 @@ def judge(trials: Sequence[Trial], config: AttackConfig, groups: Sequence[int] |
         own = [_set_pvalue(trials[k], np.where(first, exposure[k], np.nan), config.seed) for k in judged]
         set_pvalue[judged] = holm([min(1.0, 2 * p) for p in own])
         pvalue = min(1.0, 2 * pvalue, float(np.min(set_pvalue[judged])))
-    back = np.zeros(n, dtype=bool)
+    back, others = np.zeros(n, dtype=bool), tested & ~exposed
     if pvalue <= rate / 2:
-        back[tested] = discoveries(combined[tested], rate=rate).significant
+        back[others] = discoveries(combined[others], rate=rate).significant
     suspect = is_significant(exposure[set_pvalue <= rate / 2]).any(axis=0)
     names = np.select([exposed, back, suspect, tested], [EXPOSED, BACK, DOUBTFUL, STAYS], UNTESTED)
     strongest = np.where(exposed, 0, np.where(tested, np.array(judged)[recovered.strongest], -1))
