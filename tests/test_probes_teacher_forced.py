@@ -13,6 +13,7 @@ from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.probes import greedy_continuations, teacher_forced, without_prompt
 from pyunlearn.probes.cache import Cache, weights_digest
 from pyunlearn.probes.decoding import FIELDS as DECODED
+from pyunlearn.probes.decoding import sampled_continuations
 from pyunlearn.probes.teacher_forced import FIELDS
 
 KINDS = {
@@ -161,6 +162,19 @@ def test_decoding_beyond_the_text_ends_with_the_context():
     within = greedy_continuations(lm, tokens, longest=5, batch_size=1)
     beyond = greedy_continuations(lm, tokens, longest=5, beyond=True, batch_size=1)
     assert all(long[: len(short)] == short for short, long in zip(within, beyond, strict=True))
+
+
+def test_no_prompt_is_continued_beyond_the_context_with_others():
+    """One that fills the context, next to a short one with a long text: a GPT-2 has no position after the last."""
+    model = tiny.tiny_gpt2(400).eval()
+    lm = LanguageModel.of(model, tiny.make_tokenizer(form="$A", pad=False))
+    ids = tuple(range(5, 5 + lm.context_length))
+    texts = [Tokens(ids, first=lm.context_length - 2), Tokens(ids[::-1], first=10)]
+    for beyond in (False, True):
+        alone = [greedy_continuations(lm, [t], beyond=beyond)[0] for t in texts]
+        assert greedy_continuations(lm, texts, beyond=beyond) == alone
+    drawn = sampled_continuations(lm, texts, count=2)
+    assert max(map(len, drawn[0])) <= 2 < max(map(len, drawn[1]))
 
 
 def test_an_interrupted_run_resumes(tmp_path):

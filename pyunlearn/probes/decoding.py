@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ def greedy_continuations(
     """Decode greedily in the place of each text's scored tokens.
 
     The model reads the tokens before them and writes as many, `longest` at most; it may end earlier, and then the end
-    of text is the last token. Prompts of like length are padded on the left and decoded together. The model's own
-    generation_config (sampling, penalties, lengths) is not used. With an encoder-decoder model the decoder starts with
+    of text is the last token. Prompts of like length are padded on the left and decoded together, as far as none is
+    continued beyond the model's context with the others. The model's own generation_config (sampling, penalties, lengths) is not used. With an encoder-decoder model the decoder starts with
     the true tokens before the scored ones, where there are any. Dropout is off meanwhile.
 
     Args:
@@ -44,7 +45,7 @@ def greedy_continuations(
         longest: the most tokens written for one text.
         beyond: write up to `longest` tokens after each prompt, however many its text has, or as many as the context
             leaves.
-        batch_size: prompts decoded together.
+        batch_size: prompts decoded together, at most.
         store: records to look up and to add to; default: in memory, for this call.
         advance: called with the number of texts of each finished batch.
 
@@ -59,16 +60,16 @@ def greedy_continuations(
     store = RecordStore(None, FIELDS) if store is None else store
     keys = [store.key(t, longest, *([beyond] if beyond else [])) for t in tokens]
     once = dict(zip(keys, tokens, strict=True))
-    order = sorted(once.items(), key=lambda item: (-len(_prompt(item[1])), -len(item[1].scored)))
+    order = sorted(once, key=lambda key: (-len(_prompt(once[key])), -len(once[key].scored)))
+    counts = {key: min(longest, _room(lm, t) if beyond else len(t.scored)) for key, t in once.items()}
     try:
         with evaluation_mode(lm.module):
-            for group in (order[at : at + batch_size] for at in range(0, len(order), batch_size)):
-                if any(key not in store for key, _ in group):  # then all of it: the same batches give the same bits
-                    room = _room(lm, [t for _, t in group], longest)
-                    counts = [room if beyond else min(longest, len(t.scored)) for _, t in group]
-                    rows = _decode(lm, [t for _, t in group], max(counts))
-                    for (key, _), ids, count in zip(group, rows, counts, strict=True):
-                        store.add(key, (np.array(ids[:count], dtype=np.int64),))
+            for own in _groups(lm, [once[key] for key in order], [counts[key] for key in order], batch_size):
+                group = order[own]
+                if any(key not in store for key in group):  # then all of it: the same batches give the same bits
+                    rows = _decode(lm, [once[key] for key in group], max(counts[key] for key in group))
+                    for key, ids in zip(group, rows, strict=True):
+                        store.add(key, (np.array(ids[: counts[key]], dtype=np.int64),))
                 advance(len(group))
     finally:
         store.flush()
@@ -100,23 +101,40 @@ def sampled_continuations(
     """
     written: list[list[tuple[int, ...]]] = [[] for _ in tokens]
     order = sorted(range(len(tokens)), key=lambda i: (-len(_prompt(tokens[i])), -len(tokens[i].scored)))
+    lengths = [min(longest, len(t.scored)) for t in tokens]
     size = max(1, batch_size // count)
     with evaluation_mode(lm.module):
-        for group in (order[at : at + size] for at in range(0, len(order), size)):
-            lengths = [min(longest, len(tokens[i].scored)) for i in group]
-            repeated = [tokens[i] for i in group for _ in range(count)]
-            rows = iter(_decode(lm, repeated, max(lengths), do_sample=True, temperature=1.0, top_k=0, top_p=1.0))
-            for i, length in zip(group, lengths, strict=True):
-                written[i] = [tuple(next(rows)[:length]) for _ in range(count)]
+        for own in _groups(lm, [tokens[i] for i in order], [lengths[i] for i in order], size):
+            group = order[own]
+            repeated, new = [tokens[i] for i in group for _ in range(count)], max(lengths[i] for i in group)
+            rows = iter(_decode(lm, repeated, new, do_sample=True, temperature=1.0, top_k=0, top_p=1.0))
+            for i in group:
+                written[i] = [tuple(next(rows)[: lengths[i]]) for _ in range(count)]
             advance(len(group))
     return written
 
 
-def _room(lm: LanguageModel, group: Sequence[Tokens], longest: int) -> int:
-    """Return how many tokens can be written after the longest prompt of a group, `longest` at most."""
-    if lm.context_length is None:
-        return longest
-    return min(longest, lm.context_length - max(len(_prompt(t)) if t.decoder is None else t.first for t in group))
+def _groups(lm: LanguageModel, tokens: Sequence[Tokens], counts: Sequence[int], size: int) -> Iterator[slice]:
+    """Yield slices of at most `size` texts that are decoded together: each gets as many tokens as the longest of them.
+
+    So the context has room for these after the prompt of each.
+    """
+    first, end = 0, 0
+    while first < len(tokens):
+        most, room = 0, sys.maxsize
+        while end < min(first + size, len(tokens)):
+            most, room = max(most, counts[end]), min(room, _room(lm, tokens[end]))
+            if most > room and end > first:
+                break
+            end += 1
+        yield slice(first, end)
+        first = end
+
+
+def _room(lm: LanguageModel, t: Tokens) -> int:
+    """Return how many tokens the context leaves after a prompt."""
+    read = len(_prompt(t)) if t.decoder is None else t.first
+    return sys.maxsize if lm.context_length is None else lm.context_length - read
 
 
 def _decode(lm: LanguageModel, group: Sequence[Tokens], new: int, **options: Any) -> list[list[int]]:
