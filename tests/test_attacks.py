@@ -74,6 +74,17 @@ def test_a_control_that_is_the_model_itself_is_refused(story):
         attacked(story, control=story.fresh(), attacks=["prefix"])
 
 
+def test_a_control_that_does_not_know_the_kind_exposes_unseen_texts(story):
+    """Where there is no holdout, and a note says so; with one they stay forgotten."""
+    torch.manual_seed(0)
+    control = tiny.tiny_llama(len(story.tokenizer)).eval()
+    options = {"tokenizer": story.tokenizer, "attacks": ["prefix"], "control": control, "progress": False}
+    for holdout, verdict in ((None, "still exposed"), (story.holdout[10:], "stays forgotten")):
+        result = pyunlearn.attack(story.model, story.holdout[:10], holdout=holdout, **options)
+        assert set(result.verdicts) == {verdict}
+        assert any("a control without it exposes unseen text too" in n for n in result.notes) == (holdout is None)
+
+
 def test_the_python_of_the_document_runs(story, tmp_path, monkeypatch, capsys):
     """The block of docs/attacks.md, on a tiny model's files."""
     monkeypatch.chdir(tmp_path)

@@ -140,6 +140,7 @@ def notes_of(
         notes.append(f"{len(prepared.indices)} of {n} forget texts were attacked, drawn at random (--texts).")
     if prepared.control is not None:
         notes.append("Each likelihood is the model's less that of the control, which was attacked in the same way.")
+        notes += _without_holdout(prepared.non_members)
     m, n = min((t.compared for t in trials[1:] if t.judged), default=trials[0].compared), len(verdicts)
     fewest = math.ceil(n / (rate * (m + 1)) - 1e-9)
     if not any(named) and fewest > 1:
@@ -148,6 +149,18 @@ def notes_of(
             "where many stand out a little."
         )
     return notes + evidence_notes(prepared.non_members, verdicts, rate=rate)
+
+
+def _without_holdout(non_members: NonMembers) -> list[str]:
+    """Return a sentence on what a control takes where no holdout was given."""
+    if non_members.grade == "holdout":
+        return []
+    texts = f"the control wrote ({non_members.reason})" if non_members.reason else "were written for this package"
+    return [
+        f"No holdout was given, and the texts are compared with {len(non_members.tokens)} that {texts}. This holds if the "
+        "control knows the forget set's kind as well as the model does, as one retrained without these texts. Training "
+        "on texts of a kind makes all of that kind likelier, so a control without it exposes unseen text too."
+    ]
 
 
 def _loaded(model: Any, tokenizer: Any, config: AttackConfig) -> LanguageModel:
