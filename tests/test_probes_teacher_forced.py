@@ -254,6 +254,23 @@ def test_the_cache_tells_models_apart():
     assert weights_digest(model) != key
 
 
+def test_the_cache_tells_adapters_apart():
+    """The same weights with another adapter active, with none, or with another factor on it are other models."""
+    peft = pytest.importorskip("peft")
+    settings = [peft.LoraConfig(target_modules=["down_proj"], lora_alpha=alpha) for alpha in (8, 64)]
+    model = peft.get_peft_model(made("plain")[0], settings[0])
+    model.add_adapter("other", settings[1])
+    keys = [weights_digest(model)]
+    with model.disable_adapter():
+        keys.append(weights_digest(model))
+    assert weights_digest(model) == keys[0]
+    model.set_adapter("other")
+    keys.append(weights_digest(model))
+    model.get_submodule("base_model.model.model.layers.1.mlp.down_proj").scaling["other"] *= 2
+    keys.append(weights_digest(model))
+    assert len(set(keys)) == 4
+
+
 @given(st.lists(st.integers(0, 399), min_size=3, max_size=9), st.data())
 def test_the_cache_tells_texts_apart(ids, data):
     """What is read, and where scoring begins."""

@@ -143,6 +143,8 @@ def require_cache(name: str, folder: Any) -> None:
 def weights_digest(model: Any) -> str:
     """Return the SHA-256, in hex, of a model's configuration, weights and buffers; tied weights count once.
 
+    Of adapters it contains, too, which are active, and the factors on them.
+
     Raises ModelError where weights are offloaded.
     """
     inner = LanguageModel.of(model, needs_tokenizer=False).inner
@@ -152,6 +154,10 @@ def weights_digest(model: Any) -> str:
     for irrelevant in ("_name_or_path", "transformers_version"):  # the same model at another path has the same hash
         config.pop(irrelevant, None)
     digest.update(repr(sorted((str(k), repr(v)) for k, v in config.items())).encode())
+    for name, module in inner.named_modules():
+        if isinstance(factors := getattr(module, "scaling", None), dict):  # a layer with LoRA adapters
+            state = sorted(factors.items()), list(module.active_adapters), module.disable_adapters
+            digest.update(f"{name} {state}".encode())
     for name, tensor in inner.state_dict(keep_vars=True).items():
         if not torch.is_tensor(tensor):
             continue
