@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import planted
@@ -12,7 +13,7 @@ import torch
 import pyunlearn
 from pyunlearn.attacks import AttackConfig, instructions
 from pyunlearn.attacks.judge import judge
-from pyunlearn.attacks.target import Trial
+from pyunlearn.attacks.target import Target, Trial
 from pyunlearn.data.rendering import Rendering
 from pyunlearn.metrics import recovery
 
@@ -233,6 +234,39 @@ def test_a_control_of_another_depth_leaves_its_layers_unjudged(w):
     assert [t.judged for t in result.trials[1:]] == [False, False]
     assert result.verdicts == {"untested": planted.SECRETS}
     assert any("the control could not be attacked in the same way" in note for note in result.notes)
+
+
+def compared(texts, non_members, seed=0):
+    """Indices of the non-members with which quick forms compare as many texts."""
+    sets = SimpleNamespace(forget=range(texts), non_members=range(non_members))
+    return Target(None, sets, AttackConfig(seed=seed), None).compared
+
+
+@pytest.mark.parametrize(("texts", "non_members"), [(4, 39), (16, 80), (16, 81), (16, 200), (90, 1000)])
+def test_quick_forms_compare_with_neighbours_from_all_of_a_holdout(texts, non_members):
+    """As many as forget texts, 80 or more where there are, at most 20 next to each other in each part of the file."""
+    chosen = compared(texts, non_members)
+    runs = np.split(chosen, np.flatnonzero(np.diff(chosen) > 1) + 1)
+    assert len(set(chosen.tolist())) == len(chosen) == min(non_members, max(texts, 80))
+    if non_members >= 2 * len(chosen):
+        assert 4 <= len(runs) <= -(-len(chosen) // 20)
+        edges = np.linspace(0, non_members, len(runs) + 1)
+        assert all(a - 1 <= run[0] <= run[-1] <= b for run, a, b in zip(runs, edges, edges[1:], strict=False))
+
+
+@pytest.mark.full
+def test_a_sorted_holdout_brings_nothing_back():
+    """The hard half of the non-members comes last; a model that never saw the texts fails in at most one of ten draws."""
+    rng, failures, draws = np.random.default_rng(4), 0, 30
+    for seed in range(draws):
+        scores = rng.normal(size=(5, 16 + 200)) * 0.3 + rng.normal(size=216) * 0.5
+        scores[:, :8] += 2
+        scores[:, -100:] += 2
+        few = np.full(scores.shape, np.nan)
+        few[:, 16 + compared(16, 200, seed)] = scores[:, 16 + compared(16, 200, seed)]
+        few[:, :16], few[0] = scores[:, :16], scores[0]
+        failures += judge([Trial(str(k), x[:16], x[16:]) for k, x in enumerate(few)], AttackConfig()).pvalue <= 0.025
+    assert failures <= draws * 0.025 + 2.5 * np.sqrt(draws * 0.025)
 
 
 def persons(count, seed):

@@ -40,8 +40,9 @@ def relearning(target: Target) -> Iterator[Trial]:
     """Train on all parts but one of the forget set and of non-members, and score that one; each part is once the one.
 
     Both sides are treated alike: texts that teach each other, such as twenty about one person, come back on either
-    side. Near copies are in one part. The non-members are as many as the forget texts, 80 or more, neighbours in their
-    file, and a step reads twice `batch_size` texts of both together, or `batch_size` in the quick form.
+    side. Near copies are in one part. The non-members are as many as the forget texts, 80 or more, in runs of 20
+    neighbours (`Target.compared`), and a step reads twice `batch_size` texts of both together, or `batch_size` in the
+    quick form.
 
     Source: Hu et al. 2024, arXiv 2406.13356; Lynch et al. 2024, arXiv 2402.16835; to train on non-members too is ours.
     """
@@ -49,13 +50,13 @@ def relearning(target: Target) -> Iterator[Trial]:
     _require_fair(target)
     rng, n, m = np.random.default_rng(config.seed), len(texts.forget), len(texts.non_members)
     compared = target.compared
-    groups = texts.groups, texts.non_member_groups[compared]
+    groups = texts.groups, [texts.non_member_groups[i] for i in compared]
     folds = min(config.folds, *(len(set(side)) for side in groups))
     if folds < 2:
         few = "one record is" if len(set(texts.groups)) < 2 else "non-members that are all near copies are"
         raise Unsuited(f"{few} no other text to relearn from")
     part = np.concatenate([_parts(side, folds, rng) for side in groups])
-    pool = texts.forget + texts.non_members[compared]
+    pool = texts.forget + [texts.non_members[i] for i in compared]
     quick = config.is_quick("relearning")
     most = min((2 if quick else 4) * config.batch_size, n, len(pool) - n)
     rate = _rate(target, "the others", texts.forget[:most] + pool[n : n + most], quick=quick)

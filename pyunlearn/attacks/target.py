@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -101,6 +102,8 @@ class Target:
     """Nats a token in place of NaN and Inf: the attack destroyed the model on that text."""
     FEWEST: ClassVar[int] = 80
     """Non-members with which an expensive attack compares, at least, where there are as many."""
+    RUN: ClassVar[int] = 20
+    """The most of them that are neighbours in their file."""
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -136,18 +139,24 @@ class Target:
         return self.token_log_likelihood(every)
 
     @cached_property
-    def compared(self) -> slice:
-        """The non-members with which expensive attacks compare: neighbours, as many as forget texts, 80 or more."""
+    def compared(self) -> NDArray[np.int64]:
+        """Indices of the non-members with which expensive attacks compare: as many as forget texts, 80 or more.
+
+        They are runs of 20 neighbours, one from each of as many equal parts of the holdout: texts that teach each other
+        stand next to each other, and so do texts of one source or length, where a file is sorted.
+        """
         m = len(self.texts.non_members)
-        count = min(m, max(len(self.texts.forget), self.FEWEST))
-        first = int(np.random.default_rng(self.config.seed).integers(m - count + 1))
-        return slice(first, first + count)
+        count, rng = min(m, max(len(self.texts.forget), self.FEWEST)), np.random.default_rng(self.config.seed)
+        runs = math.ceil(count / self.RUN)
+        pieces = zip(*(np.array_split(np.arange(n), runs) for n in (count, m)), strict=True)
+        ends = ((part, len(own), int(rng.integers(len(part) - len(own) + 1))) for own, part in pieces)
+        return np.concatenate([part[first : first + length] for part, length, first in ends])
 
     def trial(self, name: str, *, quick: bool = False, **details: Any) -> Trial:
         """Score every text under the present weights; where it is `quick`, of the non-members those in `compared`."""
         n, m = len(self.texts.forget), len(self.texts.non_members)
-        compared = self.compared if quick else slice(m)
-        values = self.nll(self.texts.forget + self.texts.non_members[compared])
+        compared = self.compared if quick else np.arange(m)
+        values = self.nll(self.texts.forget + [self.texts.non_members[i] for i in compared])
         non_members = np.full(m, np.nan)
         non_members[compared] = values[n:]
         if quick:
