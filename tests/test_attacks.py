@@ -13,6 +13,7 @@ from architectures import CAUSAL, made
 
 import pyunlearn
 from pyunlearn.attacks.config import AttackConfig
+from pyunlearn.attacks.merging import merging
 from pyunlearn.attacks.quantization import quantization, rounded
 from pyunlearn.attacks.target import Unsuited
 from pyunlearn.data import read_examples
@@ -111,6 +112,18 @@ def test_all_attacks_restore_the_weights_after_an_interruption(story, monkeypatc
             model, story.unseen, holdout=story.holdout, tokenizer=story.tokenizer, attacks=["relearning"], **QUICK
         )
     assert unchanged(before, model)
+
+
+@pytest.mark.parametrize(("change", "reason"), [("to int8", "quantized"), ("to meta", "offloaded")])
+@pytest.mark.parametrize("which", ["model", "original"])
+def test_weights_that_cannot_be_mixed_are_not_merged(story, which, change, reason):
+    """Neither all but the quantized ones, nor with a traceback."""
+    models = {name: LanguageModel.of(story.fresh(), story.tokenizer) for name in ("model", "original")}
+    layer = models[which].module.model.layers[0].mlp.down_proj
+    weight = layer.weight.to(torch.int8) if change == "to int8" else layer.weight.to("meta")
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(Unsuited, match=reason):
+        next(merging(SimpleNamespace(lm=models["model"], original=models["original"])))
 
 
 @pytest.mark.full

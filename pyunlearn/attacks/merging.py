@@ -22,8 +22,11 @@ def merging(target: Target) -> Iterator[Trial]:
     """
     if target.original is None:
         raise Unsuited("it needs the original model")
-    originals = dict(target.original.inner.named_parameters())
-    own = {n: p for n, p in target.lm.inner.named_parameters() if p.is_floating_point()}
+    originals, own = (dict(lm.inner.named_parameters()) for lm in (target.original, target.lm))
+    if not all(p.is_floating_point() for p in [*originals.values(), *own.values()]):
+        raise Unsuited("weights that are quantized cannot be mixed")
+    if any(p.is_meta for p in [*originals.values(), *own.values()]):
+        raise Unsuited("parts of a model are offloaded")
     shared = {n: p for n, p in own.items() if n in originals and originals[n].shape == p.shape}
     if len(shared) < len(own):
         raise Unsuited("the original has other parameters (merge an adapter into the weights first)")
