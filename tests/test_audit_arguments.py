@@ -11,6 +11,7 @@ from test_probes_teacher_forced import made
 import pyunlearn
 from pyunlearn.auditing import METRICS, AuditConfig
 from pyunlearn.errors import ArgumentError, DataError, ModelError, OutputError
+from pyunlearn.probes.cache import Cache, remove_cache, weights_digest
 
 MISSING = "no/such/texts.jsonl"  # reading it would end in another error
 
@@ -137,6 +138,40 @@ def test_a_cache_that_is_a_file(tmp_path):
     message, kind = audit(cache=tmp_path / "cache")
     assert message.startswith("cache must be a folder")
     assert kind is OutputError
+
+
+@pytest.mark.parametrize("inside", ["thesis.txt", "README.txt", "0123456789abcdef01234567.txt", "0" * 23 + "/x"])
+def test_only_what_a_cache_made_is_removed_with_it(tmp_path, inside):
+    """A folder of the user's that has the name of an audit's cache stays, with all that is in it; the cache goes."""
+    folder, model = tmp_path / "model-audit.cache", made("no pad token")[0]
+    (folder / inside).parent.mkdir(parents=True)
+    (folder / inside).write_text("mine")
+    Cache(folder, model).store("teacher_forced", ("a",))
+    remove_cache(folder)
+    assert [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] == [inside]
+    (folder / inside).unlink()
+    (folder / inside).parent.rmdir() if "/" in inside else None
+    Cache(folder, model).store("teacher_forced", ("a",))
+    assert {path.name for path in folder.iterdir()} == {weights_digest(model)[:24], "README.txt"}
+    remove_cache(folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("command", ["audit", "unlearn"])
+def test_the_output_folder_can_be_the_current_one(call, tmp_path, monkeypatch, command):
+    """`--out .`: what is kept during the work is next to that folder, and an interruption says where."""
+
+    def stop(*args, **options):
+        (tmp_path / "here.checkpoint.pt").write_text("")
+        raise KeyboardInterrupt
+
+    (tmp_path / "texts.txt").write_text("one text\n")
+    monkeypatch.setattr(pyunlearn, command, stop)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code, _, err = call(command, "model", "--forget", "../texts.txt", "--out", ".", "-q")
+    assert (code, err.count("\n")) == (130, 1), err
+    assert ("here.cache" if command == "audit" else "--resume") in err
 
 
 def test_an_unknown_option_is_told_the_nearest():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -114,6 +113,7 @@ def audit(
     """
     import pyunlearn
     from pyunlearn.output import require_writable
+    from pyunlearn.probes.cache import remove_cache
     from pyunlearn.report import require_page_packages, write_audit
     from pyunlearn.report.audit import audit_folder
 
@@ -126,9 +126,10 @@ def audit(
     if fast:
         config = replace(config, metrics=tuple(name for name in config.metrics if name != "continuations"))
     target = folder_for(model, out, "audit")
-    responses = cache if cache is not None else target.with_name(f"{target.name}.cache")
+    place = target.resolve()
+    responses = cache if cache is not None else place.parent / f"{place.name}.cache"
     if cache is None and (target / "audit.json").exists():  # killed after it was written
-        shutil.rmtree(responses, ignore_errors=True)
+        remove_cache(responses)
     require_writable(audit_folder(target))
     try:
         result = pyunlearn.audit(
@@ -147,7 +148,7 @@ def audit(
         raise interrupted(f"responses are cached in {responses}: run the same command again to resume") from None
     write_audit(result, target, html=html, show_text=config.show_text)
     if cache is None:
-        shutil.rmtree(responses, ignore_errors=True)
+        remove_cache(responses)
     _show(result, target, html, config.show_text, as_json)
     raise typer.Exit(0 if result.passed else 1)
 

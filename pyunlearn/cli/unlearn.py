@@ -123,6 +123,7 @@ def unlearn(
 
 def _interrupted(target: Path) -> typer.Exit:
     """Return the exception that ends an interrupted run, after a sentence on its checkpoint, if there is one."""
-    if target.with_name(f"{target.name}.checkpoint.pt").exists():
+    place = target.resolve()
+    if (place.parent / f"{place.name}.checkpoint.pt").exists():
         return interrupted(f"the checkpoint is next to {target}: run the same command with --resume to resume")
     return interrupted("there is no checkpoint: run the same command again to start again")

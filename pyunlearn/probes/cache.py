@@ -10,8 +10,10 @@ in it says what it is.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ WARNING = (
 
 Record = tuple[NDArray[Any], ...]
 _EVERY = 10.0  # seconds of work that a crash may cost
+_DIGITS = 24  # of the hash of a model's weights, the name of its folder
 
 
 class RecordStore:
@@ -106,7 +109,7 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path | None, model: Any) -> None:
-        self.folder = None if folder is None else Path(folder) / weights_digest(model)[:24]
+        self.folder = None if folder is None else Path(folder) / weights_digest(model)[:_DIGITS]
         self._stores: dict[str, RecordStore] = {}
 
     def store(self, kind: str, names: Sequence[str]) -> RecordStore:
@@ -138,6 +141,17 @@ def require_cache(name: str, folder: Any) -> None:
     require_path(name, folder)
     if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
         raise OutputError(f"{name} must be a folder, and {folder} is a file: choose another name")
+
+
+def remove_cache(folder: Path) -> None:
+    """Remove a cache, and its folder where nothing else is in it; what `Cache` did not make stays."""
+    for model in folder.glob(f"{'[0-9a-f]' * _DIGITS}/"):
+        shutil.rmtree(model, ignore_errors=True)
+    readme = folder / "README.txt"
+    with suppress(OSError):  # it is not there, cannot be removed, or holds more
+        if readme.is_file() and readme.read_bytes() == WARNING.encode():
+            readme.unlink()
+        folder.rmdir()
 
 
 def weights_digest(model: Any) -> str:
