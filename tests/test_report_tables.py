@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from test_report_audit import Page, audited  # noqa: F401
 
 from pyunlearn import ExampleResult, Result, Utility
 from pyunlearn.edits import EDITS
 from pyunlearn.methods import METHODS
-from pyunlearn.report import edit_line, edit_table, result_table, sentences, utility_line
+from pyunlearn.metrics import discoveries
+from pyunlearn.report import audit_page, edit_line, edit_table, result_table, sentences, utility_line
 from pyunlearn.report.catalogue import catalogue, verdict_lines
 
 LONG = "The plumber's cat learned to whistle in the spring of the year when the harbour froze, and nobody could agree."
@@ -143,13 +145,34 @@ def test_verdicts_stand_before_their_claims():
     assert lines[2:] == ["not shown  Claim.", "             Reason."]
 
 
+@pytest.mark.parametrize(("rate", "bits"), [(0.05, "4.32"), (0.2, "2.32"), (0.004, "7.97")])
+def test_the_page_says_from_how_many_bits_on_a_text_is_memorized(audited, rate, bits):  # noqa: F811
+    """Of one text the bits that it takes at the rate; of several, which need more, the rate itself."""
+    settings = audited.settings | {"false_discovery_rate": rate}
+    several, one = (replace(audited, settings=settings, examples=audited.examples[:n]) for n in (2, 1))
+    text = Page(audit_page(several)).text
+    assert "from there on" not in text
+    assert f"of the texts that we call memorized, at most {100 * rate:.3g} % are unseen ones, on average." in text
+    assert f"From {float(bits):.1f} on we call the text memorized." in Page(audit_page(one)).text
+    assert f"(one text: from {bits} bits on)" in text
+    assert not discoveries([5.0, 1.0, 1.0, 1.0]).significant.any()  # and of one text it takes 4.32
+
+
+def test_what_stood_out_by_chance_is_not_counted_as_memorized(audited):  # noqa: F811
+    """An over-unlearned text with 4.32 bits before counts among several only where it was selected at the rate."""
+    texts = [replace(e, verdict="over-unlearned", exposure_before=4.5, memorized=False) for e in audited.examples]
+    assert "Before unlearning, 0 of 6 stood out" in sentences.summary(replace(audited, examples=texts))[0]
+    texts[0] = replace(texts[0], memorized=True)
+    assert "Before unlearning, 1 of 6 stood out" in sentences.summary(replace(audited, examples=texts))[0]
+
+
 @pytest.mark.parametrize(
     ("verdict", "words"), [("still exposed", "Single texts are recited"), ("undecided", "could be")]
 )
 def test_only_a_text_that_stands_out_is_called_so(verdict, words):
     """An undecided one is not, and where no more texts lie high than unseen ones would, the sentence says that."""
     tests = {"null_test": SimpleNamespace(pvalue=0.01), "top_test": SimpleNamespace(exact_pvalue=0.01)}
-    before = {"newly_known": False}
+    before = {"memorized": True}
     examples = [
         SimpleNamespace(verdict=verdict, form="", **before),
         SimpleNamespace(verdict="still exposed", form="question", **before),
@@ -158,7 +181,7 @@ def test_only_a_text_that_stands_out_is_called_so(verdict, words):
     assert "too many" in sentences.null_sentence(SimpleNamespace(examples=examples, left_pvalue=None, **tests))
     assert "neither stands out" in sentences.MEANINGS["undecided"]
     moved = SimpleNamespace(examples=[SimpleNamespace(verdict="forgotten", form="", **before)], left_pvalue=0.03)
-    examples[0].newly_known = True  # it was not memorized, so the sentence is not about it
+    examples[0].memorized = False  # it was not memorized, so the sentence is not about it
     assert "are recited" not in sentences.null_sentence(SimpleNamespace(examples=examples, left_pvalue=0.5, **tests))
     assert "none counts as exposed" in sentences.null_sentence(moved)
 
@@ -186,7 +209,7 @@ def test_the_headline_of_undecided_texts(source, counts, continuation, headline,
             form="",
             certain=True,
             exposure_before=9.0,
-            newly_known=False,
+            memorized=True,
             now=SimpleNamespace(continuation=continuation),
         )
         for name, count in counts.items()

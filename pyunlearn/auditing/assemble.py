@@ -233,7 +233,7 @@ class AuditAssembler:
                     before=before[i],
                     **self.texts.parts[i]._asdict(),
                     form=self.texts.forms[i],
-                    newly_known=bool(self.newly_known[i]),
+                    memorized=bool(self.memorized[i]),
                 )
             )
         return examples

@@ -82,8 +82,9 @@ class AuditedExample:
     form: str = ""
     """With scope="person", the name of a text in other words: question, statement, turned, cloze, or "paraphrase 1";
     empty for the text as it is."""
-    newly_known: bool = False
-    """True where it stands out, and the original model had not memorized it, see `metrics.left.newly_known`."""
+    memorized: bool = False
+    """True where it stood out, over the whole set, under the original model, or without one under the model. One that
+    is still exposed and was not memorized is newly known, see `metrics.left.newly_known`."""
 
     @property
     def label(self) -> str:

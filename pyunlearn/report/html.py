@@ -93,6 +93,7 @@ def _evidence(audit: Audit) -> dict[str, Any]:
         "source": _SOURCES[non_members.source],
         "top": math.log2(len(non_members.scores) + 1),
         "anchored": non_members.anchored,
+        "memorized_from": sentences.memorized_from(audit),
         "null_sentence": sentences.null_sentence(audit),
         "histogram": plots.exposure_histogram(plain[0], len(non_members.scores), plain[1]),
         "arrows": plots.before_after(before, exposures, verdicts, names) if before else None,
@@ -202,6 +203,7 @@ def _attack(m: Any) -> dict[str, str]:
 def _how(audit: Audit) -> list[tuple[str, str]]:
     """Return (term, description) of everything that a reader needs to repeat the audit."""
     s, non_members = audit.settings, audit.non_members
+    rate = s["false_discovery_rate"]
     mean = sentences.with_interval(audit.null_test.mean_interval, ".2f")
     exposure = (
         "log2(m + 1) - log2(1 + number of comparison texts at least as likely), m of them, by mean nats per token"
@@ -209,10 +211,10 @@ def _how(audit: Audit) -> list[tuple[str, str]]:
     if non_members.anchored:
         exposure += "; the comparison texts were scored by the original model, before and now alike (anchored)"
     verdicts = (
-        f"memorized at a false discovery rate of {s['false_discovery_rate']:.0%} over all texts (one text: from 4.32 "
-        f"bits on); forgotten at {s['target_exposure']:.2f} bits and less, when no more of it is extracted than of "
-        "four in five comparison texts and the model does not continue its beginning with its rest, where that was "
-        "decoded; over-unlearned when less likely than unseen text, at the same rate"
+        f"memorized at a false discovery rate of {100 * rate:.3g} % over all texts (one text: from "
+        f"{math.log2(1 / rate):.2f} bits on); forgotten at {s['target_exposure']:.2f} bits and less, when no more of "
+        "it is extracted than of four in five comparison texts and the model does not continue its beginning with its "
+        "rest, where that was decoded; over-unlearned when less likely than unseen text, at the same rate"
     )
     if non_members.anchored:
         verdicts += (

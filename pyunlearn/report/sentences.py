@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from pyunlearn.auditing.result import UNDECIDED, Audit, AuditedExample, Writing
-from pyunlearn.metrics import NULL_MEAN, SIGNIFICANT, Interval
+from pyunlearn.metrics import NULL_MEAN, Interval
 from pyunlearn.probes.long_texts import document_verdict
 
 MEANINGS = {
@@ -81,13 +81,6 @@ def headline(audit: Audit) -> str:
     return "No text is memorized." if n > 1 else "The text is not memorized."
 
 
-def _was_memorized(e: AuditedExample) -> bool:
-    """Return whether a text was memorized under the original model, as its verdict says."""
-    if e.verdict == "over-unlearned":
-        return e.exposure_before is not None and e.exposure_before >= SIGNIFICANT
-    return e.verdict != "not memorized" and not e.newly_known
-
-
 def tone(audit: Audit) -> str:
     """Return the colour of the headline: good, plain, warn or bad."""
     if audit.attack is not None and not audit.attack.passed and not audit.verdicts.get("over-unlearned"):
@@ -103,7 +96,7 @@ def summary(audit: Audit) -> list[str]:
     texts, lines = with_forms(audit), _by_form(audit)
     n = len(texts)
     if audit.non_members.anchored and audit.change is not None:
-        was = sum(any(map(_was_memorized, own)) for own in texts)
+        was = sum(any(e.memorized for e in own) for own in texts)
         lines.append(f"Before unlearning, {was} of {n} stood out as memorized. {_moved(audit)}")
     else:
         line = (
@@ -157,6 +150,18 @@ def _undecided(audit: Audit) -> str:
     return line
 
 
+def memorized_from(audit: Audit) -> str:
+    """Return a sentence that says from how many bits on a text is called memorized; of several, at what rate."""
+    rate = audit.settings["false_discovery_rate"]
+    if len(audit.examples) == 1:
+        return f"From {math.log2(1 / rate):.1f} on we call the text memorized."
+    which = "texts as they are" if len(as_they_are(audit)) < len(audit.examples) else "texts"
+    return (
+        "Some of many unseen texts reach that by chance, so of more texts each can need more bits: of the "
+        f"{which} that we call memorized, at most {100 * rate:.3g} % are unseen ones, on average."
+    )
+
+
 def null_sentence(audit: Audit) -> str:
     """Return a sentence that says whether the set could be unseen text.
 
@@ -178,7 +183,7 @@ def null_sentence(audit: Audit) -> str:
 
 def _among_texts(audit: Audit, verdict: str) -> bool:
     """Return whether a text that was memorized, and is no other form of one, has this verdict."""
-    return any(e.verdict == verdict and not e.newly_known for e in as_they_are(audit))
+    return any(e.verdict == verdict and e.memorized for e in as_they_are(audit))
 
 
 def _left_sentence(audit: Audit, pvalue: float) -> str:
