@@ -205,6 +205,19 @@ def test_answers_are_written_to_their_end(known, data):
     assert all(text.startswith(short) and len(text) > len(short) for text, short in zip(written, cut, strict=True))
 
 
+def test_what_is_written_for_a_question_does_not_depend_on_the_others(answers):
+    """A long question leaves itself alone less room in the context; a note says how many answers filled it."""
+    torch.manual_seed(0)
+    babbling = replace(answers, model=tiny.tiny_gpt2(len(answers.tokenizer)).eval())  # ends no answer
+    questions = ["what does the king keep in room 706?", "what does a dog keep in room 999? " * 3]
+    with Progress(False) as bar:
+        measurer = Measurer(babbling.model, babbling.tokenizer, BenchConfig(), bar, "the model")
+        written = measurer.continued([f"{question}\n" for question in questions], "forget answer", 200)
+    assert written == [greedy(babbling, question) for question in questions]
+    assert len(measurer.notes) == 1
+    assert measurer.notes[0].startswith("2 of 2 forget answers filled the model's context of 64 tokens before the 200")
+
+
 def test_the_first_questions_are_those_of_each_set(known, rows, data):
     """And the same as of files that have no more; an interval of fewer than six has no ends for the utility."""
     part = bench(known, data, first=3)

@@ -150,13 +150,16 @@ def test_decoding_together_is_decoding_alone(kind):
 
 
 def test_decoding_beyond_the_text_ends_with_the_context():
-    """As many tokens as are wanted, however short the text, and no more than the context has room for."""
+    """As many tokens as are wanted, however short the text, and no more than the context has room for.
+
+    The room is that after the text's own prompt, not after the longest that is decoded with it.
+    """
     model, tokenizer, tokens = made("plain")
     lm = LanguageModel.of(model, tokenizer)
     ends = (tokenizer.eos_token_id, None)
     for longest in (5, 10**6):
         room = [min(longest, lm.context_length - t.first) for t in tokens]
-        written = greedy_continuations(lm, tokens, longest=longest, beyond=True, batch_size=1)
+        written = greedy_continuations(lm, tokens, longest=longest, beyond=True, batch_size=4)
         assert all(len(ids) == n or ids[-1] in ends for ids, n in zip(written, room, strict=True))
         assert any(len(ids) > len(t.scored) for ids, t in zip(written, tokens, strict=True))
     within = greedy_continuations(lm, tokens, longest=5, batch_size=1)

@@ -95,7 +95,7 @@ def bench(
         numbers = measured.numbers
         bar.say("computing the intervals")
         columns = row.columns(numbers, measured.retrained, config)
-    notes = row.notes(numbers, measured.retrained)
+    notes = [*measured.notes, *row.notes(numbers, measured.retrained)]
     if texts is not None:
         result = attacked(models, tokenizer, texts, config, measured.template, progress=progress)
         own, bits = columns_of(result, config.seed)
@@ -126,6 +126,8 @@ class _Measured(NamedTuple):
     template: str | Path
     weights: str
     """Number format of the model's weights."""
+    notes: list[str]
+    """On what the model wrote."""
     retrained: Numbers | None
     """Of the retrained model, if one is compared."""
 
@@ -153,7 +155,8 @@ def _measured(
         )
     numbers = row.measure(measurer, sets, config)
     retrained, tokenizer = None if saved is None else saved.numbers, measurer.lm.tokenizer
-    measured = _Measured(numbers, rendering, measurer.template, weights_of(measurer.lm.module), retrained)
+    weights = weights_of(measurer.lm.module)
+    measured = _Measured(numbers, rendering, measurer.template, weights, measurer.notes, retrained)
     if "retrained" not in models:
         return measured
     del measurer

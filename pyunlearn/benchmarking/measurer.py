@@ -18,7 +18,7 @@ from pyunlearn.models.condition import to_device
 from pyunlearn.models.devices import default_device
 from pyunlearn.models.language_model import LanguageModel
 from pyunlearn.models.scoring import Scorer, evaluation_mode
-from pyunlearn.probes.decoding import greedy_continuations
+from pyunlearn.probes.decoding import greedy_continuations, room_after
 from pyunlearn.progress import Progress
 
 Floats = NDArray[np.float64]
@@ -52,6 +52,7 @@ class Measurer:
         if isinstance(model, (str, Path)):
             to_device(self.lm.module, default_device())
         self.config, self.bar, self.who = config, bar, who
+        self.notes: list[str] = []  # on what was written
         own = "chat" if getattr(self.lm.tokenizer, "chat_template", None) else "plain"
         self.template = own if config.template == "default" else config.template
         self.rendering: Rendering = rendering_of(self.template, self.lm.tokenizer)
@@ -103,6 +104,12 @@ class Measurer:
             batch_size=self.config.batch_size,
             advance=self.bar.advance,
         )
+        rooms = [room_after(self.lm, t, longest) for t in tokens]
+        if cut := sum(len(row) == room < longest for row, room in zip(ids, rooms, strict=True)):
+            self.notes.append(
+                f"{cut} of {len(ids)} {what}s filled the model's context of {self.lm.context_length} tokens before the "
+                f"{longest} that they may have: their score can be another with a longer context."
+            )
         return [self.lm.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 
     def encode(self, examples: Sequence[Example], what: str, *, chat_template: str | None = None) -> list[Tokens]:

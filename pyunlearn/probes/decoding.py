@@ -35,8 +35,9 @@ def greedy_continuations(
 
     The model reads the tokens before them and writes as many, `longest` at most; it may end earlier, and then the end
     of text is the last token. Prompts of like length are padded on the left and decoded together, as far as none is
-    continued beyond the model's context with the others. The model's own generation_config (sampling, penalties, lengths) is not used. With an encoder-decoder model the decoder starts with
-    the true tokens before the scored ones, where there are any. Dropout is off meanwhile.
+    continued beyond the model's context with the others: what is written for one depends on no other text. The model's
+    own generation_config (sampling, penalties, lengths) is not used. With an encoder-decoder model the decoder starts
+    with the true tokens before the scored ones, where there are any. Dropout is off meanwhile.
 
     Args:
         model: a transformers language model, or a LanguageModel.
@@ -61,7 +62,7 @@ def greedy_continuations(
     keys = [store.key(t, longest, *([beyond] if beyond else [])) for t in tokens]
     once = dict(zip(keys, tokens, strict=True))
     order = sorted(once, key=lambda key: (-len(_prompt(once[key])), -len(once[key].scored)))
-    counts = {key: min(longest, _room(lm, t) if beyond else len(t.scored)) for key, t in once.items()}
+    counts = {k: room_after(lm, t, longest) if beyond else min(longest, len(t.scored)) for k, t in once.items()}
     try:
         with evaluation_mode(lm.module):
             for own in _groups(lm, [once[key] for key in order], [counts[key] for key in order], batch_size):
@@ -123,7 +124,7 @@ def _groups(lm: LanguageModel, tokens: Sequence[Tokens], counts: Sequence[int], 
     while first < len(tokens):
         most, room = 0, sys.maxsize
         while end < min(first + size, len(tokens)):
-            most, room = max(most, counts[end]), min(room, _room(lm, tokens[end]))
+            most, room = max(most, counts[end]), min(room, room_after(lm, tokens[end]))
             if most > room and end > first:
                 break
             end += 1
@@ -131,10 +132,11 @@ def _groups(lm: LanguageModel, tokens: Sequence[Tokens], counts: Sequence[int], 
         first = end
 
 
-def _room(lm: LanguageModel, t: Tokens) -> int:
-    """Return how many tokens the context leaves after a prompt."""
-    read = len(_prompt(t)) if t.decoder is None else t.first
-    return sys.maxsize if lm.context_length is None else lm.context_length - read
+def room_after(lm: LanguageModel, t: Tokens, longest: int = sys.maxsize) -> int:
+    """Return how many tokens the context leaves after a text's prompt, `longest` at most."""
+    if lm.context_length is None:
+        return longest
+    return min(longest, lm.context_length - (len(_prompt(t)) if t.decoder is None else t.first))
 
 
 def _decode(lm: LanguageModel, group: Sequence[Tokens], new: int, **options: Any) -> list[list[int]]:
