@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ import pyunlearn
 from pyunlearn.auditing import METRICS, AuditConfig
 from pyunlearn.errors import ArgumentError, DataError, ModelError, OutputError
 from pyunlearn.probes.cache import Cache, remove_cache, weights_digest
+from pyunlearn.report import audit_page
 
 MISSING = "no/such/texts.jsonl"  # reading it would end in another error
 
@@ -172,6 +174,25 @@ def test_the_output_folder_can_be_the_current_one(call, tmp_path, monkeypatch, c
     code, _, err = call(command, "model", "--forget", "../texts.txt", "--out", ".", "-q")
     assert (code, err.count("\n")) == (130, 1), err
     assert ("here.cache" if command == "audit" else "--resume") in err
+
+
+def test_one_text_that_the_reference_model_finds_easiest_is_audited():
+    """As one of 21 unseen texts is: PrivLeak has no value against an area of 1, and the rest of the audit has."""
+    model, tokenizer, _ = made("no pad token")
+    reference = made("no pad token")[0]
+    with torch.no_grad():
+        reference.transformer.wte.weight.add_(0.1)
+    texts = tiny.sentences(21, 2)
+    nll = tiny.negative_log_likelihoods(SimpleNamespace(tokenizer=tokenizer), texts, reference)
+    easiest = texts.pop(int(nll.argmin()))
+    result = pyunlearn.audit(
+        model, [easiest], holdout=texts, reference_model=reference, tokenizer=tokenizer, metrics=["membership"],
+        progress=False,
+    )  # fmt: skip
+    assert next(m for m in result.membership if m.score == "loss").privleak is None
+    assert len(result.membership) == 5
+    assert result.examples[0].verdict in ("not memorized", "still exposed")
+    assert "PrivLeak" in audit_page(result) or all(m.privleak is None for m in result.membership)
 
 
 def test_an_unknown_option_is_told_the_nearest():

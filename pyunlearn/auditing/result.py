@@ -107,7 +107,8 @@ class Membership:
     """(false, true) positive rates, from (0, 0) to (1, 1)."""
     auc_before: Interval | None
     privleak: Interval | None
-    """Per cent, 0: as the retrained model. Below: leaks. Above: over-unlearned. None without a reference model."""
+    """Per cent, 0: as the retrained model. Below: leaks. Above: over-unlearned. None without a reference model, and
+    where each forget text looks more trained-on to it than the whole holdout, as one text of 20 does by chance."""
 
 
 @dataclass(frozen=True)
