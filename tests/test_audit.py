@@ -127,7 +127,7 @@ def test_a_destroyed_model_is_over_unlearned_and_not_forgotten(teller):
 
 
 def test_a_retrained_reference_calibrates(teller):
-    """PrivLeak is far below 0 for the memorizing model against one that never saw the secrets, and 0 for that one."""
+    """PrivLeak is far below 0 against a model that never saw the secrets; a model is no reference for itself."""
     t, _ = teller
     torch.manual_seed(0)
     clean = tiny.tiny_llama(len(t.tokenizer))
@@ -143,7 +143,7 @@ def test_a_retrained_reference_calibrates(teller):
     itself = pyunlearn.audit(clean, t.forget, **options).membership
     assert {m.score for m in leaks} == {"loss", "zlib", "min_k", "min_k_plus_plus", "reference"}
     assert next(m for m in leaks if m.score == "loss").privleak.estimate < -50
-    assert all(m.privleak.estimate == pytest.approx(0) for m in itself if m.privleak is not None)
+    assert {m.score: m.privleak for m in itself} == dict.fromkeys(("loss", "zlib", "min_k", "min_k_plus_plus"))
 
 
 # ---------------------------------------------------------------- the numbers

@@ -99,7 +99,8 @@ class AuditAssembler:
             self.newly_known = newly_known(now_scores, self.forms, self.memorized, rate=config.false_discovery_rate)
         self.membership: MembershipAttacks | None = None
         if texts.holdout and "membership" in config.metrics:
-            self.membership = MembershipAttacks(texts, now, before, retrained, seed=config.seed)
+            reference = None if self.non_members.by_reference is False else retrained  # it is the model itself
+            self.membership = MembershipAttacks(texts, now, before, reference, seed=config.seed)
 
     def assemble(self) -> Audit:
         """Return the audit, with the settings and the seconds left for the caller to fill in."""
