@@ -79,8 +79,8 @@ def attack(
     `pyunlearn attack ./my-model-unlearned --forget secrets.jsonl --holdout unseen.jsonl --attacks all --original
     ./my-model`
 
-    Exit code 0: every tested text stays forgotten, or is no likelier. 1: a text is exposed or comes back, or none could
-    be tested. 2: an input cannot be used. 130: interrupted.
+    Exit code 0: every tested text stays forgotten, or is no likelier. 1: a text is exposed, a text or the set as a
+    whole comes back, or none could be tested. 2: an input cannot be used. 130: interrupted.
     """
     import pyunlearn
     from pyunlearn.output import check_output, require_writable, write_json

@@ -109,7 +109,8 @@ def audit(
     Is it forgotten? `pyunlearn audit ./my-model-unlearned --original ./my-model --forget secrets.jsonl`
 
     Exit code 0: nothing is exposed. 1: something is still exposed or over-unlearned, or undecided texts lie too high
-    all together. 2: an input cannot be used. 130: interrupted.
+    all together; with --attacks also where a text or the set comes back, or no text could be tested. 2: an input cannot
+    be used. 130: interrupted.
     """
     import pyunlearn
     from pyunlearn.output import require_writable
