@@ -83,9 +83,9 @@ def save_folder(
     if weights == {}:  # not the main process
         return Path(directory).resolve()
     target = check_output(directory, marker=name if replace else None)
-    mount = target.is_mount()  # cannot be replaced, only filled
+    in_place = target.is_mount() or (target.is_dir() and target.samefile("."))  # a shell may be there: only filled
     try:
-        with _workshop(target / target.name if mount else target) as partial:
+        with _workshop(target / target.name if in_place else target) as partial:
             partial.mkdir()
             model.save_pretrained(partial, **({} if weights is None else {"state_dict": weights}))
             if tokenizer is not None:
@@ -96,7 +96,7 @@ def save_folder(
                 file.writelines(json_parts(content))
             (partial / name).chmod(0o600)
             _synchronize(partial)
-            if mount:
+            if in_place:
                 for part in sorted(partial.iterdir()):
                     part.replace(target / part.name)
             else:

@@ -176,6 +176,16 @@ def test_the_output_folder_can_be_the_current_one(call, tmp_path, monkeypatch, c
     assert ("here.cache" if command == "audit" else "--resume") in err
 
 
+@pytest.mark.parametrize("command", ["audit", "unlearn", "compare", "attack", "edit"])
+def test_the_root_is_no_output_folder(call, tmp_path, command):
+    """Nor any other folder that is not empty: one sentence."""
+    (tmp_path / "texts.txt").write_text("one text\n")
+    own = ("--edit", "fisher_step") if command == "edit" else ()
+    code, _, err = call(command, "model", "--forget", "texts.txt", "--out", "/", "-q", *own)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "/ is not empty" in err
+
+
 def test_one_text_that_the_reference_model_finds_easiest_is_audited():
     """As one of 21 unseen texts is: PrivLeak has no value against an area of 1, and the rest of the audit has."""
     model, tokenizer, _ = made("no pad token")

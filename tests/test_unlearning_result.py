@@ -118,13 +118,17 @@ def test_an_output_folder_that_is_not_empty_is_refused_before_anything_is_change
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
 
 
-def test_files_are_written_into_a_mount_point(story, tmp_path, monkeypatch):
-    """A folder that cannot be replaced, as the volume of a container, gets the files themselves and no others."""
+@pytest.mark.parametrize("place", ["a mount point", "the current folder"])
+def test_files_are_written_into_a_folder_that_has_to_stay(story, tmp_path, monkeypatch, place):
+    """The volume of a container, and the folder in which a shell is, get the files themselves and no others."""
     out = tmp_path / "out"
     out.mkdir()
     before = out.stat().st_ino
-    monkeypatch.setattr(Path, "is_mount", lambda self: self == out)
-    monkeypatch.setattr(Path, "rmdir", lambda self: pytest.fail("a mount point cannot be removed"))
+    if place == "a mount point":
+        monkeypatch.setattr(Path, "is_mount", lambda self: self == out)
+    else:
+        monkeypatch.chdir(out)
+    monkeypatch.setattr(Path, "rmdir", lambda self: pytest.fail("it cannot be removed"))
     run(story, story.unseen).save(out)
     assert out.stat().st_ino == before
     names = {path.name for path in out.iterdir()}

@@ -38,8 +38,8 @@ class RunFolder:
                 )
             return
         path = Path(output_dir).resolve()
-        self.checkpoint = path.with_name(path.name + ".checkpoint.pt")
-        self._lock = path.with_name(f".{path.name}.lock")
+        self.checkpoint = path.parent / f"{path.name}.checkpoint.pt"
+        self._lock = path.parent / f".{path.name}.lock"
         if self._lock.exists() and is_main_process():
             with locked(self._lock) as free:
                 if free:  # its run was killed
