@@ -166,6 +166,27 @@ def test_what_stood_out_by_chance_is_not_counted_as_memorized(audited):  # noqa:
     assert "Before unlearning, 1 of 6 stood out" in sentences.summary(replace(audited, examples=texts))[0]
 
 
+def test_what_has_become_of_the_memorized_texts_is_not_diluted_by_the_others(audited):  # noqa: F811
+    """One text of many that fell by 3 nats has not "hardly changed"; without a memorized one it is about all texts."""
+
+    def moved(*nats, memorized):
+        sides = [(replace(e.now, log_likelihood=-1.0 + x), replace(e.now, log_likelihood=-1.0))
+                 for e, x in zip(audited.examples, nats, strict=True)]  # fmt: skip
+        texts = [
+            replace(e, now=now, before=before, memorized=i < memorized)
+            for i, (e, (now, before)) in enumerate(zip(audited.examples, sides, strict=True))
+        ]
+        return sentences.summary(replace(audited, examples=texts))[0]
+
+    one = moved(-3.0, 0.6, 0.6, 0.6, 0.6, 0.6, memorized=1)
+    assert one.endswith(
+        "1 of 6 stood out as memorized. Since then each of their tokens has become 20 times less likely on average."
+    )
+    none = moved(-3.0, 0.6, 0.6, 0.6, 0.6, 0.6, memorized=0)
+    assert none.endswith("0 of 6 stood out as memorized. Since then the texts have hardly changed.")
+    assert "each token of all texts has become 2.7 times more likely" in moved(*[1.0] * 6, memorized=0)
+
+
 @pytest.mark.parametrize(
     ("verdict", "words"), [("still exposed", "Single texts are recited"), ("undecided", "could be")]
 )

@@ -275,14 +275,19 @@ def _of(count: int, n: int) -> str:
 
 
 def _moved(audit: Audit) -> str:
-    """Return a sentence about the change of the forget set's log-likelihood."""
+    """Return a sentence about the change of likelihood of the texts that were memorized, or of all where none was."""
     assert audit.change is not None
-    nats, p = audit.change.estimate, audit.change.pvalue
-    since = "Since then" if len(as_they_are(audit)) == len(audit.examples) else "Since then, as they are written,"
+    plain = as_they_are(audit)
+    own = [e for e in plain if e.memorized]
+    they, tokens = ("they", "each of their tokens") if own else ("the texts", "each token of all texts")
+    since = "Since then" if len(plain) == len(audit.examples) else "Since then, as they are written,"
+    changes = [e.now.log_likelihood - e.before.log_likelihood for e in own or plain if e.before is not None]
+    nats, p = sum(changes) / len(changes), audit.change.pvalue
     if abs(nats) < 0.05:
-        return f"{since} they have hardly changed."
+        return f"{since} {they} have hardly changed."
     factor = math.exp(min(abs(nats), 50.0))
     times = f"{factor:.2g} times" if factor < 1000 else "over a thousand times"
-    chance = "" if p < 0.05 or len(as_they_are(audit)) < 6 else f", which may be chance (p = {p:.2g})"
+    tested = len(changes) == len(plain) >= 6  # the p-value is of all texts
+    chance = f", which may be chance (p = {p:.2g})" if tested and p >= 0.05 else ""
     direction = "less" if nats < 0 else "more"
-    return f"{since} each of their tokens has become {times} {direction} likely on average{chance}."
+    return f"{since} {tokens} has become {times} {direction} likely on average{chance}."
