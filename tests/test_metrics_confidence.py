@@ -82,6 +82,14 @@ def test_few_values_have_no_interval_and_equal_values_one_of_no_width(n):
     assert bootstrap_interval([3.0] * 6, method="bca") == (3, 3, 3)
 
 
+@pytest.mark.filterwarnings("error")
+def test_bca_of_a_statistic_that_no_value_changes_has_no_interval():
+    """The median of eleven zeros and a one: NaN ends, and no warning of scipy's; the percentiles are 0."""
+    ties = [0.0] * 11 + [1.0]
+    assert np.isnan(bootstrap_interval(ties, np.median, method="bca")[1:]).all()
+    assert bootstrap_interval(ties, np.median) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("x", "options", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +64,8 @@ def bootstrap_interval(
 
     Returns:
         Interval(estimate, low, high). Equal values have an interval of no width; fewer than 6 have NaN ends, because
-        their resamples do not reach far enough: see mean_interval.
+        their resamples do not reach far enough: see mean_interval. So has "bca" where leaving out any one value does
+        not change the statistic, as for a median of ties: it has no acceleration then; take "percentile".
 
     Raises:
         ArgumentError: no values, NaN or Inf, an unknown method, a confidence outside (0, 1), draws below 1.
@@ -88,15 +90,17 @@ def bootstrap_interval(
         return Interval(estimate, np.nan, np.nan)
     if np.ptp(x) == 0:
         return Interval(estimate, estimate, estimate)
-    interval = stats.bootstrap(
-        (x,),
-        statistic,
-        confidence_level=1 - 2 * tail(confidence, x.size),
-        n_resamples=draws,
-        method={"bca": "BCa"}.get(method, method),
-        batch=max(1, _AT_ONCE // x.size),
-        random_state=np.random.default_rng(seed),
-    ).confidence_interval
+    with np.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # NaN ends, see Returns
+        interval = stats.bootstrap(
+            (x,),
+            statistic,
+            confidence_level=1 - 2 * tail(confidence, x.size),
+            n_resamples=draws,
+            method={"bca": "BCa"}.get(method, method),
+            batch=max(1, _AT_ONCE // x.size),
+            random_state=np.random.default_rng(seed),
+        ).confidence_interval
     return Interval(estimate, float(interval.low), float(interval.high))
 
 
