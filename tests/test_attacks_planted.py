@@ -256,7 +256,7 @@ def test_quick_forms_compare_with_neighbours_from_all_of_a_holdout(texts, non_me
 
 @pytest.mark.full
 def test_a_sorted_holdout_brings_nothing_back():
-    """The hard half of the non-members comes last; a model that never saw the texts fails in at most one of ten draws."""
+    """The hard half of the non-members comes last, and a model that never saw the texts fails in one of ten draws."""
     rng, failures, draws = np.random.default_rng(4), 0, 30
     for seed in range(draws):
         scores = rng.normal(size=(5, 16 + 200)) * 0.3 + rng.normal(size=216) * 0.5

@@ -157,9 +157,9 @@ def _without_holdout(non_members: NonMembers) -> list[str]:
         return []
     texts = f"the control wrote ({non_members.reason})" if non_members.reason else "were written for this package"
     return [
-        f"No holdout was given, and the texts are compared with {len(non_members.tokens)} that {texts}. This holds if the "
-        "control knows the forget set's kind as well as the model does, as one retrained without these texts. Training "
-        "on texts of a kind makes all of that kind likelier, so a control without it exposes unseen text too."
+        f"No holdout was given, and the texts are compared with {len(non_members.tokens)} that {texts}. This holds if "
+        "the control knows the forget set's kind as well as the model does, as one retrained without these texts. "
+        "Training on texts of a kind makes all of that kind likelier, so a control without it exposes unseen text too."
     ]
 
 
