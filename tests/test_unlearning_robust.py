@@ -10,6 +10,7 @@ from coverings import slow
 from unlearning_runs import run, same, timeless, weights
 
 import pyunlearn
+from pyunlearn.attacks.relearning import RATES
 from pyunlearn.errors import ArgumentError
 from pyunlearn.models.from_scratch import untrained_llama
 from pyunlearn.unlearning.config import UnlearnConfig
@@ -142,6 +143,22 @@ def test_an_interrupted_robust_run_resumes_to_the_same_bits(story, tmp_path, mon
     assert timeless(resumed.history) == timeless(whole.history)
     assert resumed.examples == whole.examples
     assert same(resumed.model, whole.model)
+
+
+def test_a_probe_that_breaks_the_model_tries_every_rate(story, monkeypatch):
+    """Later weights may not bear the rate of the first probe; what no rate brings back does not return."""
+    tried, original = [], Robustness._probed
+
+    def broken(robustness, weights, indices, pool, rate, round_number):
+        tried.append((round_number, rate))
+        numbers = original(robustness, weights, indices, pool, rate, round_number)
+        return numbers._replace(log_likelihood=numbers.log_likelihood * np.nan)
+
+    monkeypatch.setattr(Robustness, "_probed", broken)
+    result = run(story, method="match", robust=True)
+    assert result.stopped == "forgotten"
+    assert not any(record.get("returning") for record in result.history)
+    assert {rate for _, rate in tried} == set(RATES)
 
 
 def test_what_cannot_be_robust_is_refused(story):

@@ -227,15 +227,19 @@ class Robustness:
     def _attacked(self, weights: TrainedWeights, source: int, round_number: int) -> list[tuple[Indices, Probed]]:
         """Return the numbers of each memorized example after fine-tuning, on the half that it is not in.
 
-        The first probe of a run chooses the learning rate, at which the first half becomes likeliest.
+        The first probe of a run chooses the learning rate, at which the first half becomes likeliest; so does a later
+        one in which that rate breaks the model.
         """
         half, memorized = self._half(round_number), self.stopping.memorized
         tests = [(half, ~half), (~half, half)] if source == _FORGET else [(memorized, half)]
         out: list[tuple[Indices, Probed]] = []
         for own, others in tests:
             indices, pool = np.flatnonzero(memorized & own), self._texts(source, others)
-            rates = RATES if np.isnan(self.rates[source]) else (float(self.rates[source]),)
-            tried = [self._probed(weights, indices, pool, rate, round_number) for rate in rates]
+            rates: tuple[float, ...] = (float(self.rates[source]),)
+            tried = [self._probed(weights, indices, pool, rate, round_number) for rate in rates if np.isfinite(rate)]
+            if not any(np.isfinite(each.level) for each in tried):
+                rates = RATES
+                tried = [self._probed(weights, indices, pool, rate, round_number) for rate in rates]
             best = int(np.argmax([each.level for each in tried]))
             self.rates[source] = rates[best]
             out.append((indices, tried[best]))
@@ -251,11 +255,11 @@ class Robustness:
         return Probed(own, non_member_nll)
 
     def _exposure(self, probed: Probed, indices: Indices) -> Floats:
-        """Return (k,) exposures of the examples among the non-members under the same weights, bits."""
+        """Return (k,) exposures of the examples among the non-members under the same weights, bits; 0 if broken."""
         expected = self.stopping.non_members
         scores = -probed.log_likelihood - expected.forget.nll[indices]
         if not np.isfinite(probed.level):
-            return np.full(len(indices), -np.inf)
+            return np.zeros(len(indices))
         of_forget, own = self.stopping.groups
         groups = None if expected.forms is None else (of_forget[indices], own[self.compared])
         return generalized_exposure(
