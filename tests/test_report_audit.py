@@ -21,18 +21,18 @@ from pyunlearn.report import audit_lines, audit_page, audit_table, sentences, wr
 
 @pytest.fixture(scope="module")
 def audited():
-    """An audit with everything in it: holdout, retain set, original, prompts; of two random models."""
-    model, tokenizer, _ = made("no pad token")
-    original = made("no pad token")[0]
+    """An audit with everything in it: holdout, retain set, original, reference, prompts; of three random models."""
+    (model, tokenizer, _), (original, *_), (reference, *_) = (made("no pad token") for _ in range(3))
     with torch.no_grad():
         original.transformer.wte.weight.add_(0.1)
+        reference.transformer.wte.weight.mul_(1.5)
     return pyunlearn.audit(
         model,
         tiny.facts(6, 1),
         holdout=tiny.facts(20, 2),
         retain=tiny.facts(4, 3),
         original=original,
-        reference_model=original,
+        reference_model=reference,
         tokenizer=tokenizer,
         progress=False,
     )
@@ -109,7 +109,7 @@ def test_verdict_first_then_evidence_then_how(audited):
 def test_the_page_hides_the_texts_unless_asked(audited):
     """No word of a text, its prompt or a continuation; all of them with show_text."""
     hidden, shown = Page(audit_page(audited)).text, Page(audit_page(audited, show_text=True)).text
-    e = audited.examples[0]
+    e = sentences.worst_first(audited.examples)[0]  # five texts are shown with their prompts
     for text in (e.prompt, e.text):
         assert text.split()[-1] in shown
         assert text.split()[-1] not in hidden
@@ -288,7 +288,7 @@ def test_files_are_whole_or_not_there(audited, tmp_path):
 
 def test_an_audit_that_was_killed_as_it_was_written_is_written_again(audited, tmp_path):
     """audit.json is the last file, so a folder without it is no finished audit."""
-    (tmp_path / "audit.html").write_text("half"), (tmp_path / ".audit.json.partial").write_text("half")
+    [(tmp_path / name).write_text("half") for name in ("audit.html", ".audit.json.partial")]
     write_audit(audited, tmp_path, html=False)
     assert [path.name for path in tmp_path.iterdir()] == ["audit.json"]
 
