@@ -191,7 +191,7 @@ def test_one_text_that_the_reference_model_finds_easiest_is_audited():
     model, tokenizer, _ = made("no pad token")
     reference = made("no pad token")[0]
     with torch.no_grad():
-        reference.transformer.wte.weight.add_(0.1)
+        reference.transformer.wte.weight.mul_(1.5)
     texts = tiny.sentences(21, 2)
     nll = tiny.negative_log_likelihoods(SimpleNamespace(tokenizer=tokenizer), texts, reference)
     easiest = texts.pop(int(nll.argmin()))
