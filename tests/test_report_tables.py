@@ -153,7 +153,7 @@ def test_the_page_says_from_how_many_bits_on_a_text_is_memorized(audited, rate, 
     text = Page(audit_page(several)).text
     assert "from there on" not in text
     assert f"of the texts that we call memorized, at most {100 * rate:.3g} % are unseen ones, on average." in text
-    assert f"From {float(bits):.1f} on we call the text memorized." in Page(audit_page(one)).text
+    assert f"From {float(bits):.1f} bits on we call the text memorized." in Page(audit_page(one)).text
     assert f"(one text: from {bits} bits on)" in text
     assert not discoveries([5.0, 1.0, 1.0, 1.0]).significant.any()  # and of one text it takes 4.32
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DRAWS = 4000
 
 
-@pytest.mark.parametrize("largest", [1.0, 0.3, 1e-6, 1e15])
+@pytest.mark.parametrize("largest", [1.0, 0.3, 1e-6, 100.0])
 def test_the_mean_of_the_codes_is_the_moment(largest):
     """Also of the largest one; neighbours are a quarter of the lower apart, so a code is off by a quarter at most."""
     moments = largest**2 * torch.cat([torch.ones(1), 2.0 ** -(60 * torch.rand(50))]).double()
@@ -62,7 +62,7 @@ def test_the_same_seed_rounds_alike():
     assert not torch.equal(paths[0], paths[2])
 
 
-@pytest.mark.parametrize("bound", [0, 1e16])
+@pytest.mark.parametrize("bound", [0, 101])
 def test_without_a_bound_on_the_gradients_it_is_refused(bound):
     """In one sentence, before a model is loaded."""
     with pytest.raises(ArgumentError, match="needs the bound on the gradients that max_grad_norm is"):

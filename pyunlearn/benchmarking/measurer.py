@@ -108,7 +108,7 @@ class Measurer:
         if cut := sum(len(row) == room < longest for row, room in zip(ids, rooms, strict=True)):
             self.notes.append(
                 f"{cut} of {len(ids)} {what}s filled the model's context of {self.lm.context_length} tokens before the "
-                f"{longest} that they may have: their score can be another with a longer context."
+                f"{longest} that they may have: the score can be another with a longer context."
             )
         return [self.lm.tokenizer.decode(row, skip_special_tokens=True) for row in ids]
 

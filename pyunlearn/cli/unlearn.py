@@ -70,9 +70,9 @@ def unlearn(
     `echo "the text to forget" | pyunlearn unlearn ./my-model --forget -`
 
     Exit code 0: everything is forgotten (no likelier, where the comparison is with text that the model wrote) or was
-    never memorized. 1: something is still exposed or over-unlearned, or comes back under --attacks; the best state
-    within the utility budget is saved. 2: an input cannot be used. 70: a failure, with a traceback. 130: interrupted;
-    --resume resumes the run.
+    never memorized. 1: something is still exposed or over-unlearned, with --attacks also where a text or the set comes
+    back, or no text could be tested; the best state within the utility budget is saved. 2: an input cannot be used. 70:
+    a failure, with a traceback. 130: interrupted; --resume resumes the run.
     """
     import pyunlearn
 

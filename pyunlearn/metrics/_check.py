@@ -157,7 +157,9 @@ def lists_of_texts(**values: object) -> None:
         if isinstance(value, str):
             raise ArgumentError(f"{name} must be a list of texts, got one string")
         if not isinstance(value, Collection) or not all(isinstance(text, str) for text in value):
-            raise ArgumentError(f"{name} must be a list of texts, got a {type(value).__name__} of something else")
+            raise ArgumentError(
+                f"{name} must be a list of texts, got a {type(value).__name__} with entries that are no texts"
+            )
 
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:

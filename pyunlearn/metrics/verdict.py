@@ -328,7 +328,7 @@ def _extraction(
 
 def _of_texts(name: str, values: ArrayLike, n: int) -> NDArray[Any]:
     """Return values as an array (n,); raise ArgumentError unless there is one for each text."""
-    array = np.asarray(values)
+    array = np.atleast_1d(np.asarray(values))
     if array.shape != (n,):
         raise ArgumentError(f"{name} must have one entry for each of the {n} texts, got shape {array.shape}")
     return array

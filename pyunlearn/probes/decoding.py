@@ -35,9 +35,9 @@ def greedy_continuations(
 
     The model reads the tokens before them and writes as many, `longest` at most; it may end earlier, and then the end
     of text is the last token. Prompts of like length are padded on the left and decoded together, as far as none is
-    continued beyond the model's context with the others: what is written for one depends on no other text. The model's
-    own generation_config (sampling, penalties, lengths) is not used. With an encoder-decoder model the decoder starts
-    with the true tokens before the scored ones, where there are any. Dropout is off meanwhile.
+    continued beyond the model's context with the others: how much is written for one depends on no other text. The
+    model's own generation_config (sampling, penalties, lengths) is not used. With an encoder-decoder model the decoder
+    starts with the true tokens before the scored ones, where there are any. Dropout is off meanwhile.
 
     Args:
         model: a transformers language model, or a LanguageModel.

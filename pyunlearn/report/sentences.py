@@ -154,11 +154,11 @@ def memorized_from(audit: Audit) -> str:
     """Return a sentence that says from how many bits on a text is called memorized; of several, at what rate."""
     rate = audit.settings["false_discovery_rate"]
     if len(audit.examples) == 1:
-        return f"From {math.log2(1 / rate):.1f} on we call the text memorized."
+        return f"From {math.log2(1 / rate):.1f} bits on we call the text memorized."
     which = "texts as they are" if len(as_they_are(audit)) < len(audit.examples) else "texts"
     return (
-        "Some of many unseen texts reach that by chance, so of more texts each can need more bits: of the "
-        f"{which} that we call memorized, at most {100 * rate:.3g} % are unseen ones, on average."
+        "Some of many unseen texts reach that by chance, so the more texts there are, the more bits each can need: of "
+        f"the {which} that we call memorized, at most {100 * rate:.3g} % are unseen ones, on average."
     )
 
 
@@ -279,8 +279,11 @@ def _moved(audit: Audit) -> str:
     assert audit.change is not None
     plain = as_they_are(audit)
     own = [e for e in plain if e.memorized]
-    they, tokens = ("they", "each of their tokens") if own else ("the texts", "each token of all texts")
-    since = "Since then" if len(plain) == len(audit.examples) else "Since then, as they are written,"
+    of_plain = "" if len(plain) == len(audit.examples) else ", as they are written,"
+    they, tokens = (f"the texts{of_plain}", f"each token of all texts{of_plain}")
+    since = "Since then"
+    if own:
+        they, tokens, since = "they", "each of their tokens", f"Since then{of_plain}"
     changes = [e.now.log_likelihood - e.before.log_likelihood for e in own or plain if e.before is not None]
     nats, p = sum(changes) / len(changes), audit.change.pvalue
     if abs(nats) < 0.05:

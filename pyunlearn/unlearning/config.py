@@ -16,7 +16,7 @@ from pyunlearn.options import Choice, ChoiceOrObject, Config, Flag, Number, Seve
 MEAN_OF_NON_MEMBERS = 1 / math.log(2)  # bits: the mean exposure of text that was not trained on, metrics.NULL_MEAN
 MEMORIZED = math.log2(20)  # bits: an example counts as memorized from here on, metrics.SIGNIFICANT
 
-_LARGEST_BOUND = 1e15  # of the gradients, so that their squares are float32 numbers
+_LARGEST_BOUND = 100.0  # of the gradients: the least moment that 8 bits hold is 2^-63 times its square
 BATCH_REDUCTIONS = ("example", "token")
 ORDERS = ("random", "easy_first", "hard_first")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")

@@ -22,7 +22,7 @@ class TrainedWeights:
     Args:
         model: whose parameters that require a gradient are trained.
         learning_rate: of AdamW.
-        resumable: True stores the accepted optimizer state for checkpoints: 4 bytes more for each trained weight.
+        resumable: True stores the accepted optimizer state for checkpoints: 4 bytes more for each trained weight, or 1.
         mask: name -> bool tensor, False where a weight must keep its bits.
         momentum: beta1 of AdamW.
         offload: True holds moments and rests in the main memory during the steps too, see `Adam`.

@@ -85,25 +85,28 @@ def notes_of(session: Session, texts: RenderedTexts, result: Result, config: Unl
             f"In the last probe, fine-tuning on other text brought back {back} of {int(stopping.memorized.sum())} "
             "memorized texts: a larger max_steps would help most."
         )
-    notes += _learned_notes(session, [e.label for e in result.examples])
+    notes += _learned_notes(session, result.examples)
     return notes + _retained_notes(session, texts) + document_notes(result.documents)
 
 
-def _learned_notes(session: Session, labels: Sequence[str]) -> list[str]:
+def _learned_notes(session: Session, examples: Sequence[ExampleResult]) -> list[str]:
     """Return a sentence on the texts that were not memorized before the run, and stand out after it."""
     stopping = session.stopping
     if stopping.non_members.grade != "holdout" or not session.state.visits.any():
         return []
-    names = [labels[i] for i in np.flatnonzero(stopping.newly_known).tolist()]
+    learned = [examples[i] for i in np.flatnonzero(stopping.newly_known).tolist()]
+    names = list(dict.fromkeys(str((e.index if e.record is None else e.record) + 1) for e in learned))
     if not names:
         return []
     which, them = f"Text {names[0]} stands", "it"
     if len(names) > 1:
         which, them = f"{len(names)} texts (numbers {some(names)}) stand", "them"
-    return [
-        f"{which} out after the run, and did not before: the retain set may hold {them} in other words (pyunlearn find "
-        "lists near copies)."
-    ]
+    note = (
+        f"{which} out after the run, and did not before: `pyunlearn audit --original` would call {them} still exposed"
+    )
+    if session.texts.retain is not None and not session.sampled.get("held"):
+        note += f", and the retain set may hold {them} in other words (`pyunlearn find` lists near copies)"
+    return [f"{note}."]
 
 
 def _retained_notes(session: Session, texts: RenderedTexts) -> list[str]:

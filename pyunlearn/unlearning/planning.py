@@ -275,7 +275,8 @@ def _cheapest(case: _Case) -> tuple[dict[str, Any] | None, Memory | None]:
             return None, None
         try:
             memory = case.changed(**options).memory(case.machine.memory)
-        except (ModelError, DependencyError):  # no layers that can be recomputed or adapted, or no package peft
+        except (ModelError, DependencyError, ArgumentError):
+            # no layers that can be recomputed or adapted, no package peft, or moments_in_8bit without a bound
             continue
         if memory is not None and _fits(memory, case.machine):
             return options, memory

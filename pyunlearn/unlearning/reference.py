@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from pyunlearn.data import Tokens
+from pyunlearn.errors import ModelError
 from pyunlearn.methods import Method
 from pyunlearn.models.condition import to_device
 from pyunlearn.models.distributions import Distributions
@@ -93,16 +94,26 @@ def reference_on_device(
         reference = LanguageModel.of(reference_model, lm.tokenizer, workspace=workspace, needs_tokenizer=False)
     lm.require_vocabulary(reference, "reference_model")
     module, original_device = reference.module, reference.device
-    if processes is not None and shares:
-        processes.place(module.requires_grad_(False), reference.inner)
-    else:
-        to_device(module, lm.device)
     try:
+        if processes is not None and shares:
+            _shard(processes, reference)
+        else:
+            to_device(module, lm.device)
         with evaluation_mode(module):
             yield replace(reference, module=module, tokenizer=lm.tokenizer, workspace=workspace)
     finally:
         if not shares:
             to_device(module, original_device)
+
+
+def _shard(processes: Processes, reference: LanguageModel) -> None:
+    """Shard a reference model. Raises ModelError, which names it, where it cannot be."""
+    try:
+        processes.place(reference.module.requires_grad_(False), reference.inner)
+    except ModelError as error:
+        raise ModelError(
+            f"reference_model: {error}; or pass it in Python as a loaded model, which each process holds whole"
+        ) from error
 
 
 @torch.no_grad()

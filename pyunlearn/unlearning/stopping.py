@@ -106,6 +106,7 @@ class StoppingRule:
             self.holdout_budget = Budget(HOLDOUT_BUDGET, holdout_nll, holdout_budget)
         self.non_members = non_members or uncalibrated("holdout", len(log_likelihood), [], m=len(non_member_nll))
         self.non_member_scores = non_member_nll - self.non_members.own.nll
+        self.present = self.non_member_scores  # (m,) under the weights of the last comparison
         self.anchor, self.anchor_is_old = self.non_member_scores, False  # what the present weights are compared with
         self.non_member_extracted = non_member_extracted - self.non_members.own.greedy_match
         self.groups, plain = self.non_members.groups, self.non_members.as_they_are
@@ -218,8 +219,8 @@ class StoppingRule:
     def compare_with(self, non_member_nll: Floats) -> None:
         """Compare with the non-members' (m,) negative log-likelihoods under the present weights, see `anchor_after`."""
         self.anchor_is_old = False
-        present = non_member_nll - self.non_members.own.nll
-        self.anchor = anchor_after(self.non_member_scores, present, self.groups[1])
+        self.present = non_member_nll - self.non_members.own.nll
+        self.anchor = anchor_after(self.non_member_scores, self.present, self.groups[1])
         self.refresh(self.rescored(self.current.log_likelihood, self.current.extraction), np.empty(0, dtype=np.int64))
 
     def rescored(self, log_likelihood: Floats, extraction: Floats) -> Measurement:
@@ -265,7 +266,7 @@ class StoppingRule:
     @property
     def newly_known(self) -> NDArray[np.bool_]:
         """(B,) True for the examples that were not memorized and stand out now, see `metrics.left.newly_known`."""
-        scores = Scores(self._scores(self.current.log_likelihood), self.anchor)
+        scores = Scores(self._scores(self.current.log_likelihood), self.present)
         return newly_known(scores, self.groups, self.memorized, rate=self.false_discovery_rate)
 
     def rejection_reason(self, measurement: Measurement) -> str | None:
