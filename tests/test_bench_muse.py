@@ -11,6 +11,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from tofu_folder import write
 
 import pyunlearn
+from pyunlearn.benchmarking import muse
+from pyunlearn.benchmarking.config import BenchConfig
 from pyunlearn.errors import DataError
 
 
@@ -80,6 +82,18 @@ def area(model, story, forget, holdout):
 def lines_of(path, key):
     """Return a column of a .jsonl file."""
     return [json.loads(line)[key] for line in path.read_text().splitlines()]
+
+
+def test_a_retrained_model_that_tells_the_sets_apart_leaves_no_privleak():
+    """No area is above 1: the other columns and a note are there."""
+    names = [*muse._COLUMNS, *muse.COMPARED]
+    numbers = {name: {"rouge": np.array([0.1, 0.2]), "min_k": np.array([1.0, 2.0])} for name in names}
+    retrained = numbers | {"privleak holdout": {"min_k": np.array([3.0, 4.0])}}
+    assert [column.measure for column in muse.columns(numbers, retrained, BenchConfig())] == [
+        "VerbMem", "KnowMem", "KnowMem",
+    ]  # fmt: skip
+    (note,) = muse.notes(numbers, retrained)
+    assert note.startswith("PrivLeak is left out")
 
 
 @pytest.mark.full

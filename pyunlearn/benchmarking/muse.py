@@ -18,7 +18,7 @@ from pyunlearn.benchmarking.files import Questions, file_in, files_in, read_ques
 from pyunlearn.benchmarking.measurer import Measurer
 from pyunlearn.benchmarking.result import Column, Numbers
 from pyunlearn.data import Example
-from pyunlearn.metrics import mean_interval, min_k_score, privleak_interval, rouge_l
+from pyunlearn.metrics import auc, mean_interval, min_k_score, privleak_interval, rouge_l
 
 COMPARED = {"privleak forget": ("min_k",), "privleak holdout": ("min_k",)}
 """Sets that the retrained model reads, and the numbers of them that are compared."""
@@ -116,17 +116,24 @@ def answer_in(text: str) -> str:
 def columns(numbers: Numbers, retrained: Numbers | None, config: BenchConfig) -> list[Column]:
     """Return VerbMem and KnowMem of both sets, each 0 to 1, and PrivLeak in percent.
 
-    Without a retrained model, PrivLeak compares with chance.
+    Without a retrained model, PrivLeak compares with chance. It is left out where it has no value, see `_separated`.
     """
     out = []
     for name, (row, measure_name) in _COLUMNS.items():
         values = numbers[name]["rouge"]
         interval = mean_interval(values, bounds=(0, 1), seed=config.seed)
         out.append(Column.of(row, measure_name, interval, values.size))
+    if _separated(retrained):
+        return out
     scores = [numbers[name]["min_k"] for name in COMPARED]
     others = [None, None] if retrained is None else [retrained[name]["min_k"] for name in COMPARED]
     leak = privleak_interval(*scores, *others, seed=config.seed)
     return [*out, Column.of("", "PrivLeak", leak, sum(x.size for x in scores))]
+
+
+def _separated(retrained: Numbers | None) -> bool:
+    """Return whether a retrained model tells forget set and holdout wholly apart, so that no area can be above its."""
+    return retrained is not None and auc(*(retrained[name]["min_k"] for name in COMPARED)).estimate == 1
 
 
 def notes(numbers: Numbers, retrained: Numbers | None) -> list[str]:
@@ -135,6 +142,11 @@ def notes(numbers: Numbers, retrained: Numbers | None) -> list[str]:
         return [
             "PrivLeak is against chance, an area of 0.5: the published one compares with a model retrained without the "
             "forget set (--retrained)."
+        ]
+    if _separated(retrained):
+        return [
+            "PrivLeak is left out: under the retrained model each forget text looks more trained-on than all of the "
+            "holdout, an area of 1, against which nothing can be measured."
         ]
     if all(np.array_equal(numbers[name]["min_k"], retrained[name]["min_k"]) for name in COMPARED):
         return [

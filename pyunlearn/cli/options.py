@@ -309,15 +309,15 @@ def help_of(option: Option, default: Any) -> str:
     return text
 
 
-def written(value: Any) -> str:
-    """Return a value as it is written on the command line, numbers with five digits.
+def written(value: Any, digits: str = ".5g") -> str:
+    """Return a value as it is written on the command line, numbers with five digits; with all if `digits` is empty.
 
-    >>> written((1 / 3, "a", None))
-    '0.33333,a,none'
+    >>> written((1 / 3, "a", None)), written(1 / 3, "")
+    ('0.33333,a,none', '0.3333333333333333')
     """
     if isinstance(value, (tuple, list)):
-        return ",".join(written(part) for part in value)
-    return "none" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+        return ",".join(written(part, digits) for part in value)
+    return "none" if value is None else format(value, digits) if isinstance(value, float) else str(value)
 
 
 def _value(name: str, option: Option, word: Any, before: Any, assign: Callable[[Sequence[str]], dict[str, Any]]) -> Any:

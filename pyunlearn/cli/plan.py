@@ -156,8 +156,9 @@ def command_of(
 ) -> str:
     """Return the command that runs what was planned, with other options in addition.
 
-    >>> command_of("m", {"--forget": "f.txt"}, UnlearnConfig(batch_size=4), LoadOptions(), {"lora": 16})
-    'pyunlearn unlearn m --forget f.txt --lora 16 --batch-size 4'
+    >>> config = UnlearnConfig(batch_size=4, learning_rate=1.234567e-5)
+    >>> command_of("m", {"--forget": "f.txt"}, config, LoadOptions(), {"lora": 16})
+    'pyunlearn unlearn m --forget f.txt --lora 16 --batch-size 4 --learning-rate 1.234567e-05'
     """
     words = ["pyunlearn", "unlearn", model]
     for flag, value in files.items():
@@ -182,5 +183,5 @@ def _words(config: Config, options: dict[str, Any]) -> list[str]:
         elif isinstance(option.kind, Table):
             words += [word for name, each in value.items() for word in (flag, f"{name}={json.dumps(each)}")]
         else:
-            words += [flag, written(value)]
+            words += [flag, written(value, "")]
     return words
