@@ -83,7 +83,7 @@ def save_folder(
     if weights == {}:  # not the main process
         return Path(directory).resolve()
     target = check_output(directory, marker=name if replace else None)
-    in_place = target.is_mount() or (target.is_dir() and target.samefile("."))  # a shell may be there: only filled
+    in_place = is_filled(target)
     try:
         with _workshop(target / target.name if in_place else target) as partial:
             partial.mkdir()
@@ -197,6 +197,11 @@ def check_output(directory: str | Path, *, marker: str | None = None) -> Path:
     if not resumable and not all(map(is_partial, there)):
         raise OutputError(f"the output folder {directory} is not empty: choose another, or empty it first")
     return target
+
+
+def is_filled(target: Path) -> bool:
+    """Return whether an output folder is filled and not replaced: one that is a mount, or where a shell may be."""
+    return target.is_mount() or (target.is_dir() and target.samefile("."))
 
 
 def require_writable(target: Path) -> None:
@@ -374,27 +379,3 @@ def plain_json(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain_json(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def settings_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return the first setting in which a saved run differs, ready for "it was made with ...", or None.
-
-    >>> settings_difference({"tau": 0.95, "seed": 0}, {"tau": 0.9, "seed": 0})
-    'tau=0.95, not 0.9'
-    """
-    values = json.loads(json.dumps(now))  # tuples as lists, as they were read back
-    return next((f"{k}={saved.get(k)!r}, not {v!r}" for k, v in values.items() if saved.get(k) != v), None)
-
-
-def scores_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return the first role whose scores differ by more than rounding, ready for "it was made with ...", or None.
-
-    Args:
-        saved: role -> (n,) scores under the model, one for each text, of the saved run.
-        now: the same of this run.
-    """
-    for role, scores in now.items():
-        before = saved.get(role, [])
-        if len(before) != len(scores) or not np.allclose(before, scores, rtol=1e-4):
-            return f"another model or other {role.replace('_', '-')} texts"
-    return None

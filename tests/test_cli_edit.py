@@ -49,7 +49,10 @@ def test_an_edit_of_a_file_writes_the_model_and_its_numbers(edit, folder, traine
 
 
 def test_a_folder_that_cannot_be_replaced_is_refused_before_the_edit(edit, tmp_path, monkeypatch):
-    """The result replaces an empty folder, in the one around it, in which nothing can be written here."""
+    """The result replaces an empty folder, in the one around it, in which nothing can be written here.
+
+    The current folder is filled, for which that one is not needed.
+    """
     (tmp_path / "around" / "new").mkdir(parents=True)
     made = tempfile.TemporaryDirectory
 
@@ -61,6 +64,10 @@ def test_a_folder_that_cannot_be_replaced_is_refused_before_the_edit(edit, tmp_p
     monkeypatch.setattr(tempfile, "TemporaryDirectory", directory)
     code, _, err = edit("--edit", "ekfac-step", "--out", "around/new")
     assert (code, err.count("choose another folder")) == (2, 1)
+    monkeypatch.chdir(tmp_path / "around" / "new")
+    code, _, err = edit("--edit", "prune", "--quiet", "--out", ".")
+    assert (code, err) == (0, "")
+    assert Path("edit.json").exists()
 
 
 def test_the_numbers_come_as_json_and_the_folder_has_a_name(edit, tmp_path):

@@ -73,13 +73,13 @@ def edit(
     from pyunlearn.data.examples import read_examples, source_name
     from pyunlearn.edits.registry import edit_named, parse_edit_options
     from pyunlearn.models.condition import to_device
-    from pyunlearn.output import check_output, model_name, require_writable, save_folder
+    from pyunlearn.output import check_output, is_filled, model_name, require_writable, save_folder
 
     quiet_libraries()
     chosen = edit_named(edit)
     target = folder_for(model, out, "edited")
     place = check_output(target)
-    require_writable(place if place.is_mount() else place.with_name(f".{place.name}.probe"))  # it is replaced whole
+    require_writable(place if is_filled(place) else place.with_name(f".{place.name}.probe"))  # it is replaced whole
     gguf = gguf_options(gguf_like, gguf_at_least, model, target)
     own = parse_edit_options(chosen, options or [])
     sources = {role: texts(source, role) for role, source in (("forget", forget), ("retain", retain))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pyunlearn.edits.masks import digest_of
 from pyunlearn.errors import OutputError
 from pyunlearn.models.harness import task_settings
 from pyunlearn.options import shown
-from pyunlearn.output import model_name, scores_difference, settings_difference, versions
+from pyunlearn.output import model_name, versions
 
 
 def record_of(config: CompareConfig, names: list[str], model: Any, reference_model: Any) -> dict[str, Any]:
@@ -66,6 +67,30 @@ def require_same(saved: Comparison, now: Comparison, folder: Path) -> None:
     difference = difference or _other_task(saved, now) or _other_options(saved, now)
     if difference is not None:
         raise OutputError(f"the comparison in {folder} was made with {difference}: give the same, or another folder")
+
+
+def settings_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first setting in which a saved run differs, ready for "it was made with ...", or None.
+
+    >>> settings_difference({"tau": 0.95, "seed": 0}, {"tau": 0.9, "seed": 0})
+    'tau=0.95, not 0.9'
+    """
+    values = json.loads(json.dumps(now))  # tuples as lists, as they were read back
+    return next((f"{k}={saved.get(k)!r}, not {v!r}" for k, v in values.items() if saved.get(k) != v), None)
+
+
+def scores_difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """Return the first role whose scores differ by more than rounding, ready for "it was made with ...", or None.
+
+    Args:
+        saved: role -> (n,) scores under the model, one for each text, of the saved run.
+        now: the same of this run.
+    """
+    for role, scores in now.items():
+        before = saved.get(role, [])
+        if len(before) != len(scores) or not np.allclose(before, scores, rtol=1e-4):
+            return f"another model or other {role.replace('_', '-')} texts"
+    return None
 
 
 def _other_task(saved: Comparison, now: Comparison) -> str | None:
