@@ -158,7 +158,7 @@ def command_of(
 
     >>> config = UnlearnConfig(batch_size=4, learning_rate=1.234567e-5)
     >>> command_of("m", {"--forget": "f.txt"}, config, LoadOptions(), {"lora": 16})
-    'pyunlearn unlearn m --forget f.txt --lora 16 --batch-size 4 --learning-rate 1.234567e-05'
+    'pyunlearn unlearn m --forget f.txt --lora 16 --learning-rate 1.234567e-05 --batch-size 4'
     """
     words = ["pyunlearn", "unlearn", model]
     for flag, value in files.items():
