@@ -40,7 +40,8 @@ def audited():
 
 def with_verdicts(audited, *verdicts, pvalue=0.3):
     """The same audit with other verdicts and tests of the set."""
-    examples = [replace(e, verdict=v) for e, v in zip(audited.examples, verdicts, strict=False)]
+    pairs = zip(audited.examples, verdicts, strict=False)
+    examples = [replace(e, verdict=v, memorized=v != "not memorized") for e, v in pairs]
     tests = {name: getattr(audited, name)._replace(pvalue=pvalue) for name in ("null_test", "top_test")}
     return replace(audited, examples=examples, left_pvalue=pvalue, **tests)
 
@@ -181,10 +182,8 @@ def test_a_caption_does_not_gainsay_the_headline(audited):
 def test_every_aggregate_is_shown_with_its_interval(audited):
     """Writing, likelihood, AUC before and now, PrivLeak, mean of the set: in result, JSON and page."""
     text = Page(audit_page(audited)).text
-    shown = [(w, form, "") for w in (audited.writing, audited.writing_before) for form in [".0%"]]
-    shown = [
-        (getattr(w, name), form, unit) for w, form, unit in shown for name in ("distinct_2", "repetition", "collapsed")
-    ]
+    names, both = ("distinct_2", "repetition", "collapsed"), (audited.writing, audited.writing_before)
+    shown = [(getattr(writing, name), ".0%", "") for writing in both for name in names]
     shown += [(audited.utility.nll_before, ".3f", ""), (audited.null_test.mean_interval, ".2f", "")]
     shown += [(m.auc_before, ".2f", "") for m in audited.membership]
     shown += [(m.privleak, "+.0f", " %") for m in audited.membership if m.privleak is not None]
