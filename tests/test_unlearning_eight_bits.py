@@ -18,13 +18,14 @@ DRAWS = 4000
 @pytest.mark.parametrize("largest", [1.0, 0.3, 1e-6, 100.0])
 def test_the_mean_of_the_codes_is_the_moment(largest):
     """Also of the largest one; neighbours are a quarter of the lower apart, so a code is off by a quarter at most."""
-    moments = largest**2 * torch.cat([torch.ones(1), 2.0 ** -(60 * torch.rand(50))]).double()
-    codes = encoded(moments.repeat(DRAWS, 1), largest, torch.Generator().manual_seed(0))
+    draws = torch.Generator().manual_seed(0)
+    moments = largest**2 * torch.cat([torch.ones(1), 2.0 ** -(60 * torch.rand(50, generator=draws))]).double()
+    codes = encoded(moments.repeat(DRAWS, 1), largest, draws)
     ratio = decoded(codes, largest, torch.float64) / moments
     assert codes.dtype == torch.uint8
     assert float((ratio - 1).abs().max()) <= 1 / 4
-    error = ratio.std(dim=0) / DRAWS**0.5
-    assert ((ratio.mean(dim=0) - 1).abs() <= 5 * error + 1e-6).all()
+    error = ratio.std(dim=0) / DRAWS**0.5  # too small where a moment is next to a code, and none was rounded up
+    assert ((ratio.mean(dim=0) - 1).abs() <= 5 * error + 1e-3).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
